@@ -1,0 +1,17 @@
+"""Models: one Flax NNX decoder, its config, and its checkpoints.
+
+Place on the road: StepInputs -> [models] -> attention -> logits.
+"""
+
+from jpaged.models.checkpoint import load_model, save_model
+from jpaged.models.config import ModelConfig, RopeScaling
+from jpaged.models.decoder import Decoder, init_model
+
+__all__ = [
+    "Decoder",
+    "ModelConfig",
+    "RopeScaling",
+    "init_model",
+    "load_model",
+    "save_model",
+]

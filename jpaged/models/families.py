@@ -1,0 +1,329 @@
+"""Families: what Hugging Face calls the fields and tensors of each architecture.
+
+Place on the road: config.json, *.safetensors -> [models.families] -> ModelConfig
+and parameters. A family is three functions: config in, config out, tensor names.
+The decoder itself knows nothing of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jpaged.models.config import ACTIVATIONS, DTYPES, ModelConfig, RopeScaling
+
+# Where a parameter lives in the decoder: attribute names and list indices.
+Path = tuple[str | int, ...]
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint: its name there, and whether it is stored [out, in]."""
+
+    name: str
+    transposed: bool
+
+
+class Family(NamedTuple):
+    """How one architecture is written in a Hugging Face folder."""
+
+    model_type: str
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> fields
+    write: Callable[[ModelConfig], dict[str, Any]]  # and back
+    layer_prefix: str
+    embedding: str
+    modules: Mapping[str, str]  # module of the decoder -> module in the checkpoint
+    layer_modules: Mapping[str, str]  # the same inside a layer
+
+
+_ACTIVATION_NAMES = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+_HF_ACTIVATIONS = dict(zip(ACTIVATIONS, ACTIVATIONS, strict=True)) | {
+    "gelu_tanh": "gelu_pytorch_tanh"
+}
+
+
+def from_hf(
+    hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """See `ModelConfig.from_hf`."""
+    architecture = _architecture(hf)
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"quantization_config: expected none, got {method!r}; "
+            "quantised checkpoints are not supported, use the unquantised one"
+        )
+    fields = FAMILIES[architecture].read(hf)
+    eos = hf.get("eos_token_id")
+    if generation is not None and generation.get("eos_token_id") is not None:
+        eos = generation["eos_token_id"]
+    eos = [] if eos is None else eos
+    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
+    return ModelConfig(
+        architecture=architecture,
+        bos_token_id=hf.get("bos_token_id"),
+        pad_token_id=hf.get("pad_token_id"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        dtype=dtype,
+        **fields,
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """See `ModelConfig.to_hf`."""
+    family = FAMILIES[config.architecture]
+    eos = list(config.eos_token_ids)
+    return {
+        "architectures": [config.architecture],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": config.dtype,
+    } | family.write(config)
+
+
+def tensors(config: ModelConfig) -> Iterator[tuple[Path, Tensor]]:
+    """Every parameter of the decoder with the tensor that holds it in a checkpoint."""
+    family = FAMILIES[config.architecture]
+    if config.tie_word_embeddings:
+        # One array serves both uses, in the layout of the output product.
+        yield ("output", "weight"), Tensor(family.embedding, transposed=True)
+    else:
+        yield ("embedding",), Tensor(family.embedding, transposed=False)
+        yield ("output", "weight"), Tensor("lm_head.weight", transposed=True)
+    modules = [((path,), name) for path, name in family.modules.items()] + [
+        (("layers", layer, *path.split(".")), f"{family.layer_prefix}{layer}.{name}")
+        for layer in range(config.num_layers)
+        for path, name in family.layer_modules.items()
+    ]
+    for path, name in modules:
+        is_norm = str(path[-1]).endswith("norm")
+        if path[-1] == "position_embedding":
+            yield path, Tensor(f"{name}.weight", transposed=False)
+            continue
+        yield (*path, "weight"), Tensor(f"{name}.weight", transposed=not is_norm)
+        yield (*path, "bias"), Tensor(f"{name}.bias", transposed=False)
+
+
+def is_harmless(name: str, config: ModelConfig) -> bool:
+    """Whether an extra tensor of a checkpoint repeats what the config says anyway."""
+    return name.endswith(("rotary_emb.inv_freq", "decoder.version")) or (
+        name == "lm_head.weight" and config.tie_word_embeddings
+    )
+
+
+def _architecture(hf: Mapping[str, Any]) -> str:
+    """Supported architecture that a config names, from `architectures` or model_type."""
+    names = hf.get("architectures") or [
+        name
+        for name, family in FAMILIES.items()
+        if family.model_type == hf.get("model_type")
+    ]
+    for name in names:
+        if name in FAMILIES:
+            return name
+    raise ValueError(
+        f"architectures: expected one of {sorted(FAMILIES)}, "
+        f"got {names or hf.get('model_type')!r}"
+    )
+
+
+def _required(hf: Mapping[str, Any], name: str) -> Any:
+    if hf.get(name) is None:
+        raise ValueError(f"config.json: expected a value for {name!r}, found none")
+    return hf[name]
+
+
+def _activation(name: str) -> str:
+    if name not in _ACTIVATION_NAMES:
+        raise ValueError(
+            f"activation: expected one of {sorted(_ACTIVATION_NAMES)}, got {name!r}"
+        )
+    return _ACTIVATION_NAMES[name]
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling from either style of config.
+
+    Before transformers 5: `rope_theta` beside `rope_scaling` (with "type" or
+    "rope_type"); since: one dict `rope_parameters` that holds both.
+    """
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    partial = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor")
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor: expected 1, got {partial}")
+    if kind == "default":
+        return {"rope_theta": float(theta), "rope_scaling": None}
+    if kind not in ("linear", "llama3"):
+        raise ValueError(
+            f"rope type: expected 'default', 'linear' or 'llama3', got {kind!r}"
+        )
+    wanted = ["factor"]
+    if kind == "llama3":
+        wanted += ["low_freq_factor", "high_freq_factor"]
+        wanted += ["original_max_position_embeddings"]
+    missing = [name for name in wanted if rope.get(name) is None]
+    if missing:
+        raise ValueError(f"rope type {kind!r}: expected values for {missing}")
+    scaling = RopeScaling(kind, **{name: rope[name] for name in wanted})
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
+    num_heads = _required(hf, "num_attention_heads")
+    hidden_size = _required(hf, "hidden_size")
+    attention_bias = bool(hf.get("attention_bias", False))
+    return {
+        "vocab_size": _required(hf, "vocab_size"),
+        "hidden_size": hidden_size,
+        "num_layers": _required(hf, "num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
+        "head_dim": hf.get("head_dim") or hidden_size // num_heads,
+        "intermediate_size": _required(hf, "intermediate_size"),
+        "max_position_embeddings": hf.get("max_position_embeddings") or 2048,
+        "activation": _activation(hf.get("hidden_act", "silu")),
+        "norm": "rms",
+        "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "qkv_bias": attention_bias,
+        "out_bias": attention_bias,
+        "mlp_bias": bool(hf.get("mlp_bias", False)),
+        "initializer_range": float(hf.get("initializer_range", 0.02)),
+        **_rope(hf),
+    }
+
+
+def _write_llama(config: ModelConfig) -> dict[str, Any]:
+    rope = None
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            original = scaling.original_max_position_embeddings
+            rope["low_freq_factor"] = scaling.low_freq_factor
+            rope["high_freq_factor"] = scaling.high_freq_factor
+            rope["original_max_position_embeddings"] = original
+    return {
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": _HF_ACTIVATIONS[config.activation],
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "initializer_range": config.initializer_range,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+    }
+
+
+def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
+    num_heads = _required(hf, "num_attention_heads")
+    hidden_size = _required(hf, "hidden_size")
+    norm_first = bool(hf.get("do_layer_norm_before", True))
+    bias = bool(hf.get("enable_bias", True))
+    embedding_size = hf.get("word_embed_proj_dim") or hidden_size
+    if not hf.get("layer_norm_elementwise_affine", True):
+        raise ValueError("layer_norm_elementwise_affine: expected true, got false")
+    return {
+        "vocab_size": _required(hf, "vocab_size"),
+        "hidden_size": hidden_size,
+        "num_layers": _required(hf, "num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": hidden_size // num_heads,
+        "intermediate_size": _required(hf, "ffn_dim"),
+        "max_position_embeddings": hf.get("max_position_embeddings") or 2048,
+        "activation": _activation(hf.get("activation_function", "relu")),
+        "gated_mlp": False,
+        "norm": "layer",
+        "norm_eps": 1e-5,
+        "norm_first": norm_first,
+        "final_norm": norm_first and not hf.get("_remove_final_layer_norm", False),
+        "positions": "learned",
+        "position_offset": 2,
+        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", True)),
+        "embedding_size": None if embedding_size == hidden_size else embedding_size,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bias,
+        "initializer_range": float(hf.get("init_std", 0.02)),
+    }
+
+
+def _write_opt(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "ffn_dim": config.intermediate_size,
+        "activation_function": _HF_ACTIVATIONS[config.activation],
+        "do_layer_norm_before": config.norm_first,
+        "_remove_final_layer_norm": config.norm_first and not config.final_norm,
+        "word_embed_proj_dim": config.input_size,
+        "enable_bias": config.qkv_bias,
+        "init_std": config.initializer_range,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(
+        model_type="llama",
+        read=_read_llama,
+        write=_write_llama,
+        layer_prefix="model.layers.",
+        embedding="model.embed_tokens.weight",
+        modules={"final_norm": "model.norm"},
+        layer_modules={
+            "attention_norm": "input_layernorm",
+            "attention.query": "self_attn.q_proj",
+            "attention.key": "self_attn.k_proj",
+            "attention.value": "self_attn.v_proj",
+            "attention.out": "self_attn.o_proj",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp.gate": "mlp.gate_proj",
+            "mlp.up": "mlp.up_proj",
+            "mlp.down": "mlp.down_proj",
+        },
+    ),
+    "OPTForCausalLM": Family(
+        model_type="opt",
+        read=_read_opt,
+        write=_write_opt,
+        layer_prefix="model.decoder.layers.",
+        embedding="model.decoder.embed_tokens.weight",
+        modules={
+            "position_embedding": "model.decoder.embed_positions",
+            "project_in": "model.decoder.project_in",
+            "project_out": "model.decoder.project_out",
+            "final_norm": "model.decoder.final_layer_norm",
+        },
+        layer_modules={
+            "attention_norm": "self_attn_layer_norm",
+            "attention.query": "self_attn.q_proj",
+            "attention.key": "self_attn.k_proj",
+            "attention.value": "self_attn.v_proj",
+            "attention.out": "self_attn.out_proj",
+            "mlp_norm": "final_layer_norm",
+            "mlp.up": "fc1",
+            "mlp.down": "fc2",
+        },
+    ),
+}

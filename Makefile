@@ -1,0 +1,117 @@
+# On a fresh machine `make demo` or `make test` is all there is to type.
+#
+#   make test PYTHON=python3.12 VENV=.venv312     a second environment
+#   make test PYTEST_ARGS="-k scheduler -x"       some of the tests
+#
+# Needs make (3.81 or newer), a POSIX shell and Python 3.11, 3.12 or 3.13. All that is
+# made lies in this folder (pip and uv keep their usual download caches).
+
+PYTHON ?=
+VENV ?= .venv
+PYTEST_ARGS ?=
+RUN = $(VENV)/bin/python
+
+help:
+	@echo "make demo       install into $(VENV), then write text with the bundled model"
+	@echo "make test       install into $(VENV), then run the quick tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make env        only the environment: $(VENV)"
+	@echo "make lint       ruff: style and formatting"
+	@echo "make types      pyright: types"
+	@echo "make clean      remove environments, caches and compiled programs"
+	@echo "PYTHON=...      the Python to use (3.11 to 3.13); VENV=... where to install"
+
+demo: env
+	@$(RUN) -m experiments.generate
+
+test: env
+	@$(RUN) -m pytest -q $(PYTEST_ARGS)
+
+test-slow: env
+	@$(RUN) -m pytest -q -m "slow and not gpu and not tpu" $(PYTEST_ARGS)
+
+lint: env
+	@$(RUN) -m ruff --version >/dev/null 2>&1 || $(RUN) -m pip install -q -e '.[dev]'
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+types: env
+	@$(RUN) -m pyright --version >/dev/null 2>&1 || $(RUN) -m pip install -q -e '.[dev]'
+	@$(RUN) -m pyright
+
+clean:
+	rm -rf .venv* .cache .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A program for sh: finds a Python, makes $VENV, installs, and leaves a stamp behind. The
+# stamp holds this folder's path and pyproject.toml: where neither changed, all is done.
+define MAKE_ENV
+set -eu
+
+wanted='import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+version='import platform; print(platform.python_version())'
+stamp="$$VENV/.installed"
+
+# Only running it tells: a pyenv shim named python3.12 exists even where no 3.12 is set,
+# and Debian ships a venv that lacks ensurepip.
+fits() {
+  "$$1" -c "$$wanted" >/dev/null 2>&1 &&
+    { [ -n "$$uv" ] || "$$1" -c 'import ensurepip' >/dev/null 2>&1; }
+}
+
+find_python() {
+  for candidate in python3.13 python3.12 python3.11 python3 \
+    "$$HOME"/.pyenv/versions/3.1[321].*/bin/python; do
+    if fits "$$candidate"; then echo "$$candidate"; return; fi
+  done
+}
+
+fail() { echo "jpaged: $$1" >&2; exit 1; }
+
+uv=$$(command -v uv || true)
+if [ -n "$$PYTHON" ] && ! fits "$$PYTHON"; then
+  fail "PYTHON=$$PYTHON is not a working Python 3.11, 3.12 or 3.13 with venv.
+  It says: $$("$$PYTHON" --version 2>&1 | head -n 1)"
+fi
+
+if "$$VENV/bin/python" -c "$$wanted" >/dev/null 2>&1; then
+  have=$$("$$VENV/bin/python" -c "$$version")
+  if [ -n "$$PYTHON" ] && [ "$$have" != "$$("$$PYTHON" -c "$$version")" ]; then
+    fail "$$VENV holds Python $$have, and PYTHON=$$PYTHON is another version.
+  Give it a folder of its own (VENV=.venv312), or run 'make clean' first."
+  fi
+  if { pwd; cat pyproject.toml; } | cmp -s - "$$stamp"; then exit 0; fi
+else
+  python=$${PYTHON:-$$(find_python)}
+  [ -n "$$python$$uv" ] || fail "found no Python 3.11, 3.12 or 3.13 that can make a venv.
+  Debian, Ubuntu:  sudo apt install python3 python3-venv
+  macOS:           brew install python@3.13
+  or name one:     make PYTHON=/path/to/python3.12 ..."
+  if [ -e "$$VENV" ] && [ ! -e "$$VENV/pyvenv.cfg" ]; then
+    fail "VENV=$$VENV exists and is no virtual environment: name another folder."
+  fi
+  rm -rf "$$VENV"
+  if [ -n "$$uv" ]; then
+    # Where there is no Python at all, uv fetches one, into this folder.
+    UV_PYTHON_INSTALL_DIR="$$PWD/.cache/uv-python" \
+      uv venv -q --seed --python "$${python:-3.13}" "$$VENV"
+  else
+    "$$python" -m venv "$$VENV"
+  fi
+fi
+
+echo "Installing jpaged into $$VENV (Python $$("$$VENV/bin/python" -c "$$version"));" \
+  "the first time takes about a minute." >&2
+if [ -n "$$uv" ]; then
+  uv pip install -q --python "$$VENV/bin/python" -e '.[test]'
+else
+  "$$VENV/bin/python" -m pip install -q -e '.[test]'
+fi || fail "the installation failed; the reason stands above."
+{ pwd; cat pyproject.toml; } >"$$stamp"
+endef
+export MAKE_ENV
+
+env:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh -c "$$MAKE_ENV"
+
+.PHONY: help demo test test-slow lint types clean env

@@ -1,0 +1,1 @@
+"""Runners, one per figure or benchmark: `python -m experiments.NAME --help`."""

@@ -1,0 +1,46 @@
+"""How every test runs: on CPU unless told otherwise, strictly, with warm compilations.
+
+The environment variables are set before jax is imported, so that processes which
+tests start inherit them. Each can be overridden from outside.
+"""
+
+import importlib.util
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A second run of the suite finds its compiled programs here; `make clean` removes them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Silent broadcasting over ranks and silent casts are how shape bugs hide.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The first example of a property compiles, so neither its time nor the slow start of
+# generation says anything about the property.
+hypothesis.settings.register_profile(
+    "jpaged",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jpaged")
+
+HUGGINGFACE_MISSING = [
+    name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `huggingface`, with the reason, where the extra is missing."""
+    for item in items:
+        if HUGGINGFACE_MISSING and item.get_closest_marker("huggingface"):
+            reason = f"needs {' and '.join(HUGGINGFACE_MISSING)}: extra `huggingface`"
+            item.add_marker(pytest.mark.skip(reason=reason))

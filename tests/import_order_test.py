@@ -1,0 +1,201 @@
+"""Layers import downwards only: the map of the project, kept true.
+
+Read from the syntax tree, so nothing is imported here. A module in a function or under
+`if TYPE_CHECKING` counts like any other.
+"""
+
+import ast
+import graphlib
+import pathlib
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# The map, from the ground up: each room, and the rooms below it whose doors it may
+# open. A package (models, decoding, ...) is one room. `jpaged/__init__.py` may import
+# all.
+# fmt: off
+ROOMS = {
+    # room:          what it may import
+    "compat":        [],
+    "config":        ["compat"],
+    "requests":      ["compat", "config"],
+    "bundled":       ["compat"],
+    "text":          ["compat", "config", "requests"],
+    "parallel":      ["compat", "config"],
+    # which tokens live where, and who runs: lengths and tables, no activations
+    "block_manager": ["compat", "config"],
+    "step_inputs":   ["compat", "config", "block_manager"],
+    "scheduler":     ["compat", "config", "requests", "block_manager", "step_inputs"],
+    # memory and arithmetic: pages and activations, no requests
+    "kv_cache":      ["compat", "config"],
+    "pallas":        ["compat", "kv_cache"],
+    "triton":        ["compat", "kv_cache"],
+    "attention":     ["compat", "config", "kv_cache", "step_inputs", "pallas",
+                      "triton"],
+    "models":        ["compat", "config", "bundled", "parallel", "step_inputs",
+                      "kv_cache", "attention"],
+    # logits in, tokens and parents out: never sees a block
+    "decoding":      ["compat"],
+    # both halves meet
+    "engine":        ["compat", "config", "requests", "parallel", "block_manager",
+                      "step_inputs", "scheduler", "kv_cache", "attention", "models",
+                      "decoding"],
+    # the host shell, and the same engine on a simulated clock
+    "llm":           ["compat", "config", "requests", "bundled", "text", "parallel",
+                      "block_manager", "step_inputs", "scheduler", "kv_cache",
+                      "attention", "models", "decoding", "engine"],
+    "simulator":     ["compat", "config", "requests", "block_manager", "step_inputs",
+                      "scheduler", "decoding", "engine"],
+}
+# fmt: on
+
+# What a package from PyPI is called in Python, where the two names differ.
+IMPORT_NAMES = {"absl-py": "absl"}
+
+
+def module_name(path: pathlib.Path) -> str:
+    """jpaged/models/config.py -> "jpaged.models.config"; an __init__ is its package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / "jpaged").rglob("*.py"))}
+
+
+def imported(
+    module: str, path: pathlib.Path, source: str, modules: set[str]
+) -> set[str]:
+    """Every module that a file imports, absolute; `from a import b` gives a.b if a
+    module has that name, else a."""
+    package = module.split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = package[: len(package) - node.level + 1]
+                base = ".".join([*up, *([base] if base else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found.add(full if full in modules else base)
+    return found
+
+
+IMPORTS = {
+    module: imported(module, path, path.read_text("utf-8"), set(MODULES))
+    for module, path in MODULES.items()
+}
+
+
+def room(module: str) -> str | None:
+    """ "jpaged.models.config" -> "models"; None for `jpaged` itself."""
+    return module.split(".")[1] if "." in module else None
+
+
+def complaints(imports: dict[str, set[str]]) -> list[str]:
+    """One sentence for each import that the map does not allow."""
+    wrong = []
+    for module, targets in imports.items():
+        here = room(module)
+        if here is not None and here not in ROOMS:
+            wrong.append(
+                f"{module}: not on the map. Add a row `{here!r}: [rooms below it]` "
+                "to ROOMS in tests/import_order_test.py, at its height."
+            )
+        for target in sorted(targets):
+            top, there = target.split(".")[0], room(target)
+            if top in ("experiments", "tests"):
+                wrong.append(f"{module} imports {target}: jpaged stands on its own")
+            if top != "jpaged" or here is None or here not in ROOMS:
+                continue
+            if there is None:
+                wrong.append(
+                    f"{module} imports the package jpaged, which imports everything: "
+                    "import the module that defines the name"
+                )
+            elif there != here and there not in ROOMS[here]:
+                wrong.append(
+                    f"{module} imports {target}, but {here!r} may import only "
+                    f"{ROOMS[here]}"
+                )
+    return wrong
+
+
+def test_every_module_imports_only_what_lies_below_it():
+    assert complaints(IMPORTS) == []
+
+
+def test_each_room_on_the_map_opens_only_doors_of_rooms_above_it_in_the_list():
+    order = list(ROOMS)
+    for here, below in ROOMS.items():
+        assert set(below) <= set(order[: order.index(here)]), here
+
+
+def test_no_two_modules_import_each_other_even_inside_a_package():
+    graph = {
+        module: {target for target in targets if target in MODULES} - {module}
+        for module, targets in IMPORTS.items()
+        if module != "jpaged"
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("jpaged.scheduler", "from jpaged import engine", "'scheduler' may import"),
+        ("jpaged.scheduler", "from .engine import step", "'scheduler' may import"),
+        ("jpaged.models.decoder", "from ..llm import LLM", "'models' may import"),
+        ("jpaged.config", "def f():\n    import jpaged.llm", "'config' may import"),
+        ("jpaged.decoding.beam", "from jpaged import LLM", "imports everything"),
+        ("jpaged.engine", "import experiments.generate", "stands on its own"),
+        ("jpaged.attic", "import jax", "Add a row `'attic'"),
+    ],
+)
+def test_a_planted_import_upwards_is_found(module, source, complaint):
+    path = ROOT / (module.replace(".", "/") + ".py")
+    known = {*MODULES, "jpaged.engine", "jpaged.llm", "jpaged.scheduler"}
+    found = complaints({module: imported(module, path, source, known)})
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+def imported_on_load(tree: ast.Module) -> set[str]:
+    """Top-level names that a file imports as soon as it is itself imported."""
+    found: set[str] = set()
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_a_plain_installation_can_import_every_module():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    names = [
+        requirement.split(">=")[0].split("[")[0].strip()
+        for requirement in project["dependencies"]
+    ]
+    declared = {IMPORT_NAMES.get(name, name) for name in names}
+    known = declared | set(sys.stdlib_module_names) | {"jpaged"}
+    for module, path in MODULES.items():
+        extra = imported_on_load(ast.parse(path.read_text("utf-8"))) - known
+        assert not extra, (
+            f"{module} imports {sorted(extra)}, not among the dependencies in "
+            "pyproject.toml: import it inside the function that needs it"
+        )

@@ -111,7 +111,12 @@ def save_model(
 def _params(model: Decoder) -> list[tuple[str, nnx.Param, bool]]:
     """(name in a checkpoint, parameter, stored transposed), for all parameters."""
     found = []
-    for path, tensor in families.tensors(model.config):
+    tensors = families.tensors(
+        model.config.architecture,
+        num_layers=model.config.num_layers,
+        is_tied=model.config.tie_word_embeddings,
+    )
+    for path, tensor in tensors:
         node: Any = model
         for step in path:
             node = node[step] if isinstance(step, int) else getattr(node, step, None)
@@ -186,7 +191,7 @@ def _locate(
     config: ModelConfig,
 ) -> dict[str, tuple[Any, str]]:
     """File and stored name of every parameter, once all names and shapes agree."""
-    stored = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+    stored = {name: file for file in files.values() for name in file.keys()}
     # Checkpoints of the bare model lack the first part of the names.
     prefix = "" if any(name.startswith("model.") for name in stored) else "model."
     where = {
@@ -196,7 +201,7 @@ def _locate(
     problems = [f"missing {name}" for name in params if name not in where]
     for name, (file, stored_name) in where.items():
         if name not in params:
-            if not families.is_harmless(name, config):
+            if not families.is_harmless(name, is_tied=config.tie_word_embeddings):
                 problems.append(f"unknown {stored_name}")
             continue
         param, transposed = params[name]

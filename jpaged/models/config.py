@@ -1,12 +1,14 @@
 """ModelConfig: the shape of a decoder, in one vocabulary for all families.
 
 Place on the road: config.json -> [models.config] -> decoder. Hugging Face's
-names end in `families.py`; the rest of the code sees only the fields below.
+names stop at `families.py`; the rest of the code sees only the fields below.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from jpaged.models import families
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -133,12 +135,11 @@ class ModelConfig:
           ValueError: unknown architecture (names the supported ones), a missing
             or impossible value, or a feature that this decoder does not have.
         """
-        from jpaged.models import families
-
-        return families.from_hf(hf, generation)
+        fields = families.read(hf, generation)
+        if fields.get("rope_scaling") is not None:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """Contents of a config.json that transformers 4 and 5 both read."""
-        from jpaged.models import families
-
-        return families.to_hf(self)
+        return families.write(dataclasses.asdict(self))

@@ -54,6 +54,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, angles: RotaryTables, layer: int, attend: Attend
     ) -> jax.Array:
+        """What the residual stream x [T, E] gains."""
         num_tokens = x.shape[0]
         q, k, v = (
             linear(x).reshape(num_tokens, -1, self.head_dim)
@@ -77,6 +78,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, angles: RotaryTables, layer: int, attend: Attend
     ) -> jax.Array:
+        """x [T, E] after this layer; `layer` is its index, for `attend`."""
         if self.norm_first:
             x = x + self.attention(self.attention_norm(x), angles, layer, attend)
             return x + self.mlp(self.mlp_norm(x))

@@ -1,21 +1,22 @@
 """Families: what Hugging Face calls the fields and tensors of each architecture.
 
 Place on the road: config.json, *.safetensors -> [models.families] -> ModelConfig
-and parameters. A family is three functions: config in, config out, tensor names.
-The decoder itself knows nothing of them.
+and parameters. A family is how its config is read, how it is written, and what its
+tensors are called. The decoder itself knows nothing of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jpaged.models.config import ACTIVATIONS, DTYPES, ModelConfig, RopeScaling
+# The fields of a ModelConfig, by name; rope_scaling as a dict of its own fields.
+Fields = Mapping[str, Any]
 
 # Where a parameter lives in the decoder: attribute names and list indices.
 Path = tuple[str | int, ...]
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint: its name there, and whether it is stored [out, in]."""
+    """One tensor of a checkpoint: its name, and whether it is stored [out, in]."""
 
     name: str
     transposed: bool
@@ -25,8 +26,8 @@ class Family(NamedTuple):
     """How one architecture is written in a Hugging Face folder."""
 
     model_type: str
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> fields
-    write: Callable[[ModelConfig], dict[str, Any]]  # and back
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> Fields
+    write: Callable[[Fields], dict[str, Any]]  # and back
     layer_prefix: str
     embedding: str
     modules: Mapping[str, str]  # module of the decoder -> module in the checkpoint
@@ -41,15 +42,18 @@ _ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
 }
-_HF_ACTIVATIONS = dict(zip(ACTIVATIONS, ACTIVATIONS, strict=True)) | {
-    "gelu_tanh": "gelu_pytorch_tanh"
+_HF_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "silu": "silu",
 }
 
 
-def from_hf(
+def read(
     hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None
-) -> ModelConfig:
-    """See `ModelConfig.from_hf`."""
+) -> dict[str, Any]:
+    """Fields of a ModelConfig from a parsed config.json; see `ModelConfig.from_hf`."""
     architecture = _architecture(hf)
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unknown")
@@ -57,49 +61,49 @@ def from_hf(
             f"quantization_config: expected none, got {method!r}; "
             "quantised checkpoints are not supported, use the unquantised one"
         )
-    fields = FAMILIES[architecture].read(hf)
     eos = hf.get("eos_token_id")
     if generation is not None and generation.get("eos_token_id") is not None:
         eos = generation["eos_token_id"]
     eos = [] if eos is None else eos
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
-    return ModelConfig(
-        architecture=architecture,
-        bos_token_id=hf.get("bos_token_id"),
-        pad_token_id=hf.get("pad_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        dtype=dtype,
-        **fields,
-    )
-
-
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """See `ModelConfig.to_hf`."""
-    family = FAMILIES[config.architecture]
-    eos = list(config.eos_token_ids)
     return {
-        "architectures": [config.architecture],
+        "architecture": architecture,
+        "bos_token_id": hf.get("bos_token_id"),
+        "pad_token_id": hf.get("pad_token_id"),
+        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
+        "dtype": str(dtype).removeprefix("torch."),
+    } | FAMILIES[architecture].read(hf)
+
+
+def write(fields: Fields) -> dict[str, Any]:
+    """Contents of config.json from a ModelConfig's fields; see `ModelConfig.to_hf`."""
+    family = FAMILIES[fields["architecture"]]
+    eos = list(fields["eos_token_ids"])
+    return {
+        "architectures": [fields["architecture"]],
         "model_type": family.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["hidden_size"],
+        "num_hidden_layers": fields["num_layers"],
+        "num_attention_heads": fields["num_heads"],
+        "max_position_embeddings": fields["max_position_embeddings"],
+        "tie_word_embeddings": fields["tie_word_embeddings"],
+        "bos_token_id": fields["bos_token_id"],
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.pad_token_id,
-        "torch_dtype": config.dtype,
-    } | family.write(config)
+        "pad_token_id": fields["pad_token_id"],
+        "torch_dtype": fields["dtype"],
+    } | family.write(fields)
 
 
-def tensors(config: ModelConfig) -> Iterator[tuple[Path, Tensor]]:
-    """Every parameter of the decoder with the tensor that holds it in a checkpoint."""
-    family = FAMILIES[config.architecture]
-    if config.tie_word_embeddings:
+def tensors(
+    architecture: str, *, num_layers: int, is_tied: bool
+) -> Iterator[tuple[Path, Tensor]]:
+    """Every parameter that a decoder may have, with the tensor that holds it.
+
+    Biases and projections come too, whether or not this decoder has them.
+    """
+    family = FAMILIES[architecture]
+    if is_tied:
         # One array serves both uses, in the layout of the output product.
         yield ("output", "weight"), Tensor(family.embedding, transposed=True)
     else:
@@ -107,7 +111,7 @@ def tensors(config: ModelConfig) -> Iterator[tuple[Path, Tensor]]:
         yield ("output", "weight"), Tensor("lm_head.weight", transposed=True)
     modules = [((path,), name) for path, name in family.modules.items()] + [
         (("layers", layer, *path.split(".")), f"{family.layer_prefix}{layer}.{name}")
-        for layer in range(config.num_layers)
+        for layer in range(num_layers)
         for path, name in family.layer_modules.items()
     ]
     for path, name in modules:
@@ -119,15 +123,15 @@ def tensors(config: ModelConfig) -> Iterator[tuple[Path, Tensor]]:
         yield (*path, "bias"), Tensor(f"{name}.bias", transposed=False)
 
 
-def is_harmless(name: str, config: ModelConfig) -> bool:
+def is_harmless(name: str, *, is_tied: bool) -> bool:
     """Whether an extra tensor of a checkpoint repeats what the config says anyway."""
     return name.endswith(("rotary_emb.inv_freq", "decoder.version")) or (
-        name == "lm_head.weight" and config.tie_word_embeddings
+        name == "lm_head.weight" and is_tied
     )
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
-    """Supported architecture that a config names, from `architectures` or model_type."""
+    """Supported architecture that a config names, by class or by model_type."""
     names = hf.get("architectures") or [
         name
         for name, family in FAMILIES.items()
@@ -182,7 +186,7 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in wanted if rope.get(name) is None]
     if missing:
         raise ValueError(f"rope type {kind!r}: expected values for {missing}")
-    scaling = RopeScaling(kind, **{name: rope[name] for name in wanted})
+    scaling = {"kind": kind} | {name: rope[name] for name in wanted}
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
@@ -211,26 +215,23 @@ def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_llama(config: ModelConfig) -> dict[str, Any]:
+def _write_llama(fields: Fields) -> dict[str, Any]:
     rope = None
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            original = scaling.original_max_position_embeddings
-            rope["low_freq_factor"] = scaling.low_freq_factor
-            rope["high_freq_factor"] = scaling.high_freq_factor
-            rope["original_max_position_embeddings"] = original
+    if fields["rope_scaling"] is not None:
+        rope = dict(fields["rope_scaling"])
+        rope["rope_type"] = rope.pop("kind")
+        if rope["rope_type"] == "linear":
+            rope = {"rope_type": "linear", "factor": rope["factor"]}
     return {
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": _HF_ACTIVATIONS[config.activation],
-        "rms_norm_eps": config.norm_eps,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "initializer_range": config.initializer_range,
-        "rope_theta": config.rope_theta,
+        "num_key_value_heads": fields["num_kv_heads"],
+        "head_dim": fields["head_dim"],
+        "intermediate_size": fields["intermediate_size"],
+        "hidden_act": _HF_ACTIVATIONS[fields["activation"]],
+        "rms_norm_eps": fields["norm_eps"],
+        "attention_bias": fields["qkv_bias"],
+        "mlp_bias": fields["mlp_bias"],
+        "initializer_range": fields["initializer_range"],
+        "rope_theta": fields["rope_theta"],
         "rope_scaling": rope,
     }
 
@@ -269,15 +270,15 @@ def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_opt(config: ModelConfig) -> dict[str, Any]:
+def _write_opt(fields: Fields) -> dict[str, Any]:
     return {
-        "ffn_dim": config.intermediate_size,
-        "activation_function": _HF_ACTIVATIONS[config.activation],
-        "do_layer_norm_before": config.norm_first,
-        "_remove_final_layer_norm": config.norm_first and not config.final_norm,
-        "word_embed_proj_dim": config.input_size,
-        "enable_bias": config.qkv_bias,
-        "init_std": config.initializer_range,
+        "ffn_dim": fields["intermediate_size"],
+        "activation_function": _HF_ACTIVATIONS[fields["activation"]],
+        "do_layer_norm_before": fields["norm_first"],
+        "_remove_final_layer_norm": fields["norm_first"] and not fields["final_norm"],
+        "word_embed_proj_dim": fields["embedding_size"] or fields["hidden_size"],
+        "enable_bias": fields["qkv_bias"],
+        "init_std": fields["initializer_range"],
         "dropout": 0.0,
         "attention_dropout": 0.0,
     }

@@ -62,6 +62,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_size, config.dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The product [..., out], in the dtype of the weight."""
         out = matmul(x, self.weight[...])
         if self.bias is None:
             return out
@@ -76,6 +77,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x normed over its last axis, in x's dtype."""
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         # Rounded before the weight, as transformers does.
@@ -92,6 +94,7 @@ class LayerNorm(nnx.Module):
         self.eps = config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x normed over its last axis, in x's dtype."""
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -119,6 +122,7 @@ class Mlp(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """What the residual stream x [..., E] gains."""
         act = ACTIVATION_FUNCTIONS[self.activation]
         if self.gate is None:
             return self.down(act(self.up(x)))

@@ -16,8 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.decoding.base import Decision, DecodingAlgorithm, LogitsTransform, State
-from jpaged.decoding.base import own_rows
+from jpaged.decoding.base import (
+    Decision,
+    DecodingAlgorithm,
+    LogitsTransform,
+    State,
+    own_rows,
+)
 from jpaged.decoding.transforms import (
     filter_threshold,
     finite_or_zero,
@@ -54,9 +59,7 @@ class SamplingRows:
         )
 
 
-def token_keys(
-    seeds: jax.Array, samples: jax.Array, positions: jax.Array
-) -> jax.Array:
+def token_keys(seeds: jax.Array, samples: jax.Array, positions: jax.Array) -> jax.Array:
     """Return key[S]: the PRNG key of the token of each row.
 
     It depends on nothing but the request's seed (u32[S]), the sample's index
@@ -157,9 +160,7 @@ def _masses(
 def _group(logits: jax.Array, group: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return ids i32[S, W] and logits f32[S, W] of one group per row."""
     ids = group[:, None] * GROUP_SIZE + jnp.arange(GROUP_SIZE, dtype=jnp.int32)[None]
-    values = jnp.take_along_axis(
-        logits, ids, axis=1, mode="fill", fill_value=-jnp.inf
-    )
+    values = jnp.take_along_axis(logits, ids, axis=1, mode="fill", fill_value=-jnp.inf)
     return ids, values
 
 
@@ -225,9 +226,7 @@ def top_logprobs(logits: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
     return values - log_total[:, None], ids
 
 
-def token_logprobs(
-    logits: jax.Array, tokens: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return raw log-probabilities f32[S] and ranks i32[S] of given tokens i32[S].
 
     The rank is 1 + the number of tokens with a larger logit, as vLLM counts it.

@@ -11,6 +11,7 @@ Shape letters: S rows, V vocabulary, G groups of the vocabulary, W entries of a
 group, N leading values.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax import lax
 from jpaged.decoding.base import LogitsTransform
 
 NUM_LEADING = 64  # values per row that are sorted; thresholds among them are cheap
+_SEARCH_ROWS = 8  # rows per chunk of the bisection
 _LEADING_GROUP = 32  # vocabulary entries per group when looking for them
 
 
@@ -128,17 +130,17 @@ def _nucleus_threshold(
     row_max = finite_or_zero(values[:, 0])
     scale = 1.0 / temperature
 
-    def weights(x: jax.Array) -> jax.Array:
-        weight = jnp.exp((x - row_max[:, None]) * scale[:, None])
-        return jnp.where(x >= threshold[:, None], weight, 0.0)
+    def weigh(x: jax.Array, rows: jax.Array | slice = slice(None)) -> jax.Array:
+        weights = jnp.exp((x - row_max[rows, None]) * scale[rows, None])
+        return jnp.where(x >= threshold[rows, None], weights, 0.0)
 
-    cumulative = jnp.cumsum(weights(values), axis=-1)
+    cumulative = jnp.cumsum(weigh(values), axis=-1)
     is_on = top_p < 1.0
     # Where the survivors so far all lie among the leading values, so does their mass.
     is_wide = is_on & (values[:, -1] >= threshold)
     total = lax.cond(
         jnp.any(is_wide),
-        lambda: jnp.where(is_wide, weights(logits).sum(axis=-1), cumulative[:, -1]),
+        lambda: jnp.where(is_wide, weigh(logits).sum(axis=-1), cumulative[:, -1]),
         lambda: cumulative[:, -1],
     )
     target = top_p * total
@@ -153,9 +155,7 @@ def _nucleus_threshold(
         low = jnp.maximum(threshold, row_max + temperature * jnp.log(least))
         high = values[:, -1]
         low = jnp.minimum(low, high)
-        found = _largest_threshold(
-            logits, weights(logits), target, low, high, is_open=beyond
-        )
+        found = _largest_threshold(logits, weigh, target, low, high, is_open=beyond)
         return jnp.where(beyond, found, nucleus)
 
     nucleus = lax.cond(jnp.any(beyond), search, lambda: nucleus)
@@ -164,7 +164,7 @@ def _nucleus_threshold(
 
 def _largest_threshold(
     logits: jax.Array,
-    weights: jax.Array | None,
+    weigh: Callable[[jax.Array, jax.Array], jax.Array] | None,
     target: jax.Array,
     low: jax.Array,
     high: jax.Array,
@@ -172,33 +172,54 @@ def _largest_threshold(
 ) -> jax.Array:
     """Return f32[S]: the largest t in [low, high] whose tokens at or above it weigh `target`.
 
-    Bisection over the float32 numbers in their order, so it ends after at most 32
-    passes with the exact value of a logit. Only rows of `is_open` are searched; the
-    others neither wait for it nor change with it.
+    (Or a smaller one above which the same tokens lie.) Bisection over the float32
+    numbers in their order: exact, and at most 32 passes. Only rows of `is_open` are searched, a few
+    at a time: the work follows how many there are, and a chunk stays in a core's cache.
 
     Args:
-        weights: f32[S, V], or None for 1 per token (exact below 2**24 tokens).
+        weigh: (logits f32[C, V] of a chunk, rows i32[C]) -> f32[C, V], or None for 1
+            per token (exact below 2**24 tokens).
         low: reaches the target, so it is the answer where nothing else does.
     """
+    num_rows = len(logits)
+    chunk = min(_SEARCH_ROWS, num_rows)
+    order = jnp.argsort(~is_open, stable=True).astype(jnp.int32)
+    num_open = jnp.sum(is_open, dtype=jnp.int32)
 
-    def reaches(threshold: jax.Array) -> jax.Array:
-        mine = 1.0 if weights is None else weights
-        kept = jnp.where(logits >= threshold[:, None], mine, 0.0)
-        return jnp.sum(kept, axis=-1) >= target
+    def search_chunk(start: jax.Array, found: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice(order, (start,), (chunk,))
+        x_CV = logits[rows]
+        weights = 1.0 if weigh is None else weigh(x_CV, rows)
+        wanted = target[rows]
 
-    def body(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        # Without overflow: floor((low + high) / 2).
-        middle = (low & high) + ((low ^ high) >> 1)
-        is_enough = reaches(_from_ordered(middle))
-        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+        def narrow(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            first, last = bounds
+            # Without overflow: floor((first + last) / 2).
+            middle = (first & last) + ((first ^ last) >> 1)
+            kept = jnp.where(x_CV >= _from_ordered(middle)[:, None], weights, 0.0)
+            weight = jnp.sum(kept, axis=-1)
+            last = jnp.where(weight >= wanted, last, middle)
+            # Exactly what was wanted: a larger threshold could only lose some of it.
+            last = jnp.where(weight == wanted, middle + 1, last)
+            return jnp.where(weight >= wanted, middle, first), last
 
-    first, last = _to_ordered(low), _to_ordered(high)
-    bounds = first, jnp.where(is_open, last, first) + 1
-    low_end, _ = lax.while_loop(
-        lambda bounds: jnp.any(bounds[0] + 1 < bounds[1]), body, bounds
+        first, last = _to_ordered(low[rows]), _to_ordered(high[rows]) + 1
+        last = jnp.where(is_open[rows], last, first)
+        first, _ = lax.while_loop(
+            lambda bounds: jnp.any(bounds[0] + 1 < bounds[1]), narrow, (first, last)
+        )
+        return found.at[rows].set(_from_ordered(first), unique_indices=True)
+
+    def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start, found = carry
+        # The last chunk slides back to fit, and finds some rows a second time.
+        found = search_chunk(jnp.minimum(start, num_rows - chunk), found)
+        return start + chunk, found
+
+    _, found = lax.while_loop(
+        lambda carry: carry[0] < num_open, body, (jnp.int32(0), low)
     )
-    return _from_ordered(low_end)
+    return found
 
 
 def _to_ordered(values: jax.Array) -> jax.Array:

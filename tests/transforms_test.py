@@ -1,0 +1,220 @@
+"""Logits transforms against float64 numpy with full sorts."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from jpaged.decoding import (
+    SamplingRows,
+    chain,
+    min_p,
+    temperature,
+    top_k,
+    top_p,
+    transforms,
+)
+
+
+def kept_by_sorting(
+    logits: np.ndarray, temp: float, k: int, p: float, minimum: float
+) -> np.ndarray:
+    """Return bool[V], the tokens of one row that survive min-p, top-k and top-p."""
+    x = logits.astype(np.float64)
+    weights = np.exp((x - x.max()) / temp)
+    kept = x > -np.inf
+    if minimum > 0:
+        kept &= weights >= minimum * weights.max()
+    if 0 < k < len(x):
+        kept &= x >= np.sort(x)[-k]
+    if p < 1:
+        order = np.argsort(-x, kind="stable")
+        mass = np.cumsum(np.where(kept, weights, 0.0)[order])
+        # The token that carries the mass to p (or past it) is the last one kept.
+        edge = order[np.searchsorted(mass, p * mass[-1], side="left")]
+        kept &= x >= x[edge]
+    return kept
+
+
+def is_on_the_edge(logits: np.ndarray, temp: float, p: float, kept: np.ndarray) -> bool:
+    """Return whether float32 rounding (1e-5 of the mass) may move the nucleus' edge."""
+    x = np.sort(logits[logits > -np.inf].astype(np.float64))[::-1]
+    weights = np.exp((x - x[0]) / temp)
+    return bool(np.min(np.abs(np.cumsum(weights) / weights.sum() - p)) < 1e-5)
+
+
+def kept(logits: np.ndarray, **settings: float) -> np.ndarray:
+    """Return bool[S, V], the tokens at or above the threshold that jpaged finds."""
+    num_rows = len(logits)
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    arrays = {
+        name: jnp.broadcast_to(
+            jnp.asarray(value, jnp.int32 if name == "top_k" else jnp.float32), num_rows
+        )
+        for name, value in values.items()
+    }
+    threshold = jax.jit(transforms.filter_threshold)(jnp.asarray(logits), **arrays)
+    return (logits >= np.asarray(threshold)[:, None]) & (logits > -np.inf)
+
+
+def rows_of_kinds(seed: int, vocab_size: int) -> np.ndarray:
+    """Return f32[6, V]: peaked, flat, tied, half masked, equal and one-token rows."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(6, vocab_size)) * np.array([4, 0.1, 1, 1, 0, 0])[:, None]
+    rows[2] = np.round(rows[2] * 4) / 4
+    rows[3, rng.random(vocab_size) < 0.5] = -np.inf
+    rows[3:, 0] = 1.0
+    rows[5, 1:] = -np.inf
+    # XLA's top_k puts -0.0 below 0.0, a sort of numbers does not.
+    return rows.astype(np.float32) + np.float32(0)
+
+
+SETTINGS = [
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 3, 1.0, 0.0),
+    (1.0, 64, 1.0, 0.0),
+    (1.0, 65, 1.0, 0.0),
+    (1.0, 700, 1.0, 0.0),
+    (1.0, 0, 0.5, 0.0),
+    (0.7, 0, 0.9, 0.0),
+    (2.0, 0, 0.999, 0.0),
+    (1.0, 0, 0.001, 0.0),
+    (0.7, 0, 1.0, 0.05),
+    (1.0, 0, 1.0, 1.0),
+    (0.7, 50, 0.9, 0.001),
+    (1.5, 300, 0.8, 0.01),
+]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 31, 128, 2000, 5003])
+def test_filters_keep_the_tokens_that_full_sorts_keep(vocab_size):
+    for number, (temp, k, p, minimum) in enumerate(SETTINGS):
+        logits = rows_of_kinds(number, vocab_size)
+        ours = kept(logits, temperature=temp, top_k=k, top_p=p, min_p=minimum)
+        for row, mine in zip(logits, ours, strict=True):
+            wanted = kept_by_sorting(row, temp, k, p, minimum)
+            if p < 1 and is_on_the_edge(row, temp, p, wanted):
+                continue
+            np.testing.assert_array_equal(mine, wanted)
+
+
+def test_rows_with_different_settings_in_one_call_get_their_own():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(len(SETTINGS), 3000)).astype(np.float32)
+    temp, k, p, minimum = (np.array(values) for values in zip(*SETTINGS, strict=True))
+    ours = kept(logits, temperature=temp, top_k=k, top_p=p, min_p=minimum)
+    for s, setting in enumerate(SETTINGS):
+        np.testing.assert_array_equal(ours[s], kept_by_sorting(logits[s], *setting))
+
+
+def test_a_neighbour_that_needs_a_search_does_not_change_a_row():
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(20, 3000)).astype(np.float32)
+    p = np.full(20, 0.01)
+    alone = kept(logits, top_p=p)
+    p[::2] = 0.97  # nuclei of many hundred tokens
+    together = kept(logits, top_p=p)
+    assert together[::2].sum(axis=1).min() > transforms.NUM_LEADING
+    np.testing.assert_array_equal(together[1::2], alone[1::2])
+
+
+def test_top_k_keeps_all_ties_with_the_kth_largest():
+    logits = np.array([[2.0, 1.0, 1.0, 1.0, 0.0]], np.float32)
+    np.testing.assert_array_equal(kept(logits, top_k=1), [[1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(kept(logits, top_k=2), [[1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(kept(logits, top_k=4), [[1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(kept(logits, top_k=5), [[1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(kept(logits, top_k=99), [[1, 1, 1, 1, 1]])
+
+
+def test_ties_that_reach_past_the_leading_values_are_kept_whole():
+    logits = np.zeros((1, 4000), np.float32)
+    logits[0, :10] = 1.0
+    for k in (11, 63, 64, 65, 3000):
+        assert kept(logits, top_k=k).all()
+    # Ten tokens hold e / (e + 399) of the mass: 0.5 lies among the ties.
+    assert kept(logits, top_p=0.5).all()
+
+
+def test_the_nucleus_ends_with_the_token_that_reaches_p():
+    # Probabilities 1/2, 1/4, 1/8, 1/8, all exact in float32.
+    logits = np.log(np.array([[4.0, 2.0, 1.0, 1.0]])).astype(np.float32)
+    np.testing.assert_array_equal(kept(logits, top_p=0.49), [[1, 0, 0, 0]])
+    np.testing.assert_array_equal(kept(logits, top_p=0.51), [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(kept(logits, top_p=0.74), [[1, 1, 0, 0]])
+    # The two last tie, so the one that is not needed for 0.8 stays too.
+    np.testing.assert_array_equal(kept(logits, top_p=0.8), [[1, 1, 1, 1]])
+
+
+def test_the_fused_filters_equal_the_chain_of_single_ones():
+    logits = rows_of_kinds(3, 1500)
+    rows = SamplingRows.greedy(len(logits))
+    settings = {"temperature": 0.7, "top_k": 90, "top_p": 0.9, "min_p": 0.002}
+    rows = SamplingRows(
+        **{
+            field: jnp.full_like(getattr(rows, field), settings.get(field, 0))
+            for field in ("temperature", "top_k", "top_p", "min_p", "seed", "sample")
+        }
+    )
+    from_rows = chain(temperature(), min_p(), top_k(), top_p())
+    from_values = chain(temperature(0.7), min_p(0.002), top_k(90), top_p(0.9))
+    chained = np.asarray(jax.jit(from_rows)(jnp.asarray(logits), rows))
+    np.testing.assert_array_equal(chained, jax.jit(from_values)(jnp.asarray(logits)))
+    np.testing.assert_array_equal(chained > -np.inf, kept(logits, **settings))
+
+
+def test_a_transform_without_value_and_params_says_what_to_pass():
+    with pytest.raises(ValueError, match=r"top_k: no value given .* top_k\(value\)"):
+        top_k()(jnp.zeros((1, 3)))
+    with pytest.raises(TypeError, match="argument 1 must be a logits transform"):
+        chain(top_k(2), 0.5)
+
+
+@pytest.mark.parametrize(("vocab_size", "num"), [(9, 9), (5000, 64), (4999, 7)])
+def test_leading_equals_top_k_of_a_sort_with_the_lower_id_first(vocab_size, num):
+    logits = rows_of_kinds(4, vocab_size)
+    values, ids = jax.jit(transforms.leading, static_argnums=1)(logits, num)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :num]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, order, axis=1))
+
+
+finite = st.floats(-50, 50, width=16)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+    st.lists(finite | st.just(float("-inf")), min_size=200, max_size=200),
+    st.integers(0, 210),
+    st.sampled_from([1.0, 0.9, 0.3]),
+    st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_any_mask_and_any_ties_give_what_sorting_gives(values, k, p, minimum):
+    logits = np.array([values], np.float32)
+    logits[0, 7] = 0.0
+    ours = kept(logits, top_k=k, top_p=p, min_p=minimum)[0]
+    wanted = kept_by_sorting(logits[0], 1.0, k, p, minimum)
+    assert ours[np.argmax(logits[0])]
+    if p == 1.0:
+        np.testing.assert_array_equal(ours, wanted)
+    else:
+        # Among many ties the edge may lie within rounding of a mass; then one of the
+        # two sides is right.
+        looser = kept_by_sorting(logits[0], 1.0, k, p + 1e-5, minimum)
+        stricter = kept_by_sorting(logits[0], 1.0, k, p - 1e-5, minimum)
+        assert (stricter <= ours).all()
+        assert (ours <= looser).all()
+
+
+def test_the_oracle_notices_an_off_by_one_k_and_a_strict_nucleus():
+    logits = rows_of_kinds(5, 2000)[:2]
+    off_by_one = kept(logits, top_k=41)
+    for row, mine in zip(logits, off_by_one, strict=True):
+        assert (mine != kept_by_sorting(row, 1.0, 40, 1.0, 0.0)).any()
+    # Mass strictly above p keeps one token more than needed where p is met exactly.
+    equal = np.array([[0.0, 0.0, -np.inf, -np.inf]], np.float32)
+    equal[0, 1] = -1e-30  # another float32, the same weight
+    assert kept_by_sorting(equal[0], 1.0, 0, 0.5, 0.0).sum() == 1
+    assert kept(equal, top_p=0.5).sum() == 1

@@ -60,8 +60,10 @@ fits() {
 }
 
 find_python() {
+  pyenv=$${PYENV_ROOT:-$${HOME:-}/.pyenv}/versions
   for candidate in python3.13 python3.12 python3.11 python3 \
-    "$$HOME"/.pyenv/versions/3.1[321].*/bin/python; do
+    "$$pyenv"/3.13.*/bin/python "$$pyenv"/3.12.*/bin/python \
+    "$$pyenv"/3.11.*/bin/python; do
     if fits "$$candidate"; then echo "$$candidate"; return; fi
   done
 }

@@ -174,13 +174,21 @@ def flags_of(experiment: str) -> frozenset[str]:
         text=True,
         timeout=SECONDS_PER_COMMAND,
     )
-    found = re.findall(r"^\s*(?:-\w,)?--(\[no\])?(\w+):", done.stdout, re.MULTILINE)
+    found = flags_listed(done.stdout)
     assert found, f"experiments.{experiment} has no flags\n{done.stderr[-4000:]}"
-    return frozenset(
-        name
-        for negatable, flag in found
-        for name in ([flag, f"no{flag}"] if negatable else [flag])
-    )
+    return found
+
+
+def flags_listed(text: str) -> frozenset[str]:
+    """The names that a help text of absl gives, short and negated ones among them.
+
+    >>> sorted(flags_listed("  -p,--prompt: a prompt\\n  --[no]progress: a bar"))
+    ['noprogress', 'p', 'progress', 'prompt']
+    """
+    lines = re.findall(r"^\s*(?:-(\w),)?--(\[no\])?(\w+):", text, re.MULTILINE)
+    names = {short for short, _, _ in lines} | {name for _, _, name in lines}
+    negated = {f"no{name}" for _, negatable, name in lines if negatable}
+    return frozenset((names | negated) - {""})
 
 
 def flags_used(line: str) -> set[str]:

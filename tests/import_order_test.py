@@ -31,23 +31,23 @@ ROOMS = {
     "step_inputs":   ["compat", "config", "block_manager"],
     "scheduler":     ["compat", "config", "requests", "block_manager", "step_inputs"],
     # memory and arithmetic: pages and activations, no requests
-    "kv_cache":      ["compat", "config"],
-    "pallas":        ["compat", "kv_cache"],
-    "triton":        ["compat", "kv_cache"],
-    "attention":     ["compat", "config", "kv_cache", "step_inputs", "pallas",
-                      "triton"],
+    "xla":           ["compat"],
+    "pallas":        ["compat"],
+    "triton":        ["compat"],
+    "attention":     ["compat", "config", "xla", "pallas", "triton"],
+    "kv_cache":      ["compat", "config", "attention"],
     "models":        ["compat", "config", "bundled", "parallel", "step_inputs",
-                      "kv_cache", "attention"],
+                      "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block
     "decoding":      ["compat"],
     # both halves meet
     "engine":        ["compat", "config", "requests", "parallel", "block_manager",
-                      "step_inputs", "scheduler", "kv_cache", "attention", "models",
+                      "step_inputs", "scheduler", "attention", "kv_cache", "models",
                       "decoding"],
     # the host shell, and the same engine on a simulated clock
     "llm":           ["compat", "config", "requests", "bundled", "text", "parallel",
-                      "block_manager", "step_inputs", "scheduler", "kv_cache",
-                      "attention", "models", "decoding", "engine"],
+                      "block_manager", "step_inputs", "scheduler", "attention",
+                      "kv_cache", "models", "decoding", "engine"],
     "simulator":     ["compat", "config", "requests", "block_manager", "step_inputs",
                       "scheduler", "decoding", "engine"],
 }

@@ -97,7 +97,7 @@ def filter_threshold(
 
 
 def _kth_largest(logits: jax.Array, values: jax.Array, k: jax.Array) -> jax.Array:
-    """Return f32[S]: the k-th largest logit per row; -inf where k is 0 or at least V."""
+    """Return f32[S]: the k-th largest logit; -inf where k is 0 or at least V."""
     vocab_size, num = logits.shape[1], values.shape[1]
     is_on = (k > 0) & (k < vocab_size)
     at = jnp.clip(k - 1, 0, num - 1)
@@ -170,11 +170,12 @@ def _largest_threshold(
     high: jax.Array,
     is_open: jax.Array,
 ) -> jax.Array:
-    """Return f32[S]: the largest t in [low, high] whose tokens at or above it weigh `target`.
+    """Return f32[S]: the largest t in [low, high] with `target` or more at or above t.
 
     (Or a smaller one above which the same tokens lie.) Bisection over the float32
-    numbers in their order: exact, and at most 32 passes. Only rows of `is_open` are searched, a few
-    at a time: the work follows how many there are, and a chunk stays in a core's cache.
+    numbers in their order: exact, and at most 32 passes. Only rows of `is_open` are
+    searched, a few at a time: the work follows how many there are, and a chunk stays
+    in a core's cache.
 
     Args:
         weigh: (logits f32[C, V] of a chunk, rows i32[C]) -> f32[C, V], or None for 1

@@ -32,6 +32,7 @@ class Family(NamedTuple):
     embedding: str
     modules: Mapping[str, str]  # module of the decoder -> module in the checkpoint
     layer_modules: Mapping[str, str]  # the same inside a layer
+    token_ids: Mapping[str, int]  # what a config that is silent about them means
 
 
 _ACTIVATION_NAMES = {
@@ -61,6 +62,8 @@ def read(
             f"quantization_config: expected none, got {method!r}; "
             "quantised checkpoints are not supported, use the unquantised one"
         )
+    family = FAMILIES[architecture]
+    hf = {**family.token_ids, **hf}
     eos = hf.get("eos_token_id")
     if generation is not None and generation.get("eos_token_id") is not None:
         eos = generation["eos_token_id"]
@@ -72,7 +75,7 @@ def read(
         "pad_token_id": hf.get("pad_token_id"),
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
         "dtype": str(dtype).removeprefix("torch."),
-    } | FAMILIES[architecture].read(hf)
+    } | family.read(hf)
 
 
 def write(fields: Fields) -> dict[str, Any]:
@@ -146,10 +149,24 @@ def _architecture(hf: Mapping[str, Any]) -> str:
     )
 
 
-def _required(hf: Mapping[str, Any], name: str) -> Any:
-    if hf.get(name) is None:
+def _required(hf: Mapping[str, Any], name: str) -> int:
+    """A size that a config must hold."""
+    value = hf.get(name)
+    if value is None:
         raise ValueError(f"config.json: expected a value for {name!r}, found none")
-    return hf[name]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer above 0, got {value!r}")
+    return value
+
+
+def _head_dim(hidden_size: int, num_heads: int) -> int:
+    """Head size of a config that does not give it."""
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"hidden_size: expected a multiple of num_attention_heads ({num_heads}), "
+            f"got {hidden_size}"
+        )
+    return hidden_size // num_heads
 
 
 def _activation(name: str) -> str:
@@ -166,7 +183,10 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     Before transformers 5: `rope_theta` beside `rope_scaling` (with "type" or
     "rope_type"); since: one dict `rope_parameters` that holds both.
     """
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling: expected an object, got {rope!r}")
+    rope = dict(rope)
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
@@ -200,7 +220,7 @@ def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": _required(hf, "num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
-        "head_dim": hf.get("head_dim") or hidden_size // num_heads,
+        "head_dim": hf.get("head_dim") or _head_dim(hidden_size, num_heads),
         "intermediate_size": _required(hf, "intermediate_size"),
         "max_position_embeddings": hf.get("max_position_embeddings") or 2048,
         "activation": _activation(hf.get("hidden_act", "silu")),
@@ -250,7 +270,7 @@ def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": _required(hf, "num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
-        "head_dim": hidden_size // num_heads,
+        "head_dim": _head_dim(hidden_size, num_heads),
         "intermediate_size": _required(hf, "ffn_dim"),
         "max_position_embeddings": hf.get("max_position_embeddings") or 2048,
         "activation": _activation(hf.get("activation_function", "relu")),
@@ -303,6 +323,7 @@ FAMILIES: Mapping[str, Family] = {
             "mlp.up": "mlp.up_proj",
             "mlp.down": "mlp.down_proj",
         },
+        token_ids={"bos_token_id": 1, "eos_token_id": 2},
     ),
     "OPTForCausalLM": Family(
         model_type="opt",
@@ -326,5 +347,6 @@ FAMILIES: Mapping[str, Family] = {
             "mlp.up": "fc1",
             "mlp.down": "fc2",
         },
+        token_ids={"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
     ),
 }

@@ -1,0 +1,24 @@
+"""jpaged: the PagedAttention system as pure functions on arrays.
+
+The road that data takes, and the modules along it:
+
+    requests -> scheduler -> block_manager -> step_inputs -> models -> attention -> logits
+        ^                                                                            |
+        '---- llm <- engine <- block_manager (fork, free) <- (tokens, parents) <- decoding
+
+Source: Kwon et al. 2023. https://arxiv.org/abs/2309.06180
+"""
+
+from jpaged.config import EngineConfig as EngineConfig
+from jpaged.models.checkpoint import load_model as load_model
+from jpaged.models.checkpoint import save_model as save_model
+from jpaged.requests import BeamSearchParams as BeamSearchParams
+from jpaged.requests import SamplingParams as SamplingParams
+
+__all__ = [
+    "BeamSearchParams",
+    "EngineConfig",
+    "SamplingParams",
+    "load_model",
+    "save_model",
+]

@@ -1,0 +1,345 @@
+"""Paged attention: the front doors, their checks, and the plain reference.
+
+Place on the road: models -> [attention] -> xla | pallas | triton.
+
+Letters: S sequences, T query tokens of the step, N blocks, M blocks per sequence,
+P tokens per block, H query heads, K key/value heads, G = H // K, D head_dim, L layers.
+
+Source: Kwon et al. 2023, section 4.1. https://arxiv.org/abs/2309.06180
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.xla import attention as xla_attention
+from jpaged.xla import pages as xla_pages
+
+Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
+
+IMPLEMENTATIONS = ("reference", "xla")
+_PLANNED = ("mosaic_tpu", "mosaic_gpu", "triton")
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_tables: jax.Array,
+    context_lens: jax.Array,
+    *,
+    query_start_loc: jax.Array | None = None,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    layer: jax.Array | int | None = None,
+    shared_prefix: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The attention output of every query token over its sequence's paged keys.
+
+    Args:
+      q: `[S, H, D]`, one query per sequence (decode); or with `query_start_loc`
+        `[T, H, D]`, prompt chunks and decode tokens of all sequences one after
+        another, causal within each sequence.
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`.
+      block_tables: i32`[S, M]`. Entries past a sequence's length are never used,
+        whatever they hold.
+      context_lens: i32`[S]`, tokens visible to the row's last query, those that are
+        written in this step included. 0 gives zeros.
+      query_start_loc: i32`[S + 1]`; sequence s owns queries
+        `query_start_loc[s] : query_start_loc[s + 1]`. Rows of `q` past the last
+        entry give zeros.
+      scale: multiplies the scores; `head_dim ** -0.5` if None.
+      sliding_window: a query sees itself and the `sliding_window - 1` tokens before.
+      logits_soft_cap: scores become `cap * tanh(scores / cap)`.
+      sinks: f32`[H]`, a learned score per head that takes part in the softmax's
+        denominator and has no value.
+      layer: which layer of a stacked pool; an index, so that the pool is not sliced.
+      return_lse: also give the natural-log float32 log-sum-exp of the scores
+        (`-inf` where nothing is visible), for `merge_states`.
+      implementation: None takes the best for the backend.
+
+    Returns:
+      `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also
+      f32`[S, H]` or f32`[T, H]`.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit together, or an implementation
+        that does not exist or cannot serve the arguments.
+    """
+    chosen = _choose(implementation)
+    for name, value in (
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
+        ("shared_prefix", shared_prefix),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name}: implementation {chosen!r} does not serve it yet; pass None"
+            )
+    _check_pages(k_pages, v_pages, layer)
+    _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap: expected above 0, got {logits_soft_cap}")
+    k_pages, v_pages, block_tables = _one_pool(k_pages, v_pages, block_tables, layer)
+    options = dict(
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+    )
+    args = (q, k_pages, v_pages, block_tables, context_lens)
+    if chosen == "reference":
+        out, lse = _reference(*args, query_start_loc, **options)
+    elif query_start_loc is None:
+        out, lse = xla_attention.decode(*args, **options)
+    else:
+        out, lse = xla_attention.ragged(*args, query_start_loc, **options)
+    return (out, lse) if return_lse else out
+
+
+def write_kv(
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slot_mapping: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The pages with `k[t]`, `v[t]` written to slot `slot_mapping[t]`.
+
+    Args:
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`; updated in
+        place when the caller donates them.
+      k, v: `[T, K, D]`, cast to the pages' dtype.
+      slot_mapping: i32`[T]`, `block * block_size + offset`; below 0 is skipped.
+
+    Raises:
+      ValueError: for shapes that do not fit together.
+    """
+    _choose(implementation)
+    _check_pages(k_pages, v_pages, layer)
+    *_, num_kv_heads, _, head_dim = k_pages.shape
+    wanted = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
+    for name, value in (("k", k), ("v", v)):
+        if value.shape != wanted:
+            raise ValueError(
+                f"{name}: expected shape {wanted} (slot_mapping {slot_mapping.shape}, "
+                f"pages {k_pages.shape}), got {value.shape}"
+            )
+    _check_int("slot_mapping", slot_mapping, 1)
+    write = xla_pages.write
+    return (
+        write(k_pages, k.astype(k_pages.dtype), slot_mapping, layer),
+        write(v_pages, v.astype(v_pages.dtype), slot_mapping, layer),
+    )
+
+
+def copy_blocks(
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    src: jax.Array,
+    dst: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The pages with block `dst[i]` overwritten by what block `src[i]` held.
+
+    Args:
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer` (without it a
+        stacked pool copies the block in every layer).
+      src, dst: i32`[C]`, `NO_BLOCK` (-1) padding in either skips the pair; no block
+        may be both a source and a destination.
+
+    Raises:
+      ValueError: for shapes that do not fit together.
+    """
+    _choose(implementation)
+    if k_pages.ndim == 4 or layer is not None:
+        _check_pages(k_pages, v_pages, layer)
+    _check_int("src", src, 1)
+    _check_int("dst", dst, 1)
+    if src.shape != dst.shape:
+        raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
+    copy = xla_pages.copy
+    return copy(k_pages, src, dst, layer), copy(v_pages, src, dst, layer)
+
+
+def merge_states(
+    out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the union of two disjoint sets of keys, from that over each.
+
+    Args:
+      out_a, out_b: `[..., H, D]` attention outputs.
+      lse_a, lse_b: f32`[..., H]` log-sum-exps; `-inf` marks an empty set.
+
+    Returns:
+      The merged output in the dtype of `out_a`, and its log-sum-exp.
+    """
+    lse = jnp.logaddexp(lse_a, lse_b)
+    # Both sets empty: lse is -inf and -inf - -inf is NaN; the weights must be 0.
+    base = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    weight_a = jnp.exp(lse_a - base)[..., None]
+    weight_b = jnp.exp(lse_b - base)[..., None]
+    out = weight_a * out_a.astype(jnp.float32) + weight_b * out_b.astype(jnp.float32)
+    return out.astype(out_a.dtype), lse
+
+
+def _reference(
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    context_lens,
+    query_start_loc,
+    *,
+    scale,
+    sliding_window,
+    logits_soft_cap,
+    sinks,
+):
+    """Plain attention: gather each query's whole table, mask, softmax in float32."""
+    num_queries, num_heads, head_dim = q.shape
+    num_blocks, num_kv_heads, block_size, _ = k_pages.shape
+    num_seqs, max_blocks = block_tables.shape
+    if query_start_loc is None:
+        query_start_loc = jnp.arange(num_seqs + 1, dtype=jnp.int32)
+    query = jnp.arange(num_queries, dtype=jnp.int32)
+    row = jnp.searchsorted(query_start_loc[1:], query, side="right")
+    row = jnp.minimum(row, num_seqs - 1).astype(jnp.int32)
+    # The last query of a row sees context_lens tokens, the one before it one less.
+    visible = context_lens[row] - (query_start_loc[row + 1] - 1 - query)
+    visible = jnp.where(query < query_start_loc[-1], visible, 0)
+
+    blocks = jnp.clip(block_tables, 0, num_blocks - 1)[row]  # [T, M]
+    position = jnp.arange(max_blocks * block_size, dtype=jnp.int32)
+    position, visible = position[None, :], visible[:, None]
+    mask = position < visible
+    if sliding_window is not None:
+        mask &= position >= visible - sliding_window
+    mask = mask[:, None, None, :]
+
+    def gathered(pages):  # [T, K, M * P, D]
+        rows = pages[blocks].astype(jnp.float32).transpose(0, 2, 1, 3, 4)
+        return rows.reshape(num_queries, num_kv_heads, -1, head_dim)
+
+    q_TKGD = q.astype(jnp.float32).reshape(num_queries, num_kv_heads, -1, head_dim)
+    scores = jnp.einsum("tkgd,tkcd->tkgc", q_TKGD, gathered(k_pages)) * scale
+    if logits_soft_cap is not None:
+        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)  # [T, K, G]
+    if sinks is not None:
+        sink_KG = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1)
+        # A row that sees nothing stays empty, sink or not.
+        lse = jnp.where(visible[:, None] > 0, jnp.logaddexp(lse, sink_KG), lse)
+    base = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    weights = jnp.where(mask, jnp.exp(scores - base[..., None]), 0.0)
+    values = jnp.where(mask[:, 0, 0, :][:, None, :, None], gathered(v_pages), 0.0)
+    out = jnp.einsum("tkgc,tkcd->tkgd", weights, values)
+    shape = (num_queries, num_heads)
+    return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
+
+
+def _choose(implementation: str | None) -> str:
+    if implementation is None:
+        return "xla"
+    if implementation in IMPLEMENTATIONS:
+        return implementation
+    if implementation in _PLANNED:
+        raise ValueError(
+            f"implementation: {implementation!r} is not built yet; "
+            f"choose one of {IMPLEMENTATIONS}, or None for the best one"
+        )
+    raise ValueError(
+        f"implementation: expected None or one of {IMPLEMENTATIONS}, "
+        f"got {implementation!r}"
+    )
+
+
+def _one_pool(k_pages, v_pages, block_tables, layer):
+    """Views a stacked pool as one pool of L * N blocks: no slice, so no copy."""
+    if layer is None:
+        return k_pages, v_pages, block_tables
+    num_layers, num_blocks, *block_shape = k_pages.shape
+    flat = (num_layers * num_blocks, *block_shape)
+    inside = (block_tables >= 0) & (block_tables < num_blocks)
+    offset = jnp.asarray(layer, jnp.int32) * num_blocks
+    tables = jnp.where(inside, block_tables + offset, 0)
+    return k_pages.reshape(flat), v_pages.reshape(flat), tables
+
+
+def _check_pages(k_pages, v_pages, layer) -> None:
+    rank, shape = (4, "[N, K, P, D]") if layer is None else (5, "[L, N, K, P, D]")
+    if k_pages.ndim != rank:
+        hint = "without layer=" if layer is None else "with layer="
+        raise ValueError(
+            f"k_pages: expected rank {rank} {shape} {hint}, got shape {k_pages.shape}"
+        )
+    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
+        raise ValueError(
+            f"v_pages: expected {k_pages.dtype}{list(k_pages.shape)} like k_pages, "
+            f"got {v_pages.dtype}{list(v_pages.shape)}"
+        )
+
+
+def _check_int(name: str, value: jax.Array, rank: int) -> None:
+    if value.ndim != rank or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(
+            f"{name}: expected integers of rank {rank}, "
+            f"got {value.dtype}{list(value.shape)}"
+        )
+
+
+def _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks):
+    if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"q: expected floating [S, H, D] or [T, H, D], got {q.dtype}{list(q.shape)}"
+        )
+    _check_int("block_tables", block_tables, 2)
+    _check_int("context_lens", context_lens, 1)
+    num_queries, num_heads, head_dim = q.shape
+    num_seqs = block_tables.shape[0]
+    *_, num_kv_heads, _, page_head_dim = k_pages.shape
+    if head_dim != page_head_dim:
+        raise ValueError(
+            f"q: expected head_dim {page_head_dim} as in k_pages, got {head_dim}"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"q: expected a number of heads that is a multiple of the pages' "
+            f"{num_kv_heads} key/value heads, got {num_heads}"
+        )
+    if context_lens.shape != (num_seqs,):
+        raise ValueError(
+            f"context_lens: expected shape ({num_seqs},) as block_tables has rows, "
+            f"got {context_lens.shape}"
+        )
+    if query_start_loc is None and num_queries != num_seqs:
+        raise ValueError(
+            f"q: expected one query for each of the {num_seqs} rows of block_tables, "
+            f"got {num_queries}; pass query_start_loc for prompt chunks"
+        )
+    if query_start_loc is not None:
+        _check_int("query_start_loc", query_start_loc, 1)
+        if query_start_loc.shape != (num_seqs + 1,):
+            raise ValueError(
+                f"query_start_loc: expected shape ({num_seqs + 1},), "
+                f"got {query_start_loc.shape}"
+            )
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks: expected shape ({num_heads},), got {sinks.shape}")

@@ -1,0 +1,103 @@
+"""Configuration of the engine: one frozen dataclass; invalid values raise at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+POLICIES = ("fcfs", "priority")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """The sizes that fix the engine's shapes, and the scheduler's choices.
+
+    Attributes:
+      num_blocks: physical KV blocks in the pool.
+      block_size: tokens per block.
+      max_num_seqs: rows, the sequences that can run at the same time.
+      max_model_len: tokens of the longest sequence, prompt and output together.
+      max_num_batched_tokens: tokens of one step, prompt chunks and decode tokens.
+      max_num_requests: places in the request table, waiting and running together.
+      max_num_stop_ids: token ids that can end one request, EOS included.
+      num_logprobs: most likely tokens kept with each generated token; 0 keeps only
+        the generated token's own log-probability.
+      policy: "fcfs" or "priority" (smaller `priority` first, then arrival).
+      watermark: share of the blocks that admission leaves free while others run.
+
+    Raises:
+      ValueError: a size is too small for another, or the policy is unknown.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_model_len: int = 2048
+    max_num_batched_tokens: int = 512
+    max_num_requests: int = 256
+    max_num_stop_ids: int = 8
+    num_logprobs: int = 0
+    policy: str = "fcfs"
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "num_logprobs" else 1
+            if field.name in ("policy", "watermark"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{field.name}: expected an integer of at least {least}, "
+                    f"got {value!r}"
+                )
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"policy: expected one of {POLICIES}, got {self.policy!r}"
+            )
+        if not 0 <= self.watermark < 1:
+            raise ValueError(
+                f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                "max_num_batched_tokens: expected at least max_num_seqs "
+                f"({self.max_num_seqs}), for every running sequence decodes one token "
+                f"a step, got {self.max_num_batched_tokens}; raise it, or lower "
+                "max_num_seqs"
+            )
+        if self.max_num_requests < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_requests: expected at least max_num_seqs "
+                f"({self.max_num_seqs}), got {self.max_num_requests}"
+            )
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Width of the block tables."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def num_watermark_blocks(self) -> int:
+        """Blocks that admission leaves free while others run."""
+        return int(self.watermark * self.num_blocks)
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows for which a decode step is compiled, rising.
+
+        Powers of two, with one step between from 16 on, where a row costs time.
+        """
+        return _buckets((1, 4, 8, 16, 24, 32, 48, 64), self.max_num_seqs)
+
+    @property
+    def token_buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens for which a step with prompt chunks is compiled."""
+        return _buckets((32, 64, 128, 256, 512), self.max_num_batched_tokens)
+
+
+def _buckets(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
+    """The sizes below `largest`, doubled where they do not reach it, and `largest`."""
+    buckets = [size for size in sizes if size < largest]
+    while buckets and buckets[-1] * 2 < largest:
+        buckets.append(buckets[-1] * 2)
+    return (*buckets, largest)

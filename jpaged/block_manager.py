@@ -122,8 +122,8 @@ def append(state: BlockState, num_tokens: jax.Array) -> tuple[BlockState, Append
     last, copies, added = _demand(state, num_tokens)
     room = max_blocks_per_seq * state.block_size - state.context_lens
     fits = (num_tokens >= 0) & (num_tokens <= room)
-    enough = jnp.sum(copies + added) <= num_free_blocks(state)
-    ok = jnp.all(fits) & enough
+    words, num_free = _free_words(state.ref_counts)
+    ok = jnp.all(fits) & (jnp.sum(copies + added) <= num_free[-1])
     # All or nothing: a refused append asks for nothing, so that nothing changes below.
     num_tokens, copies, added = (
         jnp.where(ok, asked, 0) for asked in (num_tokens, copies, added)
@@ -133,7 +133,13 @@ def append(state: BlockState, num_tokens: jax.Array) -> tuple[BlockState, Append
     # its last block if that is copied, so they fill one range of its table.
     ends = jnp.cumsum(copies + added)
     start = ends - copies - added
-    taken = _first_free(state.ref_counts, ends[-1], max_seqs, max_blocks_per_seq)
+    most = min(num_blocks, max_seqs * max_blocks_per_seq)
+    few = min(most, max_seqs + _PROMPT_BLOCKS)
+    taken = lax.cond(
+        ends[-1] <= few,
+        lambda: jnp.pad(_first_free(words, num_free, few), (0, most - few)),
+        lambda: _first_free(words, num_free, most),
+    )
     first_column = _blocks_held(state) - copies
     offset_SM = jnp.arange(max_blocks_per_seq)[None, :] - first_column[:, None]
     block_tables = jnp.where(
@@ -394,52 +400,37 @@ def _demand(
     return last, copies, jnp.maximum(-(-overflow // state.block_size), 0)
 
 
-def _first_free(
-    ref_counts: jax.Array, num_taken: jax.Array, max_seqs: int, max_blocks_per_seq: int
-) -> jax.Array:
-    """The lowest free blocks in order, i32[K]; only the first `num_taken` are right.
+def _free_words(ref_counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One bit per block, set where it is free, and the free blocks up to each word.
 
-    Blocks are packed 32 to a word, one bit for each that is free, and counted up to
-    each word. The n-th free block is then a binary search for its word and five
-    halvings of it: nothing of size N but the packing.
+    Returns u32[W] and i32[W], with 32 blocks to a word.
     """
     (num_blocks,) = ref_counts.shape
-    most = min(num_blocks, max_seqs * max_blocks_per_seq)
-    few = min(most, max_seqs + _PROMPT_BLOCKS)
     is_free = jnp.pad(ref_counts == 0, (0, -num_blocks % _WORD_BITS))
     bit = jnp.uint32(1) << jnp.arange(_WORD_BITS, dtype=jnp.uint32)
-    words = jnp.sum(
-        jnp.where(is_free.reshape(-1, _WORD_BITS), bit[None, :], jnp.uint32(0)),
-        axis=1,
-        dtype=jnp.uint32,
-    )
-    if few == most:
-        return _select_bits(words, most)
-    return lax.cond(
-        num_taken <= few,
-        lambda: jnp.pad(_select_bits(words, few), (0, most - few)),
-        lambda: _select_bits(words, most),
-    )
+    bits = jnp.where(is_free.reshape(-1, _WORD_BITS), bit[None, :], jnp.uint32(0))
+    words = jnp.sum(bits, axis=1, dtype=jnp.uint32)
+    return words, jnp.cumsum(lax.population_count(words).astype(jnp.int32))
 
 
-def _select_bits(words: jax.Array, count: int) -> jax.Array:
-    """The places of the first `count` bits that are set in `words` u32[W], i32[count].
+def _first_free(words: jax.Array, num_free: jax.Array, count: int) -> jax.Array:
+    """The lowest free blocks in order, i32[count]; past the last one, some number.
 
-    Past the last set bit the result means nothing.
+    The n-th free block is a binary search for its word and five halvings of the word,
+    for all n at once: after the packing, nothing is of size N.
     """
     (num_words,) = words.shape
-    ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
     nth = jnp.arange(count, dtype=jnp.int32)
-    index = jnp.searchsorted(ends, nth, side="right", method="scan_unrolled")
+    index = jnp.searchsorted(num_free, nth, side="right", method="scan_unrolled")
     index = jnp.minimum(index, num_words - 1).astype(jnp.int32)
     word = words[index]
-    # `nth` becomes the number of set bits to pass inside the word.
-    nth = nth - ends[index] + lax.population_count(word).astype(jnp.int32)
-    place = index * _WORD_BITS
+    # From here on `nth` is the number of free blocks to pass inside the word.
+    nth = nth - num_free[index] + lax.population_count(word).astype(jnp.int32)
+    block = index * _WORD_BITS
     for half in (16, 8, 4, 2, 1):
         in_low = lax.population_count(word & jnp.uint32(2**half - 1)).astype(jnp.int32)
         is_high = nth >= in_low
         nth = jnp.where(is_high, nth - in_low, nth)
         word = jnp.where(is_high, word >> half, word)
-        place = jnp.where(is_high, place + half, place)
-    return place
+        block = jnp.where(is_high, block + half, block)
+    return block

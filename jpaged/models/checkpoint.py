@@ -69,14 +69,19 @@ def load_model(path: str | pathlib.Path, dtype: str = "auto") -> Decoder:
         dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
     config = dataclasses.replace(config, dtype=dtype)
     folder = _folder(path)
-    files = {name: _open(folder / name) for name in _weight_files(folder)}
     # The abstract model has shapes and no arrays: random weights are never drawn.
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     params = {name: (param, t) for name, param, t in _params(model)}
+    files = [folder / name for name in _weight_files(folder)]
     where = _locate(files, params, config)
     for name, (param, transposed) in params.items():
         file, stored = where[name]
-        param.set_value(_read(file, stored, transposed, dtype))
+        # Opened for each tensor: pages of a file that stays mapped count as memory.
+        with _open(file) as opened:
+            array = opened.get_tensor(stored)
+        array = array.T if transposed else array
+        # A copy, always: on CPU a JAX array may otherwise borrow numpy's memory.
+        param.set_value(jnp.array(array.astype(jnp.dtype(dtype), copy=False)))
     return model
 
 
@@ -186,35 +191,39 @@ def _open(file: pathlib.Path) -> Any:
 
 
 def _locate(
-    files: Mapping[str, Any],
+    files: list[pathlib.Path],
     params: Mapping[str, tuple[nnx.Param, bool]],
     config: ModelConfig,
-) -> dict[str, tuple[Any, str]]:
+) -> dict[str, tuple[pathlib.Path, str]]:
     """File and stored name of every parameter, once all names and shapes agree."""
-    stored = {name: file for file in files.values() for name in file.keys()}
+    stored = {}  # name -> (file, shape, dtype)
+    for file in files:
+        with _open(file) as opened:
+            for name in opened.keys():
+                tensor = opened.get_slice(name)
+                shape = tuple(tensor.get_shape())
+                stored[name] = (file, shape, tensor.get_dtype())
     # Checkpoints of the bare model lack the first part of the names.
-    prefix = "" if any(name.startswith("model.") for name in stored) else "model."
-    where = {
-        name if name in params else prefix + name: (file, name)
-        for name, file in stored.items()
-    }
-    problems = [f"missing {name}" for name in params if name not in where]
-    for name, (file, stored_name) in where.items():
+    is_bare = not any(name.startswith("model.") for name in stored)
+    where, problems = {}, []
+    for stored_name, (file, got, stored_dtype) in stored.items():
+        is_renamed = is_bare and stored_name not in params
+        name = f"model.{stored_name}" if is_renamed else stored_name
         if name not in params:
             if not families.is_harmless(name, is_tied=config.tie_word_embeddings):
                 problems.append(f"unknown {stored_name}")
             continue
+        where[name] = (file, stored_name)
         param, transposed = params[name]
-        tensor = file.get_slice(stored_name)
-        wanted, got = tuple(param.shape), tuple(tensor.get_shape())
-        wanted = wanted[::-1] if transposed else wanted
+        wanted = tuple(param.shape)[::-1] if transposed else tuple(param.shape)
         if wanted != got:
             problems.append(f"{stored_name}: expected shape {wanted}, got {got}")
-        if tensor.get_dtype() not in _STORED_DTYPES:
+        if stored_dtype not in _STORED_DTYPES:
             problems.append(
-                f"{stored_name}: expected one of {_STORED_DTYPES}, "
-                f"got {tensor.get_dtype()}"
+                f"{stored_name}: expected one of {_STORED_DTYPES}, got {stored_dtype}"
             )
+    # What is missing says more than what is unknown, so it comes first.
+    problems = [f"missing {name}" for name in params if name not in where] + problems
     if problems:
         more = len(problems) - _MAX_LISTED
         listed = "; ".join(problems[:_MAX_LISTED])
@@ -223,12 +232,3 @@ def _locate(
             + (f"; and {more} more" if more > 0 else "")
         )
     return where
-
-
-def _read(file: Any, name: str, transposed: bool, dtype: str) -> jax.Array:
-    array = file.get_tensor(name)
-    if transposed:
-        array = array.T
-    # A copy, always: on CPU an array that only borrows numpy's memory is not
-    # aligned for XLA, and keeps the file's buffer alive.
-    return jnp.array(array.astype(jnp.dtype(dtype), copy=False), copy=True)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import pathlib
 
 import checkpoints
@@ -13,7 +14,8 @@ import pytest
 from reference_models import forward, reference_logits, relative_error
 
 from jpaged.models import Decoder, ModelConfig, init_model, load_model, rotary
-from jpaged.models.layers import causal_attention
+from jpaged.models.config import ACTIVATIONS
+from jpaged.models.layers import ACTIVATION_FUNCTIONS, causal_attention
 
 # Float32 sums of 100 products in other orders differ by 1e-6; wrong weights, positions
 # or epsilons by 1e-3 and more (the planted faults below).
@@ -209,6 +211,22 @@ def test_half_precision_keeps_its_dtype_to_the_logits(name, dtype, folders):
     # 8 and 11 bits of mantissa, through two layers.
     limit = {"bfloat16": 5e-2, "float16": 1e-2}[dtype]
     assert relative_error(logits, reference_logits(folders[name], tokens)) < limit
+
+
+def test_activations_are_their_formulas():
+    x = np.linspace(-4, 4, 33)
+    cubic = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    formulas = {
+        "gelu": 0.5 * x * (1 + np.array([math.erf(v / math.sqrt(2)) for v in x])),
+        "gelu_tanh": 0.5 * x * (1 + np.tanh(cubic)),
+        "relu": np.maximum(x, 0),
+        "silu": x / (1 + np.exp(-x)),
+    }
+    assert formulas.keys() == ACTIVATION_FUNCTIONS.keys() == set(ACTIVATIONS)
+    for name, want in formulas.items():
+        got = ACTIVATION_FUNCTIONS[name](jnp.asarray(x, jnp.float32))
+        # The two gelus differ by 5e-4.
+        np.testing.assert_allclose(got, want, atol=1e-6, err_msg=name)
 
 
 def test_a_tied_model_holds_its_embedding_once(models):

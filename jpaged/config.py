@@ -23,6 +23,7 @@ class EngineConfig:
         the generated token's own log-probability.
       policy: "fcfs" or "priority" (smaller `priority` first, then arrival).
       watermark: share of the blocks that admission leaves free while others run.
+      attention: implementation of paged attention; None is the backend's best.
 
     Raises:
       ValueError: a size is too small for another, or the policy is unknown.
@@ -38,12 +39,13 @@ class EngineConfig:
     num_logprobs: int = 0
     policy: str = "fcfs"
     watermark: float = 0.01
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "num_logprobs" else 1
-            if field.name in ("policy", "watermark"):
+            if field.name in ("policy", "watermark", "attention"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(

@@ -91,7 +91,7 @@ def hidden_states(
     def run(inputs_of, size, carry):
         cache, hidden = carry
         inputs, last = inputs_of(table, blocks, batch, size)
-        cache, states = _trunk(model, cache, inputs)
+        cache, states = _trunk(model, cache, inputs, config.attention)
         return cache, hidden.at[: last.shape[0]].set(states[last])
 
     branches = [functools.partial(run, _decode_inputs, size) for size in row_buckets]
@@ -152,14 +152,19 @@ def sample_tokens(
 
 
 def _trunk(
-    model: Decoder, cache: KVCache, inputs: StepInputs
+    model: Decoder, cache: KVCache, inputs: StepInputs, implementation: str | None
 ) -> tuple[KVCache, jax.Array]:
     """The cache with the tokens' keys and values, and their hidden states [T, E]."""
     k_pages, v_pages = list(cache.k_pages), list(cache.v_pages)
 
     def attend(layer, q, k, v):
         k_pages[layer], v_pages[layer] = attention.write_kv(
-            k_pages[layer], v_pages[layer], k, v, inputs.slot_mapping
+            k_pages[layer],
+            v_pages[layer],
+            k,
+            v,
+            inputs.slot_mapping,
+            implementation=implementation,
         )
         return attention.paged_attention(
             q,
@@ -168,6 +173,7 @@ def _trunk(
             inputs.block_tables,
             inputs.context_lens,
             query_start_loc=inputs.query_start_loc,
+            implementation=implementation,
         )
 
     hidden = model.trunk(inputs.tokens, inputs.positions, attend)

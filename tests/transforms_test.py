@@ -138,6 +138,15 @@ def test_ties_that_reach_past_the_leading_values_are_kept_whole():
     assert kept(logits, top_p=0.5).all()
 
 
+def test_the_mass_of_ties_past_the_leading_values_counts_for_the_nucleus():
+    logits = np.zeros((1, 4000), np.float32)
+    logits[0, :10] = np.log(40.0)
+    # Top-k of 11 keeps all 4000 by their ties. Ten tokens weigh 400 of 4390: less
+    # than half of that, though most of what the 64 leading values weigh.
+    assert kept(logits, top_k=11, top_p=0.5).all()
+    assert kept(logits, top_k=11, top_p=0.09).sum() == 10
+
+
 def test_the_nucleus_ends_with_the_token_that_reaches_p():
     # Probabilities 1/2, 1/4, 1/8, 1/8, all exact in float32.
     logits = np.log(np.array([[4.0, 2.0, 1.0, 1.0]])).astype(np.float32)

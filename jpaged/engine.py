@@ -138,7 +138,18 @@ def step(model: Decoder, state: EngineState) -> EngineState:
 
     Jit it with `state` donated, and the pages are updated in place.
     """
-    config, table = state.config, state.requests
+    state, _ = _step(model, state, _working_memory(model, state), state.config)
+    return state
+
+
+def _working_memory(model: Decoder, state: EngineState) -> jax.Array:
+    """Room for one step's logits, f32[S, V]."""
+    return jnp.zeros((state.rows.shape[0], model.config.vocab_size), jnp.float32)
+
+
+def _step(model, state, logits, config) -> tuple[EngineState, jax.Array]:
+    """`step` within the limits of `config`, with the working memory handed through."""
+    table = state.requests
     queue, rows, blocks, plan = scheduler.schedule(
         table.queue, state.rows, state.blocks, config
     )
@@ -153,11 +164,13 @@ def step(model: Decoder, state: EngineState) -> EngineState:
     )
     batch = forward.make_batch(table, rows, starts, plan.num_tokens)
     cache, hidden = forward.hidden_states(model, cache, table, blocks, batch, config)
-    new = forward.sample_tokens(model, table, batch, hidden, config)
+    logits = forward.next_logits(model, batch, hidden, logits, config)
+    new = forward.sample_tokens(table, batch, logits, config)
     counters = _count(state.counters, plan, new.places, copies, blocks, config)
     table, ended = request_table.extend(table, new, state.counters.num_steps)
     rows, blocks = _release_rows(table, rows, blocks, jnp.any(ended))
-    return EngineState(table, rows, blocks, cache, counters, config)
+    state = EngineState(table, rows, blocks, cache, counters, state.config)
+    return state, logits
 
 
 def has_work(state: EngineState) -> jax.Array:
@@ -167,23 +180,47 @@ def has_work(state: EngineState) -> jax.Array:
     return jnp.any(is_live) & ~state.counters.is_stalled
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    donate_argnames="state",
+    static_argnames=("max_num_seqs", "max_num_batched_tokens"),
+)
 def run(
-    model: Decoder, state: EngineState, max_steps: int | jax.Array | None = None
+    model: Decoder,
+    state: EngineState,
+    max_steps: int | jax.Array | None = None,
+    *,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
 ) -> EngineState:
     """The state after steps until all sequences have ended, or `max_steps` steps.
 
     One device call; donates `state`. `max_steps` is traced: changing it compiles
-    nothing.
+    nothing. `max_num_seqs` and `max_num_batched_tokens` replace the config's by lower
+    limits, at least the rows that run already: a program for fewer sizes, compiled in
+    less time.
     """
+    config = dataclasses.replace(
+        state.config,
+        max_num_seqs=max_num_seqs or state.config.max_num_seqs,
+        max_num_batched_tokens=(
+            max_num_batched_tokens or state.config.max_num_batched_tokens
+        ),
+    )
     limit = jnp.int32(jnp.iinfo(jnp.int32).max)
     if max_steps is not None:
         limit = state.counters.num_steps + max_steps
 
-    def goes_on(state: EngineState) -> jax.Array:
+    def goes_on(carry) -> jax.Array:
+        state, _ = carry
         return has_work(state) & (state.counters.num_steps < limit)
 
-    return lax.while_loop(goes_on, lambda state: step(model, state), state)
+    def advance(carry):
+        return _step(model, *carry, config)
+
+    carry = (state, _working_memory(model, state))
+    state, _ = lax.while_loop(goes_on, advance, carry)
+    return state
 
 
 def _release_rows(table, rows, blocks, is_any):

@@ -18,6 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jpaged import attention, block_manager
 from jpaged.block_manager import BlockState
@@ -33,6 +34,8 @@ from jpaged.kv_cache import KVCache
 from jpaged.models.decoder import Decoder
 from jpaged.request_table import NewTokens, RequestTable
 from jpaged.step_inputs import StepInputs
+
+_SAMPLED_ROWS = 8  # rows that the sampler takes at a time
 
 
 @jax.tree_util.register_dataclass
@@ -96,26 +99,47 @@ def hidden_states(
 
     branches = [functools.partial(run, _decode_inputs, size) for size in row_buckets]
     branches += [functools.partial(run, _ragged_inputs, size) for size in token_buckets]
-    shape = (config.max_num_seqs, model.config.hidden_size)
+    shape = (batch.rows.shape[0], model.config.hidden_size)
     hidden = jnp.zeros(shape, model.config.dtype)
     return switch_in_place(index, branches, (cache, hidden))
 
 
-def sample_tokens(
+def next_logits(
     model: Decoder,
-    table: RequestTable,
     batch: Batch,
     hidden: jax.Array,
+    logits: jax.Array,
     config: EngineConfig,
-) -> NewTokens:
-    """A new token for each row whose known tokens are all computed."""
-    num_places = config.max_num_requests
+) -> jax.Array:
+    """`logits` f32[S, V] with its first rows those of the batch's sampled rows.
+
+    The other rows keep what they held: `logits` is working memory, allocated once.
+    """
     order = _pack(batch.is_sampled)
-    valid = batch.is_sampled[order]
-    places = jnp.where(valid, batch.places[order], num_places)
-    num_rows = config.max_num_seqs
+
+    def run(size, logits):
+        return logits.at[:size].set(model.logits(hidden[order[:size]]))
+
+    num_sampled = jnp.sum(batch.is_sampled)
+    index = jnp.where(num_sampled == 0, -1, _bucket(config.row_buckets, num_sampled))
+    branches = [functools.partial(run, size) for size in config.row_buckets]
+    return switch_in_place(index, branches, logits)
+
+
+def sample_tokens(
+    table: RequestTable, batch: Batch, logits: jax.Array, config: EngineConfig
+) -> NewTokens:
+    """A new token for each row whose known tokens are all computed.
+
+    The sampler is compiled for one row and for a few, and walks the rows so: it is
+    small work but a large program.
+    """
+    order = _pack(batch.is_sampled)
+    num_sampled = jnp.sum(batch.is_sampled)
+    (num_rows,) = order.shape
     kept = config.num_logprobs
-    empty = NewTokens(
+    places = jnp.where(batch.is_sampled, batch.places, config.max_num_requests)[order]
+    new = NewTokens(
         places=places,
         tokens=jnp.zeros((num_rows,), jnp.int32),
         logprobs=jnp.zeros((num_rows,), jnp.float32),
@@ -125,59 +149,58 @@ def sample_tokens(
     )
 
     def run(size, new):
-        at = jnp.where(valid[:size], places[:size], 0)
-        logits = model.logits(hidden[order[:size]])
-        rows = _sampling_rows(table, at, valid[:size])
-        tokens, logprobs = sample(logits, rows, table.queue.num_tokens[at])
-        new = dataclasses.replace(
-            new,
-            tokens=new.tokens.at[:size].set(tokens),
-            logprobs=new.logprobs.at[:size].set(logprobs),
-        )
-        if not kept:
-            return new
-        _, ranks = token_logprobs(logits, tokens)
-        top_values, top_ids = top_logprobs(logits, kept)
-        return dataclasses.replace(
-            new,
-            ranks=new.ranks.at[:size].set(ranks),
-            top_ids=new.top_ids.at[:size].set(top_ids),
-            top_logprobs=new.top_logprobs.at[:size].set(top_values),
-        )
+        def chunk(index, new):
+            # The last chunk slides back to fit, and samples some rows a second time.
+            start = jnp.minimum(index * size, num_rows - size)
+            at = lax.dynamic_slice(places, (start,), (size,))
+            valid = at < config.max_num_requests
+            at = jnp.where(valid, at, 0)
+            scores = lax.dynamic_slice(logits, (start, 0), (size, logits.shape[1]))
+            rows = _sampling_rows(table, at, valid)
+            tokens, logprobs = sample(scores, rows, table.queue.num_tokens[at])
+            found = {"tokens": tokens, "logprobs": logprobs}
+            if kept:
+                found["top_logprobs"], found["top_ids"] = top_logprobs(scores, kept)
+                _, found["ranks"] = token_logprobs(scores, tokens)
+            put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
+            found = {
+                name: put(getattr(new, name), value, start)
+                for name, value in found.items()
+            }
+            return dataclasses.replace(new, **found)
 
-    num_sampled = jnp.sum(batch.is_sampled)
-    index = jnp.where(num_sampled == 0, -1, _bucket(config.row_buckets, num_sampled))
-    branches = [functools.partial(run, size) for size in config.row_buckets]
-    return switch_in_place(index, branches, empty)
+        return lax.fori_loop(0, -(-num_sampled // size), chunk, new)
+
+    several = min(_SAMPLED_ROWS, num_rows)
+    branches = [functools.partial(run, 1)]
+    if config.max_num_seqs > 1:
+        branches.append(functools.partial(run, several))
+    index = jnp.where(num_sampled == 0, -1, jnp.where(num_sampled == 1, 0, 1))
+    return switch_in_place(index, branches, new)
 
 
 def _trunk(
     model: Decoder, cache: KVCache, inputs: StepInputs, implementation: str | None
 ) -> tuple[KVCache, jax.Array]:
     """The cache with the tokens' keys and values, and their hidden states [T, E]."""
-    k_pages, v_pages = list(cache.k_pages), list(cache.v_pages)
 
-    def attend(layer, q, k, v):
-        k_pages[layer], v_pages[layer] = attention.write_kv(
-            k_pages[layer],
-            v_pages[layer],
-            k,
-            v,
-            inputs.slot_mapping,
-            implementation=implementation,
+    def attend(layer, q, k, v, cache):
+        k_pages, v_pages = attention.write_kv(
+            cache.k_pages, cache.v_pages, k, v, inputs.slot_mapping, layer=layer
         )
-        return attention.paged_attention(
+        attended = attention.paged_attention(
             q,
-            k_pages[layer],
-            v_pages[layer],
+            k_pages,
+            v_pages,
             inputs.block_tables,
             inputs.context_lens,
             query_start_loc=inputs.query_start_loc,
-            implementation=implementation,
+            layer=layer,
         )
+        return attended, KVCache(k_pages, v_pages)
 
-    hidden = model.trunk(inputs.tokens, inputs.positions, attend)
-    return KVCache(tuple(k_pages), tuple(v_pages)), hidden
+    hidden, cache = model.trunk_loop(inputs.tokens, inputs.positions, attend, cache)
+    return cache, hidden
 
 
 def _decode_inputs(

@@ -2,8 +2,8 @@
 
 Place on the road: block manager (which block) -> [kv_cache] (what is in it).
 
-A pair of arrays per layer, and not one array of all layers: a decoder with unrolled
-layers then updates each in place, and nothing ever slices the pool (a slice is a copy).
+One array of all layers for the keys and one for the values, and the layer's index goes
+into whatever reads or writes them: a slice of the pool would be a copy of it.
 
 Source: Kwon et al. 2023, section 4.1.
 """
@@ -23,8 +23,8 @@ from jpaged import attention
 class KVCache:
     """Keys and values of every block, layer by layer."""
 
-    k_pages: tuple[jax.Array, ...]  # L arrays [N, K, P, D]
-    v_pages: tuple[jax.Array, ...]  # L arrays [N, K, P, D]
+    k_pages: jax.Array  # [L, N, K, P, D]
+    v_pages: jax.Array  # [L, N, K, P, D]
 
 
 def init_cache(
@@ -37,12 +37,8 @@ def init_cache(
     dtype: str,
 ) -> KVCache:
     """A cache of zeros."""
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-
-    def pages() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
-
-    return KVCache(pages(), pages())
+    shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def bytes_per_block(
@@ -58,9 +54,4 @@ def copy_blocks(cache: KVCache, src: jax.Array, dst: jax.Array) -> KVCache:
 
     `src`, `dst`: i32[C], NO_BLOCK skips the pair. In place where the cache is donated.
     """
-    pairs = [
-        attention.copy_blocks(k, v, src, dst)
-        for k, v in zip(cache.k_pages, cache.v_pages, strict=True)
-    ]
-    k_pages, v_pages = zip(*pairs, strict=True)
-    return KVCache(k_pages, v_pages)
+    return KVCache(*attention.copy_blocks(cache.k_pages, cache.v_pages, src, dst))

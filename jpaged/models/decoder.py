@@ -11,6 +11,7 @@ E hidden size, V vocabulary.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jpaged.models import rotary
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import (
     Attend,
+    AttendInLoop,
+    Cache,
     Linear,
     Mlp,
     causal_attention,
@@ -51,10 +54,10 @@ class Attention(nnx.Module):
             q_size, hidden, use_bias=config.out_bias, config=config, rngs=rngs
         )
 
-    def __call__(
-        self, x: jax.Array, angles: RotaryTables, layer: int, attend: Attend
-    ) -> jax.Array:
-        """What the residual stream x [T, E] gains."""
+    def project(
+        self, x: jax.Array, angles: RotaryTables
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [T, H, D], k and v [T, K, D] of x [T, E], positions in q and k."""
         num_tokens = x.shape[0]
         q, k, v = (
             linear(x).reshape(num_tokens, -1, self.head_dim)
@@ -62,7 +65,11 @@ class Attention(nnx.Module):
         )
         if angles is not None:
             q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
-        return self.out(attend(layer, q, k, v).reshape(num_tokens, -1))
+        return q, k, v
+
+    def merge(self, attended: jax.Array) -> jax.Array:
+        """What the residual stream gains [T, E] of the heads' outputs [T, H, D]."""
+        return self.out(attended.reshape(attended.shape[0], -1))
 
 
 class DecoderLayer(nnx.Module):
@@ -75,14 +82,19 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(
-        self, x: jax.Array, angles: RotaryTables, layer: int, attend: Attend
-    ) -> jax.Array:
-        """x [T, E] after this layer; `layer` is its index, for `attend`."""
+    def before(
+        self, x: jax.Array, angles: RotaryTables
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k and v of x [T, E], for attention."""
+        normed = self.attention_norm(x) if self.norm_first else x
+        return self.attention.project(normed, angles)
+
+    def after(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """x [T, E] after this layer, from what attention gave, [T, H, D]."""
+        x = x + self.attention.merge(attended)
         if self.norm_first:
-            x = x + self.attention(self.attention_norm(x), angles, layer, attend)
             return x + self.mlp(self.mlp_norm(x))
-        x = self.attention_norm(x + self.attention(x, angles, layer, attend))
+        x = self.attention_norm(x)
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -156,22 +168,69 @@ class Decoder(nnx.Module):
             raised under jit.
           attend: see `layers.Attend`; called once per layer, in order.
         """
-        x = self._embed(tokens)
-        angles = None
-        if self.position_embedding is None:
-            angles = rotary.tables(positions, self.config)
-        else:
-            rows = positions + self.config.position_offset
-            x = x + self.position_embedding[...][rows]
+        x, angles = self._start(tokens, positions)
         for i, layer in enumerate(self.layers):
-            x = layer(x, angles, i, attend)
-        return x if self.final_norm is None else self.final_norm(x)
+            x = layer.after(x, attend(i, *layer.before(x, angles)))
+        return self._end(x)
+
+    def trunk_loop(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: AttendInLoop,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """What `trunk` gives, and the cache that `attend` handed from layer to layer.
+
+        A loop over the layers, whose attention is compiled once and whose weights are
+        chosen by a switch: unrolled, a program with many step sizes compiles for
+        minutes, and a scan over stacked weights copies each layer's weights on a CPU.
+
+        Args:
+          tokens, positions: as for `trunk`.
+          attend: see `layers.AttendInLoop`; the layer's index is traced.
+          cache: a pytree; updated in place where it is donated.
+        """
+        x, angles = self._start(tokens, positions)
+        qkv = self.layers[0].before(x, angles)
+
+        def dense(layer: int, x: jax.Array, attended: jax.Array):
+            x = self.layers[layer].after(x, attended)
+            if layer + 1 == len(self.layers):
+                return x, jax.tree.map(jnp.zeros_like, qkv)
+            return x, self.layers[layer + 1].before(x, angles)
+
+        branches = [functools.partial(dense, i) for i in range(len(self.layers))]
+
+        def body(layer: jax.Array, carry):
+            x, qkv, cache = carry
+            attended, cache = attend(layer, *qkv, cache)
+            x, qkv = jax.lax.switch(layer, branches, x, attended)
+            return x, qkv, cache
+
+        num_layers = jnp.int32(len(self.layers))
+        carry = (x, qkv, cache)
+        x, _, cache = jax.lax.fori_loop(jnp.int32(0), num_layers, body, carry)
+        return self._end(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits f32[..., V] of hidden states [..., E] from `trunk`."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         return self.output(hidden).astype(jnp.float32)
+
+    def _start(
+        self, tokens: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, RotaryTables]:
+        """x [T, E] before the first layer, and the rotary tables."""
+        x = self._embed(tokens)
+        if self.position_embedding is None:
+            return x, rotary.tables(positions, self.config)
+        rows = positions + self.config.position_offset
+        return x + self.position_embedding[...][rows], None
+
+    def _end(self, x: jax.Array) -> jax.Array:
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [T, E] of tokens i32[T], in the width of the layers."""

@@ -8,6 +8,7 @@ H query heads, K kv heads, D head_dim, E hidden size.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,12 @@ from jpaged.models.config import ModelConfig
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k carry their
 # positions already; q is not scaled yet.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# The same with the cache handed through: (layer i32[], q, k, v, cache) -> (out, cache).
+Cache = TypeVar("Cache")
+AttendInLoop = Callable[
+    [jax.Array, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
+]
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

@@ -48,7 +48,9 @@ class Counters:
     num_generated: jax.Array  # i32[], tokens that decoding gave
     num_preemptions: jax.Array  # i32[]
     num_block_copies: jax.Array  # i32[], copy-on-write
-    token_share: jax.Array  # f32[], sum over steps of tokens held / slots of used blocks
+    token_share: (
+        jax.Array
+    )  # f32[], sum over steps of tokens held / slots of used blocks
     saved_share: jax.Array  # f32[], sum over steps of blocks saved / blocks unshared
     max_used_blocks: jax.Array  # i32[], most blocks in use after a step
     is_stalled: jax.Array  # bool[], a step found work and could do none: a bug
@@ -156,6 +158,9 @@ def _step(model, state, logits, config) -> tuple[EngineState, jax.Array]:
     table = dataclasses.replace(table, queue=queue)
     starts = blocks.context_lens
     blocks, appended = block_manager.append(blocks, plan.num_tokens)
+    # The scheduler's promise; broken, the engine stalls and writes no wrong token.
+    num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
+    plan = dataclasses.replace(plan, num_tokens=num_tokens)
     copies = appended.copy_dst != NO_BLOCK
     cache = when(
         jnp.any(copies),
@@ -421,9 +426,7 @@ def _entry(config, prompt, params, sample, places, arrival, seed, eos) -> Submis
 def _stack(entries: list[Submission], config: EngineConfig) -> Submission:
     """Entries side by side, padded to a power of two so that few shapes compile."""
     size = 1 << (len(entries) - 1).bit_length()
-    nobody = dataclasses.replace(
-        entries[0], places=np.int32(config.max_num_requests)
-    )
+    nobody = dataclasses.replace(entries[0], places=np.int32(config.max_num_requests))
     entries = entries + [nobody] * (size - len(entries))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *entries)
 
@@ -496,8 +499,12 @@ def release(state: EngineState, places: jax.Array) -> EngineState:
     """The state in which the marked finished sequences' places are empty; bool[R]."""
     queue = state.requests.queue
     gone = places & (queue.status == scheduler.FINISHED)
+    # Whoever takes a leader's place next is a stranger to the samples that it leaves.
+    own = jnp.arange(gone.shape[0], dtype=jnp.int32)
     queue = dataclasses.replace(
-        queue, status=jnp.where(gone, scheduler.EMPTY, queue.status)
+        queue,
+        status=jnp.where(gone, scheduler.EMPTY, queue.status),
+        leaders=jnp.where(gone[queue.leaders], own, queue.leaders),
     )
     table = dataclasses.replace(state.requests, queue=queue)
     return dataclasses.replace(state, requests=table)

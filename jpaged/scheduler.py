@@ -103,7 +103,7 @@ def schedule(
     is_open &= ~is_short & (jnp.sum(num_tokens) < config.max_num_batched_tokens)
     carry = when(
         is_open,
-        lambda carry: _admit(*carry, config=config),
+        lambda carry: _admit(*carry, needed=needed, config=config),
         (queue, rows, blocks, num_tokens),
     )
     queue, rows, blocks, num_tokens = carry
@@ -224,7 +224,7 @@ def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
     )
 
 
-def _admit(queue, rows, blocks, num_tokens, *, config):
+def _admit(queue, rows, blocks, num_tokens, *, needed, config):
     """Gives waiting requests rows, in order, up to the first that does not fit."""
     num_rows = rows.shape[0]
     num_places = queue.status.shape[0]
@@ -246,7 +246,9 @@ def _admit(queue, rows, blocks, num_tokens, *, config):
     to_map = row_values(_shared_tokens(queue, place), rows) // size
     expected = -(-row_values(queue.num_tokens, rows) // size)
     expected -= jnp.maximum(held, to_map)
-    free = block_manager.num_free_blocks(blocks) - jnp.sum(jnp.maximum(expected, 0))
+    # A copy of a shared block is needed by a row that does not grow.
+    expected = jnp.maximum(expected, needed)
+    free = block_manager.num_free_blocks(blocks) - jnp.sum(expected)
     free -= jnp.where(jnp.any(rows != NO_REQUEST), config.num_watermark_blocks, 0)
     needs = -(-queue.num_tokens[first] // size) - shared // size
     # A sample that waits for its leader computes nothing yet.

@@ -1,0 +1,314 @@
+"""The main job: prompts in, text out.
+
+    python -m experiments.generate
+    python -m experiments.generate --prompt "def area(" --prompt "import " --stream
+    python -m experiments.generate --prompt_file prompts.jsonl --model FOLDER
+
+Without --prompt and --prompt_file the bundled model continues a built-in prompt. Each
+prompt is printed with its continuation as soon as that has ended, or with --stream as
+it grows; then what ended it. The last line on stdout is one JSON object: prompt_tokens,
+generated_tokens, tokens_per_s (of running steps), stats (of the KV memory and the
+engine), seconds to the first token since the program started, versions and device.
+
+A prompt file has a prompt on each line; or, if its name ends in .jsonl, on each line a
+JSON object with "prompt" (text or a list of token ids) and, where a line differs from
+the flags, any fields of SamplingParams: {"prompt": "def f(", "max_tokens": 8}. Empty
+lines are skipped. A line that is wrong is reported on stderr by file and number, and
+the others are generated.
+
+Exit status: 0, or 1 where a prompt or line was wrong, which is after the others were
+generated; also 1 where nothing could run: a wrong flag, model or file.
+"""
+
+from __future__ import annotations
+
+import time
+
+START = time.perf_counter()  # before jax is imported, which takes its time
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import pathlib  # noqa: E402
+import platform  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterable, Iterator  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+from absl import app, flags  # noqa: E402
+
+from jpaged.llm import LLM, Delta  # noqa: E402
+from jpaged.requests import (  # noqa: E402
+    CompletionOutput,
+    RequestOutput,
+    SamplingParams,
+)
+
+FLAGS = flags.FLAGS
+BUILT_IN_PROMPTS = ("def ",)
+
+flags.DEFINE_multi_string("prompt", [], "A prompt; repeat the flag for several.")
+flags.DEFINE_string("prompt_file", None, "A prompt a line, or JSON lines (.jsonl).")
+flags.DEFINE_string(
+    "model", "tiny-python", "Folder in Hugging Face layout, or a bundled model's name."
+)
+flags.DEFINE_integer("max_tokens", 64, "Most tokens to generate for a prompt.")
+flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token each time.")
+flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0: all.")
+flags.DEFINE_float("top_p", 1.0, "Sample among the fewest tokens of this mass.")
+flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the likeliest one's.")
+flags.DEFINE_integer("n", 1, "Samples of each prompt; needs a temperature above 0.")
+flags.DEFINE_integer("seed", 0, "Of the samples: prompts without a seed of their own.")
+flags.DEFINE_multi_string("stop", [], "Text that ends an output; may be repeated.")
+flags.DEFINE_multi_integer("stop_token_id", [], "Token that ends an output, as EOS.")
+flags.DEFINE_bool("ignore_eos", False, "Go on after the model's end-of-text token.")
+flags.DEFINE_integer("logprobs", None, "Print this many likeliest tokens a position.")
+flags.DEFINE_enum(
+    "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "Of the weights."
+)
+flags.DEFINE_integer("block_size", 16, "Tokens per KV block.")
+flags.DEFINE_integer("num_blocks", None, "KV blocks; default: what memory holds.")
+flags.DEFINE_integer("max_num_seqs", 64, "Sequences that run at the same time.")
+flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
+flags.DEFINE_integer("max_num_batched_tokens", 512, "Tokens of one step.")
+flags.DEFINE_enum("policy", "fcfs", ["fcfs", "priority"], "Who runs first.")
+flags.DEFINE_bool("stream", False, "Print text as it grows, prompt after prompt.")
+flags.DEFINE_bool("progress", True, "A bar on stderr, where that is a terminal.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A request, and where it comes from."""
+
+    where: str
+    prompt: Any
+    params: SamplingParams | None  # None where it is wrong
+    error: str | None = None
+
+
+def flag_params() -> dict[str, Any]:
+    """The sampling flags as fields of SamplingParams."""
+    names = ("n", "temperature", "top_k", "top_p", "min_p", "max_tokens", "stop")
+    same = {name: FLAGS[name].value for name in (*names, "ignore_eos", "logprobs")}
+    return same | {"stop_token_ids": FLAGS.stop_token_id}
+
+
+def read_lines(path: pathlib.Path, fields: dict[str, Any]) -> list[Line]:
+    """The requests of a prompt file; `fields` are the defaults of their parameters.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    is_json = path.suffix == ".jsonl"
+    lines = []
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        if not raw.strip():
+            continue
+        try:
+            text = raw.decode("utf-8").removesuffix("\r")
+            prompt, own = _parse(text) if is_json else (text, {})
+            lines.append(Line(where, prompt, SamplingParams(**(fields | own))))
+        except ValueError as error:
+            lines.append(Line(where, None, None, str(error)))
+    return lines
+
+
+def _parse(text: str) -> tuple[Any, dict[str, Any]]:
+    """The prompt of a JSON line, and its own sampling parameters."""
+    request = json.loads(text)
+    if not isinstance(request, dict) or "prompt" not in request:
+        raise ValueError(f'wanted a JSON object with "prompt", got {text:.60}')
+    prompt = request.pop("prompt")
+    known = [field.name for field in dataclasses.fields(SamplingParams)]
+    if unknown := sorted(set(request) - set(known)):
+        raise ValueError(
+            f"{unknown[0]}: no such parameter; wanted some of {', '.join(known)}"
+        )
+    return prompt, request
+
+
+class Printer:
+    """Prints outputs on stdout, whole or as they grow."""
+
+    def __init__(self, prompts: list[Any]):
+        self._prompts = prompts
+
+    def whole(self, index: int, output: RequestOutput) -> None:
+        """Prints a finished request."""
+        for completion in output.outputs:
+            self._head(index, completion.index, len(output.outputs))
+            self._write(completion.text or _ids(completion.token_ids))
+            self._foot(completion.finish_reason, len(completion.token_ids))
+            if completion.logprobs is not None:
+                self._logprobs(completion)
+
+    def stream(self, deltas: Iterable[Delta], num_samples: list[int]) -> None:
+        """Prints outputs as they grow, one by one; others wait for their turn."""
+        order = [(i, j) for i, n in enumerate(num_samples) for j in range(n)]
+        waiting: dict[tuple[int, int], list[Delta]] = {key: [] for key in order}
+        num_tokens = 0
+        turn = iter(order)
+        current = self._next_head(turn, num_samples)
+        for delta in deltas:
+            waiting[delta.request, delta.sample].append(delta)
+            while current is not None and waiting[current]:
+                part = waiting[current].pop(0)
+                num_tokens += len(part.token_ids)
+                self._write(part.text)
+                if part.finish_reason is not None:
+                    self._foot(part.finish_reason, num_tokens)
+                    num_tokens = 0
+                    current = self._next_head(turn, num_samples)
+
+    def _next_head(self, turn: Iterator[tuple[int, int]], num_samples: list[int]):
+        current = next(turn, None)
+        if current is not None:
+            self._head(*current, num_samples[current[0]])
+        return current
+
+    def _head(self, index: int, sample: int, num_samples: int) -> None:
+        which = f"{index + 1}/{len(self._prompts)}"
+        if num_samples > 1:
+            which += f", sample {sample + 1}/{num_samples}"
+        prompt = self._prompts[index]
+        self._write(f"--- {which}\n")
+        self._write(prompt if isinstance(prompt, str) else f"{_ids(prompt)} -> ")
+
+    def _foot(self, reason: str | None, num_tokens: int) -> None:
+        self._write(f"\n--- {reason}, {num_tokens} tokens\n\n")
+
+    def _logprobs(self, output: CompletionOutput) -> None:
+        for token, likely in zip(output.token_ids, output.logprobs or [], strict=True):
+            entries = (
+                f"{name} {found.decoded_token or ''!r} {found.logprob:.3f}"
+                for name, found in likely.items()
+            )
+            self._write(f"{token}: {', '.join(entries)}\n")
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _ids(token_ids: Any) -> str:
+    return " ".join(map(str, token_ids))
+
+
+def make_llm() -> LLM:
+    """The model and engine that the flags ask for."""
+    names = (
+        *("model", "dtype", "block_size", "num_blocks", "max_num_seqs", "policy"),
+        *("max_model_len", "max_num_batched_tokens", "seed"),
+    )
+    return LLM(**{name: FLAGS[name].value for name in names})
+
+
+def all_lines() -> list[Line]:
+    """The requests that the flags ask for.
+
+    Raises:
+      OSError, ValueError: no such prompt file, or a wrong flag.
+    """
+    fields = flag_params()
+    params = SamplingParams(**fields)
+    prompts = list(FLAGS.prompt)
+    if not prompts and FLAGS.prompt_file is None:
+        prompts = list(BUILT_IN_PROMPTS)
+    lines = [
+        Line(f"--prompt number {number}", prompt, params)
+        for number, prompt in enumerate(prompts, start=1)
+    ]
+    if FLAGS.prompt_file is not None:
+        lines += read_lines(pathlib.Path(FLAGS.prompt_file), fields)
+    if FLAGS.stream and any(
+        line.params is not None and line.params.logprobs is not None for line in lines
+    ):
+        raise ValueError("logprobs: not printed with --stream; leave out one of them")
+    return lines
+
+
+def sift(llm: LLM, lines: list[Line]) -> list[Line]:
+    """The lines that can run; the others are reported on stderr."""
+    good = []
+    for line in lines:
+        error = line.error
+        if error is None:
+            (error,) = llm.check([line.prompt], line.params)
+        if error is None:
+            good.append(line)
+        else:
+            print(f"{line.where}: {error}", file=sys.stderr)
+    return good
+
+
+def run(llm: LLM, lines: list[Line]) -> float | None:
+    """Generates and prints; gives the time of the first token."""
+    prompts = [line.prompt for line in lines]
+    params = [line.params for line in lines if line.params is not None]
+    printer = Printer(prompts)
+    first_s = []
+    start = time.perf_counter()
+    if not FLAGS.stream:
+
+        def show(index: int, output: RequestOutput) -> None:
+            first_s.append(start + output.metrics["first_token_s"])
+            printer.whole(index, output)
+
+        llm.generate(prompts, params, FLAGS.progress, on_output=show)
+        return min(first_s, default=None)
+
+    def timed() -> Iterator[Delta]:
+        for delta in llm.stream(prompts, params):
+            first_s.append(time.perf_counter())
+            yield delta
+
+    printer.stream(timed(), [param.n for param in params])
+    return min(first_s, default=None)
+
+
+def summary(
+    llm: LLM, num_requests: int, num_wrong: int, first_s: float | None
+) -> dict[str, Any]:
+    """What the last line says."""
+    stats = llm.stats()
+    device = jax.devices()[0]
+    return {
+        "prompt_tokens": stats["prompt_tokens"],
+        "generated_tokens": stats["generated_tokens"],
+        "tokens_per_s": stats["tokens_per_s"],
+        "first_token_s": None if first_s is None else first_s - START,
+        "total_s": time.perf_counter() - START,
+        "num_requests": num_requests,
+        "num_wrong": num_wrong,
+        "model": FLAGS.model,
+        "dtype": llm.model.config.dtype,
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "stats": stats,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Reads flags, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"a prompt needs its flag: --prompt {argv[1]!r}")
+    try:
+        lines = all_lines()
+        llm = make_llm()
+    except (ValueError, OSError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 1
+    good = sift(llm, lines)
+    try:
+        first_s = run(llm, good)
+    except KeyboardInterrupt:
+        print("\ngenerate: interrupted", file=sys.stderr)
+        return 130
+    num_wrong = len(lines) - len(good)
+    print(json.dumps(summary(llm, len(good), num_wrong, first_s)))
+    return 1 if num_wrong else 0
+
+
+if __name__ == "__main__":
+    app.run(main)

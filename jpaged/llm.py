@@ -1,0 +1,409 @@
+"""LLM: the host shell. Prompts in, text out; the clock, progress and statistics.
+
+Place on the road: user -> [llm] -> engine -> [llm] -> user. Names and meanings are
+vLLM's where it has them. Everything that happens per token happens in `engine`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from jpaged import batch, compilation_cache, intake, memory, options
+from jpaged.batch import Job
+from jpaged.config import EngineConfig
+from jpaged.models.decoder import Decoder
+from jpaged.requests import BeamSearchParams, RequestOutput, SamplingParams
+from jpaged.serving import EngineHost
+from jpaged.text import Tokenizer
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | BeamSearchParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What one output of a request gained; see `LLM.stream`."""
+
+    request: int  # the prompt's place in the call
+    sample: int  # 0 to n - 1
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop" or "length" in the output's last delta
+    stop_reason: int | str | None = None
+
+
+class LLM:
+    """A language model that writes: weights, tokenizer, KV pool and engine.
+
+    Args:
+      model: folder in Hugging Face layout; the name of a bundled model; or a Decoder.
+      dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, and float32
+        on a CPU.
+      kv_dtype: of keys and values in the pool; "auto" is the model's.
+      block_size: tokens per KV block.
+      num_blocks: blocks of the pool. None takes what `max_num_seqs` sequences of
+        `max_model_len` tokens can fill, as far as it fits into `memory_fraction` of
+        the device's free memory; on a CPU also at most 1 GiB, or the model's own size
+        where that is more.
+      memory_fraction: see `num_blocks`.
+      max_num_seqs: sequences that run at the same time; others wait.
+      max_model_len: tokens of prompt and output together. None is the model's
+        longest, as far as one such sequence fits into the pool.
+      max_num_batched_tokens: tokens of one step, prompt chunks and decode together.
+      enable_prefix_caching: accepted; blocks are not yet shared across requests, so
+        the cache never hits. Samples of one request do share their prompt.
+      preemption: "recompute": sequences that lose their blocks are computed again.
+      num_swap_blocks: 0, for swapping is not built yet.
+      policy: "fcfs", or "priority": smaller `SamplingParams.priority` first.
+      attention: implementation of paged attention; None is the backend's best.
+      mesh: None, for many devices are not built yet.
+      seed: requests without a seed draw from this one and their number.
+      tokenizer: where `model` is a Decoder: a folder with tokenizer.json, or a
+        Tokenizer. None is the model folder's.
+      max_num_requests: places in the request table, waiting and running; four times
+        `max_num_seqs` where None. Calls may have any number of prompts.
+      max_num_stop_ids: stop tokens of one request, EOS included.
+      max_logprobs: largest `SamplingParams.logprobs`. The first call that asks for
+        more than calls before it compiles the engine again.
+
+    Compiled programs are kept in a cache folder of the user, see
+    `jpaged.compilation_cache`. Not for several threads at once.
+
+    Raises:
+      ValueError: an argument that is wrong, or asks for what is not built yet.
+      FileNotFoundError: no such folder, or no checkpoint in it.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Decoder,
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        memory_fraction: float = 0.9,
+        max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int = 512,
+        enable_prefix_caching: bool = True,
+        preemption: str = "recompute",
+        num_swap_blocks: int = 0,
+        policy: str = "fcfs",
+        attention: str | None = None,
+        mesh: Any = None,
+        seed: int = 0,
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        max_num_requests: int | None = None,
+        max_num_stop_ids: int = 8,
+        max_logprobs: int = 20,
+    ):
+        options.check_sizes(
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            seed=seed,
+        )
+        options.check_choices(
+            kv_dtype=kv_dtype,
+            enable_prefix_caching=enable_prefix_caching,
+            preemption=preemption,
+            num_swap_blocks=num_swap_blocks,
+            attention=attention,
+            mesh=mesh,
+            memory_fraction=memory_fraction,
+        )
+        compilation_cache.turn_on()
+        self.model, self.tokenizer, self._name = options.load(model, dtype, tokenizer)
+        self.seed = seed
+        self.max_logprobs = max_logprobs
+        self._kv_dtype = self.model.config.dtype if kv_dtype == "auto" else kv_dtype
+        num_blocks, max_model_len = memory.choose_sizes(
+            self.model,
+            block_size=block_size,
+            kv_dtype=self._kv_dtype,
+            num_blocks=num_blocks,
+            memory_fraction=memory_fraction,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
+        self._max_num_requests = max_num_requests
+        self.config = self._with_places(
+            EngineConfig(
+                num_blocks=num_blocks,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_requests=max_num_requests or max_num_seqs,
+                max_num_stop_ids=max_num_stop_ids,
+                policy=policy,
+                attention=attention,
+            )
+        )
+        self._host: EngineHost | None = EngineHost(
+            self.model, self.config, kv_dtype=self._kv_dtype, seed=seed
+        )
+        self._num_arrivals = 0
+        self._num_prompt_tokens = 0
+        self._num_generated = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params | Sequence[Params] | None = None,
+        progress: bool = True,
+        *,
+        on_error: Literal["raise", "return"] = "raise",
+        on_output: Callable[[int, RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """One RequestOutput for each prompt, in order.
+
+        Args:
+          prompts: a text, a list of token ids, or a list of either.
+          params: one for all, or one for each prompt; None is SamplingParams().
+          progress: show a bar on stderr, where that is a terminal or a notebook.
+          on_error: all requests are checked before anything runs. "raise" refuses the
+            call with all that is wrong; "return" runs the others, and gives for a
+            wrong one a RequestOutput without outputs that has its `error`.
+          on_output: called with (place in `prompts`, output) as soon as one is ready.
+
+        Raises:
+          ValueError: requests that are wrong, by their places in `prompts`.
+        """
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error: wanted 'raise' or 'return', got {on_error!r}")
+        jobs, outputs = self._jobs(prompts, params, on_error=on_error)
+        bar = tqdm(
+            total=len(outputs),
+            unit="request",
+            delay=0.5,
+            # A notebook's stderr is no terminal, but shows a bar well.
+            disable=(None if "ipykernel" not in sys.modules else False)
+            if progress
+            else True,
+        )
+        with bar:
+            for index, output in enumerate(outputs):
+                if output is not None:
+                    _report(bar, index, output, on_output)
+            is_watched = on_output is not None or not bar.disable
+            for news in self._serve(jobs, is_watched):
+                finished = {
+                    sample.job.index: sample.job
+                    for sample in news
+                    if sample.job.is_finished
+                }
+                for index, job in finished.items():
+                    outputs[index] = job.output()
+                    _report(bar, index, outputs[index], on_output)
+                bar.set_postfix_str(f"{self._tokens_per_s():.0f} tokens/s")
+        return [output for output in outputs if output is not None]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params | Sequence[Params] | None = None,
+    ) -> Iterator[Delta]:
+        """Yields what each output gained, as it comes; see `generate` for arguments.
+
+        Text comes in whole characters, and what may become a stop string is held back
+        until it is known. An output's deltas put together are what `generate` gives.
+        The requests are checked here and now; they run while the result is iterated,
+        and are dropped when that ends early.
+        """
+        jobs, _ = self._jobs(prompts, params, is_streamed=True)
+
+        def deltas() -> Iterator[Delta]:
+            for news in self._serve(jobs, is_watched=True):
+                for sample in news:
+                    text, token_ids = sample.take_news()
+                    yield Delta(
+                        sample.job.index,
+                        sample.index,
+                        text,
+                        token_ids,
+                        sample.finish_reason,
+                        sample.stop_reason,
+                    )
+
+        return deltas()
+
+    def check(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params | Sequence[Params] | None = None,
+    ) -> list[str | None]:
+        """For each prompt why `generate` would refuse it, or None; nothing runs."""
+        prompts, params = intake.pairs(prompts, params)
+        check = self._intake().check
+        return [
+            check(prompt, param)[1]
+            for prompt, param in zip(prompts, params, strict=True)
+        ]
+
+    def stats(self) -> dict[str, int | float]:
+        """What happened since this LLM was made, as a flat dict of numbers.
+
+        kv_token_share: token states / slots of blocks in use; blocks_saved_by_sharing:
+        share of the blocks that would be needed without sharing; both are means over
+        steps. tokens_per_s: generated tokens by the seconds of running steps, without
+        compiling. num_compilations: of the engine's program.
+        """
+        host = self._open_host()
+        counters = host.counters
+        num_steps = max(counters["num_steps"], 1)
+        size = memory.block_bytes(
+            self.model.config, self.config.block_size, self._kv_dtype
+        )
+        return {
+            "num_blocks": self.config.num_blocks,
+            "block_size": self.config.block_size,
+            "num_free_blocks": host.num_free_blocks(),
+            "max_used_blocks": counters["max_used_blocks"],
+            "kv_bytes": size * self.config.num_blocks,
+            "kv_token_share": counters["token_share"] / num_steps,
+            "blocks_saved_by_sharing": counters["saved_share"] / num_steps,
+            "prefix_hit_ratio": 0.0,
+            "num_block_copies": counters["num_block_copies"],
+            "num_preemptions": counters["num_preemptions"],
+            "num_swapped_blocks": 0,
+            "num_steps": counters["num_steps"],
+            "num_compilations": host.num_compilations,
+            "compile_s": host.compile_s,
+            "run_s": host.run_s,
+            "prompt_tokens": self._num_prompt_tokens,
+            "generated_tokens": self._num_generated,
+            "computed_tokens": counters["num_tokens"],
+            "tokens_per_s": self._tokens_per_s(),
+        }
+
+    def close(self) -> None:
+        """Lets go of the model and the pool. A second time it does nothing."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+            del self.model
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        sizes = "closed"
+        if self._host is not None:
+            sizes = (
+                f"dtype={self.model.config.dtype!r}, "
+                f"num_blocks={self.config.num_blocks}, "
+                f"block_size={self.config.block_size}, "
+                f"max_num_seqs={self.config.max_num_seqs}, "
+                f"max_model_len={self.config.max_model_len}"
+            )
+        return f"LLM({self._name!r}, {sizes})"
+
+    def _tokens_per_s(self) -> float:
+        host = self._open_host()
+        return host.counters["num_generated"] / host.run_s if host.run_s else 0.0
+
+    def _open_host(self) -> EngineHost:
+        if self._host is None:
+            raise RuntimeError("this LLM was closed; make a new one")
+        return self._host
+
+    def _serve(self, jobs: list[Job], is_watched: bool) -> Iterator[list[batch.Sample]]:
+        """`batch.serve`, counted; the engine first keeps enough log-probabilities."""
+        host = self._open_host()
+        self._keep_logprobs(host, jobs)
+        for news in batch.serve(host, jobs, self.tokenizer, is_watched=is_watched):
+            for sample in news:
+                if sample.finish_reason is not None:
+                    self._num_generated += len(sample.token_ids)
+            yield news
+
+    def _keep_logprobs(self, host: EngineHost, jobs: list[Job]) -> None:
+        num_logprobs = self._intake().num_logprobs
+        wanted = max((num_logprobs(job.params) for job in jobs), default=0)
+        if wanted <= self.config.num_logprobs:
+            return
+        if host.num_users:
+            raise RuntimeError(
+                "logprobs: the engine has to be compiled for more of them, which it "
+                "cannot be while a stream is open; read or close that first"
+            )
+        # By powers of two, so that few values compile anew.
+        kept = min(1 << (wanted - 1).bit_length(), self.model.config.vocab_size)
+        self.config = self._with_places(
+            dataclasses.replace(self.config, num_logprobs=kept)
+        )
+        host.keep_logprobs(self.config)
+
+    def _intake(self) -> intake.Intake:
+        return intake.Intake(
+            self.model.config, self.tokenizer, self.config, self.max_logprobs
+        )
+
+    def _with_places(self, config: EngineConfig) -> EngineConfig:
+        """`config` with the request table's places, where the user left them open."""
+        if self._max_num_requests is not None:
+            return config
+        places = memory.max_places(
+            config.max_num_seqs, config.max_model_len, config.num_logprobs
+        )
+        return dataclasses.replace(config, max_num_requests=places)
+
+    def _jobs(
+        self,
+        prompts: Any,
+        params: Any,
+        *,
+        on_error: str = "raise",
+        is_streamed: bool = False,
+    ) -> tuple[list[Job], list[RequestOutput | None]]:
+        """The requests that can run, and for each prompt its output if it cannot."""
+        prompts, params = intake.pairs(prompts, params)
+        self._open_host()
+        check = self._intake().check
+        jobs, outputs, errors = [], [], []
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            token_ids, error = check(prompt, param)
+            arrival = self._num_arrivals + index
+            text = prompt if isinstance(prompt, str) else None
+            output = None
+            if error is None:
+                eos = self.model.config.eos_token_ids
+                jobs.append(
+                    Job(index, arrival, text, token_ids, param, eos, is_streamed)
+                )
+            else:
+                errors.append(f"prompts[{index}]: {error}")
+                output = RequestOutput(arrival, text, token_ids, [], error=error)
+            outputs.append(output)
+        if errors and on_error == "raise":
+            head = f"{len(errors)} of {len(prompts)} requests are wrong, none was run:"
+            message = "\n  ".join([head, *errors]) if len(prompts) > 1 else errors[0]
+            raise ValueError(message)
+        self._num_arrivals += len(prompts)
+        self._num_prompt_tokens += sum(len(job.prompt_token_ids) for job in jobs)
+        return jobs, outputs
+
+
+def _report(
+    bar: tqdm[Any],
+    index: int,
+    output: RequestOutput,
+    on_output: Callable[[int, RequestOutput], None] | None,
+) -> None:
+    """Counts a finished request, and hands it on without the bar in the way."""
+    bar.update()
+    if on_output is not None:
+        with tqdm.external_write_mode(file=sys.stdout):
+            on_output(index, output)

@@ -1,0 +1,119 @@
+"""Options: the arguments of `LLM`, checked, and the model that they name.
+
+Place on the road: user -> [options] -> llm. What does not exist is refused, never
+replaced by something else.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+from jpaged import attention as attention_module
+from jpaged import bundled
+from jpaged.models.checkpoint import load_model
+from jpaged.models.config import DTYPES
+from jpaged.models.decoder import Decoder
+from jpaged.text import Tokenizer
+
+
+def check_sizes(seed: Any, **sizes: Any) -> None:
+    """Raises ValueError for sizes that are no integers above 0, or a wrong seed."""
+    for name, value in sizes.items():
+        is_open = value is None and name in ("num_blocks", "max_model_len")
+        if not is_open and not _is_integer(value, least=1):
+            raise ValueError(f"{name}: wanted an integer of at least 1, got {value!r}")
+    if not _is_integer(seed, least=0):
+        raise ValueError(f"seed: wanted an integer of at least 0, got {seed!r}")
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and value >= least
+
+
+def check_choices(
+    *,
+    kv_dtype: Any,
+    enable_prefix_caching: Any,
+    preemption: Any,
+    num_swap_blocks: Any,
+    attention: Any,
+    mesh: Any,
+    memory_fraction: Any,
+) -> None:
+    """Raises ValueError for what does not exist, or not yet."""
+    if kv_dtype in ("int8", "fp8"):
+        raise ValueError(f"kv_dtype: {kv_dtype!r} is not built yet; wanted 'auto'")
+    if kv_dtype not in ("auto", *DTYPES):
+        raise ValueError(
+            f"kv_dtype: wanted one of {('auto', *DTYPES)}, got {kv_dtype!r}"
+        )
+    if not isinstance(enable_prefix_caching, bool):
+        raise ValueError(
+            f"enable_prefix_caching: wanted True or False, got "
+            f"{enable_prefix_caching!r}"
+        )
+    if preemption == "swap" or num_swap_blocks:
+        raise ValueError(
+            "preemption: swapping is not built yet; wanted 'recompute' and "
+            f"num_swap_blocks=0, got {preemption!r} and {num_swap_blocks!r}"
+        )
+    if preemption != "recompute":
+        raise ValueError(f"preemption: wanted 'recompute', got {preemption!r}")
+    if attention is not None and attention not in attention_module.IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention: wanted None or one of {attention_module.IMPLEMENTATIONS} "
+            f"(others are not built yet), got {attention!r}"
+        )
+    if mesh is not None:
+        raise ValueError("mesh: many devices are not built yet; wanted None")
+    is_number = isinstance(memory_fraction, int | float)
+    if not is_number or not 0 < memory_fraction <= 1:
+        raise ValueError(
+            f"memory_fraction: wanted a share above 0 and up to 1, got "
+            f"{memory_fraction!r}"
+        )
+
+
+def load(
+    model: Any, dtype: str, tokenizer: Any
+) -> tuple[Decoder, Tokenizer | None, str]:
+    """Decoder, tokenizer and a name to show."""
+    if isinstance(model, Decoder):
+        if dtype not in ("auto", model.config.dtype):
+            raise ValueError(
+                f"dtype: wanted 'auto' or the Decoder's own ({model.config.dtype!r}), "
+                f"got {dtype!r}"
+            )
+        decoder, name = model, model.config.architecture
+    elif isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        folder = _folder(name)
+        decoder = load_model(folder, dtype)
+        tokenizer = folder if tokenizer is None else tokenizer
+    else:
+        raise ValueError(
+            "model: wanted a folder, the name of a bundled model or a Decoder, got "
+            f"{model!r:.80} ({type(model).__name__})"
+        )
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_folder(tokenizer)
+    if tokenizer is not None:
+        tokenizer.check_fits(decoder.config.vocab_size)
+    return decoder, tokenizer, name
+
+
+def _folder(name: str) -> pathlib.Path:
+    """The folder of a model that was given by path or by a bundled one's name."""
+    if name in bundled.bundled_models():
+        return bundled.bundled_path(name)
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    raise FileNotFoundError(
+        f"model: no folder {name!r}, and no bundled model of that name (bundled: "
+        f"{', '.join(bundled.bundled_models())}). A hub id has to be downloaded first: "
+        "hf download ID --local-dir FOLDER"
+    )

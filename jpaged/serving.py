@@ -1,0 +1,311 @@
+"""Serving: the engine as the host drives it, in slices of steps.
+
+Place on the road: llm -> [serving] -> engine -> [serving] -> llm. Host only.
+
+`EngineHost` owns the engine's state and makes all device calls; what it gives out are
+numpy arrays. A call into a jitted function that donates the state can be interrupted
+after the old state is gone and before the new one is ours: then `EngineHost` begins
+with a fresh one, and says so by its `epoch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpaged import block_manager, engine, request_table
+from jpaged.config import EngineConfig
+from jpaged.engine import EngineState
+from jpaged.models.decoder import Decoder
+from jpaged.request_table import RequestTable
+from jpaged.requests import SamplingParams
+
+READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
+_READ_PIECES = 64  # pieces per device call
+_FIRST_STEPS = 4  # steps of a slice while it is not known how long they take
+_MOST_STEPS = 1 << 30
+
+
+class Request(Protocol):
+    """What `EngineHost.submit` needs to know."""
+
+    arrival: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class Progress(NamedTuple):
+    """How far the sequences in the table are, as numpy arrays i32[R]."""
+
+    status: np.ndarray
+    num_tokens: np.ndarray
+    finish_reasons: np.ndarray
+    first_steps: np.ndarray
+    last_steps: np.ndarray
+    num_preemptions: np.ndarray
+
+
+class Tokens(NamedTuple):
+    """Generated tokens of one sequence, in order."""
+
+    ids: list[int]
+    logprobs: np.ndarray  # f32[n]
+    ranks: np.ndarray  # i32[n], or i32[n, 0] where none are kept
+    top_ids: np.ndarray  # i32[n, C]
+    top_logprobs: np.ndarray  # f32[n, C]
+
+
+class EngineHost:
+    """The engine, its state, and what was measured of it."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        *,
+        kv_dtype: str | None = None,
+        seed: int = 0,
+    ):
+        self.model = model
+        self.config = config
+        self.epoch = 0  # grows when the state was lost
+        self.num_empty = 0  # places of the request table
+        self.num_users = 0  # calls that have sequences in the table
+        self.counters: dict[str, Any] = {}  # of the engine, as last seen
+        self.run_s = 0.0  # seconds of running steps
+        self.compile_s = 0.0  # seconds of compiling `engine.run`, or loading it
+        self.num_compilations = 0
+        self._kv_dtype = kv_dtype
+        self._seed = seed
+        self._seconds_per_step: float | None = None
+        self._is_compiled = False
+        self._state = self._new_state()
+        self._look()
+
+    def _new_state(self) -> EngineState:
+        """An empty engine whose counters go on where the last one's were seen."""
+        # One program, and not one for each of the arrays.
+        state = jax.jit(
+            lambda: engine.init(self.model, self.config, kv_dtype=self._kv_dtype)
+        )()
+        self.num_empty = self.config.max_num_requests
+        if not self.counters:
+            return state
+        values = self.counters | {"is_stalled": False}
+        counters = jax.tree.map(
+            lambda new, value: jnp.asarray(value, new.dtype),
+            state.counters,
+            engine.Counters(**values),
+        )
+        return dataclasses.replace(state, counters=counters)
+
+    def enter(self) -> None:
+        """Begins a call that submits. Each `enter` needs its `leave`."""
+        if self.num_users == 0:
+            if self._is_lost():
+                self._reset()
+            elif self.num_empty < self.config.max_num_requests:
+                # An interrupted call left sequences behind that nobody knows of.
+                self.drop(range(self.config.max_num_requests))
+                self.num_empty = self.config.max_num_requests
+        self.num_users += 1
+        self._compile()
+
+    def leave(self, places: Iterable[int]) -> None:
+        """Ends a call; the sequences at `places`, which it still has, are dropped."""
+        self.num_users -= 1
+        if self._is_lost():
+            self._reset()
+        elif places := list(places):
+            self.drop(places)
+
+    def _is_lost(self) -> bool:
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
+
+    def _reset(self) -> None:
+        self.epoch += 1
+        self._state = self._new_state()
+
+    def keep_logprobs(self, config: EngineConfig) -> None:
+        """Begins with an empty request table of another config; pages stay."""
+        table = request_table.init_table(config)
+        self.config = config
+        self._state = dataclasses.replace(self._state, requests=table, config=config)
+        self.num_empty = config.max_num_requests
+        self._is_compiled = False
+
+    def _compile(self) -> None:
+        """Compiles `engine.run`, so that its time is nobody's first token."""
+        if not self._is_compiled:
+            start = time.perf_counter()
+            self._run(0)
+            self.compile_s += time.perf_counter() - start
+            self._is_compiled = True
+
+    def submit(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Puts checked requests into the table; gives the places of their samples."""
+        places = []
+        # `engine.submit` numbers arrivals one after another.
+        runs = itertools.groupby(
+            enumerate(requests), key=lambda pair: pair[1].arrival - pair[0]
+        )
+        for _, run in runs:
+            group = [request for _, request in run]
+            self._state, new = engine.submit(
+                self._state,
+                [request.prompt_token_ids for request in group],
+                [request.params for request in group],
+                seed=self._seed,
+                first_arrival=group[0].arrival,
+                eos_token_ids=self.model.config.eos_token_ids,
+            )
+            self.num_empty -= sum(map(len, new))
+            places += new
+        return places
+
+    def run(self, seconds: float) -> Progress:
+        """Runs steps until all sequences have ended, or for about `seconds`.
+
+        Raises:
+          RuntimeError: the engine stalled, which is a bug.
+        """
+        max_steps = _FIRST_STEPS
+        if self._seconds_per_step is not None:
+            max_steps = int(seconds / self._seconds_per_step)
+        num_steps = self.counters["num_steps"]
+        start = time.perf_counter()
+        progress = self._run(min(max(max_steps, 1), _MOST_STEPS))
+        elapsed = time.perf_counter() - start
+        self.run_s += elapsed
+        num_steps = self.counters["num_steps"] - num_steps
+        if num_steps:
+            self._seconds_per_step = elapsed / num_steps
+        if self.counters["is_stalled"]:
+            report = f"{self.config}, counters {self.counters}"
+            self._reset()
+            raise RuntimeError(
+                "the engine found work and could do none of it. This is a bug: please "
+                f"report it with the prompts' lengths and params, and {report}. The "
+                "requests of this call are lost; the LLM can be used again"
+            )
+        return progress
+
+    def _run(self, max_steps: int) -> Progress:
+        known = engine.run._cache_size()
+        self._state = engine.run(self.model, self._state, np.int32(max_steps))
+        self.num_compilations += engine.run._cache_size() - known
+        return self._look()
+
+    def _look(self) -> Progress:
+        columns, integers, floats = jax.device_get(_summary(self._state))
+        names = [field.name for field in dataclasses.fields(engine.Counters)]
+        counters = jax.tree.leaves(self._state.counters)
+        integers, floats = iter(integers.tolist()), iter(floats.tolist())
+        self.counters = {
+            name: next(floats if counter.dtype == jnp.float32 else integers)
+            for name, counter in zip(names, counters, strict=True)
+        }
+        return Progress(*columns)
+
+    def read(self, wanted: Sequence[tuple[int, int, int]]) -> list[Tokens]:
+        """The tokens of each (place, start, end), positions in the table's rows."""
+        pieces = [
+            (number, place, first)
+            for number, (place, start, end) in enumerate(wanted)
+            for first in range(start, end, READ_WIDTH)
+        ]
+        parts: list[list[Any]] = [[] for _ in wanted]
+        for at in range(0, len(pieces), _READ_PIECES):
+            chunk = pieces[at : at + _READ_PIECES]
+            index = np.zeros((2, _READ_PIECES), np.int32)
+            index[:, : len(chunk)] = np.array(chunk, np.int32)[:, 1:].T
+            columns = jax.device_get(_read(self._state.requests, *index))
+            for i, (number, _, first) in enumerate(chunk):
+                size = min(READ_WIDTH, wanted[number][2] - first)
+                parts[number].append([column[i, :size] for column in columns])
+        found = []
+        for mine in parts:
+            ids, *rest = (np.concatenate(column) for column in zip(*mine, strict=True))
+            found.append(Tokens(ids.tolist(), *rest))
+        return found
+
+    def finish(self, places: Iterable[int], reason: int) -> None:
+        """Ends the live sequences at `places`; their blocks are free again."""
+        mask = self._mask(places)
+        if mask.any():
+            self._state = engine.end(self._state, mask, np.int32(reason))
+
+    def release(self, places: Iterable[int]) -> None:
+        """Empties the places of finished sequences."""
+        mask = self._mask(places)
+        if mask.any():
+            self._state = engine.release(self._state, mask)
+            self.num_empty += int(mask.sum())
+
+    def drop(self, places: Iterable[int]) -> None:
+        """Ends and releases the sequences at `places`, in whatever state they are."""
+        places = list(places)
+        self.finish(places, request_table.ABORT)
+        self.release(places)
+
+    def _mask(self, places: Iterable[int]) -> np.ndarray:
+        mask = np.zeros((self.config.max_num_requests,), np.bool_)
+        mask[list(places)] = True
+        return mask
+
+    def num_free_blocks(self) -> int:
+        """Blocks that hold nothing now."""
+        return int(block_manager.num_free_blocks(self._state.blocks))
+
+    def close(self) -> None:
+        """Lets go of the pages and tables."""
+        del self._state, self.model
+
+
+@jax.jit
+def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Progress as i32[6, R], and the counters: new arrays, few transfers."""
+    table, queue = state.requests, state.requests.queue
+    columns = (
+        queue.status,
+        queue.num_tokens,
+        table.finish_reasons,
+        table.first_steps,
+        table.last_steps,
+        queue.num_preemptions,
+    )
+    counters = jax.tree.leaves(state.counters)
+    floats = [counter for counter in counters if counter.dtype == jnp.float32]
+    others = [counter for counter in counters if counter.dtype != jnp.float32]
+    integers = [counter.astype(jnp.int32) for counter in others]
+    return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _read(
+    table: RequestTable, places: jax.Array, starts: jax.Array, width: int = READ_WIDTH
+) -> tuple[jax.Array, ...]:
+    """[B, width] (and [B, width, C]) of each column from `starts` on; zeros behind."""
+    positions = starts[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+
+    def window(column: jax.Array) -> jax.Array:
+        if 0 in column.shape:
+            return jnp.zeros((*positions.shape, 0), column.dtype)
+        at = column.at[places[:, None], positions]
+        return at.get(mode="fill", fill_value=0)
+
+    return (
+        window(table.tokens),
+        window(table.logprobs),
+        window(table.ranks),
+        window(table.top_ids),
+        window(table.top_logprobs),
+    )

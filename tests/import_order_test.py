@@ -19,37 +19,51 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # all.
 # fmt: off
 ROOMS = {
-    # room:          what it may import
-    "compat":        [],
-    "config":        ["compat"],
-    "requests":      ["compat", "config"],
-    "bundled":       ["compat"],
-    "text":          ["compat", "config", "requests"],
-    "parallel":      ["compat", "config"],
+    # room:              what it may import
+    "compat":            [],
+    "config":            ["compat"],
+    "requests":          ["compat", "config"],
+    "compilation_cache": ["compat"],
+    "bundled":           ["compat"],
+    "text":              ["compat", "config", "requests"],
+    "parallel":          ["compat", "config"],
     # which tokens live where, and who runs: lengths and tables, no activations
-    "block_manager": ["compat", "config"],
-    "step_inputs":   ["compat", "config", "block_manager"],
-    "scheduler":     ["compat", "config", "requests", "block_manager", "step_inputs"],
+    "block_manager":     ["compat", "config"],
+    "scheduler":         ["compat", "config", "block_manager"],
+    # the whole contract between that half and the next
+    "step_inputs":       ["compat", "config", "block_manager"],
     # memory and arithmetic: pages and activations, no requests
-    "xla":           ["compat"],
-    "pallas":        ["compat"],
-    "triton":        ["compat"],
-    "attention":     ["compat", "config", "xla", "pallas", "triton"],
-    "kv_cache":      ["compat", "config", "attention"],
-    "models":        ["compat", "config", "bundled", "parallel", "step_inputs",
-                      "attention", "kv_cache"],
+    "xla":               ["compat"],
+    "pallas":            ["compat"],
+    "triton":            ["compat"],
+    "attention":         ["compat", "config", "xla", "pallas", "triton"],
+    "kv_cache":          ["compat", "config", "attention"],
+    "models":            ["compat", "config", "bundled", "parallel", "step_inputs",
+                          "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block
-    "decoding":      ["compat"],
-    # both halves meet
-    "engine":        ["compat", "config", "requests", "parallel", "block_manager",
-                      "step_inputs", "scheduler", "attention", "kv_cache", "models",
-                      "decoding"],
-    # the host shell, and the same engine on a simulated clock
-    "llm":           ["compat", "config", "requests", "bundled", "text", "parallel",
-                      "block_manager", "step_inputs", "scheduler", "attention",
-                      "kv_cache", "models", "decoding", "engine"],
-    "simulator":     ["compat", "config", "requests", "block_manager", "step_inputs",
-                      "scheduler", "decoding", "engine"],
+    "decoding":          ["compat"],
+    # the halves meet: sequences as arrays, a step's arithmetic, the step and its loop
+    "request_table":     ["compat", "config", "scheduler", "decoding"],
+    "forward":           ["compat", "config", "parallel", "block_manager",
+                          "step_inputs", "attention", "kv_cache", "models", "decoding",
+                          "request_table"],
+    "engine":            ["compat", "config", "requests", "parallel", "block_manager",
+                          "scheduler", "kv_cache", "models", "decoding",
+                          "request_table", "forward"],
+    # the host shell: what users hand in, the clock, text; below the engine, then above
+    "memory":            ["config", "kv_cache", "models"],
+    "options":           ["config", "bundled", "text", "attention", "models"],
+    "intake":            ["config", "requests", "text", "models", "engine"],
+    "serving":           ["config", "requests", "block_manager", "models",
+                          "request_table", "engine"],
+    "batch":             ["config", "requests", "text", "scheduler", "request_table",
+                          "engine", "serving"],
+    "llm":               ["config", "requests", "compilation_cache", "bundled", "text",
+                          "parallel", "models", "engine", "memory", "options",
+                          "intake", "serving", "batch"],
+    # the same scheduler and block manager on a simulated clock: no model, no pages
+    "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
+                          "step_inputs", "decoding", "request_table", "engine"],
 }
 # fmt: on
 

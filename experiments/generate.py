@@ -131,14 +131,16 @@ def _parse(text: str) -> tuple[Any, dict[str, Any]]:
 class Printer:
     """Prints outputs on stdout, whole or as they grow."""
 
-    def __init__(self, prompts: list[Any]):
+    def __init__(self, prompts: list[Any], has_text: bool):
         self._prompts = prompts
+        self._has_text = has_text  # else token ids are printed
 
     def whole(self, index: int, output: RequestOutput) -> None:
         """Prints a finished request."""
         for completion in output.outputs:
             self._head(index, completion.index, len(output.outputs))
-            self._write(completion.text or _ids(completion.token_ids))
+            text, token_ids = completion.text, completion.token_ids
+            self._write(text if self._has_text else _ids(token_ids))
             self._foot(completion.finish_reason, len(completion.token_ids))
             if completion.logprobs is not None:
                 self._logprobs(completion)
@@ -155,7 +157,7 @@ class Printer:
             while current is not None and waiting[current]:
                 part = waiting[current].pop(0)
                 num_tokens += len(part.token_ids)
-                self._write(part.text)
+                self._write(part.text if self._has_text else _ids(part.token_ids))
                 if part.finish_reason is not None:
                     self._foot(part.finish_reason, num_tokens)
                     num_tokens = 0
@@ -173,7 +175,7 @@ class Printer:
             which += f", sample {sample + 1}/{num_samples}"
         prompt = self._prompts[index]
         self._write(f"--- {which}\n")
-        self._write(prompt if isinstance(prompt, str) else f"{_ids(prompt)} -> ")
+        self._write(prompt if isinstance(prompt, str) else f"{_ids(prompt)}-> ")
 
     def _foot(self, reason: str | None, num_tokens: int) -> None:
         self._write(f"\n--- {reason}, {num_tokens} tokens\n\n")
@@ -192,7 +194,7 @@ class Printer:
 
 
 def _ids(token_ids: Any) -> str:
-    return " ".join(map(str, token_ids))
+    return "".join(f"{token} " for token in token_ids)
 
 
 def make_llm() -> LLM:
@@ -246,7 +248,7 @@ def run(llm: LLM, lines: list[Line]) -> float | None:
     """Generates and prints; gives the time of the first token."""
     prompts = [line.prompt for line in lines]
     params = [line.params for line in lines if line.params is not None]
-    printer = Printer(prompts)
+    printer = Printer(prompts, llm.tokenizer is not None)
     first_s = []
     start = time.perf_counter()
     if not FLAGS.stream:

@@ -458,7 +458,9 @@ WRONG = {
     "shared_prefix: .* pass None": {"shared_prefix": integers(1)},
     r"k_pages: expected rank 4 \[N, K, P, D\]": {"k_pages": jnp.ones((2, 2, 3, 4, 5))},
     r"k_pages: expected rank 5 .* with layer=": {"layer": 0},
-    r"v_pages: expected float32\[.*\] like k_pages": {"v_pages": jnp.ones((1, 2, 3, 4))},
+    r"v_pages: expected float32\[.*\] like k_pages": {
+        "v_pages": jnp.ones((1, 2, 3, 4))
+    },
     "q: expected floating": {"q": integers(2, 4, 16)},
     "q: expected head_dim 16 as in k_pages, got 8": {"q": jnp.ones((2, 4, 8))},
     "q: expected a number of heads that is a multiple": {"q": jnp.ones((2, 3, 16))},

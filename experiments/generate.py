@@ -28,6 +28,7 @@ START = time.perf_counter()  # before jax is imported, which takes its time
 
 import dataclasses  # noqa: E402
 import json  # noqa: E402
+import logging  # noqa: E402
 import pathlib  # noqa: E402
 import platform  # noqa: E402
 import sys  # noqa: E402
@@ -68,9 +69,13 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("block_size", 16, "Tokens per KV block.")
 flags.DEFINE_integer("num_blocks", None, "KV blocks; default: what memory holds.")
-flags.DEFINE_integer("max_num_seqs", 64, "Sequences that run at the same time.")
+flags.DEFINE_integer(
+    "max_num_seqs", None, "Sequences that run at once; default: all, up to 64."
+)
 flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
-flags.DEFINE_integer("max_num_batched_tokens", 512, "Tokens of one step.")
+flags.DEFINE_integer(
+    "max_num_batched_tokens", None, "Tokens of one step; default: by need, up to 512."
+)
 flags.DEFINE_enum("policy", "fcfs", ["fcfs", "priority"], "Who runs first.")
 flags.DEFINE_bool("stream", False, "Print text as it grows, prompt after prompt.")
 flags.DEFINE_bool("progress", True, "A bar on stderr, where that is a terminal.")
@@ -197,13 +202,26 @@ def _ids(token_ids: Any) -> str:
     return "".join(f"{token} " for token in token_ids)
 
 
-def make_llm() -> LLM:
-    """The model and engine that the flags ask for."""
-    names = (
-        *("model", "dtype", "block_size", "num_blocks", "max_num_seqs", "policy"),
-        *("max_model_len", "max_num_batched_tokens", "seed"),
+def make_llm(lines: list[Line]) -> LLM:
+    """The model and engine that the flags ask for, no larger than the lines need.
+
+    An engine for few sequences compiles sooner.
+    """
+    max_num_seqs, num_tokens = FLAGS.max_num_seqs, FLAGS.max_num_batched_tokens
+    if max_num_seqs is None:
+        num_samples = sum(line.params.n for line in lines if line.params is not None)
+        max_num_seqs = next((n for n in (1, 4, 8, 16, 32) if n >= num_samples), 64)
+    if num_tokens is None:
+        # A token is at least a byte of text, special ones aside.
+        num_bytes = sum(len(str(line.prompt).encode()) + 4 for line in lines)
+        sizes = (n for n in (32, 64, 128, 256) if n >= num_bytes)
+        num_tokens = max(next(sizes, 512), max_num_seqs)
+    names = ("model", "dtype", "block_size", "num_blocks", "max_model_len", "policy")
+    return LLM(
+        **{name: FLAGS[name].value for name in (*names, "seed")},
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=num_tokens,
     )
-    return LLM(**{name: FLAGS[name].value for name in names})
 
 
 def all_lines() -> list[Line]:
@@ -293,11 +311,13 @@ def summary(
 
 def main(argv: list[str]) -> int:
     """Reads flags, prints."""
+    # jax tells at this level which accelerators it did not find.
+    logging.getLogger("jax").setLevel(logging.WARNING)
     if len(argv) > 1:
         raise app.UsageError(f"a prompt needs its flag: --prompt {argv[1]!r}")
     try:
         lines = all_lines()
-        llm = make_llm()
+        llm = make_llm(lines)
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 1

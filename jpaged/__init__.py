@@ -10,12 +10,14 @@ Source: Kwon et al. 2023. https://arxiv.org/abs/2309.06180
 """
 
 from jpaged.config import EngineConfig as EngineConfig
+from jpaged.llm import LLM as LLM
 from jpaged.models.checkpoint import load_model as load_model
 from jpaged.models.checkpoint import save_model as save_model
 from jpaged.requests import BeamSearchParams as BeamSearchParams
 from jpaged.requests import SamplingParams as SamplingParams
 
 __all__ = [
+    "LLM",
     "BeamSearchParams",
     "EngineConfig",
     "SamplingParams",

@@ -6,20 +6,33 @@ The road that data takes, and the modules along it:
         ^                                                                            |
         '---- llm <- engine <- block_manager (fork, free) <- (tokens, parents) <- decoding
 
+    from jpaged import LLM, SamplingParams
+
+    llm = LLM("tiny-python")
+    outputs = llm.generate(["import ", "def "], SamplingParams(max_tokens=32))
+
 Source: Kwon et al. 2023. https://arxiv.org/abs/2309.06180
 """
 
 from jpaged.config import EngineConfig as EngineConfig
 from jpaged.llm import LLM as LLM
+from jpaged.llm import Delta as Delta
 from jpaged.models.checkpoint import load_model as load_model
 from jpaged.models.checkpoint import save_model as save_model
 from jpaged.requests import BeamSearchParams as BeamSearchParams
+from jpaged.requests import CompletionOutput as CompletionOutput
+from jpaged.requests import Logprob as Logprob
+from jpaged.requests import RequestOutput as RequestOutput
 from jpaged.requests import SamplingParams as SamplingParams
 
 __all__ = [
     "LLM",
     "BeamSearchParams",
+    "CompletionOutput",
+    "Delta",
     "EngineConfig",
+    "Logprob",
+    "RequestOutput",
     "SamplingParams",
     "load_model",
     "save_model",

@@ -240,6 +240,20 @@ def test_slices_of_a_run_give_what_one_run_gives(llama):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_run_within_lower_limits_gives_the_same_tokens(llama):
+    prompts, params = mixed_prompts(12), sampled_params(12)
+    wanted = naive(llama, prompts, params, max_model_len=MAX_LEN)
+    state, _ = start(llama, ROOMY, prompts, params)
+    state = engine.run(
+        llama, state, STEPS(9), max_num_seqs=2, max_num_batched_tokens=5
+    )
+    assert int(state.counters.num_tokens) <= 9 * 5
+    assert int((np.asarray(state.rows) != scheduler.NO_REQUEST).sum()) == 2
+    state = engine.run(llama, state, STEPS(FOREVER))
+    results = [[result] for result in engine.collect(state)]
+    assert differences(state, results, wanted) == []
+
+
 def test_requests_that_come_later_join_the_running_ones(llama):
     prompts, params = mixed_prompts(12, seed=6), greedy_params(12, seed=6)
     state, _ = start(llama, ROOMY, prompts[:5], params[:5])

@@ -31,7 +31,9 @@ class Tiles:
     """Tile sizes; `docs/decisions/attention.md` has the measurements behind them."""
 
     decode_rows: int = 16  # rows of a decode group
-    decode_tokens: int = 32  # tokens of a decode tile
+    decode_tokens: int = 512  # tokens of a decode tile, over all of its rows
+    decode_least: int = 32  # tokens of a decode tile, of one row, at least
+    decode_most: int = 128  # and at most
     ragged_queries: int = 32  # queries of a prompt tile
     ragged_tokens: int = 128  # tokens of a prompt tile
 
@@ -65,7 +67,9 @@ def decode(
     num_kv_heads, block_size = k_pages.shape[1:3]
     rows = min(tiles.decode_rows, num_rows)
     num_groups = -(-num_rows // rows)
-    blocks = max(1, min(tiles.decode_tokens // block_size, block_tables.shape[1]))
+    tokens = tiles.decode_tokens // rows
+    tokens = min(max(tokens, tiles.decode_least), tiles.decode_most)
+    blocks = max(1, min(tokens // block_size, block_tables.shape[1]))
 
     pad = num_groups * rows - num_rows
     if num_groups > 1:
@@ -348,14 +352,16 @@ def _tile(
 def _gather(pages: jax.Array, columns: jax.Array) -> jax.Array:
     """[R * K, C * P, D]: the blocks `columns` i32[R, C] of `pages` [N, K, P, D].
 
-    Gathers (block, head) slabs, so that the result needs no transpose.
+    Gathers (block, head) slabs, so that the result needs no transpose, as flat rows
+    behind a barrier: fused into the product, the CPU of jax 0.12 gathers it slower.
     """
     num_blocks, num_kv_heads, block_size, head_dim = pages.shape
     num_rows, blocks = columns.shape
     head = jnp.arange(num_kv_heads, dtype=columns.dtype)
     slab = columns[:, None, :] * num_kv_heads + head[None, :, None]
-    flat = pages.reshape(num_blocks * num_kv_heads, block_size, head_dim)
+    flat = pages.reshape(num_blocks * num_kv_heads, block_size * head_dim)
     tile = flat.at[slab.reshape(-1)].get(mode="promise_in_bounds")
+    tile = lax.optimization_barrier(tile)
     return tile.reshape(num_rows * num_kv_heads, blocks * block_size, head_dim)
 
 

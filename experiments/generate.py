@@ -54,9 +54,9 @@ flags.DEFINE_string(
     "model", "tiny-python", "Folder in Hugging Face layout, or a bundled model's name."
 )
 flags.DEFINE_integer("max_tokens", 64, "Most tokens to generate for a prompt.")
-flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token each time.")
+flags.DEFINE_float("temperature", 0.7, "0 takes the most likely token each time.")
 flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0: all.")
-flags.DEFINE_float("top_p", 1.0, "Sample among the fewest tokens of this mass.")
+flags.DEFINE_float("top_p", 0.95, "Sample among the fewest tokens of this mass.")
 flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the likeliest one's.")
 flags.DEFINE_integer("n", 1, "Samples of each prompt; needs a temperature above 0.")
 flags.DEFINE_integer("seed", 0, "Of the samples: prompts without a seed of their own.")

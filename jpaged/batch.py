@@ -23,11 +23,13 @@ from jpaged.requests import (
 from jpaged.serving import EngineHost, Progress, Tokens
 from jpaged.text import OutputText, Tokenizer
 
-# Slices are as short as what they serve needs: text that someone reads or that may
+# Slices are as short as what they serve needs: text that someone reads, text that may
 # stop, progress and places that become free, Ctrl-C.
-WATCHED_S = 0.05
+STREAM_S = 0.05
+STOP_S = 0.1
 PROGRESS_S = 0.3
 QUIET_S = 5.0
+LEAST_STEPS = 4  # of a slice that nobody reads: fewer are not worth the call
 
 
 class Sample:
@@ -221,7 +223,7 @@ def serve(
                     "the request table is full of sequences of streams that were not "
                     "read to their end; read or close them, or raise max_num_requests"
                 )
-            progress = host.run(_slice_s(live, is_watched or bool(waiting)))
+            progress = host.run(*_slice(live, is_watched or bool(waiting)))
             news = _read_news(host, live, progress)
             for sample in news:
                 if sample.finish_reason is not None:
@@ -250,11 +252,13 @@ def _feed(
     return jobs
 
 
-def _slice_s(live: dict[int, Sample], is_watched: bool) -> float:
-    """Seconds that the device may run before the host looks again."""
+def _slice(live: dict[int, Sample], is_watched: bool) -> tuple[float, int]:
+    """Seconds, and least steps, that the device may run before the host looks again."""
+    if any(sample.job.is_streamed for sample in live.values()):
+        return STREAM_S, 1
     if any(sample.job.is_watched for sample in live.values()):
-        return WATCHED_S
-    return PROGRESS_S if is_watched else QUIET_S
+        return STOP_S, LEAST_STEPS
+    return PROGRESS_S if is_watched else QUIET_S, LEAST_STEPS
 
 
 def _read_news(

@@ -171,8 +171,11 @@ class EngineHost:
             places += new
         return places
 
-    def run(self, seconds: float) -> Progress:
+    def run(self, seconds: float, least_steps: int = 1) -> Progress:
         """Runs steps until all sequences have ended, or for about `seconds`.
+
+        At least `least_steps` are run, so that no machine is too slow to be worth
+        the call.
 
         Raises:
           RuntimeError: the engine stalled, which is a bug.
@@ -182,7 +185,7 @@ class EngineHost:
             max_steps = int(seconds / self._seconds_per_step)
         num_steps = self.counters["num_steps"]
         start = time.perf_counter()
-        progress = self._run(min(max(max_steps, 1), _MOST_STEPS))
+        progress = self._run(min(max(max_steps, least_steps), _MOST_STEPS))
         elapsed = time.perf_counter() - start
         self.run_s += elapsed
         num_steps = self.counters["num_steps"] - num_steps

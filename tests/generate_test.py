@@ -124,7 +124,7 @@ def test_logprobs_are_printed(run):
     ("arguments", "message"),
     [
         (["--temperature=-1"], "temperature: wanted"),
-        (["--n=2"], "n: wanted 1 with greedy decoding"),
+        (["--n=2", "--temperature=0"], "n: wanted 1 with greedy decoding"),
         (["--block_size=0"], "block_size: wanted"),
         (["--max_model_len=1000"], "max_model_len: expected at most"),
         (["--model=nowhere"], "model: no folder 'nowhere'"),

@@ -456,7 +456,7 @@ def test_an_unknown_model_is_told_where_models_come_from(decoder, tmp_path):
 @pytest.mark.parametrize("kind", ["ascii", "bytes"])
 def test_a_stream_put_together_is_what_generate_gives(decoder, kind, monkeypatch):
     # A slice after almost every step, whatever the machine.
-    monkeypatch.setattr(batch, "WATCHED_S", 0.0)
+    monkeypatch.setattr(batch, "STREAM_S", 0.0)
     backend = {"ascii": ascii_tokenizer, "bytes": byte_tokenizer}[kind]()
     llm = LLM(decoder, tokenizer=Tokenizer(backend), **SIZES)
     prompts = ["hello", [5, 6, 7], "日本"]
@@ -487,7 +487,7 @@ def test_a_stream_put_together_is_what_generate_gives(decoder, kind, monkeypatch
 
 
 def test_a_stream_that_ends_early_leaves_nothing_behind(llm, monkeypatch):
-    monkeypatch.setattr(batch, "WATCHED_S", 0.0)
+    monkeypatch.setattr(batch, "STREAM_S", 0.0)
     stream = llm.stream([[5, 6]] * 3, dataclasses.replace(GREEDY, max_tokens=50))
     next(stream)
     assert llm._host.num_users == 1
@@ -498,7 +498,7 @@ def test_a_stream_that_ends_early_leaves_nothing_behind(llm, monkeypatch):
 
 
 def test_a_call_can_run_while_a_stream_is_open(llm, naive, monkeypatch):
-    monkeypatch.setattr(batch, "WATCHED_S", 0.0)
+    monkeypatch.setattr(batch, "STREAM_S", 0.0)
     stream = llm.stream([5, 6], dataclasses.replace(GREEDY, max_tokens=20))
     token_ids = list(next(stream).token_ids)
     assert len(token_ids) < 20
@@ -510,7 +510,7 @@ def test_a_call_can_run_while_a_stream_is_open(llm, naive, monkeypatch):
 
 
 def test_streams_that_hold_all_places_are_told_of(llm, monkeypatch):
-    monkeypatch.setattr(batch, "WATCHED_S", 0.0)
+    monkeypatch.setattr(batch, "STREAM_S", 0.0)
     streams = [
         llm.stream([[5]] * 8, dataclasses.replace(GREEDY, max_tokens=30))
         for _ in range(2)
@@ -631,13 +631,26 @@ def test_a_pool_that_is_too_small_for_all_preempts_and_counts_it(decoder, naive)
     assert sum(num_preemptions) == llm.stats()["num_preemptions"]
 
 
-def test_under_priority_the_urgent_come_first(decoder):
-    sizes = SIZES | dict(max_num_seqs=1, max_num_requests=2, policy="priority")
-    llm = LLM(decoder, **sizes)
+@pytest.mark.parametrize(
+    ("policy", "order"), [("fcfs", [5, 6, 7, 8]), ("priority", [8, 6, 7, 5])]
+)
+def test_requests_wait_for_places_in_the_order_of_the_policy(
+    decoder, monkeypatch, policy, order
+):
+    llm = LLM(decoder, policy=policy, **SIZES)
     params = [dataclasses.replace(GREEDY, priority=p) for p in (3, 1, 2, 0)]
-    order = []
-    llm.generate([[5], [6], [7], [8]], params, on_output=lambda i, _: order.append(i))
-    assert order == [3, 1, 2, 0]
+    submitted = []
+
+    def submit(self, requests):
+        submitted.extend(request.prompt_token_ids[0] for request in requests)
+        raise KeyboardInterrupt
+
+    # Nothing is compiled and nothing runs; the order within the engine is its own test.
+    monkeypatch.setattr(serving.EngineHost, "submit", submit)
+    monkeypatch.setattr(serving.EngineHost, "_compile", lambda self: None)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5], [6], [7], [8]], params)
+    assert submitted == order
 
 
 def test_a_mixed_run_compiles_the_engine_once(decoder):

@@ -1,0 +1,97 @@
+"""Timing: medians of things that are compared, run in turn and not one after another.
+
+Beside the road. A machine's speed drifts by tens of percent within minutes, so whoever
+is compared runs in the same round: A B A B, and not A A B B.
+"""
+
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jaxlib.version
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Something to time: `run(*prepare())`, of which only `run` counts.
+
+    `run` may donate what `prepare` gives, and returns arrays to wait for. `units` is
+    what one run does: the time of a unit is reported.
+    """
+
+    run: Callable[..., Any]
+    prepare: Callable[[], tuple[Any, ...]] = tuple
+    units: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of a unit, in each round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median over the rounds."""
+        return float(np.median(self.seconds))
+
+    def summary_ms(self) -> dict[str, float]:
+        """Median, least and most in milliseconds, for the JSON line."""
+        return {
+            "median_ms": self.median * 1e3,
+            "min_ms": min(self.seconds) * 1e3,
+            "max_ms": max(self.seconds) * 1e3,
+        }
+
+
+def once(contender: Contender) -> float:
+    """Seconds of one run."""
+    arguments = jax.block_until_ready(contender.prepare())
+    begin = time.perf_counter()
+    jax.block_until_ready(contender.run(*arguments))
+    return time.perf_counter() - begin
+
+
+def time_in_turn(
+    contenders: Mapping[str, Contender], repeats: int, *, is_warm: bool = False
+) -> dict[str, Times]:
+    """The times of all contenders over `repeats` rounds.
+
+    A round that does not count comes first, unless whoever calls says that all
+    programs `is_warm`: compiled, with memory that was used before.
+    """
+    if not is_warm:
+        for contender in contenders.values():
+            once(contender)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            seconds[name].append(once(contender) / contender.units)
+    return {name: Times(tuple(taken)) for name, taken in seconds.items()}
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of a figure must know: device, cores' kind and versions."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform} {device.device_kind}",
+        "machine": platform.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.version.__version__,
+            "flax": flax.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def progress(message: str) -> None:
+    """A line on stderr, so that stdout keeps tables and JSON."""
+    print(message, file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ START = time.perf_counter()  # before jax is imported, which takes its time
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
+import os  # noqa: E402
 import pathlib  # noqa: E402
 import platform  # noqa: E402
 import sys  # noqa: E402
@@ -322,13 +323,16 @@ def main(argv: list[str]) -> int:
         print(f"generate: {error}", file=sys.stderr)
         return 1
     good = sift(llm, lines)
+    num_wrong = len(lines) - len(good)
     try:
         first_s = run(llm, good)
+        print(json.dumps(summary(llm, len(good), num_wrong, first_s)), flush=True)
     except KeyboardInterrupt:
         print("\ngenerate: interrupted", file=sys.stderr)
         return 130
-    num_wrong = len(lines) - len(good)
-    print(json.dumps(summary(llm, len(good), num_wrong, first_s)))
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 1 if num_wrong else 0
 
 

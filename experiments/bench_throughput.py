@@ -19,13 +19,9 @@ Takes about five minutes and 3 GB on two CPU cores. Compilation is left out of a
 figures but `compile`; docs/results.md has the figures of one machine.
 """
 
-import json
-from typing import Any
-
 from absl import app, flags
 
 from experiments import lib_limits as limits_of
-from experiments import timing
 from experiments.lib_engine_loads import (
     BaselineRun,
     EngineRun,
@@ -38,7 +34,7 @@ from experiments.lib_engine_loads import (
     random_prompts,
 )
 from experiments.lib_limits import Limits
-from experiments.timing import Contender, progress, time_in_turn
+from experiments.timing import Contender, Report, progress, time_in_turn
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
 
@@ -72,28 +68,14 @@ flags.DEFINE_integer("gemm_size", 2048, "Rows and columns of the GEMM's matrices
 flags.DEFINE_integer("seed", 0, "Of weights, prompts and lengths.")
 
 
-class Report:
-    """Rows for people as they are measured, and everything for the JSON line."""
-
-    def __init__(self) -> None:
-        self.tokens_per_s: dict[str, float] = {}
-        self.roofline_share: dict[str, float] = {}
-        self.ratios: dict[str, float] = {}
-        self.details: dict[str, Any] = {}
-
-    def row(self, name: str, measured: str, beside: str = "", share: str = "") -> None:
-        """A line of the table: what, its figure, what stands beside it, the share."""
-        print(f"{name:<34}{measured:>16}  {beside:<34}{share}", flush=True)
-
-
-def engine_config(rows: int, num_blocks: int, max_num_batched_tokens: int):
+def engine_config(rows: int, num_blocks: int) -> EngineConfig:
     """Sizes of an engine for so many rows."""
     return EngineConfig(
         num_blocks=num_blocks,
         block_size=FLAGS.block_size,
         max_num_seqs=rows,
         max_model_len=FLAGS.max_model_len,
-        max_num_batched_tokens=max(max_num_batched_tokens, rows),
+        max_num_batched_tokens=max(FLAGS.max_num_batched_tokens, rows),
         max_num_requests=rows,
     )
 
@@ -101,7 +83,7 @@ def engine_config(rows: int, num_blocks: int, max_num_batched_tokens: int):
 def shared_config() -> EngineConfig:
     """One engine, hence one compiled program, for all parts but `overhead`."""
     rows = max(FLAGS.requests, *map(int, FLAGS.batches))
-    return engine_config(rows, FLAGS.num_blocks, FLAGS.max_num_batched_tokens)
+    return engine_config(rows, FLAGS.num_blocks)
 
 
 def measure_limits(report: Report) -> Limits:
@@ -223,7 +205,7 @@ def measure_overhead(model: Decoder, report: Report) -> None:
     prefill_steps = rows * FLAGS.context // FLAGS.max_num_batched_tokens + 2
     longest = FLAGS.context + FLAGS.steps + prefill_steps
     num_blocks = rows * -(-longest // FLAGS.block_size)
-    config = engine_config(rows, num_blocks, FLAGS.max_num_batched_tokens)
+    config = engine_config(rows, num_blocks)
     if rows == shared_config().max_num_seqs:  # one program less to compile
         config = shared_config()
     state = decoding_state(
@@ -371,18 +353,7 @@ def main(_: list[str]) -> None:
     if "w32" in FLAGS.parts:
         measure_w32(model, limits, report)
     found = FLAGS.get_key_flags_for_module(__name__)
-    print(
-        json.dumps(
-            {
-                "tokens_per_s": report.tokens_per_s,
-                "roofline_share": report.roofline_share,
-                "ratios": report.ratios,
-                "details": report.details,
-                "flags": {flag.name: flag.value for flag in found},
-                **timing.environment(),
-            }
-        )
-    )
+    report.last_line({flag.name: flag.value for flag in found})
 
 
 if __name__ == "__main__":

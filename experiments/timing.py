@@ -5,6 +5,7 @@ is compared runs in the same round: A B A B, and not A A B B.
 """
 
 import dataclasses
+import json
 import platform
 import sys
 import time
@@ -95,3 +96,23 @@ def environment() -> dict[str, Any]:
 def progress(message: str) -> None:
     """A line on stderr, so that stdout keeps tables and JSON."""
     print(message, file=sys.stderr, flush=True)
+
+
+class Report:
+    """Rows for people as they are measured, and everything for the JSON line."""
+
+    def __init__(self) -> None:
+        self.tokens_per_s: dict[str, float] = {}
+        self.roofline_share: dict[str, float] = {}
+        self.ratios: dict[str, float] = {}
+        self.details: dict[str, Any] = {}
+
+    def row(self, name: str, measured: str, beside: str = "", share: str = "") -> None:
+        """Prints a line of the table: what, its figure, what stands beside it."""
+        line = f"{name:<34}{measured:>16}  {beside:<34}{share}"
+        print(line.rstrip(), flush=True)
+
+    def last_line(self, flags: dict[str, Any]) -> None:
+        """Prints one JSON object with all figures, the flags and the environment."""
+        found = {**vars(self), "flags": flags, **environment()}
+        print(json.dumps(found), flush=True)

@@ -206,8 +206,7 @@ def serve(
     start = time.perf_counter()
     for job in jobs:
         job.start_s = start
-    host.enter()
-    epoch = host.epoch
+    epoch = host.enter()
     try:
         while waiting or live:
             if host.epoch != epoch:
@@ -235,7 +234,7 @@ def serve(
                 job.end_s = time.perf_counter()
             yield news
     finally:
-        host.leave(place for places in kept.values() for place in places)
+        host.leave((place for places in kept.values() for place in places), epoch)
 
 
 def _feed(

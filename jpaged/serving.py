@@ -107,25 +107,29 @@ class EngineHost:
         )
         return dataclasses.replace(state, counters=counters)
 
-    def enter(self) -> None:
-        """Begins a call that submits. Each `enter` needs its `leave`."""
+    def enter(self) -> int:
+        """Begins a call that submits; gives the epoch. Each has to `leave`."""
         if self.num_users == 0:
-            if self._is_lost():
-                self._reset()
-            elif self.num_empty < self.config.max_num_requests:
-                # An interrupted call left sequences behind that nobody knows of.
-                self.drop(range(self.config.max_num_requests))
-                self.num_empty = self.config.max_num_requests
+            self._clean()
         self.num_users += 1
         self._compile()
+        return self.epoch
 
-    def leave(self, places: Iterable[int]) -> None:
+    def leave(self, places: Iterable[int], epoch: int) -> None:
         """Ends a call; the sequences at `places`, which it still has, are dropped."""
         self.num_users -= 1
         if self._is_lost():
             self._reset()
-        elif places := list(places):
+        elif epoch == self.epoch and (places := list(places)):
             self.drop(places)
+
+    def _clean(self) -> None:
+        """Forgets what an interrupted call left behind, of which nobody knows."""
+        if self._is_lost():
+            self._reset()
+        elif self.num_empty < self.config.max_num_requests:
+            self.drop(range(self.config.max_num_requests))
+            self.num_empty = self.config.max_num_requests
 
     def _is_lost(self) -> bool:
         return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
@@ -136,6 +140,7 @@ class EngineHost:
 
     def keep_logprobs(self, config: EngineConfig) -> None:
         """Begins with an empty request table of another config; pages stay."""
+        self._clean()
         table = request_table.init_table(config)
         self.config = config
         self._state = dataclasses.replace(self._state, requests=table, config=config)

@@ -567,8 +567,34 @@ def test_an_interrupt_while_requests_are_submitted_leaves_the_llm_usable(
         patch.setattr(serving.EngineHost, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[5]] * 3, GREEDY)
-    assert tokens_of(llm.generate([9], GREEDY)) == [[naive([9], 12)]]
+    # The table is also clean where the next call wants another one.
+    params = dataclasses.replace(GREEDY, logprobs=3)
+    assert tokens_of(llm.generate([9], params)) == [[naive([9], 12)]]
     assert is_idle(llm)
+
+
+def test_a_stream_is_told_when_another_call_lost_the_engines_state(
+    decoder, naive, monkeypatch
+):
+    monkeypatch.setattr(batch, "STREAM_S", 0.0)
+    llm = LLM(decoder, **SIZES)
+    stream = llm.stream([5, 6], dataclasses.replace(GREEDY, max_tokens=20))
+    next(stream)
+    run = engine.run
+
+    def lost(model, state, max_steps):
+        run(model, state, max_steps)
+        raise KeyboardInterrupt
+
+    lost._cache_size = run._cache_size
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run", lost)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([9], GREEDY)
+    with pytest.raises(RuntimeError, match="state was lost"):
+        list(stream)
+    assert is_idle(llm)
+    assert tokens_of(llm.generate([9], GREEDY)) == [[naive([9], 12)]]
 
 
 def test_an_engine_that_stalls_raises_and_can_be_used_again(
@@ -588,6 +614,7 @@ def test_an_engine_that_stalls_raises_and_can_be_used_again(
         patch.setattr(engine, "run", stalled)
         with pytest.raises(RuntimeError, match="report it with the prompts' lengths"):
             llm.generate([9], GREEDY)
+    assert is_idle(llm)
     assert tokens_of(llm.generate([9], GREEDY)) == [[naive([9], 12)]]
 
 

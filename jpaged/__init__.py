@@ -2,9 +2,9 @@
 
 The road that data takes, and the modules along it:
 
-    requests -> scheduler -> block_manager -> step_inputs -> models -> attention -> logits
-        ^                                                                            |
-        '---- llm <- engine <- block_manager (fork, free) <- (tokens, parents) <- decoding
+  requests -> scheduler -> block_manager -> step_inputs -> models -> attention -> logits
+      ^                                                                            |
+      '---- llm <- engine <- block_manager (fork, free) <- (tokens, parents) <- decoding
 
     from jpaged import LLM, SamplingParams
 

@@ -4,7 +4,6 @@ The engine's own step runs, with a table of letters in place of decoder and samp
 `python tests/road_test.py` prints the tables as the page has them.
 """
 
-import dataclasses
 import pathlib
 import re
 import types
@@ -214,7 +213,9 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_tables_of_the_road_are_what_the_engine_does(monkeypatch):
-    shown = re.findall(r"^```text step\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    shown = re.findall(
+        r"^```text step\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S
+    )
     assert shown == walk(monkeypatch)
 
 

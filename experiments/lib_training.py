@@ -29,6 +29,7 @@ def token_losses(model: Decoder, windows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
 
 
+@functools.cache  # the same object for the same numbers: train_step compiles once
 def make_optimizer(
     steps: int, warmup: int, decay: int, rate: float, weight_decay: float
 ) -> optax.GradientTransformation:

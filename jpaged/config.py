@@ -73,6 +73,17 @@ class EngineConfig:
                 f"({self.max_num_seqs}), got {self.max_num_requests}"
             )
 
+    def limits(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
+        """Lower (max_num_seqs, max_num_batched_tokens) that serve a small load as well.
+
+        A few classes, so that a program is compiled for each at most once: 1, 8 or all
+        rows; and at most 64 tokens a step where all prompts together have no more.
+        """
+        seqs = next((n for n in (1, 8) if num_seqs <= n), self.max_num_seqs)
+        seqs = min(seqs, self.max_num_seqs)
+        tokens = self.max_num_batched_tokens
+        return seqs, min(64, tokens) if max(num_tokens, seqs) <= 64 else tokens
+
     @property
     def max_blocks_per_seq(self) -> int:
         """Width of the block tables."""

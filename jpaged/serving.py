@@ -27,6 +27,7 @@ from jpaged.engine import EngineState
 from jpaged.models.decoder import Decoder
 from jpaged.request_table import RequestTable
 from jpaged.requests import SamplingParams
+from jpaged.scheduler import RUNNING, WAITING
 
 READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
 _READ_PIECES = 64  # pieces per device call
@@ -86,7 +87,8 @@ class EngineHost:
         self._kv_dtype = kv_dtype
         self._seed = seed
         self._seconds_per_step: float | None = None
-        self._is_compiled = False
+        self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
+        self._limits = config.limits(1, 1)
         self._state = self._new_state()
         self._look()
 
@@ -112,7 +114,6 @@ class EngineHost:
         if self.num_users == 0:
             self._clean()
         self.num_users += 1
-        self._compile()
         return self.epoch
 
     def leave(self, places: Iterable[int], epoch: int) -> None:
@@ -145,15 +146,21 @@ class EngineHost:
         self.config = config
         self._state = dataclasses.replace(self._state, requests=table, config=config)
         self.num_empty = config.max_num_requests
-        self._is_compiled = False
+        self._compiled.clear()
 
-    def _compile(self) -> None:
-        """Compiles `engine.run`, so that its time is nobody's first token."""
-        if not self._is_compiled:
+    def _choose_program(self) -> None:
+        """Takes the smallest program that serves what is in the table.
+
+        Compiles it where it is new, so that its time is nobody's first token.
+        """
+        is_live = np.isin(self._progress.status, (WAITING, RUNNING))
+        num_tokens = int(self._progress.num_tokens[is_live].sum())
+        self._limits = self.config.limits(int(is_live.sum()), num_tokens)
+        if self._limits not in self._compiled:
             start = time.perf_counter()
             self._run(0)
             self.compile_s += time.perf_counter() - start
-            self._is_compiled = True
+            self._compiled.add(self._limits)
 
     def submit(self, requests: Sequence[Request]) -> list[list[int]]:
         """Puts checked requests into the table; gives the places of their samples."""
@@ -185,6 +192,8 @@ class EngineHost:
         Raises:
           RuntimeError: the engine stalled, which is a bug.
         """
+        self._look()
+        self._choose_program()
         max_steps = _FIRST_STEPS
         if self._seconds_per_step is not None:
             max_steps = int(seconds / self._seconds_per_step)
@@ -208,7 +217,14 @@ class EngineHost:
 
     def _run(self, max_steps: int) -> Progress:
         known = engine.run._cache_size()
-        self._state = engine.run(self.model, self._state, np.int32(max_steps))
+        max_num_seqs, max_num_batched_tokens = self._limits
+        self._state = engine.run(
+            self.model,
+            self._state,
+            np.int32(max_steps),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         self.num_compilations += engine.run._cache_size() - known
         return self._look()
 
@@ -221,7 +237,8 @@ class EngineHost:
             name: next(floats if counter.dtype == jnp.float32 else integers)
             for name, counter in zip(names, counters, strict=True)
         }
-        return Progress(*columns)
+        self._progress = Progress(*columns)
+        return self._progress
 
     def read(self, wanted: Sequence[tuple[int, int, int]]) -> list[Tokens]:
         """The tokens of each (place, start, end), positions in the table's rows."""

@@ -532,13 +532,13 @@ def test_an_interrupt_leaves_the_llm_usable(decoder, naive, monkeypatch, moment)
     llm = LLM(decoder, **SIZES)
     run, calls = engine.run, []
 
-    def interrupted(model, state, max_steps):
+    def interrupted(model, state, max_steps, **limits):
         calls.append(max_steps)
         if len(calls) == 3:
             if moment != "before the call":
-                run(model, state, max_steps)
+                run(model, state, max_steps, **limits)
             raise KeyboardInterrupt
-        return run(model, state, max_steps)
+        return run(model, state, max_steps, **limits)
 
     interrupted._cache_size = run._cache_size
     monkeypatch.setattr(engine, "run", interrupted)
@@ -582,8 +582,8 @@ def test_a_stream_is_told_when_another_call_lost_the_engines_state(
     next(stream)
     run = engine.run
 
-    def lost(model, state, max_steps):
-        run(model, state, max_steps)
+    def lost(model, state, max_steps, **limits):
+        run(model, state, max_steps, **limits)
         raise KeyboardInterrupt
 
     lost._cache_size = run._cache_size
@@ -604,8 +604,8 @@ def test_an_engine_that_stalls_raises_and_can_be_used_again(
     llm.generate([9], GREEDY)
     run = engine.run
 
-    def stalled(model, state, max_steps):
-        state = run(model, state, max_steps)
+    def stalled(model, state, max_steps, **limits):
+        state = run(model, state, max_steps, **limits)
         counters = dataclasses.replace(state.counters, is_stalled=jnp.array(True))
         return dataclasses.replace(state, counters=counters)
 
@@ -674,7 +674,7 @@ def test_requests_wait_for_places_in_the_order_of_the_policy(
 
     # Nothing is compiled and nothing runs; the order within the engine is its own test.
     monkeypatch.setattr(serving.EngineHost, "submit", submit)
-    monkeypatch.setattr(serving.EngineHost, "_compile", lambda self: None)
+    monkeypatch.setattr(serving.EngineHost, "_choose_program", lambda self: None)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[5], [6], [7], [8]], params)
     assert submitted == order

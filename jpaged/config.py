@@ -53,9 +53,7 @@ class EngineConfig:
                     f"got {value!r}"
                 )
         if self.policy not in POLICIES:
-            raise ValueError(
-                f"policy: expected one of {POLICIES}, got {self.policy!r}"
-            )
+            raise ValueError(f"policy: expected one of {POLICIES}, got {self.policy!r}")
         if not 0 <= self.watermark < 1:
             raise ValueError(
                 f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"

@@ -270,5 +270,3 @@ def _pack(mask: jax.Array) -> jax.Array:
 def _bucket(buckets: tuple[int, ...], number: jax.Array) -> jax.Array:
     """The index of the first bucket that holds `number`."""
     return jnp.sum(jnp.asarray(buckets, jnp.int32) < number, dtype=jnp.int32)
-
-

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged import block_manager
-from jpaged.block_manager import NO_BLOCK, BlockState
+from jpaged.block_manager import BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 

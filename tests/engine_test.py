@@ -244,9 +244,7 @@ def test_a_run_within_lower_limits_gives_the_same_tokens(llama):
     prompts, params = mixed_prompts(12), sampled_params(12)
     wanted = naive(llama, prompts, params, max_model_len=MAX_LEN)
     state, _ = start(llama, ROOMY, prompts, params)
-    state = engine.run(
-        llama, state, STEPS(9), max_num_seqs=2, max_num_batched_tokens=5
-    )
+    state = engine.run(llama, state, STEPS(9), max_num_seqs=2, max_num_batched_tokens=5)
     assert int(state.counters.num_tokens) <= 9 * 5
     assert int((np.asarray(state.rows) != scheduler.NO_REQUEST).sum()) == 2
     state = engine.run(llama, state, STEPS(FOREVER))

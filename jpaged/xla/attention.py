@@ -373,7 +373,7 @@ def _finish(state, sinks, num_kv_heads, dtype, queries_per_head=1):
     )
     scale = 1.0 / jnp.where(empty, 1.0, state.total)
     if sinks is not None:
-        num_batch, num_queries = lse.shape
+        num_batch = lse.shape[0]
         sink = sinks.astype(jnp.float32).reshape(num_kv_heads, -1)
         sink = jnp.repeat(sink, queries_per_head, axis=1)
         sink = jnp.tile(sink, (num_batch // num_kv_heads, 1))

@@ -40,15 +40,22 @@ from jpaged import block_manager
 from jpaged.block_manager import NO_BLOCK, BlockState
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("rows", 256, "Rows (sequences) of the state.", lower_bound=8)
-flags.DEFINE_list("num_blocks", ["1024", "16384", "131072"], "Pool sizes.")
-flags.DEFINE_integer("max_blocks_per_seq", 128, "Columns of the block tables.")
-flags.DEFINE_integer("block_size", 16, "Tokens per block.")
-flags.DEFINE_integer("prefill_tokens", 512, "Tokens per row that prefills.")
-flags.DEFINE_list("operations", [], "Which to time, by name; all if empty.")
-flags.DEFINE_integer("iterations", 100, "Iterations of the while_loop.")
-flags.DEFINE_integer("repeats", 15, "Timed runs of the loop; 10 times as many calls.")
-flags.DEFINE_integer("seed", 0, "Of the pool's random order.")
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_integer("rows", 256, "Rows (sequences) of the state.", lower_bound=8)
+    flags.DEFINE_list("num_blocks", ["1024", "16384", "131072"], "Pool sizes.")
+    flags.DEFINE_integer("max_blocks_per_seq", 128, "Columns of the block tables.")
+    flags.DEFINE_integer("block_size", 16, "Tokens per block.")
+    flags.DEFINE_integer("prefill_tokens", 512, "Tokens per row that prefills.")
+    flags.DEFINE_list("operations", [], "Which to time, by name; all if empty.")
+    flags.DEFINE_integer("iterations", 100, "Iterations of the while_loop.")
+    flags.DEFINE_integer(
+        "repeats", 15, "Timed runs of the loop; 10 times as many calls."
+    )
+    flags.DEFINE_integer("seed", 0, "Of the pool's random order.")
+
 
 Operation = Callable[[BlockState], BlockState]
 
@@ -214,4 +221,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -41,31 +41,37 @@ from jpaged.models import Decoder, ModelConfig, init_model
 PARTS = ("limits", "step", "attention", "overhead", "w32")
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("parts", list(PARTS), f"What to measure, of {', '.join(PARTS)}.")
-flags.DEFINE_integer("hidden_size", 768, "Of the model.")
-flags.DEFINE_integer("layers", 12, "Of the model.")
-flags.DEFINE_integer("heads", 12, "Query heads of the model.")
-flags.DEFINE_integer("kv_heads", 4, "Key and value heads of the model.")
-flags.DEFINE_integer("intermediate_size", 2048, "Of the model's MLP.")
-flags.DEFINE_integer("vocab_size", 32000, "Of the model.")
-flags.DEFINE_list("batches", ["1", "8", "32"], "Rows of the decode steps.")
-flags.DEFINE_integer("context", 96, "Mean tokens of a row in the decode steps.")
-flags.DEFINE_integer("steps", 16, "Decode steps in a timed call.", lower_bound=1)
-flags.DEFINE_integer("overhead_rows", 64, "Rows of the part `overhead`.")
-flags.DEFINE_integer("max_model_len", 512, "Tokens for which the baseline allocates.")
-flags.DEFINE_integer("block_size", 16, "Tokens per block.")
-flags.DEFINE_integer("num_blocks", 512, "Blocks of the engine's pool.")
-flags.DEFINE_integer("max_num_batched_tokens", 512, "Of the engine.")
-flags.DEFINE_integer("requests", 32, "Of the part `w32`.")
-flags.DEFINE_integer("mean_len", 64, "Mean prompt and mean output of `w32`.")
-flags.DEFINE_float("sigma", 0.6, "Of the lognormal lengths of `w32`.")
-flags.DEFINE_integer("least_len", 8, "Shortest prompt and output of `w32`.")
-flags.DEFINE_integer("most_len", 256, "Longest prompt and output of `w32`.")
-flags.DEFINE_integer("repeats", 7, "Timed rounds of each part.", lower_bound=1)
-flags.DEFINE_integer("w32_repeats", 3, "Timed rounds of `w32`.", lower_bound=1)
-flags.DEFINE_float("read_gb", 1.0, "Array that is summed for the bandwidth.")
-flags.DEFINE_integer("gemm_size", 2048, "Rows and columns of the GEMM's matrices.")
-flags.DEFINE_integer("seed", 0, "Of weights, prompts and lengths.")
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_list("parts", list(PARTS), f"What to measure, of {', '.join(PARTS)}.")
+    flags.DEFINE_integer("hidden_size", 768, "Of the model.")
+    flags.DEFINE_integer("layers", 12, "Of the model.")
+    flags.DEFINE_integer("heads", 12, "Query heads of the model.")
+    flags.DEFINE_integer("kv_heads", 4, "Key and value heads of the model.")
+    flags.DEFINE_integer("intermediate_size", 2048, "Of the model's MLP.")
+    flags.DEFINE_integer("vocab_size", 32000, "Of the model.")
+    flags.DEFINE_list("batches", ["1", "8", "32"], "Rows of the decode steps.")
+    flags.DEFINE_integer("context", 96, "Mean tokens of a row in the decode steps.")
+    flags.DEFINE_integer("steps", 16, "Decode steps in a timed call.", lower_bound=1)
+    flags.DEFINE_integer("overhead_rows", 64, "Rows of the part `overhead`.")
+    flags.DEFINE_integer(
+        "max_model_len", 512, "Tokens for which the baseline allocates."
+    )
+    flags.DEFINE_integer("block_size", 16, "Tokens per block.")
+    flags.DEFINE_integer("num_blocks", 512, "Blocks of the engine's pool.")
+    flags.DEFINE_integer("max_num_batched_tokens", 512, "Of the engine.")
+    flags.DEFINE_integer("requests", 32, "Of the part `w32`.")
+    flags.DEFINE_integer("mean_len", 64, "Mean prompt and mean output of `w32`.")
+    flags.DEFINE_float("sigma", 0.6, "Of the lognormal lengths of `w32`.")
+    flags.DEFINE_integer("least_len", 8, "Shortest prompt and output of `w32`.")
+    flags.DEFINE_integer("most_len", 256, "Longest prompt and output of `w32`.")
+    flags.DEFINE_integer("repeats", 7, "Timed rounds of each part.", lower_bound=1)
+    flags.DEFINE_integer("w32_repeats", 3, "Timed rounds of `w32`.", lower_bound=1)
+    flags.DEFINE_float("read_gb", 1.0, "Array that is summed for the bandwidth.")
+    flags.DEFINE_integer("gemm_size", 2048, "Rows and columns of the GEMM's matrices.")
+    flags.DEFINE_integer("seed", 0, "Of weights, prompts and lengths.")
 
 
 def engine_config(rows: int, num_blocks: int) -> EngineConfig:
@@ -357,4 +363,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

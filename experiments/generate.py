@@ -47,39 +47,54 @@ from jpaged.requests import (  # noqa: E402
 )
 
 FLAGS = flags.FLAGS
-BUILT_IN_PROMPTS = ("def ",)
+BUILT_IN_PROMPTS = ("def ", "class ", "import ")
 
-flags.DEFINE_multi_string("prompt", [], "A prompt; repeat the flag for several.")
-flags.DEFINE_string("prompt_file", None, "A prompt a line, or JSON lines (.jsonl).")
-flags.DEFINE_string(
-    "model", "tiny-python", "Folder in Hugging Face layout, or a bundled model's name."
-)
-flags.DEFINE_integer("max_tokens", 64, "Most tokens to generate for a prompt.")
-flags.DEFINE_float("temperature", 0.7, "0 takes the most likely token each time.")
-flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0: all.")
-flags.DEFINE_float("top_p", 0.95, "Sample among the fewest tokens of this mass.")
-flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the likeliest one's.")
-flags.DEFINE_integer("n", 1, "Samples of each prompt; needs a temperature above 0.")
-flags.DEFINE_integer("seed", 0, "Of the samples: prompts without a seed of their own.")
-flags.DEFINE_multi_string("stop", [], "Text that ends an output; may be repeated.")
-flags.DEFINE_multi_integer("stop_token_id", [], "Token that ends an output, as EOS.")
-flags.DEFINE_bool("ignore_eos", False, "Go on after the model's end-of-text token.")
-flags.DEFINE_integer("logprobs", None, "Print this many likeliest tokens a position.")
-flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "Of the weights."
-)
-flags.DEFINE_integer("block_size", 16, "Tokens per KV block.")
-flags.DEFINE_integer("num_blocks", None, "KV blocks; default: what memory holds.")
-flags.DEFINE_integer(
-    "max_num_seqs", None, "Sequences that run at once; default: all, up to 64."
-)
-flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
-flags.DEFINE_integer(
-    "max_num_batched_tokens", None, "Tokens of one step; default: by need, up to 512."
-)
-flags.DEFINE_enum("policy", "fcfs", ["fcfs", "priority"], "Who runs first.")
-flags.DEFINE_bool("stream", False, "Print text as it grows, prompt after prompt.")
-flags.DEFINE_bool("progress", True, "A bar on stderr, where that is a terminal.")
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_multi_string("prompt", [], "A prompt; repeat the flag for several.")
+    flags.DEFINE_string("prompt_file", None, "A prompt a line, or JSON lines (.jsonl).")
+    flags.DEFINE_string(
+        "model",
+        "tiny-python",
+        "Folder in Hugging Face layout, or a bundled model's name.",
+    )
+    flags.DEFINE_integer("max_tokens", 48, "Most tokens to generate for a prompt.")
+    flags.DEFINE_float("temperature", 0.5, "0 takes the most likely token each time.")
+    flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0: all.")
+    flags.DEFINE_float("top_p", 0.95, "Sample among the fewest tokens of this mass.")
+    flags.DEFINE_float(
+        "min_p", 0.0, "Drop tokens below this share of the likeliest one's."
+    )
+    flags.DEFINE_integer("n", 1, "Samples of each prompt; needs a temperature above 0.")
+    flags.DEFINE_integer(
+        "seed", 1, "Of the samples: prompts without a seed of their own."
+    )
+    flags.DEFINE_multi_string("stop", [], "Text that ends an output; may be repeated.")
+    flags.DEFINE_multi_integer(
+        "stop_token_id", [], "Token that ends an output, as EOS."
+    )
+    flags.DEFINE_bool("ignore_eos", False, "Go on after the model's end-of-text token.")
+    flags.DEFINE_integer(
+        "logprobs", None, "Print this many likeliest tokens a position."
+    )
+    flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "Of the weights."
+    )
+    flags.DEFINE_integer("block_size", 16, "Tokens per KV block.")
+    flags.DEFINE_integer("num_blocks", None, "KV blocks; default: what memory holds.")
+    flags.DEFINE_integer(
+        "max_num_seqs", None, "Sequences that run at once; default: all, up to 64."
+    )
+    flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
+    flags.DEFINE_integer(
+        "max_num_batched_tokens",
+        None,
+        "Tokens of one step; default: by need, up to 512.",
+    )
+    flags.DEFINE_enum("policy", "fcfs", ["fcfs", "priority"], "Who runs first.")
+    flags.DEFINE_bool("stream", False, "Print text as it grows, prompt after prompt.")
+    flags.DEFINE_bool("progress", True, "A bar on stderr, where that is a terminal.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,4 +352,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -66,14 +66,22 @@ class Settings:
 
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("evaluate", False, "Score --model, and no more.")
-flags.DEFINE_string("model", None, f"Folder to score instead of the bundled {MODEL}.")
-flags.DEFINE_string("out", None, "Train, and write the model to this folder.")
-flags.DEFINE_bool("resume", False, "Go on from the last checkpoint beside --out.")
-flags.DEFINE_integer("max_files", None, "Use about so many files; all if not given.")
-for _field in dataclasses.fields(Settings):
-    _define = flags.DEFINE_float if _field.type is float else flags.DEFINE_integer
-    _define(_field.name, _field.default, _field.metadata["help"])
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_bool("evaluate", False, "Score --model, and no more.")
+    flags.DEFINE_string(
+        "model", None, f"Folder to score instead of the bundled {MODEL}."
+    )
+    flags.DEFINE_string("out", None, "Train, and write the model to this folder.")
+    flags.DEFINE_bool("resume", False, "Go on from the last checkpoint beside --out.")
+    flags.DEFINE_integer(
+        "max_files", None, "Use about so many files; all if not given."
+    )
+    for _field in dataclasses.fields(Settings):
+        _define = flags.DEFINE_float if _field.type is float else flags.DEFINE_integer
+        _define(_field.name, _field.default, _field.metadata["help"])
 
 
 def make_config(settings: Settings, bos: int, eos: int) -> ModelConfig:
@@ -265,4 +273,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

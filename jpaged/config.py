@@ -96,8 +96,11 @@ class EngineConfig:
     def row_buckets(self) -> tuple[int, ...]:
         """Numbers of rows for which a decode step is compiled, rising.
 
-        Powers of two, with one step between from 16 on, where a row costs time.
+        Powers of two, with one step between from 16 on, where a row costs time; one
+        size for up to four rows, which cost hardly more than one, and compile sooner.
         """
+        if self.max_num_seqs <= 4:
+            return (self.max_num_seqs,)
         return _buckets((1, 4, 8, 16, 24, 32, 48, 64), self.max_num_seqs)
 
     @property

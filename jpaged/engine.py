@@ -292,8 +292,8 @@ def check_request(
     num_blocks = -(-_token_limit(config, length, params) // config.block_size)
     if num_blocks > config.num_blocks:
         raise ValueError(
-            f"prompt: {length} tokens and up to {params.max_tokens} generated ones need "
-            f"{num_blocks} blocks of {config.block_size}, the pool has "
+            f"prompt: {length} tokens and up to {params.max_tokens} generated ones "
+            f"need {num_blocks} blocks of {config.block_size}, the pool has "
             f"{config.num_blocks}; raise num_blocks, or lower max_tokens"
         )
     num_stop_ids = len(set(_stop_ids(params, eos_token_ids)))

@@ -171,11 +171,10 @@ def sample_tokens(
 
         return lax.fori_loop(0, -(-num_sampled // size), chunk, new)
 
-    several = min(_SAMPLED_ROWS, num_rows)
-    branches = [functools.partial(run, 1)]
-    if config.max_num_seqs > 1:
-        branches.append(functools.partial(run, several))
-    index = jnp.where(num_sampled == 0, -1, jnp.where(num_sampled == 1, 0, 1))
+    sizes = sorted({config.row_buckets[0], min(_SAMPLED_ROWS, config.max_num_seqs)})
+    branches = [functools.partial(run, size) for size in sizes]
+    index = jnp.where(num_sampled <= sizes[0], 0, len(sizes) - 1)
+    index = jnp.where(num_sampled == 0, -1, index)
     return switch_in_place(index, branches, new)
 
 
@@ -251,7 +250,7 @@ def _ragged_inputs(
 def _sampling_rows(
     table: RequestTable, places: jax.Array, valid: jax.Array
 ) -> SamplingRows:
-    """Sampling parameters of the sequences; greedy where not `valid`, which is cheap."""
+    """Sampling parameters of the sequences; greedy, the cheapest, where not `valid`."""
     rows = jax.tree.map(lambda column: column[places], table.sampling)
     idle = SamplingRows.greedy(places.shape[0])
     return jax.tree.map(lambda row, none: jnp.where(valid, row, none), rows, idle)

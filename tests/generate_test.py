@@ -14,6 +14,7 @@ from llm_test import SIZES, write_folder
 from experiments import generate
 
 FLAGS = flags.FLAGS
+generate.define_flags()
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class Tiles:
     """Tile sizes; `docs/decisions/attention.md` has the measurements behind them."""
 
     decode_rows: int = 16  # rows of a decode group
-    decode_tokens: int = 512  # tokens of a decode tile, over all of its rows
+    decode_tokens: int = 768  # tokens of a decode tile, over all of its rows
     decode_least: int = 32  # tokens of a decode tile, of one row, at least
     decode_most: int = 128  # and at most
     ragged_queries: int = 32  # queries of a prompt tile

@@ -108,6 +108,7 @@ def save_model(
     # Renamed into place, so that a crash leaves no half a checkpoint behind.
     partial = folder / "model.safetensors.partial"
     safetensors.numpy.save_file(arrays, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes it readable by its owner alone
     partial.replace(folder / "model.safetensors")
     text = json.dumps(config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

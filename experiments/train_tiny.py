@@ -79,9 +79,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "max_files", None, "Use about so many files; all if not given."
     )
-    for _field in dataclasses.fields(Settings):
-        _define = flags.DEFINE_float if _field.type is float else flags.DEFINE_integer
-        _define(_field.name, _field.default, _field.metadata["help"])
+    for field in dataclasses.fields(Settings):
+        define = flags.DEFINE_float if field.type is float else flags.DEFINE_integer
+        define(field.name, field.default, field.metadata["help"])
 
 
 def make_config(settings: Settings, bos: int, eos: int) -> ModelConfig:

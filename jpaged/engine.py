@@ -48,9 +48,7 @@ class Counters:
     num_generated: jax.Array  # i32[], tokens that decoding gave
     num_preemptions: jax.Array  # i32[]
     num_block_copies: jax.Array  # i32[], copy-on-write
-    token_share: (
-        jax.Array
-    )  # f32[], sum over steps of tokens held / slots of used blocks
+    token_share: jax.Array  # f32[], sum over steps of tokens held / slots in use
     saved_share: jax.Array  # f32[], sum over steps of blocks saved / blocks unshared
     max_used_blocks: jax.Array  # i32[], most blocks in use after a step
     is_stalled: jax.Array  # bool[], a step found work and could do none: a bug

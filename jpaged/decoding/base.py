@@ -4,10 +4,13 @@ Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engin
 
 A logits transform changes the scores of one step. A decoding algorithm turns
 scores into a `Decision`: which token each row takes, and which row it continues.
-Neither ever sees a block: the engine applies `parents` as one `fork` of the
-block tables, and copy-on-write follows from the reference counts.
+It is written for one request and its rows; the engine runs it for all requests of
+its kind at once, whenever all rows of a request have their logits. It never sees a
+block: the engine applies `parents` as one `fork` of the block tables, and
+copy-on-write follows from the reference counts.
 
-Shape letters: S rows (sequences), V vocabulary.
+Shape letters: S rows of one request, V vocabulary, Q sequences: the S rows and
+behind them those that the algorithm only holds.
 Source: Kwon et al. 2023, Section 5.2 (fork, append and free suffice).
 https://arxiv.org/abs/2309.06180
 """
@@ -24,12 +27,22 @@ State = Any  # a pytree that only its own algorithm looks into
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What one decoding step decided for each row."""
+    """What one decoding step decided for each sequence.
 
-    tokens: jax.Array  # i32[S], the token that row s takes
-    parents: jax.Array  # i32[S], row s continues what row parents[s] held
-    logprobs: jax.Array  # f32[S], log-probability of the token under the raw model
-    finished: jax.Array  # bool[S], the algorithm ends the row; EOS is the engine's
+    Sequence q becomes what row or sequence parents[q] held, followed by tokens[q]. A
+    sequence that had finished takes no token any more: whoever continues it is as it
+    was. The first S sequences are the rows, which get logits while they have not
+    finished. An algorithm may hold more (Q > S), such as the best finished beams of
+    beam search; then these are the request's outputs, and otherwise the rows are.
+
+    A request ends when all its rows have finished, or at its limit of tokens. EOS,
+    stop tokens and the limit finish a row without being asked.
+    """
+
+    tokens: jax.Array  # i32[Q], the token that sequence q takes
+    parents: jax.Array  # i32[Q], the sequence that q continues
+    logprobs: jax.Array  # f32[Q], log-probability of the token under the raw model
+    finished: jax.Array  # bool[Q], q has ended; always true for held sequences
 
 
 class LogitsTransform(Protocol):
@@ -49,7 +62,7 @@ class InitFn(Protocol):
     """The first half of a decoding algorithm."""
 
     def __call__(self, num_rows: int) -> State:
-        """Return the state before the first step, for `num_rows` rows."""
+        """Return the state before the first step of a request with `num_rows` rows."""
 
 
 class StepFn(Protocol):
@@ -58,19 +71,23 @@ class StepFn(Protocol):
     def __call__(
         self, keys: jax.Array, logits: jax.Array, state: State
     ) -> tuple[State, Decision]:
-        """Return the next state and what to do with each row.
+        """Return the next state and what to do with each sequence.
+
+        In the first step all rows hold the prompt, so their logits are equal.
 
         Args:
             keys: key[S], one PRNG key per row (see `token_keys`), consumed.
-                They depend on the request, not on the batch, so an algorithm
-                that draws row s only from keys[s] is independent of the batch.
-            logits: f32[S, V], the model's raw scores.
+                They depend on the request, not on the batch, so the tokens of a
+                request do not depend on what else runs.
+            logits: f32[S, V]; the engine hands over the model's log-probabilities,
+                with -inf where the request's own rules forbid a token. A finished
+                row's are meaningless.
             state: what `init` or the last `step` returned.
         """
 
 
 class DecodingAlgorithm(NamedTuple):
-    """A pair of pure functions, as an optax optimiser is."""
+    """A pair of pure functions, as an optax optimiser is; for one request."""
 
     init: InitFn
     step: StepFn

@@ -15,7 +15,7 @@ from jax import lax
 
 from experiments import baseline
 from experiments.timing import Contender
-from jpaged import block_manager, engine, forward, request_table, scheduler
+from jpaged import engine, forward, request_table
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder
 from jpaged.request_table import NewTokens
@@ -101,31 +101,22 @@ def bookkeeping(state: engine.EngineState, steps: int) -> Contender:
     state = dataclasses.replace(state, cache=None)
 
     def step(state: engine.EngineState) -> engine.EngineState:
-        table = state.requests
-        queue, rows, blocks, plan = scheduler.schedule(
-            table.queue, state.rows, state.blocks, config
+        begun = engine.begin_step(state, config)
+        batch = begun.batch
+        places = forward.logit_places(batch, config)
+        table, ended = request_table.extend(
+            begun.table,
+            NewTokens.zeros(places, config.num_logprobs),
+            state.counters.num_steps,
         )
-        table = dataclasses.replace(table, queue=queue)
-        starts = blocks.context_lens
-        blocks, appended = block_manager.append(blocks, plan.num_tokens)
-        batch = forward.make_batch(table, rows, starts, plan.num_tokens)
-        copies = appended.copy_dst != block_manager.NO_BLOCK
-        (num_rows,) = rows.shape
-        zeros = jnp.zeros((num_rows,), jnp.int32)
-        kept = config.num_logprobs
-        places = jnp.where(batch.is_sampled, batch.places, config.max_num_requests)
-        new = NewTokens(
-            places=places,
-            tokens=zeros,
-            logprobs=zeros.astype(jnp.float32),
-            ranks=zeros,
-            top_ids=jnp.zeros((num_rows, kept), jnp.int32),
-            top_logprobs=jnp.zeros((num_rows, kept), jnp.float32),
+        decoded = engine.Decoded(
+            table=table,
+            states=state.states,
+            parents=jnp.arange(config.num_rows, dtype=jnp.int32),
+            num_new=batch.num_sampled,
+            is_settled=~jnp.any(ended),
         )
-        counters = engine._count(state.counters, plan, places, copies, blocks, config)
-        table, ended = request_table.extend(table, new, state.counters.num_steps)
-        rows, blocks = engine._release_rows(table, rows, blocks, jnp.any(ended))
-        return engine.EngineState(table, rows, blocks, state.cache, counters, config)
+        return engine.end_step(state, begun, decoded, state.cache)
 
     @jax.jit
     def run(state: engine.EngineState) -> engine.EngineState:

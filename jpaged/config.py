@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 POLICIES = ("fcfs", "priority")
+_MAY_BE_ZERO = ("num_logprobs", "max_num_prefixes", "max_beam_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,11 @@ class EngineConfig:
       policy: "fcfs" or "priority" (smaller `priority` first, then arrival).
       watermark: share of the blocks that admission leaves free while others run.
       attention: implementation of paged attention; None is the backend's best.
+      max_num_prefixes: pinned prefixes at the same time; each takes a row beside
+        `max_num_seqs`, and its blocks.
+      max_beam_width: rows of the widest beam search; 0 compiles none.
+      algorithms: further decoding algorithms, each with its number of rows: pairs
+        (DecodingAlgorithm, num_rows). Compiled into the step.
 
     Raises:
       ValueError: a size is too small for another, or the policy is unknown.
@@ -40,12 +47,15 @@ class EngineConfig:
     policy: str = "fcfs"
     watermark: float = 0.01
     attention: str | None = None
+    max_num_prefixes: int = 0
+    max_beam_width: int = 0
+    algorithms: tuple[tuple[Any, int], ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "num_logprobs" else 1
-            if field.name in ("policy", "watermark", "attention"):
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            if field.name in ("policy", "watermark", "attention", "algorithms"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(
@@ -65,11 +75,23 @@ class EngineConfig:
                 f"a step, got {self.max_num_batched_tokens}; raise it, or lower "
                 "max_num_seqs"
             )
-        if self.max_num_requests < self.max_num_seqs:
+        if self.max_num_requests < self.num_rows:
             raise ValueError(
-                f"max_num_requests: expected at least max_num_seqs "
-                f"({self.max_num_seqs}), got {self.max_num_requests}"
+                f"max_num_requests: expected at least max_num_seqs and "
+                f"max_num_prefixes together ({self.num_rows}), got "
+                f"{self.max_num_requests}"
             )
+        if self.max_beam_width > self.max_num_seqs:
+            raise ValueError(
+                f"max_beam_width: expected at most max_num_seqs ({self.max_num_seqs}), "
+                f"for all beams run in one batch, got {self.max_beam_width}"
+            )
+        for algorithm, num_rows in self.algorithms:
+            if not 1 <= num_rows <= self.max_num_seqs:
+                raise ValueError(
+                    f"algorithms: expected from 1 to max_num_seqs "
+                    f"({self.max_num_seqs}) rows, got {num_rows} for {algorithm!r}"
+                )
 
     def limits(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
         """Lower (max_num_seqs, max_num_batched_tokens) that serve a small load as well.
@@ -81,6 +103,11 @@ class EngineConfig:
         seqs = min(seqs, self.max_num_seqs)
         tokens = self.max_num_batched_tokens
         return seqs, min(64, tokens) if max(num_tokens, seqs) <= 64 else tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the block tables: of running sequences, and of pinned prefixes."""
+        return self.max_num_seqs + self.max_num_prefixes
 
     @property
     def max_blocks_per_seq(self) -> int:

@@ -17,25 +17,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jpaged import block_manager, forward, kv_cache, request_table, scheduler
-from jpaged.block_manager import NO_BLOCK, BlockState
+from jpaged import (
+    block_manager,
+    forward,
+    groups,
+    kv_cache,
+    request_table,
+    scheduler,
+    submission,
+)
+from jpaged.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.decoding.sample import SamplingRows
+from jpaged.forward import Batch
+from jpaged.groups import Logits, States
 from jpaged.kv_cache import KVCache
 from jpaged.models.decoder import Decoder
-from jpaged.request_table import RequestTable, Submission
-from jpaged.requests import SamplingParams
-from jpaged.scheduler import NO_REQUEST
-
-FINISH_REASONS = (None, "stop", "length", "abort")
+from jpaged.request_table import RequestTable
+from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, WAITING, Plan
+from jpaged.submission import FINISH_REASONS as FINISH_REASONS
+from jpaged.submission import Params, Result
+from jpaged.submission import check_request as check_request
 
 
 @jax.tree_util.register_dataclass
@@ -60,29 +68,12 @@ class EngineState:
     """Everything that a step reads and writes."""
 
     requests: RequestTable
+    states: States  # of decoding algorithms, see `groups`
     rows: jax.Array  # i32[S], the sequence that each row runs, or NO_REQUEST
     blocks: BlockState
     cache: KVCache
     counters: Counters
     config: EngineConfig = dataclasses.field(metadata={"static": True})
-
-
-class Result(NamedTuple):
-    """A finished sequence as the engine holds it."""
-
-    place: int
-    arrival: int  # the request's number, in order of submission
-    sample: int  # which of the request's samples
-    prompt_token_ids: list[int]
-    token_ids: list[int]  # with the token that ended it
-    logprobs: np.ndarray  # f32[generated]
-    ranks: np.ndarray  # i32[generated], or empty
-    top_ids: np.ndarray  # i32[generated, num_logprobs]
-    top_logprobs: np.ndarray  # f32[generated, num_logprobs]
-    finish_reason: str | None
-    first_step: int
-    last_step: int
-    num_preemptions: int
 
 
 def init(
@@ -98,11 +89,12 @@ def init(
     sizes = model.config
     return EngineState(
         requests=request_table.init_table(config),
-        rows=jnp.full((config.max_num_seqs,), NO_REQUEST, jnp.int32),
+        states=groups.init_states(config),
+        rows=jnp.full((config.num_rows,), NO_REQUEST, jnp.int32),
         blocks=block_manager.init_state(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
-            max_seqs=config.max_num_seqs,
+            max_seqs=config.num_rows,
             max_blocks_per_seq=config.max_blocks_per_seq,
         ),
         cache=kv_cache.init_cache(
@@ -144,43 +136,144 @@ def step(model: Decoder, state: EngineState) -> EngineState:
 
 def _working_memory(model: Decoder, state: EngineState) -> jax.Array:
     """Room for one step's logits, f32[S, V]."""
-    return jnp.zeros((state.rows.shape[0], model.config.vocab_size), jnp.float32)
+    num_rows = state.config.max_num_seqs
+    return jnp.zeros((num_rows, model.config.vocab_size), jnp.float32)
 
 
-def _step(model, state, logits, config) -> tuple[EngineState, jax.Array]:
-    """`step` within the limits of `config`, with the working memory handed through."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A step up to the decoder: who runs, and where its tokens go."""
+
+    table: RequestTable
+    rows: jax.Array  # i32[S]
+    blocks: BlockState  # with room for the step's tokens
+    plan: Plan
+    appended: Append  # the copies to do first
+    batch: Batch
+
+
+def begin_step(state: EngineState, config: EngineConfig) -> Begun:
+    """Schedule and append: all of a step that comes before the decoder.
+
+    Lengths and tables decide it; tokens are looked at only after a preemption, for
+    what sequences have in common.
+    """
     table = state.requests
     queue, rows, blocks, plan = scheduler.schedule(
         table.queue, state.rows, state.blocks, config
     )
     table = dataclasses.replace(table, queue=queue)
+    lost = jnp.where(rows != state.rows, state.rows, NO_REQUEST)
+    lost = jnp.where(lost == NO_REQUEST, config.max_num_requests, lost)
+    table = when(
+        plan.num_preempted > 0,
+        lambda table: request_table.share_again(table, lost),
+        table,
+    )
     starts = blocks.context_lens
     blocks, appended = block_manager.append(blocks, plan.num_tokens)
     # The scheduler's promise; broken, the engine stalls and writes no wrong token.
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
     plan = dataclasses.replace(plan, num_tokens=num_tokens)
-    copies = appended.copy_dst != NO_BLOCK
+    batch = forward.make_batch(table, rows, starts, num_tokens, config)
+    return Begun(table, rows, blocks, plan, appended, batch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What decoding made of a step."""
+
+    table: RequestTable  # with the new tokens
+    states: States
+    parents: jax.Array  # i32[S], the row that each row continues, NO_BLOCK: none
+    num_new: jax.Array  # i32[], tokens that running sequences got
+    is_settled: jax.Array  # bool[], every row continues itself
+
+
+def end_step(
+    state: EngineState, begun: Begun, decoded: Decoded, cache: KVCache
+) -> EngineState:
+    """The state after a step: rows move or leave, the counters count."""
+    table, rows, blocks = decoded.table, begun.rows, begun.blocks
+    counters = _count(state.counters, begun, decoded.num_new, state.config)
+    if state.config.max_num_prefixes:
+        table = _hold_prefixes(table, rows, blocks)
+    rows, blocks = when(
+        ~decoded.is_settled,
+        lambda carry: _settle(table.queue.status, decoded.parents, *carry),
+        (rows, blocks),
+    )
+    return EngineState(
+        requests=table,
+        states=decoded.states,
+        rows=rows,
+        blocks=blocks,
+        cache=cache,
+        counters=counters,
+        config=state.config,
+    )
+
+
+def _step(model, state, logits, config) -> tuple[EngineState, jax.Array]:
+    """`step` within the limits of `config`, with the working memory handed through."""
+    begun = begin_step(state, config)
+    batch, copies = begun.batch, begun.appended
     cache = when(
-        jnp.any(copies),
-        lambda c: kv_cache.copy_blocks(c, appended.copy_src, appended.copy_dst),
+        jnp.any(copies.copy_dst != NO_BLOCK),
+        lambda cache: kv_cache.copy_blocks(cache, copies.copy_src, copies.copy_dst),
         state.cache,
     )
-    batch = forward.make_batch(table, rows, starts, plan.num_tokens)
-    cache, hidden = forward.hidden_states(model, cache, table, blocks, batch, config)
+    cache, hidden = forward.hidden_states(
+        model, cache, begun.table, begun.blocks, batch, config
+    )
     logits = forward.next_logits(model, batch, hidden, logits, config)
-    new = forward.sample_tokens(table, batch, logits, config)
-    counters = _count(state.counters, plan, new.places, copies, blocks, config)
-    table, ended = request_table.extend(table, new, state.counters.num_steps)
-    rows, blocks = _release_rows(table, rows, blocks, jnp.any(ended))
-    state = EngineState(table, rows, blocks, cache, counters, state.config)
-    return state, logits
+    decoded = _decode(state, begun, logits, config)
+    return end_step(state, begun, decoded, cache), logits
+
+
+def _decode(state, begun, logits, config) -> Decoded:
+    """Tokens for all rows with logits: sampled one by one, or by their algorithms."""
+    batch, number = begun.batch, state.counters.num_steps
+    new = forward.sample_tokens(begun.table, batch, logits, config)
+    table, ended = request_table.extend(begun.table, new, number)
+    rated = Logits(logits, forward.logit_places(batch, config))
+    table, states, parents, num_grouped = groups.decide(
+        table, state.states, begun.rows, rated, number, config
+    )
+    return Decoded(
+        table=table,
+        states=states,
+        parents=parents,
+        num_new=batch.num_sampled + num_grouped,
+        is_settled=~jnp.any(ended) & (batch.num_grouped == 0),
+    )
+
+
+def _settle(status, parents, rows, blocks) -> tuple[jax.Array, BlockState]:
+    """Rows and blocks after a step: rows continue their parents, or have finished."""
+    has_finished = scheduler.row_values(status, rows) == FINISHED
+    blocks = block_manager.fork(blocks, jnp.where(has_finished, NO_BLOCK, parents))
+    return jnp.where(has_finished, NO_REQUEST, rows), blocks
+
+
+def _hold_prefixes(table, rows, blocks) -> RequestTable:
+    """The table in which prefixes that are computed now are held."""
+    is_prefix = scheduler.row_values(table.asked.is_prefix, rows, False)
+    known = scheduler.row_values(table.queue.num_tokens, rows)
+    is_done = is_prefix & (blocks.context_lens == known)
+    at = jnp.where(is_done, rows, table.queue.status.shape[0])
+    status = table.queue.status.at[at].set(HELD, mode="drop")
+    queue = dataclasses.replace(table.queue, status=status)
+    return dataclasses.replace(table, queue=queue)
 
 
 def has_work(state: EngineState) -> jax.Array:
     """bool[]: some sequence waits or runs, and the engine has not stalled."""
     status = state.requests.queue.status
-    is_live = (status == scheduler.WAITING) | (status == scheduler.RUNNING)
-    return jnp.any(is_live) & ~state.counters.is_stalled
+    is_any = jnp.any((status == WAITING) | (status == RUNNING))
+    return is_any & ~state.counters.is_stalled
 
 
 @functools.partial(
@@ -226,21 +319,10 @@ def run(
     return state
 
 
-def _release_rows(table, rows, blocks, is_any):
-    """Rows and blocks without those of sequences that have ended."""
-
-    def release(carry):
-        rows, blocks = carry
-        status = scheduler.row_values(table.queue.status, rows)
-        ended = status == scheduler.FINISHED
-        return jnp.where(ended, NO_REQUEST, rows), block_manager.free(blocks, ended)
-
-    return when(is_any, release, (rows, blocks))
-
-
-def _count(counters, plan, places, copies, blocks, config) -> Counters:
+def _count(counters, begun: Begun, num_new, config) -> Counters:
+    plan, blocks = begun.plan, begun.blocks
+    copies = begun.appended.copy_dst != NO_BLOCK
     num_tokens = jnp.sum(plan.num_tokens)
-    num_new = jnp.sum(places < config.max_num_requests, dtype=jnp.int32)
     used = config.num_blocks - block_manager.num_free_blocks(blocks)
     unshared = jnp.sum(-(-blocks.context_lens // config.block_size))
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
@@ -258,73 +340,24 @@ def _count(counters, plan, places, copies, blocks, config) -> Counters:
         token_share=counters.token_share + as_float(held) / as_float(slots),
         saved_share=counters.saved_share + saved,
         max_used_blocks=jnp.maximum(counters.max_used_blocks, used),
-        is_stalled=(num_tokens == 0) & (plan.num_preempted == 0),
+        is_stalled=(num_tokens + plan.num_preempted + plan.num_admitted) == 0,
     )
-
-
-def check_request(
-    config: EngineConfig,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    *,
-    vocab_size: int | None = None,
-    eos_token_ids: Sequence[int] = (),
-) -> None:
-    """Raises ValueError where the engine could not run a request."""
-    length = len(prompt)
-    if length == 0:
-        raise ValueError("prompt: expected at least one token, got none")
-    if length >= config.max_model_len:
-        raise ValueError(
-            f"prompt: expected fewer than max_model_len ({config.max_model_len}) "
-            f"tokens, so that one can be generated, got {length}; shorten the prompt "
-            "or raise max_model_len"
-        )
-    if vocab_size is not None:
-        wrong = [t for t in prompt if not 0 <= t < vocab_size]
-        if wrong:
-            raise ValueError(
-                f"prompt: expected token ids from 0 to {vocab_size - 1} "
-                f"(the model's vocabulary), got {wrong[0]}"
-            )
-    num_blocks = -(-_token_limit(config, length, params) // config.block_size)
-    if num_blocks > config.num_blocks:
-        raise ValueError(
-            f"prompt: {length} tokens and up to {params.max_tokens} generated ones "
-            f"need {num_blocks} blocks of {config.block_size}, the pool has "
-            f"{config.num_blocks}; raise num_blocks, or lower max_tokens"
-        )
-    num_stop_ids = len(set(_stop_ids(params, eos_token_ids)))
-    if num_stop_ids > config.max_num_stop_ids:
-        raise ValueError(
-            f"stop_token_ids: expected at most max_num_stop_ids "
-            f"({config.max_num_stop_ids}) ids, EOS included, got {num_stop_ids}"
-        )
-    if params.n > config.max_num_requests:
-        raise ValueError(
-            f"n: expected at most max_num_requests ({config.max_num_requests}), "
-            f"got {params.n}"
-        )
-    if (params.logprobs or 0) > config.num_logprobs:
-        raise ValueError(
-            f"logprobs: expected at most num_logprobs ({config.num_logprobs}), got "
-            f"{params.logprobs}; raise num_logprobs in the config"
-        )
 
 
 def submit(
     state: EngineState,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams | Sequence[SamplingParams],
+    params: Params | Sequence[Params],
     *,
     seed: int = 0,
     first_arrival: int | None = None,
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
 ) -> tuple[EngineState, list[list[int]]]:
-    """The state with the requests waiting, and the places of each one's samples.
+    """The state with the requests waiting, and the places of each one's sequences.
 
-    Donates `state`. Host code: it checks every request before anything changes.
+    A prompt that begins as a pinned prefix does (see `pin`) maps its blocks. Donates
+    `state`. Host code: it checks every request before anything changes.
 
     Args:
       state: the engine.
@@ -333,21 +366,23 @@ def submit(
       seed: requests without a seed of their own draw with one that is made of this
         and their arrival number.
       first_arrival: arrival number of the first prompt; None counts on.
-      vocab_size: where given, token ids are checked against it.
+      vocab_size: where given, token ids are checked against it. Algorithms that hold
+        sequences besides their rows need it.
       eos_token_ids: end a sequence unless its `ignore_eos`.
 
     Raises:
-      ValueError: a request that could never run, or more samples than empty places.
+      ValueError: a request that could never run, or more sequences than empty places.
     """
     config = state.config
     prompts = [list(map(int, prompt)) for prompt in prompts]
-    if isinstance(params, SamplingParams):
+    if isinstance(params, Params):
         params = [params] * len(prompts)
     if len(params) != len(prompts):
         raise ValueError(
             f"params: expected one, or one for each of {len(prompts)} prompts, "
             f"got {len(params)}"
         )
+    num_blocks = config.num_blocks - num_pinned_blocks(state)
     for prompt, param in zip(prompts, params, strict=True):
         check_request(
             config,
@@ -355,140 +390,106 @@ def submit(
             param,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
+            num_blocks=num_blocks,
         )
-    queue = state.requests.queue
-    status = np.asarray(queue.status)
-    empty = np.flatnonzero(status == scheduler.EMPTY)
-    wanted = sum(param.n for param in params)
-    if wanted > len(empty):
-        raise ValueError(
-            f"prompts: expected at most {len(empty)} sequences, the empty places of "
-            f"the request table, got {wanted}; run, collect and release first, or "
-            "raise max_num_requests"
-        )
-    if first_arrival is None:
-        arrivals = np.asarray(queue.arrivals)[status != scheduler.EMPTY]
-        first_arrival = int(arrivals.max()) + 1 if len(arrivals) else 0
-
-    places, columns = [], []
-    for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-        mine = [int(place) for place in empty[: param.n]]
-        empty = empty[param.n :]
-        places.append(mine)
-        arrival = first_arrival + number
-        columns += [
-            _entry(config, prompt, param, sample, mine, arrival, seed, eos_token_ids)
-            for sample in range(param.n)
-        ]
-    if not columns:
-        return state, places
-    new = _stack(columns, config)
-    return dataclasses.replace(state, requests=_place(state.requests, new)), places
+    new, places = submission.encode(
+        state.requests,
+        config,
+        prompts,
+        params,
+        seed=seed,
+        first_arrival=first_arrival,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+    )
+    return state if new is None else _place(state, new), places
 
 
-_place = jax.jit(request_table.place, donate_argnums=0)
-
-
-def _entry(config, prompt, params, sample, places, arrival, seed, eos) -> Submission:
-    """One sequence as a Submission of numpy scalars and rows."""
-    length = len(prompt)
-    tokens = np.zeros((config.max_model_len,), np.int32)
-    tokens[:length] = prompt
-    stop_ids = np.full((config.max_num_stop_ids,), -1, np.int32)
-    mine = sorted(set(_stop_ids(params, eos)))
-    stop_ids[: len(mine)] = mine
-    if params.seed is None:
-        own = int(np.random.SeedSequence((seed, arrival)).generate_state(1)[0])
-    else:
-        own = params.seed
-    return Submission(
-        places=np.int32(places[sample]),
-        leaders=np.int32(places[0]),
-        arrivals=np.int32(arrival),
-        priorities=np.int32(params.priority if config.policy == "priority" else 0),
-        tokens=tokens,
-        prompt_lens=np.int32(length),
-        token_limits=np.int32(_token_limit(config, length, params)),
-        stop_ids=stop_ids,
-        sampling=SamplingRows(
-            temperature=np.float32(params.temperature),
-            top_k=np.int32(max(params.top_k, 0)),
-            top_p=np.float32(params.top_p),
-            min_p=np.float32(params.min_p),
-            seed=np.uint32(own),
-            sample=np.int32(sample),
-        ),
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(state: EngineState, new: request_table.Submission) -> EngineState:
+    return dataclasses.replace(
+        state,
+        requests=request_table.place(state.requests, new),
+        states=groups.place_states(state.states, new),
     )
 
 
-def _stack(entries: list[Submission], config: EngineConfig) -> Submission:
-    """Entries side by side, padded to a power of two so that few shapes compile."""
-    size = 1 << (len(entries) - 1).bit_length()
-    nobody = dataclasses.replace(entries[0], places=np.int32(config.max_num_requests))
-    entries = entries + [nobody] * (size - len(entries))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *entries)
+def num_pinned_blocks(state: EngineState) -> int:
+    """Blocks that pinned prefixes hold, or will hold when they are computed."""
+    table = state.requests
+    is_prefix = np.array(table.asked.is_prefix)
+    is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
+    lens = np.asarray(table.queue.num_tokens)[is_prefix]
+    return int((-(-lens // state.config.block_size)).sum())
 
 
-def _token_limit(config: EngineConfig, length: int, params: SamplingParams) -> int:
-    if params.max_tokens is None:
-        return config.max_model_len
-    return min(config.max_model_len, length + params.max_tokens)
+def pin(
+    state: EngineState, tokens: Sequence[int], *, vocab_size: int | None = None
+) -> tuple[EngineState, int]:
+    """The state in which a prefix will be computed once and kept, and its place.
+
+    Requests that are submitted afterwards and begin like it map its blocks, the last
+    one copy-on-write, until `unpin`. Donates `state`; host code.
+
+    Raises:
+      ValueError: too many prefixes, or so long that requests already submitted could
+        never run beside it.
+
+    Source: paper section 4.4, shared prefix.
+    """
+    tokens = list(map(int, tokens))
+    submission.check_prefix(
+        state.requests,
+        state.config,
+        tokens,
+        num_pinned_blocks=num_pinned_blocks(state),
+        vocab_size=vocab_size,
+    )
+    new, place = submission.encode_prefix(state.requests, state.config, tokens)
+    return _place(state, new), place
 
 
-def _stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-    eos = () if params.ignore_eos else tuple(eos_token_ids)
-    return (*params.stop_token_ids, *eos)
+def unpin(state: EngineState, places: Sequence[int]) -> EngineState:
+    """The state without the pinned prefixes at `places`; donates `state`.
+
+    Who maps their blocks keeps them.
+
+    Raises:
+      ValueError: there is no pinned prefix at a place.
+    """
+    is_prefix = np.array(state.requests.asked.is_prefix)
+    is_prefix &= np.asarray(state.requests.queue.status) != scheduler.EMPTY
+    mask = np.zeros(is_prefix.shape, np.bool_)
+    for place in places:
+        if not 0 <= place < len(mask) or not is_prefix[place]:
+            raise ValueError(f"places: expected a pinned prefix's, got {place}")
+        mask[place] = True
+    return release(end(state, mask, np.int32(request_table.ABORT)), mask)
 
 
 def collect(state: EngineState) -> list[Result]:
-    """The finished sequences, by arrival and sample. Host code; changes nothing."""
-    table = state.requests
-    queue = jax.device_get(table.queue)
-    finished = np.flatnonzero(queue.status == scheduler.FINISHED)
-    samples = np.asarray(table.sampling.sample)
-    finished = sorted(finished, key=lambda p: (queue.arrivals[p], samples[p]))
-    host = jax.device_get(dataclasses.replace(table, queue=None))
-    results = []
-    for place in map(int, finished):
-        start, end = int(queue.prompt_lens[place]), int(queue.num_tokens[place])
-        results.append(
-            Result(
-                place=place,
-                arrival=int(queue.arrivals[place]),
-                sample=int(samples[place]),
-                prompt_token_ids=host.tokens[place, :start].tolist(),
-                token_ids=host.tokens[place, start:end].tolist(),
-                logprobs=host.logprobs[place, start:end],
-                ranks=host.ranks[place, start:end],
-                top_ids=host.top_ids[place, start:end],
-                top_logprobs=host.top_logprobs[place, start:end],
-                finish_reason=FINISH_REASONS[int(host.finish_reasons[place])],
-                first_step=int(host.first_steps[place]),
-                last_step=int(host.last_steps[place]),
-                num_preemptions=int(queue.num_preemptions[place]),
-            )
-        )
-    return results
+    """The finished outputs, by arrival and number. Host code; changes nothing."""
+    return submission.results(state.requests)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
     """The state in which the marked live sequences have ended; `places` is bool[R].
 
-    `reason` is an index of FINISH_REASONS. Their blocks are free again.
+    `reason` is an index of FINISH_REASONS. Their blocks are free again. Of a request
+    of an algorithm, mark all sequences or none.
     """
     table = state.requests
     status = table.queue.status
-    ends = places & ((status == scheduler.WAITING) | (status == scheduler.RUNNING))
-    queue = dataclasses.replace(
-        table.queue, status=jnp.where(ends, scheduler.FINISHED, status)
-    )
+    ends = places & ((status == WAITING) | (status == RUNNING) | (status == HELD))
+    queue = dataclasses.replace(table.queue, status=jnp.where(ends, FINISHED, status))
     table = dataclasses.replace(
         table,
         queue=queue,
         finish_reasons=jnp.where(ends, reason, table.finish_reasons),
     )
-    rows, blocks = _release_rows(table, state.rows, state.blocks, jnp.any(ends))
+    own = jnp.arange(state.rows.shape[0], dtype=jnp.int32)
+    rows, blocks = _settle(queue.status, own, state.rows, state.blocks)
     return dataclasses.replace(state, requests=table, rows=rows, blocks=blocks)
 
 
@@ -496,13 +497,16 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
 def release(state: EngineState, places: jax.Array) -> EngineState:
     """The state in which the marked finished sequences' places are empty; bool[R]."""
     queue = state.requests.queue
-    gone = places & (queue.status == scheduler.FINISHED)
-    # Whoever takes a leader's place next is a stranger to the samples that it leaves.
+    gone = places & (queue.status == FINISHED)
+    # Whoever takes a place next is a stranger to the sequences that name it.
     own = jnp.arange(gone.shape[0], dtype=jnp.int32)
+    is_stranger = gone[queue.sources]
     queue = dataclasses.replace(
         queue,
         status=jnp.where(gone, scheduler.EMPTY, queue.status),
         leaders=jnp.where(gone[queue.leaders], own, queue.leaders),
+        sources=jnp.where(is_stranger, own, queue.sources),
+        shared_lens=jnp.where(is_stranger, 0, queue.shared_lens),
     )
     table = dataclasses.replace(state.requests, queue=queue)
     return dataclasses.replace(state, requests=table)

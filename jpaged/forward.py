@@ -32,7 +32,7 @@ from jpaged.decoding.sample import (
 )
 from jpaged.kv_cache import KVCache
 from jpaged.models.decoder import Decoder
-from jpaged.request_table import NewTokens, RequestTable
+from jpaged.request_table import NO_ALGORITHM, NewTokens, RequestTable
 from jpaged.step_inputs import StepInputs
 
 _SAMPLED_ROWS = 8  # rows that the sampler takes at a time
@@ -47,11 +47,19 @@ class Batch:
     places: jax.Array  # i32[S], its sequence in the request table
     starts: jax.Array  # i32[S], position of its first token of the step
     num_tokens: jax.Array  # i32[S], 0 behind the rows that take part
-    is_sampled: jax.Array  # bool[S], its last token of the step gets logits
+    # Rows whose last token of the step gets logits: first those that are sampled one by
+    # one, then those of algorithms. Entries of the batch.
+    order: jax.Array  # i32[S]
+    num_sampled: jax.Array  # i32[]
+    num_grouped: jax.Array  # i32[]
 
 
 def make_batch(
-    table: RequestTable, rows: jax.Array, starts: jax.Array, num_tokens: jax.Array
+    table: RequestTable,
+    rows: jax.Array,
+    starts: jax.Array,
+    num_tokens: jax.Array,
+    config: EngineConfig,
 ) -> Batch:
     """The rows that take part in the step, packed to the front.
 
@@ -60,12 +68,27 @@ def make_batch(
       rows: i32[S], the sequence that each row runs.
       starts: i32[S], tokens that each row held before the step.
       num_tokens: i32[S], tokens of each row in the step.
+      config: sizes.
     """
-    order = _pack(num_tokens > 0)
-    places = jnp.maximum(rows[order], 0)
-    starts, num_tokens = starts[order], num_tokens[order]
-    is_sampled = starts + num_tokens == table.queue.num_tokens[places]
-    return Batch(order, places, starts, num_tokens, is_sampled & (num_tokens > 0))
+    # Pinned prefixes have rows that are never more than max_num_seqs at work.
+    packed = _pack(num_tokens > 0)[: config.max_num_seqs]
+    places = jnp.maximum(rows[packed], 0)
+    starts, num_tokens = starts[packed], num_tokens[packed]
+    has_logits = starts + num_tokens == table.queue.num_tokens[places]
+    has_logits &= (num_tokens > 0) & ~table.asked.is_prefix[places]
+    is_sampled = has_logits & (table.asked.algorithms[places] == NO_ALGORITHM)
+    is_grouped = has_logits & ~is_sampled
+    order = _pack(is_sampled)
+    order = order[_pack(has_logits[order])]
+    return Batch(
+        rows=packed,
+        places=places,
+        starts=starts,
+        num_tokens=num_tokens,
+        order=order,
+        num_sampled=jnp.sum(is_sampled, dtype=jnp.int32),
+        num_grouped=jnp.sum(is_grouped, dtype=jnp.int32),
+    )
 
 
 def hidden_states(
@@ -111,42 +134,42 @@ def next_logits(
     logits: jax.Array,
     config: EngineConfig,
 ) -> jax.Array:
-    """`logits` f32[S, V] with its first rows those of the batch's sampled rows.
+    """`logits` f32[S, V] with its first rows those of the batch's `order`.
 
     The other rows keep what they held: `logits` is working memory, allocated once.
     """
-    order = _pack(batch.is_sampled)
 
     def run(size, logits):
-        return logits.at[:size].set(model.logits(hidden[order[:size]]))
+        return logits.at[:size].set(model.logits(hidden[batch.order[:size]]))
 
-    num_sampled = jnp.sum(batch.is_sampled)
-    index = jnp.where(num_sampled == 0, -1, _bucket(config.row_buckets, num_sampled))
+    number = batch.num_sampled + batch.num_grouped
+    index = jnp.where(number == 0, -1, _bucket(config.row_buckets, number))
     branches = [functools.partial(run, size) for size in config.row_buckets]
     return switch_in_place(index, branches, logits)
+
+
+def logit_places(batch: Batch, config: EngineConfig) -> jax.Array:
+    """The sequence of each row of logits, i32[S]; R where there is none."""
+    index = jnp.arange(batch.order.shape[0], dtype=jnp.int32)
+    has_logits = index < batch.num_sampled + batch.num_grouped
+    return jnp.where(has_logits, batch.places[batch.order], config.max_num_requests)
 
 
 def sample_tokens(
     table: RequestTable, batch: Batch, logits: jax.Array, config: EngineConfig
 ) -> NewTokens:
-    """A new token for each row whose known tokens are all computed.
+    """A new token for each sampled row whose known tokens are all computed.
 
     The sampler is compiled for one row and for a few, and walks the rows so: it is
     small work but a large program.
     """
-    order = _pack(batch.is_sampled)
-    num_sampled = jnp.sum(batch.is_sampled)
-    (num_rows,) = order.shape
-    kept = config.num_logprobs
-    places = jnp.where(batch.is_sampled, batch.places, config.max_num_requests)[order]
-    new = NewTokens(
-        places=places,
-        tokens=jnp.zeros((num_rows,), jnp.int32),
-        logprobs=jnp.zeros((num_rows,), jnp.float32),
-        ranks=jnp.zeros((num_rows,), jnp.int32),
-        top_ids=jnp.zeros((num_rows, kept), jnp.int32),
-        top_logprobs=jnp.zeros((num_rows, kept), jnp.float32),
+    num_sampled, kept = batch.num_sampled, config.num_logprobs
+    (num_rows,) = batch.order.shape
+    index = jnp.arange(num_rows, dtype=jnp.int32)
+    places = jnp.where(
+        index < num_sampled, batch.places[batch.order], config.max_num_requests
     )
+    new = NewTokens.zeros(places, kept)
 
     def run(size, new):
         def chunk(index, new):
@@ -251,7 +274,7 @@ def _sampling_rows(
     table: RequestTable, places: jax.Array, valid: jax.Array
 ) -> SamplingRows:
     """Sampling parameters of the sequences; greedy, the cheapest, where not `valid`."""
-    rows = jax.tree.map(lambda column: column[places], table.sampling)
+    rows = jax.tree.map(lambda column: column[places], table.asked.sampling)
     idle = SamplingRows.greedy(places.shape[0])
     return jax.tree.map(lambda row, none: jnp.where(valid, row, none), rows, idle)
 

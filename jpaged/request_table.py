@@ -2,14 +2,17 @@
 
 Place on the road: user's requests -> [request_table] -> scheduler, decoding.
 
-A request with n samples takes n places, one for each sample; they share the arrival
-and name the first of them as their leader. Letters: R places, L tokens of the longest
-sequence, E stop ids, C most likely tokens kept.
+A request takes a place for each of its sequences: its samples, or the rows of its
+decoding algorithm and behind them the sequences that the algorithm holds. They share
+the arrival and name the first of them as their leader; `sampling.sample` numbers them.
+Letters: R places, L tokens of the longest sequence, E stop ids, C most likely tokens
+kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,21 @@ from jpaged.scheduler import Queue
 # Why a sequence ended.
 NOT_FINISHED, STOP, LENGTH, ABORT = range(4)
 NEVER = -1
+NO_ALGORITHM = -1
+NO_OUTPUT = -1  # and all numbers below 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a request asked for, a row for each of its sequences; never changes."""
+
+    token_limits: jax.Array  # i32[R], tokens at which the sequence ends
+    stop_ids: jax.Array  # i32[R, E], padded with -1
+    algorithms: jax.Array  # i32[R], index in the config's, or NO_ALGORITHM: sampling
+    outputs: jax.Array  # i32[R], which of the request's outputs it is, or below 0
+    is_prefix: jax.Array  # bool[R], is computed and then held, for others to map
+    sampling: SamplingRows  # of arrays [R]
 
 
 @jax.tree_util.register_dataclass
@@ -30,14 +48,12 @@ class RequestTable:
     """All sequences, waiting, running and finished, until they are released."""
 
     queue: Queue  # what the scheduler sees of them
+    asked: Asked
     tokens: jax.Array  # i32[R, L], the prompt and what was generated
     logprobs: jax.Array  # f32[R, L], of the generated tokens, raw
     ranks: jax.Array  # i32[R, L], 1: the most likely token; [R, 0] without top_*
     top_ids: jax.Array  # i32[R, L, C]
     top_logprobs: jax.Array  # f32[R, L, C]
-    token_limits: jax.Array  # i32[R], tokens at which the sequence ends
-    stop_ids: jax.Array  # i32[R, E], padded with -1
-    sampling: SamplingRows  # of arrays [R]
     finish_reasons: jax.Array  # i32[R]
     first_steps: jax.Array  # i32[R], step that gave the first token, or NEVER
     last_steps: jax.Array  # i32[R], step that gave the last token, or NEVER
@@ -49,14 +65,10 @@ class Submission:
     """New sequences on their way into the table, B of them; padding has place R."""
 
     places: jax.Array  # i32[B]
-    leaders: jax.Array  # i32[B]
-    arrivals: jax.Array  # i32[B]
-    priorities: jax.Array  # i32[B]
+    queue: dict[str, jax.Array]  # columns of Queue [B]; others are as in an empty one
     tokens: jax.Array  # i32[B, L]
-    prompt_lens: jax.Array  # i32[B]
-    token_limits: jax.Array  # i32[B]
-    stop_ids: jax.Array  # i32[B, E]
-    sampling: SamplingRows  # of arrays [B]
+    asked: Asked  # of arrays [B]
+    states: Any  # of the config's algorithms, see `groups`; arrays [B, ...]
 
 
 def init_table(config: EngineConfig) -> RequestTable:
@@ -69,14 +81,19 @@ def init_table(config: EngineConfig) -> RequestTable:
 
     return RequestTable(
         queue=scheduler.init_queue(places),
+        asked=Asked(
+            token_limits=full(),
+            stop_ids=full(config.max_num_stop_ids, value=-1),
+            algorithms=full(value=NO_ALGORITHM),
+            outputs=full(value=NO_OUTPUT),
+            is_prefix=full(dtype=jnp.bool_),
+            sampling=SamplingRows.greedy(places),
+        ),
         tokens=full(length),
         logprobs=full(length, dtype=jnp.float32),
         ranks=full(length if kept else 0),
         top_ids=full(length, kept),
         top_logprobs=full(length, kept, dtype=jnp.float32),
-        token_limits=full(),
-        stop_ids=full(config.max_num_stop_ids, value=-1),
-        sampling=SamplingRows.greedy(places),
         finish_reasons=full(),
         first_steps=full(value=NEVER),
         last_steps=full(value=NEVER),
@@ -84,28 +101,18 @@ def init_table(config: EngineConfig) -> RequestTable:
 
 
 def place(table: RequestTable, new: Submission) -> RequestTable:
-    """The table with the new sequences waiting at their places."""
+    """The table with the new sequences at their places."""
 
     def put(column: jax.Array, values: jax.Array | int) -> jax.Array:
         return column.at[new.places].set(values, mode="drop")
 
-    queue = dataclasses.replace(
-        table.queue,
-        status=put(table.queue.status, scheduler.WAITING),
-        arrivals=put(table.queue.arrivals, new.arrivals),
-        priorities=put(table.queue.priorities, new.priorities),
-        prompt_lens=put(table.queue.prompt_lens, new.prompt_lens),
-        num_tokens=put(table.queue.num_tokens, new.prompt_lens),
-        leaders=put(table.queue.leaders, new.leaders),
-        num_preemptions=put(table.queue.num_preemptions, 0),
-    )
+    fresh = {"has_ended": False, "num_preemptions": 0} | new.queue
+    columns = {name: put(getattr(table.queue, name), v) for name, v in fresh.items()}
     return dataclasses.replace(
         table,
-        queue=queue,
+        queue=dataclasses.replace(table.queue, **columns),
+        asked=jax.tree.map(put, table.asked, new.asked),
         tokens=put(table.tokens, new.tokens),
-        token_limits=put(table.token_limits, new.token_limits),
-        stop_ids=put(table.stop_ids, new.stop_ids),
-        sampling=jax.tree.map(put, table.sampling, new.sampling),
         finish_reasons=put(table.finish_reasons, NOT_FINISHED),
         first_steps=put(table.first_steps, NEVER),
         last_steps=put(table.last_steps, NEVER),
@@ -115,7 +122,7 @@ def place(table: RequestTable, new: Submission) -> RequestTable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What decoding gave the rows of a step, S of them; padding has place R."""
+    """What decoding gave the sequences of a step, S of them; padding has place R."""
 
     places: jax.Array  # i32[S], the sequence that gets the token
     tokens: jax.Array  # i32[S]
@@ -124,24 +131,40 @@ class NewTokens:
     top_ids: jax.Array  # i32[S, C]
     top_logprobs: jax.Array  # f32[S, C]
 
+    @classmethod
+    def zeros(cls, places: jax.Array, num_logprobs: int) -> NewTokens:
+        """Token 0 for each place."""
+        (size,) = places.shape
+        return cls(
+            places=places,
+            tokens=jnp.zeros((size,), jnp.int32),
+            logprobs=jnp.zeros((size,), jnp.float32),
+            ranks=jnp.zeros((size,), jnp.int32),
+            top_ids=jnp.zeros((size, num_logprobs), jnp.int32),
+            top_logprobs=jnp.zeros((size, num_logprobs), jnp.float32),
+        )
+
 
 def extend(
     table: RequestTable, new: NewTokens, step: jax.Array
 ) -> tuple[RequestTable, jax.Array]:
     """The table with the new tokens, and which of the sequences they end, bool[S].
 
-    A sequence ends at one of its stop ids, or at its limit of tokens.
+    A sequence ends at one of its stop ids, or at its limit of tokens. A sampled one
+    has finished then; that of an algorithm waits for its request's others.
     """
     places = new.places
     num_places, _ = table.tokens.shape
     valid = places < num_places
     safe = jnp.where(valid, places, 0)
     position = table.queue.num_tokens[safe]
-    is_stop = jnp.any(table.stop_ids[safe] == new.tokens[:, None], axis=1)
-    is_full = position + 1 >= table.token_limits[safe]
+    is_stop = jnp.any(table.asked.stop_ids[safe] == new.tokens[:, None], axis=1)
+    is_full = position + 1 >= table.asked.token_limits[safe]
     ended = valid & (is_stop | is_full)
     reason = jnp.where(is_stop, STOP, LENGTH)
     at_end = jnp.where(ended, places, num_places)
+    is_alone = table.asked.algorithms[safe] == NO_ALGORITHM
+    at_finish = jnp.where(ended & is_alone, places, num_places)
     is_first = position == table.queue.prompt_lens[safe]
     at_first = jnp.where(valid & is_first, places, num_places)
 
@@ -150,7 +173,8 @@ def extend(
 
     queue = dataclasses.replace(
         table.queue,
-        status=table.queue.status.at[at_end].set(scheduler.FINISHED, mode="drop"),
+        status=table.queue.status.at[at_finish].set(scheduler.FINISHED, mode="drop"),
+        has_ended=table.queue.has_ended.at[at_end].set(True, mode="drop"),
         num_tokens=table.queue.num_tokens.at[places].add(1, mode="drop"),
     )
     table = dataclasses.replace(
@@ -170,3 +194,82 @@ def extend(
             top_logprobs=put(table.top_logprobs, new.top_logprobs),
         )
     return table, ended
+
+
+def inherit(table: RequestTable, places: jax.Array, parents: jax.Array) -> RequestTable:
+    """The table in which the sequences at `places` are what those at `parents` were.
+
+    i32[Q] each; all move at once. Places of R are padding.
+    """
+
+    def move(column: jax.Array) -> jax.Array:
+        return column.at[places].set(column[parents], mode="drop")
+
+    queue = dataclasses.replace(
+        table.queue,
+        num_tokens=move(table.queue.num_tokens),
+        has_ended=move(table.queue.has_ended),
+    )
+    return dataclasses.replace(
+        table,
+        queue=queue,
+        tokens=move(table.tokens),
+        logprobs=move(table.logprobs),
+        ranks=move(table.ranks),
+        top_ids=move(table.top_ids),
+        top_logprobs=move(table.top_logprobs),
+        finish_reasons=move(table.finish_reasons),
+        first_steps=move(table.first_steps),
+        last_steps=move(table.last_steps),
+    )
+
+
+def share_again(table: RequestTable, places: jax.Array) -> RequestTable:
+    """The table in which each of the sequences at `places` maps what it can of others.
+
+    For sequences that lost their blocks: each one's source becomes the sequence of its
+    request, among those at lower places, with which it has most tokens in common. So
+    nobody waits for a sequence that waits for it. The first of a request keeps the
+    source that it had. Compares tokens, a sequence with all in turn; `places` is
+    i32[S], R where there is none.
+    """
+    num_places, _ = table.tokens.shape
+    places = jnp.sort(places)
+    valid = places < num_places
+    safe = jnp.where(valid, places, 0)
+    tokens, lens = table.tokens[safe], table.queue.num_tokens[safe]
+    leaders = jnp.where(valid, table.queue.leaders[safe], num_places)
+    can_give = valid & ~table.queue.has_ended[safe]
+    index = jnp.arange(places.shape[0], dtype=jnp.int32)
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+
+    def compare(j: jax.Array, carry):
+        sources, shared = carry
+        # At least one token is left to compute, for its logits.
+        most = jnp.minimum(lens, lens[j]) - 1
+        is_other = tokens != tokens[j][None, :]
+        is_other |= column[None, :] >= most[:, None]
+        common = jnp.argmax(is_other, axis=1).astype(jnp.int32)
+        fits = valid & can_give[j] & (leaders == leaders[j]) & (index > j)
+        is_better = fits & (common > shared)
+        sources = jnp.where(is_better, places[j], sources)
+        return sources, jnp.where(is_better, common, shared)
+
+    first = (jnp.full_like(places, scheduler.NO_REQUEST), jnp.zeros_like(places))
+    sources, shared = jax.lax.fori_loop(0, places.shape[0], compare, first)
+    found = jnp.where(shared > 0, places, num_places)
+    is_first = valid & ~jnp.any(
+        (leaders[None, :] == leaders[:, None]) & (index[None, :] < index[:, None]),
+        axis=1,
+    )
+    # Without a common beginning, the old source is none either.
+    alone = jnp.where(valid & ~is_first & (shared == 0), places, num_places)
+    queue = table.queue
+    new_sources = queue.sources.at[found].set(sources, mode="drop")
+    new_lens = queue.shared_lens.at[found].set(shared, mode="drop")
+    queue = dataclasses.replace(
+        queue,
+        sources=new_sources,
+        shared_lens=new_lens.at[alone].set(0, mode="drop"),
+    )
+    return dataclasses.replace(table, queue=queue)

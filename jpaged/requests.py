@@ -67,6 +67,14 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _seed(value: Any) -> int | None:
+    """Return a seed, or None for None and -1."""
+    if value is None:
+        return None
+    seed = _integer("seed", value, low=-1, high=MAX_SEED)
+    return None if seed == -1 else seed
+
+
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise _wrong(name, "a sequence of token ids", value)
@@ -190,9 +198,7 @@ class SamplingParams:
         penalty = _number("repetition_penalty", self.repetition_penalty, above=0)
         self._set("repetition_penalty", penalty)
         self._set("priority", _integer("priority", self.priority))
-        if self.seed is not None:
-            seed = _integer("seed", self.seed, low=-1, high=MAX_SEED)
-            self._set("seed", None if seed == -1 else seed)
+        self._set("seed", _seed(self.seed))
 
     def _check_ends(self) -> None:
         self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1))
@@ -238,6 +244,7 @@ class BeamSearchParams:
         ignore_eos: go on after the model's own EOS. `stop_token_ids` still end.
         stop_token_ids: tokens that end a beam as EOS does.
         num_return: how many beams come back, best first; None is all.
+        priority: the smaller, the earlier, under policy "priority".
 
     Raises:
         ValueError: a value is outside what is said here, or two contradict.
@@ -250,6 +257,7 @@ class BeamSearchParams:
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
     num_return: int | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints, floats."""
@@ -274,6 +282,51 @@ class BeamSearchParams:
             "length_penalty": penalty,
             "stop_token_ids": stop_ids,
             "num_return": num_return,
+            "priority": _integer("priority", self.priority),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmParams:
+    """A request that is decoded by an algorithm of the user's, see `jpaged.decoding`.
+
+    Attributes:
+        algorithm: a DecodingAlgorithm, or any object with its `init` and `step`. It
+            becomes part of the compiled step: make it once, and use it again.
+        num_rows: sequences that run, the S of the algorithm.
+        max_tokens: most tokens to generate.
+        ignore_eos: go on after the model's own EOS. `stop_token_ids` still end.
+        stop_token_ids: tokens that end a sequence as EOS does.
+        seed: 0 to 2**32 - 1; None (or -1) takes one from the engine's seed.
+        priority: the smaller, the earlier, under policy "priority".
+
+    Raises:
+        ValueError: a value is outside what is said here.
+    """
+
+    algorithm: Any
+    num_rows: int = 1
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()
+    seed: int | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value and bring it to one form: tuples, ints."""
+        for name in ("init", "step"):
+            if not callable(getattr(self.algorithm, name, None)):
+                wanted = "an object with functions init and step"
+                raise _wrong("algorithm", wanted, self.algorithm)
+        _flag("ignore_eos", self.ignore_eos)
+        checked = {
+            "num_rows": _integer("num_rows", self.num_rows, low=1),
+            "max_tokens": _integer("max_tokens", self.max_tokens, low=1),
+            "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
+            "seed": _seed(self.seed),
+            "priority": _integer("priority", self.priority),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -6,13 +6,19 @@ A pure function of lengths, tables and the queue: it never sees a token, so the 
 and the simulator run the same one. Iteration-level scheduling with chunked prompts
 (paper section 4.3): running rows decode one token each, what is left of the step's
 budget goes to prompts, and requests are admitted while their prompts fit into the free
-blocks. When blocks run out the latest rows give theirs back and are computed again
+blocks. When blocks run out the latest requests give theirs back and are computed again
 later, from their prompt and what they had generated (paper section 4.5).
 
-Progress: rows and waiting requests have one total order that does not change (policy,
-arrival, place). Memory is given in that order, so the first unfinished request is never
-preempted and gets at least a token in each step; `submit` refuses a request that does
-not fit into the whole pool alone. So every run ends.
+A request's sequences (samples, beams) are admitted together and preempted together.
+Those of a lockstep request, such as beams, also decode together: none computes its last
+known token before all of them can. Samples need not: where a request has more of them
+than fit even when nothing else runs, as many as fit run at a time.
+
+Progress: requests have one total order that does not change (policy, arrival), and so
+have their sequences (place). Memory is given in that order, so the first unfinished
+sequence, and in a lockstep request the first unfinished request, is never preempted and
+gets at least a token in each step; `submit` refuses what does not fit into the whole
+pool alone. So every run ends.
 
 Letters: R places of the request table, S rows.
 """
@@ -30,8 +36,9 @@ from jpaged.block_manager import BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 
-# Status of a place in the request table.
-EMPTY, WAITING, RUNNING, FINISHED = range(4)
+# Status of a place in the request table. HELD takes no part, and keeps what it has:
+# a pinned prefix its row and blocks, a finished beam of a running search its tokens.
+EMPTY, WAITING, RUNNING, FINISHED, HELD = range(5)
 NO_REQUEST = -1
 _LAST = jnp.iinfo(jnp.int32).max
 
@@ -42,11 +49,15 @@ class Queue:
     """What the scheduler knows of each sequence."""
 
     status: jax.Array  # i32[R]
-    arrivals: jax.Array  # i32[R], rank of arrival; samples of one request share it
+    arrivals: jax.Array  # i32[R], rank of arrival; sequences of one request share it
     priorities: jax.Array  # i32[R], smaller is sooner; all 0 under "fcfs"
     prompt_lens: jax.Array  # i32[R]
     num_tokens: jax.Array  # i32[R], known tokens: the prompt and what was generated
-    leaders: jax.Array  # i32[R], the place of the request's first sample
+    leaders: jax.Array  # i32[R], the place of the request's first sequence
+    sources: jax.Array  # i32[R], whose blocks it maps when it starts; itself: nobody's
+    shared_lens: jax.Array  # i32[R], tokens that it maps of its source's
+    is_lockstep: jax.Array  # bool[R], decodes only together with its request's others
+    has_ended: jax.Array  # bool[R], takes no part while its lockstep request goes on
     num_preemptions: jax.Array  # i32[R]
 
 
@@ -57,22 +68,29 @@ class Plan:
 
     num_tokens: jax.Array  # i32[S], tokens of each row; 0: not in this step
     num_preempted: jax.Array  # i32[], rows that gave their blocks back
+    num_admitted: jax.Array  # i32[], sequences that got a row
 
 
 def init_queue(num_places: int) -> Queue:
     """An empty queue."""
 
-    def column() -> jax.Array:
-        return jnp.zeros((num_places,), jnp.int32)
+    def column(dtype: type = jnp.int32) -> jax.Array:
+        return jnp.zeros((num_places,), dtype)
 
-    leaders = jnp.arange(num_places, dtype=jnp.int32)
+    def own() -> jax.Array:
+        return jnp.arange(num_places, dtype=jnp.int32)
+
     return Queue(
         status=column(),
         arrivals=column(),
         priorities=column(),
         prompt_lens=column(),
         num_tokens=column(),
-        leaders=leaders,
+        leaders=own(),
+        sources=own(),
+        shared_lens=column(),
+        is_lockstep=column(jnp.bool_),
+        has_ended=column(jnp.bool_),
         num_preemptions=column(),
     )
 
@@ -90,7 +108,8 @@ def schedule(
 
     `block_manager.append(blocks, plan.num_tokens)` then always succeeds.
     """
-    blocks, wanted = _join_leaders(queue, rows, blocks)
+    blocks, wanted = _join_sources(queue, rows, blocks)
+    wanted = _keep_step(queue, rows, blocks, wanted)
     num_tokens = _share_budget(queue, rows, wanted, config)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
@@ -104,68 +123,101 @@ def schedule(
     carry = when(
         is_open,
         lambda carry: _admit(*carry, needed=needed, config=config),
-        (queue, rows, blocks, num_tokens),
+        (queue, rows, blocks, num_tokens, jnp.int32(0)),
     )
-    queue, rows, blocks, num_tokens = carry
-    return queue, rows, blocks, Plan(num_tokens, num_preempted)
+    queue, rows, blocks, num_tokens, num_admitted = carry
+    return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted)
 
 
-def row_values(values: jax.Array, rows: jax.Array, fill: int = 0) -> jax.Array:
+def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
     """`values` [R] of the requests that the rows run; `fill` for empty rows."""
     return jnp.where(rows == NO_REQUEST, fill, values[jnp.maximum(rows, 0)])
 
 
-def _join_leaders(
+def _is_idle(queue: Queue, rows: jax.Array) -> jax.Array:
+    """Rows that take no part: empty, held, or ended before their request; bool[S]."""
+    status = row_values(queue.status, rows, EMPTY)
+    return (status != RUNNING) | row_values(queue.has_ended, rows, False)
+
+
+def _is_same(queue: Queue, rows: jax.Array) -> jax.Array:
+    """Whether two rows run sequences of one request, bool[S, S]; empty rows are not."""
+    leaders = row_values(queue.leaders, rows, NO_REQUEST)
+    is_same = leaders[:, None] == leaders[None, :]
+    return is_same & (leaders != NO_REQUEST)[:, None]
+
+
+def _join_sources(
     queue: Queue, rows: jax.Array, blocks: BlockState
 ) -> tuple[BlockState, jax.Array]:
     """The blocks, and the tokens that each row has yet to compute, i32[S].
 
-    A further sample of a request waits until the first one, its leader, has computed
-    their prompt, and then maps the leader's blocks, the prompt's last token excepted:
-    computing that again gives the logits to sample from. Copy-on-write follows from
-    the reference counts (paper section 4.4, parallel sampling).
+    A new row waits until its source (the request's first sample, a pinned prefix) has
+    computed what they share, and then maps those blocks. At least one token is left to
+    compute: its logits are what follows. Copy-on-write follows from the reference
+    counts (paper section 4.4).
     """
+    is_idle = _is_idle(queue, rows)
     wanted = row_values(queue.num_tokens, rows) - blocks.context_lens
-    leaders = row_values(queue.leaders, rows, NO_REQUEST)
-    is_new = (leaders != rows) & (blocks.context_lens == 0)
+    wanted = jnp.where(is_idle, 0, wanted)
+    sources = row_values(queue.sources, rows, NO_REQUEST)
+    shared = row_values(queue.shared_lens, rows)
+    is_new = (sources != rows) & (blocks.context_lens == 0) & (shared > 0) & ~is_idle
 
     def join(carry):
         blocks, wanted = carry
-        is_leader = (rows[None, :] == leaders[:, None]) & is_new[:, None]
-        leader_row = jnp.argmax(is_leader, axis=1).astype(jnp.int32)
-        shared = row_values(queue.prompt_lens, rows) - 1
-        has_leader = jnp.any(is_leader, axis=1) & (shared > 0)
-        joins = has_leader & (blocks.context_lens[leader_row] >= shared)
+        is_source = (rows[None, :] == sources[:, None]) & is_new[:, None]
+        source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
+        has_source = jnp.any(is_source, axis=1)
+        joins = has_source & (blocks.context_lens[source_row] >= shared)
         own = jnp.arange(rows.shape[0], dtype=jnp.int32)
-        blocks = block_manager.fork(blocks, jnp.where(joins, leader_row, own))
+        blocks = block_manager.fork(blocks, jnp.where(joins, source_row, own))
         blocks = block_manager.truncate(
             blocks, jnp.where(joins, shared, blocks.context_lens)
         )
         wanted = jnp.where(joins, wanted - shared, wanted)
-        return blocks, jnp.where(has_leader & ~joins, 0, wanted)
+        return blocks, jnp.where(has_source & ~joins, 0, wanted)
 
     return when(jnp.any(is_new), join, (blocks, wanted))
 
 
-def _shared_tokens(queue: Queue, places: jax.Array) -> jax.Array:
-    """Tokens that the requests at `places` will map from their leaders."""
-    leaders = queue.leaders[places]
-    status = queue.status[leaders]
-    is_shared = (leaders != places) & ((status == WAITING) | (status == RUNNING))
-    return jnp.where(is_shared, queue.prompt_lens[places] - 1, 0)
+def _keep_step(queue, rows, blocks, wanted) -> jax.Array:
+    """`wanted` without the last token of lockstep rows that some other is not up to."""
+    is_lockstep = row_values(queue.is_lockstep, rows, False) & ~_is_idle(queue, rows)
+
+    def withhold(wanted: jax.Array) -> jax.Array:
+        left = row_values(queue.num_tokens, rows) - blocks.context_lens
+        is_behind = is_lockstep & (left > 1)
+        has_other_behind = jnp.any(_is_same(queue, rows) & is_behind[None, :], axis=1)
+        return jnp.where(is_lockstep & has_other_behind, wanted - 1, wanted)
+
+    waits = when(jnp.any(is_lockstep), withhold, wanted)
+    return jnp.maximum(waits, 0)
+
+
+def _mapped_tokens(queue: Queue, places: jax.Array) -> jax.Array:
+    """Tokens that the sequences at `places` will map from their sources."""
+    sources = queue.sources[places]
+    status = queue.status[sources]
+    is_live = (status == WAITING) | (status == RUNNING) | (status == HELD)
+    return jnp.where((sources != places) & is_live, queue.shared_lens[places], 0)
 
 
 def _ranks(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Rank of each row by priority, arrival and place, i32[S]; empty rows behind.
+    """Rank of each row by priority, arrival and place, i32[S].
 
+    Held rows come before all, since nobody takes their blocks; empty rows behind.
     Counts the rows before each: for this few rows cheaper than a sort, to run and to
     compile.
     """
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    is_empty = rows == NO_REQUEST
+    is_held = row_values(queue.status, rows, EMPTY) == HELD
     keys = (
+        jnp.where(is_empty, 2, jnp.where(is_held, 0, 1)),
         row_values(queue.priorities, rows, _LAST),
         row_values(queue.arrivals, rows, _LAST),
-        jnp.where(rows == NO_REQUEST, _LAST, rows),
+        jnp.where(is_empty, _LAST, rows),
         index,
     )
     is_before = jnp.zeros((rows.shape[0],) * 2, jnp.bool_)
@@ -196,17 +248,27 @@ def _share_budget(queue, rows, wanted, config) -> jax.Array:
 
 
 def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
-    """Drops the fewest last rows that leave the others room for their tokens.
+    """Drops the fewest last requests that leave the others room for their tokens.
 
     If the rows up to rank i stay, they need sum(needed[:i]) blocks, and what the rows
-    behind hold comes back: the first side grows with i and the second shrinks.
+    behind hold comes back: the first side grows with i and the second shrinks. So if
+    a request's last row can stay, all its rows can.
     """
     rank = _ranks(queue, rows)
     held = block_manager.exclusive_blocks(blocks, rank)
     returned = jnp.sum(held) - _sum_before(rank, held) - held
     available = block_manager.num_free_blocks(blocks) + returned
-    # The first row always fits alone; what it was told to copy, it shares no longer.
-    stays = (_sum_before(rank, needed) + needed <= available) | (rank == 0)
+    stays = _sum_before(rank, needed) + needed <= available
+    # The first request always fits alone, or the first sample of it; what it was told
+    # to copy for the sake of others, it shares no longer.
+    status = row_values(queue.status, rows, EMPTY)
+    first = jnp.min(jnp.where(status == RUNNING, rank, rows.shape[0]))
+    is_same = _is_same(queue, rows)
+    is_first = jnp.any(is_same & (rank == first)[None, :], axis=1)
+    is_lockstep = row_values(queue.is_lockstep, rows, False)
+    stays_alone = is_first & (stays | is_lockstep | (rank == first))
+    stays = jnp.all(stays[None, :] | ~is_same, axis=1)
+    stays |= stays_alone | (status == HELD)
     dropped = ~stays & (rows != NO_REQUEST)
 
     place = jnp.where(dropped, rows, queue.status.shape[0])
@@ -224,48 +286,17 @@ def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
     )
 
 
-def _admit(queue, rows, blocks, num_tokens, *, needed, config):
+def _admit(queue, rows, blocks, num_tokens, num_admitted, *, needed, config):
     """Gives waiting requests rows, in order, up to the first that does not fit."""
-    num_rows = rows.shape[0]
     num_places = queue.status.shape[0]
-    place = jnp.arange(num_places, dtype=jnp.int32)
-    is_waiting = queue.status == WAITING
-    keys = (
-        jnp.where(is_waiting, 0, 1),
-        queue.priorities,
-        queue.arrivals,
-        place,
-    )
-    first = lax.sort(keys, num_keys=4)[-1][:num_rows]  # candidates, in order
-    valid = is_waiting[first]
-
-    shared = _shared_tokens(queue, first)
-    size = config.block_size
-    # What the running rows' known tokens will take is as good as taken.
-    held = -(-blocks.context_lens // size)
-    to_map = row_values(_shared_tokens(queue, place), rows) // size
-    expected = -(-row_values(queue.num_tokens, rows) // size)
-    expected -= jnp.maximum(held, to_map)
-    # A copy of a shared block is needed by a row that does not grow.
-    expected = jnp.maximum(expected, needed)
-    free = block_manager.num_free_blocks(blocks) - jnp.sum(expected)
-    free -= jnp.where(jnp.any(rows != NO_REQUEST), config.num_watermark_blocks, 0)
-    needs = -(-queue.num_tokens[first] // size) - shared // size
-    # A sample that waits for its leader computes nothing yet.
-    tokens = jnp.where(shared > 0, 0, queue.num_tokens[first])
-    left = config.max_num_batched_tokens - jnp.sum(num_tokens)
-    before = jnp.cumsum(tokens) - tokens
-    fits = valid & (jnp.cumsum(needs) <= free) & (before < left)
-    num_running = jnp.sum(rows != NO_REQUEST)
-    fits &= jnp.arange(num_rows) < config.max_num_seqs - num_running
+    first, fits, tokens = _candidates(queue, rows, blocks, num_tokens, needed, config)
     admitted = jnp.cumprod(fits.astype(jnp.int32)).astype(jnp.bool_)
 
-    # The k-th admitted request takes the k-th empty row.
+    # The k-th admitted sequence takes the k-th empty row.
     is_free = rows == NO_REQUEST
     turn = jnp.cumsum(is_free) - 1
     takes = is_free & (turn < jnp.sum(admitted))
     turn = jnp.where(takes, turn, 0)
-    chunk = jnp.clip(left - before, 0, tokens)
     target = jnp.where(admitted, first, num_places)
     queue = dataclasses.replace(
         queue, status=queue.status.at[target].set(RUNNING, mode="drop")
@@ -274,5 +305,73 @@ def _admit(queue, rows, blocks, num_tokens, *, needed, config):
         queue,
         jnp.where(takes, first[turn], rows),
         blocks,
-        jnp.where(takes, chunk[turn], num_tokens),
+        jnp.where(takes, tokens[turn], num_tokens),
+        num_admitted + jnp.sum(admitted, dtype=jnp.int32),
     )
+
+
+def _candidates(queue, rows, blocks, num_tokens, needed, config):
+    """The first waiting sequences, whether each fits behind those before it, and the
+    tokens that it would compute in this step: i32[S], bool[S], i32[S].
+    """
+    num_rows = rows.shape[0]
+    place = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
+    is_waiting = queue.status == WAITING
+    keys = (
+        jnp.where(is_waiting, 0, 1),
+        queue.priorities,
+        queue.arrivals,
+        place,
+    )
+    first = lax.sort(keys, num_keys=4)[-1][:num_rows]  # in order
+    valid = is_waiting[first]
+
+    size = config.block_size
+    num_known = jnp.where(queue.has_ended, 0, queue.num_tokens)
+    mapped = _mapped_tokens(queue, first)
+    needs = jnp.maximum(-(-num_known[first] // size) - mapped // size, 0)
+    needs = jnp.where(valid, needs, 0)
+    # Who waits for a source computes nothing yet, and lockstep rows not their last.
+    tokens = num_known[first] - queue.is_lockstep[first].astype(jnp.int32)
+    tokens = jnp.where(valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
+    left = config.max_num_batched_tokens - jnp.sum(num_tokens)
+    before = jnp.cumsum(tokens) - tokens
+
+    free = _spare_blocks(queue, rows, blocks, needed, config)
+    num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
+    num_open = jnp.minimum(
+        config.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST)
+    )
+    has_row = jnp.arange(num_rows) < num_open
+    fits = valid & (jnp.cumsum(needs) <= free) & has_row
+
+    # All sequences of a request, or none; for the budget, its first token counts.
+    leaders = jnp.where(valid, queue.leaders[first], NO_REQUEST)
+    is_same = leaders[:, None] == leaders[None, :]
+    size_of = jnp.zeros_like(queue.leaders)
+    size_of = size_of.at[queue.leaders].add(is_waiting.astype(jnp.int32))
+    is_whole = jnp.sum(is_same, axis=1) == size_of[queue.leaders[first]]
+    fits &= before[jnp.argmax(is_same, axis=1)] < left
+    fits_whole = is_whole & jnp.all(fits[None, :] | ~is_same, axis=1)
+    # Of samples that have the engine for themselves, as many as there is room for.
+    other = row_values(queue.leaders, rows, NO_REQUEST) != leaders[0]
+    has_all = ~jnp.any(other & (row_values(queue.status, rows, EMPTY) == RUNNING))
+    fits_alone = has_all & (leaders == leaders[0]) & ~queue.is_lockstep[first]
+    fits &= fits_whole | fits_alone
+    return first, fits, jnp.clip(left - before, 0, tokens)
+
+
+def _spare_blocks(queue, rows, blocks, needed, config) -> jax.Array:
+    """Blocks that new requests may take, i32[]."""
+    # What the running rows' known tokens will take is as good as taken.
+    size = config.block_size
+    held = -(-blocks.context_lens // size)
+    place = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
+    to_map = row_values(_mapped_tokens(queue, place), rows) // size
+    expected = -(-row_values(queue.num_tokens, rows) // size)
+    expected = jnp.where(_is_idle(queue, rows), 0, expected - jnp.maximum(held, to_map))
+    # A copy of a shared block is needed by a row that does not grow.
+    expected = jnp.maximum(expected, needed)
+    free = block_manager.num_free_blocks(blocks) - jnp.sum(expected)
+    is_any = jnp.any(row_values(queue.status, rows, EMPTY) == RUNNING)
+    return free - jnp.where(is_any, config.num_watermark_blocks, 0)

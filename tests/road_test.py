@@ -5,6 +5,7 @@ The engine's own step runs, with a table of letters in place of decoder and samp
 """
 
 import pathlib
+import dataclasses
 import re
 import types
 
@@ -83,7 +84,7 @@ class Recorder:
 
     def sample_tokens(self, table, batch, logits, config):
         """The next letter for each row whose known tokens are all computed."""
-        places = np.where(batch.is_sampled, batch.places, CONFIG.max_num_requests)
+        places = np.asarray(forward.logit_places(batch, config))
         letters = [
             ord(SAMPLES[place][1][int(table.queue.num_tokens[place])])
             if place < len(SAMPLES)
@@ -92,19 +93,11 @@ class Recorder:
         ]
         self.given = {
             int(row): chr(letter)
-            for row, letter in zip(batch.rows, letters, strict=True)
+            for row, letter in zip(batch.rows[batch.order], letters, strict=True)
             if letter
         }
-        size = len(places)
-        nothing = jnp.zeros((size, 0))
-        return NewTokens(
-            places=jnp.asarray(places, jnp.int32),
-            tokens=jnp.asarray(letters, jnp.int32),
-            logprobs=jnp.zeros((size,)),
-            ranks=jnp.zeros((size,), jnp.int32),
-            top_ids=nothing.astype(jnp.int32),
-            top_logprobs=nothing,
-        )
+        new = NewTokens.zeros(jnp.asarray(places), 0)
+        return dataclasses.replace(new, tokens=jnp.asarray(letters, jnp.int32))
 
 
 def span(numbers) -> str:
@@ -176,7 +169,7 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
     recorder = Recorder()
     patch.setattr(forward, "hidden_states", recorder.hidden_states)
     patch.setattr(forward, "sample_tokens", recorder.sample_tokens)
-    patch.setattr(forward, "next_logits", lambda *arguments: None)
+    patch.setattr(forward, "next_logits", lambda *arguments: jnp.zeros((1, 1)))
     # Between the compiled parts every value is there to be read.
     schedule = jax.jit(engine.scheduler.schedule, static_argnums=3)
     append = jax.jit(block_manager.append)
@@ -195,10 +188,10 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
 
     patch.setattr(engine.scheduler, "schedule", recorded_schedule)
     patch.setattr(block_manager, "append", recorded_append)
-    patch.setattr(block_manager, "free", jax.jit(block_manager.free))
+    patch.setattr(block_manager, "fork", jax.jit(block_manager.fork))
     patch.setattr(engine.request_table, "extend", jax.jit(engine.request_table.extend))
     patch.setattr(engine, "when", lambda holds, f, carry: f(carry) if holds else carry)
-    patch.setattr(engine, "_count", jax.jit(engine._count, static_argnums=5))
+    patch.setattr(engine, "_count", jax.jit(engine._count, static_argnums=3))
     state = start()
     steps = []
     while engine.has_work(state):

@@ -2,13 +2,18 @@
 
 Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engine.
 `base` has the two interfaces, `transforms` the filters, `sample` what the engine
-calls in every step.
+calls in every step, `beam`, `diverse_beam` and `stochastic_beam` the searches.
 """
 
 from jpaged.decoding.base import Decision as Decision
 from jpaged.decoding.base import DecodingAlgorithm as DecodingAlgorithm
 from jpaged.decoding.base import LogitsTransform as LogitsTransform
 from jpaged.decoding.base import chain as chain
+from jpaged.decoding.beam import BeamState as BeamState
+from jpaged.decoding.beam import beam_search as beam_search
+from jpaged.decoding.beam import beam_state as beam_state
+from jpaged.decoding.diverse_beam import DiverseBeamState as DiverseBeamState
+from jpaged.decoding.diverse_beam import diverse_beam_search as diverse_beam_search
 from jpaged.decoding.sample import SamplingRows as SamplingRows
 from jpaged.decoding.sample import greedy as greedy
 from jpaged.decoding.sample import sample as sample
@@ -16,6 +21,10 @@ from jpaged.decoding.sample import sampling as sampling
 from jpaged.decoding.sample import token_keys as token_keys
 from jpaged.decoding.sample import token_logprobs as token_logprobs
 from jpaged.decoding.sample import top_logprobs as top_logprobs
+from jpaged.decoding.stochastic_beam import StochasticBeamState as StochasticBeamState
+from jpaged.decoding.stochastic_beam import (
+    stochastic_beam_search as stochastic_beam_search,
+)
 from jpaged.decoding.transforms import min_p as min_p
 from jpaged.decoding.transforms import temperature as temperature
 from jpaged.decoding.transforms import top_k as top_k

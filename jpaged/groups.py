@@ -24,8 +24,8 @@ from jpaged import request_table, scheduler
 from jpaged.block_manager import NO_BLOCK
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.decoding.base import Decision, DecodingAlgorithm
 from jpaged.decoding import beam
+from jpaged.decoding.base import Decision, DecodingAlgorithm
 from jpaged.decoding.sample import token_keys
 from jpaged.request_table import NewTokens, RequestTable
 from jpaged.scheduler import FINISHED, HELD, RUNNING
@@ -92,7 +92,7 @@ def kinds(config: EngineConfig) -> tuple[tuple[DecodingAlgorithm, int], ...]:
 
 @functools.cache
 def _beam_search(num_stop_ids: int) -> DecodingAlgorithm:
-    """Beam search whose parameters come with each request; one object, so one program."""
+    """Beam search whose parameters come with each request: one for all of them."""
 
     def init(num_rows: int) -> beam.BeamState:
         return beam.beam_state(

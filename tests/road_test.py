@@ -4,8 +4,8 @@ The engine's own step runs, with a table of letters in place of decoder and samp
 `python tests/road_test.py` prints the tables as the page has them.
 """
 
-import pathlib
 import dataclasses
+import pathlib
 import re
 import types
 

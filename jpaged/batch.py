@@ -11,9 +11,9 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 
-from jpaged import request_table, scheduler
-from jpaged.engine import FINISH_REASONS
+from jpaged import request_table, scheduler, submission
 from jpaged.requests import (
+    BeamSearchParams,
     CompletionOutput,
     Logprob,
     Logprobs,
@@ -21,6 +21,7 @@ from jpaged.requests import (
     SamplingParams,
 )
 from jpaged.serving import EngineHost, Progress, Tokens
+from jpaged.submission import FINISH_REASONS, Params
 from jpaged.text import OutputText, Tokenizer
 
 # Slices are as short as what they serve needs: text that someone reads, text that may
@@ -33,7 +34,7 @@ LEAST_STEPS = 4  # of a slice that nobody reads: fewer are not worth the call
 
 
 class Sample:
-    """One sequence of a request, as far as it has come."""
+    """One output of a request, as far as it has come."""
 
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer | None):
         self.job = job
@@ -42,7 +43,7 @@ class Sample:
         self.num_read = len(job.prompt_token_ids)  # tokens known here
         self.token_ids: list[int] = []
         self.cumulative_logprob = 0.0
-        self.logprobs: Logprobs | None = None if job.params.logprobs is None else []
+        self.logprobs: Logprobs | None = [] if job.num_logprobs is not None else None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.new_text = ""  # since `take_news`
@@ -50,7 +51,7 @@ class Sample:
         self.first_step = self.last_step = request_table.NEVER
         self.num_preemptions = 0
         self._tokenizer = tokenizer
-        self._text = OutputText(tokenizer, job.prompt_token_ids, job.params.stop)
+        self._text = OutputText(tokenizer, job.prompt_token_ids, job.stop)
 
     def take(self, tokens: Tokens, reason: str | None) -> None:
         """Goes on by `tokens`; `reason` is why the engine ended behind them, or None.
@@ -63,7 +64,8 @@ class Sample:
             if self.logprobs is not None:
                 self.logprobs.append(self._logprobs_at(tokens, i))
             # The token that ends the sequence is no text.
-            if reason != "stop" or i < len(tokens.ids) - 1:
+            is_end = reason == "stop" and i == len(tokens.ids) - 1
+            if not (is_end and token in self.job.stop_ids):
                 self.new_text += self._text.push(token)
             if self._text.stop_reason is not None:
                 self._end("stop", self._text.stop_reason)
@@ -82,12 +84,12 @@ class Sample:
         """The stop token that came last; None where it was the model's EOS."""
         token, params = self.token_ids[-1], self.job.params
         is_eos = token in self.job.eos_token_ids and not params.ignore_eos
-        return None if is_eos else token
+        return token if token in self.job.stop_ids and not is_eos else None
 
     def _logprobs_at(self, tokens: Tokens, i: int) -> dict[int, Logprob]:
         """The chosen token's entry, then those of the most likely ones."""
         found = [(tokens.ids[i], tokens.logprobs[i], tokens.ranks[i])]
-        count = self.job.params.logprobs or 0
+        count = self.job.num_logprobs or 0
         most_likely = zip(tokens.top_ids[i], tokens.top_logprobs[i], strict=True)
         for rank, (token, logprob) in enumerate(list(most_likely)[:count], start=1):
             if int(token) != tokens.ids[i]:
@@ -115,7 +117,16 @@ class Sample:
             logprobs=self.logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            score=self._score(),
         )
+
+    def _score(self) -> float | None:
+        """What beams compete with: see `BeamSearchParams`."""
+        params = self.job.params
+        if not isinstance(params, BeamSearchParams) or not self.token_ids:
+            return None
+        length = len(self.token_ids)
+        return self.cumulative_logprob / length**params.length_penalty
 
 
 @dataclasses.dataclass
@@ -126,28 +137,59 @@ class Job:
     arrival: int  # in the LLM's life
     prompt: str | None
     prompt_token_ids: list[int]
-    params: SamplingParams
+    params: Params
     eos_token_ids: Sequence[int]
     is_streamed: bool
+    num_places: int  # of its sequences in the request table
+    places: list[int] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     start_s: float = 0.0
     first_token_s: float | None = None
     end_s: float | None = None
 
     @property
+    def stop(self) -> Sequence[str]:
+        """Strings that end an output."""
+        return self.params.stop if isinstance(self.params, SamplingParams) else ()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an output."""
+        return submission.stop_ids(self.params, self.eos_token_ids)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Most likely tokens to report with each token; None: no log-probabilities."""
+        is_sampled = isinstance(self.params, SamplingParams)
+        return self.params.logprobs if is_sampled else None
+
+    @property
     def is_watched(self) -> bool:
-        """Whether its text matters while it runs."""
-        return self.is_streamed or bool(self.params.stop)
+        """Whether its text matters while it runs.
+
+        The outputs of an algorithm are not known before it ends.
+        """
+        is_sampled = isinstance(self.params, SamplingParams)
+        return is_sampled and (self.is_streamed or bool(self.stop))
 
     @property
     def is_finished(self) -> bool:
-        """Whether all samples have ended."""
+        """Whether all outputs have ended."""
         return all(sample.finish_reason is not None for sample in self.samples)
 
-    def start(self, places: Sequence[int], tokenizer: Tokenizer | None) -> None:
-        """Its samples sit in the request table now."""
-        self.samples = [Sample(self, i, tokenizer) for i in range(len(places))]
-        for sample, place in zip(self.samples, places, strict=True):
+    def start(
+        self,
+        places: Sequence[int],
+        outputs: Sequence[int],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """Its sequences sit in the request table now, those of its outputs at
+        `outputs`."""
+        if isinstance(self.params, BeamSearchParams):
+            outputs = outputs[: self.params.num_return]
+        self.places = list(places)
+        self.samples = [Sample(self, i, tokenizer) for i in range(len(outputs))]
+        for sample, place in zip(self.samples, outputs, strict=True):
             sample.place = place
 
     def output(self) -> RequestOutput:
@@ -216,7 +258,7 @@ def serve(
                 )
             for job in _feed(host, waiting, tokenizer):
                 live |= {sample.place: sample for sample in job.samples}
-                kept[job.index] = [sample.place for sample in job.samples]
+                kept[job.index] = job.places
             if not live:
                 raise RuntimeError(
                     "the request table is full of sequences of streams that were not "
@@ -242,12 +284,12 @@ def _feed(
 ) -> list[Job]:
     """The first waiting jobs, as many as the table has places for; submitted."""
     num_empty, jobs = host.num_empty, []
-    while waiting and waiting[0].params.n <= num_empty:
-        num_empty -= waiting[0].params.n
+    while waiting and waiting[0].num_places <= num_empty:
+        num_empty -= waiting[0].num_places
         jobs.append(waiting.popleft())
     if jobs:
-        for job, places in zip(jobs, host.submit(jobs), strict=True):
-            job.start(places, tokenizer)
+        for job, placed in zip(jobs, host.submit(jobs), strict=True):
+            job.start(*placed, tokenizer)
     return jobs
 
 
@@ -269,7 +311,8 @@ def _read_news(
     for place, sample in live.items():
         end, job = int(progress.num_tokens[place]), sample.job
         has_ended = progress.status[place] == scheduler.FINISHED
-        if job.first_token_s is None and end > len(job.prompt_token_ids):
+        num_known = progress.num_tokens[job.places[0]]
+        if job.first_token_s is None and num_known > len(job.prompt_token_ids):
             job.first_token_s = now
         if has_ended or (job.is_watched and end > sample.num_read):
             news.append(sample)
@@ -281,7 +324,10 @@ def _read_news(
         sample.num_read = end
         sample.first_step = int(progress.first_steps[place])
         sample.last_step = int(progress.last_steps[place])
-        sample.num_preemptions = int(progress.num_preemptions[place])
+        row = place if isinstance(sample.job.params, SamplingParams) else (
+            sample.job.places[0]
+        )
+        sample.num_preemptions = int(progress.num_preemptions[row])
         has_ended = progress.status[place] == scheduler.FINISHED
         reason = FINISH_REASONS[progress.finish_reasons[place]] if has_ended else None
         sample.take(tokens, reason)

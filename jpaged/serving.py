@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import block_manager, engine, request_table
+from jpaged import block_manager, engine, groups, request_table, submission
 from jpaged.config import EngineConfig
 from jpaged.engine import EngineState
 from jpaged.models.decoder import Decoder
 from jpaged.request_table import RequestTable
-from jpaged.requests import SamplingParams
 from jpaged.scheduler import RUNNING, WAITING
+from jpaged.submission import Params
 
 READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
 _READ_PIECES = 64  # pieces per device call
@@ -40,7 +40,7 @@ class Request(Protocol):
 
     arrival: int
     prompt_token_ids: list[int]
-    params: SamplingParams
+    params: Params
 
 
 class Progress(NamedTuple):
@@ -139,12 +139,20 @@ class EngineHost:
         self.epoch += 1
         self._state = self._new_state()
 
-    def keep_logprobs(self, config: EngineConfig) -> None:
-        """Begins with an empty request table of another config; pages stay."""
+    def reconfigure(self, config: EngineConfig) -> None:
+        """Begins with an empty request table of another config; pages stay.
+
+        Pinned prefixes are computed again, at new places.
+        """
         self._clean()
         table = request_table.init_table(config)
         self.config = config
-        self._state = dataclasses.replace(self._state, requests=table, config=config)
+        self._state = dataclasses.replace(
+            self._state,
+            requests=table,
+            states=groups.init_states(config),
+            config=config,
+        )
         self.num_empty = config.max_num_requests
         self._compiled.clear()
 
@@ -162,9 +170,15 @@ class EngineHost:
             self.compile_s += time.perf_counter() - start
             self._compiled.add(self._limits)
 
-    def submit(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Puts checked requests into the table; gives the places of their samples."""
-        places = []
+    def submit(
+        self, requests: Sequence[Request]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Puts checked requests into the table.
+
+        Gives for each the places of all its sequences, and those of its outputs.
+        """
+        placed = []
+        vocab_size = self.model.config.vocab_size
         # `engine.submit` numbers arrivals one after another.
         runs = itertools.groupby(
             enumerate(requests), key=lambda pair: pair[1].arrival - pair[0]
@@ -177,11 +191,14 @@ class EngineHost:
                 [request.params for request in group],
                 seed=self._seed,
                 first_arrival=group[0].arrival,
+                vocab_size=vocab_size,
                 eos_token_ids=self.model.config.eos_token_ids,
             )
             self.num_empty -= sum(map(len, new))
-            places += new
-        return places
+            for request, places in zip(group, new, strict=True):
+                shape = submission.shape(request.params, self.config, vocab_size)
+                placed.append((places, shape.outputs(places)))
+        return placed
 
     def run(self, seconds: float, least_steps: int = 1) -> Progress:
         """Runs steps until all sequences have ended, or for about `seconds`.

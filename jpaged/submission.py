@@ -511,7 +511,8 @@ def _source(
 
 def results(table: RequestTable) -> list[Result]:
     """The finished outputs, by arrival and number. Changes nothing."""
-    queue, numbers = jax.device_get((table.queue, table.asked.outputs))
+    queue, asked = jax.device_get((table.queue, table.asked))
+    numbers = asked.outputs
     is_output = (queue.status == scheduler.FINISHED) & (numbers > NO_OUTPUT)
     order = sorted(
         np.flatnonzero(is_output), key=lambda p: (queue.arrivals[p], numbers[p])
@@ -525,6 +526,7 @@ def results(table: RequestTable) -> list[Result]:
         start, end = int(queue.prompt_lens[place]), int(queue.num_tokens[place])
         tokens, *columns = host
         reason, first_step, last_step = (int(column[place]) for column in rest)
+        is_alone = asked.algorithms[place] == NO_ALGORITHM
         found.append(
             Result(
                 place,
@@ -536,7 +538,8 @@ def results(table: RequestTable) -> list[Result]:
                 FINISH_REASONS[reason],
                 first_step,
                 last_step,
-                int(queue.num_preemptions[place]),
+                # Of an algorithm's sequences only the rows are preempted, all alike.
+                int(queue.num_preemptions[place if is_alone else queue.leaders[place]]),
             )
         )
     return found

@@ -1,14 +1,17 @@
 """Decoding: from logits to tokens and parents.
 
 Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engine.
-`base` has the two interfaces, `transforms` the filters, `sample` what the engine
-calls in every step.
+`base` has the two interfaces, `rules` what a request's rules make of its logits,
+`transforms` the filters, `sample` what the engine calls in every step.
 """
 
 from jpaged.decoding.base import Decision as Decision
 from jpaged.decoding.base import DecodingAlgorithm as DecodingAlgorithm
 from jpaged.decoding.base import LogitsTransform as LogitsTransform
 from jpaged.decoding.base import chain as chain
+from jpaged.decoding.rule_arrays import LogitsRules as LogitsRules
+from jpaged.decoding.rule_arrays import RuleSizes as RuleSizes
+from jpaged.decoding.rule_checks import check_rules as check_rules
 from jpaged.decoding.sample import SamplingRows as SamplingRows
 from jpaged.decoding.sample import greedy as greedy
 from jpaged.decoding.sample import sample as sample

@@ -1,4 +1,4 @@
-"""Text in and out: the tokenizer, text token by token, stop strings.
+"""Text in and out: the tokenizer, text token by token, stop strings, bad words.
 
 Place on the road: prompt -> [text] -> token ids -> llm, and token ids -> [text] ->
 text. Host only. A checkpoint without a tokenizer works with token ids alone.
@@ -88,6 +88,67 @@ class Tokenizer:
     def decoded_token(self, token_id: int) -> str:
         """Return the text of one token alone, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)
+
+
+def bad_word_token_ids(
+    tokenizer: Tokenizer | None, words: Iterable[str]
+) -> list[tuple[int, ...]]:
+    """Return the token sequences that must not be generated for `words`, as vLLM does.
+
+    A word is written without the spaces in front of it, and once more with one, as it
+    stands within a text. The second way counts where it is as many tokens with another
+    first one; else it is the first way after a token for the space, or a text of its
+    own that vLLM does not forbid. A word of spaces alone is taken as it is. (vLLM takes
+    off tabs and line ends too, and so forbids another word than it was given.)
+
+    No special tokens are added, and no sequence comes twice. The same word spelled by
+    other tokens is not forbidden: bad words are about tokens.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no tokens for a word.
+    """
+    words = tuple(words)
+    if not words:
+        return []
+    if tokenizer is None:
+        raise ValueError(
+            f"bad_words: wanted none, got {words!r}: the model's folder has no "
+            f"tokenizer.json, so there are no words; use logit_bias or "
+            f"allowed_token_ids"
+        )
+    found: dict[tuple[int, ...], None] = {}
+    for position, word in enumerate(words):
+        bare = word.lstrip(" ")
+        plain = _word_token_ids(tokenizer, bare or word, word, position)
+        found[plain] = None
+        if bare:
+            spaced = _word_token_ids(tokenizer, " " + bare, word, position)
+            if spaced[0] != plain[0] and len(spaced) == len(plain):
+                found[spaced] = None
+    return list(found)
+
+
+def _word_token_ids(
+    tokenizer: Tokenizer, text: str, word: str, position: int
+) -> tuple[int, ...]:
+    """Return the tokens of `text`, or raise ValueError about `word` if it has none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"bad_words[{position}]: wanted text that can be written as UTF-8, got "
+            f"a lone surrogate in {word!r}"
+        ) from error
+    token_ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    unknown = getattr(tokenizer.backend.model, "unk_token", None)
+    if not token_ids or (
+        unknown is not None and tokenizer.backend.token_to_id(unknown) in token_ids
+    ):
+        raise ValueError(
+            f"bad_words[{position}]: wanted text that the tokenizer has tokens for, "
+            f"got {word!r}, which it cannot write"
+        )
+    return tuple(token_ids)
 
 
 class IncrementalDetokenizer:

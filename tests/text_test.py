@@ -6,7 +6,13 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jpaged.text import IncrementalDetokenizer, OutputText, StopChecker, Tokenizer
+from jpaged.text import (
+    IncrementalDetokenizer,
+    OutputText,
+    StopChecker,
+    Tokenizer,
+    bad_word_token_ids,
+)
 
 TEXTS = [
     "def main():\n    return 'hello world'\n",
@@ -219,3 +225,54 @@ def test_without_a_tokenizer_tokens_are_counted_and_stop_strings_refused():
     assert (output.finish(), output.text, output.num_tokens) == ("", "", 1)
     with pytest.raises(ValueError, match=r"stop: wanted none, got .* stop_token_ids"):
         OutputText(None, stop=["x"])
+
+
+def four_letters() -> Tokenizer:
+    """Return a byte-level BPE of a few pieces, Ġ is a space and Ċ a line end."""
+    pieces = ["<s>", "a", "b", "c", "Ġ", "Ċ", "ab", "Ġab"]
+    vocab = {piece: token_id for token_id, piece in enumerate(pieces)}
+    merges = [("a", "b"), ("Ġ", "ab")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], []),
+        (["ab"], [(6,), (7,)]),  # "ab" and " ab" are one token each
+        ([" ab"], [(6,), (7,)]),
+        (["abc"], [(6, 3), (7, 3)]),
+        (["c"], [(3,)]),  # " c" is "c" after a token for the space
+        (["c", "   c", "ab", "ab"], [(3,), (6,), (7,)]),
+        ([" "], [(4,)]),
+        (["\n"], [(5,)]),
+        (["ab ab"], [(6, 7), (7, 7)]),
+    ],
+)
+def test_bad_words_are_written_with_a_space_and_without(words, wanted):
+    assert bad_word_token_ids(four_letters(), words) == wanted
+
+
+def test_bad_words_that_have_no_tokens_are_refused_by_their_number():
+    with pytest.raises(ValueError, match=r"bad_words: wanted none, got \('a',\): "):
+        bad_word_token_ids(None, ["a"])
+    assert bad_word_token_ids(None, []) == []
+    with pytest.raises(
+        ValueError, match=r"bad_words\[1\]: .* got 'd', which it cannot"
+    ):
+        bad_word_token_ids(four_letters(), ["a", "d"])
+    with pytest.raises(ValueError, match=r"bad_words\[0\]: .* a lone surrogate"):
+        bad_word_token_ids(four_letters(), ["a\ud800"])
+    known = models.WordLevel({"<unk>": 0, "one": 1}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(known)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert bad_word_token_ids(Tokenizer(backend), ["one"]) == [(1,)]
+    with pytest.raises(ValueError, match=r"bad_words\[0\]: .* got 'one two', which"):
+        bad_word_token_ids(Tokenizer(backend), ["one two"])

@@ -3,6 +3,8 @@
 Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engine.
 `base` has the two interfaces, `transforms` the filters, `sample` what the engine
 calls in every step, `beam`, `diverse_beam` and `stochastic_beam` the searches.
+`base` has the two interfaces, `rules` what a request's rules make of its logits,
+`transforms` the filters, `sample` what the engine calls in every step.
 """
 
 from jpaged.decoding.base import Decision as Decision
@@ -14,6 +16,9 @@ from jpaged.decoding.beam import beam_search as beam_search
 from jpaged.decoding.beam import beam_state as beam_state
 from jpaged.decoding.diverse_beam import DiverseBeamState as DiverseBeamState
 from jpaged.decoding.diverse_beam import diverse_beam_search as diverse_beam_search
+from jpaged.decoding.rule_arrays import LogitsRules as LogitsRules
+from jpaged.decoding.rule_arrays import RuleSizes as RuleSizes
+from jpaged.decoding.rule_checks import check_rules as check_rules
 from jpaged.decoding.sample import SamplingRows as SamplingRows
 from jpaged.decoding.sample import greedy as greedy
 from jpaged.decoding.sample import sample as sample

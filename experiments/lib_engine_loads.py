@@ -15,7 +15,7 @@ from jax import lax
 
 from experiments import baseline
 from experiments.timing import Contender
-from jpaged import engine, forward, request_table
+from jpaged import engine, next_tokens, request_table
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder
 from jpaged.request_table import NewTokens
@@ -102,18 +102,17 @@ def bookkeeping(state: engine.EngineState, steps: int) -> Contender:
 
     def step(state: engine.EngineState) -> engine.EngineState:
         begun = engine.begin_step(state, config)
-        batch = begun.batch
-        places = forward.logit_places(batch, config)
+        entries = next_tokens.make_entries(begun.table, begun.batch, config)
         table, ended = request_table.extend(
             begun.table,
-            NewTokens.zeros(places, config.num_logprobs),
+            NewTokens.zeros(entries.places, config.num_logprobs),
             state.counters.num_steps,
         )
         decoded = engine.Decoded(
             table=table,
             states=state.states,
             parents=jnp.arange(config.num_rows, dtype=jnp.int32),
-            num_new=batch.num_sampled,
+            num_new=entries.num_sampled,
             is_settled=~jnp.any(ended),
         )
         return engine.end_step(state, begun, decoded, state.cache)

@@ -324,8 +324,10 @@ def _read_news(
         sample.num_read = end
         sample.first_step = int(progress.first_steps[place])
         sample.last_step = int(progress.last_steps[place])
-        row = place if isinstance(sample.job.params, SamplingParams) else (
-            sample.job.places[0]
+        row = (
+            place
+            if isinstance(sample.job.params, SamplingParams)
+            else (sample.job.places[0])
         )
         sample.num_preemptions = int(progress.num_preemptions[row])
         has_ended = progress.status[place] == scheduler.FINISHED

@@ -23,12 +23,15 @@ class EngineConfig:
       max_num_stop_ids: token ids that can end one request, EOS included.
       num_logprobs: most likely tokens kept with each generated token; 0 keeps only
         the generated token's own log-probability.
+      prompt_logprobs: requests may ask for the log-probabilities of their prompts.
       policy: "fcfs" or "priority" (smaller `priority` first, then arrival).
       watermark: share of the blocks that admission leaves free while others run.
       attention: implementation of paged attention; None is the backend's best.
       max_num_prefixes: pinned prefixes at the same time; each takes a row beside
         `max_num_seqs`, and its blocks.
       max_beam_width: rows of the widest beam search; 0 compiles none.
+      rules: room for the logits rules of requests (penalties, biases, ...), a
+        RuleSizes; None compiles none.
       algorithms: further decoding algorithms, each with its number of rows: pairs
         (DecodingAlgorithm, num_rows). Compiled into the step.
 
@@ -44,18 +47,20 @@ class EngineConfig:
     max_num_requests: int = 256
     max_num_stop_ids: int = 8
     num_logprobs: int = 0
+    prompt_logprobs: bool = False
     policy: str = "fcfs"
     watermark: float = 0.01
     attention: str | None = None
     max_num_prefixes: int = 0
     max_beam_width: int = 0
+    rules: Any = None
     algorithms: tuple[tuple[Any, int], ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in _MAY_BE_ZERO else 1
-            if field.name in ("policy", "watermark", "attention", "algorithms"):
+            if field.type != "int":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from jpaged import (
     forward,
     groups,
     kv_cache,
+    next_tokens,
     request_table,
     scheduler,
     submission,
@@ -134,10 +136,19 @@ def step(model: Decoder, state: EngineState) -> EngineState:
     return state
 
 
-def _working_memory(model: Decoder, state: EngineState) -> jax.Array:
-    """Room for one step's logits, f32[S, V]."""
-    num_rows = state.config.max_num_seqs
-    return jnp.zeros((num_rows, model.config.vocab_size), jnp.float32)
+class WorkingMemory(NamedTuple):
+    """What a step writes before it reads it: allocated once for a run."""
+
+    hidden: jax.Array  # [T, E]
+    logits: jax.Array  # f32[N, V]
+
+
+def _working_memory(model: Decoder, state: EngineState) -> WorkingMemory:
+    sizes, config = model.config, state.config
+    return WorkingMemory(
+        jnp.zeros((config.max_num_batched_tokens, sizes.hidden_size), sizes.dtype),
+        jnp.zeros((config.max_num_seqs, sizes.vocab_size), jnp.float32),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -216,7 +227,7 @@ def end_step(
     )
 
 
-def _step(model, state, logits, config) -> tuple[EngineState, jax.Array]:
+def _step(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
     """`step` within the limits of `config`, with the working memory handed through."""
     begun = begin_step(state, config)
     batch, copies = begun.batch, begun.appended
@@ -226,19 +237,22 @@ def _step(model, state, logits, config) -> tuple[EngineState, jax.Array]:
         state.cache,
     )
     cache, hidden = forward.hidden_states(
-        model, cache, begun.table, begun.blocks, batch, config
+        model, cache, begun.table, begun.blocks, batch, memory.hidden, config
     )
-    logits = forward.next_logits(model, batch, hidden, logits, config)
-    decoded = _decode(state, begun, logits, config)
-    return end_step(state, begun, decoded, cache), logits
+    entries = next_tokens.make_entries(begun.table, batch, config)
+    logits = next_tokens.next_logits(model, entries, hidden, memory.logits, config)
+    table = next_tokens.rate_prompts(model, begun.table, batch, hidden, config)
+    begun = dataclasses.replace(begun, table=table)
+    decoded = _decode(state, begun, entries, logits, config)
+    return end_step(state, begun, decoded, cache), WorkingMemory(hidden, logits)
 
 
-def _decode(state, begun, logits, config) -> Decoded:
+def _decode(state, begun, entries, logits, config) -> Decoded:
     """Tokens for all rows with logits: sampled one by one, or by their algorithms."""
-    batch, number = begun.batch, state.counters.num_steps
-    new = forward.sample_tokens(begun.table, batch, logits, config)
+    number = state.counters.num_steps
+    new = next_tokens.sample_tokens(begun.table, entries, logits, config)
     table, ended = request_table.extend(begun.table, new, number)
-    rated = Logits(logits, forward.logit_places(batch, config))
+    rated = Logits(logits, entries.places)
     table, states, parents, num_grouped = groups.decide(
         table, state.states, begun.rows, rated, number, config
     )
@@ -246,8 +260,8 @@ def _decode(state, begun, logits, config) -> Decoded:
         table=table,
         states=states,
         parents=parents,
-        num_new=batch.num_sampled + num_grouped,
-        is_settled=~jnp.any(ended) & (batch.num_grouped == 0),
+        num_new=entries.num_sampled + num_grouped,
+        is_settled=~jnp.any(ended) & (entries.num_grouped == 0),
     )
 
 

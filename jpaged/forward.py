@@ -1,12 +1,11 @@
-"""Forward: the decoder and the sampler, at the size of what is live in this step.
+"""Forward: the decoder, at the size of what is live in this step.
 
-Place on the road: plan -> StepInputs -> [forward] -> new tokens.
+Place on the road: plan -> StepInputs -> [forward] -> hidden states -> next tokens.
 
 A step's shapes are static, its load is not. So the decoder is compiled for a few
-numbers of rows (decode steps) and of tokens (steps with prompt chunks), and the logits
-and the sampler for a few numbers of rows; each step takes the smallest that holds what
-is live. `docs/decisions/branches.md` tells how one program chooses without copying the
-pages.
+numbers of rows (decode steps) and of tokens (steps with prompt chunks); each step takes
+the smallest that holds what is live. `docs/decisions/branches.md` tells how one program
+chooses without copying the pages.
 
 Letters: S rows, T tokens of the step, E hidden size, R places of the request table.
 """
@@ -18,24 +17,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jpaged import attention, block_manager
 from jpaged.block_manager import BlockState
 from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
-from jpaged.decoding.sample import (
-    SamplingRows,
-    sample,
-    token_logprobs,
-    top_logprobs,
-)
 from jpaged.kv_cache import KVCache
 from jpaged.models.decoder import Decoder
-from jpaged.request_table import NO_ALGORITHM, NewTokens, RequestTable
+from jpaged.request_table import RequestTable
 from jpaged.step_inputs import StepInputs
-
-_SAMPLED_ROWS = 8  # rows that the sampler takes at a time
 
 
 @jax.tree_util.register_dataclass
@@ -47,11 +37,7 @@ class Batch:
     places: jax.Array  # i32[S], its sequence in the request table
     starts: jax.Array  # i32[S], position of its first token of the step
     num_tokens: jax.Array  # i32[S], 0 behind the rows that take part
-    # Rows whose last token of the step gets logits: first those that are sampled one by
-    # one, then those of algorithms. Entries of the batch.
-    order: jax.Array  # i32[S]
-    num_sampled: jax.Array  # i32[]
-    num_grouped: jax.Array  # i32[]
+    has_logits: jax.Array  # bool[S], all its known tokens are computed with this step
 
 
 def make_batch(
@@ -71,24 +57,12 @@ def make_batch(
       config: sizes.
     """
     # Pinned prefixes have rows that are never more than max_num_seqs at work.
-    packed = _pack(num_tokens > 0)[: config.max_num_seqs]
+    packed = pack(num_tokens > 0)[: config.max_num_seqs]
     places = jnp.maximum(rows[packed], 0)
     starts, num_tokens = starts[packed], num_tokens[packed]
     has_logits = starts + num_tokens == table.queue.num_tokens[places]
     has_logits &= (num_tokens > 0) & ~table.asked.is_prefix[places]
-    is_sampled = has_logits & (table.asked.algorithms[places] == NO_ALGORITHM)
-    is_grouped = has_logits & ~is_sampled
-    order = _pack(is_sampled)
-    order = order[_pack(has_logits[order])]
-    return Batch(
-        rows=packed,
-        places=places,
-        starts=starts,
-        num_tokens=num_tokens,
-        order=order,
-        num_sampled=jnp.sum(is_sampled, dtype=jnp.int32),
-        num_grouped=jnp.sum(is_grouped, dtype=jnp.int32),
-    )
+    return Batch(packed, places, starts, num_tokens, has_logits)
 
 
 def hidden_states(
@@ -97,11 +71,14 @@ def hidden_states(
     table: RequestTable,
     blocks: BlockState,
     batch: Batch,
+    hidden: jax.Array,
     config: EngineConfig,
 ) -> tuple[KVCache, jax.Array]:
-    """The cache with the step's keys and values, and hidden [S, E] of the last tokens.
+    """The cache with the step's keys and values, and the tokens' hidden states [T, E].
 
-    `blocks` already has room for the step's tokens.
+    The tokens of the batch's rows stand side by side; behind them `hidden` keeps what
+    it held, for it is working memory, allocated once. `blocks` already has room for the
+    step's tokens.
     """
     num_rows = jnp.sum(batch.num_tokens > 0)
     num_tokens = jnp.sum(batch.num_tokens)
@@ -109,96 +86,20 @@ def hidden_states(
     is_decode = num_tokens == num_rows
     index = jnp.where(
         is_decode,
-        _bucket(row_buckets, num_rows),
-        len(row_buckets) + _bucket(token_buckets, num_tokens),
+        bucket(row_buckets, num_rows),
+        len(row_buckets) + bucket(token_buckets, num_tokens),
     )
     index = jnp.where(num_tokens == 0, -1, index)
 
     def run(inputs_of, size, carry):
         cache, hidden = carry
-        inputs, last = inputs_of(table, blocks, batch, size)
+        inputs = inputs_of(table, blocks, batch, size)
         cache, states = _trunk(model, cache, inputs, config.attention)
-        return cache, hidden.at[: last.shape[0]].set(states[last])
+        return cache, hidden.at[:size].set(states)
 
     branches = [functools.partial(run, _decode_inputs, size) for size in row_buckets]
     branches += [functools.partial(run, _ragged_inputs, size) for size in token_buckets]
-    shape = (batch.rows.shape[0], model.config.hidden_size)
-    hidden = jnp.zeros(shape, model.config.dtype)
     return switch_in_place(index, branches, (cache, hidden))
-
-
-def next_logits(
-    model: Decoder,
-    batch: Batch,
-    hidden: jax.Array,
-    logits: jax.Array,
-    config: EngineConfig,
-) -> jax.Array:
-    """`logits` f32[S, V] with its first rows those of the batch's `order`.
-
-    The other rows keep what they held: `logits` is working memory, allocated once.
-    """
-
-    def run(size, logits):
-        return logits.at[:size].set(model.logits(hidden[batch.order[:size]]))
-
-    number = batch.num_sampled + batch.num_grouped
-    index = jnp.where(number == 0, -1, _bucket(config.row_buckets, number))
-    branches = [functools.partial(run, size) for size in config.row_buckets]
-    return switch_in_place(index, branches, logits)
-
-
-def logit_places(batch: Batch, config: EngineConfig) -> jax.Array:
-    """The sequence of each row of logits, i32[S]; R where there is none."""
-    index = jnp.arange(batch.order.shape[0], dtype=jnp.int32)
-    has_logits = index < batch.num_sampled + batch.num_grouped
-    return jnp.where(has_logits, batch.places[batch.order], config.max_num_requests)
-
-
-def sample_tokens(
-    table: RequestTable, batch: Batch, logits: jax.Array, config: EngineConfig
-) -> NewTokens:
-    """A new token for each sampled row whose known tokens are all computed.
-
-    The sampler is compiled for one row and for a few, and walks the rows so: it is
-    small work but a large program.
-    """
-    num_sampled, kept = batch.num_sampled, config.num_logprobs
-    (num_rows,) = batch.order.shape
-    index = jnp.arange(num_rows, dtype=jnp.int32)
-    places = jnp.where(
-        index < num_sampled, batch.places[batch.order], config.max_num_requests
-    )
-    new = NewTokens.zeros(places, kept)
-
-    def run(size, new):
-        def chunk(index, new):
-            # The last chunk slides back to fit, and samples some rows a second time.
-            start = jnp.minimum(index * size, num_rows - size)
-            at = lax.dynamic_slice(places, (start,), (size,))
-            valid = at < config.max_num_requests
-            at = jnp.where(valid, at, 0)
-            scores = lax.dynamic_slice(logits, (start, 0), (size, logits.shape[1]))
-            rows = _sampling_rows(table, at, valid)
-            tokens, logprobs = sample(scores, rows, table.queue.num_tokens[at])
-            found = {"tokens": tokens, "logprobs": logprobs}
-            if kept:
-                found["top_logprobs"], found["top_ids"] = top_logprobs(scores, kept)
-                _, found["ranks"] = token_logprobs(scores, tokens)
-            put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
-            found = {
-                name: put(getattr(new, name), value, start)
-                for name, value in found.items()
-            }
-            return dataclasses.replace(new, **found)
-
-        return lax.fori_loop(0, -(-num_sampled // size), chunk, new)
-
-    sizes = sorted({config.row_buckets[0], min(_SAMPLED_ROWS, config.max_num_seqs)})
-    branches = [functools.partial(run, size) for size in sizes]
-    index = jnp.where(num_sampled <= sizes[0], 0, len(sizes) - 1)
-    index = jnp.where(num_sampled == 0, -1, index)
-    return switch_in_place(index, branches, new)
 
 
 def _trunk(
@@ -227,11 +128,11 @@ def _trunk(
 
 def _decode_inputs(
     table: RequestTable, blocks: BlockState, batch: Batch, size: int
-) -> tuple[StepInputs, jax.Array]:
-    """Inputs of `size` rows with a token each, and the index of each row's last."""
+) -> StepInputs:
+    """Inputs of `size` rows with a token each."""
     rows, positions = batch.rows[:size], batch.starts[:size]
     is_live = batch.num_tokens[:size] > 0
-    inputs = StepInputs(
+    return StepInputs(
         tokens=jnp.where(is_live, table.tokens[batch.places[:size], positions], 0),
         positions=jnp.where(is_live, positions, 0),
         slot_mapping=block_manager.slots(
@@ -241,23 +142,29 @@ def _decode_inputs(
         context_lens=jnp.where(is_live, positions + 1, 0),
         query_start_loc=None,
     )
-    return inputs, jnp.arange(size, dtype=jnp.int32)
 
 
-def _ragged_inputs(
-    table: RequestTable, blocks: BlockState, batch: Batch, size: int
-) -> tuple[StepInputs, jax.Array]:
-    """Inputs of `size` tokens of all rows, and the index of each row's last."""
+def token_rows(batch: Batch, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the step's first `size` tokens: the batch's row i32[T], the position in its
+    sequence i32[T], and whether there is such a token, bool[T]."""
     ends = jnp.cumsum(batch.num_tokens)
-    query_start_loc = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     token = jnp.arange(size, dtype=jnp.int32)
     row = jnp.searchsorted(ends, token, side="right").astype(jnp.int32)
     is_live = token < ends[-1]
     row = jnp.where(is_live, row, 0)
-    positions = batch.starts[row] + token - query_start_loc[row]
-    positions = jnp.where(is_live, positions, 0)
+    positions = batch.starts[row] + token - (ends - batch.num_tokens)[row]
+    return row, jnp.where(is_live, positions, 0), is_live
+
+
+def _ragged_inputs(
+    table: RequestTable, blocks: BlockState, batch: Batch, size: int
+) -> StepInputs:
+    """Inputs of `size` tokens of all rows."""
+    row, positions, is_live = token_rows(batch, size)
+    ends = jnp.cumsum(batch.num_tokens)
+    query_start_loc = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     is_row_live = batch.num_tokens > 0
-    inputs = StepInputs(
+    return StepInputs(
         tokens=jnp.where(is_live, table.tokens[batch.places[row], positions], 0),
         positions=positions,
         slot_mapping=block_manager.slots(
@@ -267,19 +174,9 @@ def _ragged_inputs(
         context_lens=jnp.where(is_row_live, batch.starts + batch.num_tokens, 0),
         query_start_loc=query_start_loc,
     )
-    return inputs, jnp.maximum(ends - 1, 0)
 
 
-def _sampling_rows(
-    table: RequestTable, places: jax.Array, valid: jax.Array
-) -> SamplingRows:
-    """Sampling parameters of the sequences; greedy, the cheapest, where not `valid`."""
-    rows = jax.tree.map(lambda column: column[places], table.asked.sampling)
-    idle = SamplingRows.greedy(places.shape[0])
-    return jax.tree.map(lambda row, none: jnp.where(valid, row, none), rows, idle)
-
-
-def _pack(mask: jax.Array) -> jax.Array:
+def pack(mask: jax.Array) -> jax.Array:
     """i32[S]: the indices where `mask` holds, in order, then the others."""
     num_rows = mask.shape[0]
     num_marked = jnp.sum(mask, dtype=jnp.int32)
@@ -289,6 +186,6 @@ def _pack(mask: jax.Array) -> jax.Array:
     return jnp.zeros_like(index).at[jnp.where(mask, marked, others)].set(index)
 
 
-def _bucket(buckets: tuple[int, ...], number: jax.Array) -> jax.Array:
+def bucket(buckets: tuple[int, ...], number: jax.Array) -> jax.Array:
     """The index of the first bucket that holds `number`."""
     return jnp.sum(jnp.asarray(buckets, jnp.int32) < number, dtype=jnp.int32)

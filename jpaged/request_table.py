@@ -19,11 +19,12 @@ import jax.numpy as jnp
 
 from jpaged import scheduler
 from jpaged.config import EngineConfig
+from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
 from jpaged.scheduler import Queue
 
 # Why a sequence ended.
-NOT_FINISHED, STOP, LENGTH, ABORT = range(4)
+NOT_FINISHED, STOP, LENGTH, ABORT, DEAD_END = range(5)
 NEVER = -1
 NO_ALGORITHM = -1
 NO_OUTPUT = -1  # and all numbers below 0
@@ -39,7 +40,9 @@ class Asked:
     algorithms: jax.Array  # i32[R], index in the config's, or NO_ALGORITHM: sampling
     outputs: jax.Array  # i32[R], which of the request's outputs it is, or below 0
     is_prefix: jax.Array  # bool[R], is computed and then held, for others to map
+    rates_prompt: jax.Array  # bool[R], its prompt's log-probabilities are kept too
     sampling: SamplingRows  # of arrays [R]
+    rules: LogitsRules | None  # of arrays [R]; None where the config has no room
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +53,7 @@ class RequestTable:
     queue: Queue  # what the scheduler sees of them
     asked: Asked
     tokens: jax.Array  # i32[R, L], the prompt and what was generated
-    logprobs: jax.Array  # f32[R, L], of the generated tokens, raw
+    logprobs: jax.Array  # f32[R, L], raw, of generated and of rated prompt tokens
     ranks: jax.Array  # i32[R, L], 1: the most likely token; [R, 0] without top_*
     top_ids: jax.Array  # i32[R, L, C]
     top_logprobs: jax.Array  # f32[R, L, C]
@@ -87,7 +90,11 @@ def init_table(config: EngineConfig) -> RequestTable:
             algorithms=full(value=NO_ALGORITHM),
             outputs=full(value=NO_OUTPUT),
             is_prefix=full(dtype=jnp.bool_),
+            rates_prompt=full(dtype=jnp.bool_),
             sampling=SamplingRows.greedy(places),
+            rules=(
+                None if config.rules is None else LogitsRules.none(places, config.rules)
+            ),
         ),
         tokens=full(length),
         logprobs=full(length, dtype=jnp.float32),
@@ -130,6 +137,7 @@ class NewTokens:
     ranks: jax.Array  # i32[S], meaningful where top tokens are kept
     top_ids: jax.Array  # i32[S, C]
     top_logprobs: jax.Array  # f32[S, C]
+    is_dead_end: jax.Array  # bool[S], no token is allowed: the sequence ends without
 
     @classmethod
     def zeros(cls, places: jax.Array, num_logprobs: int) -> NewTokens:
@@ -142,6 +150,7 @@ class NewTokens:
             ranks=jnp.zeros((size,), jnp.int32),
             top_ids=jnp.zeros((size, num_logprobs), jnp.int32),
             top_logprobs=jnp.zeros((size, num_logprobs), jnp.float32),
+            is_dead_end=jnp.zeros((size,), jnp.bool_),
         )
 
 
@@ -150,21 +159,24 @@ def extend(
 ) -> tuple[RequestTable, jax.Array]:
     """The table with the new tokens, and which of the sequences they end, bool[S].
 
-    A sequence ends at one of its stop ids, or at its limit of tokens. A sampled one
-    has finished then; that of an algorithm waits for its request's others.
+    A sequence ends at one of its stop ids, at its limit of tokens, or where no token is
+    allowed. A sampled one has finished then; that of an algorithm waits for its
+    request's others.
     """
-    places = new.places
     num_places, _ = table.tokens.shape
-    valid = places < num_places
-    safe = jnp.where(valid, places, 0)
+    valid = new.places < num_places
+    safe = jnp.where(valid, new.places, 0)
     position = table.queue.num_tokens[safe]
     is_stop = jnp.any(table.asked.stop_ids[safe] == new.tokens[:, None], axis=1)
     is_full = position + 1 >= table.asked.token_limits[safe]
-    ended = valid & (is_stop | is_full)
+    ended = valid & (is_stop | is_full | new.is_dead_end)
     reason = jnp.where(is_stop, STOP, LENGTH)
-    at_end = jnp.where(ended, places, num_places)
+    reason = jnp.where(new.is_dead_end, DEAD_END, reason)
+    at_end = jnp.where(ended, new.places, num_places)
     is_alone = table.asked.algorithms[safe] == NO_ALGORITHM
-    at_finish = jnp.where(ended & is_alone, places, num_places)
+    at_finish = jnp.where(ended & is_alone, new.places, num_places)
+    valid &= ~new.is_dead_end
+    places = jnp.where(valid, new.places, num_places)
     is_first = position == table.queue.prompt_lens[safe]
     at_first = jnp.where(valid & is_first, places, num_places)
 

@@ -96,6 +96,22 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     return strings
 
 
+def _words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Return bad words: strings that are not empty, or tuples of token ids."""
+    words = (value,) if isinstance(value, str) else () if value is None else value
+    if isinstance(words, (bytes, Mapping)) or not isinstance(words, Iterable):
+        raise _wrong("bad_words", "strings or sequences of token ids", value)
+    checked: list[str | tuple[int, ...]] = []
+    for i, word in enumerate(words):
+        name = f"bad_words[{i}]"
+        if not isinstance(word, str):
+            word = _token_ids(name, word)
+        if not word:
+            raise _wrong(name, "a string that is not empty, or token ids", word)
+        checked.append(word)
+    return tuple(checked)
+
+
 def _logit_bias(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise _wrong(name, "a dict of token id -> number", value)
@@ -129,7 +145,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
         logit_bias: numbers to add to the logits of tokens.
         allowed_token_ids: the only tokens that may be chosen; None allows all.
-        bad_words: strings that must not be generated.
+        bad_words: strings, or sequences of token ids, that must not be generated.
         seed: 0 to 2**32 - 1; the same seed gives the same tokens in any batch.
             None (or -1) takes one from the engine's seed.
         priority: the smaller, the earlier, under policy "priority".
@@ -155,7 +171,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: Sequence[str | Sequence[int]] = ()
     seed: int | None = None
     priority: int = 0
 
@@ -226,8 +242,7 @@ class SamplingParams:
                     "allowed_token_ids", "None, or at least one token id", allowed
                 )
             self._set("allowed_token_ids", allowed)
-        bad_words = () if self.bad_words is None else self.bad_words
-        self._set("bad_words", _strings("bad_words", bad_words))
+        self._set("bad_words", _words(self.bad_words))
 
 
 @dataclasses.dataclass(frozen=True)

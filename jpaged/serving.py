@@ -170,9 +170,7 @@ class EngineHost:
             self.compile_s += time.perf_counter() - start
             self._compiled.add(self._limits)
 
-    def submit(
-        self, requests: Sequence[Request]
-    ) -> list[tuple[list[int], list[int]]]:
+    def submit(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
         """Puts checked requests into the table.
 
         Gives for each the places of all its sequences, and those of its outputs.

@@ -16,7 +16,10 @@ import numpy as np
 
 from jpaged import groups, scheduler
 from jpaged.config import EngineConfig
+from jpaged.decoding import rule_arrays
 from jpaged.decoding.beam import beam_state
+from jpaged.decoding.rule_arrays import LogitsRules, RuleSizes
+from jpaged.decoding.rule_checks import check_rules
 from jpaged.decoding.sample import SamplingRows
 from jpaged.request_table import (
     NO_ALGORITHM,
@@ -27,7 +30,17 @@ from jpaged.request_table import (
 )
 from jpaged.requests import AlgorithmParams, BeamSearchParams, SamplingParams
 
-FINISH_REASONS = (None, "stop", "length", "abort")
+FINISH_REASONS = (None, "stop", "length", "abort", "dead_end")
+# Parameters that are rules of the logits, and their values that change nothing.
+_NO_RULES = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": (),
+}
 Params = SamplingParams | BeamSearchParams | AlgorithmParams
 
 
@@ -60,6 +73,8 @@ class Result(NamedTuple):
     ranks: np.ndarray  # i32[generated], or empty
     top_ids: np.ndarray  # i32[generated, num_logprobs]
     top_logprobs: np.ndarray  # f32[generated, num_logprobs]
+    # f32[prompt], the first is 0; only sample 0 of a request that asked has them
+    prompt_logprobs: np.ndarray | None
     finish_reason: str | None
     first_step: int
     last_step: int
@@ -166,7 +181,7 @@ def check_request(
             f"sequences, got {len(sequences.numbers)}"
         )
     if isinstance(params, SamplingParams):
-        _check_logprobs(config, params)
+        _check_sampling(config, params, vocab_size, stop_ids(params, eos_token_ids))
     if isinstance(params, BeamSearchParams) and vocab_size is not None:
         if params.beam_width > vocab_size:
             raise ValueError(
@@ -184,12 +199,52 @@ def _check_ids(name: str, tokens: Sequence[int], vocab_size: int | None) -> None
         )
 
 
-def _check_logprobs(config: EngineConfig, params: SamplingParams) -> None:
-    if (params.logprobs or 0) > config.num_logprobs:
+def _check_sampling(
+    config: EngineConfig,
+    params: SamplingParams,
+    vocab_size: int | None,
+    stop_ids: Sequence[int],
+) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > config.num_logprobs:
+            raise ValueError(
+                f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
+                f"{getattr(params, name)}; raise num_logprobs in the config"
+            )
+    if rates_prompt(params) and not config.prompt_logprobs:
         raise ValueError(
-            f"logprobs: expected at most num_logprobs ({config.num_logprobs}), got "
-            f"{params.logprobs}; raise num_logprobs in the config"
+            "prompt_logprobs: expected None, for the config has prompt_logprobs=False, "
+            f"got {params.prompt_logprobs}"
         )
+    if any(isinstance(word, str) for word in params.bad_words):
+        raise ValueError(
+            "bad_words: expected token ids, for the engine has no tokenizer, got "
+            f"{params.bad_words!r}"
+        )
+    if vocab_size is not None:
+        check_rules(params, vocab_size, params.bad_words, stop_ids)
+    wanted = rule_sizes(params, vocab_size)
+    if wanted is None:
+        return
+    if config.rules is None or config.rules.grown(wanted) != config.rules:
+        raise ValueError(
+            f"params: expected logits rules for which the config has room ({wanted}), "
+            f"rules={config.rules} has not; make the config with rules={wanted}"
+        )
+
+
+def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:
+    """The room that a request's logits rules take; None where it has none.
+
+    `bad_words` are token ids here.
+    """
+    if not isinstance(params, SamplingParams) or all(
+        getattr(params, name) == neutral for name, neutral in _NO_RULES.items()
+    ):
+        return None
+    if vocab_size is None:
+        raise ValueError("vocab_size: expected the model's, for its logits have rules")
+    return RuleSizes.of_request(params, vocab_size, params.bad_words)
 
 
 def _in_rows(sequences: Shape) -> str:
@@ -211,6 +266,12 @@ def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) ->
 def token_limit(config: EngineConfig, prompt_len: int, params: Params) -> int:
     """Tokens at which a sequence ends, prompt included."""
     return min(config.max_model_len, prompt_len + params.max_tokens)
+
+
+def rates_prompt(params: Params) -> bool:
+    """Whether the prompt's log-probabilities are wanted."""
+    is_sampled = isinstance(params, SamplingParams)
+    return is_sampled and params.prompt_logprobs is not None
 
 
 def stop_ids(params: Params, eos_token_ids: Sequence[int]) -> list[int]:
@@ -256,7 +317,9 @@ def encode(
     ):
         mine, empty = empty[: len(one.numbers)], empty[len(one.numbers) :]
         places.append(mine)
-        source, shared = _source(prompt, prefixes, mine[0])
+        # A prompt that is rated is computed whole.
+        known = [] if rates_prompt(param) else prefixes
+        source, shared = _source(prompt, known, mine[0])
         request = _Request(
             prompt=prompt,
             params=param,
@@ -411,7 +474,9 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             algorithms=np.int32(one.kind),
             outputs=np.int32(index - (one.num_rows if one.num_held else 0)),
             is_prefix=np.bool_(False),
+            rates_prompt=np.bool_(is_leader and rates_prompt(params)),
             sampling=_sampling(params, _own_seed(request), one.numbers[index]),
+            rules=_rules(config, params),
         ),
         states=_states(config, request, is_leader, limit - length),
     )
@@ -435,6 +500,14 @@ def _sampling(params: Params, seed: int, number: int) -> SamplingRows:
         seed=np.uint32(seed),
         sample=np.int32(number),
     )
+
+
+def _rules(config: EngineConfig, params: Params) -> LogitsRules | None:
+    if config.rules is None:
+        return None
+    if not isinstance(params, SamplingParams):
+        params = SamplingParams()
+    return rule_arrays.encode(params, config.rules, params.bad_words)
 
 
 def _states(
@@ -535,6 +608,7 @@ def results(table: RequestTable) -> list[Result]:
                 tokens[place, :start].tolist(),
                 tokens[place, start:end].tolist(),
                 *(column[place, start:end] for column in columns),
+                columns[0][place, :start] if asked.rates_prompt[place] else None,
                 FINISH_REASONS[reason],
                 first_step,
                 last_step,

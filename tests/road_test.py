@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import block_manager, engine, forward
+from jpaged import block_manager, engine, forward, next_tokens
 from jpaged.block_manager import NO_BLOCK
 from jpaged.config import EngineConfig
 from jpaged.request_table import NewTokens
@@ -69,7 +69,7 @@ def start() -> engine.EngineState:
 class Recorder:
     """Stands in for decoder and sampler: keeps a step's inputs, and gives letters."""
 
-    def hidden_states(self, model, cache, table, blocks, batch, config):
+    def hidden_states(self, model, cache, table, blocks, batch, hidden, config):
         """What `forward.hidden_states` computes with, at the step's exact size."""
         num_rows = int((batch.num_tokens > 0).sum())
         num_tokens = int(batch.num_tokens.sum())
@@ -78,22 +78,23 @@ class Recorder:
         self.is_decode = num_rows == num_tokens
         make = forward._decode_inputs if self.is_decode else forward._ragged_inputs
         size = num_rows if self.is_decode else num_tokens
-        self.inputs, _ = make(table, blocks, batch, size)
+        self.inputs = make(table, blocks, batch, size)
         self.starts = [0, *np.cumsum(batch.num_tokens[:num_rows]).tolist()]
-        return cache, None
+        return cache, hidden
 
-    def sample_tokens(self, table, batch, logits, config):
+    def sample_tokens(self, table, entries, logits, config):
         """The next letter for each row whose known tokens are all computed."""
-        places = np.asarray(forward.logit_places(batch, config))
+        places = np.asarray(entries.places)
         letters = [
             ord(SAMPLES[place][1][int(table.queue.num_tokens[place])])
             if place < len(SAMPLES)
             else 0
             for place in places
         ]
+        row_of = {int(place): row for row, place in enumerate(self.scheduled_rows)}
         self.given = {
-            int(row): chr(letter)
-            for row, letter in zip(batch.rows[batch.order], letters, strict=True)
+            row_of[int(place)]: chr(letter)
+            for place, letter in zip(places, letters, strict=True)
             if letter
         }
         new = NewTokens.zeros(jnp.asarray(places), 0)
@@ -164,12 +165,15 @@ def describe(recorder: Recorder, before, after, copies) -> str:
     return "\n".join(line.rstrip() for line in text) + "\n"
 
 
+NOTHING = engine.WorkingMemory(None, None)
+
+
 def walk(patch: pytest.MonkeyPatch) -> list[str]:
     """Every step of the run, as the page shows it."""
     recorder = Recorder()
     patch.setattr(forward, "hidden_states", recorder.hidden_states)
-    patch.setattr(forward, "sample_tokens", recorder.sample_tokens)
-    patch.setattr(forward, "next_logits", lambda *arguments: jnp.zeros((1, 1)))
+    patch.setattr(next_tokens, "sample_tokens", recorder.sample_tokens)
+    patch.setattr(next_tokens, "next_logits", lambda *arguments: jnp.zeros((1, 1)))
     # Between the compiled parts every value is there to be read.
     schedule = jax.jit(engine.scheduler.schedule, static_argnums=3)
     append = jax.jit(block_manager.append)
@@ -196,7 +200,7 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
     steps = []
     while engine.has_work(state):
         before = state.requests.queue
-        state, _ = engine._step(None, state, None, CONFIG)
+        state, _ = engine._step(None, state, NOTHING, CONFIG)
         assert block_manager.violations(state.blocks) == []
         steps.append(describe(recorder, before, state, copies))
     for result, (_, text) in zip(engine.collect(state), SAMPLES, strict=True):

@@ -19,6 +19,8 @@ from jpaged.llm import LLM as LLM
 from jpaged.llm import Delta as Delta
 from jpaged.models.checkpoint import load_model as load_model
 from jpaged.models.checkpoint import save_model as save_model
+from jpaged.prefix import Prefix as Prefix
+from jpaged.requests import AlgorithmParams as AlgorithmParams
 from jpaged.requests import BeamSearchParams as BeamSearchParams
 from jpaged.requests import CompletionOutput as CompletionOutput
 from jpaged.requests import Logprob as Logprob
@@ -27,11 +29,13 @@ from jpaged.requests import SamplingParams as SamplingParams
 
 __all__ = [
     "LLM",
+    "AlgorithmParams",
     "BeamSearchParams",
     "CompletionOutput",
     "Delta",
     "EngineConfig",
     "Logprob",
+    "Prefix",
     "RequestOutput",
     "SamplingParams",
     "load_model",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -51,7 +52,9 @@ class Sample:
         self.first_step = self.last_step = request_table.NEVER
         self.num_preemptions = 0
         self._tokenizer = tokenizer
-        self._text = OutputText(tokenizer, job.prompt_token_ids, job.stop)
+        self._text = OutputText(
+            tokenizer, job.prompt_token_ids, job.stop, job.min_tokens
+        )
 
     def take(self, tokens: Tokens, reason: str | None) -> None:
         """Goes on by `tokens`; `reason` is why the engine ended behind them, or None.
@@ -62,7 +65,8 @@ class Sample:
             self.token_ids.append(token)
             self.cumulative_logprob += float(tokens.logprobs[i])
             if self.logprobs is not None:
-                self.logprobs.append(self._logprobs_at(tokens, i))
+                count = self.job.num_logprobs or 0
+                self.logprobs.append(_logprobs_at(tokens, i, count, self._tokenizer))
             # The token that ends the sequence is no text.
             is_end = reason == "stop" and i == len(tokens.ids) - 1
             if not (is_end and token in self.job.stop_ids):
@@ -85,20 +89,6 @@ class Sample:
         token, params = self.token_ids[-1], self.job.params
         is_eos = token in self.job.eos_token_ids and not params.ignore_eos
         return token if token in self.job.stop_ids and not is_eos else None
-
-    def _logprobs_at(self, tokens: Tokens, i: int) -> dict[int, Logprob]:
-        """The chosen token's entry, then those of the most likely ones."""
-        found = [(tokens.ids[i], tokens.logprobs[i], tokens.ranks[i])]
-        count = self.job.num_logprobs or 0
-        most_likely = zip(tokens.top_ids[i], tokens.top_logprobs[i], strict=True)
-        for rank, (token, logprob) in enumerate(list(most_likely)[:count], start=1):
-            if int(token) != tokens.ids[i]:
-                found.append((int(token), logprob, rank))
-        decode = self._tokenizer and self._tokenizer.decoded_token
-        return {
-            token: Logprob(float(logprob), int(rank), decode and decode(token))
-            for token, logprob, rank in found
-        }
 
     def take_news(self) -> tuple[str, list[int]]:
         """Text and token ids that came since the last time."""
@@ -143,6 +133,7 @@ class Job:
     num_places: int  # of its sequences in the request table
     places: list[int] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     start_s: float = 0.0
     first_token_s: float | None = None
     end_s: float | None = None
@@ -151,6 +142,12 @@ class Job:
     def stop(self) -> Sequence[str]:
         """Strings that end an output."""
         return self.params.stop if isinstance(self.params, SamplingParams) else ()
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens before which no stop string ends an output."""
+        is_sampled = isinstance(self.params, SamplingParams)
+        return self.params.min_tokens if is_sampled else 0
 
     @property
     def stop_ids(self) -> list[int]:
@@ -204,6 +201,7 @@ class Job:
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=[sample.output() for sample in self.samples],
+            prompt_logprobs=self.prompt_logprobs,
             metrics={
                 "num_prompt_tokens": len(self.prompt_token_ids),
                 "num_generated_tokens": sum(
@@ -218,6 +216,26 @@ class Job:
                 "total_s": end_s - self.start_s,
             },
         )
+
+
+def _logprobs_at(
+    tokens: Tokens, i: int, count: int, tokenizer: Tokenizer | None
+) -> dict[int, Logprob]:
+    """The entry of token number i, then those of the `count` most likely ones.
+
+    All that are kept where `count` is -1.
+    """
+    found = [(tokens.ids[i], tokens.logprobs[i], tokens.ranks[i])]
+    most_likely = zip(tokens.top_ids[i], tokens.top_logprobs[i], strict=True)
+    chosen = itertools.islice(most_likely, count if count >= 0 else None)
+    for rank, (token, logprob) in enumerate(chosen, start=1):
+        if int(token) != tokens.ids[i]:
+            found.append((int(token), logprob, rank))
+    decode = tokenizer and tokenizer.decoded_token
+    return {
+        token: Logprob(float(logprob), int(rank), decode and decode(token))
+        for token, logprob, rank in found
+    }
 
 
 def serve(
@@ -269,6 +287,7 @@ def serve(
             for sample in news:
                 if sample.finish_reason is not None:
                     del live[sample.place]
+            _rate_prompts(host, news, tokenizer)
             # A place may be taken again only when no sample looks for its leader there.
             done = {s.job.index: s.job for s in news if s.job.is_finished}
             host.release(place for index in done for place in kept.pop(index))
@@ -277,6 +296,24 @@ def serve(
             yield news
     finally:
         host.leave((place for places in kept.values() for place in places), epoch)
+
+
+def _rate_prompts(
+    host: EngineHost, news: Sequence[Sample], tokenizer: Tokenizer | None
+) -> None:
+    """Reads the prompts' log-probabilities of the jobs that have ended."""
+    jobs = {s.job.index: s.job for s in news if s.job.is_finished}
+    jobs = [job for job in jobs.values() if submission.rates_prompt(job.params)]
+    for job in jobs:
+        job.prompt_logprobs = [None]
+    # The first token has none, and a prompt may have no other.
+    jobs = [job for job in jobs if len(job.prompt_token_ids) > 1]
+    wanted = [(job.places[0], 1, len(job.prompt_token_ids)) for job in jobs]
+    for job, tokens in zip(jobs, host.read(wanted), strict=True):
+        count = job.params.prompt_logprobs
+        job.prompt_logprobs += [
+            _logprobs_at(tokens, i, count, tokenizer) for i in range(len(tokens.ids))
+        ]
 
 
 def _feed(

@@ -8,28 +8,25 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jpaged import engine
+from jpaged import engine, groups, submission
 from jpaged.config import EngineConfig
 from jpaged.models.config import ModelConfig
-from jpaged.requests import BeamSearchParams, SamplingParams
-from jpaged.text import Tokenizer
+from jpaged.requests import AlgorithmParams, BeamSearchParams, SamplingParams
+from jpaged.submission import Params
+from jpaged.text import Tokenizer, bad_word_token_ids
 
-# Parameters that the engine does not apply yet, and the value that asks for nothing.
-_NOT_BUILT = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "min_tokens": 0,
-    "logit_bias": None,
-    "allowed_token_ids": None,
-    "bad_words": (),
-    "prompt_logprobs": None,
-}
+
+class Checked(NamedTuple):
+    """A request after the checks."""
+
+    token_ids: list[int]  # of the prompt
+    params: Any  # in the form that the engine takes
+    error: str | None  # what is wrong with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,49 +37,72 @@ class Intake:
     tokenizer: Tokenizer | None
     config: EngineConfig
     max_logprobs: int
+    num_blocks: int  # that are not pinned
 
-    def check(self, prompt: Any, params: Any) -> tuple[list[int], str | None]:
-        """The prompt's token ids, and what is wrong with the request, or None."""
+    def check(self, prompt: Any, params: Any) -> Checked:
+        """The request as the engine takes it, and what is wrong with it, or None."""
         token_ids: list[int] = []
         try:
             self._check_params(params)
-            token_ids = self._token_ids(prompt)
+            params = self._resolve(params)
+            token_ids = self.token_ids(prompt)
             engine.check_request(
-                self.config,
+                self.grow([params]),
                 token_ids,
-                # As many log-probabilities as wanted are the LLM's to arrange.
-                dataclasses.replace(params, logprobs=None),
+                params,
                 vocab_size=self.model.vocab_size,
                 eos_token_ids=self.model.eos_token_ids,
+                num_blocks=self.num_blocks,
             )
         except ValueError as error:
-            return token_ids, str(error)
-        return token_ids, None
+            return Checked(token_ids, params, str(error))
+        return Checked(token_ids, params, None)
+
+    def grow(self, params: Sequence[Params]) -> EngineConfig:
+        """The engine's config with what all of the requests need compiled.
+
+        Nothing that it has is taken away, and sizes are powers of two: few programs.
+        """
+        config = self.config
+        num_logprobs, width = config.num_logprobs, config.max_beam_width
+        rules, algorithms = config.rules, list(config.algorithms)
+        for param in params:
+            if isinstance(param, SamplingParams):
+                num_logprobs = max(num_logprobs, self.num_logprobs(param))
+                mine = submission.rule_sizes(param, self.model.vocab_size)
+                if mine is not None:
+                    rules = mine if rules is None else rules.grown(mine)
+            elif isinstance(param, BeamSearchParams):
+                width = max(width, _power_of_two(param.beam_width))
+            elif (param.algorithm, param.num_rows) not in algorithms:
+                algorithms.append((param.algorithm, param.num_rows))
+        if num_logprobs > config.num_logprobs:
+            num_logprobs = min(_power_of_two(num_logprobs), self.model.vocab_size)
+        return dataclasses.replace(
+            config,
+            num_logprobs=num_logprobs,
+            prompt_logprobs=config.prompt_logprobs
+            or any(map(submission.rates_prompt, params)),
+            max_beam_width=min(width, config.max_num_seqs),
+            rules=rules,
+            algorithms=tuple(algorithms),
+        )
 
     def num_logprobs(self, params: SamplingParams) -> int:
         """Most likely tokens that the engine has to keep for a request."""
-        if params.logprobs is None:
-            return 0
-        if params.logprobs == -1:
-            return self.model.vocab_size
-        # The chosen token's rank is kept only along with them.
-        return max(params.logprobs, 1)
+        wanted = 0
+        for count in (params.logprobs, params.prompt_logprobs):
+            if count is not None:
+                # The chosen token's rank is kept only along with them.
+                count = self.model.vocab_size if count == -1 else max(count, 1)
+                wanted = max(wanted, count)
+        return wanted
 
     def _check_params(self, params: Any) -> None:
-        if isinstance(params, BeamSearchParams):
-            raise ValueError("params: beam search is not built yet; use SamplingParams")
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params: wanted SamplingParams, got {params!r}")
-        for name, neutral in _NOT_BUILT.items():
-            value = getattr(params, name)
-            if value != neutral:
-                raise ValueError(
-                    f"{name}: not built yet; wanted {neutral!r}, got {value!r}"
-                )
-        if params.stop and self.tokenizer is None:
+        if not isinstance(params, Params):
             raise ValueError(
-                f"stop: wanted none, got {params.stop!r}: the model has no tokenizer, "
-                "so there is no text; use stop_token_ids"
+                "params: wanted SamplingParams, BeamSearchParams or AlgorithmParams, "
+                f"got {params!r}"
             )
         vocab_size = self.model.vocab_size
         for token in params.stop_token_ids:
@@ -91,14 +111,34 @@ class Intake:
                     f"stop_token_ids: wanted ids from 0 to {vocab_size - 1} (the "
                     f"model's vocabulary), got {token}"
                 )
-        count = self.num_logprobs(params)
-        if count > self.max_logprobs:
+        if isinstance(params, AlgorithmParams):
+            groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
+        if not isinstance(params, SamplingParams):
+            return
+        if params.stop and self.tokenizer is None:
             raise ValueError(
-                f"logprobs: wanted at most max_logprobs ({self.max_logprobs}), got "
+                f"stop: wanted none, got {params.stop!r}: the model has no tokenizer, "
+                "so there is no text; use stop_token_ids"
+            )
+        if (count := self.num_logprobs(params)) > self.max_logprobs:
+            name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+            raise ValueError(
+                f"{name}: wanted at most max_logprobs ({self.max_logprobs}), got "
                 f"{count}; make the LLM with a larger max_logprobs"
             )
 
-    def _token_ids(self, prompt: Any) -> list[int]:
+    def _resolve(self, params: Params) -> Params:
+        """`params` with token ids in place of text."""
+        if not isinstance(params, SamplingParams) or not params.bad_words:
+            return params
+        texts = [word for word in params.bad_words if isinstance(word, str)]
+        ids = [word for word in params.bad_words if not isinstance(word, str)]
+        if texts:
+            ids += bad_word_token_ids(self.tokenizer, texts)
+        return dataclasses.replace(params, bad_words=ids)
+
+    def token_ids(self, prompt: Any) -> list[int]:
+        """The prompt's token ids; a ValueError where it is none."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(
@@ -111,6 +151,11 @@ class Intake:
                 f"({type(prompt).__name__})"
             )
         return [int(token) for token in prompt]
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def pairs(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:

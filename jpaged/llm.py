@@ -14,16 +14,17 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from jpaged import batch, compilation_cache, intake, memory, options
+from jpaged import batch, compilation_cache, intake, memory, options, submission
 from jpaged.batch import Job
 from jpaged.config import EngineConfig
 from jpaged.models.decoder import Decoder
-from jpaged.requests import BeamSearchParams, RequestOutput, SamplingParams
+from jpaged.prefix import Prefix
+from jpaged.requests import RequestOutput
 from jpaged.serving import EngineHost
+from jpaged.submission import Params
 from jpaged.text import Tokenizer
 
 Prompt = str | Sequence[int]
-Params = SamplingParams | BeamSearchParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,12 @@ class LLM:
       max_num_requests: places in the request table, waiting and running; four times
         `max_num_seqs` where None. Calls may have any number of prompts.
       max_num_stop_ids: stop tokens of one request, EOS included.
-      max_logprobs: largest `SamplingParams.logprobs`. The first call that asks for
-        more than calls before it compiles the engine again.
+      max_logprobs: largest `SamplingParams.logprobs` and `prompt_logprobs`.
+      max_num_prefixes: prefixes that can be pinned at the same time, see `pin`.
+
+    A call that asks for something that no call before it did (beams, logits rules, more
+    log-probabilities, another algorithm) compiles the engine again; `num_compilations`
+    of `stats` counts. Afterwards all calls share that program.
 
     Compiled programs are kept in a cache folder of the user, see
     `jpaged.compilation_cache`. Not for several threads at once.
@@ -103,6 +108,7 @@ class LLM:
         max_num_requests: int | None = None,
         max_num_stop_ids: int = 8,
         max_logprobs: int = 20,
+        max_num_prefixes: int = 8,
     ):
         options.check_sizes(
             block_size=block_size,
@@ -142,7 +148,8 @@ class LLM:
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
-                max_num_requests=max_num_requests or max_num_seqs,
+                max_num_requests=max_num_requests or max_num_seqs + max_num_prefixes,
+                max_num_prefixes=max_num_prefixes,
                 max_num_stop_ids=max_num_stop_ids,
                 policy=policy,
                 attention=attention,
@@ -236,6 +243,28 @@ class LLM:
 
         return deltas()
 
+    def pin(self, prefix: Prompt) -> Prefix:
+        """A prefix that is computed once and kept until it is released.
+
+        Every request whose prompt begins with the same tokens maps its blocks (the last
+        one is copied when it is written), which saves their memory and computation. Put
+        text behind it with `Prefix.prompt`, whose tokens are sure to begin so.
+
+            with llm.pin(instructions) as prefix:
+                outputs = llm.generate([prefix.prompt(text) for text in texts])
+
+        Args:
+          prefix: a text or a list of token ids.
+
+        Raises:
+          ValueError: it is not a prompt; max_num_prefixes are pinned; or it is too
+            long for the pool.
+
+        Source: paper section 4.4, shared prefix.
+        """
+        host = self._open_host()
+        return Prefix(host, self.tokenizer, self._intake().token_ids(prefix))
+
     def check(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -245,7 +274,7 @@ class LLM:
         prompts, params = intake.pairs(prompts, params)
         check = self._intake().check
         return [
-            check(prompt, param)[1]
+            check(prompt, param).error
             for prompt, param in zip(prompts, params, strict=True)
         ]
 
@@ -320,35 +349,35 @@ class LLM:
         return self._host
 
     def _serve(self, jobs: list[Job], is_watched: bool) -> Iterator[list[batch.Sample]]:
-        """`batch.serve`, counted; the engine first keeps enough log-probabilities."""
+        """`batch.serve`, counted; first the engine gets what the jobs need."""
         host = self._open_host()
-        self._keep_logprobs(host, jobs)
+        self._reconfigure(host, jobs)
         for news in batch.serve(host, jobs, self.tokenizer, is_watched=is_watched):
             for sample in news:
                 if sample.finish_reason is not None:
                     self._num_generated += len(sample.token_ids)
             yield news
 
-    def _keep_logprobs(self, host: EngineHost, jobs: list[Job]) -> None:
-        num_logprobs = self._intake().num_logprobs
-        wanted = max((num_logprobs(job.params) for job in jobs), default=0)
-        if wanted <= self.config.num_logprobs:
+    def _reconfigure(self, host: EngineHost, jobs: list[Job]) -> None:
+        """Compiles into the engine what these jobs need and no jobs before them."""
+        config = self._intake().grow([job.params for job in jobs])
+        if config == self.config:
             return
         if host.num_users:
             raise RuntimeError(
-                "logprobs: the engine has to be compiled for more of them, which it "
+                "params: the engine has to be compiled for what they ask for, which it "
                 "cannot be while a stream is open; read or close that first"
             )
-        # By powers of two, so that few values compile anew.
-        kept = min(1 << (wanted - 1).bit_length(), self.model.config.vocab_size)
-        self.config = self._with_places(
-            dataclasses.replace(self.config, num_logprobs=kept)
-        )
-        host.keep_logprobs(self.config)
+        self.config = self._with_places(config)
+        host.reconfigure(self.config)
 
     def _intake(self) -> intake.Intake:
         return intake.Intake(
-            self.model.config, self.tokenizer, self.config, self.max_logprobs
+            self.model.config,
+            self.tokenizer,
+            self.config,
+            self.max_logprobs,
+            self._open_host().num_open_blocks(),
         )
 
     def _with_places(self, config: EngineConfig) -> EngineConfig:
@@ -356,7 +385,7 @@ class LLM:
         if self._max_num_requests is not None:
             return config
         places = memory.max_places(
-            config.max_num_seqs, config.max_model_len, config.num_logprobs
+            config.num_rows, config.max_model_len, config.num_logprobs
         )
         return dataclasses.replace(config, max_num_requests=places)
 
@@ -374,14 +403,23 @@ class LLM:
         check = self._intake().check
         jobs, outputs, errors = [], [], []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            token_ids, error = check(prompt, param)
+            token_ids, param, error = check(prompt, param)
             arrival = self._num_arrivals + index
             text = prompt if isinstance(prompt, str) else None
             output = None
             if error is None:
                 eos = self.model.config.eos_token_ids
                 jobs.append(
-                    Job(index, arrival, text, token_ids, param, eos, is_streamed)
+                    Job(
+                        index=index,
+                        arrival=arrival,
+                        prompt=text,
+                        prompt_token_ids=token_ids,
+                        params=param,
+                        eos_token_ids=eos,
+                        is_streamed=is_streamed,
+                        num_places=self._num_places(param),
+                    )
                 )
             else:
                 errors.append(f"prompts[{index}]: {error}")
@@ -394,6 +432,12 @@ class LLM:
         self._num_arrivals += len(prompts)
         self._num_prompt_tokens += sum(len(job.prompt_token_ids) for job in jobs)
         return jobs, outputs
+
+    def _num_places(self, params: Params) -> int:
+        """Places that a checked request takes in the request table."""
+        config = self._intake().grow([params])
+        shape = submission.shape(params, config, self.model.config.vocab_size)
+        return len(shape.numbers)
 
 
 def _report(

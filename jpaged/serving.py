@@ -64,6 +64,14 @@ class Tokens(NamedTuple):
     top_logprobs: np.ndarray  # f32[n, C]
 
 
+@dataclasses.dataclass(eq=False)
+class Pinned:
+    """A prefix that the engine keeps, and where it is now."""
+
+    token_ids: list[int]
+    place: int
+
+
 class EngineHost:
     """The engine, its state, and what was measured of it."""
 
@@ -80,6 +88,7 @@ class EngineHost:
         self.epoch = 0  # grows when the state was lost
         self.num_empty = 0  # places of the request table
         self.num_users = 0  # calls that have sequences in the table
+        self.pinned: list[Pinned] = []  # prefixes
         self.counters: dict[str, Any] = {}  # of the engine, as last seen
         self.run_s = 0.0  # seconds of running steps
         self.compile_s = 0.0  # seconds of compiling `engine.run`, or loading it
@@ -128,9 +137,40 @@ class EngineHost:
         """Forgets what an interrupted call left behind, of which nobody knows."""
         if self._is_lost():
             self._reset()
-        elif self.num_empty < self.config.max_num_requests:
-            self.drop(range(self.config.max_num_requests))
-            self.num_empty = self.config.max_num_requests
+        elif self.num_empty < self.config.max_num_requests - len(self.pinned):
+            kept = {pinned.place for pinned in self.pinned}
+            self.drop(set(range(self.config.max_num_requests)) - kept)
+            self.num_empty = self.config.max_num_requests - len(kept)
+
+    def pin(self, tokens: Sequence[int]) -> Pinned:
+        """A prefix that will be computed once and kept until `unpin`."""
+        self._state, place = engine.pin(
+            self._state, tokens, vocab_size=self.model.config.vocab_size
+        )
+        self.num_empty -= 1
+        pinned = Pinned(list(tokens), place)
+        self.pinned.append(pinned)
+        return pinned
+
+    def unpin(self, pinned: Pinned) -> None:
+        """Lets a prefix go; one that is gone already stays so."""
+        if pinned in self.pinned:
+            self.pinned.remove(pinned)
+            self._state = engine.unpin(self._state, [pinned.place])
+            self.num_empty += 1
+
+    def _pin_again(self) -> None:
+        """Prefixes that the last state had, for this one to compute."""
+        before, self.pinned = self.pinned, []
+        for pinned in before:
+            pinned.place = self.pin(pinned.token_ids).place
+        self.pinned = before
+
+    def num_open_blocks(self) -> int:
+        """Blocks that are not pinned."""
+        size = self.config.block_size
+        pinned = sum(-(-len(one.token_ids) // size) for one in self.pinned)
+        return self.config.num_blocks - pinned
 
     def _is_lost(self) -> bool:
         return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
@@ -138,6 +178,7 @@ class EngineHost:
     def _reset(self) -> None:
         self.epoch += 1
         self._state = self._new_state()
+        self._pin_again()
 
     def reconfigure(self, config: EngineConfig) -> None:
         """Begins with an empty request table of another config; pages stay.
@@ -145,6 +186,8 @@ class EngineHost:
         Pinned prefixes are computed again, at new places.
         """
         self._clean()
+        if self.pinned:
+            self._state = engine.unpin(self._state, [one.place for one in self.pinned])
         table = request_table.init_table(config)
         self.config = config
         self._state = dataclasses.replace(
@@ -155,6 +198,7 @@ class EngineHost:
         )
         self.num_empty = config.max_num_requests
         self._compiled.clear()
+        self._pin_again()
 
     def _choose_program(self) -> None:
         """Takes the smallest program that serves what is in the table.
@@ -307,6 +351,7 @@ class EngineHost:
 
     def close(self) -> None:
         """Lets go of the pages and tables."""
+        self.pinned.clear()
         del self._state, self.model
 
 

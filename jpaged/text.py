@@ -63,9 +63,9 @@ class Tokenizer:
                 f"tokenizer, or tokens were added without resizing the model"
             )
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `prompt`, with the special tokens that the
-        tokenizer's own post-processor adds (a BOS, for example)."""
+        tokenizer's own post-processor adds (a BOS, for example) unless told not to."""
         if not isinstance(prompt, str):
             raise ValueError(
                 f"prompt: wanted a string, got {prompt!r} ({type(prompt).__name__})"
@@ -77,7 +77,7 @@ class Tokenizer:
                 f"prompt: wanted text that can be written as UTF-8, got a lone "
                 f"surrogate {prompt[error.start]!r} at character {error.start}"
             ) from error
-        return self.backend.encode(prompt).ids
+        return self.backend.encode(prompt, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; ids that are no tokens have none."""

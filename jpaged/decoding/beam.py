@@ -203,6 +203,15 @@ def step(
     that is held. The keys are not used.
     """
     del keys
+    state, decision, _ = advance(logits, state)
+    return state, decision
+
+
+def advance(
+    logits: jax.Array, state: BeamState
+) -> tuple[BeamState, Decision, Candidates]:
+    """Return what `step` does, and the S candidates that rows would run on with if
+    the search never ended (scores -inf: none)."""
     (num_rows,) = state.scores.shape
     length = state.num_generated + 1
     is_last = length >= state.max_tokens
@@ -216,12 +225,11 @@ def step(
     ended_scores = jnp.where(ends, ahead.scores / divisor, -jnp.inf)
     held = hold(state.held_scores, ahead, ended_scores, state.width)
 
-    may_run = ~found.is_stop & ~is_last
-    running = best(found, jnp.where(may_run, found.scores, -jnp.inf), num_rows)
-    scores = jnp.where(is_used, running.scores, -jnp.inf)
-    is_over = _is_over(state, scores[0], held, length)
-    scores = jnp.where(is_over, -jnp.inf, scores)
-    decision = decide(running, scores > -jnp.inf, held)
+    going = best(found, jnp.where(found.is_stop, -jnp.inf, found.scores), num_rows)
+    going = going._replace(scores=jnp.where(is_used, going.scores, -jnp.inf))
+    is_over = is_last | _is_over(state, going.scores[0], held, length)
+    scores = jnp.where(is_over, -jnp.inf, going.scores)
+    decision = decide(going, scores > -jnp.inf, held)
     state = dataclasses.replace(
         state,
         scores=scores,
@@ -229,7 +237,7 @@ def step(
         is_held=held.is_held,
         num_generated=length,
     )
-    return state, decision
+    return state, decision, going
 
 
 def _length_divisor(length: jax.Array, length_penalty: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ Shape letters: S rows of one request, V vocabulary, E stop tokens, C candidates.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -146,16 +146,21 @@ def beam_state(
             f"max_tokens={max_tokens}: choose one nearer to 0"
         )
     return BeamState(
-        width=np.asarray(width, np.int32),
-        max_tokens=np.asarray(max_tokens, np.int32),
-        length_penalty=np.asarray(length_penalty, np.float32),
-        early_stopping=np.asarray(EARLY_STOPPING.index(early_stopping), np.int32),
+        width=as_array(width, np.int32),
+        max_tokens=as_array(max_tokens, np.int32),
+        length_penalty=as_array(length_penalty, np.float32),
+        early_stopping=as_array(EARLY_STOPPING.index(early_stopping), np.int32),
         stop_ids=stop_array,
         scores=first_scores(num_rows),
-        held_scores=np.full(num_rows, -np.inf, np.float32),
-        is_held=np.zeros(num_rows, bool),
-        num_generated=np.asarray(0, np.int32),
+        held_scores=as_array(np.full(num_rows, -np.inf), np.float32),
+        is_held=as_array(np.zeros(num_rows), bool),
+        num_generated=as_array(0, np.int32),
     )
+
+
+def as_array(value: Any, dtype: Any) -> jax.Array:
+    """Return a numpy array, cheaper than one of jax, typed as what steps make of it."""
+    return cast(jax.Array, np.asarray(value, dtype))
 
 
 def check_search(
@@ -164,7 +169,7 @@ def check_search(
     max_tokens: int,
     stop_ids: Sequence[int],
     num_stop_ids: int,
-) -> np.ndarray:
+) -> jax.Array:
     """Return i32[E] of the stop tokens, or raise ValueError for a bad argument."""
     if not 1 <= width <= num_rows:
         raise ValueError(
@@ -182,16 +187,13 @@ def check_search(
         raise ValueError(
             f"stop_ids must be token ids, 0 or larger; got {list(stop_ids)}"
         )
-    stop_array = np.full(num_stop_ids, NO_TOKEN, np.int32)
-    stop_array[: len(stop_ids)] = stop_ids
-    return stop_array
+    padding = [NO_TOKEN] * (num_stop_ids - len(stop_ids))
+    return as_array([*stop_ids, *padding], np.int32)
 
 
-def first_scores(num_rows: int) -> np.ndarray:
+def first_scores(num_rows: int) -> jax.Array:
     """Return f32[S]: row 0 runs alone, since at first all rows hold the same prompt."""
-    scores = np.full(num_rows, -np.inf, np.float32)
-    scores[0] = 0.0
-    return scores
+    return as_array([0.0] + [-np.inf] * (num_rows - 1), np.float32)
 
 
 def step(

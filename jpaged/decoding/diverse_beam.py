@@ -45,7 +45,7 @@ def diverse_beam_search(
     Group g has rows g * W .. (g + 1) * W - 1 and the held sequences S behind them, best
     first within the group; it ends by its own rule, and the request with the last
     group. The first group finds what beam search of width W finds. Scores contain the
-    penalties, as in the paper's own code and in Hugging Face; `logprobs` do not.
+    penalties of all steps, as in Hugging Face; `logprobs` do not.
 
     Args:
         num_groups: G, which must divide the number of rows.
@@ -76,7 +76,7 @@ def diverse_beam_search(
         ).init(num_rows // num_groups)
         return DiverseBeamState(
             groups=jax.tree.map(lambda leaf: np.stack([leaf] * num_groups), group),
-            diversity_penalty=np.asarray(diversity_penalty, np.float32),
+            diversity_penalty=beam.as_array(diversity_penalty, np.float32),
         )
 
     return DecodingAlgorithm(init, step)

@@ -130,6 +130,7 @@ class SlowBeams:
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self.stop_ids = set(stop_ids)
         self.running: list[tuple[float, Tokens]] = [(0.0, ())]
+        self.going: list[tuple[float, Tokens]] = []  # were there no end
         self.pool: list[tuple[float, Tokens]] = []
         self.length = 0
 
@@ -156,7 +157,8 @@ class SlowBeams:
         self.pool.sort(key=lambda entry: -entry[0])
         self.pool = self.pool[: self.width]
         going = [entry for entry in found if entry[1][-1] not in self.stop_ids]
-        self.running = [] if is_last else going[: self.width]
+        self.going = going[: self.width]
+        self.running = [] if is_last else self.going
         if self.running and self.is_over():
             self.running = []
 
@@ -201,7 +203,7 @@ def rollout(
     `follow` once more as array code, so that it can be mapped over requests.
     """
     num_rows = state_of(state).is_held.size
-    num_steps = len(table)
+    num_steps, table = len(table), jnp.asarray(table)
 
     def body(carry):
         t, tokens, lengths, finished, state = carry

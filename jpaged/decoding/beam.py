@@ -15,7 +15,7 @@ Shape letters: S rows of one request, V vocabulary, E stop tokens, C candidates.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -146,16 +146,21 @@ def beam_state(
             f"max_tokens={max_tokens}: choose one nearer to 0"
         )
     return BeamState(
-        width=np.asarray(width, np.int32),
-        max_tokens=np.asarray(max_tokens, np.int32),
-        length_penalty=np.asarray(length_penalty, np.float32),
-        early_stopping=np.asarray(EARLY_STOPPING.index(early_stopping), np.int32),
+        width=as_array(width, np.int32),
+        max_tokens=as_array(max_tokens, np.int32),
+        length_penalty=as_array(length_penalty, np.float32),
+        early_stopping=as_array(EARLY_STOPPING.index(early_stopping), np.int32),
         stop_ids=stop_array,
         scores=first_scores(num_rows),
-        held_scores=np.full(num_rows, -np.inf, np.float32),
-        is_held=np.zeros(num_rows, bool),
-        num_generated=np.asarray(0, np.int32),
+        held_scores=as_array(np.full(num_rows, -np.inf), np.float32),
+        is_held=as_array(np.zeros(num_rows), bool),
+        num_generated=as_array(0, np.int32),
     )
+
+
+def as_array(value: Any, dtype: Any) -> jax.Array:
+    """Return a numpy array, cheaper than one of jax, typed as what steps make of it."""
+    return cast(jax.Array, np.asarray(value, dtype))
 
 
 def check_search(
@@ -164,7 +169,7 @@ def check_search(
     max_tokens: int,
     stop_ids: Sequence[int],
     num_stop_ids: int,
-) -> np.ndarray:
+) -> jax.Array:
     """Return i32[E] of the stop tokens, or raise ValueError for a bad argument."""
     if not 1 <= width <= num_rows:
         raise ValueError(
@@ -182,16 +187,13 @@ def check_search(
         raise ValueError(
             f"stop_ids must be token ids, 0 or larger; got {list(stop_ids)}"
         )
-    stop_array = np.full(num_stop_ids, NO_TOKEN, np.int32)
-    stop_array[: len(stop_ids)] = stop_ids
-    return stop_array
+    padding = [NO_TOKEN] * (num_stop_ids - len(stop_ids))
+    return as_array([*stop_ids, *padding], np.int32)
 
 
-def first_scores(num_rows: int) -> np.ndarray:
+def first_scores(num_rows: int) -> jax.Array:
     """Return f32[S]: row 0 runs alone, since at first all rows hold the same prompt."""
-    scores = np.full(num_rows, -np.inf, np.float32)
-    scores[0] = 0.0
-    return scores
+    return as_array([0.0] + [-np.inf] * (num_rows - 1), np.float32)
 
 
 def step(
@@ -203,6 +205,15 @@ def step(
     that is held. The keys are not used.
     """
     del keys
+    state, decision, _ = advance(logits, state)
+    return state, decision
+
+
+def advance(
+    logits: jax.Array, state: BeamState
+) -> tuple[BeamState, Decision, Candidates]:
+    """Return what `step` does, and the S candidates that rows would run on with if
+    the search never ended (scores -inf: none)."""
     (num_rows,) = state.scores.shape
     length = state.num_generated + 1
     is_last = length >= state.max_tokens
@@ -216,12 +227,11 @@ def step(
     ended_scores = jnp.where(ends, ahead.scores / divisor, -jnp.inf)
     held = hold(state.held_scores, ahead, ended_scores, state.width)
 
-    may_run = ~found.is_stop & ~is_last
-    running = best(found, jnp.where(may_run, found.scores, -jnp.inf), num_rows)
-    scores = jnp.where(is_used, running.scores, -jnp.inf)
-    is_over = _is_over(state, scores[0], held, length)
-    scores = jnp.where(is_over, -jnp.inf, scores)
-    decision = decide(running, scores > -jnp.inf, held)
+    going = best(found, jnp.where(found.is_stop, -jnp.inf, found.scores), num_rows)
+    going = going._replace(scores=jnp.where(is_used, going.scores, -jnp.inf))
+    is_over = is_last | _is_over(state, going.scores[0], held, length)
+    scores = jnp.where(is_over, -jnp.inf, going.scores)
+    decision = decide(going, scores > -jnp.inf, held)
     state = dataclasses.replace(
         state,
         scores=scores,
@@ -229,7 +239,7 @@ def step(
         is_held=held.is_held,
         num_generated=length,
     )
-    return state, decision
+    return state, decision, going
 
 
 def _length_divisor(length: jax.Array, length_penalty: jax.Array) -> jax.Array:

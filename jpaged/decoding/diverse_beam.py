@@ -45,7 +45,7 @@ def diverse_beam_search(
     Group g has rows g * W .. (g + 1) * W - 1 and the held sequences S behind them, best
     first within the group; it ends by its own rule, and the request with the last
     group. The first group finds what beam search of width W finds. Scores contain the
-    penalties, as in the paper's own code and in Hugging Face; `logprobs` do not.
+    penalties of all steps, as in Hugging Face; `logprobs` do not.
 
     Args:
         num_groups: G, which must divide the number of rows.
@@ -76,7 +76,7 @@ def diverse_beam_search(
         ).init(num_rows // num_groups)
         return DiverseBeamState(
             groups=jax.tree.map(lambda leaf: np.stack([leaf] * num_groups), group),
-            diversity_penalty=np.asarray(diversity_penalty, np.float32),
+            diversity_penalty=beam.as_array(diversity_penalty, np.float32),
         )
 
     return DecodingAlgorithm(init, step)
@@ -85,26 +85,26 @@ def diverse_beam_search(
 def step(
     keys: jax.Array, logits: jax.Array, state: DiverseBeamState
 ) -> tuple[DiverseBeamState, Decision]:
-    """Return the state and the decision after one more token (a `StepFn`)."""
+    """Return the state and the decision after one more token (a `StepFn`).
+
+    The keys are not used.
+    """
+    del keys
     num_groups, width = state.groups.scores.shape
     num_rows, vocab_size = logits.shape
     logits = logits.astype(jnp.float32)
 
     def take_turn(
-        counts: jax.Array, group: tuple[jax.Array, jax.Array, beam.BeamState]
+        counts: jax.Array, group: tuple[jax.Array, beam.BeamState]
     ) -> tuple[jax.Array, tuple[beam.BeamState, Decision]]:
-        group_keys, group_logits, group_state = group
+        group_logits, group_state = group
         penalised = group_logits - state.diversity_penalty * counts[None]
-        group_state, decision = beam.step(group_keys, penalised, group_state)
-        runs = ~decision.finished[:width]
-        taken = counts.at[decision.tokens[:width]].add(runs.astype(jnp.float32))
-        return taken, (group_state, decision)
+        group_state, decision, going = beam.advance(penalised, group_state)
+        # Rows count in the step that ends their group too; stop tokens never do.
+        is_going = (going.scores > -jnp.inf).astype(jnp.float32)
+        return counts.at[going.tokens].add(is_going), (group_state, decision)
 
-    groups = (
-        keys.reshape(num_groups, width),
-        logits.reshape(num_groups, width, vocab_size),
-        state.groups,
-    )
+    groups = logits.reshape(num_groups, width, vocab_size), state.groups
     _, (states, decisions) = lax.scan(take_turn, jnp.zeros(vocab_size), groups)
 
     tokens, finished = _flat(decisions.tokens), _flat(decisions.finished)

@@ -70,15 +70,15 @@ def stochastic_beam_search(
             num_rows, num_rows, max_tokens, stop_token_ids, len(stop_token_ids)
         )
         return StochasticBeamState(
-            width=np.asarray(num_rows, np.int32),
-            max_tokens=np.asarray(max_tokens, np.int32),
+            width=beam.as_array(num_rows, np.int32),
+            max_tokens=beam.as_array(max_tokens, np.int32),
             stop_ids=stop_array,
-            cumulative=np.zeros(num_rows, np.float32),
+            cumulative=beam.as_array(np.zeros(num_rows), np.float32),
             # The prompt's own noise moves all sequences alike: 0, as in the paper.
             perturbed=beam.first_scores(num_rows),
-            held_perturbed=np.full(num_rows, -np.inf, np.float32),
-            is_held=np.zeros(num_rows, bool),
-            num_generated=np.asarray(0, np.int32),
+            held_perturbed=beam.as_array(np.full(num_rows, -np.inf), np.float32),
+            is_held=beam.as_array(np.zeros(num_rows), bool),
+            num_generated=beam.as_array(0, np.int32),
         )
 
     return DecodingAlgorithm(init, step)

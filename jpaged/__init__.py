@@ -24,6 +24,7 @@ from jpaged.requests import CompletionOutput as CompletionOutput
 from jpaged.requests import Logprob as Logprob
 from jpaged.requests import RequestOutput as RequestOutput
 from jpaged.requests import SamplingParams as SamplingParams
+from jpaged.requests import StructuredOutputsParams as StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -34,6 +35,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "load_model",
     "save_model",
 ]

@@ -2,7 +2,7 @@
 
 Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engine.
 `base` has the two interfaces, `transforms` the filters, `sample` what the engine
-calls in every step.
+calls in every step, `automaton` and `constraints` what structured output masks.
 """
 
 from jpaged.decoding.base import Decision as Decision

@@ -28,6 +28,7 @@ _NOT_BUILT = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": (),
+    "structured_outputs": None,
     "prompt_logprobs": None,
 }
 

@@ -101,7 +101,8 @@ def token_automaton(
     is_eos = np.zeros(len(classes), np.bool_)
     is_eos[eos_ids] = True
     used, among_used = np.unique(classes[~is_eos], return_inverse=True)
-    transitions = transitions[:, used]
+    # Merged before the search, so that it sees few columns, and once more after it.
+    transitions, among_columns = _merge_equal_columns(transitions[:, used])
     live = _live_states(transitions, is_accepting)
     if not live[0]:
         raise ValueError(
@@ -112,18 +113,18 @@ def token_automaton(
     # The added last entry is what DEAD = -1 picks.
     transitions = np.append(new_ids, DEAD)[transitions[live]].astype(np.int32)
     is_accepting = is_accepting[live]
-    merged, column_ids = _merge_equal_columns(transitions)
+    transitions, column_ids = _merge_equal_columns(transitions)
     own_state = np.arange(len(is_accepting), dtype=np.int32)
     eos_column = np.where(is_accepting, own_state, DEAD).astype(np.int32)
-    merged = np.concatenate([eos_column[:, None], merged], axis=1)
+    transitions = np.concatenate([eos_column[:, None], transitions], axis=1)
     token_classes = np.full(len(classes), EOS_CLASS, np.int32)
-    token_classes[~is_eos] = 1 + column_ids[among_used]
-    if max(merged.shape) > MAX_STATES:
+    token_classes[~is_eos] = 1 + column_ids[among_columns[among_used]]
+    if max(transitions.shape) > MAX_STATES:
         raise ValueError(
             f"automaton: wanted at most {MAX_STATES} states and token classes, got "
-            f"{merged.shape[0]} and {merged.shape[1]}; use a simpler constraint"
+            f"{' and '.join(map(str, transitions.shape))}; use a simpler constraint"
         )
-    return TokenAutomaton(token_classes, merged, is_accepting)
+    return TokenAutomaton(token_classes, transitions, is_accepting)
 
 
 def _check_table(

@@ -70,6 +70,10 @@ SCHEMAS = {
         {"type": "integer", "exclusiveMinimum": 5, "exclusiveMaximum": 8},
         lambda value: value in (6, 7),
     ),
+    "escaped reference": (
+        {"$defs": {"a/b~": {"const": 4}}, "$ref": "#/$defs/a~1b~0"},
+        lambda value: value == 4,
+    ),
     "single allOf": ({"allOf": [{"type": "null"}]}, lambda value: value is None),
 }  # fmt: skip
 

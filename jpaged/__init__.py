@@ -26,6 +26,7 @@ from jpaged.requests import CompletionOutput as CompletionOutput
 from jpaged.requests import Logprob as Logprob
 from jpaged.requests import RequestOutput as RequestOutput
 from jpaged.requests import SamplingParams as SamplingParams
+from jpaged.requests import StructuredOutputsParams as StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -38,6 +39,7 @@ __all__ = [
     "Prefix",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "load_model",
     "save_model",
 ]

@@ -6,6 +6,7 @@ otherwise; nothing is clamped, dropped or replaced without a word.
 """
 
 import dataclasses
+import json
 import math
 import numbers
 import warnings
@@ -121,6 +122,87 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
     }
 
 
+def _text(name: str, value: Any) -> str:
+    """Return `value` if it is a string that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise _wrong(name, "a string", value)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _wrong(name, "text without lone surrogates", value) from None
+    return value
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise _wrong("choice", "a sequence of strings", value)
+    choices = _strings("choice", value)
+    if not choices:
+        raise _wrong("choice", "at least one string", choices)
+    return tuple(_text(f"choice[{i}]", choice) for i, choice in enumerate(choices))
+
+
+def _json_schema(value: Any) -> str:
+    """Return a schema, given as dict, bool or JSON text, as JSON text."""
+    schema = value
+    try:
+        if isinstance(value, str):
+            schema = json.loads(_text("json", value))
+        if isinstance(schema, Mapping | bool):
+            return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"json: wanted a JSON schema, got {value!r}, which is no JSON: {error}"
+        ) from error
+    raise _wrong("json", "a JSON schema: a dict, or one as JSON text", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredOutputsParams:
+    r"""What the generated text must be, as a whole; exactly one of the three.
+
+    Attributes:
+        regex: a pattern that the whole text matches.
+        choice: texts, of which the whole text is one.
+        json: a JSON schema as a dict or as JSON text; {"type": "object"} for any
+            object. It is kept as JSON text.
+
+    >>> StructuredOutputsParams(choice=["yes", "no"])
+    StructuredOutputsParams(regex=None, choice=('yes', 'no'), json=None)
+
+    Raises:
+        ValueError: none or several are given, or one is not what is said here.
+    """
+
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    json: Mapping[str, Any] | bool | str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value and bring it to one form that can be hashed."""
+        fields = dataclasses.fields(self)
+        given = [
+            field.name for field in fields if getattr(self, field.name) is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                "structured_outputs: wanted exactly one of regex, choice and json, got "
+                f"{' and '.join(given) or 'none'}"
+            )
+        name, value = given[0], getattr(self, given[0])
+        checked: Any
+        if name == "regex":
+            checked = _text("regex", value)
+        else:
+            checked = _choices(value) if name == "choice" else _json_schema(value)
+        object.__setattr__(self, name, checked)
+
+
+def _structured_outputs(value: Any) -> None:
+    if value is not None and not isinstance(value, StructuredOutputsParams):
+        raise _wrong("structured_outputs", "StructuredOutputsParams or None", value)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
@@ -149,6 +231,8 @@ class SamplingParams:
         seed: 0 to 2**32 - 1; the same seed gives the same tokens in any batch.
             None (or -1) takes one from the engine's seed.
         priority: the smaller, the earlier, under policy "priority".
+        structured_outputs: what the text must be: a regex, one of several texts, JSON
+            by a schema. None leaves it free.
 
     Raises:
         ValueError: a value is outside what is said here, or two contradict.
@@ -174,12 +258,14 @@ class SamplingParams:
     bad_words: Sequence[str | Sequence[int]] = ()
     seed: int | None = None
     priority: int = 0
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints, floats."""
         self._check_numbers()
         self._check_ends()
         self._check_tokens()
+        _structured_outputs(self.structured_outputs)
         if self.is_greedy and self.n > 1:
             raise ValueError(
                 f"n: wanted 1 with greedy decoding (temperature {self.temperature:g}), "
@@ -260,6 +346,7 @@ class BeamSearchParams:
         stop_token_ids: tokens that end a beam as EOS does.
         num_return: how many beams come back, best first; None is all.
         priority: the smaller, the earlier, under policy "priority".
+        structured_outputs: what the text must be, as in `SamplingParams`.
 
     Raises:
         ValueError: a value is outside what is said here, or two contradict.
@@ -273,6 +360,7 @@ class BeamSearchParams:
     stop_token_ids: Sequence[int] = ()
     num_return: int | None = None
     priority: int = 0
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints, floats."""
@@ -283,6 +371,7 @@ class BeamSearchParams:
                 "early_stopping", "False, True or 'never'", self.early_stopping
             )
         _flag("ignore_eos", self.ignore_eos)
+        _structured_outputs(self.structured_outputs)
         stop_ids = _token_ids("stop_token_ids", self.stop_token_ids)
         num_return = self.num_return
         if num_return is not None:

@@ -42,6 +42,8 @@ ROOMS = {
                           "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block
     "decoding":          ["compat"],
+    # what a text must be, as a table that the decoder reads; host only
+    "structured":        ["compat", "config", "requests", "text", "decoding"],
     # the halves meet: sequences as arrays, a step's arithmetic, the step and its loop
     "request_table":     ["compat", "config", "scheduler", "decoding"],
     "groups":            ["compat", "config", "block_manager", "scheduler", "decoding",

@@ -38,6 +38,7 @@ def test_defaults_are_those_that_users_know():
         "bad_words": (),
         "seed": None,
         "priority": 0,
+        "structured_outputs": None,
     }
 
 

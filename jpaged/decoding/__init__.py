@@ -2,9 +2,9 @@
 
 Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engine.
 `base` has the two interfaces, `transforms` the filters, `sample` what the engine
-calls in every step, `beam`, `diverse_beam` and `stochastic_beam` the searches.
-`base` has the two interfaces, `rules` what a request's rules make of its logits,
-`transforms` the filters, `sample` what the engine calls in every step.
+calls in every step, `rules` what a request's rules make of its logits, `automaton` and
+`constraints` what structured output masks, `beam`, `diverse_beam` and
+`stochastic_beam` the searches.
 """
 
 from jpaged.decoding.base import Decision as Decision

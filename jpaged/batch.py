@@ -322,6 +322,8 @@ def _feed(
     """The first waiting jobs, as many as the table has places for; submitted."""
     num_empty, jobs = host.num_empty, []
     while waiting and waiting[0].num_places <= num_empty:
+        if not host.has_room([*jobs, waiting[0]]):
+            break
         num_empty -= waiting[0].num_places
         jobs.append(waiting.popleft())
     if jobs:

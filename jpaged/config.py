@@ -32,6 +32,8 @@ class EngineConfig:
       max_beam_width: rows of the widest beam search; 0 compiles none.
       rules: room for the logits rules of requests (penalties, biases, ...), a
         RuleSizes; None compiles none.
+      automata: room for what structured output compiles to, an AutomataSizes; None
+        compiles none.
       algorithms: further decoding algorithms, each with its number of rows: pairs
         (DecodingAlgorithm, num_rows). Compiled into the step.
 
@@ -54,6 +56,7 @@ class EngineConfig:
     max_num_prefixes: int = 0
     max_beam_width: int = 0
     rules: Any = None
+    automata: Any = None
     algorithms: tuple[tuple[Any, int], ...] = ()
 
     def __post_init__(self) -> None:

@@ -406,17 +406,27 @@ def submit(
             eos_token_ids=eos_token_ids,
             num_blocks=num_blocks,
         )
+    automata, loads = submission.place_automata(state.requests, config, params)
     new, places = submission.encode(
         state.requests,
         config,
         prompts,
         params,
+        automata,
         seed=seed,
         first_arrival=first_arrival,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
     )
+    for load in loads:
+        state = _load_automaton(state, *load)
     return state if new is None else _place(state, new), places
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _load_automaton(state: EngineState, index, one, digest) -> EngineState:
+    table = request_table.put_automaton(state.requests, index, one, digest)
+    return dataclasses.replace(state, requests=table)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -268,6 +268,10 @@ def _inputs(
     index = jnp.zeros((num_places + 1,), jnp.int32).at[logits.places].set(order)
     values = logits.values[index[places]]
     values = values - jax.nn.logsumexp(values, axis=1, keepdims=True)
+    is_used = places < num_places
+    values = request_table.constrain(
+        table, jnp.where(is_used, places, 0), is_used, values
+    )
 
     leader = places[0]
     number = jnp.arange(places.shape[0], dtype=jnp.int32)

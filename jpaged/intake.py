@@ -15,8 +15,15 @@ import numpy as np
 
 from jpaged import engine, groups, submission
 from jpaged.config import EngineConfig
+from jpaged.decoding.constraints import AutomataSizes
 from jpaged.models.config import ModelConfig
-from jpaged.requests import AlgorithmParams, BeamSearchParams, SamplingParams
+from jpaged.requests import (
+    AlgorithmParams,
+    BeamSearchParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+from jpaged.structured import compile_constraint
 from jpaged.submission import Params
 from jpaged.text import Tokenizer, bad_word_token_ids
 
@@ -76,6 +83,16 @@ class Intake:
                 width = max(width, _power_of_two(param.beam_width))
             elif (param.algorithm, param.num_rows) not in algorithms:
                 algorithms.append((param.algorithm, param.num_rows))
+        # A call's distinct automata are in the pool together.
+        automata = {
+            param.structured_outputs.digest.tobytes(): param.structured_outputs
+            for param in params
+            if param.structured_outputs is not None
+        }
+        sizes = config.automata
+        if automata:
+            sizes = AutomataSizes.of(list(automata.values()))
+            sizes = sizes.grown(config.automata or AutomataSizes())
         if num_logprobs > config.num_logprobs:
             num_logprobs = min(_power_of_two(num_logprobs), self.model.vocab_size)
         return dataclasses.replace(
@@ -85,6 +102,7 @@ class Intake:
             or any(map(submission.rates_prompt, params)),
             max_beam_width=min(width, config.max_num_seqs),
             rules=rules,
+            automata=sizes,
             algorithms=tuple(algorithms),
         )
 
@@ -128,7 +146,17 @@ class Intake:
             )
 
     def _resolve(self, params: Params) -> Params:
-        """`params` with token ids in place of text."""
+        """`params` with token ids and automata in place of text."""
+        structured = params.structured_outputs
+        if isinstance(structured, StructuredOutputsParams):
+            automaton = compile_constraint(
+                structured,
+                self.tokenizer,
+                self.model.vocab_size,
+                self.model.eos_token_ids,
+                params.max_tokens,
+            )
+            params = dataclasses.replace(params, structured_outputs=automaton)
         if not isinstance(params, SamplingParams) or not params.bad_words:
             return params
         texts = [word for word in params.bad_words if isinstance(word, str)]

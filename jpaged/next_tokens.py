@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged import request_table
 from jpaged.compat import switch_in_place, when
 from jpaged.config import EngineConfig
 from jpaged.decoding import rules
@@ -140,7 +141,7 @@ def _sample_rows(table, places, positions, logits, config) -> dict[str, jax.Arra
     allowed = _allowed(table, places, positions, valid, logits, config)
     tokens, logprobs = sample(allowed, rows, positions)
     found = {"tokens": tokens, "logprobs": logprobs}
-    if config.rules is not None:
+    if config.rules is not None or config.automata is not None:
         # Log-probabilities are the model's, whatever the rules say.
         found["logprobs"], _ = token_logprobs(logits, tokens)
         found["is_dead_end"] = jnp.max(allowed, axis=1) == -jnp.inf
@@ -168,22 +169,23 @@ def _rows(columns, idle, places: jax.Array, valid: jax.Array):
 
 def _allowed(table, places, positions, valid, logits, config: EngineConfig):
     """`logits` f32[S, V] after the rules of the sequences at `places`."""
-    if config.rules is None:
-        return logits
-    idle = LogitsRules.none(places.shape[0], config.rules)
-    mine = _rows(table.asked.rules, idle, places, valid)
-    return lax.cond(
-        jnp.any(rules.is_any(mine)),
-        lambda: rules.apply(
+    if config.rules is not None:
+        idle = LogitsRules.none(places.shape[0], config.rules)
+        mine = _rows(table.asked.rules, idle, places, valid)
+        logits = lax.cond(
+            jnp.any(rules.is_any(mine)),
+            lambda logits: rules.apply(
+                logits,
+                mine,
+                table.tokens[places],
+                table.queue.prompt_lens[places],
+                positions,
+                table.asked.stop_ids[places],
+            ),
+            lambda logits: logits,
             logits,
-            mine,
-            table.tokens[places],
-            table.queue.prompt_lens[places],
-            positions,
-            table.asked.stop_ids[places],
-        ),
-        lambda: logits,
-    )
+        )
+    return request_table.constrain(table, places, valid, logits)
 
 
 def rate_prompts(

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from jpaged import scheduler
 from jpaged.config import EngineConfig
+from jpaged.decoding import constraints
+from jpaged.decoding.constraints import Automata, AutomataSizes
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
 from jpaged.scheduler import Queue
@@ -43,6 +45,7 @@ class Asked:
     rates_prompt: jax.Array  # bool[R], its prompt's log-probabilities are kept too
     sampling: SamplingRows  # of arrays [R]
     rules: LogitsRules | None  # of arrays [R]; None where the config has no room
+    automata: jax.Array  # i32[R], of the pool, what the text must be; UNCONSTRAINED
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +55,9 @@ class RequestTable:
 
     queue: Queue  # what the scheduler sees of them
     asked: Asked
+    automata: Automata  # the pool that `asked.automata` points into, A of them
+    digests: jax.Array  # u32[A, 4], which automata the pool holds
+    automaton_states: jax.Array  # i32[R], of each sequence after its last token
     tokens: jax.Array  # i32[R, L], the prompt and what was generated
     logprobs: jax.Array  # f32[R, L], raw, of generated and of rated prompt tokens
     ranks: jax.Array  # i32[R, L], 1: the most likely token; [R, 0] without top_*
@@ -78,6 +84,7 @@ def init_table(config: EngineConfig) -> RequestTable:
     """A table of empty places."""
     places, length = config.max_num_requests, config.max_model_len
     kept = config.num_logprobs
+    sizes = AutomataSizes() if config.automata is None else config.automata
 
     def full(*shape: int, value: int | float = 0, dtype=jnp.int32) -> jax.Array:
         return jnp.full((places, *shape), value, dtype)
@@ -95,7 +102,11 @@ def init_table(config: EngineConfig) -> RequestTable:
             rules=(
                 None if config.rules is None else LogitsRules.none(places, config.rules)
             ),
+            automata=full(value=constraints.UNCONSTRAINED),
         ),
+        automata=jax.tree.map(jnp.asarray, constraints.pool([], sizes)),
+        digests=jnp.zeros((sizes.num_automata, 4), jnp.uint32),
+        automaton_states=full(),
         tokens=full(length),
         logprobs=full(length, dtype=jnp.float32),
         ranks=full(length if kept else 0),
@@ -104,6 +115,17 @@ def init_table(config: EngineConfig) -> RequestTable:
         finish_reasons=full(),
         first_steps=full(value=NEVER),
         last_steps=full(value=NEVER),
+    )
+
+
+def put_automaton(
+    table: RequestTable, index: jax.Array, one: Automata, digest: jax.Array
+) -> RequestTable:
+    """The table whose pool holds at `index` the only automaton of the pool `one`."""
+    return dataclasses.replace(
+        table,
+        automata=jax.tree.map(lambda a, b: a.at[index].set(b[0]), table.automata, one),
+        digests=table.digests.at[index].set(digest),
     )
 
 
@@ -119,6 +141,7 @@ def place(table: RequestTable, new: Submission) -> RequestTable:
         table,
         queue=dataclasses.replace(table.queue, **columns),
         asked=jax.tree.map(put, table.asked, new.asked),
+        automaton_states=put(table.automaton_states, 0),
         tokens=put(table.tokens, new.tokens),
         finish_reasons=put(table.finish_reasons, NOT_FINISHED),
         first_steps=put(table.first_steps, NEVER),
@@ -189,9 +212,16 @@ def extend(
         has_ended=table.queue.has_ended.at[at_end].set(True, mode="drop"),
         num_tokens=table.queue.num_tokens.at[places].add(1, mode="drop"),
     )
+    states = constraints.advance(
+        table.automata,
+        table.asked.automata[safe],
+        table.automaton_states[safe],
+        new.tokens,
+    )
     table = dataclasses.replace(
         table,
         queue=queue,
+        automaton_states=table.automaton_states.at[places].set(states, mode="drop"),
         tokens=put(table.tokens, new.tokens),
         logprobs=put(table.logprobs, new.logprobs),
         finish_reasons=table.finish_reasons.at[at_end].set(reason, mode="drop"),
@@ -225,6 +255,7 @@ def inherit(table: RequestTable, places: jax.Array, parents: jax.Array) -> Reque
     return dataclasses.replace(
         table,
         queue=queue,
+        automaton_states=move(table.automaton_states),
         tokens=move(table.tokens),
         logprobs=move(table.logprobs),
         ranks=move(table.ranks),
@@ -233,6 +264,26 @@ def inherit(table: RequestTable, places: jax.Array, parents: jax.Array) -> Reque
         finish_reasons=move(table.finish_reasons),
         first_steps=move(table.first_steps),
         last_steps=move(table.last_steps),
+    )
+
+
+def constrain(
+    table: RequestTable, places: jax.Array, valid: jax.Array, logits: jax.Array
+) -> jax.Array:
+    """`logits` f32[S, V] with -inf where structured output does not allow a token.
+
+    `places` i32[S] are the sequences whose next tokens the logits are for; rows that
+    are not `valid`, bool[S], stay as they are.
+    """
+    if not table.digests.shape[0]:
+        return logits
+    index = jnp.where(valid, table.asked.automata[places], constraints.UNCONSTRAINED)
+    states = table.automaton_states[places]
+    return jax.lax.cond(
+        jnp.any(index != constraints.UNCONSTRAINED),
+        lambda logits: constraints.mask(logits, table.automata, index, states),
+        lambda logits: logits,
+        logits,
     )
 
 

@@ -198,9 +198,19 @@ class StructuredOutputsParams:
         object.__setattr__(self, name, checked)
 
 
+def _check_can_end(structured_outputs: Any, ignore_eos: Any) -> None:
+    if structured_outputs is not None and ignore_eos is True:
+        raise ValueError(
+            "ignore_eos: wanted False with structured_outputs, got True: EOS is what "
+            "ends a text that must not go on"
+        )
+
+
 def _structured_outputs(value: Any) -> None:
-    if value is not None and not isinstance(value, StructuredOutputsParams):
-        raise _wrong("structured_outputs", "StructuredOutputsParams or None", value)
+    is_compiled = hasattr(value, "transitions") and hasattr(value, "classes")
+    if not (value is None or is_compiled or isinstance(value, StructuredOutputsParams)):
+        wanted = "StructuredOutputsParams, a TokenAutomaton or None"
+        raise _wrong("structured_outputs", wanted, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +268,7 @@ class SamplingParams:
     bad_words: Sequence[str | Sequence[int]] = ()
     seed: int | None = None
     priority: int = 0
-    structured_outputs: StructuredOutputsParams | None = None
+    structured_outputs: Any = None
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints, floats."""
@@ -266,6 +276,7 @@ class SamplingParams:
         self._check_ends()
         self._check_tokens()
         _structured_outputs(self.structured_outputs)
+        _check_can_end(self.structured_outputs, self.ignore_eos)
         if self.is_greedy and self.n > 1:
             raise ValueError(
                 f"n: wanted 1 with greedy decoding (temperature {self.temperature:g}), "
@@ -360,7 +371,7 @@ class BeamSearchParams:
     stop_token_ids: Sequence[int] = ()
     num_return: int | None = None
     priority: int = 0
-    structured_outputs: StructuredOutputsParams | None = None
+    structured_outputs: Any = None
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints, floats."""
@@ -372,6 +383,7 @@ class BeamSearchParams:
             )
         _flag("ignore_eos", self.ignore_eos)
         _structured_outputs(self.structured_outputs)
+        _check_can_end(self.structured_outputs, self.ignore_eos)
         stop_ids = _token_ids("stop_token_ids", self.stop_token_ids)
         num_return = self.num_return
         if num_return is not None:
@@ -405,6 +417,7 @@ class AlgorithmParams:
         stop_token_ids: tokens that end a sequence as EOS does.
         seed: 0 to 2**32 - 1; None (or -1) takes one from the engine's seed.
         priority: the smaller, the earlier, under policy "priority".
+        structured_outputs: what the text must be, as in `SamplingParams`.
 
     Raises:
         ValueError: a value is outside what is said here.
@@ -417,14 +430,17 @@ class AlgorithmParams:
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None
     priority: int = 0
+    structured_outputs: Any = None
 
     def __post_init__(self) -> None:
         """Check every value and bring it to one form: tuples, ints."""
+        _structured_outputs(self.structured_outputs)
         for name in ("init", "step"):
             if not callable(getattr(self.algorithm, name, None)):
                 wanted = "an object with functions init and step"
                 raise _wrong("algorithm", wanted, self.algorithm)
         _flag("ignore_eos", self.ignore_eos)
+        _check_can_end(self.structured_outputs, self.ignore_eos)
         checked = {
             "num_rows": _integer("num_rows", self.num_rows, low=1),
             "max_tokens": _integer("max_tokens", self.max_tokens, low=1),

@@ -242,6 +242,15 @@ class EngineHost:
                 placed.append((places, shape.outputs(places)))
         return placed
 
+    def has_room(self, requests: Sequence[Request]) -> bool:
+        """Whether the pool of automata can take what these requests need at once."""
+        params = [request.params for request in requests]
+        try:
+            submission.place_automata(self._state.requests, self.config, params)
+        except ValueError:
+            return False
+        return True
+
     def run(self, seconds: float, least_steps: int = 1) -> Progress:
         """Runs steps until all sequences have ended, or for about `seconds`.
 

@@ -7,6 +7,7 @@ changes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ import numpy as np
 
 from jpaged import groups, scheduler
 from jpaged.config import EngineConfig
-from jpaged.decoding import rule_arrays
+from jpaged.decoding import constraints, rule_arrays
 from jpaged.decoding.beam import beam_state
+from jpaged.decoding.constraints import Automata, AutomataSizes
 from jpaged.decoding.rule_arrays import LogitsRules, RuleSizes
 from jpaged.decoding.rule_checks import check_rules
 from jpaged.decoding.sample import SamplingRows
@@ -28,7 +30,12 @@ from jpaged.request_table import (
     RequestTable,
     Submission,
 )
-from jpaged.requests import AlgorithmParams, BeamSearchParams, SamplingParams
+from jpaged.requests import (
+    AlgorithmParams,
+    BeamSearchParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 FINISH_REASONS = (None, "stop", "length", "abort", "dead_end")
 # Parameters that are rules of the logits, and their values that change nothing.
@@ -182,6 +189,7 @@ def check_request(
         )
     if isinstance(params, SamplingParams):
         _check_sampling(config, params, vocab_size, stop_ids(params, eos_token_ids))
+    _check_automaton(config, params, vocab_size)
     if isinstance(params, BeamSearchParams) and vocab_size is not None:
         if params.beam_width > vocab_size:
             raise ValueError(
@@ -233,6 +241,30 @@ def _check_sampling(
         )
 
 
+def _check_automaton(
+    config: EngineConfig, params: Params, vocab_size: int | None
+) -> None:
+    automaton = params.structured_outputs
+    if automaton is None:
+        return
+    if isinstance(automaton, StructuredOutputsParams):
+        raise ValueError(
+            "structured_outputs: expected a TokenAutomaton, for the engine has no "
+            "tokenizer; see jpaged.structured.compile_constraint"
+        )
+    if vocab_size is not None and automaton.vocab_size != vocab_size:
+        raise ValueError(
+            f"structured_outputs: expected an automaton for the model's vocabulary of "
+            f"{vocab_size} tokens, got one for {automaton.vocab_size}"
+        )
+    wanted = AutomataSizes.of([automaton])
+    if config.automata is None or config.automata.grown(wanted) != config.automata:
+        raise ValueError(
+            "structured_outputs: expected an automaton for which the config has room, "
+            f"automata={config.automata}, got one that needs {wanted}"
+        )
+
+
 def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:
     """The room that a request's logits rules take; None where it has none.
 
@@ -280,11 +312,55 @@ def stop_ids(params: Params, eos_token_ids: Sequence[int]) -> list[int]:
     return sorted({*params.stop_token_ids, *eos})
 
 
+class LoadAutomaton(NamedTuple):
+    """An automaton that has to be in the table's pool."""
+
+    index: int
+    pool: Automata  # of this one
+    digest: np.ndarray  # u32[4]
+
+
+def place_automata(
+    table: RequestTable, config: EngineConfig, params: Sequence[Params]
+) -> tuple[list[int], list[LoadAutomaton]]:
+    """Of each request its index in the pool, and what must be loaded there first.
+
+    Raises:
+      ValueError: more automata at once than the pool has room for.
+    """
+    wanted = [param.structured_outputs for param in params]
+    if all(automaton is None for automaton in wanted):
+        return [constraints.UNCONSTRAINED] * len(params), []
+    status, index = jax.device_get((table.queue.status, table.asked.automata))
+    in_use = set(index[status != scheduler.EMPTY].tolist())
+    known = {digest.tobytes(): i for i, digest in enumerate(np.asarray(table.digests))}
+    digests = [automaton and automaton.digest.tobytes() for automaton in wanted]
+    in_use |= {known[digest] for digest in digests if digest in known}
+    open_ = [i for i in range(config.automata.num_automata) if i not in in_use]
+    sizes = dataclasses.replace(config.automata, num_automata=1)
+    loads = []
+    for automaton, digest in zip(wanted, digests, strict=True):
+        if automaton is None or digest in known:
+            continue
+        if not open_:
+            raise ValueError(
+                "structured_outputs: expected at most num_automata "
+                f"({config.automata.num_automata}) of the config different ones at the "
+                "same time; run, collect and release first, or raise it"
+            )
+        known[digest] = open_.pop(0)
+        one = constraints.pool([automaton], sizes)
+        loads.append(LoadAutomaton(known[digest], one, automaton.digest))
+    none = constraints.UNCONSTRAINED
+    return [none if d is None else known[d] for d in digests], loads
+
+
 def encode(
     table: RequestTable,
     config: EngineConfig,
     prompts: Sequence[Sequence[int]],
     params: Sequence[Params],
+    automata: Sequence[int],
     *,
     seed: int,
     first_arrival: int | None,
@@ -292,6 +368,8 @@ def encode(
     eos_token_ids: Sequence[int],
 ) -> tuple[Submission | None, list[list[int]]]:
     """Checked requests as arrays, and the places that their sequences get.
+
+    `automata`: of each request its index in the table's pool.
 
     Raises:
       ValueError: more sequences than empty places.
@@ -330,6 +408,7 @@ def encode(
             stop_ids=stop_ids(param, eos_token_ids),
             source=source,
             shared=shared,
+            automaton=automata[number],
         )
         entries += [_entry(config, request, i) for i in range(len(mine))]
     return _stack(entries, config) if entries else None, places
@@ -400,6 +479,7 @@ def encode_prefix(
         stop_ids=[],
         source=place,
         shared=0,
+        automaton=constraints.UNCONSTRAINED,
     )
     entry = _entry(config, request, 0)
     # Before all others, so that those that map it never wait for one behind them.
@@ -419,6 +499,7 @@ class _Request(NamedTuple):
     stop_ids: list[int]
     source: int
     shared: int
+    automaton: int
 
 
 class _Entry(NamedTuple):
@@ -477,6 +558,7 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             rates_prompt=np.bool_(is_leader and rates_prompt(params)),
             sampling=_sampling(params, _own_seed(request), one.numbers[index]),
             rules=_rules(config, params),
+            automata=np.int32(request.automaton),
         ),
         states=_states(config, request, is_leader, limit - length),
     )

@@ -61,8 +61,8 @@ ROOMS = {
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
     "options":           ["config", "bundled", "text", "attention", "models"],
-    "intake":            ["config", "requests", "text", "models", "groups",
-                          "submission", "engine"],
+    "intake":            ["config", "requests", "text", "models", "decoding", "groups",
+                          "submission", "structured", "engine"],
     "serving":           ["config", "block_manager", "models", "scheduler",
                           "request_table", "groups", "submission", "engine"],
     "prefix":            ["text", "serving"],

@@ -9,6 +9,48 @@ POLICIES = ("fcfs", "priority")
 _MAY_BE_ZERO = ("num_logprobs", "max_num_prefixes", "max_beam_width")
 
 
+DRAFT_METHODS = ("prompt_lookup", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """How the engine guesses tokens ahead of the model (`jpaged.speculation`).
+
+    Attributes:
+      method: "prompt_lookup": from the sequence's own text; "model": by a smaller one.
+      num_tokens: drafts of a row and step, at most.
+      min_ngram, max_ngram: last tokens that prompt lookup looks for.
+
+    Raises:
+      ValueError: a value is none of these.
+    """
+
+    method: str = "prompt_lookup"
+    num_tokens: int = 4
+    min_ngram: int = 1
+    max_ngram: int = 3
+
+    def __post_init__(self) -> None:
+        if self.method not in DRAFT_METHODS:
+            raise ValueError(
+                f"method: expected one of {DRAFT_METHODS}, got {self.method!r}"
+            )
+        for name in ("num_tokens", "min_ngram", "max_ngram"):
+            _check_integer(name, getattr(self, name), least=1)
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(
+                f"min_ngram: expected at most max_ngram ({self.max_ngram}), got "
+                f"{self.min_ngram}"
+            )
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{name}: expected an integer of at least {least}, got {value!r}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """The sizes that fix the engine's shapes, and the scheduler's choices.
@@ -34,6 +76,7 @@ class EngineConfig:
         RuleSizes; None compiles none.
       automata: room for what structured output compiles to, an AutomataSizes; None
         compiles none.
+      speculation: how tokens are guessed ahead; None does not.
       algorithms: further decoding algorithms, each with its number of rows: pairs
         (DecodingAlgorithm, num_rows). Compiled into the step.
 
@@ -57,6 +100,7 @@ class EngineConfig:
     max_beam_width: int = 0
     rules: Any = None
     automata: Any = None
+    speculation: Speculation | None = None
     algorithms: tuple[tuple[Any, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,11 +109,7 @@ class EngineConfig:
             least = 0 if field.name in _MAY_BE_ZERO else 1
             if field.type != "int":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{field.name}: expected an integer of at least {least}, "
-                    f"got {value!r}"
-                )
+            _check_integer(field.name, value, least)
         if self.policy not in POLICIES:
             raise ValueError(f"policy: expected one of {POLICIES}, got {self.policy!r}")
         if not 0 <= self.watermark < 1:
@@ -137,6 +177,23 @@ class EngineConfig:
         if self.max_num_seqs <= 4:
             return (self.max_num_seqs,)
         return _buckets((1, 4, 8, 16, 24, 32, 48, 64), self.max_num_seqs)
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a row and step, at most."""
+        return 0 if self.speculation is None else self.speculation.num_tokens
+
+    @property
+    def max_num_logits(self) -> int:
+        """Rows of logits of a step: one for each row, and one for each draft."""
+        return self.max_num_seqs * (1 + self.num_drafts)
+
+    @property
+    def logit_buckets(self) -> tuple[int, ...]:
+        """Numbers of rows of logits that are compiled."""
+        more = _buckets((64, 128, 256), self.max_num_logits)
+        rows = self.row_buckets
+        return (*rows, *(size for size in more if size > rows[-1]))
 
     @property
     def token_buckets(self) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from jpaged import (
     next_tokens,
     request_table,
     scheduler,
+    speculation,
     submission,
 )
 from jpaged.block_manager import NO_BLOCK, Append, BlockState
@@ -40,12 +41,16 @@ from jpaged.config import EngineConfig
 from jpaged.forward import Batch
 from jpaged.groups import Logits, States
 from jpaged.kv_cache import KVCache
+from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, WAITING, Plan
+from jpaged.speculation import DraftedModel as DraftedModel
 from jpaged.submission import FINISH_REASONS as FINISH_REASONS
 from jpaged.submission import Params, Result
 from jpaged.submission import check_request as check_request
+
+Model = Decoder | DraftedModel
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +63,8 @@ class Counters:
     num_generated: jax.Array  # i32[], tokens that decoding gave
     num_preemptions: jax.Array  # i32[]
     num_block_copies: jax.Array  # i32[], copy-on-write
+    num_drafts: jax.Array  # i32[], tokens that speculation guessed
+    num_accepted: jax.Array  # i32[], guesses that stood
     token_share: jax.Array  # f32[], sum over steps of tokens held / slots in use
     saved_share: jax.Array  # f32[], sum over steps of blocks saved / blocks unshared
     max_used_blocks: jax.Array  # i32[], most blocks in use after a step
@@ -74,12 +81,13 @@ class EngineState:
     rows: jax.Array  # i32[S], the sequence that each row runs, or NO_REQUEST
     blocks: BlockState
     cache: KVCache
+    draft_cache: KVCache | None  # of the small model that guesses, if there is one
     counters: Counters
     config: EngineConfig = dataclasses.field(metadata={"static": True})
 
 
 def init(
-    model: Decoder, config: EngineConfig, *, kv_dtype: str | None = None
+    model: Model, config: EngineConfig, *, kv_dtype: str | None = None
 ) -> EngineState:
     """An engine with nothing to do.
 
@@ -87,8 +95,24 @@ def init(
       model: gives the cache's shape.
       config: sizes and policy.
       kv_dtype: of the pages; None takes the model's.
+
+    Raises:
+      ValueError: the config's speculation needs a draft model and there is none, or
+        the other way round; or the two have different vocabularies.
     """
-    sizes = model.config
+    _check_draft(model, config)
+
+    def cache(sizes: ModelConfig) -> KVCache:
+        return kv_cache.init_cache(
+            num_layers=sizes.num_layers,
+            num_blocks=config.num_blocks,
+            num_kv_heads=sizes.num_kv_heads,
+            block_size=config.block_size,
+            head_dim=sizes.head_dim,
+            dtype=sizes.dtype if kv_dtype is None else kv_dtype,
+        )
+
+    is_drafted = isinstance(model, DraftedModel)
     return EngineState(
         requests=request_table.init_table(config),
         states=groups.init_states(config),
@@ -99,19 +123,29 @@ def init(
             max_seqs=config.num_rows,
             max_blocks_per_seq=config.max_blocks_per_seq,
         ),
-        cache=kv_cache.init_cache(
-            num_layers=sizes.num_layers,
-            num_blocks=config.num_blocks,
-            num_kv_heads=sizes.num_kv_heads,
-            block_size=config.block_size,
-            head_dim=sizes.head_dim,
-            dtype=sizes.dtype if kv_dtype is None else kv_dtype,
-        ),
+        cache=cache(model.config),
+        draft_cache=cache(model.draft.config) if is_drafted else None,
         counters=Counters(
             **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
         ),
         config=config,
     )
+
+
+def _check_draft(model: Model, config: EngineConfig) -> None:
+    method = None if config.speculation is None else config.speculation.method
+    if isinstance(model, DraftedModel) != (method == "model"):
+        raise ValueError(
+            "speculation: method 'model' and a DraftedModel go together; got method "
+            f"{method!r} and {type(model).__name__}"
+        )
+    if isinstance(model, DraftedModel):
+        sizes = (model.draft.config.vocab_size, model.config.vocab_size)
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"draft: expected the target's vocabulary of {sizes[1]} tokens, got "
+                f"{sizes[0]}; take a smaller model of the same family"
+            )
 
 
 _COUNTER_TYPES = dict(
@@ -120,6 +154,8 @@ _COUNTER_TYPES = dict(
     num_generated="int32",
     num_preemptions="int32",
     num_block_copies="int32",
+    num_drafts="int32",
+    num_accepted="int32",
     token_share="float32",
     saved_share="float32",
     max_used_blocks="int32",
@@ -127,7 +163,7 @@ _COUNTER_TYPES = dict(
 )
 
 
-def step(model: Decoder, state: EngineState) -> EngineState:
+def step(model: Model, state: EngineState) -> EngineState:
     """The state after one iteration: schedule, append, decode, commit.
 
     Jit it with `state` donated, and the pages are updated in place.
@@ -139,15 +175,24 @@ def step(model: Decoder, state: EngineState) -> EngineState:
 class WorkingMemory(NamedTuple):
     """What a step writes before it reads it: allocated once for a run."""
 
-    hidden: jax.Array  # [T, E]
-    logits: jax.Array  # f32[N, V]
+    hidden: jax.Array | None  # [T, E]
+    logits: jax.Array | None  # f32[N, V]
+    draft_hidden: jax.Array | None = None  # [T, E] of the small model
 
 
-def _working_memory(model: Decoder, state: EngineState) -> WorkingMemory:
-    sizes, config = model.config, state.config
+def _working_memory(model: Model, state: EngineState) -> WorkingMemory:
+    config = state.config
+
+    def hidden(sizes: ModelConfig) -> jax.Array:
+        shape = (config.max_num_batched_tokens, sizes.hidden_size)
+        return jnp.zeros(shape, sizes.dtype)
+
+    shape = (config.max_num_logits, model.config.vocab_size)
+    is_drafted = isinstance(model, DraftedModel)
     return WorkingMemory(
-        jnp.zeros((config.max_num_batched_tokens, sizes.hidden_size), sizes.dtype),
-        jnp.zeros((config.max_num_seqs, sizes.vocab_size), jnp.float32),
+        hidden(model.config),
+        jnp.zeros(shape, jnp.float32),
+        hidden(model.draft.config) if is_drafted else None,
     )
 
 
@@ -159,7 +204,8 @@ class Begun:
     table: RequestTable
     rows: jax.Array  # i32[S]
     blocks: BlockState  # with room for the step's tokens
-    plan: Plan
+    plan: Plan  # drafts not included
+    num_drafts: jax.Array  # i32[S]
     appended: Append  # the copies to do first
     batch: Batch
 
@@ -182,13 +228,20 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
         lambda table: request_table.share_again(table, lost),
         table,
     )
-    starts = blocks.context_lens
-    blocks, appended = block_manager.append(blocks, plan.num_tokens)
+    starts, num_drafts = blocks.context_lens, jnp.zeros_like(rows)
+    if config.speculation is not None:
+        table, num_drafts = speculation.count_drafts(
+            table, rows, blocks, plan.num_tokens, config
+        )
+    blocks, appended = block_manager.append(blocks, plan.num_tokens + num_drafts)
     # The scheduler's promise; broken, the engine stalls and writes no wrong token.
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
+    num_drafts = jnp.where(appended.ok, num_drafts, 0)
     plan = dataclasses.replace(plan, num_tokens=num_tokens)
-    batch = forward.make_batch(table, rows, starts, num_tokens, config)
-    return Begun(table, rows, blocks, plan, appended, batch)
+    batch = forward.make_batch(
+        table, rows, starts, num_tokens + num_drafts, num_drafts, config
+    )
+    return Begun(table, rows, blocks, plan, num_drafts, appended, batch)
 
 
 @jax.tree_util.register_dataclass
@@ -204,11 +257,21 @@ class Decoded:
 
 
 def end_step(
-    state: EngineState, begun: Begun, decoded: Decoded, cache: KVCache
+    state: EngineState,
+    begun: Begun,
+    decoded: Decoded,
+    cache: KVCache,
+    draft_cache: KVCache | None = None,
 ) -> EngineState:
     """The state after a step: rows move or leave, the counters count."""
     table, rows, blocks = decoded.table, begun.rows, begun.blocks
     counters = _count(state.counters, begun, decoded.num_new, state.config)
+    if state.config.speculation is not None:
+        blocks = when(
+            jnp.any(begun.num_drafts > 0),
+            lambda blocks: speculation.roll_back(table, rows, blocks, begun.num_drafts),
+            blocks,
+        )
     if state.config.max_num_prefixes:
         table = _hold_prefixes(table, rows, blocks)
     rows, blocks = when(
@@ -222,6 +285,7 @@ def end_step(
         rows=rows,
         blocks=blocks,
         cache=cache,
+        draft_cache=draft_cache,
         counters=counters,
         config=state.config,
     )
@@ -230,28 +294,71 @@ def end_step(
 def _step(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
     """`step` within the limits of `config`, with the working memory handed through."""
     begun = begin_step(state, config)
-    batch, copies = begun.batch, begun.appended
-    cache = when(
-        jnp.any(copies.copy_dst != NO_BLOCK),
-        lambda cache: kv_cache.copy_blocks(cache, copies.copy_src, copies.copy_dst),
-        state.cache,
-    )
+    begun, draft_cache, memory = _draft(model, state, begun, memory, config)
+    target = _target(model)
     cache, hidden = forward.hidden_states(
-        model, cache, begun.table, begun.blocks, batch, memory.hidden, config
+        target,
+        _copy_blocks(state.cache, begun),
+        begun.table,
+        begun.blocks,
+        begun.batch,
+        memory.hidden,
+        config,
     )
-    entries = next_tokens.make_entries(begun.table, batch, config)
-    logits = next_tokens.next_logits(model, entries, hidden, memory.logits, config)
-    table = next_tokens.rate_prompts(model, begun.table, batch, hidden, config)
+    entries = next_tokens.make_entries(begun.table, begun.batch, config)
+    logits = next_tokens.next_logits(target, entries, hidden, memory.logits, config)
+    table = next_tokens.rate_prompts(target, begun.table, begun.batch, hidden, config)
     begun = dataclasses.replace(begun, table=table)
     decoded = _decode(state, begun, entries, logits, config)
-    return end_step(state, begun, decoded, cache), WorkingMemory(hidden, logits)
+    state = end_step(state, begun, decoded, cache, draft_cache)
+    return state, WorkingMemory(hidden, logits, memory.draft_hidden)
+
+
+def _target(model: Model) -> Decoder:
+    return model.target if isinstance(model, DraftedModel) else model
+
+
+def _copy_blocks(cache: KVCache, begun: Begun) -> KVCache:
+    """The cache after the copies that must come before this step's writes."""
+    src, dst = begun.appended.copy_src, begun.appended.copy_dst
+    return when(
+        jnp.any(dst != NO_BLOCK),
+        lambda cache: kv_cache.copy_blocks(cache, src, dst),
+        cache,
+    )
+
+
+def _draft(
+    model, state, begun, memory, config
+) -> tuple[Begun, KVCache | None, WorkingMemory]:
+    """The step with the small model's guesses in its table, if there is one."""
+    if not isinstance(model, DraftedModel):
+        return begun, state.draft_cache, memory
+    table, cache, hidden, logits = speculation.draft(
+        model.draft,
+        _copy_blocks(state.draft_cache, begun),
+        begun.table,
+        begun.blocks,
+        begun.batch,
+        memory.draft_hidden,
+        memory.logits,
+        config,
+    )
+    memory = memory._replace(logits=logits, draft_hidden=hidden)
+    return dataclasses.replace(begun, table=table), cache, memory
 
 
 def _decode(state, begun, entries, logits, config) -> Decoded:
     """Tokens for all rows with logits: sampled one by one, or by their algorithms."""
     number = state.counters.num_steps
     new = next_tokens.sample_tokens(begun.table, entries, logits, config)
-    table, ended = request_table.extend(begun.table, new, number)
+    if config.speculation is None:
+        table, ended = request_table.extend(begun.table, new, number)
+        has_ended, num_new = jnp.any(ended), entries.num_sampled
+    else:
+        table, has_ended, num_new = speculation.accept(
+            begun.table, new, entries, number, config.num_drafts
+        )
     rated = Logits(logits, entries.places)
     table, states, parents, num_grouped = groups.decide(
         table, state.states, begun.rows, rated, number, config
@@ -260,8 +367,8 @@ def _decode(state, begun, entries, logits, config) -> Decoded:
         table=table,
         states=states,
         parents=parents,
-        num_new=entries.num_sampled + num_grouped,
-        is_settled=~jnp.any(ended) & (entries.num_grouped == 0),
+        num_new=num_new + num_grouped,
+        is_settled=~has_ended & (entries.num_grouped == 0),
     )
 
 
@@ -296,7 +403,7 @@ def has_work(state: EngineState) -> jax.Array:
     static_argnames=("max_num_seqs", "max_num_batched_tokens"),
 )
 def run(
-    model: Decoder,
+    model: Model,
     state: EngineState,
     max_steps: int | jax.Array | None = None,
     *,
@@ -334,6 +441,7 @@ def run(
 
 
 def _count(counters, begun: Begun, num_new, config) -> Counters:
+    num_more = jnp.maximum(num_new - jnp.sum(begun.batch.has_logits), 0)
     plan, blocks = begun.plan, begun.blocks
     copies = begun.appended.copy_dst != NO_BLOCK
     num_tokens = jnp.sum(plan.num_tokens)
@@ -351,6 +459,9 @@ def _count(counters, begun: Begun, num_new, config) -> Counters:
         num_generated=counters.num_generated + num_new,
         num_preemptions=counters.num_preemptions + plan.num_preempted,
         num_block_copies=counters.num_block_copies + jnp.sum(copies, dtype=jnp.int32),
+        num_drafts=counters.num_drafts + jnp.sum(begun.num_drafts),
+        # A row that decodes gains a token without any.
+        num_accepted=counters.num_accepted + num_more,
         token_share=counters.token_share + as_float(held) / as_float(slots),
         saved_share=counters.saved_share + saved,
         max_used_blocks=jnp.maximum(counters.max_used_blocks, used),

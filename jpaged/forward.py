@@ -37,6 +37,7 @@ class Batch:
     places: jax.Array  # i32[S], its sequence in the request table
     starts: jax.Array  # i32[S], position of its first token of the step
     num_tokens: jax.Array  # i32[S], 0 behind the rows that take part
+    num_drafts: jax.Array  # i32[S], of these tokens, the guesses at the end
     has_logits: jax.Array  # bool[S], all its known tokens are computed with this step
 
 
@@ -45,6 +46,7 @@ def make_batch(
     rows: jax.Array,
     starts: jax.Array,
     num_tokens: jax.Array,
+    num_drafts: jax.Array,
     config: EngineConfig,
 ) -> Batch:
     """The rows that take part in the step, packed to the front.
@@ -53,16 +55,18 @@ def make_batch(
       table: the sequences.
       rows: i32[S], the sequence that each row runs.
       starts: i32[S], tokens that each row held before the step.
-      num_tokens: i32[S], tokens of each row in the step.
+      num_tokens: i32[S], tokens of each row in the step, drafts included.
+      num_drafts: i32[S], see `speculation`.
       config: sizes.
     """
     # Pinned prefixes have rows that are never more than max_num_seqs at work.
     packed = pack(num_tokens > 0)[: config.max_num_seqs]
     places = jnp.maximum(rows[packed], 0)
     starts, num_tokens = starts[packed], num_tokens[packed]
-    has_logits = starts + num_tokens == table.queue.num_tokens[places]
+    num_drafts = num_drafts[packed]
+    has_logits = starts + num_tokens - num_drafts == table.queue.num_tokens[places]
     has_logits &= (num_tokens > 0) & ~table.asked.is_prefix[places]
-    return Batch(packed, places, starts, num_tokens, has_logits)
+    return Batch(packed, places, starts, num_tokens, num_drafts, has_logits)
 
 
 def hidden_states(

@@ -269,9 +269,9 @@ def _inputs(
     values = logits.values[index[places]]
     values = values - jax.nn.logsumexp(values, axis=1, keepdims=True)
     is_used = places < num_places
-    values = request_table.constrain(
-        table, jnp.where(is_used, places, 0), is_used, values
-    )
+    known = jnp.where(is_used, places, 0)
+    states = table.automaton_states[known]
+    values = request_table.constrain(table, known, states, is_used, values)
 
     leader = places[0]
     number = jnp.arange(places.shape[0], dtype=jnp.int32)

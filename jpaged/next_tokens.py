@@ -21,7 +21,7 @@ from jax import lax
 from jpaged import request_table
 from jpaged.compat import switch_in_place, when
 from jpaged.config import EngineConfig
-from jpaged.decoding import rules
+from jpaged.decoding import constraints, rules
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import (
     SamplingRows,
@@ -45,26 +45,54 @@ class Entries:
     places: jax.Array  # i32[N], the sequence; R behind the last
     positions: jax.Array  # i32[N], in it, of the token that the logits are for
     tokens: jax.Array  # i32[N], the token of the step that they come from
+    offsets: jax.Array  # i32[N], drafts between the last known token and this one's
+    states: jax.Array  # i32[N], of the sequence's automaton before that token
     num_sampled: jax.Array  # i32[]
     num_grouped: jax.Array  # i32[]
 
 
 def make_entries(table: RequestTable, batch: Batch, config: EngineConfig) -> Entries:
-    """An entry for each row of the batch that has computed all its known tokens."""
+    """An entry for each row of the batch that has computed all its known tokens, and
+    behind it one for each of the row's drafts."""
     is_grouped = table.asked.algorithms[batch.places] != NO_ALGORITHM
     is_sampled = batch.has_logits & ~is_grouped
+    counts = jnp.where(batch.has_logits, 1 + batch.num_drafts, 0)
     order = pack(is_sampled)
     order = order[pack(batch.has_logits[order])]
-    has_logits = batch.has_logits[order]
-    places = batch.places[order]
+    ends = jnp.cumsum(counts[order])
+    index = jnp.arange(config.max_num_logits, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    has_logits = index < ends[-1]
+    row = jnp.where(has_logits, row, 0)
+    offsets = jnp.where(has_logits, index - (ends - counts[order])[row], 0)
+    row = order[row]
+    ahead = offsets - batch.num_drafts[row]
     last = jnp.cumsum(batch.num_tokens) - 1
     return Entries(
-        places=jnp.where(has_logits, places, config.max_num_requests),
-        positions=table.queue.num_tokens[places],
-        tokens=jnp.maximum(last[order], 0),
-        num_sampled=jnp.sum(is_sampled, dtype=jnp.int32),
-        num_grouped=jnp.sum(batch.has_logits & is_grouped, dtype=jnp.int32),
+        places=jnp.where(has_logits, batch.places[row], config.max_num_requests),
+        positions=(batch.starts + batch.num_tokens)[row] + ahead,
+        tokens=jnp.maximum(last[row] + ahead, 0),
+        offsets=offsets,
+        states=_automaton_states(table, batch.places[row], offsets, config),
+        num_sampled=jnp.sum(jnp.where(is_sampled, counts, 0)),
+        num_grouped=jnp.sum(jnp.where(is_grouped, counts, 0)),
     )
+
+
+def _automaton_states(table, places, offsets, config: EngineConfig) -> jax.Array:
+    """The states of the sequences' automata behind `offsets` drafts, i32[N]."""
+    states = table.automaton_states[places]
+    if not table.digests.shape[0]:
+        return states
+    known = table.queue.num_tokens[places]
+
+    def advance(number, states):
+        drafts = table.tokens.at[places, known + number].get(mode="clip")
+        index = table.asked.automata[places]
+        after = constraints.advance(table.automata, index, states, drafts)
+        return jnp.where(number < offsets, after, states)
+
+    return lax.fori_loop(0, config.num_drafts, advance, states)
 
 
 def next_logits(
@@ -83,7 +111,7 @@ def next_logits(
     def run(size, logits):
         return logits.at[:size].set(model.logits(hidden[entries.tokens[:size]]))
 
-    sizes = config.row_buckets
+    sizes = config.logit_buckets
     number = entries.num_sampled + entries.num_grouped
     index = jnp.where(number == 0, -1, bucket(sizes, number))
     return switch_in_place(
@@ -113,6 +141,7 @@ def sample_tokens(
                 table,
                 cut(places, start),
                 cut(entries.positions, start),
+                cut(entries.states, start),
                 cut(logits, start),
                 config,
             )
@@ -132,13 +161,16 @@ def sample_tokens(
     return switch_in_place(index, branches, new)
 
 
-def _sample_rows(table, places, positions, logits, config) -> dict[str, jax.Array]:
+def _sample_rows(
+    table, places, positions, states, logits, config
+) -> dict[str, jax.Array]:
     """Columns of NewTokens for a few rows; places of R are padding."""
     valid = places < config.max_num_requests
     places = jnp.where(valid, places, 0)
     idle = SamplingRows.greedy(places.shape[0])
     rows = _rows(table.asked.sampling, idle, places, valid)
-    allowed = _allowed(table, places, positions, valid, logits, config)
+    allowed = _apply_rules(table, places, positions, valid, logits, config)
+    allowed = request_table.constrain(table, places, states, valid, allowed)
     tokens, logprobs = sample(allowed, rows, positions)
     found = {"tokens": tokens, "logprobs": logprobs}
     if config.rules is not None or config.automata is not None:
@@ -167,25 +199,25 @@ def _rows(columns, idle, places: jax.Array, valid: jax.Array):
     return jax.tree.map(pick, columns, idle)
 
 
-def _allowed(table, places, positions, valid, logits, config: EngineConfig):
-    """`logits` f32[S, V] after the rules of the sequences at `places`."""
-    if config.rules is not None:
-        idle = LogitsRules.none(places.shape[0], config.rules)
-        mine = _rows(table.asked.rules, idle, places, valid)
-        logits = lax.cond(
-            jnp.any(rules.is_any(mine)),
-            lambda logits: rules.apply(
-                logits,
-                mine,
-                table.tokens[places],
-                table.queue.prompt_lens[places],
-                positions,
-                table.asked.stop_ids[places],
-            ),
-            lambda logits: logits,
+def _apply_rules(table, places, positions, valid, logits, config: EngineConfig):
+    """`logits` f32[S, V] after the logits rules of the sequences at `places`."""
+    if config.rules is None:
+        return logits
+    idle = LogitsRules.none(places.shape[0], config.rules)
+    mine = _rows(table.asked.rules, idle, places, valid)
+    return lax.cond(
+        jnp.any(rules.is_any(mine)),
+        lambda logits: rules.apply(
             logits,
-        )
-    return request_table.constrain(table, places, valid, logits)
+            mine,
+            table.tokens[places],
+            table.queue.prompt_lens[places],
+            positions,
+            table.asked.stop_ids[places],
+        ),
+        lambda logits: logits,
+        logits,
+    )
 
 
 def rate_prompts(

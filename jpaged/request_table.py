@@ -212,12 +212,7 @@ def extend(
         has_ended=table.queue.has_ended.at[at_end].set(True, mode="drop"),
         num_tokens=table.queue.num_tokens.at[places].add(1, mode="drop"),
     )
-    states = constraints.advance(
-        table.automata,
-        table.asked.automata[safe],
-        table.automaton_states[safe],
-        new.tokens,
-    )
+    states = advance(table, safe, new.tokens)
     table = dataclasses.replace(
         table,
         queue=queue,
@@ -267,18 +262,35 @@ def inherit(table: RequestTable, places: jax.Array, parents: jax.Array) -> Reque
     )
 
 
+def advance(table: RequestTable, places: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The automaton states of the sequences at `places` after a token each, i32[S]."""
+    return constraints.advance(
+        table.automata,
+        table.asked.automata[places],
+        table.automaton_states[places],
+        tokens,
+    )
+
+
 def constrain(
-    table: RequestTable, places: jax.Array, valid: jax.Array, logits: jax.Array
+    table: RequestTable,
+    places: jax.Array,
+    states: jax.Array,
+    valid: jax.Array,
+    logits: jax.Array,
 ) -> jax.Array:
     """`logits` f32[S, V] with -inf where structured output does not allow a token.
 
-    `places` i32[S] are the sequences whose next tokens the logits are for; rows that
-    are not `valid`, bool[S], stay as they are.
+    Args:
+      table: has the automata.
+      places: i32[S], the sequences.
+      states: i32[S], of their automata.
+      valid: bool[S]; other rows stay as they are.
+      logits: of the sequences' next tokens.
     """
     if not table.digests.shape[0]:
         return logits
     index = jnp.where(valid, table.asked.automata[places], constraints.UNCONSTRAINED)
-    states = table.automaton_states[places]
     return jax.lax.cond(
         jnp.any(index != constraints.UNCONSTRAINED),
         lambda logits: constraints.mask(logits, table.automata, index, states),

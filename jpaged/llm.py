@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -65,6 +65,10 @@ class LLM:
       attention: implementation of paged attention; None is the backend's best.
       mesh: None, for many devices are not built yet.
       seed: requests without a seed draw from this one and their number.
+      speculative_config: guess tokens ahead, which changes no token, only how many come
+        in a step. {"method": "ngram", "num_speculative_tokens": 4} takes guesses from
+        the text so far, after its last `prompt_lookup_max` (3) to `prompt_lookup_min`
+        (1) tokens; {"model": ...} names a smaller model of the same vocabulary.
       tokenizer: where `model` is a Decoder: a folder with tokenizer.json, or a
         Tokenizer. None is the model folder's.
       max_num_requests: places in the request table, waiting and running; four times
@@ -103,6 +107,7 @@ class LLM:
         attention: str | None = None,
         mesh: Any = None,
         seed: int = 0,
+        speculative_config: Mapping[str, Any] | None = None,
         *,
         tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
         max_num_requests: int | None = None,
@@ -131,8 +136,10 @@ class LLM:
         self.seed = seed
         self.max_logprobs = max_logprobs
         self._kv_dtype = self.model.config.dtype if kv_dtype == "auto" else kv_dtype
+        speculation, draft = options.speculation(speculative_config, self.model)
         num_blocks, max_model_len = memory.choose_sizes(
             self.model,
+            draft,
             block_size=block_size,
             kv_dtype=self._kv_dtype,
             num_blocks=num_blocks,
@@ -153,10 +160,15 @@ class LLM:
                 max_num_stop_ids=max_num_stop_ids,
                 policy=policy,
                 attention=attention,
+                speculation=speculation,
             )
         )
         self._host: EngineHost | None = EngineHost(
-            self.model, self.config, kv_dtype=self._kv_dtype, seed=seed
+            self.model,
+            self.config,
+            draft=draft,
+            kv_dtype=self._kv_dtype,
+            seed=seed,
         )
         self._num_arrivals = 0
         self._num_prompt_tokens = 0
@@ -304,6 +316,10 @@ class LLM:
             "num_block_copies": counters["num_block_copies"],
             "num_preemptions": counters["num_preemptions"],
             "num_swapped_blocks": 0,
+            "draft_tokens": counters["num_drafts"],
+            "accepted_tokens": counters["num_accepted"],
+            "acceptance_rate": counters["num_accepted"]
+            / max(counters["num_drafts"], 1),
             "num_steps": counters["num_steps"],
             "num_compilations": host.num_compilations,
             "compile_s": host.compile_s,

@@ -34,6 +34,7 @@ def block_bytes(model: ModelConfig, block_size: int, kv_dtype: str) -> int:
 
 def choose_sizes(
     model: Decoder,
+    draft: Decoder | None = None,
     *,
     block_size: int,
     kv_dtype: str,
@@ -53,7 +54,8 @@ def choose_sizes(
       ValueError: max_model_len exceeds the model's positions, or not even a block
         fits into memory.
     """
-    longest = model.config.max_position_embeddings
+    models = [model] if draft is None else [model, draft]
+    longest = min(each.config.max_position_embeddings for each in models)
     if max_model_len is not None and max_model_len > longest:
         raise ValueError(
             f"max_model_len: expected at most the model's max_position_embeddings "
@@ -62,7 +64,8 @@ def choose_sizes(
     length = longest if max_model_len is None else max_model_len
     if num_blocks is None:
         budget = pool_budget(model, memory_fraction)
-        size = block_bytes(model.config, block_size, kv_dtype)
+        # The draft model's pages lie under the same block tables.
+        size = sum(block_bytes(each.config, block_size, kv_dtype) for each in models)
         useful = max_num_seqs * -(-length // block_size)
         num_blocks = min(useful, budget // size)
         if num_blocks < 1:

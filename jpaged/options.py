@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from jpaged import attention as attention_module
 from jpaged import bundled
+from jpaged.config import Speculation
 from jpaged.models.checkpoint import load_model
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
@@ -103,6 +105,68 @@ def load(
     if tokenizer is not None:
         tokenizer.check_fits(decoder.config.vocab_size)
     return decoder, tokenizer, name
+
+
+_SPECULATIVE_KEYS = (
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "prompt_lookup_min",
+    "prompt_lookup_max",
+)
+
+
+def speculation(
+    asked: Mapping[str, Any] | None, target: Decoder
+) -> tuple[Speculation | None, Decoder | None]:
+    """What `LLM(speculative_config=...)` asks for, and the draft model if it names one.
+
+    Raises:
+      ValueError: an unknown or contradictory key, or another vocabulary.
+    """
+    if asked is None:
+        return None, None
+    if not isinstance(asked, Mapping) or set(asked) - set(_SPECULATIVE_KEYS):
+        raise ValueError(
+            f"speculative_config: wanted a dict with keys among {_SPECULATIVE_KEYS}, "
+            f"got {asked!r:.200}"
+        )
+    model = asked.get("model")
+    method = asked.get("method", "ngram" if model is None else "draft_model")
+    if method not in ("ngram", "draft_model"):
+        raise ValueError(
+            "speculative_config['method']: wanted 'ngram' or 'draft_model', got "
+            f"{method!r}"
+        )
+    if (model is None) != (method == "ngram"):
+        raise ValueError(
+            "speculative_config['model']: wanted a model with method 'draft_model' "
+            f"and none with 'ngram', got {model!r:.80} with {method!r}"
+        )
+    lookup = {
+        ours: asked[name]
+        for ours, name in (
+            ("min_ngram", "prompt_lookup_min"),
+            ("max_ngram", "prompt_lookup_max"),
+        )
+        if name in asked
+    }
+    if lookup and model is not None:
+        raise ValueError(
+            "speculative_config: wanted no prompt_lookup_* with a draft model, got "
+            f"{dict(asked)!r:.200}"
+        )
+    number = asked.get("num_speculative_tokens", 4)
+    if model is None:
+        return Speculation("prompt_lookup", number, **lookup), None
+    draft, _, name = load(model, target.config.dtype, None)
+    sizes = (draft.config.vocab_size, target.config.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"speculative_config['model']: wanted the model's vocabulary of {sizes[1]} "
+            f"tokens, got {sizes[0]} ({name}); take a smaller model of the same family"
+        )
+    return Speculation("model", number), draft
 
 
 def _folder(name: str) -> pathlib.Path:

@@ -23,7 +23,7 @@ import numpy as np
 
 from jpaged import block_manager, engine, groups, request_table, submission
 from jpaged.config import EngineConfig
-from jpaged.engine import EngineState
+from jpaged.engine import DraftedModel, EngineState
 from jpaged.models.decoder import Decoder
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import RUNNING, WAITING
@@ -80,10 +80,12 @@ class EngineHost:
         model: Decoder,
         config: EngineConfig,
         *,
+        draft: Decoder | None = None,
         kv_dtype: str | None = None,
         seed: int = 0,
     ):
         self.model = model
+        self._models = model if draft is None else DraftedModel(model, draft)
         self.config = config
         self.epoch = 0  # grows when the state was lost
         self.num_empty = 0  # places of the request table
@@ -105,7 +107,7 @@ class EngineHost:
         """An empty engine whose counters go on where the last one's were seen."""
         # One program, and not one for each of the arrays.
         state = jax.jit(
-            lambda: engine.init(self.model, self.config, kv_dtype=self._kv_dtype)
+            lambda: engine.init(self._models, self.config, kv_dtype=self._kv_dtype)
         )()
         self.num_empty = self.config.max_num_requests
         if not self.counters:
@@ -287,7 +289,7 @@ class EngineHost:
         known = engine.run._cache_size()
         max_num_seqs, max_num_batched_tokens = self._limits
         self._state = engine.run(
-            self.model,
+            self._models,
             self._state,
             np.int32(max_steps),
             max_num_seqs=max_num_seqs,
@@ -361,7 +363,7 @@ class EngineHost:
     def close(self) -> None:
         """Lets go of the pages and tables."""
         self.pinned.clear()
-        del self._state, self.model
+        del self._state, self.model, self._models
 
 
 @jax.jit

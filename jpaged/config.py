@@ -197,8 +197,13 @@ class EngineConfig:
 
     @property
     def token_buckets(self) -> tuple[int, ...]:
-        """Numbers of tokens for which a step with prompt chunks is compiled."""
-        return _buckets((32, 64, 128, 256, 512), self.max_num_batched_tokens)
+        """Numbers of tokens for which a step with prompt chunks is compiled.
+
+        A step with drafts is such a step too, with few tokens.
+        """
+        few = (1 + self.num_drafts, 2 * (1 + self.num_drafts), 16)
+        few = tuple(sorted({size for size in few if size < 32 and self.num_drafts}))
+        return _buckets((*few, 32, 64, 128, 256, 512), self.max_num_batched_tokens)
 
 
 def _buckets(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:

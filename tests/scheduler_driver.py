@@ -7,12 +7,10 @@ them took over from the other.
 """
 
 import dataclasses
-import functools
 import itertools
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jpaged import block_manager, scheduler, submission
@@ -372,7 +370,9 @@ def share_again(lost, histories, queue) -> list[tuple[int, tuple[int, int]]]:
     found = []
     for place in sorted(lost):
         leader = queue["leaders"][place]
-        before = [p for p in sorted(lost) if p < place and queue["leaders"][p] == leader]
+        before = [
+            p for p in sorted(lost) if p < place and queue["leaders"][p] == leader
+        ]
         if not before:
             continue
         source, most = int(queue["sources"][place]), 0

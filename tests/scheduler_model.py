@@ -187,7 +187,11 @@ class SlowScheduler:
             if together > len(empty) or sum(costs) > free:
                 # Samples that have the engine for themselves: as many as fit.
                 leader = int(self.queue["leaders"][request[0]])
-                if number or running - {leader} or self.queue["is_lockstep"][request[0]]:
+                if (
+                    number
+                    or running - {leader}
+                    or self.queue["is_lockstep"][request[0]]
+                ):
                     return
                 sums = list(itertools.accumulate(costs))
                 together = sum(total <= free for total in sums)

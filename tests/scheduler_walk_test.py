@@ -5,7 +5,10 @@ two must decide alike in every step, and every walk must end within a bound of s
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,9 +17,8 @@ from scheduler_driver import OPERATIONS, Asked, Driver, jitted_operations
 from scheduler_model import SlowScheduler
 
 from jpaged import block_manager, scheduler
-from jpaged.block_manager import NO_BLOCK
 from jpaged.config import EngineConfig
-from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RUNNING, WAITING
+from jpaged.scheduler import EMPTY, HELD, NO_REQUEST, RUNNING, WAITING
 
 CONFIG = EngineConfig(
     num_blocks=8,
@@ -63,7 +65,7 @@ class Walk:
         self.pinned: list[int] = []
         self.num_arrived = self.num_overtakers = 0
         self.bound = 1
-        self.num_withheld = 0
+        self.num_withheld = self.num_pinned = 0
 
     def run(self, events: list[Event]) -> int:
         """All events and steps, until nothing is left to do; the number of steps."""
@@ -96,6 +98,7 @@ class Walk:
                     self.pinned.append(driver.pin(event.number))
                     self.bound += event.number + 1
                     self.num_overtakers += 1
+                    self.num_pinned += 1
             case "unpin" if self.pinned:
                 place = self.pinned.pop(event.number % len(self.pinned))
                 self.end([place])
@@ -131,7 +134,7 @@ class Walk:
 
     def end(self, places: list[int]) -> None:
         self.driver.end(places)
-        self.settle_slow()
+        self.slow.blocks.fork(self.driver.parents)
         self.release()
 
     def release(self) -> None:
@@ -186,9 +189,6 @@ class Walk:
         is_lockstep = self.driver.queue["is_lockstep"][requests[0][0]]
         return requests[0] if is_lockstep else requests[0][:1]
 
-    def settle_slow(self) -> None:
-        self.slow.blocks.fork(self.driver.parents)
-
     def finish(self) -> None:
         """Only what is pinned is left, and goes."""
         driver = self.driver
@@ -201,40 +201,171 @@ class Walk:
         assert (driver.queue["status"] == EMPTY).all()
 
 
-@st.composite
-def histories(draw) -> list[Event]:
-    """What a user does in a walk."""
-    found = []
-    for _ in range(draw(st.integers(1, 9))):
-        step = draw(st.integers(0, 20))
-        number = draw(st.integers(1, 31))
-        does = draw(st.sampled_from(["ask"] * 6 + ["pin", "pin", "unpin", "end"]))
+def workload(integer: Callable[[int, int], int]) -> list[Event]:
+    """What a user does in a walk; `integer` chooses from its first to its last."""
+
+    def choose(*choices):
+        return choices[integer(0, len(choices) - 1)]
+
+    events = []
+    for _ in range(integer(1, 9)):
+        step, number = integer(0, 20), integer(1, 31)
+        does = choose("ask", "ask", "ask", "ask", "ask", "pin", "pin", "unpin", "end")
         if does != "ask":
-            found.append(Event(step, does, number))
+            events.append(Event(step, does, number))
             continue
-        prompt = draw(st.integers(1, 31))
+        prompt = integer(1, choose(3, 31))
         most = 32 - prompt
-        count = draw(st.sampled_from([1, 1, 2, 3, 4, 5]))
-        is_lockstep = draw(st.booleans()) and 1 < count < 5
-        length = st.one_of(st.just(most), st.integers(1, most))
+        count = choose(1, 1, 2, 3, 4, 5)
+        is_lockstep = 1 < count < 5 and choose(True, False)
         asked = Asked(
             prompt,
-            tuple(draw(length) for _ in range(count)),
-            priority=draw(st.integers(0, 2)),
+            tuple(choose(most, integer(1, most)) for _ in range(count)),
+            priority=integer(0, 2),
             is_lockstep=is_lockstep,
-            moves=is_lockstep and draw(st.booleans()),
-            num_held=draw(st.integers(0, 2)) if is_lockstep else 0,
+            moves=is_lockstep and choose(True, False),
+            num_held=integer(0, 2) if is_lockstep else 0,
         )
-        found.append(Event(step, asked, number, shares=draw(st.integers(0, 2))))
-    return found
+        events.append(Event(step, asked, number, shares=integer(0, 2)))
+    return events
+
+
+@st.composite
+def workloads(draw) -> list[Event]:
+    return workload(lambda first, last: draw(st.integers(first, last)))
+
+
+def random_workload(seed: int) -> list[Event]:
+    rng = np.random.default_rng(seed)
+    return workload(lambda first, last: int(rng.integers(first, last + 1)))
 
 
 @pytest.mark.parametrize("name", WALKS)
-@settings(max_examples=15)
-@given(events=histories(), is_eager=st.booleans())
+@settings(max_examples=8)
+@given(events=workloads(), is_eager=st.booleans())
 def test_any_workload_ends_and_every_step_follows_the_slow_scheduler(
     name, events, is_eager
 ):
     walk = Walk(WALKS[name])
     walk.is_eager = is_eager
     walk.run(events)
+
+
+def crowd(rng: np.random.Generator) -> list[Event]:
+    """Requests at their full length, all at once: lockstep ones that diverge at once,
+    samples, and some that share a prefix."""
+    events = [Event(0, "pin", 6)]
+    for number in range(8):
+        prompt = int(rng.integers(1, 8))
+        count = int(rng.integers(1, 5))
+        is_lockstep = number % 2 == 0 and count > 1
+        asked = Asked(prompt, (32 - prompt,) * count, is_lockstep=is_lockstep)
+        events.append(Event(number // 4, asked, number=6, shares=number % 3))
+    return events
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_a_crowd_at_full_length_ends_in_any_pool(name):
+    walk = Walk(WALKS[name])
+    walk.run(crowd(np.random.default_rng(0)))
+    assert walk.num_withheld > 0
+    assert walk.driver.num_copies > 5
+    assert (walk.driver.num_preempted > 5) == (name != "roomy")
+
+
+# ---- and the walks find faults
+
+
+def no_one_waits(keep, queue, rows, blocks, wanted):
+    """Lockstep rows compute their last tokens when each of them can."""
+    return wanted
+
+
+def one_token_mapped(join, queue, rows, blocks):
+    """New rows map one token, and wait for no more."""
+    lens = jnp.minimum(queue.shared_lens, 1)
+    return join(dataclasses.replace(queue, shared_lens=lens), rows, blocks)
+
+
+def shared_blocks_returned(count, state, order):
+    """A row's blocks all come back when it goes, shared or not."""
+    return -(-state.context_lens // state.block_size)
+
+
+def order_of_rows(ranks, queue, rows):
+    """The order is that of the rows, not of the requests."""
+    index = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    return jnp.where(rows == NO_REQUEST, index + rows.shape[0], index)
+
+
+def held_by_nobody(ranks, queue, rows):
+    """Pinned prefixes come in their order, not before all."""
+    status = jnp.where(queue.status == HELD, RUNNING, queue.status)
+    priorities = jnp.where(queue.status == HELD, 1, queue.priorities)
+    seen = dataclasses.replace(queue, status=status, priorities=priorities)
+    return ranks(seen, rows)
+
+
+def any_source(mapped, queue, places):
+    """Sources that have ended count as well."""
+    return jnp.where(queue.sources[places] != places, queue.shared_lens[places], 0)
+
+
+def each_alone(same, queue, rows):
+    """Each row is a request of its own."""
+    return jnp.eye(rows.shape[0], dtype=jnp.bool_) & (rows != NO_REQUEST)[:, None]
+
+
+def ended_take_part(idle, queue, rows):
+    """Rows that have ended compute on."""
+    has_ended = jnp.zeros_like(queue.has_ended)
+    return idle(dataclasses.replace(queue, has_ended=has_ended), rows)
+
+
+def no_promises(spare, queue, rows, blocks, needed, config):
+    """What running rows will take is given away."""
+    return block_manager.num_free_blocks(blocks)
+
+
+FAULTS = {
+    "lockstep rows that do not wait": (scheduler, "_keep_step", no_one_waits),
+    "rows that map one token": (scheduler, "_join_sources", one_token_mapped),
+    "shared blocks that count as returned": (
+        block_manager,
+        "exclusive_blocks",
+        shared_blocks_returned,
+    ),
+    "rows in another order": (scheduler, "_ranks", order_of_rows),
+    "prefixes behind others": (scheduler, "_ranks", held_by_nobody),
+    "sources that have ended": (scheduler, "_mapped_tokens", any_source),
+    "rows preempted one by one": (scheduler, "_is_same", each_alone),
+    "ended rows that take part": (scheduler, "_is_idle", ended_take_part),
+    "promised blocks given away": (scheduler, "_spare_blocks", no_promises),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_walks_find(name, monkeypatch):
+    module, function, fault = FAULTS[name]
+    faulty = functools.partial(fault, getattr(module, function))
+    monkeypatch.setattr(module, function, faulty)
+    operations = jitted_operations()
+    with pytest.raises(AssertionError):
+        _walk_all(operations)
+
+
+def test_the_walks_in_which_faults_are_found_have_all_that_can_happen():
+    walks = _walk_all(OPERATIONS)
+    assert sum(walk.driver.num_preempted for walk in walks) > 10
+    assert sum(walk.driver.num_copies for walk in walks) > 10
+    assert sum(walk.num_withheld for walk in walks) > 4
+    assert sum(walk.num_pinned for walk in walks) > 1
+
+
+def _walk_all(operations) -> list["Walk"]:
+    # Few and short ones, in which each of the faults shows.
+    seeds = (4, 5, 21)
+    walks = [Walk(WALKS["small"], operations) for _ in seeds]
+    for seed, walk in zip(seeds, walks, strict=True):
+        walk.run(random_workload(seed))
+    return walks

@@ -169,14 +169,25 @@ def _join_sources(
         is_source = (rows[None, :] == sources[:, None]) & is_new[:, None]
         source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
         has_source = jnp.any(is_source, axis=1)
-        joins = has_source & (blocks.context_lens[source_row] >= shared)
         own = jnp.arange(rows.shape[0], dtype=jnp.int32)
-        blocks = block_manager.fork(blocks, jnp.where(joins, source_row, own))
-        blocks = block_manager.truncate(
-            blocks, jnp.where(joins, shared, blocks.context_lens)
-        )
-        wanted = jnp.where(joins, wanted - shared, wanted)
-        return blocks, jnp.where(has_source & ~joins, 0, wanted)
+
+        def can_join(blocks: BlockState) -> jax.Array:
+            is_ready = blocks.context_lens[source_row] >= shared
+            return has_source & (blocks.context_lens == 0) & is_ready
+
+        def map_blocks(blocks: BlockState) -> BlockState:
+            joins = can_join(blocks)
+            blocks = block_manager.fork(blocks, jnp.where(joins, source_row, own))
+            return block_manager.truncate(
+                blocks, jnp.where(joins, shared, blocks.context_lens)
+            )
+
+        # Again for those whose source has just joined: a lockstep leader that maps all
+        # but its last token computes nothing until the others have joined it.
+        blocks = lax.while_loop(lambda b: jnp.any(can_join(b)), map_blocks, blocks)
+        joined = has_source & (blocks.context_lens > 0)
+        wanted = jnp.where(joined, wanted - shared, wanted)
+        return blocks, jnp.where(has_source & ~joined, 0, wanted)
 
     return when(jnp.any(is_new), join, (blocks, wanted))
 

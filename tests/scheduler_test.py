@@ -1,25 +1,16 @@
-"""The scheduler: cases worked by hand, and random walks beside a slow one in Python.
+"""The scheduler: cases worked by hand.
 
-No model runs here. A driver does what the engine does around `schedule`: it appends
-the planned tokens and, where a row has computed all that it knows, gives it one more
-token or ends it.
+No model runs here; see `scheduler_driver`. Random walks are in `scheduler_walk_test`.
 """
 
 import dataclasses
-import functools
 
-import block_manager_model
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from scheduler_driver import Asked, Driver
 
-from jpaged import block_manager, scheduler
-from jpaged.block_manager import NO_BLOCK
 from jpaged.config import EngineConfig
-from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RUNNING, WAITING
+from jpaged.scheduler import EMPTY, FINISHED, HELD, RUNNING, WAITING
 
 CONFIG = EngineConfig(
     num_blocks=16,
@@ -30,117 +21,6 @@ CONFIG = EngineConfig(
     max_num_requests=12,
     watermark=0.0,
 )
-schedule = jax.jit(scheduler.schedule, static_argnames="config")
-append = jax.jit(functools.partial(block_manager.append))
-free = jax.jit(functools.partial(block_manager.free))
-
-
-@dataclasses.dataclass
-class Asked:
-    """What is submitted: one request, `num_samples` sequences of it."""
-
-    prompt: int
-    outputs: tuple[int, ...]  # tokens that each sample generates before it ends
-    priority: int = 0
-
-
-class Driver:
-    """The scheduler with the engine's bookkeeping around it, and no model."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        places = config.max_num_requests
-        self.queue = {
-            field.name: np.zeros(places, np.int32)
-            for field in dataclasses.fields(scheduler.Queue)
-        }
-        self.queue["leaders"] = np.arange(places, dtype=np.int32)
-        self.outputs = np.zeros(places, np.int32)
-        self.rows = np.full(config.max_num_seqs, NO_REQUEST, np.int32)
-        self.blocks = block_manager.init_state(
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            max_seqs=config.max_num_seqs,
-            max_blocks_per_seq=config.max_blocks_per_seq,
-        )
-        self.num_arrived = self.num_preempted = self.num_copies = 0
-
-    def submit(self, *requests: Asked) -> list[list[int]]:
-        places = []
-        for asked in requests:
-            empty = np.flatnonzero(self.queue["status"] == EMPTY)
-            mine = empty[: len(asked.outputs)].tolist()
-            priority = asked.priority if self.config.policy == "priority" else 0
-            assert len(mine) == len(asked.outputs)
-            for place, output in zip(mine, asked.outputs, strict=True):
-                values = dict(
-                    status=WAITING,
-                    arrivals=self.num_arrived,
-                    priorities=priority,
-                    prompt_lens=asked.prompt,
-                    num_tokens=asked.prompt,
-                    leaders=mine[0],
-                    num_preemptions=0,
-                )
-                for name, value in values.items():
-                    self.queue[name][place] = value
-                self.outputs[place] = output
-            self.num_arrived += 1
-            places.append(mine)
-        return places
-
-    def step(self) -> dict[int, int]:
-        """Schedules and commits one step; the tokens of each place that took part."""
-        device = scheduler.Queue(**{k: jnp.asarray(v) for k, v in self.queue.items()})
-        queue, rows, blocks, plan = schedule(
-            device, jnp.asarray(self.rows), self.blocks, config=self.config
-        )
-        assert block_manager.violations(blocks) == []
-        self.rows = np.array(rows)
-        planned = np.asarray(plan.num_tokens)
-        self.blocks, appended = append(blocks, plan.num_tokens)
-        assert bool(appended.ok)
-        assert block_manager.violations(self.blocks) == []
-        self.num_copies += int((np.asarray(appended.copy_dst) != NO_BLOCK).sum())
-        self.num_preempted += int(plan.num_preempted)
-        self.queue = {
-            f.name: np.array(getattr(queue, f.name)) for f in dataclasses.fields(queue)
-        }
-        assert int(planned.sum()) <= self.config.max_num_batched_tokens
-        assert (planned[self.rows == NO_REQUEST] == 0).all()
-        return {int(self.rows[r]): int(planned[r]) for r in np.flatnonzero(planned)}
-
-    def commit(self) -> None:
-        """Each row whose tokens are all computed gets one more, or ends."""
-        lengths = np.asarray(self.blocks.context_lens)
-        ended = np.zeros(len(self.rows), bool)
-        for row, place in enumerate(self.rows):
-            known = self.queue["num_tokens"][place]
-            if place == NO_REQUEST or lengths[row] < known:
-                continue
-            self.queue["num_tokens"][place] += 1
-            generated = known + 1 - self.queue["prompt_lens"][place]
-            if generated >= self.outputs[place]:
-                self.queue["status"][place] = FINISHED
-                ended[row] = True
-        self.rows[ended] = NO_REQUEST
-        self.blocks = free(self.blocks, jnp.asarray(ended))
-
-    def go(self) -> dict[int, int]:
-        planned = self.step()
-        self.commit()
-        return planned
-
-    def running(self) -> set[int]:
-        return set(self.rows[self.rows != NO_REQUEST].tolist())
-
-    def release(self) -> None:
-        """Finished places are empty again, when no sample of theirs still lives."""
-        live = np.isin(self.queue["status"], (WAITING, RUNNING))
-        leaders = set(self.queue["leaders"][live].tolist())
-        for place in np.flatnonzero(self.queue["status"] == FINISHED).tolist():
-            if place not in leaders:
-                self.queue["status"][place] = EMPTY
 
 
 def one(prompt: int, output: int = 5, priority: int = 0) -> Asked:
@@ -248,11 +128,10 @@ def test_priority_admits_the_smaller_first_and_preempts_the_larger():
 def test_samples_wait_for_their_leader_and_then_map_its_blocks():
     driver = Driver(CONFIG)
     driver.submit(Asked(14, (5, 5, 5)))
-    # 14 tokens in two steps; the samples get rows in the second, and compute nothing.
+    # 14 tokens in two steps; the samples get rows at once, and compute nothing.
     assert driver.go() == {0: 10}
-    assert driver.running() == {0}
-    assert driver.go() == {0: 4}
     assert driver.running() == {0, 1, 2}
+    assert driver.go() == {0: 4}
     # They take 13 tokens from the leader and compute the 14th: two copies of the last
     # block, and of three owners the last writes in place.
     assert driver.go() == {0: 1, 1: 1, 2: 1}
@@ -292,236 +171,305 @@ def test_admission_leaves_room_for_copies_of_shared_blocks():
     assert driver.num_copies == 1
 
 
-# ---- beside a slow scheduler
+# ---- requests of several sequences
 
 
-class SlowScheduler:
-    """The same rules over Python lists, and the lists of `SlowBlockManager`.
-
-    What would fit is not computed but tried out on a copy.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.blocks = block_manager_model.SlowBlockManager(
-            config.num_blocks,
-            config.block_size,
-            config.max_num_seqs,
-            config.max_blocks_per_seq,
-        )
-
-    def num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.block_size)
-
-    def rank(self, queue, place: int) -> tuple[int, int, int]:
-        return (queue["priorities"][place], queue["arrivals"][place], place)
-
-    def shared(self, queue, place: int) -> int:
-        leader = queue["leaders"][place]
-        if leader == place or queue["status"][leader] not in (WAITING, RUNNING):
-            return 0
-        return int(queue["prompt_lens"][place]) - 1
-
-    def demand(self, tokens: list[int]) -> list[int]:
-        """Blocks that each row would take, were the pool without end."""
-        trial = self.copied()
-        trial.num_blocks += 10_000
-        held = [len(table) for table in trial.tables]
-        assert trial.append([[0] * n for n in tokens])
-        grown = [len(t) - h for t, h in zip(trial.tables, held, strict=True)]
-        return [n + (row in trial.copied_rows) for row, n in enumerate(grown)]
-
-    def copied(self) -> block_manager_model.SlowBlockManager:
-        blocks = self.blocks
-        copied = block_manager_model.SlowBlockManager(
-            blocks.num_blocks,
-            blocks.block_size,
-            blocks.max_seqs,
-            blocks.max_blocks_per_seq,
-        )
-        pages = {id(p): list(p) for table in blocks.tables for p in table}
-        copied.tables = [[pages[id(p)] for p in table] for table in blocks.tables]
-        copied.histories = [list(history) for history in blocks.histories]
-        return copied
-
-    def step(self, queue, rows: list[int]) -> tuple[list[int], list[int], int]:
-        """Rows, their tokens, and how many were preempted; changes queue and blocks."""
-        config, blocks = self.config, self.blocks
-        rows = list(rows)
-        live = [row for row, place in enumerate(rows) if place != NO_REQUEST]
-        live.sort(key=lambda row: self.rank(queue, rows[row]))
-
-        wanted = dict.fromkeys(range(len(rows)), 0)
-        before = [len(history) for history in blocks.histories]
-        parents, cuts = list(range(len(rows))), [-1] * len(rows)
-        for row in live:
-            place = rows[row]
-            wanted[row] = int(queue["num_tokens"][place]) - before[row]
-            leader = int(queue["leaders"][place])
-            prefix = int(queue["prompt_lens"][place]) - 1
-            if leader in (place, *([] if leader in rows else [leader])) or not prefix:
-                continue
-            if before[row] == 0:
-                wanted[row] = 0
-                if before[rows.index(leader)] >= prefix:
-                    parents[row], cuts[row] = rows.index(leader), prefix
-                    wanted[row] = int(queue["num_tokens"][place]) - prefix
-        blocks.fork(parents)
-        blocks.truncate(cuts)
-
-        tokens = [1 if wanted[row] == 1 else 0 for row in range(len(rows))]
-        budget = config.max_num_batched_tokens - sum(tokens)
-        for row in live:
-            if wanted[row] > 1:
-                tokens[row] = min(budget, wanted[row])
-                budget -= tokens[row]
-
-        needed = self.demand(tokens)
-        num_preempted = 0
-        if sum(needed) > blocks.num_free():
-            # The others' demand is counted as if the last were still there.
-            while len(live) > 1 and sum(needed[row] for row in live) > (
-                blocks.num_free()
-            ):
-                row = live.pop()
-                queue["status"][rows[row]] = WAITING
-                queue["num_preemptions"][rows[row]] += 1
-                rows[row], tokens[row] = NO_REQUEST, 0
-                parents = [NO_BLOCK if r == row else r for r in range(len(rows))]
-                blocks.fork(parents)
-                num_preempted += 1
-        elif budget > 0:
-            self.admit(queue, rows, tokens, needed, budget)
-        return rows, tokens, num_preempted
-
-    def admit(self, queue, rows, tokens, needed, budget) -> None:
-        config, blocks = self.config, self.blocks
-        free = blocks.num_free()
-        is_any = any(place != NO_REQUEST for place in rows)
-        free -= config.num_watermark_blocks if is_any else 0
-        for row, place in enumerate(rows):
-            if place == NO_REQUEST:
-                continue
-            known = self.num_blocks(int(queue["num_tokens"][place]))
-            mapped = self.shared(queue, place) // config.block_size
-            still = known - max(len(blocks.tables[row]), mapped)
-            free -= max(still, needed[row])
-        waiting = np.flatnonzero(queue["status"] == WAITING).tolist()
-        empty = [row for row, place in enumerate(rows) if place == NO_REQUEST]
-        for place in sorted(waiting, key=lambda place: self.rank(queue, place)):
-            shared = self.shared(queue, place)
-            length = int(queue["num_tokens"][place])
-            free -= self.num_blocks(length) - shared // config.block_size
-            if free < 0 or not empty or budget <= 0:
-                return
-            row = empty.pop(0)
-            rows[row] = place
-            tokens[row] = 0 if shared else min(budget, length)
-            budget -= 0 if shared else length
-        # Samples are admitted with their leader, before its status changes.
+def group(prompt: int, *outputs: int, is_lockstep: bool = True, **options) -> Asked:
+    return Asked(prompt, outputs, is_lockstep=is_lockstep, **options)
 
 
-def walk(config: EngineConfig, arrivals: list[tuple[int, Asked]]) -> Driver:
-    """Runs all to the end, each step beside the slow scheduler."""
-    driver, slow = Driver(config), SlowScheduler(config)
-    todo = sorted(arrivals, key=lambda pair: pair[0])
-    number = 0
-    while todo or driver.running() or (driver.queue["status"] == WAITING).any():
-        while todo and todo[0][0] <= number:
-            empty = (driver.queue["status"] == EMPTY).sum()
-            if empty < len(todo[0][1].outputs):
-                break
-            driver.submit(todo.pop(0)[1])
-        queue = {name: column.copy() for name, column in driver.queue.items()}
-        rows, tokens, preempted = slow.step(queue, driver.rows.tolist())
-        for place in rows:
-            if place != NO_REQUEST:
-                queue["status"][place] = RUNNING
-        first = min(
-            driver.running(), key=lambda p: slow.rank(driver.queue, p), default=None
-        )
-        had_work = bool(driver.running() or (driver.queue["status"] == WAITING).any())
-        before = driver.num_preempted
-        planned = driver.step()
+def test_lockstep_rows_compute_the_last_prompt_token_in_the_same_step():
+    driver = Driver(CONFIG)
+    driver.submit(group(9, 3, 3, 3))
+    assert driver.go() == {0: 8}
+    assert driver.go() == {0: 1, 1: 1, 2: 1}
+    assert driver.go() == {0: 1, 1: 1, 2: 1}
 
-        assert driver.rows.tolist() == rows
-        got = [planned.get(place, 0) for place in rows]
-        assert [
-            g if p != NO_REQUEST else 0 for g, p in zip(got, rows, strict=True)
-        ] == (tokens)
-        assert driver.num_preempted - before == preempted
-        for name, column in driver.queue.items():
-            np.testing.assert_array_equal(column, queue[name], err_msg=name)
-        assert slow.blocks.append([[0] * n for n in tokens])
-        lengths = [len(history) for history in slow.blocks.histories]
-        assert np.asarray(driver.blocks.context_lens).tolist() == lengths
-        free_blocks = int(block_manager.num_free_blocks(driver.blocks))
-        assert free_blocks == slow.blocks.num_free()
-        # Progress: work means tokens, and the first row is never sent away.
-        assert bool(planned) == had_work
-        assert first is None or (first in driver.running() and planned.get(first))
 
-        driver.commit()
-        ended = driver.rows == NO_REQUEST
-        slow.blocks.fork([NO_BLOCK if e else r for r, e in enumerate(ended)])
+def test_lockstep_rows_wait_through_all_chunks_of_a_long_prompt():
+    driver = Driver(CONFIG)
+    driver.submit(group(25, 2, 2))
+    assert [driver.go() for _ in range(3)] == [{0: 10}, {0: 10}, {0: 4}]
+    assert driver.go() == {0: 1, 1: 1}
+
+
+def test_a_lockstep_prompt_of_one_token_is_computed_by_each_row():
+    driver = Driver(CONFIG)
+    driver.submit(group(1, 2, 2))
+    assert driver.go() == {}  # rows are given, and their last tokens withheld
+    assert driver.running() == {0, 1}
+    assert driver.go() == {0: 1, 1: 1}
+    assert driver.num_copies == 0
+
+
+def test_lockstep_rows_come_back_together_after_a_preemption():
+    config = dataclasses.replace(CONFIG, num_blocks=8, max_num_batched_tokens=24)
+    driver = Driver(config)
+    driver.submit(one(8, 9), group(7, 9, 9))
+    assert driver.go() == {0: 8, 1: 6}
+    for _ in range(4):
+        assert driver.go() == {0: 1, 1: 1, 2: 1}
+    # Request 0 wants a fourth block. The others know 11 tokens, and have used up the
+    # pool with one block in common and two each of their own.
+    assert driver.go() == {0: 1}
+    assert driver.num_free() == 4
+    assert [driver.go() for _ in range(3)] == [{0: 1}] * 3
+    # The first computes 10; then the second maps the prompt of it, 7, and computes 3.
+    assert driver.go() == {1: 10}
+    assert driver.go() == {2: 3}
+    assert driver.go() == {1: 1, 2: 1}
+
+
+@pytest.mark.parametrize("is_lockstep", [False, True])
+@pytest.mark.parametrize(("prompt", "is_admitted"), [(28, True), (29, False)])
+def test_a_request_gets_rows_for_all_its_sequences_or_for_none(
+    prompt, is_admitted, is_lockstep
+):
+    driver = Driver(dataclasses.replace(CONFIG, num_blocks=15))
+    # 15 blocks, 6 of them for request 0. The three want 7 + 1 + 1 with 28 tokens, of
+    # which 27 fill 6 shared blocks, and with 29 tokens 8 + 1 + 1.
+    driver.submit(one(24), group(prompt, 2, 2, 2, is_lockstep=is_lockstep), one(1))
+    for _ in range(3):
+        driver.go()
+    assert driver.running() == ({0, 1, 2, 3} if is_admitted else {0})
+
+
+def test_a_request_waits_until_there_are_rows_for_all_its_sequences():
+    driver = Driver(CONFIG)
+    driver.submit(one(1, 4), one(1, 2), one(1, 9), group(1, 2, 2), one(1))
+    assert driver.go() == {0: 1, 1: 1, 2: 1}  # and one row stays empty
+    assert driver.go() == {0: 1, 1: 1, 2: 1}
+    assert driver.go() == {0: 1, 2: 1}
+    assert driver.running() == {0, 2, 3, 4}
+    assert driver.go() == {0: 1, 2: 1, 3: 1, 4: 1}
+
+
+@pytest.mark.parametrize("is_lockstep", [False, True])
+def test_a_request_is_preempted_whole(is_lockstep):
+    config = dataclasses.replace(CONFIG, num_blocks=6, max_num_batched_tokens=24)
+    driver = Driver(config)
+    # Request 0 fills 2 blocks and wants a third, and so do the two behind it: samples
+    # when 2 of 6 are free, and lockstep rows when none is. To send one away would do.
+    driver.submit(one(8), group(8, 5, 5, is_lockstep=is_lockstep))
+    assert driver.go() == {0: 8, 1: 7 if is_lockstep else 8}
+    if is_lockstep:
+        # The last prompt token goes into a block and its copy; then both are full.
+        assert driver.go() == {0: 1, 1: 1, 2: 1}
+    assert driver.go() == {0: 1}
+    assert driver.status(3) == [RUNNING, WAITING, WAITING]
+    assert driver.queue["num_preemptions"][:3].tolist() == [0, 1, 1]
+    driver.finish()
+
+
+def test_the_first_request_goes_on_with_all_its_lockstep_rows():
+    # Its rows have 1 block in common and in the end 2 each of their own: all of 7.
+    config = dataclasses.replace(CONFIG, num_blocks=7, max_num_batched_tokens=24)
+    driver = Driver(config)
+    driver.submit(group(5, 7, 7, 7), one(8, 9))
+    assert driver.go() == {0: 4, 3: 8}
+    for _ in range(4):
+        assert driver.go() == dict.fromkeys(range(4), 1)
+    assert driver.num_free() == 0
+    for _ in range(3):
+        assert driver.go() == {0: 1, 1: 1, 2: 1}
+    assert driver.queue["num_preemptions"][:4].tolist() == [0, 0, 0, 1]
+    assert driver.go() == {3: 13}  # the prompt and 5 generated ones
+
+
+def test_more_samples_than_rows_take_turns():
+    driver = Driver(CONFIG)
+    driver.submit(Asked(3, (2, 2, 3, 3, 2, 2)), one(1, 2))
+    assert driver.go() == {0: 3}
+    assert driver.running() == {0, 1, 2, 3}
+    assert driver.go() == {0: 1, 1: 1, 2: 1, 3: 1}
+    # Sample 0 has gone, and what 4 would have mapped: it computes its prompt.
+    assert driver.go() == {1: 1, 2: 1, 3: 1, 4: 3}
+    assert driver.running() == {2, 3, 4}
+    # There are rows for sample 5, and only then for the request behind.
+    assert driver.go() == {2: 1, 3: 1, 4: 1, 5: 3}
+    assert driver.go() == {5: 1, 6: 1}
+
+
+def test_samples_that_do_not_fit_together_run_a_few_at_a_time():
+    driver = Driver(dataclasses.replace(CONFIG, num_blocks=8))
+    # Each sample has 30 tokens in 8 blocks, of which 7 can be shared: one at a time.
+    driver.submit(Asked(30, (2, 2, 2)), one(1))
+    for sample in range(3):
+        for tokens in (10, 10, 10, 1):
+            assert driver.go() == {sample: tokens}
+    assert driver.go() == {3: 1}
+
+
+def test_samples_of_the_first_request_give_way_to_its_first():
+    config = dataclasses.replace(CONFIG, num_blocks=8, max_num_batched_tokens=24)
+    driver = Driver(config)
+    # 24 tokens each, of which 7 are shared: 6 blocks, and 5 more for each other.
+    driver.submit(Asked(8, (16, 16, 16)))
+    steps = driver.finish()
+    assert driver.queue["num_preemptions"][:3].tolist()[0] == 0
+    assert driver.num_preempted > 0
+    assert steps < 60
+
+
+def test_samples_take_no_turns_beside_another_request():
+    config = dataclasses.replace(CONFIG, num_blocks=8)
+    driver = Driver(config)
+    driver.submit(one(1, 2), Asked(30, (1, 1)))
+    assert driver.go() == {0: 1}
+    assert driver.go() == {0: 1}
+    assert driver.go() == {1: 10}  # alone, and only now
+
+
+def test_an_ended_row_of_a_lockstep_request_costs_nothing():
+    driver = Driver(CONFIG)
+    driver.submit(group(4, 1, 6))
+    driver.go()
+    assert driver.go() == {0: 1, 1: 1}
+    assert driver.running() == {0, 1}
+    assert driver.length(0) == 0
+    assert driver.num_free() == 15
+    for _ in range(4):
+        assert driver.go() == {1: 1}
+    assert driver.num_free() == 14
+    assert driver.finish() == 1
+    assert driver.status(2) == [FINISHED, FINISHED]
+
+
+def test_an_ended_row_comes_back_without_tokens_or_blocks():
+    config = dataclasses.replace(CONFIG, num_blocks=8, max_num_batched_tokens=24)
+    driver = Driver(config)
+    driver.submit(one(7, 12), group(11, 1, 9))
+    assert driver.go() == {0: 7, 1: 10}
+    assert driver.go() == {0: 1, 1: 1, 2: 1}
+    for _ in range(5):
+        assert driver.go() == {0: 1, 2: 1}
+    assert driver.go() == {0: 1}
+    assert driver.status(3) == [RUNNING, WAITING, WAITING]
+    driver.end([0])
+    # Of 17 known tokens 16 with the row, and the last: there is nobody to wait for.
+    assert driver.go() == {2: 16}
+    assert driver.running() == {1, 2}
+    assert driver.num_free() == 4
+    assert driver.go() == {2: 1}
+
+
+def test_sequences_that_are_held_take_no_rows():
+    driver = Driver(CONFIG)
+    driver.submit(group(4, 2, 2, num_held=2), one(1), one(1))
+    driver.go()
+    assert driver.status(6) == [RUNNING, RUNNING, HELD, HELD, RUNNING, RUNNING]
+    driver.finish()
+    assert driver.status(6) == [FINISHED] * 6
+
+
+# ---- pinned prefixes
+
+PINS = dataclasses.replace(CONFIG, max_num_prefixes=2, max_num_batched_tokens=24)
+
+
+def test_requests_map_a_pinned_prefix_whole_or_in_part_and_copy_its_last_block():
+    driver = Driver(PINS)
+    prefix = driver.pin(10)
+    assert driver.go() == {prefix: 10}
+    assert driver.status(1) == [HELD]
+    table = driver.table(prefix)
+    sharing = [(13, 10), (11, 10), (10, 10), (9, 6)]
+    driver.submit(*(Asked(n, (2,), prefix=prefix, shared=m) for n, m in sharing))
+    assert driver.go() == {}
+    # Who has all 10 tokens computes the last again, for its logits.
+    assert driver.go() == {1: 3, 2: 1, 3: 1, 4: 3}
+    # Of the third block four copies, and of the second one: the prefix keeps its own.
+    assert driver.num_copies == 4
+    assert driver.table(prefix) == table
+    for place in (1, 2, 3):
+        assert driver.table(place)[:2] == table[:2]
+        assert driver.table(place)[2] != table[2]
+    assert driver.table(4)[0] == table[0]
+    assert driver.table(4)[1] != table[1]
+    driver.finish()
+    assert driver.num_free() == 13
+    assert driver.table(prefix) == table
+
+
+def test_lockstep_rows_that_map_all_but_one_token_of_a_prefix_lose_no_step():
+    driver = Driver(PINS)
+    prefix = driver.pin(8)
+    driver.go()
+    driver.submit(group(9, 2, 2, 2, prefix=prefix, shared=8))
+    assert driver.go() == {}
+    # The first maps the prefix and the others map the first: then all decode.
+    assert driver.go() == {1: 1, 2: 1, 3: 1}
+
+
+def test_a_prefix_comes_before_all_that_wait_and_its_row_is_one_of_those_that_run():
+    driver = Driver(PINS)
+    driver.submit(*[one(1, 3)] * 4, one(2))
+    driver.go()
+    prefix = driver.pin(5)
+    assert driver.go() == dict.fromkeys(range(4), 1)
+    assert driver.go() == dict.fromkeys(range(4), 1)
+    assert driver.go() == {prefix: 5, 4: 2}
+    driver.submit(*[one(1)] * 3)
+    # Now it is held, beside four that run.
+    assert len(driver.go()) == 4
+
+
+def test_a_held_prefix_is_not_preempted_and_its_blocks_never_come_back():
+    driver = Driver(dataclasses.replace(PINS, num_blocks=7))
+    prefix = driver.pin(8)
+    driver.go()
+    driver.submit(one(8), one(8), Asked(9, (5,), prefix=prefix, shared=8))
+    assert driver.go() == {1: 8, 2: 8}
+    # Each of three wants a block, and 1 of 7 is free. What the third maps is not its
+    # to give, so the second has to go as well.
+    assert driver.go() == {1: 1}
+    assert driver.status(4) == [HELD, RUNNING, WAITING, WAITING]
+    driver.finish()
+    assert driver.status(1) == [HELD]
+    assert driver.num_free() == 5
+
+
+def test_a_prefix_that_is_being_computed_is_not_the_one_to_give_way():
+    config = dataclasses.replace(PINS, num_blocks=8, max_num_batched_tokens=6)
+    driver = Driver(config)
+    driver.submit(one(3, 9), one(3, 9))
+    assert driver.go() == {0: 3, 1: 3}
+    prefix = driver.pin(20)
+    for _ in range(4):
+        assert driver.go() == {0: 1, 1: 1, prefix: 4}
+    # It wants a fifth block, and 4 + 2 + 2 are used. It came last, and is the first.
+    assert driver.go() == {0: 1, prefix: 4}
+    assert driver.status(3) == [RUNNING, WAITING, HELD]
+    driver.finish()
+    assert driver.num_free() == 3
+
+
+@pytest.mark.parametrize("is_released", [False, True])
+def test_a_request_whose_prefix_is_gone_computes_alone(is_released):
+    driver = Driver(PINS)
+    prefix = driver.pin(10)
+    driver.go()
+    driver.submit(Asked(13, (2, 2), prefix=prefix, shared=10))
+    driver.end([prefix])
+    if is_released:
         driver.release()
-        number += 1
-        assert number < 3000
-    assert int(block_manager.num_free_blocks(driver.blocks)) == config.num_blocks
-    return driver
+        assert driver.status(1) == [EMPTY]
+        (strangers,) = driver.submit(one(11))
+        assert strangers == [prefix]  # at the place, and nobody maps it
+    planned = driver.go()
+    assert planned == {1: 13, 0: 11} if is_released else {1: 13}
+    assert driver.go()[2] == 1  # its sample maps 12 of it
 
 
-# The smallest legal pool, 8 blocks of 4 for 32 tokens, one a little larger, and more.
-WALKS = {
-    "smallest": dataclasses.replace(CONFIG, num_blocks=8),
-    "small": dataclasses.replace(CONFIG, num_blocks=11, watermark=0.1),
-    "least_budget": dataclasses.replace(
-        CONFIG, num_blocks=10, max_num_batched_tokens=4, policy="priority"
-    ),
-    "wide_blocks": dataclasses.replace(
-        CONFIG, num_blocks=3, block_size=16, max_num_batched_tokens=40
-    ),
-    "roomy": dataclasses.replace(CONFIG, num_blocks=40, watermark=0.2),
-}
-
-
-@st.composite
-def requests(draw) -> list[tuple[int, Asked]]:
-    found = []
-    for _ in range(draw(st.integers(1, 9))):
-        prompt = draw(st.integers(1, 31))
-        most = 32 - prompt
-        num_samples = draw(st.sampled_from([1, 1, 1, 2, 3, 5]))
-        outputs = draw(
-            st.lists(st.integers(1, most), min_size=num_samples, max_size=num_samples)
-        )
-        step = draw(st.integers(0, 20))
-        priority = draw(st.integers(0, 2))
-        found.append((step, Asked(prompt, tuple(outputs), priority)))
-    return found
-
-
-@pytest.mark.parametrize("name", WALKS)
-@settings(max_examples=15)
-@given(arrivals=requests())
-@example(
-    arrivals=[
-        (0, Asked(20, (1,))),
-        (0, Asked(11, (5, 5))),
-        (0, Asked(8, (6, 3, 9))),
-        (2, Asked(30, (2,))),
-    ]
-)
-def test_any_workload_ends_and_every_step_follows_the_slow_scheduler(name, arrivals):
-    walk(WALKS[name], arrivals)
-
-
-def test_the_walks_do_preempt_and_copy():
-    rng = np.random.default_rng(0)
-    arrivals = [
-        (int(rng.integers(10)), Asked(int(p), (int(31 - p), 5, 1), 0))
-        for p in rng.integers(4, 20, 8)
-    ]
-    driver = walk(WALKS["small"], arrivals)
-    assert driver.num_preempted > 5
-    assert driver.num_copies > 5
+def test_a_row_whose_prefix_goes_while_it_waits_for_it_computes_alone():
+    driver = Driver(dataclasses.replace(PINS, max_num_batched_tokens=6))
+    prefix = driver.pin(10)
+    driver.submit(Asked(11, (2,), prefix=prefix, shared=10))
+    assert driver.go() == {prefix: 6}
+    assert driver.go() == {prefix: 4}
+    assert driver.running() == {1}
+    driver.end([prefix])
+    assert driver.go() == {1: 6}
+    assert driver.go() == {1: 5}
+    driver.finish()
+    assert driver.num_free() == 16

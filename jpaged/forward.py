@@ -195,6 +195,7 @@ def _trunk(
             inputs.context_lens,
             query_start_loc=inputs.query_start_loc,
             layer=layer,
+            **model.attention_options(layer),
         )
         return attended, KVCache(k_pages, v_pages)
 

@@ -53,10 +53,10 @@ def choose_sizes(
       ValueError: max_model_len exceeds the model's positions, or not even a block
         fits into memory.
     """
-    longest = model.config.max_position_embeddings
+    longest = model.config.max_length
     if max_model_len is not None and max_model_len > longest:
         raise ValueError(
-            f"max_model_len: expected at most the model's max_position_embeddings "
+            f"max_model_len: expected at most the model's {model.config.longest_name} "
             f"({longest}), got {max_model_len}"
         )
     length = longest if max_model_len is None else max_model_len

@@ -116,8 +116,8 @@ def test_to_hf_is_read_back_as_the_same_config(name, tmp_path):
     [
         (
             {"architectures": ["BertModel"]},
-            r"architectures: expected one of \['GPT2LMHeadModel', .*'LlamaForCausalLM', "
-            r".*, got \['BertModel'\]",
+            r"architectures: expected one of \['GPT2LMHeadModel', .*'LlamaForCausalLM'"
+            r", .*, got \['BertModel'\]",
         ),
         (
             {"architectures": None, "model_type": "bert"},

@@ -170,3 +170,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt_without_biases": ("opt", {"enable_bias": False}),
     "gpt2": ("gpt2", {}),
 }
+
+
+def has_experts(kind: str) -> bool:
+    """Whether a family has experts, which transformers multiplies by several ways."""
+    return kind in ("mixtral", "qwen3_moe", "gpt_oss")

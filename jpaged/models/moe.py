@@ -44,7 +44,7 @@ class ExpertLinear(nnx.Module):
     def __call__(
         self, x: jax.Array, counts: jax.Array, experts: jax.Array
     ) -> jax.Array:
-        """The products; `counts` i32[X] rows of an expert, `experts` i32[T] of a row."""
+        """The products; `counts` i32[X] rows of each, `experts` i32[T] of each row."""
         out = grouped_matmul(x, self.weight[...], counts)
         if self.scale is not None:
             out = (out * self.scale[...][experts]).astype(x.dtype)

@@ -73,7 +73,7 @@ def _owner(model: Decoder, path: Path) -> Any:
 
 
 def fill(target: Target, stored: np.ndarray, dtype: str) -> None:
-    """Puts a checkpoint's tensor into its parameters, cast, and quantised where asked."""
+    """Puts a tensor into its parameters, cast, and quantised where the model is."""
     tensor = target.tensor
     array = np.swapaxes(stored, -1, -2) if tensor.transposed else stored
     first, count = 0, len(target.names)

@@ -28,7 +28,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _GATED
     | {"num_experts_per_tok": 2, "num_experts": 6, "moe_intermediate_size": 24},
     "gemma": _GATED,
-    "gemma2": _GATED | _ALTERNATING | {"query_pre_attn_scalar": 24},
+    # Caps low enough to bend these small logits and scores.
+    "gemma2": _GATED
+    | _ALTERNATING
+    | {
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 0.5,
+    },
     "gemma3_text": _GATED
     | _ALTERNATING
     | {"query_pre_attn_scalar": 24, "sliding_window_pattern": 3},
@@ -141,7 +148,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_linear": (
         "gemma3_text",
         {
-            "final_logit_softcapping": 20.0,
+            "final_logit_softcapping": 0.5,
             "rope_parameters": {
                 "full_attention": {
                     "rope_type": "linear",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_greedy import LENGTH, PAGED, served
+from paged_greedy import LENGTH, PAGED, QUICK, served
 from reference_models import relative_error
 
 from jpaged.models import Decoder, load_model, save_model
@@ -77,7 +77,13 @@ def test_logits_and_greedy_tokens_equal_those_stored_from_transformers(name, loa
         assert chosen.tolist() == want
 
 
-@pytest.mark.parametrize("name", PAGED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in PAGED
+    ],
+)
 def test_paged_decode_after_chunked_prompts_gives_the_stored_greedy_tokens(name, load):
     case = GOLDEN[name]
     got = served(load(name), case["prompts"], len(case["greedy"][0]), PAGED[name])
@@ -121,11 +127,11 @@ def spoiled(name: str, folder: pathlib.Path, **changes) -> Decoder:
         ("gemma2", {"final_logit_softcapping": None}),
         ("gemma2", {"query_pre_attn_scalar": 16}),
         ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 1e6}}}),
-        ("phi3_longrope", {"original_max_position_embeddings": 64}),
+        ("phi3_longrope", {"rope_parameters": families.LONGROPE | {"factor": 3.0}}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe", {"num_experts_per_tok": 3}),
         ("gpt_oss", {"swiglu_limit": 3.0}),
-        ("llama_yarn", {"rope_parameters": families.YARN | {"beta_fast": 8.0}}),
+        ("llama_yarn", {"rope_parameters": families.YARN | {"factor": 4.0}}),
     ],
 )
 def test_planted_fault_in_a_feature_breaks_the_tolerance(name, changes, tmp_path):

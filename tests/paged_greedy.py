@@ -10,7 +10,9 @@ from jpaged.models import Decoder
 from jpaged.requests import SamplingParams
 
 LENGTH = 96  # prompts of 50 and 32 new tokens, in one shape
-# One case of each family through the engine, blocks of all sizes in turn.
+# One case of each family through the engine, blocks of all sizes in turn, and those
+# whose parts differ most: compiling an engine takes seconds.
+QUICK = ("gemma3_linear", "gpt2", "gpt_oss", "mistral", "qwen3_moe_mixed")
 PAGED = dict(
     zip(
         (

@@ -1,6 +1,6 @@
 """Writes families.json: what transformers computes for a small model of each family.
 
-    python tests/golden/make_families.py
+    python tests/golden/make_families.py [CASE ...]
 
 Needs torch and transformers. Each case holds the config.json that transformers wrote,
 the names and shapes of its tensors, and results of a float64 forward pass. The weights
@@ -95,9 +95,10 @@ def case(name: str, seed: int) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    golden = {}
-    for name in families.CASES:
+    file = HERE / "families.json"
+    golden = json.loads(file.read_text("utf-8")) if sys.argv[1:] else {}
+    for name in sys.argv[1:] or families.CASES:
         found = (case(name, seed) for seed in range(MOST_SEEDS))
         golden[name] = next(result for result in found if result is not None)
         print(name, "seed", golden[name]["seed"], flush=True)
-    (HERE / "families.json").write_text(json.dumps(golden) + "\n", "utf-8")
+    file.write_text(json.dumps(golden) + "\n", "utf-8")

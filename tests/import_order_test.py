@@ -26,6 +26,8 @@ ROOMS = {
     "compilation_cache": ["compat"],
     "bundled":           ["compat"],
     "text":              ["compat", "config", "requests"],
+    "chat":              [],
+    "conversations":     ["text", "chat"],
     "parallel":          ["compat", "config"],
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
@@ -52,7 +54,8 @@ ROOMS = {
                           "request_table", "forward"],
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
-    "options":           ["config", "bundled", "text", "attention", "models"],
+    "scoring":           ["models"],
+    "options":           ["config", "text", "attention", "models"],
     "intake":            ["config", "requests", "text", "models", "engine"],
     "serving":           ["config", "requests", "block_manager", "models",
                           "scheduler", "request_table",
@@ -61,7 +64,7 @@ ROOMS = {
                           "engine", "serving"],
     "llm":               ["config", "requests", "compilation_cache", "bundled", "text",
                           "parallel", "models", "engine", "memory", "options",
-                          "intake", "serving", "batch"],
+                          "conversations", "scoring", "intake", "serving", "batch"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
                           "step_inputs", "decoding", "request_table", "engine"],

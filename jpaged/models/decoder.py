@@ -174,6 +174,10 @@ class Decoder(nnx.Module):
           ValueError: tokens is not of rank 2, or longer than learned positions or a
             dynamic rotary scaling reach.
         """
+        return self.logits(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: jax.Array) -> jax.Array:
+        """What `__call__` makes its logits of, [B, T, E]; raises as it does."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected shape [B, T], got {tokens.shape}")
         batch, length = tokens.shape
@@ -186,7 +190,7 @@ class Decoder(nnx.Module):
 
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
         hidden = self.trunk(tokens.reshape(-1), positions, attend)
-        return self.logits(hidden.reshape(batch, length, -1))
+        return hidden.reshape(batch, length, -1)
 
     def trunk(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend

@@ -72,11 +72,12 @@ class Linear(nnx.Module):
         may_be_quantized: bool = True,
     ) -> None:
         shape = (in_size, out_size)
-        self.scale: nnx.Param | None = None
+        scale = None
         if config.quantization is None or not may_be_quantized:
             self.weight = random_param(shape, config, rngs)
         else:
-            self.weight, self.scale = empty_int8(shape, config, rngs)
+            self.weight, scale = empty_int8(shape, config, rngs)
+        self.scale = scale
         self.bias = nnx.Param(jnp.zeros(out_size, config.dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -30,11 +30,12 @@ class ExpertLinear(nnx.Module):
         self, in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs
     ) -> None:
         shape = (config.num_experts, in_size, out_size)
-        self.scale: nnx.Param | None = None
+        scale = None
         if config.quantization is None:
             self.weight = random_param(shape, config, rngs)
         else:
-            self.weight, self.scale = empty_int8(shape, config, rngs)
+            self.weight, scale = empty_int8(shape, config, rngs)
+        self.scale = scale
         self.bias = (
             nnx.Param(jnp.zeros((config.num_experts, out_size), config.dtype))
             if config.expert_bias

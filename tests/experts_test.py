@@ -189,9 +189,7 @@ def test_int8_experts_are_quantised_one_by_one(tmp_path):
 def test_a_quantised_model_is_not_saved_and_unknown_quantisations_are_refused(tmp_path):
     with pytest.raises(ValueError, match="model: expected weights as they were loaded"):
         save_model(tiny_llm("int8").model, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"quantization: expected None or .*'awq"
-    ):
+    with pytest.raises(ValueError, match=r"quantization: expected None or .*'awq"):
         load_model(tmp_path, quantization="awq")
     with pytest.raises(ValueError, match=r"quantization: wanted the Decoder's own"):
         LLM(tiny_llm(None).model, quantization="int8")

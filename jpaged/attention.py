@@ -33,7 +33,7 @@ def paged_attention(
     *,
     query_start_loc: jax.Array | None = None,
     scale: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | jax.Array | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     k_scale: jax.Array | None = None,
@@ -59,6 +59,8 @@ def paged_attention(
         entry give zeros.
       scale: multiplies the scores; `head_dim ** -0.5` if None.
       sliding_window: a query sees itself and the `sliding_window - 1` tokens before.
+        May be a traced i32 scalar, so that layers with and without windows share one
+        program; it is not checked then.
       logits_soft_cap: scores become `cap * tanh(scores / cap)`.
       sinks: f32`[H]`, a learned score per head that takes part in the softmax's
         denominator and has no value.
@@ -87,7 +89,7 @@ def paged_attention(
             )
     _check_pages(k_pages, v_pages, layer)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
-    if sliding_window is not None and sliding_window < 1:
+    if isinstance(sliding_window, int) and sliding_window < 1:
         raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap: expected above 0, got {logits_soft_cap}")

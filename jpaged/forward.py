@@ -123,6 +123,8 @@ def _trunk(
             inputs.context_lens,
             query_start_loc=inputs.query_start_loc,
             layer=layer,
+            implementation=implementation,
+            **model.attention_options(layer),
         )
         return attended, KVCache(k_pages, v_pages)
 

@@ -8,23 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from jpaged import batch, compilation_cache, intake, memory, options, submission
+from jpaged import (
+    batch,
+    compilation_cache,
+    conversations,
+    intake,
+    memory,
+    options,
+    scoring,
+    submission,
+)
 from jpaged.batch import Job
 from jpaged.config import EngineConfig
 from jpaged.models.decoder import Decoder
 from jpaged.prefix import Prefix
 from jpaged.requests import RequestOutput
+from jpaged.scoring import Perplexity, Score
 from jpaged.serving import EngineHost
 from jpaged.submission import Params
 from jpaged.text import Tokenizer
 
 Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +55,9 @@ class LLM:
     """A language model that writes: weights, tokenizer, KV pool and engine.
 
     Args:
-      model: folder in Hugging Face layout; the name of a bundled model; or a Decoder.
+      model: folder in Hugging Face layout; a hub id ("org/name" or "hf://org/name");
+        the name of a bundled model; "random:" and the name of a shape, see
+        `models.shapes`; or a Decoder.
       dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, and float32
         on a CPU.
       kv_dtype: of keys and values in the pool; "auto" is the model's.
@@ -74,6 +88,7 @@ class LLM:
       max_num_requests: places in the request table, waiting and running; four times
         `max_num_seqs` where None. Calls may have any number of prompts.
       max_num_stop_ids: stop tokens of one request, EOS included.
+      quantization: "int8" holds the weights of the layers' products in 8 bits.
       max_logprobs: largest `SamplingParams.logprobs` and `prompt_logprobs`.
       max_num_prefixes: prefixes that can be pinned at the same time, see `pin`.
 
@@ -114,6 +129,7 @@ class LLM:
         max_num_stop_ids: int = 8,
         max_logprobs: int = 20,
         max_num_prefixes: int = 8,
+        quantization: str | None = None,
     ):
         options.check_sizes(
             block_size=block_size,
@@ -132,7 +148,9 @@ class LLM:
             memory_fraction=memory_fraction,
         )
         compilation_cache.turn_on()
-        self.model, self.tokenizer, self._name = options.load(model, dtype, tokenizer)
+        self.model, self.tokenizer, self._name = options.load(
+            model, dtype, tokenizer, quantization
+        )
         self.seed = seed
         self.max_logprobs = max_logprobs
         self._kv_dtype = self.model.config.dtype if kv_dtype == "auto" else kv_dtype
@@ -276,6 +294,79 @@ class LLM:
         """
         host = self._open_host()
         return Prefix(host, self.tokenizer, self._intake().token_ids(prefix))
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: Params | Sequence[Params] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """One RequestOutput for each conversation: `generate` after its chat template.
+
+        Args:
+          messages: `[{"role": "user", "content": "..."}, ...]`, or a list of such.
+          params: as for `generate`.
+          add_generation_prompt: end the prompt with the head of an answer.
+          chat_template: source of a template, or the name of one of the folder's;
+            None takes the folder's own.
+          tools: JSON schemas of functions, for templates that tell the model of them.
+          options: the other arguments of `generate`.
+
+        Raises:
+          ValueError: no template; messages that it refuses; see `chat.render`.
+        """
+        prompts = conversations.prompts(
+            self.tokenizer,
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+        )
+        return self.generate(prompts, params, **options)
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], continuations: Prompt | Sequence[Any]
+    ) -> list[Score]:
+        """How likely the model finds each continuation after its prompt.
+
+        A continuation's text is tokenized on its own, without special tokens. Padded
+        to few shapes and computed in batches, beside the engine; no pages are used.
+
+        Args:
+          prompts: a text, a list of token ids, or a list of either.
+          continuations: the same, one for each prompt.
+
+        Raises:
+          ValueError: see `scoring.score`; also where the numbers differ.
+        """
+        self._open_host()
+        pairs = conversations.pairs(self.tokenizer, prompts, continuations)
+        return scoring.score(self.model, *pairs)
+
+    def perplexity(
+        self,
+        text: Prompt | os.PathLike[str],
+        *,
+        window: int | None = None,
+        overlap: int | None = None,
+    ) -> Perplexity:
+        """How well the model predicts a text, or that of a file (a `pathlib.Path`).
+
+        See `scoring.perplexity` for the arguments and errors.
+        """
+        self._open_host()
+        if isinstance(text, os.PathLike):
+            text = scoring.read_text(pathlib.Path(text))
+        return scoring.perplexity(
+            self.model,
+            conversations.token_ids(self.tokenizer, "text", text),
+            window=window,
+            overlap=overlap,
+            num_characters=len(text) if isinstance(text, str) else 0,
+        )
 
     def check(
         self,

@@ -55,10 +55,10 @@ def choose_sizes(
         fits into memory.
     """
     models = [model] if draft is None else [model, draft]
-    longest = min(each.config.max_position_embeddings for each in models)
+    longest = min(each.config.max_length for each in models)
     if max_model_len is not None and max_model_len > longest:
         raise ValueError(
-            f"max_model_len: expected at most the model's max_position_embeddings "
+            f"max_model_len: expected at most the model's {model.config.longest_name} "
             f"({longest}), got {max_model_len}"
         )
     length = longest if max_model_len is None else max_model_len

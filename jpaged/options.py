@@ -7,13 +7,12 @@ replaced by something else.
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from jpaged import attention as attention_module
-from jpaged import bundled
 from jpaged.config import Speculation
+from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
@@ -80,25 +79,33 @@ def check_choices(
 
 
 def load(
-    model: Any, dtype: str, tokenizer: Any
+    model: Any, dtype: str, tokenizer: Any, quantization: str | None = None
 ) -> tuple[Decoder, Tokenizer | None, str]:
     """Decoder, tokenizer and a name to show."""
     if isinstance(model, Decoder):
-        if dtype not in ("auto", model.config.dtype):
-            raise ValueError(
-                f"dtype: wanted 'auto' or the Decoder's own ({model.config.dtype!r}), "
-                f"got {dtype!r}"
-            )
-        decoder, name = model, model.config.architecture
+        config = model.config
+        for argument, value, own in (
+            ("dtype", None if dtype == "auto" else dtype, config.dtype),
+            ("quantization", quantization, config.quantization),
+        ):
+            if value not in (None, own):
+                raise ValueError(
+                    f"{argument}: wanted the Decoder's own ({own!r}), got {value!r}; "
+                    f"load_model takes a {argument}"
+                )
+        decoder, name = model, config.architecture
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
-        folder = _folder(name)
-        decoder = load_model(folder, dtype)
-        tokenizer = folder if tokenizer is None else tokenizer
+        if sources.is_random(name):
+            decoder = load_model(name, dtype, quantization=quantization)
+        else:
+            folder = sources.find(name)
+            decoder = load_model(folder, dtype, quantization=quantization)
+            tokenizer = folder if tokenizer is None else tokenizer
     else:
         raise ValueError(
-            "model: wanted a folder, the name of a bundled model or a Decoder, got "
-            f"{model!r:.80} ({type(model).__name__})"
+            "model: wanted a folder, a hub id, the name of a bundled model, 'random:' "
+            f"and a shape, or a Decoder, got {model!r:.80} ({type(model).__name__})"
         )
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_folder(tokenizer)
@@ -167,17 +174,3 @@ def speculation(
             f"tokens, got {sizes[0]} ({name}); take a smaller model of the same family"
         )
     return Speculation("model", number), draft
-
-
-def _folder(name: str) -> pathlib.Path:
-    """The folder of a model that was given by path or by a bundled one's name."""
-    if name in bundled.bundled_models():
-        return bundled.bundled_path(name)
-    folder = pathlib.Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    raise FileNotFoundError(
-        f"model: no folder {name!r}, and no bundled model of that name (bundled: "
-        f"{', '.join(bundled.bundled_models())}). A hub id has to be downloaded first: "
-        "hf download ID --local-dir FOLDER"
-    )

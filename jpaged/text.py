@@ -13,14 +13,21 @@ import tokenizers
 
 # What decoding gives for bytes that are not (yet) a whole character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Tokenizers that are not read: SentencePiece, tiktoken, slow BPE.
+_OTHER_KINDS = ("tokenizer.model", "spiece.model", "tekken.json", "merges.txt")
 _CONTEXT = 6  # tokens of the prompt that the first output token is decoded after
 
 
 class Tokenizer:
     """A checkpoint's tokenizer: text to token ids and back."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        folder: pathlib.Path | None = None,
+    ):
         self.backend = backend
+        self.folder = folder  # that it came from, where chat templates are
         # A file may ask for truncation or padding, which training uses. A prompt that
         # is too long is to be refused, not shortened.
         backend.no_truncation()
@@ -43,16 +50,25 @@ class Tokenizer:
         """Return the tokenizer of `folder`/tokenizer.json; None where there is none.
 
         Raises:
-            ValueError: the file is there, but is no tokenizer.
+            ValueError: the file is there, but is no tokenizer; or the folder has
+              another kind of tokenizer alone.
         """
         path = pathlib.Path(folder) / "tokenizer.json"
         if not path.is_file():
+            for name in _OTHER_KINDS:
+                if (path.parent / name).is_file():
+                    raise ValueError(
+                        f"{path.parent}: wanted tokenizer.json, got {name} alone; "
+                        f"convert it with transformers: AutoTokenizer.from_pretrained("
+                        f"FOLDER).save_pretrained(FOLDER); or move it away, to work "
+                        f"with token ids alone"
+                    )
             return None
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: wanted a tokenizer, got: {error}") from error
-        return cls(backend)
+        return cls(backend, path.parent)
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise ValueError if the tokenizer has ids that the model does not know."""
@@ -65,7 +81,7 @@ class Tokenizer:
 
     def encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `prompt`, with the special tokens that the
-        tokenizer's own post-processor adds (a BOS, for example) unless told not to."""
+        tokenizer's own post-processor adds (a BOS, for example), unless told not to."""
         if not isinstance(prompt, str):
             raise ValueError(
                 f"prompt: wanted a string, got {prompt!r} ({type(prompt).__name__})"

@@ -197,6 +197,18 @@ def opt_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def write_shapes(
+    folder: str | pathlib.Path,
+    config: dict[str, Any],
+    shapes: dict[str, Any],
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> pathlib.Path:
+    """Folder with a config.json and random tensors of these names and shapes."""
+    return _write(pathlib.Path(folder), config, shapes, seed, dtype)
+
+
 def _write(
     folder: pathlib.Path,
     config: dict[str, Any],
@@ -205,14 +217,19 @@ def _write(
     dtype: str,
 ) -> pathlib.Path:
     rng = np.random.default_rng(seed)
+    is_gemma = config["model_type"].startswith("gemma")
     tensors = {}
     for name, shape in shapes.items():
         # Uniform numbers come straight from the bits, so that no change of numpy's
         # normal distribution can change the stored logits.
         noise = rng.random(shape) * 2 - 1
-        is_norm = "norm" in name and name.endswith("weight")
+        is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+        is_norm &= not is_gemma  # 1 is added to theirs
         # With larger embeddings a tied model only repeats its last token.
-        scale = 1.0 if "embed_positions" in name else 0.3
+        is_position = "embed_positions" in name or "wpe" in name
+        scale = 1.0 if is_position else 0.3
+        if is_gemma and "embed" in name:
+            scale = 0.05  # times the root of the hidden size
         tensors[name] = (is_norm + scale * noise).astype(DTYPES[dtype])
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, tensors)

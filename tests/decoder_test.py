@@ -284,7 +284,7 @@ def test_planted_fault_of_ignored_rope_scaling_breaks_the_tolerance(
 ):
     want = reference_logits(folders[name], some_tokens(50))
     plain = rotary.frequencies(models["llama"].config)
-    monkeypatch.setattr(rotary, "frequencies", lambda config: plain)
+    monkeypatch.setattr(rotary, "frequencies", lambda config, **_: plain)
     got = jax.jit(lambda model, tokens: model(tokens))(
         models[name], jnp.array([some_tokens(50)])
     )

@@ -26,6 +26,8 @@ ROOMS = {
     "compilation_cache": ["compat"],
     "bundled":           ["compat"],
     "text":              ["compat", "config", "requests"],
+    "chat":              [],
+    "conversations":     ["text", "chat"],
     "parallel":          ["compat", "config"],
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
@@ -64,7 +66,8 @@ ROOMS = {
                           "speculation"],
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
-    "options":           ["config", "bundled", "text", "attention", "models"],
+    "scoring":           ["models"],
+    "options":           ["config", "text", "attention", "models"],
     "intake":            ["config", "requests", "text", "models", "decoding", "groups",
                           "submission", "structured", "engine"],
     "serving":           ["config", "block_manager", "models", "scheduler",
@@ -73,8 +76,9 @@ ROOMS = {
     "batch":             ["config", "requests", "text", "scheduler", "request_table",
                           "submission", "serving"],
     "llm":               ["config", "requests", "compilation_cache", "bundled", "text",
-                          "parallel", "models", "submission", "engine", "memory",
-                          "options", "intake", "serving", "prefix", "batch"],
+                          "parallel", "models", "conversations", "scoring",
+                          "submission", "engine", "memory", "options", "intake",
+                          "serving", "prefix", "batch"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
                           "step_inputs", "decoding", "request_table", "engine"],

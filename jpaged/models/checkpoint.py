@@ -7,22 +7,23 @@ Only safetensors are read: pickle runs code, and so does remote code in a folder
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import nnx
 
-from jpaged.models import families
-from jpaged.models.config import DTYPES, ModelConfig
-from jpaged.models.decoder import Decoder
+from jpaged.models import families, shapes, sources, weights
+from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
+from jpaged.models.decoder import Decoder, init_model
+from jpaged.models.weights import Target
 
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+_STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _MAX_LISTED = 8  # names in one error message
 
 
@@ -33,7 +34,9 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
       FileNotFoundError: no such folder, or no config.json in it.
       ValueError: see `ModelConfig.from_hf`; also where a file is not JSON.
     """
-    folder = _folder(path)
+    if sources.is_random(path):
+        return shapes.random_config(path)
+    folder = sources.find(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no config.json; a checkpoint is a folder with config.json "
@@ -46,42 +49,60 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
     )
 
 
-def load_model(path: str | pathlib.Path, dtype: str = "auto") -> Decoder:
+def load_model(
+    path: str | pathlib.Path,
+    dtype: str = "auto",
+    *,
+    quantization: str | None = None,
+    check_finite: bool = False,
+) -> Decoder:
     """Decoder with the weights of a Hugging Face folder.
 
     Tensors are read and cast one by one, so that memory peaks at the model's size
     plus one tensor.
 
     Args:
-      path: folder with config.json and model.safetensors, or shards and an index.
+      path: folder with config.json and model.safetensors, or shards and an index; a
+        bundled model's name; a hub id, "org/name" or "hf://org/name"; or
+        "random:NAME" for random weights in the shape NAME, see `models.shapes`.
       dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, but
         float32 on CPU.
+      quantization: "int8" holds the weights of the layers' products in 8 bits.
+      check_finite: refuse weights that are NaN or infinite.
 
     Raises:
-      FileNotFoundError: folder, config.json, weights or a shard not there.
+      FileNotFoundError: folder, config.json, weights or a shard not there; a hub id
+        that cannot be had.
       ValueError: config not supported; file truncated or corrupt; tensors missing,
         unknown, or of another shape than the config says.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or one of {DTYPES}, got {dtype!r}")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(
+            f"quantization: expected None or one of {QUANTIZATIONS}, "
+            f"got {quantization!r}"
+        )
     config = load_config(path)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
-    config = dataclasses.replace(config, dtype=dtype)
-    folder = _folder(path)
+    config = dataclasses.replace(config, dtype=dtype, quantization=quantization)
+    if sources.is_random(path):
+        return init_model(config)
+    folder = sources.find(path)
     # The abstract model has shapes and no arrays: random weights are never drawn.
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    params = {name: (param, t) for name, param, t in _params(model)}
+    targets = weights.targets(model)
     files = [folder / name for name in _weight_files(folder)]
-    where = _locate(files, params, config)
-    for name, (param, transposed) in params.items():
-        file, stored = where[name]
+    where = _locate(files, targets, config)
+    for target in targets:
+        file, stored = where[target.tensor.name]
         # Opened for each tensor: pages of a file that stays mapped count as memory.
         with _open(file) as opened:
             array = opened.get_tensor(stored)
-        array = array.T if transposed else array
-        # A copy, always: on CPU a JAX array may otherwise borrow numpy's memory.
-        param.set_value(jnp.array(array.astype(jnp.dtype(dtype), copy=False)))
+        if check_finite and not np.isfinite(array).all():
+            raise ValueError(f"{stored}: expected finite numbers, got NaN or infinity")
+        weights.fill(target, array, dtype)
     return model
 
 
@@ -94,52 +115,50 @@ def save_model(
       model: the decoder.
       path: folder; made where it is not there, files of the same name replaced.
       dtype: what to store; None keeps the parameters' own.
+
+    Raises:
+      ValueError: an unknown dtype, or a model that is held in 8 bits.
     """
     dtype = dtype or model.config.dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
+    if model.config.quantization is not None:
+        raise ValueError(
+            f"model: expected weights as they were loaded, got quantization="
+            f"{model.config.quantization!r}; load it without, and save that"
+        )
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for name, param, transposed in _params(model):
-        array = np.asarray(param[...].astype(dtype))
-        arrays[name] = np.ascontiguousarray(array.T if transposed else array)
     config = dataclasses.replace(model.config, dtype=dtype)
     # Renamed into place, so that a crash leaves no half a checkpoint behind.
     partial = folder / "model.safetensors.partial"
-    safetensors.numpy.save_file(arrays, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes it readable by its owner alone
+    _write(partial, weights.targets(model), dtype)
     partial.replace(folder / "model.safetensors")
     text = json.dumps(config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _params(model: Decoder) -> list[tuple[str, nnx.Param, bool]]:
-    """(name in a checkpoint, parameter, stored transposed), for all parameters."""
-    found = []
-    tensors = families.tensors(
-        model.config.architecture,
-        num_layers=model.config.num_layers,
-        is_tied=model.config.tie_word_embeddings,
-    )
-    for path, tensor in tensors:
-        node: Any = model
-        for step in path:
-            node = node[step] if isinstance(step, int) else getattr(node, step, None)
-        if node is not None:
-            found.append((tensor.name, node, tensor.transposed))
-    assert len(found) == len(jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return found
+def _write(file: pathlib.Path, targets: list[Target], dtype: str) -> None:
+    """A safetensors file, tensor by tensor, so that no second copy of all is held.
 
-
-def _folder(path: str | pathlib.Path) -> pathlib.Path:
-    folder = pathlib.Path(path).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such folder. A model is a folder in Hugging Face layout; "
-            "a hub id has to be downloaded first: hf download ID --local-dir FOLDER"
-        )
-    return folder
+    Source: https://huggingface.co/docs/safetensors, "Format".
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    itemsize, end = jnp.dtype(dtype).itemsize, 0
+    for target in targets:
+        start, end = end, end + itemsize * math.prod(target.stored_shape)
+        header[target.tensor.name] = {
+            "dtype": _STORED_NAMES[dtype],
+            "shape": list(target.stored_shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for target in targets:
+            array = weights.joined(target, dtype)
+            opened.write(array.view(np.uint8).data if array.ndim else array.tobytes())
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -158,13 +177,18 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     if not index.is_file():
-        pickled = sorted(file.name for file in folder.glob("*.bin"))
-        hint = (
-            f"; {pickled[0]} is pickle, which is never read: convert it with "
-            "transformers, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-            if pickled
-            else ""
-        )
+        hint = ""
+        for pattern, kind in (
+            ("*.bin", "pickle"),
+            ("*.pt*", "pickle"),
+            ("*.gguf", "GGUF"),
+        ):
+            others = sorted(file.name for file in folder.glob(pattern))
+            if others and not hint:
+                hint = (
+                    f"; {others[0]} is {kind}, which is never read: convert it with "
+                    "transformers, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+                )
         raise FileNotFoundError(
             f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}"
         )
@@ -192,11 +216,9 @@ def _open(file: pathlib.Path) -> Any:
 
 
 def _locate(
-    files: list[pathlib.Path],
-    params: Mapping[str, tuple[nnx.Param, bool]],
-    config: ModelConfig,
+    files: list[pathlib.Path], targets: list[Target], config: ModelConfig
 ) -> dict[str, tuple[pathlib.Path, str]]:
-    """File and stored name of every parameter, once all names and shapes agree."""
+    """File and stored name of every tensor, once all names and shapes agree."""
     stored = {}  # name -> (file, shape, dtype)
     for file in files:
         with _open(file) as opened:
@@ -204,27 +226,27 @@ def _locate(
                 tensor = opened.get_slice(name)
                 shape = tuple(tensor.get_shape())
                 stored[name] = (file, shape, tensor.get_dtype())
+    wanted = {target.tensor.name: target.stored_shape for target in targets}
     # Checkpoints of the bare model lack the first part of the names.
-    is_bare = not any(name.startswith("model.") for name in stored)
+    prefix = families.FAMILIES[config.architecture].prefix
+    is_bare = not any(name.startswith(prefix) for name in stored)
     where, problems = {}, []
     for stored_name, (file, got, stored_dtype) in stored.items():
-        is_renamed = is_bare and stored_name not in params
-        name = f"model.{stored_name}" if is_renamed else stored_name
-        if name not in params:
+        is_renamed = is_bare and stored_name not in wanted
+        name = prefix + stored_name if is_renamed else stored_name
+        if name not in wanted:
             if not families.is_harmless(name, is_tied=config.tie_word_embeddings):
                 problems.append(f"unknown {stored_name}")
             continue
         where[name] = (file, stored_name)
-        param, transposed = params[name]
-        wanted = tuple(param.shape)[::-1] if transposed else tuple(param.shape)
-        if wanted != got:
-            problems.append(f"{stored_name}: expected shape {wanted}, got {got}")
+        if wanted[name] != got:
+            problems.append(f"{stored_name}: expected shape {wanted[name]}, got {got}")
         if stored_dtype not in _STORED_DTYPES:
             problems.append(
                 f"{stored_name}: expected one of {_STORED_DTYPES}, got {stored_dtype}"
             )
     # What is missing says more than what is unknown, so it comes first.
-    problems = [f"missing {name}" for name in params if name not in where] + problems
+    problems = [f"missing {name}" for name in wanted if name not in where] + problems
     if problems:
         more = len(problems) - _MAX_LISTED
         listed = "; ".join(problems[:_MAX_LISTED])

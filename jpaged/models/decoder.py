@@ -12,6 +12,7 @@ E hidden size, V vocabulary.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ from jpaged.models.layers import (
     causal_attention,
     make_norm,
     random_param,
+    soft_cap,
 )
+from jpaged.models.moe import Experts
 
 # Cosines and sines of the step's positions; None for learned positions.
 RotaryTables = tuple[jax.Array, jax.Array] | None
@@ -53,6 +56,14 @@ class Attention(nnx.Module):
         self.out = Linear(
             q_size, hidden, use_bias=config.out_bias, config=config, rngs=rngs
         )
+        has_norms = config.qk_norm
+        self.query_norm = make_norm(config, config.head_dim) if has_norms else None
+        self.key_norm = make_norm(config, config.head_dim) if has_norms else None
+        self.sinks = (
+            random_param((config.num_heads,), config, rngs)
+            if config.attention_sinks
+            else None
+        )
 
     def project(
         self, x: jax.Array, angles: RotaryTables
@@ -63,6 +74,8 @@ class Attention(nnx.Module):
             linear(x).reshape(num_tokens, -1, self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if angles is not None:
             q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
         return q, k, v
@@ -73,14 +86,20 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """x [T, E] -> [T, E]: attention and MLP, each with its norm and residual."""
+    """x [T, E] -> [T, E]: attention, then MLP or experts, with norms and residuals."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs) -> None:
         self.norm_first = config.norm_first
+        self.is_local = layer not in config.full_layers
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, rngs)
         self.mlp_norm = make_norm(config)
-        self.mlp = Mlp(config, rngs)
+        has_experts = config.has_experts(layer)
+        self.mlp = None if has_experts else Mlp(config, rngs)
+        self.experts = Experts(config, rngs) if has_experts else None
+        has_more = config.sublayer_norms
+        self.attention_out_norm = make_norm(config) if has_more else None
+        self.mlp_out_norm = make_norm(config) if has_more else None
 
     def before(
         self, x: jax.Array, angles: RotaryTables
@@ -91,11 +110,23 @@ class DecoderLayer(nnx.Module):
 
     def after(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """x [T, E] after this layer, from what attention gave, [T, H, D]."""
-        x = x + self.attention.merge(attended)
+        gain = self.attention.merge(attended)
+        if self.attention_out_norm is not None:
+            gain = self.attention_out_norm(gain)
+        x = x + gain
         if self.norm_first:
-            return x + self.mlp(self.mlp_norm(x))
+            gain = self._feed_forward(self.mlp_norm(x))
+            if self.mlp_out_norm is not None:
+                gain = self.mlp_out_norm(gain)
+            return x + gain
         x = self.attention_norm(x)
-        return self.mlp_norm(x + self.mlp(x))
+        return self.mlp_norm(x + self._feed_forward(x))
+
+    def _feed_forward(self, x: jax.Array) -> jax.Array:
+        if self.experts is not None:
+            return self.experts(x)
+        assert self.mlp is not None
+        return self.mlp(x)
 
 
 class Decoder(nnx.Module):
@@ -112,7 +143,12 @@ class Decoder(nnx.Module):
             if config.tie_word_embeddings
             else random_param((vocab, width), config, rngs)
         )
-        plain = {"use_bias": False, "config": config, "rngs": rngs}
+        plain = {
+            "use_bias": False,
+            "config": config,
+            "rngs": rngs,
+            "may_be_quantized": False,
+        }
         self.output = Linear(width, vocab, **plain)
         self.position_embedding = (
             random_param(
@@ -127,7 +163,7 @@ class Decoder(nnx.Module):
         self.project_in = Linear(width, hidden, **plain) if is_projected else None
         self.project_out = Linear(hidden, width, **plain) if is_projected else None
         self.layers = nnx.List(
-            [DecoderLayer(config, rngs) for _ in range(config.num_layers)]
+            [DecoderLayer(config, i, rngs) for i in range(config.num_layers)]
         )
         self.final_norm = make_norm(config) if config.final_norm else None
 
@@ -135,26 +171,26 @@ class Decoder(nnx.Module):
         """Logits f32[B, T, V] for tokens i32[B, T]; causal, differentiable.
 
         Raises:
-          ValueError: tokens is not of rank 2, or longer than learned positions reach.
+          ValueError: tokens is not of rank 2, or longer than learned positions or a
+            dynamic rotary scaling reach.
         """
+        return self.logits(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: jax.Array) -> jax.Array:
+        """What `__call__` makes its logits of, [B, T, E]; raises as it does."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected shape [B, T], got {tokens.shape}")
         batch, length = tokens.shape
-        limit = self.config.max_position_embeddings
-        if self.position_embedding is not None and length > limit:
-            raise ValueError(
-                f"tokens: expected at most max_position_embeddings ({limit}) "
-                f"positions, got {length}"
-            )
+        self._check_length(length)
 
         def attend(layer, q, k, v):
-            del layer
             rows = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
-            return causal_attention(*rows).reshape(q.shape)
+            options = self.attention_options(layer)
+            return causal_attention(*rows, **options).reshape(q.shape)
 
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
         hidden = self.trunk(tokens.reshape(-1), positions, attend)
-        return self.logits(hidden.reshape(batch, length, -1))
+        return hidden.reshape(batch, length, -1)
 
     def trunk(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend
@@ -170,7 +206,7 @@ class Decoder(nnx.Module):
         """
         x, angles = self._start(tokens, positions)
         for i, layer in enumerate(self.layers):
-            x = layer.after(x, attend(i, *layer.before(x, angles)))
+            x = layer.after(x, attend(i, *layer.before(x, angles[layer.is_local])))
         return self._end(x)
 
     def trunk_loop(
@@ -192,13 +228,14 @@ class Decoder(nnx.Module):
           cache: a pytree; updated in place where it is donated.
         """
         x, angles = self._start(tokens, positions)
-        qkv = self.layers[0].before(x, angles)
+        qkv = self.layers[0].before(x, angles[self.layers[0].is_local])
 
         def dense(layer: int, x: jax.Array, attended: jax.Array):
             x = self.layers[layer].after(x, attended)
             if layer + 1 == len(self.layers):
                 return x, jax.tree.map(jnp.zeros_like, qkv)
-            return x, self.layers[layer + 1].before(x, angles)
+            following = self.layers[layer + 1]
+            return x, following.before(x, angles[following.is_local])
 
         branches = [functools.partial(dense, i) for i in range(len(self.layers))]
 
@@ -213,21 +250,61 @@ class Decoder(nnx.Module):
         x, _, cache = jax.lax.fori_loop(jnp.int32(0), num_layers, body, carry)
         return self._end(x), cache
 
+    def attention_options(self, layer: int | jax.Array) -> dict[str, Any]:
+        """What a layer asks of its attention, as arguments of `paged_attention`.
+
+        `layer` may be traced, as in `trunk_loop`; where layers differ in their window,
+        that is traced then as well, so that one attention serves them all.
+        """
+        config = self.config
+        options: dict[str, Any] = {"scale": config.attention_scale}
+        options["logits_soft_cap"] = config.attention_soft_cap
+        windows = config.windows
+        if len(set(windows)) == 1 or isinstance(layer, int):
+            is_one = not isinstance(layer, int)
+            options["sliding_window"] = windows[0 if is_one else layer]
+        else:
+            everything = jnp.iinfo(jnp.int32).max
+            sizes = [everything if w is None else w for w in windows]
+            options["sliding_window"] = jnp.asarray(sizes, jnp.int32)[layer]
+        if config.attention_sinks:
+            sinks = [each.attention.sinks for each in self.layers]
+            options["sinks"] = jnp.stack([s[...] for s in sinks if s is not None])[
+                layer
+            ]
+        return options
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits f32[..., V] of hidden states [..., E] from `trunk`."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        return self.output(hidden).astype(jnp.float32)
+        logits = self.output(hidden).astype(jnp.float32)
+        return soft_cap(logits, self.config.logits_soft_cap)
+
+    def _check_length(self, length: int) -> None:
+        config = self.config
+        scaling = config.rope_scaling
+        is_bounded = config.positions == "learned" or (
+            scaling is not None and scaling.kind in ("dynamic", "longrope")
+        )
+        if is_bounded and length > config.max_length:
+            raise ValueError(
+                f"tokens: expected at most {config.longest_name} "
+                f"({config.max_length}) positions, got {length}"
+            )
 
     def _start(
         self, tokens: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, RotaryTables]:
-        """x [T, E] before the first layer, and the rotary tables."""
-        x = self._embed(tokens)
-        if self.position_embedding is None:
-            return x, rotary.tables(positions, self.config)
-        rows = positions + self.config.position_offset
-        return x + self.position_embedding[...][rows], None
+    ) -> tuple[jax.Array, tuple[RotaryTables, RotaryTables]]:
+        """x [T, E] before the first layer, and rotary tables: not local, local."""
+        x, config = self._embed(tokens), self.config
+        if self.position_embedding is not None:
+            rows = positions + config.position_offset
+            return x + self.position_embedding[...][rows], (None, None)
+        angles = rotary.tables(positions, config)
+        if config.local_rope_theta is None:
+            return x, (angles, angles)
+        return x, (angles, rotary.tables(positions, config, is_local=True))
 
     def _end(self, x: jax.Array) -> jax.Array:
         return x if self.final_norm is None else self.final_norm(x)
@@ -238,6 +315,9 @@ class Decoder(nnx.Module):
             x = self.output.weight[...].T[tokens]
         else:
             x = self.embedding[...][tokens]
+        if self.config.scaled_embedding:
+            # Rounded to the dtype first, as transformers does.
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return x if self.project_in is None else self.project_in(x)
 
 

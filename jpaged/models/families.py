@@ -5,50 +5,54 @@ and parameters. A family is how its config is read, how it is written, and what 
 tensors are called. The decoder itself knows nothing of them.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-# The fields of a ModelConfig, by name; rope_scaling as a dict of its own fields.
-Fields = Mapping[str, Any]
+from jpaged.models import hf_fields
+from jpaged.models.hf_fields import Fields
 
 # Where a parameter lives in the decoder: attribute names and list indices.
 Path = tuple[str | int, ...]
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint: its name, and whether it is stored [out, in]."""
+    """One tensor of a checkpoint, and the parameters that it holds.
+
+    Several parameters lie behind each other along its last axis (after `transposed`),
+    or, interleaved, number by number.
+    """
 
     name: str
-    transposed: bool
+    paths: tuple[Path, ...]
+    transposed: bool = False  # its last two axes are [out, in], ours [in, out]
+    interleaved: bool = False
+    expert: int | None = None  # it holds this expert's part of the parameter
 
 
-class Family(NamedTuple):
-    """How one architecture is written in a Hugging Face folder."""
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one architecture is written in a Hugging Face folder.
+
+    Modules of a layer and their names: a key with spaces names several that share one
+    tensor. `experts` names those of one expert, or with `stacks_experts` the tensors of
+    all experts at once, [X, in, out], whose first holds gate and up, interleaved.
+    """
 
     model_type: str
     read: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> Fields
     write: Callable[[Fields], dict[str, Any]]  # and back
+    prefix: str  # of all names; a checkpoint of the bare model lacks it
     layer_prefix: str
     embedding: str
     modules: Mapping[str, str]  # module of the decoder -> module in the checkpoint
     layer_modules: Mapping[str, str]  # the same inside a layer
-    token_ids: Mapping[str, int]  # what a config that is silent about them means
-
-
-_ACTIVATION_NAMES = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-_HF_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "relu": "relu",
-    "silu": "silu",
-}
+    router: str = ""
+    experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stacks_experts: bool = False
+    stores_in_out: bool = False  # its products' weights are [in, out] (GPT-2)
+    # What a config that is silent about them means.
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read(
@@ -57,13 +61,16 @@ def read(
     """Fields of a ModelConfig from a parsed config.json; see `ModelConfig.from_hf`."""
     architecture = _architecture(hf)
     if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
+        quantization = hf["quantization_config"]
+        is_object = isinstance(quantization, Mapping)
+        method = quantization.get("quant_method", "unknown") if is_object else "unknown"
         raise ValueError(
             f"quantization_config: expected none, got {method!r}; "
-            "quantised checkpoints are not supported, use the unquantised one"
+            "quantised checkpoints are not supported, use the unquantised one "
+            "(and quantization='int8' to load it in 8 bits)"
         )
     family = FAMILIES[architecture]
-    hf = {**family.token_ids, **hf}
+    hf = {**family.defaults, **hf}
     eos = hf.get("eos_token_id")
     if generation is not None and generation.get("eos_token_id") is not None:
         eos = generation["eos_token_id"]
@@ -99,38 +106,65 @@ def write(fields: Fields) -> dict[str, Any]:
 
 
 def tensors(
-    architecture: str, *, num_layers: int, is_tied: bool
-) -> Iterator[tuple[Path, Tensor]]:
-    """Every parameter that a decoder may have, with the tensor that holds it.
+    architecture: str, *, num_layers: int, num_experts: int, is_tied: bool
+) -> Iterator[Tensor]:
+    """Every tensor that a checkpoint of the architecture may have.
 
-    Biases and projections come too, whether or not this decoder has them.
+    Biases, projections and experts come too, whether or not this decoder has them.
     """
     family = FAMILIES[architecture]
     if is_tied:
         # One array serves both uses, in the layout of the output product.
-        yield ("output", "weight"), Tensor(family.embedding, transposed=True)
+        yield Tensor(family.embedding, (("output", "weight"),), transposed=True)
     else:
-        yield ("embedding",), Tensor(family.embedding, transposed=False)
-        yield ("output", "weight"), Tensor("lm_head.weight", transposed=True)
-    modules = [((path,), name) for path, name in family.modules.items()] + [
-        (("layers", layer, *path.split(".")), f"{family.layer_prefix}{layer}.{name}")
-        for layer in range(num_layers)
-        for path, name in family.layer_modules.items()
-    ]
-    for path, name in modules:
-        is_norm = str(path[-1]).endswith("norm")
-        if path[-1] == "position_embedding":
-            yield path, Tensor(f"{name}.weight", transposed=False)
+        yield Tensor(family.embedding, (("embedding",),))
+        yield Tensor("lm_head.weight", (("output", "weight"),), transposed=True)
+    for paths, name in family.modules.items():
+        yield from _module(family, (), paths, name)
+    for layer in range(num_layers):
+        top, prefix = ("layers", layer), f"{family.layer_prefix}{layer}."
+        for paths, name in family.layer_modules.items():
+            yield from _module(family, top, paths, prefix + name)
+        if num_experts:
+            yield from _experts(family, (*top, "experts"), prefix, num_experts)
+
+
+def _module(family: Family, top: Path, modules: str, name: str) -> Iterator[Tensor]:
+    """The tensors of one module of a checkpoint, which may be several of ours."""
+    paths: list[Path] = [(*top, *path.split(".")) for path in modules.split()]
+    last = str(paths[0][-1])
+    if last == "sinks":
+        yield Tensor(name, tuple(paths))
+        return
+    is_table = last == "position_embedding"
+    transposed = not (is_table or last.endswith("norm") or family.stores_in_out)
+    weights = paths if is_table else [(*path, "weight") for path in paths]
+    yield Tensor(f"{name}.weight", tuple(weights), transposed)
+    if not is_table:
+        yield Tensor(f"{name}.bias", tuple((*path, "bias") for path in paths))
+
+
+def _experts(family: Family, top: Path, prefix: str, count: int) -> Iterator[Tensor]:
+    yield from _module(family, top, "router", prefix + family.router)
+    for modules, name in family.experts.items():
+        paths = [(*top, module) for module in modules.split()]
+        weights = tuple((*path, "weight") for path in paths)
+        if family.stacks_experts:
+            biases = tuple((*path, "bias") for path in paths)
+            mixed = len(paths) > 1
+            yield Tensor(prefix + name, weights, interleaved=mixed)
+            yield Tensor(f"{prefix}{name}_bias", biases, interleaved=mixed)
             continue
-        yield (*path, "weight"), Tensor(f"{name}.weight", transposed=not is_norm)
-        yield (*path, "bias"), Tensor(f"{name}.bias", transposed=False)
+        for expert in range(count):
+            stored = f"{prefix}{name.format(expert=expert)}.weight"
+            yield Tensor(stored, weights, transposed=True, expert=expert)
 
 
 def is_harmless(name: str, *, is_tied: bool) -> bool:
     """Whether an extra tensor of a checkpoint repeats what the config says anyway."""
-    return name.endswith(("rotary_emb.inv_freq", "decoder.version")) or (
-        name == "lm_head.weight" and is_tied
-    )
+    return name.endswith(
+        ("rotary_emb.inv_freq", "decoder.version", ".attn.bias", ".attn.masked_bias")
+    ) or (name == "lm_head.weight" and is_tied)
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
@@ -149,186 +183,198 @@ def _architecture(hf: Mapping[str, Any]) -> str:
     )
 
 
-def _required(hf: Mapping[str, Any], name: str) -> int:
-    """A size that a config must hold."""
-    value = hf.get(name)
-    if value is None:
-        raise ValueError(f"config.json: expected a value for {name!r}, found none")
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer above 0, got {value!r}")
-    return value
-
-
-def _head_dim(hidden_size: int, num_heads: int) -> int:
-    """Head size of a config that does not give it."""
-    if hidden_size % num_heads:
-        raise ValueError(
-            f"hidden_size: expected a multiple of num_attention_heads ({num_heads}), "
-            f"got {hidden_size}"
-        )
-    return hidden_size // num_heads
-
-
-def _activation(name: str) -> str:
-    if name not in _ACTIVATION_NAMES:
-        raise ValueError(
-            f"activation: expected one of {sorted(_ACTIVATION_NAMES)}, got {name!r}"
-        )
-    return _ACTIVATION_NAMES[name]
-
-
-def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling from either style of config.
-
-    Before transformers 5: `rope_theta` beside `rope_scaling` (with "type" or
-    "rope_type"); since: one dict `rope_parameters` that holds both.
-    """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_scaling: expected an object, got {rope!r}")
-    rope = dict(rope)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    partial = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor")
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor: expected 1, got {partial}")
-    if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
-    if kind not in ("linear", "llama3"):
-        raise ValueError(
-            f"rope type: expected 'default', 'linear' or 'llama3', got {kind!r}"
-        )
-    wanted = ["factor"]
-    if kind == "llama3":
-        wanted += ["low_freq_factor", "high_freq_factor"]
-        wanted += ["original_max_position_embeddings"]
-    missing = [name for name in wanted if rope.get(name) is None]
-    if missing:
-        raise ValueError(f"rope type {kind!r}: expected values for {missing}")
-    scaling = {"kind": kind} | {name: rope[name] for name in wanted}
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
-
-
-def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
-    num_heads = _required(hf, "num_attention_heads")
-    hidden_size = _required(hf, "hidden_size")
-    attention_bias = bool(hf.get("attention_bias", False))
-    return {
-        "vocab_size": _required(hf, "vocab_size"),
-        "hidden_size": hidden_size,
-        "num_layers": _required(hf, "num_hidden_layers"),
-        "num_heads": num_heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
-        "head_dim": hf.get("head_dim") or _head_dim(hidden_size, num_heads),
-        "intermediate_size": _required(hf, "intermediate_size"),
-        "max_position_embeddings": hf.get("max_position_embeddings") or 2048,
-        "activation": _activation(hf.get("hidden_act", "silu")),
-        "norm": "rms",
-        "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
-        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "qkv_bias": attention_bias,
-        "out_bias": attention_bias,
-        "mlp_bias": bool(hf.get("mlp_bias", False)),
-        "initializer_range": float(hf.get("initializer_range", 0.02)),
-        **_rope(hf),
-    }
-
-
-def _write_llama(fields: Fields) -> dict[str, Any]:
-    rope = None
-    if fields["rope_scaling"] is not None:
-        rope = dict(fields["rope_scaling"])
-        rope["rope_type"] = rope.pop("kind")
-        if rope["rope_type"] == "linear":
-            rope = {"rope_type": "linear", "factor": rope["factor"]}
-    return {
-        "num_key_value_heads": fields["num_kv_heads"],
-        "head_dim": fields["head_dim"],
-        "intermediate_size": fields["intermediate_size"],
-        "hidden_act": _HF_ACTIVATIONS[fields["activation"]],
-        "rms_norm_eps": fields["norm_eps"],
-        "attention_bias": fields["qkv_bias"],
-        "mlp_bias": fields["mlp_bias"],
-        "initializer_range": fields["initializer_range"],
-        "rope_theta": fields["rope_theta"],
-        "rope_scaling": rope,
-    }
-
-
-def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
-    num_heads = _required(hf, "num_attention_heads")
-    hidden_size = _required(hf, "hidden_size")
-    norm_first = bool(hf.get("do_layer_norm_before", True))
-    bias = bool(hf.get("enable_bias", True))
-    embedding_size = hf.get("word_embed_proj_dim") or hidden_size
-    if not hf.get("layer_norm_elementwise_affine", True):
-        raise ValueError("layer_norm_elementwise_affine: expected true, got false")
-    return {
-        "vocab_size": _required(hf, "vocab_size"),
-        "hidden_size": hidden_size,
-        "num_layers": _required(hf, "num_hidden_layers"),
-        "num_heads": num_heads,
-        "num_kv_heads": num_heads,
-        "head_dim": _head_dim(hidden_size, num_heads),
-        "intermediate_size": _required(hf, "ffn_dim"),
-        "max_position_embeddings": hf.get("max_position_embeddings") or 2048,
-        "activation": _activation(hf.get("activation_function", "relu")),
-        "gated_mlp": False,
-        "norm": "layer",
-        "norm_eps": 1e-5,
-        "norm_first": norm_first,
-        "final_norm": norm_first and not hf.get("_remove_final_layer_norm", False),
-        "positions": "learned",
-        "position_offset": 2,
-        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", True)),
-        "embedding_size": None if embedding_size == hidden_size else embedding_size,
-        "qkv_bias": bias,
-        "out_bias": bias,
-        "mlp_bias": bias,
-        "initializer_range": float(hf.get("init_std", 0.02)),
-    }
-
-
-def _write_opt(fields: Fields) -> dict[str, Any]:
-    return {
-        "ffn_dim": fields["intermediate_size"],
-        "activation_function": _HF_ACTIVATIONS[fields["activation"]],
-        "do_layer_norm_before": fields["norm_first"],
-        "_remove_final_layer_norm": fields["norm_first"] and not fields["final_norm"],
-        "word_embed_proj_dim": fields["embedding_size"] or fields["hidden_size"],
-        "enable_bias": fields["qkv_bias"],
-        "init_std": fields["initializer_range"],
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
+_QKV = {
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+}
+_ATTENTION = {"attention_norm": "input_layernorm", **_QKV} | {
+    "attention.out": "self_attn.o_proj"
+}
+_GATED_MLP = {
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_QK_NORMS = {
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+}
+_TWO_NORMS = {"mlp_norm": "post_attention_layernorm"}
+_FOUR_NORMS = {
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+_MODEL = {
+    "prefix": "model.",
+    "layer_prefix": "model.layers.",
+    "embedding": "model.embed_tokens.weight",
+    "modules": {"final_norm": "model.norm"},
+}
+_LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_GEMMA = {
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
         model_type="llama",
-        read=_read_llama,
-        write=_write_llama,
-        layer_prefix="model.layers.",
-        embedding="model.embed_tokens.weight",
-        modules={"final_norm": "model.norm"},
+        read=hf_fields.read_llama,
+        write=hf_fields.write_llama,
+        **_MODEL,
+        layer_modules=_ATTENTION | _TWO_NORMS | _GATED_MLP,
+        defaults=_LLAMA_IDS,
+    ),
+    "MistralForCausalLM": Family(
+        model_type="mistral",
+        read=hf_fields.read_mistral,
+        write=hf_fields.write_mistral,
+        **_MODEL,
+        layer_modules=_ATTENTION | _TWO_NORMS | _GATED_MLP,
+        defaults=_LLAMA_IDS | {"sliding_window": 4096},
+    ),
+    "MixtralForCausalLM": Family(
+        model_type="mixtral",
+        read=hf_fields.read_mixtral,
+        write=hf_fields.write_mixtral,
+        **_MODEL,
+        layer_modules=_ATTENTION | _TWO_NORMS,
+        router="block_sparse_moe.gate",
+        experts={
+            "gate": "block_sparse_moe.experts.{expert}.w1",
+            "up": "block_sparse_moe.experts.{expert}.w3",
+            "down": "block_sparse_moe.experts.{expert}.w2",
+        },
+        defaults=_LLAMA_IDS
+        | {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+        },
+    ),
+    "Qwen2ForCausalLM": Family(
+        model_type="qwen2",
+        read=hf_fields.read_qwen2,
+        write=hf_fields.write_qwen,
+        **_MODEL,
+        layer_modules=_ATTENTION | _TWO_NORMS | _GATED_MLP,
+        defaults={"use_sliding_window": False, "sliding_window": 4096},
+    ),
+    "Qwen3ForCausalLM": Family(
+        model_type="qwen3",
+        read=hf_fields.read_qwen3,
+        write=hf_fields.write_qwen,
+        **_MODEL,
+        layer_modules=_ATTENTION | _QK_NORMS | _TWO_NORMS | _GATED_MLP,
+        defaults={
+            "head_dim": 128,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+        },
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        model_type="qwen3_moe",
+        read=hf_fields.read_qwen3_moe,
+        write=hf_fields.write_qwen3_moe,
+        **_MODEL,
+        layer_modules=_ATTENTION | _QK_NORMS | _TWO_NORMS | _GATED_MLP,
+        router="mlp.gate",
+        experts={
+            "gate": "mlp.experts.{expert}.gate_proj",
+            "up": "mlp.experts.{expert}.up_proj",
+            "down": "mlp.experts.{expert}.down_proj",
+        },
+        defaults={"num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    ),
+    "GemmaForCausalLM": Family(
+        model_type="gemma",
+        read=hf_fields.read_gemma,
+        write=hf_fields.write_gemma,
+        **_MODEL,
+        layer_modules=_ATTENTION | _TWO_NORMS | _GATED_MLP,
+        defaults=_GEMMA,
+    ),
+    "Gemma2ForCausalLM": Family(
+        model_type="gemma2",
+        read=hf_fields.read_gemma2,
+        write=hf_fields.write_gemma2,
+        **_MODEL,
+        layer_modules=_ATTENTION | _FOUR_NORMS | _GATED_MLP,
+        defaults=_GEMMA
+        | {
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+        },
+    ),
+    "Gemma3ForCausalLM": Family(
+        model_type="gemma3_text",
+        read=hf_fields.read_gemma3,
+        write=hf_fields.write_gemma2,
+        **_MODEL,
+        layer_modules=_ATTENTION | _QK_NORMS | _FOUR_NORMS | _GATED_MLP,
+        defaults=_GEMMA
+        | {
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+        },
+    ),
+    "Phi3ForCausalLM": Family(
+        model_type="phi3",
+        read=hf_fields.read_phi3,
+        write=hf_fields.write_mistral,
+        **_MODEL,
         layer_modules={
             "attention_norm": "input_layernorm",
-            "attention.query": "self_attn.q_proj",
-            "attention.key": "self_attn.k_proj",
-            "attention.value": "self_attn.v_proj",
+            "attention.query attention.key attention.value": "self_attn.qkv_proj",
             "attention.out": "self_attn.o_proj",
             "mlp_norm": "post_attention_layernorm",
-            "mlp.gate": "mlp.gate_proj",
-            "mlp.up": "mlp.up_proj",
+            "mlp.gate mlp.up": "mlp.gate_up_proj",
             "mlp.down": "mlp.down_proj",
         },
-        token_ids={"bos_token_id": 1, "eos_token_id": 2},
+        defaults={
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "GptOssForCausalLM": Family(
+        model_type="gpt_oss",
+        read=hf_fields.read_gpt_oss,
+        write=hf_fields.write_gpt_oss,
+        **_MODEL,
+        layer_modules=_ATTENTION | _TWO_NORMS | {"attention.sinks": "self_attn.sinks"},
+        router="mlp.router",
+        experts={
+            "gate up": "mlp.experts.gate_up_proj",
+            "down": "mlp.experts.down_proj",
+        },
+        stacks_experts=True,
+        defaults={
+            "head_dim": 64,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+        },
     ),
     "OPTForCausalLM": Family(
         model_type="opt",
-        read=_read_opt,
-        write=_write_opt,
+        read=hf_fields.read_opt,
+        write=hf_fields.write_opt,
+        prefix="model.",
         layer_prefix="model.decoder.layers.",
         embedding="model.decoder.embed_tokens.weight",
         modules={
@@ -337,16 +383,36 @@ FAMILIES: Mapping[str, Family] = {
             "project_out": "model.decoder.project_out",
             "final_norm": "model.decoder.final_layer_norm",
         },
-        layer_modules={
+        layer_modules=_QKV
+        | {
             "attention_norm": "self_attn_layer_norm",
-            "attention.query": "self_attn.q_proj",
-            "attention.key": "self_attn.k_proj",
-            "attention.value": "self_attn.v_proj",
             "attention.out": "self_attn.out_proj",
             "mlp_norm": "final_layer_norm",
             "mlp.up": "fc1",
             "mlp.down": "fc2",
         },
-        token_ids={"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
+        defaults={"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
+    ),
+    "GPT2LMHeadModel": Family(
+        model_type="gpt2",
+        read=hf_fields.read_gpt2,
+        write=hf_fields.write_gpt2,
+        prefix="transformer.",
+        layer_prefix="transformer.h.",
+        embedding="transformer.wte.weight",
+        modules={
+            "position_embedding": "transformer.wpe",
+            "final_norm": "transformer.ln_f",
+        },
+        layer_modules={
+            "attention_norm": "ln_1",
+            "attention.query attention.key attention.value": "attn.c_attn",
+            "attention.out": "attn.c_proj",
+            "mlp_norm": "ln_2",
+            "mlp.up": "mlp.c_fc",
+            "mlp.down": "mlp.c_proj",
+        },
+        stores_in_out=True,
+        defaults={"bos_token_id": 50256, "eos_token_id": 50256},
     ),
 }

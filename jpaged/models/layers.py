@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpaged.models.config import ModelConfig
+from jpaged.models.quantize import empty_int8, product_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k carry their
 # positions already; q is not scaled yet.
@@ -54,7 +55,11 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x [..., in] -> [..., out], with a bias where asked for."""
+    """x [..., in] -> [..., out], with a bias where asked for.
+
+    Where the config is quantised, the weight is int8 and has scales of its own, except
+    for products that are small or decide much: `may_be_quantized=False`.
+    """
 
     def __init__(
         self,
@@ -64,13 +69,23 @@ class Linear(nnx.Module):
         use_bias: bool,
         config: ModelConfig,
         rngs: nnx.Rngs,
+        may_be_quantized: bool = True,
     ) -> None:
-        self.weight = random_param((in_size, out_size), config, rngs)
+        shape = (in_size, out_size)
+        scale = None
+        if config.quantization is None or not may_be_quantized:
+            self.weight = random_param(shape, config, rngs)
+        else:
+            self.weight, scale = empty_int8(shape, config, rngs)
+        self.scale = scale
         self.bias = nnx.Param(jnp.zeros(out_size, config.dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The product [..., out], in the dtype of the weight."""
-        out = matmul(x, self.weight[...])
+        """The product [..., out], in the dtype of the weight, or x's where int8."""
+        if self.scale is None:
+            out = matmul(x, self.weight[...])
+        else:
+            out = product_int8(x, self.weight[...], self.scale[...])
         if self.bias is None:
             return out
         return out + _as_last_axis(self.bias[...], out.ndim)
@@ -92,6 +107,22 @@ class RMSNorm(nnx.Module):
         return normed * _as_last_axis(self.weight[...], x.ndim)
 
 
+class RMSNormPlusOne(nnx.Module):
+    """x [..., E] over its root mean square, times 1 + weight, in float32 (Gemma)."""
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
+        self.weight = nnx.Param(jnp.zeros(size, config.dtype))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x normed over its last axis, in x's dtype."""
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        weight = _as_last_axis(self.weight[...], x.ndim).astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(variance + self.eps) * (1.0 + weight)
+        return normed.astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """x [..., E] to mean 0 and variance 1, times a weight plus a bias, in float32."""
 
@@ -111,10 +142,13 @@ class LayerNorm(nnx.Module):
         return (normed * weight + bias).astype(x.dtype)
 
 
-def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """Norm over the hidden size, of the kind that the config names."""
-    kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(config.hidden_size, config)
+Norm = RMSNorm | RMSNormPlusOne | LayerNorm
+_NORMS = {"rms": RMSNorm, "rms_plus_one": RMSNormPlusOne, "layer": LayerNorm}
+
+
+def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
+    """Norm over `size`, or the hidden size, of the kind that the config names."""
+    return _NORMS[config.norm](size or config.hidden_size, config)
 
 
 class Mlp(nnx.Module):
@@ -136,12 +170,26 @@ class Mlp(nnx.Module):
         return self.down(act(self.gate(x)) * self.up(x))
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which stays within the cap; x where there is none."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
     """Every position attends to itself and what came before; softmax in float32.
 
     q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]. Head h reads kv head
-    h // (H // K). Materialises the scores, f32[B, H, T, T]: for training and
-    scoring, not for serving.
+    h // (H // K). The options are those of `attention.paged_attention`. Materialises
+    the scores, f32[B, H, T, T]: for training and scoring, not for serving.
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -154,10 +202,18 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+    scores = soft_cap(scores * (scale or head_dim**-0.5), logits_soft_cap)
     positions = jnp.arange(length)
-    is_visible = positions[:, None] >= positions[None, :]
-    scores = jnp.where(is_visible[None, None, None], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    distance = positions[:, None] - positions[None, :]
+    is_visible = distance >= 0
+    if sliding_window is not None:
+        is_visible &= distance < sliding_window
+    scores = jnp.where(is_visible[None, None, None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
+        sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=precision)
     return out.reshape(q.shape)
 

@@ -4,6 +4,8 @@ Place on the road: positions -> [models.rotary] -> query and key of every layer.
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; scalings as in transformers.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,19 +13,35 @@ import numpy as np
 from jpaged.models.config import ModelConfig, RopeScaling
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
-    """Angle per position of each pair of dimensions, f32[D / 2]."""
+def frequencies(config: ModelConfig, *, is_local: bool = False) -> np.ndarray:
+    """Angle per position of each pair of dimensions that turns, f32[rotary size / 2].
+
+    `is_local`: those of the sliding layers, where they have a base of their own.
+    """
+    size, theta = config.rotary_size, config.rope_theta
+    if is_local and config.local_rope_theta is not None:
+        theta = config.local_rope_theta
     # The same float32 operations as transformers: another rounding here is
     # multiplied by the position.
-    exponents = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(
-        config.head_dim
-    )
-    plain = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
-    if config.rope_scaling is None:
+    exponents = np.arange(0, size, 2).astype(np.float32) / np.float32(size)
+    powers = np.power(np.float32(theta), exponents)
+    plain = np.float32(1.0) / powers
+    scaling = config.rope_scaling
+    if scaling is None or is_local:
         return plain
-    if config.rope_scaling.kind == "linear":
-        return plain / np.float32(config.rope_scaling.factor)
-    return _llama3(plain, config.rope_scaling)
+    match scaling.kind:
+        case "linear":
+            return plain / np.float32(scaling.factor)
+        case "dynamic":
+            # Scaled only beyond max_position_embeddings, where no sequence goes.
+            return plain
+        case "longrope":
+            factors = np.array(scaling.short_factors, np.float32)
+            return np.float32(1.0) / (factors * powers)
+        case "yarn":
+            return _yarn(powers, theta, size, scaling)
+        case _:
+            return _llama3(plain, scaling)
 
 
 def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -39,18 +57,56 @@ def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return np.where(is_long, slowed, np.where(is_short, plain, mixed))
 
 
-def tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines f32[T, 1, D / 2] for positions i32[T]."""
-    per_position = frequencies(config)[None, None, :]
+def _yarn(
+    powers: np.ndarray, theta: float, size: int, scaling: RopeScaling
+) -> np.ndarray:
+    """YaRN: pairs that turn often kept, those that turn seldom slowed, a ramp between.
+
+    Source: Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3.2.
+    """
+
+    def pair_with(rotations: float) -> float:
+        """The pair, as a real number, that turns so often over the trained length."""
+        length = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return size * math.log(length) / (2 * math.log(theta))
+
+    low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
+    if scaling.is_truncated:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    pairs = np.arange(size // 2).astype(np.float32)
+    slow_share = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+    kept_share = np.float32(1) - slow_share
+    slowed = np.float32(1) / (np.float32(scaling.factor) * powers)
+    kept = np.float32(1) / powers
+    return slowed * (np.float32(1) - kept_share) + kept * kept_share
+
+
+def tables(
+    positions: jax.Array, config: ModelConfig, *, is_local: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines f32[T, 1, rotary size / 2] for positions i32[T]."""
+    per_position = frequencies(config, is_local=is_local)[None, None, :]
     angles = positions.astype(jnp.float32)[:, None, None] * per_position
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if config.rope_scaling is None or is_local:
+        return cos, sin
+    factor = jnp.float32(config.rope_scaling.attention_factor)
+    return cos * factor, sin * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Heads x [T, H, D] turned by their positions' angles, in x's dtype.
 
-    Dimension i is paired with i + D / 2, as in transformers (not with i + 1).
+    Dimension i is paired with i + half of those that turn, as in transformers (not
+    with i + 1); dimensions past them stay as they are.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    size = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    turned = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    if size == x.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x[..., size:]], axis=-1)

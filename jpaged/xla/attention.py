@@ -54,7 +54,7 @@ def decode(
     context_lens: jax.Array,
     *,
     scale: float,
-    sliding_window: int | None,
+    sliding_window: int | jax.Array | None,
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
     tiles: Tiles = Tiles(),
@@ -129,7 +129,7 @@ def ragged(
     query_start_loc: jax.Array,
     *,
     scale: float,
-    sliding_window: int | None,
+    sliding_window: int | jax.Array | None,
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
     tiles: Tiles = Tiles(),
@@ -266,13 +266,14 @@ def _walk(
     least = jnp.min(jnp.where(visible > 0, visible, jnp.iinfo(jnp.int32).max))
     most = jnp.max(visible)
     end = (most + tokens - 1) // tokens
-    if sliding_window is None:
-        begin = jnp.int32(0)
-        # An idle row or query never blocks the unmasked tiles: its result is dropped.
-        whole = jnp.minimum(least // tokens, end)
-    else:
-        begin = jnp.maximum(least - sliding_window, 0) // tokens
-        begin = whole = jnp.minimum(begin, end)
+    # Tiles from `first` up to `last` are seen whole by every query; those before and
+    # behind need a mask. An idle row or query never blocks them: its result is dropped.
+    begin = first = jnp.int32(0)
+    if sliding_window is not None:
+        begin = jnp.minimum(jnp.maximum(least - sliding_window, 0) // tokens, end)
+        first = (jnp.maximum(most - sliding_window, 0) + tokens - 1) // tokens
+        first = jnp.minimum(first, end)
+    last = jnp.clip(least // tokens, first, end)
 
     step = functools.partial(
         _tile,
@@ -286,6 +287,8 @@ def _walk(
     )
 
     def masked(index, state):
+        index += begin
+        index += jnp.where(index < first, 0, last - first)
         position = index * tokens + jnp.arange(tokens, dtype=jnp.int32)
         position = position[None, None, :]
         mask = position < visible[..., None]
@@ -298,9 +301,9 @@ def _walk(
         jnp.zeros((num_batch, num_queries), jnp.float32),
         jnp.zeros((num_batch, num_queries, head_dim), jnp.float32),
     )
-    if sliding_window is None:
-        state = lax.fori_loop(begin, whole, lambda i, s: step(i, s, None), state)
-    state = lax.fori_loop(whole, end, masked, state)
+    state = lax.fori_loop(first, last, lambda i, s: step(i, s, None), state)
+    num_masked = (first - begin) + (end - last)
+    state = lax.fori_loop(0, num_masked, masked, state)
     # Idle rows walked along without a mask: they saw nothing.
     idle = jnp.broadcast_to(visible <= 0, state.total.shape)
     return _Softmax(

@@ -1,0 +1,188 @@
+"""Mixture of experts: each token goes through the few experts that its router picks.
+
+Place on the road: hidden states -> [models.moe] -> hidden states.
+
+Tokens are sorted by expert, so that each expert multiplies a run of rows; no expert
+computes a token that is not its own. Shape letters: T tokens, E hidden size, X experts,
+F size of an expert, C chosen experts per token.
+
+Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Gale et al. 2022 for the
+products without padding to a capacity, https://arxiv.org/abs/2211.15841.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jpaged.models.config import ModelConfig
+from jpaged.models.layers import ACTIVATION_FUNCTIONS, Linear, random_param
+from jpaged.models.quantize import empty_int8
+
+
+class ExpertLinear(nnx.Module):
+    """x [T, in], sorted by expert -> [T, out], with a bias where asked for."""
+
+    def __init__(
+        self, in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs
+    ) -> None:
+        shape = (config.num_experts, in_size, out_size)
+        scale = None
+        if config.quantization is None:
+            self.weight = random_param(shape, config, rngs)
+        else:
+            self.weight, scale = empty_int8(shape, config, rngs)
+        self.scale = scale
+        self.bias = (
+            nnx.Param(jnp.zeros((config.num_experts, out_size), config.dtype))
+            if config.expert_bias
+            else None
+        )
+
+    def __call__(
+        self, x: jax.Array, counts: jax.Array, experts: jax.Array
+    ) -> jax.Array:
+        """The products; `counts` i32[X] rows of each, `experts` i32[T] of each row."""
+        out = grouped_matmul(x, self.weight[...], counts)
+        if self.scale is not None:
+            out = (out * self.scale[...][experts]).astype(x.dtype)
+        return out if self.bias is None else out + self.bias[...][experts]
+
+
+class Experts(nnx.Module):
+    """x [..., E] -> [..., E] through the chosen experts, by the router's weights."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        hidden, inner = config.hidden_size, config.expert_size
+        self.router = Linear(
+            hidden,
+            config.num_experts,
+            use_bias=config.expert_bias,
+            config=config,
+            rngs=rngs,
+            may_be_quantized=False,
+        )
+        self.gate = ExpertLinear(hidden, inner, config, rngs)
+        self.up = ExpertLinear(hidden, inner, config, rngs)
+        self.down = ExpertLinear(inner, hidden, config, rngs)
+        self.num_chosen = config.num_experts_per_token
+        self.num_experts = config.num_experts
+        self.is_normalized = config.normalized_routing
+        self.activation = config.activation
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What the residual stream x [..., E] gains."""
+        flat = x.reshape(-1, x.shape[-1])
+        weights, experts = self._route(flat)
+        order = jnp.argsort(experts.reshape(-1), stable=True)
+        sorted_experts = experts.reshape(-1)[order]
+        counts = jnp.bincount(sorted_experts, length=self.num_experts)
+        counts = counts.astype(jnp.int32)
+        rows = flat[order // self.num_chosen]
+        gate = self.gate(rows, counts, sorted_experts)
+        up = self.up(rows, counts, sorted_experts)
+        out = self.down(self._gated(gate, up), counts, sorted_experts)
+        # Back in the order of the tokens, and summed over each one's experts.
+        out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+        out = out.reshape(-1, self.num_chosen, out.shape[-1])
+        return jnp.sum(out * weights[..., None], axis=1).reshape(x.shape)
+
+    def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weights [T, C] in x's dtype and experts i32[T, C] of tokens x [T, E]."""
+        scores = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        weights, experts = lax.top_k(scores, self.num_chosen)
+        if self.is_normalized:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights.astype(x.dtype), experts.astype(jnp.int32)
+
+    def _gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        if self.limit is None:
+            return ACTIVATION_FUNCTIONS[self.activation](gate) * up
+        gate = jnp.minimum(gate, jnp.asarray(self.limit, gate.dtype))
+        limit = jnp.asarray(self.limit, up.dtype)
+        up = jnp.clip(up, -limit, limit)
+        alpha = jnp.asarray(self.alpha, gate.dtype)
+        return (up + jnp.ones((), up.dtype)) * (gate * jax.nn.sigmoid(gate * alpha))
+
+
+@jax.custom_vjp
+def grouped_matmul(x: jax.Array, weight: jax.Array, counts: jax.Array) -> jax.Array:
+    """Rows x [T, in], the first counts[0] by weight[0], the next by weight[1], ...
+
+    weight [X, in, out], counts i32[X] with sum T -> [T, out] in x's dtype, or float32
+    where the weight is int8. `jax.lax.ragged_dot`, except on CPUs, where XLA expands
+    that to a product with every expert (docs/decisions/models.md); there in tiles of
+    rows of one expert. Differentiable by x and, where it is no int8, by weight.
+    """
+    return lax.platform_dependent(
+        x, weight, counts, cpu=_tiled_matmul, default=_ragged_dot
+    )
+
+
+def _ragged_dot(x: jax.Array, weight: jax.Array, counts: jax.Array) -> jax.Array:
+    return lax.ragged_dot(
+        x,
+        weight.astype(x.dtype),
+        counts,
+        precision=_precision(x),
+        preferred_element_type=_out_dtype(x, weight),
+    )
+
+
+def _tiled_matmul(x: jax.Array, weight: jax.Array, counts: jax.Array) -> jax.Array:
+    """The same in a loop over tiles of rows that share an expert."""
+    num_rows, in_size = x.shape
+    num_experts, _, out_size = weight.shape
+    size = 1
+    while size < 32 and size * num_experts < num_rows:
+        size *= 2
+    tiles = (counts + size - 1) // size
+    tile_ends, row_ends = jnp.cumsum(tiles), jnp.cumsum(counts)
+    # A tile may reach past its expert's rows: those behind are written later.
+    padded = jnp.pad(x, ((0, size), (0, 0)))
+    out = jnp.zeros((num_rows + size, out_size), _out_dtype(x, weight))
+
+    def tile(index: jax.Array, out: jax.Array) -> jax.Array:
+        expert = jnp.searchsorted(tile_ends, index, side="right").astype(jnp.int32)
+        nth = index - (tile_ends[expert] - tiles[expert])
+        start = row_ends[expert] - counts[expert] + nth * size
+        product = jnp.matmul(
+            lax.dynamic_slice(padded, (start, 0), (size, in_size)),
+            weight[expert].astype(x.dtype),
+            precision=_precision(x),
+            preferred_element_type=out.dtype,
+        )
+        return lax.dynamic_update_slice(out, product, (start, 0))
+
+    return lax.fori_loop(0, tile_ends[-1], tile, out)[:num_rows]
+
+
+def _forward(x: jax.Array, weight: jax.Array, counts: jax.Array) -> tuple[Any, Any]:
+    return grouped_matmul(x, weight, counts), (x, weight, counts)
+
+
+def _backward(saved: Any, cotangent: jax.Array) -> tuple[Any, Any, Any]:
+    x, weight, counts = saved
+    # The tiled loop's trip count is traced, so it has no transpose of its own.
+    none = np.zeros(counts.shape, jax.dtypes.float0)
+    if jnp.issubdtype(weight.dtype, jnp.integer):
+        _, vjp = jax.vjp(lambda x: _ragged_dot(x, weight, counts), x)
+        return *vjp(cotangent), np.zeros(weight.shape, jax.dtypes.float0), none
+    _, vjp = jax.vjp(lambda x, weight: _ragged_dot(x, weight, counts), x, weight)
+    return *vjp(cotangent), none
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _out_dtype(x: jax.Array, weight: jax.Array) -> jnp.dtype:
+    is_integer = jnp.issubdtype(weight.dtype, jnp.integer)
+    return jnp.dtype(jnp.float32) if is_integer else x.dtype
+
+
+def _precision(x: jax.Array) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

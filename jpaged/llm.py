@@ -67,8 +67,9 @@ class LLM:
       seed: requests without a seed draw from this one and their number.
       tokenizer: where `model` is a Decoder: a folder with tokenizer.json, or a
         Tokenizer. None is the model folder's.
-      max_num_requests: places in the request table, waiting and running; four times
-        `max_num_seqs` where None. Calls may have any number of prompts.
+      max_num_requests: places in the request table, waiting and running; where None,
+        four times `max_num_seqs` and `max_num_prefixes` together, fewer where they are
+        large. Calls may have any number of prompts.
       max_num_stop_ids: stop tokens of one request, EOS included.
       max_logprobs: largest `SamplingParams.logprobs` and `prompt_logprobs`.
       max_num_prefixes: prefixes that can be pinned at the same time, see `pin`.

@@ -146,7 +146,10 @@ class EngineConfig:
 
         A few classes, so that a program is compiled for each at most once: 1, 8 or all
         rows; and at most 64 tokens a step where all prompts together have no more.
+        Never fewer rows than a beam search or an algorithm of the config takes.
         """
+        widest = max((rows for _, rows in self.algorithms), default=0)
+        num_seqs = max(num_seqs, widest, self.max_beam_width)
         seqs = next((n for n in (1, 8) if num_seqs <= n), self.max_num_seqs)
         seqs = min(seqs, self.max_num_seqs)
         tokens = self.max_num_batched_tokens

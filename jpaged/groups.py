@@ -52,7 +52,8 @@ def _num_sequences(algorithm, num_rows, vocab_size) -> int:
     _check_state(before, after)
     if not isinstance(decision, Decision):
         raise ValueError(f"algorithm.step: wanted a Decision second, got {decision!r}")
-    (count,) = decision.tokens.shape
+    shape = jnp.shape(decision.tokens)
+    count = shape[0] if len(shape) == 1 else 0  # 0: refused below
     wanted = {"tokens": "int32", "parents": "int32", "logprobs": "float32"}
     for name, dtype in (wanted | {"finished": "bool"}).items():
         got = getattr(decision, name)
@@ -236,7 +237,11 @@ def _finish(
     table: RequestTable, members: jax.Array, num_rows: int
 ) -> tuple[RequestTable, jax.Array]:
     """The table in which the request has finished if no row goes on, and which rows
-    have ended, bool[W]."""
+    have ended, bool[W].
+
+    A sequence that the algorithm was to hold and that never came to be, because no
+    token was allowed, has a reason too.
+    """
     num_places = table.queue.status.shape[0]
     places = members[:num_rows]
     is_used = places < num_places
@@ -244,7 +249,13 @@ def _finish(
     at = jnp.where(jnp.all(has_ended), members, num_places)
     status = table.queue.status.at[at].set(FINISHED, mode="drop")
     queue = dataclasses.replace(table.queue, status=status)
-    return dataclasses.replace(table, queue=queue), has_ended
+    reasons = table.finish_reasons
+    is_nothing = reasons.at[at].get(mode="fill", fill_value=request_table.STOP)
+    is_nothing = is_nothing == request_table.NOT_FINISHED
+    at = jnp.where(is_nothing, at, num_places)
+    reasons = reasons.at[at].set(request_table.DEAD_END, mode="drop")
+    table = dataclasses.replace(table, queue=queue, finish_reasons=reasons)
+    return table, has_ended
 
 
 def _row_of(rows: jax.Array, num_places: int) -> jax.Array:

@@ -129,6 +129,7 @@ class Intake:
                     f"stop_token_ids: wanted ids from 0 to {vocab_size - 1} (the "
                     f"model's vocabulary), got {token}"
                 )
+        submission.check_rows(params, self.config)
         if isinstance(params, AlgorithmParams):
             groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
         if not isinstance(params, SamplingParams):

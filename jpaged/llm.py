@@ -85,8 +85,9 @@ class LLM:
         (1) tokens; {"model": ...} names a smaller model of the same vocabulary.
       tokenizer: where `model` is a Decoder: a folder with tokenizer.json, or a
         Tokenizer. None is the model folder's.
-      max_num_requests: places in the request table, waiting and running; four times
-        `max_num_seqs` where None. Calls may have any number of prompts.
+      max_num_requests: places in the request table, waiting and running; where None,
+        four times `max_num_seqs` and `max_num_prefixes` together, fewer where they are
+        large. Calls may have any number of prompts.
       max_num_stop_ids: stop tokens of one request, EOS included.
       quantization: "int8" holds the weights of the layers' products in 8 bits.
       max_logprobs: largest `SamplingParams.logprobs` and `prompt_logprobs`.

@@ -315,7 +315,8 @@ class EngineHost:
         pieces = [
             (number, place, first)
             for number, (place, start, end) in enumerate(wanted)
-            for first in range(start, end, READ_WIDTH)
+            # Nothing to read is a piece too, of no tokens.
+            for first in range(start, max(end, start + 1), READ_WIDTH)
         ]
         parts: list[list[Any]] = [[] for _ in wanted]
         for at in range(0, len(pieces), _READ_PIECES):

@@ -95,6 +95,17 @@ def num_rows(params: Params) -> int:
     return params.n if isinstance(params, SamplingParams) else params.num_rows
 
 
+def check_rows(params: Params, config: EngineConfig) -> None:
+    """Raises ValueError where an algorithm has more rows than one batch."""
+    rows = num_rows(params)
+    if not isinstance(params, SamplingParams) and rows > config.max_num_seqs:
+        name = "beam_width" if isinstance(params, BeamSearchParams) else "num_rows"
+        raise ValueError(
+            f"{name}: expected at most max_num_seqs ({config.max_num_seqs}), for all "
+            f"run in one batch, got {rows}"
+        )
+
+
 def shape(params: Params, config: EngineConfig, vocab_size: int | None) -> Shape:
     """The sequences of a request, in an engine of this config.
 
@@ -109,12 +120,7 @@ def shape(params: Params, config: EngineConfig, vocab_size: int | None) -> Shape
                 f"got {rows}"
             )
         return Shape(NO_ALGORITHM, rows, list(range(rows)))
-    if rows > config.max_num_seqs:
-        name = "beam_width" if isinstance(params, BeamSearchParams) else "num_rows"
-        raise ValueError(
-            f"{name}: expected at most max_num_seqs ({config.max_num_seqs}), for all "
-            f"run in one batch, got {rows}"
-        )
+    check_rows(params, config)
     if isinstance(params, BeamSearchParams):
         most = config.max_beam_width
         if rows > most:

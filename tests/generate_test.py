@@ -81,7 +81,7 @@ def test_a_file_with_wrong_lines_reports_them_and_generates_the_others(run, tmp_
         '{"text": "abc"}',
         '{"prompt": ""}',
         '{"prompt": [300]}',
-        '{"prompt": "abc", "min_tokens": 2}',
+        '{"prompt": "abc", "allowed_token_ids": [300]}',
     ]
     path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff"}\n')
     status, text, record, err = run(f"--prompt_file={path}")
@@ -97,7 +97,7 @@ def test_a_file_with_wrong_lines_reports_them_and_generates_the_others(run, tmp_
         7: 'wanted a JSON object with "prompt"',
         8: "expected at least one token",
         9: "got 300",
-        10: "min_tokens: not built yet",
+        10: "allowed_token_ids: wanted token ids below the model's vocab_size (300)",
         11: "can't decode byte 0xff",
     }
     for report, (number, reason) in zip(reports, expected.items(), strict=True):

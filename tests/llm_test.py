@@ -16,7 +16,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jpaged import batch, engine, serving
 from jpaged.llm import LLM
 from jpaged.models.checkpoint import load_model
-from jpaged.requests import BeamSearchParams, SamplingParams
+from jpaged.requests import (
+    BeamSearchParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from jpaged.text import Tokenizer
 
 VOCAB_SIZE = 300
@@ -132,7 +136,7 @@ def is_idle(llm):
 def test_greedy_tokens_are_those_of_the_naive_loop_for_more_requests_than_places(
     llm, naive
 ):
-    prompts = random_prompts(20)
+    prompts = random_prompts(50)
     assert len(prompts) > llm.config.max_num_requests
     params = [
         dataclasses.replace(GREEDY, max_tokens=4 + i % 9) for i in range(len(prompts))
@@ -365,21 +369,37 @@ def test_a_wrong_prompt_is_named_before_anything_runs(llm, prompts, match):
 @pytest.mark.parametrize(
     ("params", "match"),
     [
-        (BeamSearchParams(2, 4), "beam search is not built yet"),
+        (BeamSearchParams(5, 4), r"beam_width: expected at most max_num_seqs \(4\)"),
         ("greedy", "params: wanted one, or one for each of 2 prompts, got 6"),
-        (3, "wanted SamplingParams, got 3"),
+        (3, "wanted SamplingParams, BeamSearchParams or AlgorithmParams, got 3"),
         ([SamplingParams()], "one for each of 2 prompts, got 1"),
-        (SamplingParams(repetition_penalty=1.1), "repetition_penalty: not built yet"),
-        (SamplingParams(presence_penalty=0.5), "presence_penalty: not built yet"),
-        (SamplingParams(frequency_penalty=0.5), "frequency_penalty: not built yet"),
-        (SamplingParams(min_tokens=2), "min_tokens: not built yet"),
-        (SamplingParams(logit_bias={3: 1.0}), "logit_bias: not built yet"),
-        (SamplingParams(allowed_token_ids=[3]), "allowed_token_ids: not built yet"),
-        (SamplingParams(bad_words=["a"]), "bad_words: not built yet"),
-        (SamplingParams(prompt_logprobs=1), "prompt_logprobs: not built yet"),
+        (SamplingParams(logit_bias={300: 1.0}), "logit_bias: wanted token ids below"),
+        (SamplingParams(logit_bias={3: 1e30}), r"logit_bias\[3\]: wanted -3e\+38 to"),
+        (SamplingParams(allowed_token_ids=[300]), "allowed_token_ids: wanted token"),
+        (SamplingParams(repetition_penalty=1e30), "repetition_penalty: wanted 1e-09"),
+        (
+            SamplingParams(allowed_token_ids=[3], bad_words=[[3]]),
+            "bad_words: wanted at least one token of allowed_token_ids to be left",
+        ),
+        (
+            SamplingParams(allowed_token_ids=[40], min_tokens=2),
+            "min_tokens: wanted 0, got 2: all tokens of allowed_token_ids",
+        ),
+        (SamplingParams(prompt_logprobs=21), "prompt_logprobs: wanted at most max_"),
+        (SamplingParams(prompt_logprobs=-1), r"max_logprobs \(20\), got 300"),
+        (
+            SamplingParams(structured_outputs=StructuredOutputsParams(regex="(a")),
+            "regex: ",
+        ),
+        (
+            SamplingParams(
+                max_tokens=3, structured_outputs=StructuredOutputsParams(regex="a{9}")
+            ),
+            "max_tokens: wanted at least 6, the fewest tokens",
+        ),
         (SamplingParams(stop_token_ids=[300]), "stop_token_ids: wanted ids from 0 to"),
         (SamplingParams(stop_token_ids=range(2, 12)), "at most max_num_stop_ids"),
-        (SamplingParams(n=99), r"n: expected at most max_num_requests \(16\), got 99"),
+        (SamplingParams(n=99), r"n: expected at most max_num_requests \(48\), got 99"),
     ],
 )
 def test_wrong_params_are_named_before_anything_runs(llm, params, match):
@@ -512,7 +532,7 @@ def test_a_call_can_run_while_a_stream_is_open(llm, naive, monkeypatch):
 def test_streams_that_hold_all_places_are_told_of(llm, monkeypatch):
     monkeypatch.setattr(batch, "STREAM_S", 0.0)
     streams = [
-        llm.stream([[5]] * 8, dataclasses.replace(GREEDY, max_tokens=30))
+        llm.stream([[5]] * 24, dataclasses.replace(GREEDY, max_tokens=30))
         for _ in range(2)
     ]
     for stream in streams:

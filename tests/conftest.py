@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A second run of the suite finds its compiled programs here; `make clean` removes them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# No test asks the hub, whatever network there is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

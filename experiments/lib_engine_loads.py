@@ -113,6 +113,7 @@ def bookkeeping(state: engine.EngineState, steps: int) -> Contender:
             states=state.states,
             parents=jnp.arange(config.num_rows, dtype=jnp.int32),
             num_new=entries.num_sampled,
+            num_accepted=jnp.int32(0),
             is_settled=~jnp.any(ended),
         )
         return engine.end_step(state, begun, decoded, state.cache)

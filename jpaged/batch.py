@@ -12,7 +12,8 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 
-from jpaged import request_table, scheduler, submission
+from jpaged import request_limits, request_table, scheduler
+from jpaged.request_limits import Params
 from jpaged.requests import (
     BeamSearchParams,
     CompletionOutput,
@@ -22,7 +23,7 @@ from jpaged.requests import (
     SamplingParams,
 )
 from jpaged.serving import EngineHost, Progress, Tokens
-from jpaged.submission import FINISH_REASONS, Params
+from jpaged.submission import FINISH_REASONS
 from jpaged.text import OutputText, Tokenizer
 
 # Slices are as short as what they serve needs: text that someone reads, text that may
@@ -152,7 +153,7 @@ class Job:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an output."""
-        return submission.stop_ids(self.params, self.eos_token_ids)
+        return request_limits.stop_ids(self.params, self.eos_token_ids)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -303,7 +304,7 @@ def _rate_prompts(
 ) -> None:
     """Reads the prompts' log-probabilities of the jobs that have ended."""
     jobs = {s.job.index: s.job for s in news if s.job.is_finished}
-    jobs = [job for job in jobs.values() if submission.rates_prompt(job.params)]
+    jobs = [job for job in jobs.values() if request_limits.rates_prompt(job.params)]
     for job in jobs:
         job.prompt_logprobs = [None]
     # The first token has none, and a prompt may have no other.

@@ -26,10 +26,12 @@ from jax import lax
 
 from jpaged import (
     block_manager,
+    engine_state,
     forward,
     groups,
     kv_cache,
     next_tokens,
+    request_limits,
     request_table,
     scheduler,
     speculation,
@@ -38,129 +40,22 @@ from jpaged import (
 from jpaged.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
+from jpaged.engine_state import Counters as Counters
+from jpaged.engine_state import EngineState as EngineState
+from jpaged.engine_state import Model
+from jpaged.engine_state import init as init
 from jpaged.forward import Batch
 from jpaged.groups import Logits, States
 from jpaged.kv_cache import KVCache
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
+from jpaged.request_limits import Params
+from jpaged.request_limits import check_request as check_request
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, WAITING, Plan
 from jpaged.speculation import DraftedModel as DraftedModel
 from jpaged.submission import FINISH_REASONS as FINISH_REASONS
-from jpaged.submission import Params, Result
-from jpaged.submission import check_request as check_request
-
-Model = Decoder | DraftedModel
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Counters:
-    """Running totals of the engine, for metrics."""
-
-    num_steps: jax.Array  # i32[]
-    num_tokens: jax.Array  # i32[], tokens that the decoder computed
-    num_generated: jax.Array  # i32[], tokens that decoding gave
-    num_preemptions: jax.Array  # i32[]
-    num_block_copies: jax.Array  # i32[], copy-on-write
-    num_drafts: jax.Array  # i32[], tokens that speculation guessed
-    num_accepted: jax.Array  # i32[], guesses that stood
-    token_share: jax.Array  # f32[], sum over steps of tokens held / slots in use
-    saved_share: jax.Array  # f32[], sum over steps of blocks saved / blocks unshared
-    max_used_blocks: jax.Array  # i32[], most blocks in use after a step
-    is_stalled: jax.Array  # bool[], a step found work and could do none: a bug
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EngineState:
-    """Everything that a step reads and writes."""
-
-    requests: RequestTable
-    states: States  # of decoding algorithms, see `groups`
-    rows: jax.Array  # i32[S], the sequence that each row runs, or NO_REQUEST
-    blocks: BlockState
-    cache: KVCache
-    draft_cache: KVCache | None  # of the small model that guesses, if there is one
-    counters: Counters
-    config: EngineConfig = dataclasses.field(metadata={"static": True})
-
-
-def init(
-    model: Model, config: EngineConfig, *, kv_dtype: str | None = None
-) -> EngineState:
-    """An engine with nothing to do.
-
-    Args:
-      model: gives the cache's shape.
-      config: sizes and policy.
-      kv_dtype: of the pages; None takes the model's.
-
-    Raises:
-      ValueError: the config's speculation needs a draft model and there is none, or
-        the other way round; or the two have different vocabularies.
-    """
-    _check_draft(model, config)
-
-    def cache(sizes: ModelConfig) -> KVCache:
-        return kv_cache.init_cache(
-            num_layers=sizes.num_layers,
-            num_blocks=config.num_blocks,
-            num_kv_heads=sizes.num_kv_heads,
-            block_size=config.block_size,
-            head_dim=sizes.head_dim,
-            dtype=sizes.dtype if kv_dtype is None else kv_dtype,
-        )
-
-    is_drafted = isinstance(model, DraftedModel)
-    return EngineState(
-        requests=request_table.init_table(config),
-        states=groups.init_states(config),
-        rows=jnp.full((config.num_rows,), NO_REQUEST, jnp.int32),
-        blocks=block_manager.init_state(
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            max_seqs=config.num_rows,
-            max_blocks_per_seq=config.max_blocks_per_seq,
-        ),
-        cache=cache(model.config),
-        draft_cache=cache(model.draft.config) if is_drafted else None,
-        counters=Counters(
-            **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
-        ),
-        config=config,
-    )
-
-
-def _check_draft(model: Model, config: EngineConfig) -> None:
-    method = None if config.speculation is None else config.speculation.method
-    if isinstance(model, DraftedModel) != (method == "model"):
-        raise ValueError(
-            "speculation: method 'model' and a DraftedModel go together; got method "
-            f"{method!r} and {type(model).__name__}"
-        )
-    if isinstance(model, DraftedModel):
-        sizes = (model.draft.config.vocab_size, model.config.vocab_size)
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"draft: expected the target's vocabulary of {sizes[1]} tokens, got "
-                f"{sizes[0]}; take a smaller model of the same family"
-            )
-
-
-_COUNTER_TYPES = dict(
-    num_steps="int32",
-    num_tokens="int32",
-    num_generated="int32",
-    num_preemptions="int32",
-    num_block_copies="int32",
-    num_drafts="int32",
-    num_accepted="int32",
-    token_share="float32",
-    saved_share="float32",
-    max_used_blocks="int32",
-    is_stalled="bool",
-)
+from jpaged.submission import Result
 
 
 def step(model: Model, state: EngineState) -> EngineState:
@@ -253,6 +148,7 @@ class Decoded:
     states: States
     parents: jax.Array  # i32[S], the row that each row continues, NO_BLOCK: none
     num_new: jax.Array  # i32[], tokens that running sequences got
+    num_accepted: jax.Array  # i32[], of them drafts that stood
     is_settled: jax.Array  # bool[], every row continues itself
 
 
@@ -265,7 +161,19 @@ def end_step(
 ) -> EngineState:
     """The state after a step: rows move or leave, the counters count."""
     table, rows, blocks = decoded.table, begun.rows, begun.blocks
-    counters = _count(state.counters, begun, decoded.num_new, state.config)
+    plan, copies = begun.plan, begun.appended.copy_dst != NO_BLOCK
+    num_tokens = jnp.sum(plan.num_tokens + begun.num_drafts)
+    counters = engine_state.count(
+        state.counters,
+        blocks,
+        is_stalled=num_tokens + plan.num_preempted + plan.num_admitted == 0,
+        num_tokens=num_tokens,
+        num_generated=decoded.num_new,
+        num_preemptions=plan.num_preempted,
+        num_block_copies=jnp.sum(copies, dtype=jnp.int32),
+        num_drafts=jnp.sum(begun.num_drafts),
+        num_accepted=decoded.num_accepted,
+    )
     if state.config.speculation is not None:
         blocks = when(
             jnp.any(begun.num_drafts > 0),
@@ -355,10 +263,16 @@ def _decode(state, begun, entries, logits, config) -> Decoded:
     if config.speculation is None:
         table, ended = request_table.extend(begun.table, new, number)
         has_ended, num_new = jnp.any(ended), entries.num_sampled
+        num_accepted = jnp.zeros_like(num_new)
     else:
         table, has_ended, num_new = speculation.accept(
             begun.table, new, entries, number, config.num_drafts
         )
+        num_rows = jnp.sum(
+            (new.places < config.max_num_requests) & (entries.offsets == 0)
+        )
+        # Each row gains a token of its own, unless none was allowed.
+        num_accepted = jnp.maximum(num_new - num_rows, 0)
     rated = Logits(logits, entries.places)
     table, states, parents, num_grouped = groups.decide(
         table, state.states, begun.rows, rated, number, config
@@ -368,6 +282,7 @@ def _decode(state, begun, entries, logits, config) -> Decoded:
         states=states,
         parents=parents,
         num_new=num_new + num_grouped,
+        num_accepted=num_accepted,
         is_settled=~has_ended & (entries.num_grouped == 0),
     )
 
@@ -438,35 +353,6 @@ def run(
     carry = (state, _working_memory(model, state))
     state, _ = lax.while_loop(goes_on, advance, carry)
     return state
-
-
-def _count(counters, begun: Begun, num_new, config) -> Counters:
-    num_more = jnp.maximum(num_new - jnp.sum(begun.batch.has_logits), 0)
-    plan, blocks = begun.plan, begun.blocks
-    copies = begun.appended.copy_dst != NO_BLOCK
-    num_tokens = jnp.sum(plan.num_tokens)
-    used = config.num_blocks - block_manager.num_free_blocks(blocks)
-    unshared = jnp.sum(-(-blocks.context_lens // config.block_size))
-    as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
-    # Tokens in shared blocks count once, so shared blocks are not over-full.
-    shared_slots = (unshared - used) * config.block_size
-    held = jnp.sum(blocks.context_lens) - shared_slots
-    slots = jnp.maximum(used * config.block_size, 1)
-    saved = as_float(unshared - used) / as_float(jnp.maximum(unshared, 1))
-    return Counters(
-        num_steps=counters.num_steps + 1,
-        num_tokens=counters.num_tokens + num_tokens,
-        num_generated=counters.num_generated + num_new,
-        num_preemptions=counters.num_preemptions + plan.num_preempted,
-        num_block_copies=counters.num_block_copies + jnp.sum(copies, dtype=jnp.int32),
-        num_drafts=counters.num_drafts + jnp.sum(begun.num_drafts),
-        # A row that decodes gains a token without any.
-        num_accepted=counters.num_accepted + num_more,
-        token_share=counters.token_share + as_float(held) / as_float(slots),
-        saved_share=counters.saved_share + saved,
-        max_used_blocks=jnp.maximum(counters.max_used_blocks, used),
-        is_stalled=(num_tokens + plan.num_preempted + plan.num_admitted) == 0,
-    )
 
 
 def submit(
@@ -573,7 +459,7 @@ def pin(
     Source: paper section 4.4, shared prefix.
     """
     tokens = list(map(int, tokens))
-    submission.check_prefix(
+    request_limits.check_prefix(
         state.requests,
         state.config,
         tokens,

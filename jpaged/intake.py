@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jpaged import engine, groups, submission
+from jpaged import engine, groups, request_limits
 from jpaged.config import EngineConfig
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.models.config import ModelConfig
+from jpaged.request_limits import Params
 from jpaged.requests import (
     AlgorithmParams,
     BeamSearchParams,
@@ -24,7 +25,6 @@ from jpaged.requests import (
     StructuredOutputsParams,
 )
 from jpaged.structured import compile_constraint
-from jpaged.submission import Params
 from jpaged.text import Tokenizer, bad_word_token_ids
 
 
@@ -76,7 +76,7 @@ class Intake:
         for param in params:
             if isinstance(param, SamplingParams):
                 num_logprobs = max(num_logprobs, self.num_logprobs(param))
-                mine = submission.rule_sizes(param, self.model.vocab_size)
+                mine = request_limits.rule_sizes(param, self.model.vocab_size)
                 if mine is not None:
                     rules = mine if rules is None else rules.grown(mine)
             elif isinstance(param, BeamSearchParams):
@@ -99,7 +99,7 @@ class Intake:
             config,
             num_logprobs=num_logprobs,
             prompt_logprobs=config.prompt_logprobs
-            or any(map(submission.rates_prompt, params)),
+            or any(map(request_limits.rates_prompt, params)),
             max_beam_width=min(width, config.max_num_seqs),
             rules=rules,
             automata=sizes,
@@ -129,7 +129,7 @@ class Intake:
                     f"stop_token_ids: wanted ids from 0 to {vocab_size - 1} (the "
                     f"model's vocabulary), got {token}"
                 )
-        submission.check_rows(params, self.config)
+        request_limits.check_rows(params, self.config)
         if isinstance(params, AlgorithmParams):
             groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
         if not isinstance(params, SamplingParams):

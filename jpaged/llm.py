@@ -22,17 +22,17 @@ from jpaged import (
     intake,
     memory,
     options,
+    request_limits,
     scoring,
-    submission,
 )
 from jpaged.batch import Job
 from jpaged.config import EngineConfig
 from jpaged.models.decoder import Decoder
 from jpaged.prefix import Prefix
+from jpaged.request_limits import Params
 from jpaged.requests import RequestOutput
 from jpaged.scoring import Perplexity, Score
 from jpaged.serving import EngineHost
-from jpaged.submission import Params
 from jpaged.text import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -544,7 +544,7 @@ class LLM:
     def _num_places(self, params: Params) -> int:
         """Places that a checked request takes in the request table."""
         config = self._intake().grow([params])
-        shape = submission.shape(params, config, self.model.config.vocab_size)
+        shape = request_limits.shape(params, config, self.model.config.vocab_size)
         return len(shape.numbers)
 
 

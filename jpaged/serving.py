@@ -21,13 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import block_manager, engine, groups, request_table, submission
+from jpaged import (
+    block_manager,
+    engine,
+    groups,
+    request_limits,
+    request_table,
+    submission,
+)
 from jpaged.config import EngineConfig
 from jpaged.engine import DraftedModel, EngineState
 from jpaged.models.decoder import Decoder
+from jpaged.request_limits import Params
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import RUNNING, WAITING
-from jpaged.submission import Params
 
 READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
 _READ_PIECES = 64  # pieces per device call
@@ -240,7 +247,7 @@ class EngineHost:
             )
             self.num_empty -= sum(map(len, new))
             for request, places in zip(group, new, strict=True):
-                shape = submission.shape(request.params, self.config, vocab_size)
+                shape = request_limits.shape(request.params, self.config, vocab_size)
                 placed.append((places, shape.outputs(places)))
         return placed
 

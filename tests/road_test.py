@@ -195,7 +195,7 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
     patch.setattr(block_manager, "fork", jax.jit(block_manager.fork))
     patch.setattr(engine.request_table, "extend", jax.jit(engine.request_table.extend))
     patch.setattr(engine, "when", lambda holds, f, carry: f(carry) if holds else carry)
-    patch.setattr(engine, "_count", jax.jit(engine._count, static_argnums=3))
+    patch.setattr(engine.engine_state, "count", jax.jit(engine.engine_state.count))
     state = start()
     steps = []
     while engine.has_work(state):

@@ -1,0 +1,167 @@
+"""Engine state: everything that a step reads and writes, and what it counts.
+
+Place on the road: the parts of the road -> [engine_state] -> engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jpaged import block_manager, groups, kv_cache, request_table
+from jpaged.block_manager import BlockState
+from jpaged.config import EngineConfig
+from jpaged.groups import States
+from jpaged.kv_cache import KVCache
+from jpaged.models.config import ModelConfig
+from jpaged.models.decoder import Decoder
+from jpaged.request_table import RequestTable
+from jpaged.scheduler import NO_REQUEST
+from jpaged.speculation import DraftedModel
+
+Model = Decoder | DraftedModel
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """Running totals of the engine, for metrics."""
+
+    num_steps: jax.Array  # i32[]
+    num_tokens: jax.Array  # i32[], tokens that the decoder computed
+    num_generated: jax.Array  # i32[], tokens that decoding gave
+    num_preemptions: jax.Array  # i32[]
+    num_block_copies: jax.Array  # i32[], copy-on-write
+    num_drafts: jax.Array  # i32[], tokens that speculation guessed
+    num_accepted: jax.Array  # i32[], guesses that stood
+    token_share: jax.Array  # f32[], sum over steps of tokens held / slots in use
+    saved_share: jax.Array  # f32[], sum over steps of blocks saved / blocks unshared
+    max_used_blocks: jax.Array  # i32[], most blocks in use after a step
+    is_stalled: jax.Array  # bool[], a step found work and could do none: a bug
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """Everything that a step reads and writes."""
+
+    requests: RequestTable
+    states: States  # of decoding algorithms, see `groups`
+    rows: jax.Array  # i32[S], the sequence that each row runs, or NO_REQUEST
+    blocks: BlockState
+    cache: KVCache
+    draft_cache: KVCache | None  # of the small model that guesses, if there is one
+    counters: Counters
+    config: EngineConfig = dataclasses.field(metadata={"static": True})
+
+
+def init(
+    model: Model, config: EngineConfig, *, kv_dtype: str | None = None
+) -> EngineState:
+    """An engine with nothing to do.
+
+    Args:
+      model: gives the cache's shape.
+      config: sizes and policy.
+      kv_dtype: of the pages; None takes the model's.
+
+    Raises:
+      ValueError: the config's speculation needs a draft model and there is none, or
+        the other way round; or the two have different vocabularies.
+    """
+    _check_draft(model, config)
+
+    def cache(sizes: ModelConfig) -> KVCache:
+        return kv_cache.init_cache(
+            num_layers=sizes.num_layers,
+            num_blocks=config.num_blocks,
+            num_kv_heads=sizes.num_kv_heads,
+            block_size=config.block_size,
+            head_dim=sizes.head_dim,
+            dtype=sizes.dtype if kv_dtype is None else kv_dtype,
+        )
+
+    is_drafted = isinstance(model, DraftedModel)
+    return EngineState(
+        requests=request_table.init_table(config),
+        states=groups.init_states(config),
+        rows=jnp.full((config.num_rows,), NO_REQUEST, jnp.int32),
+        blocks=block_manager.init_state(
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            max_seqs=config.num_rows,
+            max_blocks_per_seq=config.max_blocks_per_seq,
+        ),
+        cache=cache(model.config),
+        draft_cache=cache(model.draft.config) if is_drafted else None,
+        counters=Counters(
+            **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
+        ),
+        config=config,
+    )
+
+
+def _check_draft(model: Model, config: EngineConfig) -> None:
+    method = None if config.speculation is None else config.speculation.method
+    if isinstance(model, DraftedModel) != (method == "model"):
+        raise ValueError(
+            "speculation: method 'model' and a DraftedModel go together; got method "
+            f"{method!r} and {type(model).__name__}"
+        )
+    if isinstance(model, DraftedModel):
+        sizes = (model.draft.config.vocab_size, model.config.vocab_size)
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"draft: expected the target's vocabulary of {sizes[1]} tokens, got "
+                f"{sizes[0]}; take a smaller model of the same family"
+            )
+
+
+_COUNTER_TYPES = dict(
+    num_steps="int32",
+    num_tokens="int32",
+    num_generated="int32",
+    num_preemptions="int32",
+    num_block_copies="int32",
+    num_drafts="int32",
+    num_accepted="int32",
+    token_share="float32",
+    saved_share="float32",
+    max_used_blocks="int32",
+    is_stalled="bool",
+)
+
+
+def count(
+    counters: Counters, blocks: BlockState, is_stalled: jax.Array, **gained: jax.Array
+) -> Counters:
+    """The counters after a step.
+
+    Args:
+      counters: before it.
+      blocks: with the step's tokens.
+      is_stalled: bool[], the step found nothing that it could do.
+      gained: i32[] of the counters `num_*` by name, what the step added.
+    """
+    (num_blocks,) = blocks.ref_counts.shape
+    used = num_blocks - block_manager.num_free_blocks(blocks)
+    unshared = jnp.sum(-(-blocks.context_lens // blocks.block_size))
+    as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
+    # Tokens in shared blocks count once, so shared blocks are not over-full.
+    shared_slots = (unshared - used) * blocks.block_size
+    held = jnp.sum(blocks.context_lens) - shared_slots
+    slots = jnp.maximum(used * blocks.block_size, 1)
+    saved = as_float(unshared - used) / as_float(jnp.maximum(unshared, 1))
+    totals = {name: getattr(counters, name) + value for name, value in gained.items()}
+    return dataclasses.replace(
+        counters,
+        num_steps=counters.num_steps + 1,
+        token_share=counters.token_share + as_float(held) / as_float(slots),
+        saved_share=counters.saved_share + saved,
+        max_used_blocks=jnp.maximum(counters.max_used_blocks, used),
+        is_stalled=is_stalled,
+        **totals,
+    )

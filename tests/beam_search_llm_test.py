@@ -1,7 +1,6 @@
 """Beam search of the LLM beside `generate` of transformers, live.
 
-Needs the extra `huggingface`. All beams of a family run in one call of the LLM, in a
-pool in which they preempt each other.
+Needs the extra `huggingface`. All beams of a family run in one call of the LLM.
 """
 
 import dataclasses
@@ -177,7 +176,6 @@ def test_tokens_scores_and_order_are_those_of_generate_for_widths_1_to_8(pair):
     assert len(lengths) > 4
     assert len(leaders) > 6  # of 2 prompts: the best beam depends on how one searches
     stats = pair.ours.stats()
-    assert stats["num_preemptions"] > 0
     assert stats["num_free_blocks"] == stats["num_blocks"]
     assert stats["num_compilations"] == 1
 

@@ -180,18 +180,18 @@ def test_too_many_and_too_long_and_wrong_prefixes_are_refused(llm):
 
 
 def test_what_does_not_fit_beside_the_pinned_blocks_is_refused(llm, monkeypatch):
-    wide = BeamSearchParams(8, 20, ignore_eos=True)
+    wide = BeamSearchParams(7, 16, ignore_eos=True)
     prompt = [5] * 9
     assert llm.check([prompt], wide) == [None]
-    with llm.pin([4] * 40):
+    with llm.pin([4] * 48):
         (error,) = llm.check([prompt], wide)
-        assert "the pool has 38 that are not pinned" in error
-        # Nor is a prefix beside which what runs could not end.
+        assert "the pool has 36 that are not pinned" in error
+    # Nor may a prefix come beside which what runs could not end.
     monkeypatch.setattr(batch, "STREAM_S", 0.0)
-    stream = llm.stream([prompt, prompt], [wide, GREEDY])
+    stream = llm.stream([prompt, prompt], [GREEDY, wide])
     next(stream)
-    with pytest.raises(ValueError, match="42 for the largest request that runs"):
-        llm.pin([4] * 40)
+    with pytest.raises(ValueError, match="37 for the largest request that runs"):
+        llm.pin([4] * 48)
     with llm.pin([4] * 20):
         assert sum(1 for _ in stream) > 0
     assert num_used(llm) == 0

@@ -27,6 +27,8 @@ from jpaged.requests import Logprob as Logprob
 from jpaged.requests import RequestOutput as RequestOutput
 from jpaged.requests import SamplingParams as SamplingParams
 from jpaged.requests import StructuredOutputsParams as StructuredOutputsParams
+from jpaged.scoring import Perplexity as Perplexity
+from jpaged.scoring import Score as Score
 
 __all__ = [
     "LLM",
@@ -36,9 +38,11 @@ __all__ = [
     "Delta",
     "EngineConfig",
     "Logprob",
+    "Perplexity",
     "Prefix",
     "RequestOutput",
     "SamplingParams",
+    "Score",
     "StructuredOutputsParams",
     "load_model",
     "save_model",

@@ -13,7 +13,7 @@ import types
 import jax
 import numpy as np
 
-from jpaged import block_manager, scheduler, submission
+from jpaged import block_manager, request_limits, scheduler
 from jpaged.block_manager import NO_BLOCK
 from jpaged.config import EngineConfig
 from jpaged.scheduler import EMPTY, FINISHED, HELD, NO_REQUEST, RUNNING, WAITING
@@ -160,7 +160,7 @@ class Driver:
     def most_blocks(self, asked: Asked) -> int:
         rows = len(asked.outputs) if asked.is_lockstep else 1
         limit = asked.prompt + max(asked.outputs)
-        return submission.most_blocks(self.config, asked.prompt, limit, rows)
+        return request_limits.most_blocks(self.config, asked.prompt, limit, rows)
 
     def num_pinned_blocks(self) -> int:
         size, status = self.config.block_size, self.queue["status"]

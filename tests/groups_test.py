@@ -17,7 +17,7 @@ import pytest
 from engine_oracle import FOREVER, naive
 from groups_oracle import Plain, Wanted, drive, search
 
-from jpaged import block_manager, engine, load_model, submission
+from jpaged import block_manager, engine, load_model, request_limits
 from jpaged.config import EngineConfig
 from jpaged.decoding import Decision, DecodingAlgorithm
 from jpaged.requests import AlgorithmParams, BeamSearchParams, SamplingParams
@@ -101,7 +101,7 @@ def smallest_pool(width: int, block_size: int) -> int:
             max_beam_width=width,
         )
         try:
-            submission.check_request(config, [1] * LONGEST_PROMPT, params)
+            request_limits.check_request(config, [1] * LONGEST_PROMPT, params)
         except ValueError:
             continue
         return num_blocks
@@ -468,7 +468,7 @@ def test_a_beam_wider_than_the_vocabulary_is_refused():
     config = dataclasses.replace(ROOMY, algorithms=())
     params = BeamSearchParams(6, 2)
     with pytest.raises(ValueError, match=r"the vocabulary's size \(5\), got 6"):
-        submission.check_request(config, [1], params, vocab_size=5)
+        request_limits.check_request(config, [1], params, vocab_size=5)
 
 
 def with_decision(**changes):
@@ -543,7 +543,7 @@ def test_an_algorithm_whose_parts_do_not_fit_is_refused(algorithm, match, llama)
     config = dataclasses.replace(ROOMY, algorithms=((algorithm, 3),))
     params = AlgorithmParams(algorithm, 3)
     with pytest.raises(ValueError, match=match):
-        submission.check_request(config, [1], params, vocab_size=VOCABULARY)
+        request_limits.check_request(config, [1], params, vocab_size=VOCABULARY)
 
 
 def test_a_planted_fault_of_a_wrong_parent_breaks_the_comparison(llama, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from paged_greedy import PAGED, served
 from reference_models import relative_error
 
+from jpaged.decoding import beam_search
 from jpaged.models import Decoder, load_model, rotary, save_model
 from jpaged.models.checkpoint import load_config
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.huggingface
 
 TOLERANCE = 1e-4  # of float32 logits; wrong positions or weights are off by 1e-2
 NUM_GREEDY = 32
+NUM_BEAM_TOKENS = 10
 apply = jax.jit(lambda model, tokens: model(tokens))
 
 
@@ -71,6 +73,17 @@ def load(tmp_path_factory):
         return load_model(root / name)
 
     return load_case
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other make a tiny model a hundred times slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def theirs(model, tokens: list[int]) -> np.ndarray:
@@ -152,6 +165,46 @@ def test_paged_greedy_tokens_equal_those_of_transformers(name, block_size, load)
     want = [greedy_by_transformers(name, prompt) for prompt in prompts]
     got = served(load(name), prompts, NUM_GREEDY, block_size)
     assert got == want
+
+
+def beams_by_transformers(name: str, prompt: list[int], width: int) -> list[list[int]]:
+    import torch
+
+    found = exact(name).generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+        do_sample=False,
+        num_beams=width,
+        num_return_sequences=width,
+        max_new_tokens=NUM_BEAM_TOKENS,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return found[:, len(prompt) :].tolist()
+
+
+def beams_by_us(model: Decoder, prompt: list[int], width: int) -> list[list[int]]:
+    """Beam search over the plain forward: every row recomputes all that it holds."""
+    search = beam_search(max_tokens=NUM_BEAM_TOKENS)
+    state, step = search.init(width), jax.jit(search.step)
+    held = [prompt] * (2 * width)
+    for _ in range(NUM_BEAM_TOKENS):
+        logits = jnp.stack([ours(model, tokens)[-1] for tokens in held[:width]])
+        state, decision = step(None, jax.nn.log_softmax(logits), state)
+        pairs = zip(decision.parents.tolist(), decision.tokens.tolist(), strict=True)
+        held = [
+            held[parent] + ([token] if parent < width else [])
+            for parent, token in pairs
+        ]
+    return [tokens[len(prompt) :] for tokens in held[width:]]
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_beams_equal_those_of_transformers(name, load):
+    prompt = some_tokens(9)
+    want = beams_by_transformers(name, prompt, 3)
+    assert beams_by_us(load(name), prompt, 3) == want
+    assert len(set(map(tuple, want))) == 3
 
 
 @pytest.mark.parametrize("name", ["llama", "opt_350m_shape"])

@@ -280,12 +280,11 @@ def make_config(widths: Sequence[int], methods: Sequence[str]) -> EngineConfig:
 
 
 def check_fits(
-    config: EngineConfig, lengths: Sequence[Length], method: str, width: int
+    config: EngineConfig, lengths: Sequence[Length], method: str, width: int, seed: int
 ) -> None:
     """Raises ValueError for a request that the pool or the rows could never hold."""
-    for prompt, param in zip(
-        *requests_of(lengths, method, width, FLAGS.seed), strict=True
-    ):
+    requests = requests_of(lengths, method, width, seed)
+    for prompt, param in zip(*requests, strict=True):
         engine.check_request(config, prompt, param, vocab_size=VOCAB_SIZE)
 
 
@@ -352,7 +351,7 @@ def main(argv: list[str]) -> int:
         config = make_config(widths, FLAGS.methods)
         for method in FLAGS.methods:
             for some in lengths.values():
-                check_fits(config, some, method, max(widths))
+                check_fits(config, some, method, max(widths), FLAGS.seed)
     except (ValueError, OSError) as error:
         print(f"sharing: {error}", file=sys.stderr)
         return 1

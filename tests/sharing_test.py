@@ -53,13 +53,14 @@ def test_parallel_sampling_saves_what_its_lengths_say():
     lengths = [sharing.Length(num_input, num_output)]
     request = sharing.requests_of(lengths, "parallel", width, 0)
     state, _ = sharing.replay(sharing.make_model(1.0, 0), config, *request)
-    # The step of the prompt gives all samples their first token; a step for each other
-    # token; the blocks are counted with the token that the step has computed.
-    shares = [0.0]
-    for length in range(num_input + 1, num_input + num_output):
-        blocks = -(-length // 16)
-        shared = num_input // 16
-        shares.append((width - 1) * shared / (width * blocks))
+    # The first sample computes the prompt. The others map its blocks, compute the
+    # prompt's last token again in the next step, and so end a step later.
+    shares = []
+    for step in range(num_output + 1):
+        lens = [num_input + step] * (step < num_output)
+        lens += [num_input + step - 1] * (width - 1) * (step > 0)
+        blocks = sum(-(-length // 16) for length in lens)
+        shares.append((len(lens) - 1) * (num_input // 16) / blocks)
     assert int(state.counters.num_steps) == len(shares)
     np.testing.assert_allclose(state.counters.saved_share, sum(shares), rtol=1e-5)
     assert int(state.counters.num_block_copies) == width - 1
@@ -90,6 +91,12 @@ def test_it_prints_a_table_a_figure_and_a_line_of_json(tmp_path):
     assert jax.devices()[0].platform in record["device"]
 
 
+def test_a_request_that_the_pool_could_never_hold_is_refused():
+    config = EngineConfig(num_blocks=2, max_num_seqs=4, max_num_requests=4)
+    with pytest.raises(ValueError, match="blocks"):
+        sharing.check_fits(config, [sharing.Length(30, 5)], "parallel", 2, seed=0)
+
+
 def test_a_larger_factor_makes_the_model_surer_of_its_next_token():
     tokens = jnp.array([[1, 2, 3, 4]])
     best = [
@@ -106,14 +113,13 @@ def test_a_larger_factor_makes_the_model_surer_of_its_next_token():
         ("--widths=2,x", "widths: wanted numbers of at least 1"),
         ("--widths=5", "max_beam_width: expected at most max_num_seqs"),
         ("--trace=nowhere.csv", "nowhere.csv"),
-        ("--num_blocks=2", "blocks"),
+        ("--num_requests=0", "flag --num_requests=0"),
     ],
 )
 def test_a_wrong_flag_is_said_in_one_line(argument, message):
     status, out, err = run(argument)
-    assert (status, out) == (1, "")
-    assert "sharing: " in err
-    assert message in err
+    assert status == 1
+    assert message in out + err
     assert "Traceback" not in err
 
 

@@ -214,6 +214,8 @@ def main(argv: list[str]) -> int:
         is_bundled = FLAGS.model in bundled.bundled_models()
         folder = bundled.bundled_path(FLAGS.model) if is_bundled else FLAGS.model
         model, tokenizer = load_model(folder), Tokenizer.from_folder(folder)
+        if tokenizer is None:
+            raise ValueError(f"model: wanted a folder with a tokenizer, got {folder}")
         texts = token_texts(tokenizer, model.config.vocab_size)
         if FLAGS.potential == "short_lines":
             potential, initial = short_lines(

@@ -287,8 +287,10 @@ def _inputs(
     leader = places[0]
     number = jnp.arange(places.shape[0], dtype=jnp.int32)
     seeds = jnp.full(number.shape, table.asked.sampling.seed[leader])
-    num_tokens = table.queue.num_tokens[jnp.minimum(places, num_places - 1)]
-    return token_keys(seeds, number, num_tokens), values
+    # All rows that go on are equally long; those that have ended get new keys too, for
+    # they may go on from another row.
+    length = jnp.max(jnp.where(is_used, table.queue.num_tokens[known], 0))
+    return token_keys(seeds, number, jnp.full(number.shape, length)), values
 
 
 def _apply(

@@ -103,11 +103,11 @@ def drive(
         live = [q for q in range(num_rows) if now[q].reason is None]
         logprobs = np.full((num_rows, plain.model.config.vocab_size), np.nan, "f4")
         logprobs[live] = plain([[*prompt, *now[q].tokens] for q in live])
-        lengths = [len(prompt) + len(one.tokens) for one in now[:num_rows]]
+        longest = len(prompt) + max(len(one.tokens) for one in now[:num_rows])
         keys = token_keys(
             jnp.full(num_rows, params.seed, jnp.uint32),
             jnp.arange(num_rows, dtype=jnp.int32),
-            jnp.asarray(lengths, jnp.int32),
+            jnp.full(num_rows, longest, jnp.int32),
         )
         state, decision = step(keys, jnp.asarray(logprobs), state)
         decision = jax.tree.map(np.asarray, decision)

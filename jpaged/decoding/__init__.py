@@ -4,7 +4,7 @@ Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engin
 `base` has the two interfaces, `transforms` the filters, `sample` what the engine
 calls in every step, `rules` what a request's rules make of its logits, `automaton` and
 `constraints` what structured output masks, `beam`, `diverse_beam` and
-`stochastic_beam` the searches.
+`stochastic_beam` the searches, `smc` the particle method.
 """
 
 from jpaged.decoding.base import Decision as Decision
@@ -26,6 +26,8 @@ from jpaged.decoding.sample import sampling as sampling
 from jpaged.decoding.sample import token_keys as token_keys
 from jpaged.decoding.sample import token_logprobs as token_logprobs
 from jpaged.decoding.sample import top_logprobs as top_logprobs
+from jpaged.decoding.smc import SMCState as SMCState
+from jpaged.decoding.smc import smc as smc
 from jpaged.decoding.stochastic_beam import StochasticBeamState as StochasticBeamState
 from jpaged.decoding.stochastic_beam import (
     stochastic_beam_search as stochastic_beam_search,

@@ -76,7 +76,7 @@ class StepFn(Protocol):
         In the first step all rows hold the prompt, so their logits are equal.
 
         Args:
-            keys: key[S], one PRNG key per row (see `token_keys`), consumed.
+            keys: key[S], one PRNG key per row (see `token_keys`), new in every step.
                 They depend on the request, not on the batch, so the tokens of a
                 request do not depend on what else runs.
             logits: f32[S, V]; the engine hands over the model's log-probabilities,

@@ -12,7 +12,8 @@ engine), seconds to the first token since the program started, versions and devi
 
 A prompt file has a prompt on each line; or, if its name ends in .jsonl, on each line a
 JSON object with "prompt" (text or a list of token ids) and, where a line differs from
-the flags, any fields of SamplingParams: {"prompt": "def f(", "max_tokens": 8}. Empty
+the flags, any fields of SamplingParams, or with "beam_width" of BeamSearchParams:
+{"prompt": "def f(", "max_tokens": 8, "structured_outputs": {"regex": "[a-z]+"}}. Empty
 lines are skipped. A line that is wrong is reported on stderr by file and number, and
 the others are generated.
 
@@ -40,13 +41,17 @@ import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from jpaged.llm import LLM, Delta  # noqa: E402
+from jpaged.request_limits import Params, num_rows  # noqa: E402
 from jpaged.requests import (  # noqa: E402
+    BeamSearchParams,
     CompletionOutput,
     RequestOutput,
     SamplingParams,
+    StructuredOutputsParams,
 )
 
 FLAGS = flags.FLAGS
+_PARAMS = (SamplingParams, BeamSearchParams)
 BUILT_IN_PROMPTS = ("def ", "class ", "import ")
 
 
@@ -78,6 +83,17 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "logprobs", None, "Print this many likeliest tokens a position."
     )
+    flags.DEFINE_integer("beam_width", 0, "Beam search with so many beams; 0: sample.")
+    flags.DEFINE_float("length_penalty", 1.0, "Of beams: score is by length ** this.")
+    flags.DEFINE_string("regex", None, "What each output must match, as a whole.")
+    flags.DEFINE_multi_string("choice", [], "Outputs to choose from; repeat the flag.")
+    flags.DEFINE_integer(
+        "num_speculative_tokens", 0, "Tokens guessed ahead in a step; 0: none."
+    )
+    flags.DEFINE_string(
+        "draft_model", None, "A smaller model that guesses; without, the text so far."
+    )
+    flags.DEFINE_enum("quantization", None, ["int8"], "Of the weights; default: none.")
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "Of the weights."
     )
@@ -103,15 +119,47 @@ class Line:
 
     where: str
     prompt: Any
-    params: SamplingParams | None  # None where it is wrong
+    params: Params | None  # None where it is wrong
     error: str | None = None
 
 
 def flag_params() -> dict[str, Any]:
-    """The sampling flags as fields of SamplingParams."""
+    """The flags of decoding as fields of SamplingParams and BeamSearchParams."""
     names = ("n", "temperature", "top_k", "top_p", "min_p", "max_tokens", "stop")
-    same = {name: FLAGS[name].value for name in (*names, "ignore_eos", "logprobs")}
-    return same | {"stop_token_ids": FLAGS.stop_token_id}
+    beams = ("beam_width", "length_penalty")
+    names = (*names, *beams, "ignore_eos", "logprobs")
+    fields = {name: FLAGS[name].value for name in names}
+    fields["stop_token_ids"] = FLAGS.stop_token_id
+    given = {"regex": FLAGS.regex, "choice": FLAGS.choice or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    return fields | ({"structured_outputs": given} if given else {})
+
+
+def make_params(fields: dict[str, Any], own: dict[str, Any]) -> Params:
+    """The parameters of a request; `own` are its fields, `fields` those of the flags.
+
+    Raises:
+      ValueError: a value is wrong, or a line's own fields do not go together.
+    """
+    known = {cls: [f.name for f in dataclasses.fields(cls)] for cls in _PARAMS}
+    chosen = fields | own
+    cls = BeamSearchParams if chosen["beam_width"] else SamplingParams
+    if unknown := sorted(set(own) - {*known[cls], "beam_width"}):
+        kind = " of beam search" if cls is BeamSearchParams else ""
+        raise ValueError(
+            f"{unknown[0]}: no such parameter{kind}; wanted some of "
+            f"{', '.join(known[cls])}"
+        )
+    chosen = {name: value for name, value in chosen.items() if name in known[cls]}
+    if isinstance(structured := chosen.get("structured_outputs"), dict):
+        chosen["structured_outputs"] = StructuredOutputsParams(**structured)
+    if isinstance(bias := chosen.get("logit_bias"), dict):
+        # JSON has no keys but strings.
+        chosen["logit_bias"] = {
+            int(token) if str(token).isdigit() else token: value
+            for token, value in bias.items()
+        }
+    return cls(**chosen)
 
 
 def read_lines(path: pathlib.Path, fields: dict[str, Any]) -> list[Line]:
@@ -129,8 +177,8 @@ def read_lines(path: pathlib.Path, fields: dict[str, Any]) -> list[Line]:
         try:
             text = raw.decode("utf-8").removesuffix("\r")
             prompt, own = _parse(text) if is_json else (text, {})
-            lines.append(Line(where, prompt, SamplingParams(**(fields | own))))
-        except ValueError as error:
+            lines.append(Line(where, prompt, make_params(fields, own)))
+        except (ValueError, TypeError) as error:
             lines.append(Line(where, None, None, str(error)))
     return lines
 
@@ -141,11 +189,6 @@ def _parse(text: str) -> tuple[Any, dict[str, Any]]:
     if not isinstance(request, dict) or "prompt" not in request:
         raise ValueError(f'wanted a JSON object with "prompt", got {text:.60}')
     prompt = request.pop("prompt")
-    known = [field.name for field in dataclasses.fields(SamplingParams)]
-    if unknown := sorted(set(request) - set(known)):
-        raise ValueError(
-            f"{unknown[0]}: no such parameter; wanted some of {', '.join(known)}"
-        )
     return prompt, request
 
 
@@ -225,7 +268,8 @@ def make_llm(lines: list[Line]) -> LLM:
     """
     max_num_seqs, num_tokens = FLAGS.max_num_seqs, FLAGS.max_num_batched_tokens
     if max_num_seqs is None:
-        num_samples = sum(line.params.n for line in lines if line.params is not None)
+        params = [line.params for line in lines if line.params is not None]
+        num_samples = sum(map(num_rows, params))
         max_num_seqs = next((n for n in (1, 4, 8, 16, 32) if n >= num_samples), 64)
     if num_tokens is None:
         # A token is at least a byte of text, special ones aside.
@@ -234,10 +278,21 @@ def make_llm(lines: list[Line]) -> LLM:
         num_tokens = max(next(sizes, 512), max_num_seqs)
     names = ("model", "dtype", "block_size", "num_blocks", "max_model_len", "policy")
     return LLM(
-        **{name: FLAGS[name].value for name in (*names, "seed")},
+        **{name: FLAGS[name].value for name in (*names, "seed", "quantization")},
+        speculative_config=_speculative_config(),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=num_tokens,
     )
+
+
+def _speculative_config() -> dict[str, Any] | None:
+    number, draft = FLAGS.num_speculative_tokens, FLAGS.draft_model
+    if draft is not None and not number:
+        raise ValueError("draft_model: wanted --num_speculative_tokens above 0 with it")
+    if not number:
+        return None
+    model = {} if draft is None else {"model": draft}
+    return {"num_speculative_tokens": number, **model}
 
 
 def all_lines() -> list[Line]:
@@ -247,7 +302,7 @@ def all_lines() -> list[Line]:
       OSError, ValueError: no such prompt file, or a wrong flag.
     """
     fields = flag_params()
-    params = SamplingParams(**fields)
+    params = make_params(fields, {})
     prompts = list(FLAGS.prompt)
     if not prompts and FLAGS.prompt_file is None:
         prompts = list(BUILT_IN_PROMPTS)
@@ -258,7 +313,7 @@ def all_lines() -> list[Line]:
     if FLAGS.prompt_file is not None:
         lines += read_lines(pathlib.Path(FLAGS.prompt_file), fields)
     if FLAGS.stream and any(
-        line.params is not None and line.params.logprobs is not None for line in lines
+        getattr(line.params, "logprobs", None) is not None for line in lines
     ):
         raise ValueError("logprobs: not printed with --stream; leave out one of them")
     return lines
@@ -299,8 +354,13 @@ def run(llm: LLM, lines: list[Line]) -> float | None:
             first_s.append(time.perf_counter())
             yield delta
 
-    printer.stream(timed(), [param.n for param in params])
+    printer.stream(timed(), list(map(_num_outputs, params)))
     return min(first_s, default=None)
+
+
+def _num_outputs(params: Params) -> int:
+    chosen = getattr(params, "num_return", None)
+    return num_rows(params) if chosen is None else chosen
 
 
 def summary(

@@ -12,6 +12,8 @@ from conftest import ROOT
 from llm_test import SIZES, write_folder
 
 from experiments import generate
+from experiments.generate import read_lines
+from jpaged.requests import BeamSearchParams, StructuredOutputsParams
 
 FLAGS = flags.FLAGS
 generate.define_flags()
@@ -166,3 +168,30 @@ def test_the_help_explains_files_and_exit_status(capsys):
     text = generate.__doc__ + FLAGS.module_help("experiments.generate")
     for word in (".jsonl", "Exit status", "first token", "--prompt", "--stream"):
         assert word in text
+
+
+def test_lines_may_ask_for_beams_and_structured_output(tmp_path):
+    fields = {
+        "n": 1,
+        "temperature": 0.5,
+        "max_tokens": 9,
+        "beam_width": 0,
+        "length_penalty": 1.0,
+    }
+    path = tmp_path / "lines.jsonl"
+    path.write_text(
+        '{"prompt": "a", "beam_width": 2, "early_stopping": "never"}\n'
+        '{"prompt": "b", "structured_outputs": {"choice": ["x", "y"]}}\n'
+        '{"prompt": "c", "logit_bias": {"7": 1.5}}\n'
+        '{"prompt": "d", "beam_width": 2, "top_k": 3}\n'
+        '{"prompt": "e", "structured_outputs": {"regex": "x", "choice": ["x"]}}\n'
+    )
+    beams, choice, bias, mixed, both = read_lines(path, fields)
+    assert beams.params == BeamSearchParams(2, 9, early_stopping="never")
+    assert choice.params.structured_outputs == StructuredOutputsParams(
+        choice=["x", "y"]
+    )
+    assert choice.params.max_tokens == 9
+    assert bias.params.logit_bias == {7: 1.5}
+    assert "top_k: no such parameter of beam search" in mixed.error
+    assert "exactly one of regex, choice and json" in both.error

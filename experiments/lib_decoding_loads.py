@@ -49,8 +49,12 @@ class Load:
         )
 
     def cut(self) -> "Load":
-        """The same up to the first token: what the prompt costs."""
-        return dataclasses.replace(self, num_tokens=1)
+        """The same up to the second token: what comes before the steady steps.
+
+        Not up to the first: a sample that ends with it takes the prompt's blocks away
+        before the others have mapped them.
+        """
+        return dataclasses.replace(self, num_tokens=2)
 
     def middle(self, steps: int) -> int:
         """Tokens of a row when the middle `steps` of its steps begin."""

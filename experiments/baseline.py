@@ -110,6 +110,17 @@ def prefill(
     max_len: int,
 ) -> State:
     """The batch after its prompts i32[B, T], with the first token of each answer."""
+    state, logits = prefill_logits(weights, tokens, starts, shape, max_len)
+    return state._replace(tokens=_most_probable(logits))
+
+
+def prefill_logits(
+    weights: Weights, tokens: jax.Array, starts: jax.Array, shape: Shape, max_len: int
+) -> tuple[State, jax.Array]:
+    """The batch after its prompts, and f32[B, V]; its `tokens` are still to be chosen.
+
+    `starts` i32[B] are the slots of padding before each prompt.
+    """
     _, length = tokens.shape
     slots = jnp.arange(length, dtype=jnp.int32)[None, :]
     positions = jnp.maximum(slots - starts[:, None], 0)
@@ -128,17 +139,20 @@ def prefill(
         return _attention(q, k, v, mask)
 
     x = _trunk(weights, tokens, positions, attend, shape)
-    return State(
+    state = State(
         keys=tuple(keys),
         values=tuple(values),
         starts=starts,
         slot=jnp.int32(length),
-        tokens=_greedy(weights, x[:, -1]),
+        tokens=tokens[:, -1],
     )
+    return state, x[:, -1] @ weights["output"]
 
 
-def _step(weights: Weights, state: State, shape: Shape) -> State:
-    """The batch with one token more each."""
+def step_logits(
+    weights: Weights, state: State, shape: Shape
+) -> tuple[State, jax.Array]:
+    """The batch with `state.tokens` in the cache, and f32[B, V] behind them."""
     capacity = state.keys[0].shape[2]
     slots = jnp.arange(capacity, dtype=jnp.int32)[None, :]
     mask = (slots >= state.starts[:, None]) & (slots <= state.slot)
@@ -152,13 +166,14 @@ def _step(weights: Weights, state: State, shape: Shape) -> State:
 
     positions = (state.slot - state.starts)[:, None]
     x = _trunk(weights, state.tokens[:, None], positions, attend, shape)
-    return State(
-        keys=tuple(keys),
-        values=tuple(values),
-        starts=state.starts,
-        slot=state.slot + 1,
-        tokens=_greedy(weights, x[:, 0]),
-    )
+    state = state._replace(keys=tuple(keys), values=tuple(values), slot=state.slot + 1)
+    return state, x[:, 0] @ weights["output"]
+
+
+def _step(weights: Weights, state: State, shape: Shape) -> State:
+    """The batch with one token more each."""
+    state, logits = step_logits(weights, state, shape)
+    return state._replace(tokens=_most_probable(logits))
 
 
 step = jax.jit(_step, static_argnames="shape", donate_argnames="state")
@@ -246,8 +261,8 @@ def _attention(q, keys, values, mask) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
-def _greedy(weights, x) -> jax.Array:
-    return jnp.argmax(x @ weights["output"], axis=-1).astype(jnp.int32)
+def _most_probable(logits) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def _rms_norm(x, weight, eps) -> jax.Array:

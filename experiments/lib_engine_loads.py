@@ -83,11 +83,11 @@ def engine_steps(model: Decoder, state: engine.EngineState, steps: int) -> Conte
         return engine.run(model, copied, steps)
 
     # A step that did something else than decode every row would be another figure.
-    after = jax.device_get(run(_copy(state)).counters)
+    after = jax.device_get(run(copy_state(state)).counters)
     before = jax.device_get(state.counters)
     assert after.num_steps - before.num_steps == steps
     assert after.num_generated - before.num_generated == steps * live
-    return Contender(run, lambda: (_copy(state),), units=steps)
+    return Contender(run, lambda: (copy_state(state),), units=steps)
 
 
 def bookkeeping(state: engine.EngineState, steps: int) -> Contender:
@@ -285,6 +285,6 @@ class BaselineRun:
         return {name: contender(decode) for name, decode in FORMS.items()}
 
 
-def _copy(state: engine.EngineState) -> engine.EngineState:
+def copy_state(state: engine.EngineState) -> engine.EngineState:
     """A copy that may be donated."""
     return jax.block_until_ready(jax.tree.map(jnp.copy, state))

@@ -33,30 +33,43 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of a unit, in each round."""
+    """Seconds of a unit, in each round: on the clock, and of all cores together."""
 
     seconds: tuple[float, ...]
+    processor_seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
         """The median over the rounds."""
         return float(np.median(self.seconds))
 
+    @property
+    def least(self) -> float:
+        """The least of the rounds: for what is so short that noise outweighs it."""
+        return min(self.seconds)
+
+    @property
+    def processor_median(self) -> float:
+        """The median of the processor time, which others on the machine hardly move."""
+        return float(np.median(self.processor_seconds))
+
     def summary_ms(self) -> dict[str, float]:
         """Median, least and most in milliseconds, for the JSON line."""
         return {
             "median_ms": self.median * 1e3,
-            "min_ms": min(self.seconds) * 1e3,
+            "processor_ms": self.processor_median * 1e3,
+            "min_ms": self.least * 1e3,
             "max_ms": max(self.seconds) * 1e3,
         }
 
 
-def once(contender: Contender) -> float:
-    """Seconds of one run."""
+def once(contender: Contender) -> tuple[float, float]:
+    """Seconds of one run, and of processor time."""
     arguments = jax.block_until_ready(contender.prepare())
-    begin = time.perf_counter()
+    begin, processor_begin = time.perf_counter(), time.process_time()
     jax.block_until_ready(contender.run(*arguments))
-    return time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    return seconds, time.process_time() - processor_begin
 
 
 def time_in_turn(
@@ -70,11 +83,12 @@ def time_in_turn(
     if not is_warm:
         for contender in contenders.values():
             once(contender)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, contender in contenders.items():
-            seconds[name].append(once(contender) / contender.units)
-    return {name: Times(tuple(taken)) for name, taken in seconds.items()}
+            both = once(contender)
+            taken[name].append((both[0] / contender.units, both[1] / contender.units))
+    return {name: Times(*zip(*rounds, strict=True)) for name, rounds in taken.items()}
 
 
 def environment() -> dict[str, Any]:
@@ -103,6 +117,7 @@ class Report:
 
     def __init__(self) -> None:
         self.tokens_per_s: dict[str, float] = {}
+        self.steps_per_s: dict[str, float] = {}
         self.roofline_share: dict[str, float] = {}
         self.ratios: dict[str, float] = {}
         self.details: dict[str, Any] = {}

@@ -4,10 +4,12 @@ The environment variables are set before jax is imported, so that processes whic
 tests start inherit them. Each can be overridden from outside.
 """
 
+import gc
 import importlib.util
 import os
 import pathlib
 
+MOST_MAPS = 25_000
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -46,3 +48,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HUGGINGFACE_MISSING and item.get_closest_marker("huggingface"):
             reason = f"needs {' and '.join(HUGGINGFACE_MISSING)}: extra `huggingface`"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps():
+    """Forgets compiled programs before the process has more maps than Linux allows.
+
+    Each program on a CPU is several maps, and at vm.max_map_count (often 65,530) XLA
+    ends the process. What is needed again comes from the compilation cache.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        gc.collect()
+        jax.clear_caches()
+        gc.collect()

@@ -52,7 +52,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.request_limits import Params
 from jpaged.request_limits import check_request as check_request
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, WAITING, Plan
+from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, WAITING, Plan, Queue
 from jpaged.speculation import DraftedModel as DraftedModel
 from jpaged.submission import FINISH_REASONS as FINISH_REASONS
 from jpaged.submission import Result
@@ -184,7 +184,7 @@ def end_step(
         table = _hold_prefixes(table, rows, blocks)
     rows, blocks = when(
         ~decoded.is_settled,
-        lambda carry: _settle(table.queue.status, decoded.parents, *carry),
+        lambda carry: _settle(table.queue, decoded.parents, *carry),
         (rows, blocks),
     )
     return EngineState(
@@ -287,10 +287,23 @@ def _decode(state, begun, entries, logits, config) -> Decoded:
     )
 
 
-def _settle(status, parents, rows, blocks) -> tuple[jax.Array, BlockState]:
-    """Rows and blocks after a step: rows continue their parents, or have finished."""
-    has_finished = scheduler.row_values(status, rows) == FINISHED
+def _settle(queue: Queue, parents, rows, blocks) -> tuple[jax.Array, BlockState]:
+    """Rows and blocks after a step: rows continue their parents, or have finished.
+
+    A row that waits for a source which finishes now maps its blocks before they go.
+    """
+    has_finished = scheduler.row_values(queue.status, rows) == FINISHED
+    sources = scheduler.row_values(queue.sources, rows, NO_REQUEST)
+    shared = scheduler.row_values(queue.shared_lens, rows)
+    is_source = (rows[None, :] == sources[:, None]) & has_finished[None, :]
+    source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
+    inherits = jnp.any(is_source, axis=1) & (blocks.context_lens == 0) & ~has_finished
+    inherits &= (shared > 0) & (blocks.context_lens[source_row] >= shared)
+    parents = jnp.where(inherits, source_row, parents)
     blocks = block_manager.fork(blocks, jnp.where(has_finished, NO_BLOCK, parents))
+    blocks = block_manager.truncate(
+        blocks, jnp.where(inherits, shared, blocks.context_lens)
+    )
     return jnp.where(has_finished, NO_REQUEST, rows), blocks
 
 
@@ -510,7 +523,7 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
         finish_reasons=jnp.where(ends, reason, table.finish_reasons),
     )
     own = jnp.arange(state.rows.shape[0], dtype=jnp.int32)
-    rows, blocks = _settle(queue.status, own, state.rows, state.blocks)
+    rows, blocks = _settle(queue, own, state.rows, state.blocks)
     return dataclasses.replace(state, requests=table, rows=rows, blocks=blocks)
 
 

@@ -464,3 +464,12 @@ def test_params_must_be_one_or_one_for_each_prompt(llama):
     state = engine.init(llama, ROOMY)
     with pytest.raises(ValueError, match="params: expected one, or one for each of 2"):
         engine.submit(state, [[1], [2]], [SamplingParams()])
+
+
+def test_samples_map_the_prompt_of_one_that_ends_with_its_first_token(llama):
+    params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=1)
+    state, results = generate(llama, ROOMY, [list(range(1, 14))], [params])
+    wanted = naive(llama, [list(range(1, 14))], [params], max_model_len=MAX_LEN)
+    assert differences(state, results, wanted) == []
+    # The prompt once, and its last token again for each of the other two.
+    assert int(state.counters.num_tokens) == 13 + 2

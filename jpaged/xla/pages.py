@@ -5,8 +5,14 @@ Place on the road: attention -> [xla.pages].
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from jpaged.compat import switch_in_place
+
+_FEW_PAIRS = 4
 
 
 def write(
@@ -28,7 +34,26 @@ def write(
 def copy(
     pages: jax.Array, src: jax.Array, dst: jax.Array, layer: jax.Array | int | None
 ) -> jax.Array:
-    """`pages` with block `dst[i]` holding what `src[i]` held; -1 skips the pair."""
+    """`pages` with block `dst[i]` holding what `src[i]` held; -1 skips the pair.
+
+    All pairs are read before any is written. A step copies few blocks and has a pair
+    for every row, so few pairs have a program of their own.
+    """
+    (num_pairs,) = src.shape
+    is_live = (src >= 0) & (dst >= 0)
+    order = jnp.argsort(~is_live, stable=True)
+    src, dst = src[order], dst[order]
+    sizes = [size for size in (_FEW_PAIRS, num_pairs) if size <= num_pairs]
+    branches = [
+        functools.partial(_copy_pairs, src=src[:size], dst=dst[:size], layer=layer)
+        for size in sorted(set(sizes))
+    ]
+    number = jnp.sum(is_live, dtype=jnp.int32)
+    index = jnp.where(number <= _FEW_PAIRS, 0, len(branches) - 1)
+    return switch_in_place(jnp.where(number == 0, -1, index), branches, pages)
+
+
+def _copy_pairs(pages, src, dst, layer) -> jax.Array:
     stacked = pages.ndim == 5
     num_blocks = pages.shape[1 if stacked else 0]
     target = jnp.where((src < 0) | (dst < 0), num_blocks, dst)

@@ -10,7 +10,9 @@ import jax
 import pytest
 
 from jpaged import engine, kv_cache
-from jpaged.config import EngineConfig
+from jpaged.config import EngineConfig, Speculation
+from jpaged.decoding.constraints import AutomataSizes
+from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.models import ModelConfig, init_model
 
 SIZES = (4096, 16384)
@@ -40,6 +42,14 @@ def engine_config(num_blocks: int) -> EngineConfig:
         max_model_len=64,
         max_num_batched_tokens=16,
         max_num_requests=8,
+        # Everything that a step can do.
+        num_logprobs=2,
+        prompt_logprobs=True,
+        max_num_prefixes=1,
+        max_beam_width=2,
+        rules=RuleSizes(num_bias=1, num_bad_words=1, bad_word_len=2, num_allowed=64),
+        automata=AutomataSizes(64, 1, 2, 2, 2),
+        speculation=Speculation("prompt_lookup", num_tokens=2),
     )
 
 

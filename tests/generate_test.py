@@ -130,7 +130,7 @@ def test_logprobs_are_printed(run):
         (["--n=2", "--temperature=0"], "n: wanted 1 with greedy decoding"),
         (["--block_size=0"], "block_size: wanted"),
         (["--max_model_len=1000"], "max_model_len: expected at most"),
-        (["--model=nowhere"], "model: no folder 'nowhere'"),
+        (["--model=nowhere"], "model: nowhere: no such folder"),
         (["--prompt_file=nowhere.txt"], "nowhere.txt"),
         (["--stream", "--logprobs=1"], "logprobs: not printed with --stream"),
     ],

@@ -13,7 +13,10 @@ import pytest
 
 from jpaged.decoding import beam, beam_state
 
-pytestmark = pytest.mark.huggingface
+pytestmark = [
+    pytest.mark.huggingface,
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 
 NUM_ROWS, MAX_TOKENS = 8, 12
 PROMPT = [5, 17, 3, 99, 42]
@@ -23,17 +26,6 @@ WRITERS = {
 }
 SHARPNESS = {"llama": 1.0, "opt": 4.0}  # times the last layer: beams part and meet
 step = jax.jit(beam.step)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other make a tiny model a hundred times slower."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=WRITERS)

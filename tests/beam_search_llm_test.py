@@ -15,7 +15,10 @@ import pytest
 from jpaged.llm import LLM
 from jpaged.requests import BeamSearchParams, SamplingParams
 
-pytestmark = pytest.mark.huggingface
+pytestmark = [
+    pytest.mark.huggingface,
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 
 MAX_TOKENS = 10
 SIZES = dict(
@@ -43,17 +46,6 @@ class Pair:
     ours: LLM
     eos: tuple[int, ...]  # of the checkpoint; beams come to it
     others: tuple[int, ...]  # more tokens that beams come to
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other make a tiny model a hundred times slower."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -63,3 +63,14 @@ def _few_memory_maps():
         gc.collect()
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Threads that wait for each other make a tiny model a hundred times slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -19,7 +19,10 @@ from jpaged.decoding import beam_search
 from jpaged.models import Decoder, load_model, rotary, save_model
 from jpaged.models.checkpoint import load_config
 
-pytestmark = pytest.mark.huggingface
+pytestmark = [
+    pytest.mark.huggingface,
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 
 TOLERANCE = 1e-4  # of float32 logits; wrong positions or weights are off by 1e-2
 NUM_GREEDY = 32
@@ -73,17 +76,6 @@ def load(tmp_path_factory):
         return load_model(root / name)
 
     return load_case
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other make a tiny model a hundred times slower."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def theirs(model, tokens: list[int]) -> np.ndarray:

@@ -38,6 +38,16 @@ def bookkeeping(
     # As wide as those of the random-weight models that are timed.
     values = jnp.asarray(0.5 * rng.standard_normal(shape, np.float32))
 
+    def decoded_as(table, states, parents, num_new, is_settled) -> engine.Decoded:
+        return engine.Decoded(
+            table=table,
+            states=states,
+            parents=parents,
+            num_new=num_new,
+            num_accepted=jnp.int32(0),
+            is_settled=jnp.bool_(is_settled),
+        )
+
     def decode(state, begun, entries, values) -> engine.Decoded:
         number = state.counters.num_steps
         own = jnp.arange(config.num_rows, dtype=jnp.int32)
@@ -45,7 +55,7 @@ def bookkeeping(
             new = NewTokens.zeros(entries.places, config.num_logprobs)
             table, _ = request_table.extend(begun.table, new, number)
             num_new = entries.num_grouped
-            return engine.Decoded(table, state.states, own, num_new, jnp.bool_(True))
+            return decoded_as(table, state.states, own, num_new, True)
         # Each step's places stand at its own rows of the logits: nothing is copied.
         places = jnp.full((shape[0],), config.max_num_requests, jnp.int32)
         start = number % _NUM_LOGITS * config.max_num_seqs
@@ -60,7 +70,7 @@ def bookkeeping(
         )
         has_fork = "fork" in parts
         parents = parents if has_fork else own
-        return engine.Decoded(table, states, parents, num_new, jnp.bool_(not has_fork))
+        return decoded_as(table, states, parents, num_new, not has_fork)
 
     def step(values, state: engine.EngineState) -> engine.EngineState:
         begun = engine.begin_step(state, config)

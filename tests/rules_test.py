@@ -211,10 +211,11 @@ def test_a_row_gets_the_same_bits_whatever_the_other_rows_have(cases, seed):
 @hypothesis.given(random_cases())
 def test_which_rows_have_rules_is_said_and_room_alone_is_no_rule(case):
     params = case.params
+    # A penalty that float32 does not tell from none is none.
     has_rule = bool(
-        params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
+        np.float32(params.repetition_penalty) != 1
+        or np.float32(params.presence_penalty) != 0
+        or np.float32(params.frequency_penalty) != 0
         or params.min_tokens
         or params.logit_bias
         or params.allowed_token_ids is not None

@@ -233,7 +233,8 @@ def test_sampled_tokens_have_the_models_distribution():
         state, _ = engine.submit(state, [prompt] * number, params)
         state = engine.run(model, state)
         counts.update(tuple(result.token_ids) for result in engine.collect(state))
-    assert int(state.counters.num_accepted) > number / 2
+    # The two models are strangers, so few drafts stand; enough to show if one is wrong.
+    assert int(state.counters.num_accepted) > number / 10
 
     # The exact probability of each of the 125 continuations, from the plain forward.
     grid = np.stack(np.meshgrid(*[np.arange(5)] * 3, indexing="ij"), -1).reshape(-1, 3)

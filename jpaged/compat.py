@@ -11,6 +11,10 @@ from jax import lax
 
 Carry = TypeVar("Carry")
 
+# Where an array lies, for `jax.device_put`. Every backend has both; `import jax.memory`
+# fails on some versions, the attribute is there on all.
+DEVICE_MEMORY, HOST_MEMORY = jax.memory.Space.Device, jax.memory.Space.Host
+
 
 def switch_in_place(
     index: jax.Array, branches: Sequence[Callable[[Carry], Carry]], carry: Carry

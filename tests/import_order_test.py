@@ -32,6 +32,8 @@ ROOMS = {
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
     "scheduler":         ["compat", "config", "block_manager"],
+    # rows that go to the host's memory and come back
+    "swap":              ["block_manager"],
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager"],
     # memory and arithmetic: pages and activations, no requests
@@ -39,7 +41,7 @@ ROOMS = {
     "pallas":            ["compat"],
     "triton":            ["compat"],
     "attention":         ["compat", "config", "xla", "pallas", "triton"],
-    "kv_cache":          ["compat", "config", "attention"],
+    "kv_cache":          ["compat", "config", "block_manager", "attention"],
     "models":            ["compat", "config", "bundled", "parallel", "step_inputs",
                           "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block

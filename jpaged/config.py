@@ -6,7 +6,13 @@ import dataclasses
 from typing import Any
 
 POLICIES = ("fcfs", "priority")
-_MAY_BE_ZERO = ("num_logprobs", "max_num_prefixes", "max_beam_width")
+PREEMPTIONS = ("recompute", "swap")
+_MAY_BE_ZERO = (
+    "num_logprobs",
+    "max_num_prefixes",
+    "max_beam_width",
+    "num_swap_blocks",
+)
 
 
 DRAFT_METHODS = ("prompt_lookup", "model")
@@ -68,6 +74,10 @@ class EngineConfig:
       prompt_logprobs: requests may ask for the log-probabilities of their prompts.
       policy: "fcfs" or "priority" (smaller `priority` first, then arrival).
       watermark: share of the blocks that admission leaves free while others run.
+      preemption: what happens to the blocks of sequences that must give them back:
+        "recompute" forgets them, "swap" keeps them in the host's memory.
+      num_swap_blocks: blocks of the host's pool, with preemption="swap". Sequences for
+        which it has no room are computed again.
       attention: implementation of paged attention; None is the backend's best.
       max_num_prefixes: pinned prefixes at the same time; each takes a row beside
         `max_num_seqs`, and its blocks.
@@ -95,6 +105,8 @@ class EngineConfig:
     prompt_logprobs: bool = False
     policy: str = "fcfs"
     watermark: float = 0.01
+    preemption: str = "recompute"
+    num_swap_blocks: int = 0
     attention: str | None = None
     max_num_prefixes: int = 0
     max_beam_width: int = 0
@@ -116,6 +128,7 @@ class EngineConfig:
             raise ValueError(
                 f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"
             )
+        self._check_preemption()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 "max_num_batched_tokens: expected at least max_num_seqs "
@@ -140,6 +153,27 @@ class EngineConfig:
                     f"algorithms: expected from 1 to max_num_seqs "
                     f"({self.max_num_seqs}) rows, got {num_rows} for {algorithm!r}"
                 )
+
+    def _check_preemption(self) -> None:
+        if self.preemption not in PREEMPTIONS:
+            raise ValueError(
+                f"preemption: expected one of {PREEMPTIONS}, got {self.preemption!r}"
+            )
+        if self.swaps and not self.num_swap_blocks:
+            raise ValueError(
+                "num_swap_blocks: expected at least 1 with preemption='swap', got 0; "
+                "give the host's pool blocks, or take preemption='recompute'"
+            )
+        if self.num_swap_blocks and not self.swaps:
+            raise ValueError(
+                "num_swap_blocks: expected 0 with preemption='recompute', got "
+                f"{self.num_swap_blocks}; take preemption='swap' to use them"
+            )
+
+    @property
+    def swaps(self) -> bool:
+        """Whether preempted sequences keep their blocks in the host's memory."""
+        return self.preemption == "swap"
 
     def limits(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
         """Lower (max_num_seqs, max_num_batched_tokens) that serve a small load as well.

@@ -36,6 +36,7 @@ from jpaged import (
     scheduler,
     speculation,
     submission,
+    swap,
 )
 from jpaged.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.compat import when
@@ -52,10 +53,20 @@ from jpaged.models.decoder import Decoder
 from jpaged.request_limits import Params
 from jpaged.request_limits import check_request as check_request
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, WAITING, Plan, Queue
+from jpaged.scheduler import (
+    FINISHED,
+    HELD,
+    NO_REQUEST,
+    RUNNING,
+    SWAPPED,
+    WAITING,
+    Plan,
+    Queue,
+)
 from jpaged.speculation import DraftedModel as DraftedModel
 from jpaged.submission import FINISH_REASONS as FINISH_REASONS
 from jpaged.submission import Result
+from jpaged.swap import Swapped
 
 
 def step(model: Model, state: EngineState) -> EngineState:
@@ -103,6 +114,8 @@ class Begun:
     num_drafts: jax.Array  # i32[S]
     appended: Append  # the copies to do first
     batch: Batch
+    host_blocks: BlockState | None = None
+    swapped: Swapped | None = None  # the copies to do before those
 
 
 def begin_step(state: EngineState, config: EngineConfig) -> Begun:
@@ -112,11 +125,18 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
     what sequences have in common.
     """
     table = state.requests
+    host_blocks = None if state.host is None else state.host.blocks
     queue, rows, blocks, plan = scheduler.schedule(
-        table.queue, state.rows, state.blocks, config
+        table.queue, state.rows, state.blocks, config, host_blocks
     )
     table = dataclasses.replace(table, queue=queue)
     lost = jnp.where(rows != state.rows, state.rows, NO_REQUEST)
+    swapped = None
+    if plan.swaps is not None:
+        lost = jnp.where(plan.swaps.out == NO_REQUEST, lost, NO_REQUEST)
+        blocks, host_blocks, swapped = swap.swap_blocks(
+            blocks, host_blocks, *plan.swaps
+        )
     lost = jnp.where(lost == NO_REQUEST, config.max_num_requests, lost)
     table = when(
         plan.num_preempted > 0,
@@ -136,7 +156,9 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
     batch = forward.make_batch(
         table, rows, starts, num_tokens + num_drafts, num_drafts, config
     )
-    return Begun(table, rows, blocks, plan, num_drafts, appended, batch)
+    return Begun(
+        table, rows, blocks, plan, num_drafts, appended, batch, host_blocks, swapped
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -163,13 +185,24 @@ def end_step(
     table, rows, blocks = decoded.table, begun.rows, begun.blocks
     plan, copies = begun.plan, begun.appended.copy_dst != NO_BLOCK
     num_tokens = jnp.sum(plan.num_tokens + begun.num_drafts)
+    is_stalled = num_tokens + plan.num_preempted + plan.num_admitted == 0
+    host, num_swap_outs, num_swapped_blocks = state.host, jnp.int32(0), jnp.int32(0)
+    if host is not None:
+        host = dataclasses.replace(host, blocks=begun.host_blocks)
+        num_swap_outs, num_swap_ins = (
+            jnp.sum(places != NO_REQUEST, dtype=jnp.int32) for places in plan.swaps
+        )
+        num_swapped_blocks = begun.swapped.out.num_blocks
+        is_stalled = (is_stalled & (num_swap_ins == 0)) | ~begun.swapped.ok
     counters = engine_state.count(
         state.counters,
         blocks,
-        is_stalled=num_tokens + plan.num_preempted + plan.num_admitted == 0,
+        is_stalled=is_stalled,
         num_tokens=num_tokens,
         num_generated=decoded.num_new,
         num_preemptions=plan.num_preempted,
+        num_swap_outs=num_swap_outs,
+        num_swapped_blocks=num_swapped_blocks,
         num_block_copies=jnp.sum(copies, dtype=jnp.int32),
         num_drafts=jnp.sum(begun.num_drafts),
         num_accepted=decoded.num_accepted,
@@ -194,6 +227,7 @@ def end_step(
         blocks=blocks,
         cache=cache,
         draft_cache=draft_cache,
+        host=host,
         counters=counters,
         config=state.config,
     )
@@ -202,6 +236,7 @@ def end_step(
 def _step(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
     """`step` within the limits of `config`, with the working memory handed through."""
     begun = begin_step(state, config)
+    state = _swap_pages(state, begun.swapped)
     begun, draft_cache, memory = _draft(model, state, begun, memory, config)
     target = _target(model)
     cache, hidden = forward.hidden_states(
@@ -224,6 +259,26 @@ def _step(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
 
 def _target(model: Model) -> Decoder:
     return model.target if isinstance(model, DraftedModel) else model
+
+
+def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
+    """The state after the pages have followed the rows that left or came back."""
+    if swapped is None:
+        return state
+    out, into = swapped.out, swapped.into
+
+    def move(cache: KVCache | None, host_cache: KVCache | None):
+        if cache is None:
+            return None, None
+        host_cache = kv_cache.swap_out(cache, host_cache, out.src, out.dst)
+        return kv_cache.swap_in(cache, host_cache, into.src, into.dst), host_cache
+
+    cache, host_cache = move(state.cache, state.host.cache)
+    draft_cache, host_draft_cache = move(state.draft_cache, state.host.draft_cache)
+    host = dataclasses.replace(
+        state.host, cache=host_cache, draft_cache=host_draft_cache
+    )
+    return dataclasses.replace(state, cache=cache, draft_cache=draft_cache, host=host)
 
 
 def _copy_blocks(cache: KVCache, begun: Begun) -> KVCache:
@@ -318,10 +373,14 @@ def _hold_prefixes(table, rows, blocks) -> RequestTable:
     return dataclasses.replace(table, queue=queue)
 
 
+def _is_going(status: jax.Array) -> jax.Array:
+    return (status == WAITING) | (status == RUNNING) | (status == SWAPPED)
+
+
 def has_work(state: EngineState) -> jax.Array:
     """bool[]: some sequence waits or runs, and the engine has not stalled."""
     status = state.requests.queue.status
-    is_any = jnp.any((status == WAITING) | (status == RUNNING))
+    is_any = jnp.any(_is_going(status))
     return is_any & ~state.counters.is_stalled
 
 
@@ -515,7 +574,7 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
     """
     table = state.requests
     status = table.queue.status
-    ends = places & ((status == WAITING) | (status == RUNNING) | (status == HELD))
+    ends = places & (_is_going(status) | (status == HELD))
     queue = dataclasses.replace(table.queue, status=jnp.where(ends, FINISHED, status))
     table = dataclasses.replace(
         table,
@@ -524,7 +583,13 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
     )
     own = jnp.arange(state.rows.shape[0], dtype=jnp.int32)
     rows, blocks = _settle(queue, own, state.rows, state.blocks)
-    return dataclasses.replace(state, requests=table, rows=rows, blocks=blocks)
+    host = state.host
+    if host is not None:
+        host_blocks = block_manager.free(host.blocks, ends)
+        host = dataclasses.replace(host, blocks=host_blocks)
+    return dataclasses.replace(
+        state, requests=table, rows=rows, blocks=blocks, host=host
+    )
 
 
 @functools.partial(jax.jit, donate_argnames="state")

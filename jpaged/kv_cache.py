@@ -18,7 +18,7 @@ from jax import lax
 
 from jpaged import attention
 from jpaged.block_manager import NO_BLOCK
-from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY
+from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
 
 
 @jax.tree_util.register_dataclass
@@ -42,12 +42,7 @@ def init_cache(
 ) -> KVCache:
     """A cache of zeros, on the device or in the host's pinned memory."""
     shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
-
-    def zeros() -> jax.Array:
-        pages = jnp.zeros(shape, dtype)
-        return pages if memory == DEVICE_MEMORY else jax.device_put(pages, memory)
-
-    return KVCache(zeros(), zeros())
+    return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
 
 
 def bytes_per_block(

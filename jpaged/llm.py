@@ -73,8 +73,10 @@ class LLM:
       max_num_batched_tokens: tokens of one step, prompt chunks and decode together.
       enable_prefix_caching: accepted; blocks are not yet shared across requests, so
         the cache never hits. Samples of one request do share their prompt.
-      preemption: "recompute": sequences that lose their blocks are computed again.
-      num_swap_blocks: 0, for swapping is not built yet.
+      preemption: when blocks run out, the latest requests give theirs back:
+        "recompute" computes them again later; "swap" copies them to the host's memory
+        and back, as far as there is room, and admits nobody meanwhile.
+      num_swap_blocks: blocks in the host's memory, with preemption="swap".
       policy: "fcfs", or "priority": smaller `SamplingParams.priority` first.
       attention: implementation of paged attention; None is the backend's best.
       mesh: None, for many devices are not built yet.
@@ -178,6 +180,8 @@ class LLM:
                 max_num_prefixes=max_num_prefixes,
                 max_num_stop_ids=max_num_stop_ids,
                 policy=policy,
+                preemption=preemption,
+                num_swap_blocks=num_swap_blocks,
                 attention=attention,
                 speculation=speculation,
             )
@@ -407,7 +411,7 @@ class LLM:
             "prefix_hit_ratio": 0.0,
             "num_block_copies": counters["num_block_copies"],
             "num_preemptions": counters["num_preemptions"],
-            "num_swapped_blocks": 0,
+            "num_swapped_blocks": counters["num_swapped_blocks"],
             "draft_tokens": counters["num_drafts"],
             "accepted_tokens": counters["num_accepted"],
             "acceptance_rate": counters["num_accepted"]

@@ -315,7 +315,8 @@ def check_prefix(
             "collect and release first, or raise max_num_requests"
         )
     # Every request that was let in must still fit alone beside all pinned blocks.
-    is_going = np.isin(queue.status, (scheduler.WAITING, scheduler.RUNNING))
+    going = (scheduler.WAITING, scheduler.RUNNING, scheduler.SWAPPED)
+    is_going = np.isin(queue.status, going)
     is_going &= ~asked.is_prefix
     most = 1
     for leader in np.unique(queue.leaders[is_going]).tolist():

@@ -26,19 +26,21 @@ Letters: R places of the request table, S rows.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged import block_manager
+from jpaged import block_manager, swap
 from jpaged.block_manager import BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 
 # Status of a place in the request table. HELD takes no part, and keeps what it has:
 # a pinned prefix its row and blocks, a finished beam of a running search its tokens.
-EMPTY, WAITING, RUNNING, FINISHED, HELD = range(5)
+# SWAPPED waits as well, and has its blocks in the host's memory.
+EMPTY, WAITING, RUNNING, FINISHED, HELD, SWAPPED = range(6)
 NO_REQUEST = -1
 _LAST = jnp.iinfo(jnp.int32).max
 
@@ -61,6 +63,18 @@ class Queue:
     num_preemptions: jax.Array  # i32[R]
 
 
+class Swaps(NamedTuple):
+    """Places whose blocks move, i32[S] by row, NO_REQUEST where none; one is empty."""
+
+    out: jax.Array  # from the row to the host's memory
+    into: jax.Array  # from there to the row
+
+    @classmethod
+    def none(cls, rows: jax.Array) -> Swaps:
+        """Nobody's."""
+        return cls(*(jnp.full_like(rows, NO_REQUEST) for _ in range(2)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -69,6 +83,7 @@ class Plan:
     num_tokens: jax.Array  # i32[S], tokens of each row; 0: not in this step
     num_preempted: jax.Array  # i32[], rows that gave their blocks back
     num_admitted: jax.Array  # i32[], sequences that got a row
+    swaps: Swaps | None = None  # None without a host's pool
 
 
 def init_queue(num_places: int) -> Queue:
@@ -96,7 +111,11 @@ def init_queue(num_places: int) -> Queue:
 
 
 def schedule(
-    queue: Queue, rows: jax.Array, blocks: BlockState, config: EngineConfig
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    config: EngineConfig,
+    host: BlockState | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, Plan]:
     """The queue, rows and blocks after admission and preemption, and the step's plan.
 
@@ -105,28 +124,42 @@ def schedule(
       rows: i32[S], the place in the request table that each row runs, or NO_REQUEST.
       blocks: block manager's state; its rows are `rows`.
       config: sizes and policy.
+      host: what swapped sequences hold, its rows are places; None: nobody is swapped.
 
-    `block_manager.append(blocks, plan.num_tokens)` then always succeeds.
+    After the plan's swaps `block_manager.append(blocks, plan.num_tokens)` always
+    succeeds. Rows that are swapped out still hold their blocks, and are empty.
     """
     blocks, wanted = _join_sources(queue, rows, blocks)
     wanted = _keep_step(queue, rows, blocks, wanted)
     num_tokens = _share_budget(queue, rows, wanted, config)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
-    carry = (queue, rows, blocks, num_tokens, jnp.int32(0))
-    carry = when(is_short, lambda carry: _preempt(*carry, needed=needed), carry)
-    queue, rows, blocks, num_tokens, num_preempted = carry
+    swaps = None if host is None else Swaps.none(rows)
+    carry = (queue, rows, blocks, num_tokens, jnp.int32(0), swaps)
+    carry = when(
+        is_short, lambda carry: _preempt(*carry, needed=needed, host=host), carry
+    )
+    queue, rows, blocks, num_tokens, num_preempted, swaps = carry
 
-    # Nothing is admitted in a step that had to take blocks back.
+    # Nothing is admitted in a step that had to take blocks back, or while somebody is
+    # swapped.
     is_open = jnp.any(queue.status == WAITING) & jnp.any(rows == NO_REQUEST)
     is_open &= ~is_short & (jnp.sum(num_tokens) < config.max_num_batched_tokens)
+    if host is not None:
+        has_swapped = jnp.any(queue.status == SWAPPED)
+        is_open &= ~has_swapped
+        queue, rows, swaps = when(
+            has_swapped & ~is_short & jnp.any(rows == NO_REQUEST),
+            lambda carry: _bring_back(*carry, blocks, needed, host, config),
+            (queue, rows, swaps),
+        )
     carry = when(
         is_open,
         lambda carry: _admit(*carry, needed=needed, config=config),
         (queue, rows, blocks, num_tokens, jnp.int32(0)),
     )
     queue, rows, blocks, num_tokens, num_admitted = carry
-    return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted)
+    return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted, swaps)
 
 
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
@@ -211,6 +244,9 @@ def _mapped_tokens(queue: Queue, places: jax.Array) -> jax.Array:
     sources = queue.sources[places]
     status = queue.status[sources]
     is_live = (status == WAITING) | (status == RUNNING) | (status == HELD)
+    # Of one request all come back together.
+    is_mate = queue.leaders[sources] == queue.leaders[places]
+    is_live |= (status == SWAPPED) & is_mate
     return jnp.where((sources != places) & is_live, queue.shared_lens[places], 0)
 
 
@@ -258,7 +294,7 @@ def _share_budget(queue, rows, wanted, config) -> jax.Array:
     return when(jnp.any(wanted > 1), chunks, decodes)
 
 
-def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
+def _preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, host):
     """Drops the fewest last requests that leave the others room for their tokens.
 
     If the rows up to rank i stay, they need sum(needed[:i]) blocks, and what the rows
@@ -282,19 +318,79 @@ def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
     stays |= stays_alone | (status == HELD)
     dropped = ~stays & (rows != NO_REQUEST)
 
+    leaves = jnp.zeros_like(dropped)
+    if host is not None:
+        leaves = swap.leaving(blocks, host, dropped, rank, is_same)
+        swaps = swaps._replace(out=jnp.where(leaves, rows, NO_REQUEST))
     place = jnp.where(dropped, rows, queue.status.shape[0])
+    status = jnp.where(leaves, SWAPPED, WAITING)
     queue = dataclasses.replace(
         queue,
-        status=queue.status.at[place].set(WAITING, mode="drop"),
+        status=queue.status.at[place].set(status, mode="drop"),
         num_preemptions=queue.num_preemptions.at[place].add(1, mode="drop"),
     )
     return (
         queue,
         jnp.where(dropped, NO_REQUEST, rows),
-        block_manager.free(blocks, dropped),
+        block_manager.free(blocks, dropped & ~leaves),
         jnp.where(dropped, 0, num_tokens),
         num_preempted + jnp.sum(dropped, dtype=jnp.int32),
+        swaps,
     )
+
+
+def _bring_back(queue, rows, swaps, blocks, needed, host, config):
+    """Gives the first swapped request rows and room for its tokens, if there are.
+
+    All its swapped sequences, or of samples that have the engine for themselves as many
+    as there is room for. They compute nothing in this step. One request at a time: how
+    many blocks it takes is then exact, so that it always fits alone.
+    """
+    num_rows, num_places = rows.shape[0], queue.status.shape[0]
+    is_away = queue.status == SWAPPED
+    place = jnp.arange(num_places, dtype=jnp.int32)
+    keys = (jnp.where(is_away, 0, 1), queue.priorities, queue.arrivals, place)
+    first = lax.sort(keys, num_keys=4)[-1][:num_rows]  # in order
+    leader = queue.leaders[first[0]]
+    is_mine = is_away & (queue.leaders == leader)
+    valid = is_mine[first]
+
+    size = config.block_size
+    held = -(-host.context_lens[first] // size)
+    mapped = jnp.where(held == 0, _mapped_tokens(queue, first) // size, held)
+    known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
+    needs = swap.demand(host, jnp.where(valid, first, NO_REQUEST))
+    needs += jnp.where(valid, jnp.maximum(-(-known // size) - mapped, 0), 0)
+    turn = jnp.arange(num_rows, dtype=jnp.int32)
+    fits = valid & (turn < _num_open_rows(queue, rows, config))
+    fits &= jnp.cumsum(needs) <= _spare_blocks(queue, rows, blocks, needed, config)
+
+    is_running = row_values(queue.status, rows, EMPTY) == RUNNING
+    is_other = row_values(queue.leaders, rows, NO_REQUEST) != leader
+    is_alone = ~jnp.any(is_running & is_other) & ~queue.is_lockstep[leader]
+    is_whole = jnp.sum(fits) == jnp.sum(is_mine)
+    num_back = jnp.where(is_whole | is_alone, jnp.sum(fits, dtype=jnp.int32), 0)
+    target = jnp.where(turn < num_back, first, num_places)
+    queue = dataclasses.replace(
+        queue, status=queue.status.at[target].set(RUNNING, mode="drop")
+    )
+    into = _take_rows(rows, first, num_back)
+    rows = jnp.where(into == NO_REQUEST, rows, into)
+    return queue, rows, swaps._replace(into=into)
+
+
+def _num_open_rows(queue: Queue, rows: jax.Array, config: EngineConfig) -> jax.Array:
+    """Sequences that may get a row, i32[]."""
+    num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
+    return jnp.minimum(config.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST))
+
+
+def _take_rows(rows: jax.Array, places: jax.Array, count: jax.Array) -> jax.Array:
+    """The k-th of `places` for the k-th empty row, below `count`; i32[S]."""
+    is_free = rows == NO_REQUEST
+    turn = jnp.cumsum(is_free) - 1
+    takes = is_free & (turn < count)
+    return jnp.where(takes, places[jnp.where(takes, turn, 0)], NO_REQUEST)
 
 
 def _admit(queue, rows, blocks, num_tokens, num_admitted, *, needed, config):
@@ -349,11 +445,7 @@ def _candidates(queue, rows, blocks, num_tokens, needed, config):
     before = jnp.cumsum(tokens) - tokens
 
     free = _spare_blocks(queue, rows, blocks, needed, config)
-    num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
-    num_open = jnp.minimum(
-        config.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST)
-    )
-    has_row = jnp.arange(num_rows) < num_open
+    has_row = jnp.arange(num_rows) < _num_open_rows(queue, rows, config)
     fits = valid & (jnp.cumsum(needs) <= free) & has_row
 
     # All sequences of a request, or none; for the budget, its first token counts.

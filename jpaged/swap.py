@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from jpaged import block_manager
 from jpaged.block_manager import NO_BLOCK, BlockState
+from jpaged.compat import when
 
 
 @jax.tree_util.register_dataclass
@@ -97,6 +98,98 @@ def swap_in(
     rows = jnp.arange(device.context_lens.size, dtype=jnp.int32)
     host, device, copies, ok = _move(host, device, places, rows, kept)
     return device, host, copies, ok
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Swapped:
+    """What a step moved between the two pools."""
+
+    out: Copies  # from the device's to the host's
+    into: Copies  # the other way
+    ok: jax.Array  # bool[], False: a pool had no room, which the scheduler had promised
+
+
+def swap_blocks(
+    device: BlockState,
+    host: BlockState,
+    out: jax.Array,
+    into: jax.Array,
+    kept: jax.Array | None = None,
+) -> tuple[BlockState, BlockState, Swapped]:
+    """Both states after rows left and came back, and the pages to copy.
+
+    `out` and `into` are the `places` of `swap_out` and `swap_in`. Costs next to nothing
+    in a step in which nobody moves.
+    """
+
+    def leave(carry):
+        device, host, swapped = carry
+        device, host, copies, ok = swap_out(device, host, out)
+        return device, host, dataclasses.replace(swapped, out=copies, ok=ok)
+
+    def enter(carry):
+        device, host, swapped = carry
+        device, host, copies, ok = swap_in(device, host, into, kept)
+        ok &= swapped.ok
+        return device, host, dataclasses.replace(swapped, into=copies, ok=ok)
+
+    none = Copies.none(device, host)
+    carry = (device, host, Swapped(none, none, jnp.bool_(True)))
+    carry = when(jnp.any(out >= 0), leave, carry)
+    return when(jnp.any(into >= 0), enter, carry)
+
+
+def leaving(
+    device: BlockState,
+    host: BlockState,
+    dropped: jax.Array,
+    ranks: jax.Array,
+    is_same: jax.Array,
+) -> jax.Array:
+    """Which of the dropped rows the host has room for, bool[S].
+
+    Whole requests, the last by rank first, up to the first that does not fit. A request
+    that has computed nothing yet has nothing to swap.
+
+    Args:
+      device: the engine's blocks.
+      host: the host's.
+      dropped: bool[S], the rows that lose their blocks.
+      ranks: i32[S], all different; the rows of a request follow each other.
+      is_same: bool[S, S], whether two rows are of one request.
+    """
+    goes = dataclasses.replace(
+        device,
+        block_tables=jnp.where(dropped[:, None], device.block_tables, NO_BLOCK),
+        context_lens=jnp.where(dropped, device.context_lens, 0),
+    )
+    # Each block counts for the first row to go that holds it.
+    held = block_manager.exclusive_blocks(goes, -ranks)
+    goes_first = ranks[None, :] >= ranks[:, None]
+    wanted = jnp.sum(jnp.where(goes_first, held[None, :], 0), axis=1)
+    fits = wanted <= block_manager.num_free_blocks(host)
+    is_mate = is_same & dropped[None, :]
+    has_any = jnp.any(is_mate & (goes.context_lens > 0)[None, :], axis=1)
+    return dropped & has_any & jnp.all(fits[None, :] | ~is_mate, axis=1)
+
+
+def demand(host: BlockState, places: jax.Array) -> jax.Array:
+    """The blocks that rows take which come back together, i32[S].
+
+    Each block counts for the first of `places` (i32[S], below 0: none) that holds it.
+    A row whose last block an earlier one writes too needs a copy of it.
+    """
+    tables_SM, lens = _rows_of(host, places >= 0, places)
+    state = dataclasses.replace(host, block_tables=tables_SM, context_lens=lens)
+    rows = jnp.arange(lens.size, dtype=jnp.int32)
+    held = block_manager.exclusive_blocks(state, rows)
+    last_column = jnp.maximum(lens - 1, 0)[:, None] // host.block_size
+    last = jnp.take_along_axis(tables_SM, last_column, axis=1)[:, 0]
+    is_open = lens % host.block_size != 0
+    is_other = (last[None, :] == last[:, None]) & is_open[None, :]
+    copies = is_open & jnp.any(is_other & (rows[None, :] < rows[:, None]), axis=1)
+    return held + copies.astype(jnp.int32)
 
 
 def _move(

@@ -31,9 +31,9 @@ ROOMS = {
     "parallel":          ["compat", "config"],
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
-    "scheduler":         ["compat", "config", "block_manager"],
     # rows that go to the host's memory and come back
-    "swap":              ["block_manager"],
+    "swap":              ["compat", "block_manager"],
+    "scheduler":         ["compat", "config", "block_manager", "swap"],
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager"],
     # memory and arithmetic: pages and activations, no requests
@@ -64,9 +64,9 @@ ROOMS = {
     "speculation":       ["compat", "config", "block_manager", "scheduler", "kv_cache",
                           "models", "decoding", "request_table", "forward",
                           "next_tokens"],
-    "engine_state":      ["config", "block_manager", "scheduler", "kv_cache", "models",
-                          "request_table", "groups", "speculation"],
-    "engine":            ["compat", "config", "parallel", "block_manager",
+    "engine_state":      ["compat", "config", "block_manager", "scheduler", "kv_cache",
+                          "models", "request_table", "groups", "speculation"],
+    "engine":            ["compat", "config", "parallel", "block_manager", "swap",
                           "scheduler", "kv_cache", "models", "request_table",
                           "groups", "request_limits", "submission", "forward",
                           "next_tokens", "speculation", "engine_state"],
@@ -78,7 +78,7 @@ ROOMS = {
                           "request_limits", "structured", "engine"],
     "serving":           ["config", "block_manager", "models", "scheduler",
                           "request_table", "groups", "request_limits", "submission",
-                          "engine"],
+                          "engine_state", "engine"],
     "prefix":            ["text", "serving"],
     "batch":             ["config", "requests", "text", "scheduler", "request_table",
                           "request_limits", "submission", "serving"],

@@ -220,7 +220,6 @@ def test_prefixes_are_pinned_and_the_drafts_pages_travel_too(model, tmp_path):
         config = dataclasses.replace(
             HUGE,
             num_blocks=blocks,
-            max_num_seqs=4,
             max_beam_width=0,
             preemption="swap" if swaps else "recompute",
             num_swap_blocks=swaps,
@@ -262,18 +261,16 @@ def test_a_config_that_cannot_swap_is_refused(message):
 
 
 def test_the_compiled_run_copies_neither_pool(model):
-    sizes = {}
-    for number in (1000, 4000):
-        config = dataclasses.replace(
-            SWAPS, num_blocks=number, num_swap_blocks=2 * number, max_beam_width=0
-        )
-        state = engine.init(model, config)
-        compiled = engine.run.lower(model, state, jnp.int32(1)).compile()
-        memory = compiled.memory_analysis()
-        pools = jax.tree.leaves((state.cache, state.host.cache))
-        total = sum(pages.nbytes for pages in pools)
-        assert memory.alias_size_in_bytes > total
-        sizes[total] = memory.temp_size_in_bytes
-    (small, few), (large, many) = sorted(sizes.items())
-    # Of a block both pools may keep numbers, and not its pages.
-    assert many - few < (large - small) / 10
+    config = dataclasses.replace(
+        SWAPS, num_blocks=20_000, num_swap_blocks=40_000, max_beam_width=0
+    )
+    state = engine.init(model, config)
+    compiled = engine.run.lower(model, state, jnp.int32(1)).compile()
+    memory = compiled.memory_analysis()
+    pools = (state.cache, state.host.cache)
+    device, host = (
+        sum(pages.nbytes for pages in jax.tree.leaves(cache)) for cache in pools
+    )
+    assert memory.alias_size_in_bytes > device + host
+    # A few numbers for each block, and not the pages of one array.
+    assert memory.temp_size_in_bytes < device / 4

@@ -31,6 +31,7 @@ ROOMS = {
     "parallel":          ["compat", "config"],
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
+    "prefix_cache":      ["compat", "block_manager"],
     "scheduler":         ["compat", "config", "block_manager"],
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager"],

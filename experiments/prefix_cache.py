@@ -11,10 +11,10 @@ synthetic one: conversations that begin with one of a few system prompts and gro
 
 Requests come one after the other. Of each, the longest known beginning is a hit; all
 its blocks are then cached and used now, its last block first; then the least recently
-used ones go until --capacity_blocks are left. That is done by `match`, `insert`,
-`touch` and `evict` of `jpaged.prefix_cache`, as in the engine, on blocks of one "token",
-the number in the trace. All requests are one loop on the device, in pieces of a few
-hundred for the progress bar, compiled anew for each capacity.
+used ones go until --capacity_blocks are left. `match`, `insert`, `touch` and `evict` of
+`jpaged.prefix_cache` do that, on blocks of one "token", the number in the trace. The
+requests are a loop on the device, in pieces of 256 for the progress bar, compiled anew
+for each capacity.
 
 Printed are, for each capacity, the blocks found divided by all blocks of all prompts,
 the same in tokens (the last block may be partial), and block lookups per second.
@@ -49,6 +49,7 @@ from jpaged.block_manager import NO_BLOCK, BlockState
 from jpaged.prefix_cache import PrefixCache
 
 REQUESTS_PER_CALL = 256
+MOST_BLOCKS = 10_000_000
 
 FLAGS = flags.FLAGS
 
@@ -109,8 +110,8 @@ def _read_request(line: str, where: str) -> Request:
             raise ValueError("a number is no int32 of at least 0")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"trace: wanted JSON with input_length, an integer, and hash_ids, a list of "
-            f"integers, in {where}, got {line.strip()!r:.80} ({error})"
+            f"trace: wanted JSON with an integer input_length and a list hash_ids of "
+            f"integers; {where} is {line.strip()!r:.80} ({error})"
         ) from error
     return request
 
@@ -228,7 +229,7 @@ def replay(
     prompts: Sequence[Sequence[int]], capacity: int
 ) -> tuple[np.ndarray, float, float]:
     """The known blocks of each prompt, i32[R], seconds, and seconds to compile."""
-    longest = max(1, *map(len, prompts)) if len(prompts) > 1 else len(prompts[0]) or 1
+    longest = max([1, *map(len, prompts)])
     blocks = block_manager.init_state(
         num_blocks=capacity + longest,
         block_size=1,
@@ -283,9 +284,10 @@ def check_flags() -> tuple[list[Request], list[int]]:
         len(capacities) != len(FLAGS.capacity_blocks)
         or not capacities
         or min(capacities) < 1
+        or max(capacities) > MOST_BLOCKS
     ):
         raise ValueError(
-            f"capacity_blocks: wanted numbers of at least 1, "
+            f"capacity_blocks: wanted numbers from 1 to {MOST_BLOCKS}, "
             f"got {','.join(FLAGS.capacity_blocks)!r}"
         )
     if FLAGS.trace is not None:

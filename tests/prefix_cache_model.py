@@ -91,7 +91,7 @@ class Checked:
 
     def longest(self, tokens: list[int], limit: int) -> int:
         """Tokens of the longest known beginning."""
-        end = 0
+        end, limit = 0, min(limit, len(tokens))
         while end + P <= limit and tuple(tokens[: end + P]) in self.nodes:
             end += P
         return end
@@ -101,7 +101,7 @@ class Checked:
 
     def match(self, tokens: list[int], limit: int) -> list[int]:
         """Row 0 is looked up with the limit, row 1 without, row 2 takes no part."""
-        rows, lens = [tokens] * S, [limit, len(tokens), 0]
+        rows, lens = [tokens] * S, [min(limit, len(tokens)), len(tokens), 0]
         paths, found = self.run.match(self.cache, self.padded(rows), i32(*lens))
         paths = np.asarray(paths).tolist()
         for row, most in enumerate(lens):

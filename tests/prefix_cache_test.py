@@ -103,7 +103,7 @@ class PrefixCacheMachine(stateful.RuleBasedStateMachine):
 
 
 PrefixCacheMachine.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=30, deadline=None
+    max_examples=20, stateful_step_count=30, deadline=None
 )
 TestAnySequence = PrefixCacheMachine.TestCase
 
@@ -303,8 +303,8 @@ def test_sizes_that_cannot_be_are_refused(sizes, message):
         ),
         pytest.param(("((own, -1), ", "((own, 0), "), id="duplicates are kept"),
         pytest.param(
-            ("jnp.where(is_more, middle + 1, low)", "low"),
-            id="the last node of a row is not found",
+            ("jnp.where(is_more, middle + 1, low)", "jnp.where(is_more, high, low)"),
+            id="blocks behind a row's nodes are not entered",
         ),
         pytest.param(
             ("jnp.argmax(is_empty_SW", "0 * jnp.argmax(is_empty_SW"),
@@ -325,6 +325,10 @@ def test_a_planted_fault_is_found(change):
     assert breaks(model.operations(module), max_nodes=8)
 
 
+def test_without_a_fault_the_same_walks_agree():
+    assert not breaks(one_bucket(), max_nodes=8)
+
+
 def breaks(run, max_nodes: int | None) -> bool:
     try:
         for seed in range(3):
@@ -334,8 +338,20 @@ def breaks(run, max_nodes: int | None) -> bool:
     return False
 
 
-def test_writing_into_a_node_in_use_is_found():
-    assert breaks(model.operations(append=model.append_carelessly), max_nodes=None)
+def cut_into_a_node(run) -> None:
+    """A row that alone holds a node is cut inside it, and writes another token."""
+    checked = Checked(run)
+    checked.start(0, [1, 0, 1, 0])
+    checked.commit()
+    checked.truncate(0, 3)
+    checked.append({0: [1]})
+    assert checked.num_copies == 1
+
+
+def test_a_row_that_is_cut_inside_a_node_copies_it_before_it_writes():
+    cut_into_a_node(RUN)
+    with pytest.raises(AssertionError):
+        cut_into_a_node(model.operations(append=model.append_carelessly))
 
 
 def test_violations_name_what_is_wrong():

@@ -26,6 +26,7 @@ from jpaged import (
     engine,
     engine_state,
     groups,
+    prefix_cache,
     request_limits,
     request_table,
     submission,
@@ -373,6 +374,20 @@ class EngineHost:
     def num_free_blocks(self) -> int:
         """Blocks that hold nothing now."""
         return int(block_manager.num_free_blocks(self._state.blocks))
+
+    def num_cached_blocks(self) -> int:
+        """Blocks whose contents the prefix cache knows."""
+        cache = self._state.prefix_cache
+        return 0 if cache is None else int(prefix_cache.is_cached(cache).sum())
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what blocks hold; computes pinned prefixes again."""
+        pinned = [one.place for one in self.pinned]
+        if pinned:
+            self._state = engine.unpin(self._state, pinned)
+            self.num_empty += len(pinned)
+        self._state = engine.reset_prefix_cache(self._state)
+        self._pin_again()
 
     def close(self) -> None:
         """Lets go of the pages and tables."""

@@ -21,7 +21,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROOMS = {
     # room:              what it may import
     "compat":            [],
-    "config":            ["compat"],
+    # who is admitted first: scores of arrays, no room below
+    "policies":          [],
+    "config":            ["compat", "policies"],
     "requests":          ["compat", "config"],
     "compilation_cache": ["compat"],
     "bundled":           ["compat"],
@@ -31,9 +33,10 @@ ROOMS = {
     "parallel":          ["compat", "config"],
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
+    "prefix_cache":      ["compat", "block_manager"],
     # rows that go to the host's memory and come back
     "swap":              ["compat", "block_manager"],
-    "scheduler":         ["compat", "config", "block_manager", "swap"],
+    "scheduler":         ["compat", "config", "policies", "block_manager", "swap"],
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager"],
     # memory and arithmetic: pages and activations, no requests
@@ -49,7 +52,7 @@ ROOMS = {
     # what a text must be, as a table that the decoder reads; host only
     "structured":        ["compat", "config", "requests", "text", "decoding"],
     # the halves meet: sequences as arrays, a step's arithmetic, the step and its loop
-    "request_table":     ["compat", "config", "scheduler", "decoding"],
+    "request_table":     ["compat", "config", "block_manager", "scheduler", "decoding"],
     "groups":            ["compat", "config", "block_manager", "scheduler", "decoding",
                           "request_table"],
     "request_limits":    ["config", "requests", "scheduler", "decoding",
@@ -64,28 +67,30 @@ ROOMS = {
     "speculation":       ["compat", "config", "block_manager", "scheduler", "kv_cache",
                           "models", "decoding", "request_table", "forward",
                           "next_tokens"],
-    "engine_state":      ["compat", "config", "block_manager", "scheduler", "kv_cache",
-                          "models", "request_table", "groups", "speculation"],
-    "engine":            ["compat", "config", "parallel", "block_manager", "swap",
-                          "scheduler", "kv_cache", "models", "request_table",
-                          "groups", "request_limits", "submission", "forward",
-                          "next_tokens", "speculation", "engine_state"],
+    "engine_state":      ["compat", "config", "block_manager", "prefix_cache",
+                          "scheduler", "kv_cache", "models", "request_table", "groups",
+                          "speculation"],
+    "engine":            ["compat", "config", "parallel", "block_manager",
+                          "prefix_cache", "swap", "scheduler", "kv_cache", "models",
+                          "request_table", "groups", "request_limits", "submission",
+                          "forward", "next_tokens", "speculation", "engine_state"],
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
     "scoring":           ["models"],
     "options":           ["config", "text", "attention", "models"],
     "intake":            ["config", "requests", "text", "models", "decoding", "groups",
                           "request_limits", "structured", "engine"],
-    "serving":           ["config", "block_manager", "models", "scheduler",
+    "serving":           ["config", "block_manager", "prefix_cache", "models",
+                          "scheduler",
                           "request_table", "groups", "request_limits", "submission",
                           "engine_state", "engine"],
     "prefix":            ["text", "serving"],
     "batch":             ["config", "requests", "text", "scheduler", "request_table",
                           "request_limits", "submission", "serving"],
-    "llm":               ["config", "requests", "compilation_cache", "bundled", "text",
-                          "parallel", "models", "conversations", "scoring",
-                          "request_limits", "engine", "memory", "options", "intake",
-                          "serving", "prefix", "batch"],
+    "llm":               ["config", "policies", "requests", "compilation_cache",
+                          "bundled", "text", "parallel", "models", "conversations",
+                          "scoring", "request_limits", "engine", "memory", "options",
+                          "intake", "serving", "prefix", "batch"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
                           "step_inputs", "decoding", "request_table", "engine"],

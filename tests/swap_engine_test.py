@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from engine_oracle import FOREVER, differences, naive
 
-from jpaged import block_manager, engine, load_model, scheduler
+from jpaged import block_manager, engine, load_model, prefix_cache, scheduler
 from jpaged.config import EngineConfig, Speculation
 from jpaged.models import Decoder
 from jpaged.requests import BeamSearchParams, SamplingParams
@@ -37,6 +37,8 @@ CONFIGS = {
     "swap": SWAPS,
     # Few at a time find room there, the others are computed again.
     "swap_and_recompute": dataclasses.replace(SWAPS, num_swap_blocks=9),
+    # Who comes back takes blocks that the cache has to give up, and shares what it has.
+    "swap_and_prefix_cache": dataclasses.replace(SWAPS, enable_prefix_caching=True),
 }
 
 
@@ -88,7 +90,9 @@ def outputs(state) -> list[tuple]:
 
 
 def is_empty(state) -> bool:
-    """Nothing leaked: all blocks of both pools are free, counted by the tables too."""
+    """Nothing leaked: nobody uses a block of either pool, counted by the tables too."""
+    if state.prefix_cache is not None:
+        assert prefix_cache.violations(state.prefix_cache, state.blocks) == []
     pools = [state.blocks] + ([] if state.host is None else [state.host.blocks])
     return all(
         block_manager.violations(blocks) == []

@@ -50,7 +50,8 @@ from jpaged.models import Decoder, ModelConfig, init_model
 from jpaged.requests import SamplingParams
 
 PARTS = ("one", "load")
-WAYS = ("recompute", "swap")
+ENOUGH = "no_preemption"
+WAYS = ("recompute", "swap", ENOUGH)
 
 FLAGS = flags.FLAGS
 
@@ -84,7 +85,7 @@ class Figure:
 
     part: str
     block_size: int
-    way: str  # or "no_preemption"
+    way: str  # of WAYS
     num_tokens: int  # of the sequence; of the load generated
     median_ms: float
     least_ms: float
@@ -161,8 +162,15 @@ def swapping(model: ModelConfig, block_size: int, context: int, seed: int) -> Co
     return Contender(run, lambda: latest[0])
 
 
-def config_of(block_size: int, way: str, num_tokens: int, length: int) -> EngineConfig:
-    """An engine whose pool holds so many tokens."""
+def config_of(block_size: int, way: str) -> EngineConfig:
+    """An engine whose pool makes it preempt; or one that holds everything.
+
+    The latter serves both parts, so that it is compiled once.
+    """
+    length = max(FLAGS.prompt_len + FLAGS.output_len, 1 + max(map(int, FLAGS.contexts)))
+    num_tokens = FLAGS.pool_tokens
+    if way == ENOUGH:
+        num_tokens = max(FLAGS.requests, 2) * (length + block_size)
     return EngineConfig(
         num_blocks=-(-num_tokens // block_size),
         block_size=block_size,
@@ -171,7 +179,7 @@ def config_of(block_size: int, way: str, num_tokens: int, length: int) -> Engine
         max_num_batched_tokens=max(FLAGS.chunk, FLAGS.max_num_seqs),
         max_num_requests=max(FLAGS.requests, FLAGS.max_num_seqs),
         max_num_stop_ids=1,
-        preemption=way,
+        preemption="swap" if way == "swap" else "recompute",
         num_swap_blocks=(
             FLAGS.max_num_seqs * -(-length // block_size) if way == "swap" else 0
         ),
@@ -206,8 +214,7 @@ def measure_one(
     model: Decoder, block_size: int, contexts: Sequence[int], repeats: int
 ) -> list[Figure]:
     """Of one sequence: its time to be swapped out and in, and to be computed again."""
-    longest = max(contexts) + 1
-    config = config_of(block_size, "recompute", 2 * longest, longest)
+    config = config_of(block_size, ENOUGH)
     contenders = {}
     for context in contexts:
         contenders["recompute", context] = running(
@@ -225,14 +232,10 @@ def measure_one(
 
 def measure_load(model: Decoder, block_size: int, repeats: int) -> list[Figure]:
     """Of the load: its time with either way, and with a pool that holds everything."""
-    length = FLAGS.prompt_len + FLAGS.output_len
     prompts = random_prompts(FLAGS.requests, FLAGS.prompt_len)
-    pools = {way: (way, FLAGS.pool_tokens) for way in WAYS}
-    enough = FLAGS.requests * (length + block_size)
-    pools["no_preemption"] = ("recompute", enough)
     contenders, counters = {}, {}
-    for name, (way, num_tokens) in pools.items():
-        config = config_of(block_size, way, num_tokens, length)
+    for name in WAYS:
+        config = config_of(block_size, name)
         contenders[name] = running(model, config, prompts, FLAGS.output_len)
         state = contenders[name].run(*contenders[name].prepare())
         counters[name] = jax.device_get(state.counters)
@@ -277,7 +280,7 @@ def print_rows(report: Report, found: Sequence[Figure]) -> None:
                 f"{again.num_preemptions}",
                 f"swapping {swapped.num_preemptions}, "
                 f"{swapped.num_swapped_blocks} blocks",
-                f"without {mine['no_preemption'].median_ms:.2f} ms",
+                f"without {mine[ENOUGH].median_ms:.2f} ms",
             )
 
 

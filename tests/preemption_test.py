@@ -16,7 +16,7 @@ from jpaged import block_manager
 from jpaged.models import ModelConfig
 
 TINY = {
-    "block_sizes": "2,8",
+    "block_sizes": "2",
     "contexts": "24",
     "chunk": 8,
     "hidden_size": 16,
@@ -58,6 +58,7 @@ def test_the_sequence_that_is_timed_comes_back_whole():
         num_heads=2,
         num_kv_heads=1,
         head_dim=4,
+        max_position_embeddings=64,
     )
     contender = preemption.swapping(sizes, block_size=4, context=18, seed=3)
     device, host, cache, host_cache = contender.run(*contender.prepare())
@@ -74,13 +75,13 @@ def test_its_smallest_run_prints_figures_and_writes_them(tmp_path):
     status, out, err = run(out=tmp_path / "figure")
     assert status == 0, err
     *lines, last = out.splitlines()
-    assert sum("swapping" in line for line in lines) == 2 * 3
+    assert sum("swapping" in line for line in lines) == 3
     found = json.loads(last)
     figures = found["details"]["figures"]
     ways = {(one["part"], one["block_size"], one["way"]) for one in figures}
     assert ways == {
         (part, size, way)
-        for size in (2, 8)
+        for size in (2,)
         for part, way in [
             ("one", "recompute"),
             ("one", "swap"),
@@ -89,7 +90,7 @@ def test_its_smallest_run_prints_figures_and_writes_them(tmp_path):
             ("load", "no_preemption"),
         ]
     }
-    assert len(found["ratios"]) == 4
+    assert len(found["ratios"]) == 2
     for one in figures:
         assert one["median_ms"] > 0
         if one["part"] == "load":
@@ -101,7 +102,8 @@ def test_its_smallest_run_prints_figures_and_writes_them(tmp_path):
         (one["block_size"], one["way"]): one["computed_tokens"] for one in figures
     }
     assert tokens[2, "swap"] == tokens[2, "no_preemption"] < tokens[2, "recompute"]
-    rows = list(csv.DictReader((tmp_path / "figure.csv").open()))
+    text = (tmp_path / "figure.csv").read_text("utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
     assert [float(row["median_ms"]) for row in rows] == [
         one["median_ms"] for one in figures
     ]

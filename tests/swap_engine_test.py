@@ -5,6 +5,7 @@ with a loop that knows no cache at all.
 """
 
 import dataclasses
+import functools
 
 import checkpoints
 import jax
@@ -15,6 +16,7 @@ from engine_oracle import FOREVER, differences, naive
 
 from jpaged import block_manager, engine, load_model, prefix_cache, scheduler
 from jpaged.config import EngineConfig, Speculation
+from jpaged.llm import LLM
 from jpaged.models import Decoder
 from jpaged.requests import BeamSearchParams, SamplingParams
 
@@ -31,6 +33,7 @@ HUGE = EngineConfig(
     max_num_prefixes=1,
     max_beam_width=3,
 )
+QUICKLY = {"xla_backend_optimization_level": 0}  # a program for every config
 TINY = dataclasses.replace(HUGE, num_blocks=30, watermark=0.0)
 SWAPS = dataclasses.replace(TINY, preemption="swap", num_swap_blocks=200)
 CONFIGS = {
@@ -40,6 +43,11 @@ CONFIGS = {
     # Who comes back takes blocks that the cache has to give up, and shares what it has.
     "swap_and_prefix_cache": dataclasses.replace(SWAPS, enable_prefix_caching=True),
 }
+
+
+@functools.partial(jax.jit, donate_argnames="state", compiler_options=QUICKLY)
+def run(model, state, max_steps=FOREVER):
+    return engine.run.__wrapped__(model, state, max_steps)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,7 +112,7 @@ def is_empty(state) -> bool:
 @pytest.fixture(scope="module")
 def wanted(model):
     state, _ = start(model, HUGE, *requests())
-    state = engine.run(model, state, jnp.int32(FOREVER))
+    state = run(model, state)
     assert int(state.counters.num_preemptions) == 0
     return outputs(state)
 
@@ -115,7 +123,7 @@ def ends(model):
     found = {}
     for name, config in CONFIGS.items():
         state, _ = start(model, config, *requests())
-        found[name] = engine.run(model, state, jnp.int32(FOREVER))
+        found[name] = run(model, state)
     return found
 
 
@@ -135,7 +143,7 @@ def test_what_is_swapped_is_not_computed_again(model, ends):
     assert swap.num_swap_outs == swap.num_preemptions
     assert 0 < mixed.num_swap_outs < mixed.num_preemptions
     state, _ = start(model, HUGE, *requests())
-    once = engine.run(model, state, jnp.int32(FOREVER)).counters.num_tokens
+    once = run(model, state).counters.num_tokens
     # But for samples whose source was away: they computed their prompts themselves.
     assert swap.num_tokens - once < 20
     assert mixed.num_tokens - once > 20
@@ -146,7 +154,7 @@ def test_greedy_and_sampled_tokens_equal_a_loop_without_a_cache(model):
     kept = [i for i, one in enumerate(params) if isinstance(one, SamplingParams)]
     prompts, params = ([some[i] for i in kept] * 2 for some in (prompts, params))
     state, _ = start(model, SWAPS, prompts, params)
-    state = engine.run(model, state, jnp.int32(FOREVER))
+    state = run(model, state)
     results = [[] for _ in prompts]
     for result in engine.collect(state):
         results[result.arrival].append(result)
@@ -159,7 +167,7 @@ def test_greedy_and_sampled_tokens_equal_a_loop_without_a_cache(model):
 def run_until_swapped(model, config):
     state, places = start(model, config, *requests())
     for _ in range(500):
-        state = engine.run(model, state, jnp.int32(1))
+        state = run(model, state, 1)
         away = np.flatnonzero(
             np.asarray(state.requests.queue.status) == scheduler.SWAPPED
         )
@@ -187,7 +195,7 @@ def test_who_is_ended_while_swapped_leaves_the_hosts_pool(model, wanted):
     state = engine.end(state, mask, np.int32(3))
     assert block_manager.violations(state.host.blocks) == []
     assert int((np.asarray(state.host.blocks.ref_counts) > 0).sum()) < before
-    state = engine.run(model, state, jnp.int32(FOREVER))
+    state = run(model, state)
     assert not engine.has_work(state)
     assert is_empty(state)
     arrival = places.index(gone)
@@ -202,7 +210,7 @@ def test_nobody_is_admitted_while_somebody_is_swapped(model):
     for _ in range(20):
         waiting = before == scheduler.WAITING
         was_swapped = (before == scheduler.SWAPPED).any()
-        state = engine.run(model, state, jnp.int32(1))
+        state = run(model, state, 1)
         after = np.asarray(state.requests.queue.status)
         if was_swapped:
             assert not (waiting & (after == scheduler.RUNNING)).any()
@@ -232,7 +240,7 @@ def test_prefixes_are_pinned_and_the_drafts_pages_travel_too(model, tmp_path):
         state = engine.init(pair, config)
         state, place = engine.pin(state, prefix)
         state, _ = engine.submit(state, prompts, params, vocab_size=VOCABULARY)
-        state = engine.run(pair, state, jnp.int32(FOREVER))
+        state = run(pair, state)
         assert not engine.has_work(state)
         state = engine.unpin(state, [place])
         assert is_empty(state)
@@ -242,6 +250,32 @@ def test_prefixes_are_pinned_and_the_drafts_pages_travel_too(model, tmp_path):
     assert counters.num_swap_outs > 0
     # The two models are one: had its pages stayed behind, it would guess otherwise.
     assert counters.num_accepted == counters.num_drafts > 20
+
+
+def test_an_llm_swaps_and_counts_and_goes_on_after_it_was_compiled_anew(model):
+    llm = LLM(
+        model,
+        num_blocks=12,
+        block_size=4,
+        max_num_seqs=HUGE.max_num_seqs,
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=HUGE.max_num_batched_tokens,
+        max_num_prefixes=0,
+        preemption="swap",
+        num_swap_blocks=40,
+    )
+    prompts = [list(range(i, i + 9)) for i in range(5)]
+    params = [SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True)] * 5
+    wanted = [one[0].tokens for one in naive(model, prompts, params, max_model_len=40)]
+    with llm:
+        for one in (params[0], dataclasses.replace(params[0], logprobs=1)):
+            before = llm.stats()["num_swapped_blocks"]
+            outputs = llm.generate(prompts, one, progress=False)
+            assert [one.outputs[0].token_ids for one in outputs] == wanted
+            assert llm.stats()["num_swapped_blocks"] > before
+            assert sum(one.metrics["num_preemptions"] for one in outputs) > 0
+        assert llm.stats()["num_compilations"] >= 2
+        assert llm.stats()["num_free_blocks"] == 12
 
 
 WRONG = {

@@ -181,7 +181,8 @@ def insert(
             return jnp.any(columns < ends)
 
         def enter(carry):
-            return _enter(*carry, tokens, places)
+            cache, blocks, columns, ends = carry
+            return _enter(cache, blocks, columns, ends, tokens, places)
 
         carry = lax.while_loop(goes_on, enter, (cache, blocks, columns, num_full))
         cache, blocks, _, _ = carry

@@ -540,11 +540,7 @@ def _place(state: EngineState, new: request_table.Submission) -> EngineState:
 
 def num_pinned_blocks(state: EngineState) -> int:
     """Blocks that pinned prefixes hold, or will hold when they are computed."""
-    table = state.requests
-    is_prefix = np.array(table.asked.is_prefix)
-    is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
-    lens = np.asarray(table.queue.num_tokens)[is_prefix]
-    return int((-(-lens // state.config.block_size)).sum())
+    return request_limits.num_pinned_blocks(state.requests, state.config.block_size)
 
 
 def pin(

@@ -604,6 +604,35 @@ def collect(state: EngineState) -> list[Result]:
     return submission.results(state.requests)
 
 
+def violations(state: EngineState) -> list[str]:
+    """What is wrong with the state between steps, a sentence each; empty if sound.
+
+    Host side: rows and places, block tables and the prefix cache, counted anew.
+    """
+    queue = jax.device_get(state.requests.queue)
+    rows, lens = np.asarray(state.rows), np.asarray(state.blocks.context_lens)
+    found = block_manager.violations(state.blocks)
+    for row, (place, length) in enumerate(np.stack([rows, lens], axis=1).tolist()):
+        if place == NO_REQUEST:
+            if length:
+                found.append(f"row {row}: is empty and holds {length} tokens")
+            continue
+        if queue.status[place] not in (RUNNING, HELD):
+            found.append(f"row {row}: place {place} has status {queue.status[place]}")
+        if length > queue.num_tokens[place]:
+            found.append(
+                f"row {row}: holds {length} tokens, place {place} knows "
+                f"{queue.num_tokens[place]}"
+            )
+    for place in np.flatnonzero(queue.status == RUNNING).tolist():
+        if (times := int((rows == place).sum())) != 1:
+            found.append(f"place {place}: runs in {times} rows")
+    if state.prefix_cache is not None:
+        tokens = state.requests.tokens[np.maximum(rows, 0)]
+        found += prefix_cache.violations(state.prefix_cache, state.blocks, tokens)
+    return found
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
     """The state in which the marked live sequences have ended; `places` is bool[R].

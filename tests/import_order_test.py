@@ -74,6 +74,8 @@ ROOMS = {
                           "prefix_cache", "swap", "scheduler", "kv_cache", "models",
                           "request_table", "groups", "request_limits", "submission",
                           "forward", "next_tokens", "speculation", "engine_state"],
+    "snapshots":         ["config", "scheduler", "decoding", "request_table",
+                          "request_limits", "engine_state"],
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
     "scoring":           ["models"],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from engine_oracle import FOREVER, differences, naive
 
-from jpaged import block_manager, engine, load_model, prefix_cache, scheduler
+from jpaged import block_manager, engine, load_model, scheduler, snapshots
 from jpaged.config import EngineConfig, Speculation
 from jpaged.llm import LLM
 from jpaged.models import Decoder
@@ -99,8 +99,7 @@ def outputs(state) -> list[tuple]:
 
 def is_empty(state) -> bool:
     """Nothing leaked: nobody uses a block of either pool, counted by the tables too."""
-    if state.prefix_cache is not None:
-        assert prefix_cache.violations(state.prefix_cache, state.blocks) == []
+    assert engine.violations(state) == []
     pools = [state.blocks] + ([] if state.host is None else [state.host.blocks])
     return all(
         block_manager.violations(blocks) == []
@@ -179,7 +178,7 @@ def run_until_swapped(model, config):
 def test_blocks_that_sequences_share_are_shared_on_the_host(model):
     state, _, away = run_until_swapped(model, SWAPS)
     host = jax.device_get(state.host.blocks)
-    assert block_manager.violations(host) == []
+    assert engine.violations(state) == []
     assert (host.context_lens[away] > 0).any()
     held = np.asarray(-(-host.context_lens // 4)).sum()
     assert (host.ref_counts > 0).sum() < held
@@ -202,6 +201,36 @@ def test_who_is_ended_while_swapped_leaves_the_hosts_pool(model, wanted):
     assert [one for one in outputs(state) if one[0] != arrival] == [
         one for one in wanted if one[0] != arrival
     ]
+
+
+def test_what_is_on_the_host_is_in_a_snapshot(model, wanted, tmp_path):
+    state, _, _ = run_until_swapped(model, SWAPS)
+    snapshots.save(tmp_path / "here", state)
+    for config in (SWAPS, TINY):  # which has no host: everything is computed again
+        other = snapshots.load(tmp_path / "here", model, config)
+        assert engine.violations(other) == []
+        if config == SWAPS:
+            kind = other.host.cache.k_pages.sharding.memory_kind
+            assert kind == "pinned_host"
+        assert outputs(run(model, other)) == wanted
+
+
+def test_faults_in_the_hosts_pool_are_reported(model):
+    state, _, away = run_until_swapped(model, SWAPS)
+    host, queue = state.host, state.requests.queue
+    blocks = dataclasses.replace(
+        host.blocks, ref_counts=host.blocks.ref_counts.at[0].add(1)
+    )
+    leaked = dataclasses.replace(host, blocks=blocks)
+    assert (
+        "host: block 0" in engine.violations(dataclasses.replace(state, host=leaked))[0]
+    )
+    queue = dataclasses.replace(
+        queue, status=queue.status.at[int(away[0])].set(scheduler.WAITING)
+    )
+    table = dataclasses.replace(state.requests, queue=queue)
+    (one,) = engine.violations(dataclasses.replace(state, requests=table))
+    assert f"place {away[0]}: has blocks on the host" in one
 
 
 def test_nobody_is_admitted_while_somebody_is_swapped(model):

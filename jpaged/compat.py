@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def when(
     return switch_in_place(jnp.where(predicate, 0, -1), [function], carry)
 
 
-def zeros(shape: Sequence[int], dtype: str, memory: jax.memory.Space) -> jax.Array:
+def zeros(shape: Sequence[int], dtype: str, memory: Any) -> jax.Array:
     """Zeros on the device or in the host's pinned memory, and nowhere else on the way.
 
     Made on a TPU and then sent to the host, they would need as much memory there first.

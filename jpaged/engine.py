@@ -360,21 +360,20 @@ def _target(model: Model) -> Decoder:
 
 def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
     """The state after the pages have followed the rows that left or came back."""
-    if swapped is None:
+    host = state.host
+    if host is None or swapped is None:
         return state
     out, into = swapped.out, swapped.into
 
     def move(cache: KVCache | None, host_cache: KVCache | None):
-        if cache is None:
+        if cache is None or host_cache is None:
             return None, None
         host_cache = kv_cache.swap_out(cache, host_cache, out.src, out.dst)
         return kv_cache.swap_in(cache, host_cache, into.src, into.dst), host_cache
 
-    cache, host_cache = move(state.cache, state.host.cache)
-    draft_cache, host_draft_cache = move(state.draft_cache, state.host.draft_cache)
-    host = dataclasses.replace(
-        state.host, cache=host_cache, draft_cache=host_draft_cache
-    )
+    cache, host_cache = move(state.cache, host.cache)
+    draft_cache, host_draft_cache = move(state.draft_cache, host.draft_cache)
+    host = dataclasses.replace(host, cache=host_cache, draft_cache=host_draft_cache)
     return dataclasses.replace(state, cache=cache, draft_cache=draft_cache, host=host)
 
 

@@ -11,6 +11,7 @@ Source: Kwon et al. 2023, section 4.1.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,9 @@ def init_cache(
     block_size: int,
     head_dim: int,
     dtype: str,
-    memory: jax.memory.Space = DEVICE_MEMORY,
+    memory: Any = DEVICE_MEMORY,
 ) -> KVCache:
-    """A cache of zeros, on the device or in the host's pinned memory."""
+    """A cache of zeros; `memory` is `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`."""
     shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
     return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
 

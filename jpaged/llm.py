@@ -75,8 +75,10 @@ class LLM:
       enable_prefix_caching: keep the blocks of ended requests while there is room, for
         prompts that begin alike; they are mapped and not computed again. After a
         change of the model's weights call `reset_prefix_cache`.
-      preemption: "recompute": sequences that lose their blocks are computed again.
-      num_swap_blocks: 0, for swapping is not built yet.
+      preemption: when blocks run out, the latest requests give theirs back:
+        "recompute" computes them again later; "swap" copies them to the host's memory
+        and back, as far as there is room, and admits nobody meanwhile.
+      num_swap_blocks: blocks in the host's memory, with preemption="swap".
       policy: which waiting request is admitted first: "fcfs"; "priority": smaller
         `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
         its prompt cached; or a function, see `jpaged.policies`.
@@ -187,6 +189,8 @@ class LLM:
                 max_num_prefixes=max_num_prefixes,
                 max_num_stop_ids=max_num_stop_ids,
                 policy=policy,
+                preemption=preemption,
+                num_swap_blocks=num_swap_blocks,
                 max_prompt_chunk=max_prompt_chunk,
                 watermark=watermark,
                 enable_prefix_caching=enable_prefix_caching,
@@ -425,7 +429,7 @@ class LLM:
             "num_cached_blocks": host.num_cached_blocks(),
             "num_block_copies": counters["num_block_copies"],
             "num_preemptions": counters["num_preemptions"],
-            "num_swapped_blocks": 0,
+            "num_swapped_blocks": counters["num_swapped_blocks"],
             "draft_tokens": counters["num_drafts"],
             "accepted_tokens": counters["num_accepted"],
             "acceptance_rate": counters["num_accepted"]

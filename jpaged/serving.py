@@ -24,6 +24,7 @@ import numpy as np
 from jpaged import (
     block_manager,
     engine,
+    engine_state,
     groups,
     prefix_cache,
     request_limits,
@@ -35,7 +36,7 @@ from jpaged.engine import DraftedModel, EngineState
 from jpaged.models.decoder import Decoder
 from jpaged.request_limits import Params
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import RUNNING, WAITING
+from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 
 READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
 _READ_PIECES = 64  # pieces per device call
@@ -200,10 +201,15 @@ class EngineHost:
             self._state = engine.unpin(self._state, [one.place for one in self.pinned])
         table = request_table.init_table(config)
         self.config = config
+        host = self._state.host
+        if host is not None:  # its rows are the table's places; nobody is there now
+            blocks = engine_state.init_host_blocks(config)
+            host = dataclasses.replace(host, blocks=blocks)
         self._state = dataclasses.replace(
             self._state,
             requests=table,
             states=groups.init_states(config),
+            host=host,
             config=config,
         )
         self.num_empty = config.max_num_requests
@@ -215,7 +221,7 @@ class EngineHost:
 
         Compiles it where it is new, so that its time is nobody's first token.
         """
-        is_live = np.isin(self._progress.status, (WAITING, RUNNING))
+        is_live = np.isin(self._progress.status, (WAITING, RUNNING, SWAPPED))
         num_tokens = int(self._progress.num_tokens[is_live].sum())
         self._limits = self.config.limits(int(is_live.sum()), num_tokens)
         if self._limits not in self._compiled:

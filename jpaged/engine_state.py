@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpaged import block_manager, groups, kv_cache, request_table
+from jpaged import block_manager, groups, kv_cache, request_table, timeline
 from jpaged.block_manager import BlockState
 from jpaged.config import EngineConfig
 from jpaged.groups import States
@@ -21,6 +21,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import NO_REQUEST
 from jpaged.speculation import DraftedModel
+from jpaged.timeline import Timeline
 
 Model = Decoder | DraftedModel
 
@@ -55,6 +56,7 @@ class EngineState:
     cache: KVCache
     draft_cache: KVCache | None  # of the small model that guesses, if there is one
     counters: Counters
+    timeline: Timeline
     config: EngineConfig = dataclasses.field(metadata={"static": True})
 
 
@@ -100,6 +102,7 @@ def init(
         counters=Counters(
             **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
         ),
+        timeline=timeline.init(config),
         config=config,
     )
 
@@ -146,21 +149,16 @@ def count(
       is_stalled: bool[], the step found nothing that it could do.
       gained: i32[] of the counters `num_*` by name, what the step added.
     """
-    (num_blocks,) = blocks.ref_counts.shape
-    used = num_blocks - block_manager.num_free_blocks(blocks)
-    unshared = jnp.sum(-(-blocks.context_lens // blocks.block_size))
+    used, held, saved = timeline.occupancy(blocks)
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
-    # Tokens in shared blocks count once, so shared blocks are not over-full.
-    shared_slots = (unshared - used) * blocks.block_size
-    held = jnp.sum(blocks.context_lens) - shared_slots
     slots = jnp.maximum(used * blocks.block_size, 1)
-    saved = as_float(unshared - used) / as_float(jnp.maximum(unshared, 1))
+    saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
     totals = {name: getattr(counters, name) + value for name, value in gained.items()}
     return dataclasses.replace(
         counters,
         num_steps=counters.num_steps + 1,
         token_share=counters.token_share + as_float(held) / as_float(slots),
-        saved_share=counters.saved_share + saved,
+        saved_share=counters.saved_share + saved_share,
         max_used_blocks=jnp.maximum(counters.max_used_blocks, used),
         is_stalled=is_stalled,
         **totals,

@@ -1,8 +1,8 @@
 """Timeline: what happened in the last steps, kept on the device in two rings.
 
 Place on the road: engine -> [timeline] -> serving. One ring has an entry for each thing
-that happened to a sequence, the other a row for each step. A whole slice of steps is one
-device call, so the host cannot look in between; it reads the rings behind each call.
+that happened to a sequence, the other a row for each step. A whole slice of steps is
+one device call, so the host cannot look in between; it reads the rings behind each.
 
 Letters: E entries of the ring of events, K of that of steps, R places, S rows.
 """
@@ -135,9 +135,7 @@ def _happened(
     return jnp.stack([happened[name] for name in EVENTS])
 
 
-def _put_events(
-    timeline: Timeline, step: jax.Array, happened: jax.Array
-) -> Timeline:
+def _put_events(timeline: Timeline, step: jax.Array, happened: jax.Array) -> Timeline:
     size, _ = timeline.events.shape
     kinds, places = (index.reshape(-1) for index in jnp.indices(happened.shape))
     happened = happened.reshape(-1)

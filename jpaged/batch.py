@@ -280,6 +280,7 @@ class Batch:
             is_alone = isinstance(job.params, SamplingParams)
             row = place if is_alone else job.places[0]
             sample.num_preemptions = int(progress.num_preemptions[row])
+            job.num_cached_tokens = int(progress.num_cached[job.places[0]])
             has_ended = progress.status[place] == scheduler.FINISHED
             code = progress.finish_reasons[place]
             sample.take(tokens, FINISH_REASONS[code] if has_ended else None)

@@ -85,7 +85,9 @@ def num_free_blocks(state: BlockState) -> jax.Array:
     return jnp.sum(state.ref_counts == 0, dtype=jnp.int32)
 
 
-def append(state: BlockState, num_tokens: jax.Array) -> tuple[BlockState, Append]:
+def append(
+    state: BlockState, num_tokens: jax.Array, kept: jax.Array | None = None
+) -> tuple[BlockState, Append]:
     """The state with room for `num_tokens` more tokens per row, and the copies to do.
 
     A row that would write into a block that other rows still use gets a copy of it
@@ -100,6 +102,8 @@ def append(state: BlockState, num_tokens: jax.Array) -> tuple[BlockState, Append
     Args:
       state: donate it under jit; nothing of it is needed afterwards.
       num_tokens: i32[S], tokens to add; 0 = the row takes no part.
+      kept: bool[N], blocks that are not given out though no row uses them, for what
+        they hold may be wanted again (see `prefix_cache`); None keeps none.
 
     >>> append, fork = jax.jit(append), jax.jit(fork)
     >>> state = init_state(num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
@@ -122,7 +126,10 @@ def append(state: BlockState, num_tokens: jax.Array) -> tuple[BlockState, Append
     last, copies, added = _demand(state, num_tokens)
     room = max_blocks_per_seq * state.block_size - state.context_lens
     fits = (num_tokens >= 0) & (num_tokens <= room)
-    words, num_free = _free_words(state.ref_counts)
+    is_free = state.ref_counts == 0
+    if kept is not None:
+        is_free &= ~kept
+    words, num_free = _free_words(is_free)
     ok = jnp.all(fits) & (jnp.sum(copies + added) <= num_free[-1])
     # All or nothing: a refused append asks for nothing, so that nothing changes below.
     num_tokens, copies, added = (
@@ -150,7 +157,7 @@ def append(state: BlockState, num_tokens: jax.Array) -> tuple[BlockState, Append
 
     # The lowest free blocks were taken, so the highest of them tells which they are.
     highest = jnp.where(ends[-1] > 0, taken.at[ends[-1] - 1].get(mode="clip"), -1)
-    is_taken = (state.ref_counts == 0) & (jnp.arange(num_blocks) <= highest)
+    is_taken = is_free & (jnp.arange(num_blocks) <= highest)
     is_copy = copies > 0
     # In JAX the index -1 is not out of bounds: it wraps around to the last element.
     # Send what is not meant past the end, where mode="drop" discards it.
@@ -218,6 +225,35 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
         )
 
     return lax.cond(jnp.any(parents != rows), move, lambda: state)
+
+
+def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockState:
+    """The state in which empty rows hold full blocks that are in the pool already.
+
+    Args:
+      state: as it was; donate it under jit.
+      block_tables: i32[S, M], the blocks; entries past a row's length are not read.
+      lens: i32[S], tokens in them, whole blocks; 0 leaves a row as it is, and so does
+        any number where the row is not empty.
+
+    >>> state = init_state(num_blocks=4, block_size=2, max_seqs=2, max_blocks_per_seq=2)
+    >>> state, _ = append(state, jnp.array([3, 0]))
+    >>> state = adopt(state, state.block_tables[jnp.array([0, 0])], jnp.array([0, 2]))
+    >>> state.block_tables.tolist(), state.ref_counts.tolist()
+    ([[0, 1], [0, -1]], [2, 1, 0, 0])
+    """
+    lens = _per_row("lens", lens, state)
+    _, max_blocks_per_seq = state.block_tables.shape
+    takes = (lens > 0) & (state.context_lens == 0)
+    column = jnp.arange(max_blocks_per_seq)[None, :]
+    is_held = takes[:, None] & (column < (lens // state.block_size)[:, None])
+    state = dataclasses.replace(
+        state,
+        block_tables=jnp.where(is_held, block_tables, state.block_tables),
+        context_lens=jnp.where(takes, lens, state.context_lens),
+    )
+    counts = _add_refs(state, jnp.where(is_held, 1, 0))
+    return dataclasses.replace(state, ref_counts=counts)
 
 
 def free(state: BlockState, rows: jax.Array) -> BlockState:
@@ -400,13 +436,13 @@ def _demand(
     return last, copies, jnp.maximum(-(-overflow // state.block_size), 0)
 
 
-def _free_words(ref_counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _free_words(is_free: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One bit per block, set where it is free, and the free blocks up to each word.
 
     Returns u32[W] and i32[W], with 32 blocks to a word.
     """
-    (num_blocks,) = ref_counts.shape
-    is_free = jnp.pad(ref_counts == 0, (0, -num_blocks % _WORD_BITS))
+    (num_blocks,) = is_free.shape
+    is_free = jnp.pad(is_free, (0, -num_blocks % _WORD_BITS))
     bit = jnp.uint32(1) << jnp.arange(_WORD_BITS, dtype=jnp.uint32)
     bits = jnp.where(is_free.reshape(-1, _WORD_BITS), bit[None, :], jnp.uint32(0))
     words = jnp.sum(bits, axis=1, dtype=jnp.uint32)

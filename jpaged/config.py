@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-POLICIES = ("fcfs", "priority")
+from jpaged import policies
+
 _MAY_BE_ZERO = (
     "num_logprobs",
     "max_num_prefixes",
@@ -72,8 +73,13 @@ class EngineConfig:
       num_logprobs: most likely tokens kept with each generated token; 0 keeps only
         the generated token's own log-probability.
       prompt_logprobs: requests may ask for the log-probabilities of their prompts.
-      policy: "fcfs" or "priority" (smaller `priority` first, then arrival).
+      max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
+        the step's own.
+      policy: who is admitted first: a name of `policies.POLICIES`, or a function.
+        Requests' priorities count only under "priority" and functions.
       watermark: share of the blocks that admission leaves free while others run.
+      enable_prefix_caching: keep the blocks of ended sequences while there is room,
+        for others that begin alike (`prefix_cache`).
       attention: implementation of paged attention; None is the backend's best.
       max_num_prefixes: pinned prefixes at the same time; each takes a row beside
         `max_num_seqs`, and its blocks.
@@ -101,8 +107,10 @@ class EngineConfig:
     max_num_stop_ids: int = 8
     num_logprobs: int = 0
     prompt_logprobs: bool = False
-    policy: str = "fcfs"
+    max_prompt_chunk: int | None = None
+    policy: str | policies.Policy = "fcfs"
     watermark: float = 0.01
+    enable_prefix_caching: bool = False
     attention: str | None = None
     max_num_prefixes: int = 0
     max_beam_width: int = 0
@@ -120,8 +128,9 @@ class EngineConfig:
             if field.type != "int":
                 continue
             _check_integer(field.name, value, least)
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy: expected one of {POLICIES}, got {self.policy!r}")
+        policies.check(self.policy)
+        if self.max_prompt_chunk is not None:
+            _check_integer("max_prompt_chunk", self.max_prompt_chunk, least=1)
         if not 0 <= self.watermark < 1:
             raise ValueError(
                 f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"
@@ -174,6 +183,19 @@ class EngineConfig:
     def max_blocks_per_seq(self) -> int:
         """Width of the block tables."""
         return -(-self.max_model_len // self.block_size)
+
+    @property
+    def largest_chunk(self) -> int:
+        """Tokens of one prompt in one step, at most."""
+        return min(
+            self.max_prompt_chunk or self.max_num_batched_tokens,
+            self.max_num_batched_tokens,
+        )
+
+    @property
+    def uses_priorities(self) -> bool:
+        """Whether requests' priorities count."""
+        return callable(self.policy) or self.policy == "priority"
 
     @property
     def num_watermark_blocks(self) -> int:

@@ -31,6 +31,7 @@ from jpaged import (
     groups,
     kv_cache,
     next_tokens,
+    prefix_cache,
     request_limits,
     request_table,
     scheduler,
@@ -50,10 +51,20 @@ from jpaged.groups import Logits, States
 from jpaged.kv_cache import KVCache
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
+from jpaged.prefix_cache import PrefixCache
 from jpaged.request_limits import Params
 from jpaged.request_limits import check_request as check_request
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, WAITING, Plan, Queue
+from jpaged.scheduler import (
+    FINISHED,
+    HELD,
+    NO_REQUEST,
+    RUNNING,
+    WAITING,
+    Hits,
+    Plan,
+    Queue,
+)
 from jpaged.speculation import DraftedModel as DraftedModel
 from jpaged.submission import FINISH_REASONS as FINISH_REASONS
 from jpaged.submission import Result
@@ -104,6 +115,7 @@ class Begun:
     num_drafts: jax.Array  # i32[S]
     appended: Append  # the copies to do first
     batch: Batch
+    prefix_cache: PrefixCache | None
 
 
 def begin_step(state: EngineState, config: EngineConfig) -> Begun:
@@ -114,22 +126,31 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
     """
     table = state.requests
     queue, rows, blocks, plan = scheduler.schedule(
-        table.queue, state.rows, state.blocks, config
+        table.queue, state.rows, state.blocks, config, _look_up(state, config)
     )
     table = dataclasses.replace(table, queue=queue)
-    lost = jnp.where(rows != state.rows, state.rows, NO_REQUEST)
+    is_other = rows != state.rows
+    lost = jnp.where(is_other, state.rows, NO_REQUEST)
     lost = jnp.where(lost == NO_REQUEST, config.max_num_requests, lost)
     table = when(
         plan.num_preempted > 0,
         lambda table: request_table.share_again(table, lost),
         table,
     )
+    if config.enable_prefix_caching:
+        table, blocks, plan = when(
+            plan.num_admitted > 0,
+            lambda carry: _share_new(*carry, rows, is_other),
+            (table, blocks, plan),
+        )
     starts, num_drafts = blocks.context_lens, jnp.zeros_like(rows)
     if config.speculation is not None:
         table, num_drafts = speculation.count_drafts(
             table, rows, blocks, plan.num_tokens, config
         )
-    blocks, appended = block_manager.append(blocks, plan.num_tokens + num_drafts)
+    cache, blocks, appended = _append(
+        state.prefix_cache, blocks, plan.num_tokens + num_drafts
+    )
     # The scheduler's promise; broken, the engine stalls and writes no wrong token.
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
     num_drafts = jnp.where(appended.ok, num_drafts, 0)
@@ -137,7 +158,52 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
     batch = forward.make_batch(
         table, rows, starts, num_tokens + num_drafts, num_drafts, config
     )
-    return Begun(table, rows, blocks, plan, num_drafts, appended, batch)
+    return Begun(table, rows, blocks, plan, num_drafts, appended, batch, cache)
+
+
+def _look_up(state: EngineState, config: EngineConfig) -> Hits | None:
+    """What the prefix cache has of the waiting sequences, if any can be admitted."""
+    if state.prefix_cache is None:
+        return None
+    table, queue = state.requests, state.requests.queue
+    # At least one token is left to compute: its logits are what follows.
+    most = jnp.where(queue.status == WAITING, queue.num_tokens - 1, 0)
+    most = jnp.where(table.asked.rates_prompt | queue.has_ended, 0, most)
+
+    def match(hits: Hits) -> Hits:
+        return Hits(*prefix_cache.match(state.prefix_cache, table.tokens, most))
+
+    none = Hits.none(config.max_num_requests, config.max_blocks_per_seq)
+    return when(scheduler.can_admit(queue, state.rows), match, none)
+
+
+def _share_new(table, blocks, plan, rows, is_other) -> tuple:
+    is_new = is_other & (rows != NO_REQUEST)
+    table, blocks, waits = request_table.share_new(table, rows, blocks, is_new)
+    num_tokens = jnp.where(waits, 0, plan.num_tokens)
+    return table, blocks, dataclasses.replace(plan, num_tokens=num_tokens)
+
+
+def _append(cache: PrefixCache | None, blocks: BlockState, num_tokens: jax.Array):
+    """The prefix cache, which makes room, the blocks with it taken, and the copies."""
+    if cache is None:
+        return None, *block_manager.append(blocks, num_tokens)
+    needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
+    cache = prefix_cache.evict(cache, blocks.ref_counts, needed)
+    before, kept = blocks, prefix_cache.is_cached(cache)
+    blocks, appended = block_manager.append(blocks, num_tokens, kept)
+    # A row that was cut back may go on inside a cached block that it alone has left.
+    is_writer = (num_tokens > 0) & (before.context_lens % before.block_size != 0)
+    is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
+    rows = jnp.arange(is_writer.shape[0], dtype=jnp.int32)
+    last = before.block_tables[rows, before.context_lens // before.block_size]
+    is_writer &= kept[last]
+    cache = when(
+        jnp.any(is_writer),
+        lambda cache: prefix_cache.forget(cache, jnp.where(is_writer, last, NO_BLOCK)),
+        cache,
+    )
+    return cache, blocks, appended
 
 
 @jax.tree_util.register_dataclass
@@ -170,6 +236,7 @@ def end_step(
         is_stalled=num_tokens + plan.num_preempted + plan.num_admitted == 0,
         num_tokens=num_tokens,
         num_generated=decoded.num_new,
+        **engine_state.admitted_tokens(state.requests.queue, table.queue),
         num_preemptions=plan.num_preempted,
         num_block_copies=jnp.sum(copies, dtype=jnp.int32),
         num_drafts=jnp.sum(begun.num_drafts),
@@ -193,9 +260,19 @@ def end_step(
         )
     if state.config.max_num_prefixes:
         table = _hold_prefixes(table, rows, blocks)
+    blocks = when(
+        ~decoded.is_settled,
+        lambda blocks: _move(table.queue, decoded.parents, rows, blocks),
+        blocks,
+    )
+    prefixes = begun.prefix_cache
+    if prefixes is not None:
+        prefixes, blocks = _enter(
+            prefixes, table, rows, blocks, state.counters.num_steps
+        )
     rows, blocks = when(
         ~decoded.is_settled,
-        lambda carry: _settle(table.queue, decoded.parents, *carry),
+        lambda carry: _let_go(table.queue, *carry),
         (rows, blocks),
     )
     return EngineState(
@@ -203,6 +280,7 @@ def end_step(
         states=decoded.states,
         rows=rows,
         blocks=blocks,
+        prefix_cache=prefixes,
         cache=cache,
         draft_cache=draft_cache,
         counters=counters,
@@ -299,8 +377,15 @@ def _decode(state, begun, entries, logits, config) -> Decoded:
     )
 
 
-def _settle(queue: Queue, parents, rows, blocks) -> tuple[jax.Array, BlockState]:
-    """Rows and blocks after a step: rows continue their parents, or have finished.
+def _enter(cache, table, rows, blocks, clock) -> tuple[PrefixCache, BlockState]:
+    """The prefix cache with all blocks that are full now, and the blocks in use."""
+    places = jnp.maximum(rows, 0)
+    cache, blocks = prefix_cache.insert(cache, blocks, table.tokens, clock, places)
+    return prefix_cache.touch(cache, blocks.ref_counts, clock), blocks
+
+
+def _move(queue: Queue, parents, rows, blocks) -> BlockState:
+    """The blocks after a step: rows continue their parents.
 
     A row that waits for a source which finishes now maps its blocks before they go.
     """
@@ -311,11 +396,16 @@ def _settle(queue: Queue, parents, rows, blocks) -> tuple[jax.Array, BlockState]
     source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
     inherits = jnp.any(is_source, axis=1) & (blocks.context_lens == 0) & ~has_finished
     inherits &= (shared > 0) & (blocks.context_lens[source_row] >= shared)
-    parents = jnp.where(inherits, source_row, parents)
-    blocks = block_manager.fork(blocks, jnp.where(has_finished, NO_BLOCK, parents))
-    blocks = block_manager.truncate(
+    blocks = block_manager.fork(blocks, jnp.where(inherits, source_row, parents))
+    return block_manager.truncate(
         blocks, jnp.where(inherits, shared, blocks.context_lens)
     )
+
+
+def _let_go(queue: Queue, rows, blocks) -> tuple[jax.Array, BlockState]:
+    """Rows and blocks without those that have finished."""
+    has_finished = scheduler.row_values(queue.status, rows) == FINISHED
+    blocks = block_manager.free(blocks, has_finished)
     return jnp.where(has_finished, NO_REQUEST, rows), blocks
 
 
@@ -513,6 +603,18 @@ def unpin(state: EngineState, places: Sequence[int]) -> EngineState:
     return release(end(state, mask, np.int32(request_table.ABORT)), mask)
 
 
+def reset_prefix_cache(state: EngineState) -> EngineState:
+    """The state that knows of no block what it holds; rows keep theirs.
+
+    After a change of the model's weights what was computed before must not be found.
+    """
+    if state.prefix_cache is None:
+        return state
+    config = state.config
+    cache = prefix_cache.init_cache(config.num_blocks, config.block_size)
+    return dataclasses.replace(state, prefix_cache=cache)
+
+
 def collect(state: EngineState) -> list[Result]:
     """The finished outputs, by arrival and number. Host code; changes nothing."""
     return submission.results(state.requests)
@@ -535,7 +637,8 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
         finish_reasons=jnp.where(ends, reason, table.finish_reasons),
     )
     own = jnp.arange(state.rows.shape[0], dtype=jnp.int32)
-    rows, blocks = _settle(queue, own, state.rows, state.blocks)
+    blocks = _move(queue, own, state.rows, state.blocks)
+    rows, blocks = _let_go(queue, state.rows, blocks)
     return dataclasses.replace(state, requests=table, rows=rows, blocks=blocks)
 
 

@@ -11,15 +11,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpaged import block_manager, groups, kv_cache, request_table, timeline
+from jpaged import (
+    block_manager,
+    groups,
+    kv_cache,
+    prefix_cache,
+    request_table,
+    timeline,
+)
 from jpaged.block_manager import BlockState
 from jpaged.config import EngineConfig
 from jpaged.groups import States
 from jpaged.kv_cache import KVCache
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
+from jpaged.prefix_cache import PrefixCache
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import NO_REQUEST
+from jpaged.scheduler import BEFORE_ALL, NO_REQUEST, WAITING, Queue
 from jpaged.speculation import DraftedModel
 from jpaged.timeline import Timeline
 
@@ -34,6 +42,8 @@ class Counters:
     num_steps: jax.Array  # i32[]
     num_tokens: jax.Array  # i32[], tokens that the decoder computed
     num_generated: jax.Array  # i32[], tokens that decoding gave
+    num_prompt_tokens: jax.Array  # i32[], of requests that were admitted
+    num_cached_tokens: jax.Array  # i32[], of them those that were mapped from others
     num_preemptions: jax.Array  # i32[]
     num_block_copies: jax.Array  # i32[], copy-on-write
     num_drafts: jax.Array  # i32[], tokens that speculation guessed
@@ -53,6 +63,7 @@ class EngineState:
     states: States  # of decoding algorithms, see `groups`
     rows: jax.Array  # i32[S], the sequence that each row runs, or NO_REQUEST
     blocks: BlockState
+    prefix_cache: PrefixCache | None  # of blocks that may be wanted again
     cache: KVCache
     draft_cache: KVCache | None  # of the small model that guesses, if there is one
     counters: Counters
@@ -97,6 +108,11 @@ def init(
             max_seqs=config.num_rows,
             max_blocks_per_seq=config.max_blocks_per_seq,
         ),
+        prefix_cache=(
+            prefix_cache.init_cache(config.num_blocks, config.block_size)
+            if config.enable_prefix_caching
+            else None
+        ),
         cache=cache(model.config),
         draft_cache=cache(model.draft.config) if is_drafted else None,
         counters=Counters(
@@ -127,6 +143,8 @@ _COUNTER_TYPES = dict(
     num_steps="int32",
     num_tokens="int32",
     num_generated="int32",
+    num_prompt_tokens="int32",
+    num_cached_tokens="int32",
     num_preemptions="int32",
     num_block_copies="int32",
     num_drafts="int32",
@@ -136,6 +154,21 @@ _COUNTER_TYPES = dict(
     max_used_blocks="int32",
     is_stalled="bool",
 )
+
+
+def admitted_tokens(before: Queue, after: Queue) -> dict[str, jax.Array]:
+    """What a step adds to `num_prompt_tokens` and `num_cached_tokens`.
+
+    Requests count when they are admitted for the first time; pinned prefixes do not.
+    """
+    place = jnp.arange(before.status.shape[0], dtype=jnp.int32)
+    is_first = (before.status == WAITING) & (after.status != WAITING)
+    is_first &= (before.leaders == place) & (before.num_preemptions == 0)
+    is_first &= before.priorities != BEFORE_ALL
+    return dict(
+        num_prompt_tokens=jnp.sum(jnp.where(is_first, before.prompt_lens, 0)),
+        num_cached_tokens=jnp.sum(after.num_cached - before.num_cached),
+    )
 
 
 def count(

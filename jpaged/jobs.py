@@ -161,7 +161,7 @@ class Job:
     samples: list[Sample] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     happened: list[Event] = dataclasses.field(default_factory=list)
-    num_cached_tokens: int = 0  # of its prompt, that an earlier request computed
+    num_cached_tokens: int = 0  # of its prompt, that were mapped from others
     error: Exception | None = None  # why it could not go on
 
     @property

@@ -33,6 +33,7 @@ from jpaged.jobs import Job, News
 from jpaged.live import Request
 from jpaged.metrics import StepRecord
 from jpaged.models.decoder import Decoder
+from jpaged.policies import Policy
 from jpaged.prefix import Prefix
 from jpaged.request_limits import Params
 from jpaged.requests import BeamSearchParams, RequestOutput, SamplingParams
@@ -69,11 +70,14 @@ class LLM:
       max_model_len: tokens of prompt and output together. None is the model's
         longest, as far as one such sequence fits into the pool.
       max_num_batched_tokens: tokens of one step, prompt chunks and decode together.
-      enable_prefix_caching: accepted; blocks are not yet shared across requests, so
-        the cache never hits. Samples of one request do share their prompt.
+      enable_prefix_caching: keep the blocks of ended requests while there is room, for
+        prompts that begin alike; they are mapped and not computed again. After a
+        change of the model's weights call `reset_prefix_cache`.
       preemption: "recompute": sequences that lose their blocks are computed again.
       num_swap_blocks: 0, for swapping is not built yet.
-      policy: "fcfs", or "priority": smaller `SamplingParams.priority` first.
+      policy: which waiting request is admitted first: "fcfs"; "priority": smaller
+        `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
+        its prompt cached; or a function, see `jpaged.policies`.
       attention: implementation of paged attention; None is the backend's best.
       mesh: None, for many devices are not built yet.
       seed: requests without a seed draw from this one and their number.
@@ -90,6 +94,9 @@ class LLM:
       quantization: "int8" holds the weights of the layers' products in 8 bits.
       max_logprobs: largest `SamplingParams.logprobs` and `prompt_logprobs`.
       max_num_prefixes: prefixes that can be pinned at the same time, see `pin`.
+      max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
+        max_num_batched_tokens.
+      watermark: share of the blocks that admission leaves free while others run.
 
     A call that asks for something that no call before it did (beams, logits rules, more
     log-probabilities, another algorithm) compiles the engine again; `num_compilations`
@@ -117,7 +124,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         preemption: str = "recompute",
         num_swap_blocks: int = 0,
-        policy: str = "fcfs",
+        policy: str | Policy = "fcfs",
         attention: str | None = None,
         mesh: Any = None,
         seed: int = 0,
@@ -128,6 +135,8 @@ class LLM:
         max_num_stop_ids: int = 8,
         max_logprobs: int = 20,
         max_num_prefixes: int = 8,
+        max_prompt_chunk: int | None = None,
+        watermark: float = 0.01,
         quantization: str | None = None,
     ):
         options.check_sizes(
@@ -176,6 +185,9 @@ class LLM:
                 max_num_prefixes=max_num_prefixes,
                 max_num_stop_ids=max_num_stop_ids,
                 policy=policy,
+                max_prompt_chunk=max_prompt_chunk,
+                watermark=watermark,
+                enable_prefix_caching=enable_prefix_caching,
                 attention=attention,
                 speculation=speculation,
                 num_recorded_events=NUM_RECORDED_EVENTS,
@@ -450,15 +462,20 @@ class LLM:
 
         kv_token_share: token states / slots of blocks in use; blocks_saved_by_sharing:
         share of the blocks that would be needed without sharing; both are means over
-        steps. tokens_per_s: generated tokens by the seconds of running steps, without
-        compiling. num_compilations: of the engine's program. mean_queue_s and the other
-        means: see `metrics.latencies`, over the num_finished_requests that ended by
-        themselves. num_lost_events: happened in slices of so many that nobody saw them.
+        steps. prefix_hit_ratio: share of the prompts' tokens that were mapped, from the
+        prefix cache, another request or a pinned prefix, and not computed.
+        num_cached_blocks: of full blocks whose contents can be found, in use or not;
+        those that are not in use count as free too. tokens_per_s: generated tokens by
+        the seconds of running steps, without compiling. num_compilations: of the
+        engine's program. mean_queue_s and the other means: see `metrics.latencies`,
+        over the num_finished_requests that ended by themselves. num_lost_events:
+        happened in slices of so many that nobody saw them.
         """
         host = self._open_host()
         with host.lock:
             self._batch.end_aborted()
             num_free_blocks = host.num_free_blocks()
+            num_cached_blocks = host.num_cached_blocks()
         counters = host.counters
         num_steps = max(counters["num_steps"], 1)
         size = memory.block_bytes(
@@ -472,7 +489,9 @@ class LLM:
             "kv_bytes": size * self.config.num_blocks,
             "kv_token_share": counters["token_share"] / num_steps,
             "blocks_saved_by_sharing": counters["saved_share"] / num_steps,
-            "prefix_hit_ratio": 0.0,
+            "prefix_hit_ratio": counters["num_cached_tokens"]
+            / max(counters["num_prompt_tokens"], 1),
+            "num_cached_blocks": num_cached_blocks,
             "num_block_copies": counters["num_block_copies"],
             "num_preemptions": counters["num_preemptions"],
             "num_swapped_blocks": 0,
@@ -502,6 +521,15 @@ class LLM:
         host = self._open_host()
         with host.lock:
             return host.step_records()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what the blocks hold, as after a change of the model's weights.
+
+        Requests that run keep their blocks. Pinned prefixes are computed again.
+        """
+        host = self._open_host()
+        with host.lock:
+            host.reset_prefix_cache()
 
     def close(self) -> None:
         """Aborts what is open, and lets go of the model and the pool.

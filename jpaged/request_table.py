@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpaged import scheduler
+from jpaged import block_manager, scheduler
+from jpaged.block_manager import BlockState
 from jpaged.config import EngineConfig
 from jpaged.decoding import constraints
 from jpaged.decoding.constraints import Automata, AutomataSizes
@@ -135,7 +136,7 @@ def place(table: RequestTable, new: Submission) -> RequestTable:
     def put(column: jax.Array, values: jax.Array | int) -> jax.Array:
         return column.at[new.places].set(values, mode="drop")
 
-    fresh = {"has_ended": False, "num_preemptions": 0} | new.queue
+    fresh = {"has_ended": False, "num_preemptions": 0, "num_cached": 0} | new.queue
     columns = {name: put(getattr(table.queue, name), v) for name, v in fresh.items()}
     return dataclasses.replace(
         table,
@@ -348,3 +349,70 @@ def share_again(table: RequestTable, places: jax.Array) -> RequestTable:
         shared_lens=new_lens.at[alone].set(0, mode="drop"),
     )
     return dataclasses.replace(table, queue=queue)
+
+
+def share_new(
+    table: RequestTable,
+    rows: jax.Array,
+    blocks: BlockState,
+    is_new: jax.Array,
+) -> tuple[RequestTable, BlockState, jax.Array]:
+    """Lets new rows wait for what other rows are just computing.
+
+    A row whose next whole block has the same tokens, behind the same blocks, as that of
+    a row before it takes that one as its source, and the tokens that they have in
+    common. Compares the tokens. Returns also which rows wait now, bool[S]: they hold no
+    blocks and compute nothing until they join their source (`scheduler`).
+
+    Args:
+      table, rows, blocks: after admission.
+      is_new: bool[S], rows that have just been admitted.
+    """
+    size, num_rows = blocks.block_size, rows.shape[0]
+    queue, places = table.queue, jnp.maximum(rows, 0)
+    index = jnp.arange(num_rows, dtype=jnp.int32)
+    known = queue.num_tokens[places]
+    start = blocks.context_lens  # of a new row: what the prefix cache had
+    takes = is_new & ~table.asked.rates_prompt[places]
+    takes &= queue.sources[places] == places
+    takes &= start + size < known
+    # The tokens of a lockstep row after its prompt may yet be another's.
+    fixed = jnp.where(queue.is_lockstep[places], queue.prompt_lens[places], known) - 1
+    gives = (rows != scheduler.NO_REQUEST) & (queue.status[places] == scheduler.RUNNING)
+    gives &= ~queue.has_ended[places]
+
+    is_before = scheduler.rows_before(queue, rows)
+    fits = takes[:, None] & gives[None, :] & is_before
+    fits &= fixed[None, :] >= (start + size)[:, None]
+    last = jnp.maximum(start // size - 1, 0)
+    tables = blocks.block_tables
+    same_path = tables[:, last].T == tables[index, last][:, None]
+    same_path &= blocks.context_lens[None, :] >= start[:, None]
+    fits &= same_path | (start == 0)[:, None]
+    column = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
+    mine = table.tokens.at[places[:, None], column].get(mode="clip")
+    others = table.tokens.at[places[None, :, None], column[:, None, :]].get(mode="clip")
+    fits &= jnp.all(others == mine[:, None, :], axis=2)
+
+    # The first of those before it, which itself may wait for another.
+    joins = jnp.any(fits, axis=1)
+    ranks = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    order = jnp.where(fits, ranks[None, :], num_rows)
+    source = jnp.argmin(order, axis=1).astype(jnp.int32)
+    most = jnp.minimum(known - 1, fixed[source])
+    is_other = table.tokens[places] != table.tokens[places[source]]
+    is_other |= jnp.arange(is_other.shape[1], dtype=jnp.int32)[None, :] >= most[:, None]
+    shared = jnp.argmax(is_other, axis=1).astype(jnp.int32)
+    at = jnp.where(joins, rows, queue.status.shape[0])
+    first_time = (queue.num_preemptions[places] == 0) & (
+        queue.leaders[places] == places
+    )
+    gained = jnp.where(first_time, shared - start, 0)
+    queue = dataclasses.replace(
+        queue,
+        sources=queue.sources.at[at].set(places[source], mode="drop"),
+        shared_lens=queue.shared_lens.at[at].set(shared, mode="drop"),
+        num_cached=queue.num_cached.at[at].add(gained, mode="drop"),
+    )
+    table = dataclasses.replace(table, queue=queue)
+    return table, block_manager.free(blocks, joins), joins

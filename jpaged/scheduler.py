@@ -14,11 +14,15 @@ Those of a lockstep request, such as beams, also decode together: none computes 
 known token before all of them can. Samples need not: where a request has more of them
 than fit even when nothing else runs, as many as fit run at a time.
 
-Progress: requests have one total order that does not change (policy, arrival), and so
-have their sequences (place). Memory is given in that order, so the first unfinished
-sequence, and in a lockstep request the first unfinished request, is never preempted and
-gets at least a token in each step; `submit` refuses what does not fit into the whole
-pool alone. So every run ends.
+Who is admitted first, the policy says (`policies`); who keeps memory, an order that
+never changes: priority, arrival, and place for the sequences of a request.
+
+Progress: memory and tokens are given to the running sequences in that order, so the
+first of them, and in a lockstep request all of the first one's, is never preempted and
+gets at least a token in each step. One that waits for a source waits for a row before
+it. Where nothing runs, the policy's first request is admitted, for `submit` refuses
+what does not fit into the whole pool alone. The first request in the fixed order that
+is ever admitted so ends, then the next: every run ends.
 
 Letters: R places of the request table, S rows.
 """
@@ -31,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged import block_manager
+from jpaged import block_manager, policies
 from jpaged.block_manager import BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
@@ -40,6 +44,7 @@ from jpaged.config import EngineConfig
 # a pinned prefix its row and blocks, a finished beam of a running search its tokens.
 EMPTY, WAITING, RUNNING, FINISHED, HELD = range(5)
 NO_REQUEST = -1
+BEFORE_ALL = jnp.iinfo(jnp.int32).min  # priority of pinned prefixes
 _LAST = jnp.iinfo(jnp.int32).max
 
 
@@ -50,7 +55,7 @@ class Queue:
 
     status: jax.Array  # i32[R]
     arrivals: jax.Array  # i32[R], rank of arrival; sequences of one request share it
-    priorities: jax.Array  # i32[R], smaller is sooner; all 0 under "fcfs"
+    priorities: jax.Array  # i32[R], smaller keeps its memory longer
     prompt_lens: jax.Array  # i32[R]
     num_tokens: jax.Array  # i32[R], known tokens: the prompt and what was generated
     leaders: jax.Array  # i32[R], the place of the request's first sequence
@@ -59,6 +64,7 @@ class Queue:
     is_lockstep: jax.Array  # bool[R], decodes only together with its request's others
     has_ended: jax.Array  # bool[R], takes no part while its lockstep request goes on
     num_preemptions: jax.Array  # i32[R]
+    num_cached: jax.Array  # i32[R], prompt tokens that were not computed but mapped
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +75,23 @@ class Plan:
     num_tokens: jax.Array  # i32[S], tokens of each row; 0: not in this step
     num_preempted: jax.Array  # i32[], rows that gave their blocks back
     num_admitted: jax.Array  # i32[], sequences that got a row
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hits:
+    """What the prefix cache has of each waiting sequence."""
+
+    block_tables: jax.Array  # i32[R, M]
+    lens: jax.Array  # i32[R], tokens in them, whole blocks; less than the known tokens
+
+    @classmethod
+    def none(cls, num_places: int, max_blocks_per_seq: int) -> Hits:
+        """Nothing for anybody."""
+        return cls(
+            jnp.full((num_places, max_blocks_per_seq), block_manager.NO_BLOCK),
+            jnp.zeros((num_places,), jnp.int32),
+        )
 
 
 def init_queue(num_places: int) -> Queue:
@@ -92,11 +115,21 @@ def init_queue(num_places: int) -> Queue:
         is_lockstep=column(jnp.bool_),
         has_ended=column(jnp.bool_),
         num_preemptions=column(),
+        num_cached=column(),
     )
 
 
+def can_admit(queue: Queue, rows: jax.Array) -> jax.Array:
+    """bool[]: some sequence waits and there is a row for it."""
+    return jnp.any(queue.status == WAITING) & jnp.any(rows == NO_REQUEST)
+
+
 def schedule(
-    queue: Queue, rows: jax.Array, blocks: BlockState, config: EngineConfig
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    config: EngineConfig,
+    hits: Hits | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, Plan]:
     """The queue, rows and blocks after admission and preemption, and the step's plan.
 
@@ -105,6 +138,7 @@ def schedule(
       rows: i32[S], the place in the request table that each row runs, or NO_REQUEST.
       blocks: block manager's state; its rows are `rows`.
       config: sizes and policy.
+      hits: what is cached of the waiting sequences; None is nothing.
 
     `block_manager.append(blocks, plan.num_tokens)` then always succeeds.
     """
@@ -118,11 +152,13 @@ def schedule(
     queue, rows, blocks, num_tokens, num_preempted = carry
 
     # Nothing is admitted in a step that had to take blocks back.
-    is_open = jnp.any(queue.status == WAITING) & jnp.any(rows == NO_REQUEST)
-    is_open &= ~is_short & (jnp.sum(num_tokens) < config.max_num_batched_tokens)
+    is_open = can_admit(queue, rows) & ~is_short
+    is_open &= jnp.sum(num_tokens) < config.max_num_batched_tokens
+    if hits is None:
+        hits = Hits.none(queue.status.shape[0], config.max_blocks_per_seq)
     carry = when(
         is_open,
-        lambda carry: _admit(*carry, needed=needed, config=config),
+        lambda carry: _admit(*carry, hits=hits, needed=needed, config=config),
         (queue, rows, blocks, num_tokens, jnp.int32(0)),
     )
     queue, rows, blocks, num_tokens, num_admitted = carry
@@ -206,20 +242,29 @@ def _keep_step(queue, rows, blocks, wanted) -> jax.Array:
     return jnp.maximum(waits, 0)
 
 
-def _mapped_tokens(queue: Queue, places: jax.Array) -> jax.Array:
-    """Tokens that the sequences at `places` will map from their sources."""
+def _mapped_tokens(
+    queue: Queue, places: jax.Array, hits: Hits | None = None
+) -> jax.Array:
+    """Tokens that the sequences at `places` will map from their sources.
+
+    None for those that have `hits`, which they take instead.
+    """
     sources = queue.sources[places]
     status = queue.status[sources]
-    is_live = (status == WAITING) | (status == RUNNING) | (status == HELD)
-    return jnp.where((sources != places) & is_live, queue.shared_lens[places], 0)
+    # Of one request all are admitted together, and pinned prefixes first of all.
+    comes = queue.arrivals[sources] == queue.arrivals[places]
+    comes |= queue.priorities[sources] == BEFORE_ALL
+    is_live = (status == RUNNING) | (status == HELD) | ((status == WAITING) & comes)
+    maps = (sources != places) & is_live
+    if hits is not None:
+        maps &= hits.lens[places] == 0
+    return jnp.where(maps, queue.shared_lens[places], 0)
 
 
-def _ranks(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Rank of each row by priority, arrival and place, i32[S].
+def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
+    """Whether row j comes before row i by priority, arrival and place, bool[S, S].
 
     Held rows come before all, since nobody takes their blocks; empty rows behind.
-    Counts the rows before each: for this few rows cheaper than a sort, to run and to
-    compile.
     """
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
     is_empty = rows == NO_REQUEST
@@ -235,7 +280,16 @@ def _ranks(queue: Queue, rows: jax.Array) -> jax.Array:
     for key in reversed(keys):
         mine, other = key[:, None], key[None, :]
         is_before = (other < mine) | ((other == mine) & is_before)
-    return jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    return is_before
+
+
+def _ranks(queue: Queue, rows: jax.Array) -> jax.Array:
+    """Rank of each row in that order, i32[S].
+
+    Counts the rows before each: for this few rows cheaper than a sort, to run and to
+    compile.
+    """
+    return jnp.sum(rows_before(queue, rows), axis=1, dtype=jnp.int32)
 
 
 def _sum_before(ranks: jax.Array, values: jax.Array) -> jax.Array:
@@ -250,7 +304,7 @@ def _share_budget(queue, rows, wanted, config) -> jax.Array:
     num_decodes = jnp.sum(decodes)
 
     def chunks(num_tokens: jax.Array) -> jax.Array:
-        left = jnp.where(wanted > 1, wanted, 0)
+        left = jnp.where(wanted > 1, jnp.minimum(wanted, config.largest_chunk), 0)
         before = _sum_before(_ranks(queue, rows), left)
         budget = config.max_num_batched_tokens - num_decodes
         return num_tokens + jnp.clip(budget - before, 0, left)
@@ -283,9 +337,15 @@ def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
     dropped = ~stays & (rows != NO_REQUEST)
 
     place = jnp.where(dropped, rows, queue.status.shape[0])
+    # Whom it waited for among others' sequences is not there when it comes back.
+    source = row_values(queue.sources, rows)
+    is_own = queue.arrivals[source] == row_values(queue.arrivals, rows)
+    is_own |= queue.priorities[source] == BEFORE_ALL
+    alone = jnp.where(dropped & ~is_own, rows, queue.status.shape[0])
     queue = dataclasses.replace(
         queue,
         status=queue.status.at[place].set(WAITING, mode="drop"),
+        sources=queue.sources.at[alone].set(rows, mode="drop"),
         num_preemptions=queue.num_preemptions.at[place].add(1, mode="drop"),
     )
     return (
@@ -297,10 +357,13 @@ def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
     )
 
 
-def _admit(queue, rows, blocks, num_tokens, num_admitted, *, needed, config):
+def _admit(queue, rows, blocks, num_tokens, num_admitted, *, hits, needed, config):
     """Gives waiting requests rows, in order, up to the first that does not fit."""
     num_places = queue.status.shape[0]
-    first, fits, tokens = _candidates(queue, rows, blocks, num_tokens, needed, config)
+    hits = _worth_taking(queue, hits)
+    first, fits, tokens = _candidates(
+        queue, rows, blocks, num_tokens, hits, needed, config
+    )
     admitted = jnp.cumprod(fits.astype(jnp.int32)).astype(jnp.bool_)
 
     # The k-th admitted sequence takes the k-th empty row.
@@ -309,41 +372,80 @@ def _admit(queue, rows, blocks, num_tokens, num_admitted, *, needed, config):
     takes = is_free & (turn < jnp.sum(admitted))
     turn = jnp.where(takes, turn, 0)
     target = jnp.where(admitted, first, num_places)
+    # What a request's own sequences share is nothing that others had computed.
+    is_new = (queue.leaders[first] == first) & (queue.num_preemptions[first] == 0)
+    cached = jnp.where(is_new, hits.lens[first] + _mapped_tokens(queue, first, hits), 0)
     queue = dataclasses.replace(
-        queue, status=queue.status.at[target].set(RUNNING, mode="drop")
+        queue,
+        status=queue.status.at[target].set(RUNNING, mode="drop"),
+        num_cached=queue.num_cached.at[target].add(cached, mode="drop"),
+    )
+    rows = jnp.where(takes, first[turn], rows)
+    blocks = block_manager.adopt(
+        blocks, hits.block_tables[rows], jnp.where(takes, hits.lens[rows], 0)
     )
     return (
         queue,
-        jnp.where(takes, first[turn], rows),
+        rows,
         blocks,
         jnp.where(takes, tokens[turn], num_tokens),
         num_admitted + jnp.sum(admitted, dtype=jnp.int32),
     )
 
 
-def _candidates(queue, rows, blocks, num_tokens, needed, config):
+def _worth_taking(queue: Queue, hits: Hits) -> Hits:
+    """The hits of the sequences that find no more at their sources."""
+    places = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
+    is_less = hits.lens < _mapped_tokens(queue, places)
+    return dataclasses.replace(hits, lens=jnp.where(is_less, 0, hits.lens))
+
+
+def _scores(queue: Queue, hits: Hits, config: EngineConfig) -> jax.Array:
+    """What the policy says of each place, that of its request's first sequence, [R]."""
+    scores = policies.find(config.policy)(
+        policies.Waiting(
+            arrivals=queue.arrivals,
+            priorities=queue.priorities,
+            prompt_lens=queue.prompt_lens,
+            num_tokens=queue.num_tokens,
+            cached_lens=hits.lens,
+            num_preemptions=queue.num_preemptions,
+        )
+    )
+    return scores[queue.leaders]
+
+
+def _candidates(queue, rows, blocks, num_tokens, hits, needed, config):
     """The first waiting sequences, whether each fits behind those before it, and the
     tokens that it would compute in this step: i32[S], bool[S], i32[S].
     """
     num_rows = rows.shape[0]
     place = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     is_waiting = queue.status == WAITING
+    scores = _scores(queue, hits, config)
     keys = (
         jnp.where(is_waiting, 0, 1),
-        queue.priorities,
+        jnp.where(queue.priorities == BEFORE_ALL, 0, 1),
+        scores,
         queue.arrivals,
         place,
     )
-    first = lax.sort(keys, num_keys=4)[-1][:num_rows]  # in order
+    first = lax.sort(keys, num_keys=5)[-1][:num_rows]  # in order
     valid = is_waiting[first]
 
     size = config.block_size
     num_known = jnp.where(queue.has_ended, 0, queue.num_tokens)
-    mapped = _mapped_tokens(queue, first)
-    needs = jnp.maximum(-(-num_known[first] // size) - mapped // size, 0)
-    needs = jnp.where(valid, needs, 0)
+    mapped = _mapped_tokens(queue, first, hits)
+    # A cached block that nobody uses counts as free, and is taken like one.
+    column = jnp.arange(hits.block_tables.shape[1], dtype=jnp.int32)
+    is_hit = column[None, :] < (hits.lens[first] // size)[:, None]
+    is_used = blocks.ref_counts[hits.block_tables[first]] > 0
+    num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
+    needs = -(-num_known[first] // size) - mapped // size - num_used
+    needs = jnp.where(valid, jnp.maximum(needs, 0), 0)
     # Who waits for a source computes nothing yet, and lockstep rows not their last.
     tokens = num_known[first] - queue.is_lockstep[first].astype(jnp.int32)
+    tokens = jnp.minimum(tokens - hits.lens[first], config.largest_chunk)
     tokens = jnp.where(valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
     left = config.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(tokens) - tokens

@@ -28,6 +28,7 @@ from jpaged import (
     engine,
     groups,
     metrics,
+    prefix_cache,
     request_limits,
     request_table,
     submission,
@@ -65,6 +66,7 @@ class Progress(NamedTuple):
     first_steps: np.ndarray
     last_steps: np.ndarray
     num_preemptions: np.ndarray
+    num_cached: np.ndarray
 
 
 class Tokens(NamedTuple):
@@ -421,6 +423,20 @@ class EngineHost:
         """Blocks that hold nothing now."""
         return int(block_manager.num_free_blocks(self._state.blocks))
 
+    def num_cached_blocks(self) -> int:
+        """Blocks whose contents the prefix cache knows."""
+        cache = self._state.prefix_cache
+        return 0 if cache is None else int(prefix_cache.is_cached(cache).sum())
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what blocks hold; computes pinned prefixes again."""
+        pinned = [one.place for one in self.pinned]
+        if pinned:
+            self._state = engine.unpin(self._state, pinned)
+            self.num_empty += len(pinned)
+        self._state = engine.reset_prefix_cache(self._state)
+        self._pin_again()
+
     def close(self) -> None:
         """Lets go of the pages and tables."""
         self.pinned.clear()
@@ -429,7 +445,7 @@ class EngineHost:
 
 @jax.jit
 def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Progress as i32[6, R], and the counters: new arrays, few transfers."""
+    """Progress as i32[7, R], and the counters: new arrays, few transfers."""
     table, queue = state.requests, state.requests.queue
     columns = (
         queue.status,
@@ -438,6 +454,7 @@ def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         table.first_steps,
         table.last_steps,
         queue.num_preemptions,
+        queue.num_cached,
     )
     counters = jax.tree.leaves(state.counters)
     floats = [counter for counter in counters if counter.dtype == jnp.float32]

@@ -186,7 +186,7 @@ def encode_prefix(
     )
     entry = _entry(config, request, 0)
     # Before all others, so that those that map it never wait for one behind them.
-    entry.queue["priorities"] = np.int32(np.iinfo(np.int32).min)
+    entry.queue["priorities"] = np.int32(scheduler.BEFORE_ALL)
     mark = {"is_prefix": np.bool_(True), "outputs": np.int32(NO_OUTPUT)}
     entry = entry._replace(asked=entry.asked | mark)
     return _stack([entry], config), place
@@ -242,7 +242,7 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
         queue=dict(
             status=np.int32(scheduler.WAITING if is_row else scheduler.HELD),
             arrivals=np.int32(request.arrival),
-            priorities=np.int32(params.priority if config.policy == "priority" else 0),
+            priorities=np.int32(params.priority if config.uses_priorities else 0),
             prompt_lens=np.int32(length),
             num_tokens=np.int32(length),
             leaders=np.int32(places[0]),

@@ -21,7 +21,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROOMS = {
     # room:              what it may import
     "compat":            [],
-    "config":            ["compat"],
+    # who is admitted first: scores of arrays, no room below
+    "policies":          [],
+    "config":            ["compat", "policies"],
     "requests":          ["compat", "config"],
     "compilation_cache": ["compat"],
     "bundled":           ["compat"],
@@ -31,7 +33,8 @@ ROOMS = {
     "parallel":          ["compat", "config"],
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
-    "scheduler":         ["compat", "config", "block_manager"],
+    "prefix_cache":      ["compat", "block_manager"],
+    "scheduler":         ["compat", "config", "policies", "block_manager"],
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager"],
     # memory and arithmetic: pages and activations, no requests
@@ -47,7 +50,7 @@ ROOMS = {
     # what a text must be, as a table that the decoder reads; host only
     "structured":        ["compat", "config", "requests", "text", "decoding"],
     # the halves meet: sequences as arrays, a step's arithmetic, the step and its loop
-    "request_table":     ["compat", "config", "scheduler", "decoding"],
+    "request_table":     ["compat", "config", "block_manager", "scheduler", "decoding"],
     "groups":            ["compat", "config", "block_manager", "scheduler", "decoding",
                           "request_table"],
     "request_limits":    ["config", "requests", "scheduler", "decoding",
@@ -64,12 +67,14 @@ ROOMS = {
                           "next_tokens"],
     "timeline":          ["compat", "config", "block_manager", "scheduler",
                           "request_table"],
-    "engine_state":      ["config", "block_manager", "scheduler", "kv_cache", "models",
-                          "request_table", "groups", "speculation", "timeline"],
+    "engine_state":      ["config", "block_manager", "prefix_cache", "scheduler",
+                          "kv_cache", "models", "request_table", "groups",
+                          "speculation", "timeline"],
     "engine":            ["compat", "config", "parallel", "block_manager",
-                          "scheduler", "kv_cache", "models", "request_table",
-                          "groups", "request_limits", "submission", "forward",
-                          "next_tokens", "speculation", "timeline", "engine_state"],
+                          "prefix_cache", "scheduler", "kv_cache", "models",
+                          "request_table", "groups", "request_limits", "submission",
+                          "forward", "next_tokens", "speculation", "timeline",
+                          "engine_state"],
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
     "scoring":           ["models"],
@@ -77,7 +82,8 @@ ROOMS = {
     "intake":            ["config", "requests", "text", "models", "decoding", "groups",
                           "request_limits", "structured", "engine"],
     "metrics":           [],
-    "serving":           ["config", "block_manager", "models", "scheduler",
+    "serving":           ["config", "block_manager", "prefix_cache", "models",
+                          "scheduler",
                           "request_table", "groups", "request_limits", "submission",
                           "timeline", "engine", "metrics"],
     "prefix":            ["text", "serving"],
@@ -86,10 +92,11 @@ ROOMS = {
     "batch":             ["config", "requests", "scheduler", "request_table",
                           "request_limits", "submission", "metrics", "serving", "jobs"],
     "live":              ["requests", "jobs", "batch"],
-    "llm":               ["config", "requests", "compilation_cache", "bundled", "text",
-                          "parallel", "models", "conversations", "scoring",
-                          "request_limits", "engine", "memory", "options", "intake",
-                          "metrics", "serving", "prefix", "jobs", "batch", "live"],
+    "llm":               ["config", "policies", "requests", "compilation_cache",
+                          "bundled", "text", "parallel", "models", "conversations",
+                          "scoring", "request_limits", "engine", "memory", "options",
+                          "intake", "metrics", "serving", "prefix", "jobs", "batch",
+                          "live"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
                           "step_inputs", "decoding", "request_table", "engine"],

@@ -148,6 +148,7 @@ class Driver:
             prompt_lens=len(tokens),
             num_tokens=len(tokens),
             num_preemptions=0,
+            num_cached=0,
         )
         assert set(values) == set(self.queue)
         for name, value in values.items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from jpaged.block_manager import NO_BLOCK
 from jpaged.config import EngineConfig
-from jpaged.scheduler import HELD, NO_REQUEST, RUNNING, WAITING
+from jpaged.scheduler import BEFORE_ALL, HELD, NO_REQUEST, RUNNING, WAITING
 
 
 @dataclasses.dataclass
@@ -76,7 +76,11 @@ class SlowScheduler:
         source = int(self.queue["sources"][place])
         if source == place:
             return 0
-        is_there = self.queue["status"][source] in (WAITING, RUNNING, HELD)
+        is_there = self.queue["status"][source] in (RUNNING, HELD)
+        if self.queue["status"][source] == WAITING:
+            # It is admitted with its request, or before all others.
+            is_there = self.queue["arrivals"][source] == self.queue["arrivals"][place]
+            is_there |= self.queue["priorities"][source] == BEFORE_ALL
         return int(self.queue["shared_lens"][place]) if is_there else 0
 
     def num_blocks(self, num_tokens: int) -> int:
@@ -199,6 +203,9 @@ class SlowScheduler:
             for place, cost in zip(request[:together], costs[:together], strict=True):
                 row = empty.pop(0)
                 self.rows[row] = place
+                is_new = self.queue["num_preemptions"][place] == 0
+                if is_new and self.queue["leaders"][place] == place:
+                    self.queue["num_cached"][place] += self.mapped(place)
                 self.queue["status"][place] = RUNNING
                 wants = self.known(place) - bool(self.queue["is_lockstep"][place])
                 wants = 0 if self.mapped(place) else max(wants, 0)

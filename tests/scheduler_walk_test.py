@@ -306,7 +306,7 @@ def held_by_nobody(ranks, queue, rows):
     return ranks(seen, rows)
 
 
-def any_source(mapped, queue, places):
+def any_source(mapped, queue, places, hits=None):
     """Sources that have ended count as well."""
     return jnp.where(queue.sources[places] != places, queue.shared_lens[places], 0)
 

@@ -1,0 +1,336 @@
+"""Hit ratios of the prefix cache on a trace of requests, by capacity.
+
+    python -m experiments.prefix_cache
+    python -m experiments.prefix_cache --trace conversation.jsonl.gz \
+        --capacity_blocks=1000,10000,50000
+
+A trace has a request per line, as JSON with `input_length` and `hash_ids`: one number
+per block of the prompt, which stands for the block's tokens and all before them (the
+form of the traces of Mooncake, Qin et al., FAST'25). Without --trace there is a
+synthetic one: conversations that begin with one of a few system prompts and grow.
+
+Requests come one after the other. Of each, the longest known beginning is a hit; all
+its blocks are then cached and used now, its last block first; then the least recently
+used ones go until --capacity_blocks are left. `match`, `insert`, `touch` and `evict` of
+`jpaged.prefix_cache` do that, on blocks of one "token", the number in the trace. The
+requests are a loop on the device, in pieces of 256 for the progress bar, compiled anew
+for each capacity.
+
+Printed are, for each capacity, the blocks found divided by all blocks of all prompts,
+the same in tokens (the last block may be partial), and block lookups per second.
+
+Time: below 30 s per capacity for 9,400 requests with 228,000 blocks on two CPU cores.
+Expected on 80 % of Mooncake's conversation trace, in blocks: 0.0447 at 1,000, 0.2080 at
+10,000 and 0.3470 at 50,000, within 0.001 of a brute-force count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax import lax
+from tqdm import tqdm
+
+from experiments.timing import environment
+from jpaged import block_manager, prefix_cache
+from jpaged.block_manager import NO_BLOCK, BlockState
+from jpaged.prefix_cache import PrefixCache
+
+REQUESTS_PER_CALL = 256
+MOST_BLOCKS = 10_000_000
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_string("trace", None, "JSON lines, .gz or not; None: synthetic.")
+    flags.DEFINE_list("capacity_blocks", ["300", "1000", "3000"], "Blocks kept.")
+    flags.DEFINE_integer("block_size", 512, "Tokens of a trace's block.", lower_bound=1)
+    flags.DEFINE_integer("num_requests", 1000, "Of the synthetic trace.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the synthetic trace.")
+
+
+class Request(NamedTuple):
+    """A prompt: its tokens, and a number for each block."""
+
+    input_length: int
+    hash_ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratios:
+    """What one capacity gave."""
+
+    capacity_blocks: int
+    block_hit_ratio: float
+    token_hit_ratio: float
+    num_requests: int
+    num_lookups: int  # blocks of all prompts
+    seconds: float  # compilation left out
+    compile_s: float
+    lookups_per_s: float
+
+
+def read_trace(path: pathlib.Path) -> list[Request]:
+    """The requests of a file of JSON lines.
+
+    Raises:
+      OSError, ValueError: no such file, or a line that is no request.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    found = []
+    with opened(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                found.append(_read_request(line, f"line {number} of {path}"))
+    if not found:
+        raise ValueError(f"trace: {path} has no requests")
+    return found
+
+
+def _read_request(line: str, where: str) -> Request:
+    try:
+        fields = json.loads(line)
+        request = Request(fields["input_length"], fields["hash_ids"])
+        numbers = [request.input_length, *request.hash_ids]
+        if not all(type(one) is int and 0 <= one < 2**31 for one in numbers):
+            raise ValueError("a number is no int32 of at least 0")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"trace: wanted JSON with an integer input_length and a list hash_ids of "
+            f"integers; {where} is {line.strip()!r:.80} ({error})"
+        ) from error
+    return request
+
+
+def synthetic_trace(num_requests: int, block_size: int, seed: int) -> list[Request]:
+    """Conversations that take turns: each request is the last one's prompt, and more.
+
+    Popular system prompts begin many conversations; a third of the requests begin one.
+    """
+    rng = np.random.default_rng(seed)
+    next_id = 0
+
+    def new_blocks(count: int) -> list[int]:
+        nonlocal next_id
+        next_id += count
+        return list(range(next_id - count, next_id))
+
+    systems = [new_blocks(int(count)) for count in rng.integers(1, 9, 8)]
+    popularity = 1 / np.arange(1, len(systems) + 1)
+    talks: list[list[int]] = []
+    requests = []
+    for _ in range(num_requests):
+        if not talks or rng.random() < 1 / 3:
+            chosen = rng.choice(len(systems), p=popularity / popularity.sum())
+            talks.append(list(systems[chosen]))
+        # Whoever spoke lately speaks again sooner than others.
+        back = min(int(rng.geometric(0.05)), len(talks))
+        talk = talks.pop(-back)
+        talk += new_blocks(int(rng.integers(1, 12)))
+        talks.append(talk)
+        partial = int(rng.integers(1, block_size + 1))
+        requests.append(Request((len(talk) - 1) * block_size + partial, list(talk)))
+    return requests
+
+
+def serve(
+    cache: PrefixCache,
+    blocks: BlockState,
+    tokens: jax.Array,
+    length: jax.Array,
+    clock: jax.Array,
+    capacity: int,
+) -> tuple[PrefixCache, BlockState, jax.Array]:
+    """Cache and empty rows after one request, and how many of its blocks were known.
+
+    `tokens` is i32[1, M]. The pool has room for a prompt beside `capacity` nodes.
+    """
+    (num_blocks,) = blocks.ref_counts.shape
+    paths, lens = prefix_cache.match(cache, tokens, length[None])
+    held = paths[0] != NO_BLOCK
+    index = jnp.where(held, paths[0], num_blocks)
+    blocks = dataclasses.replace(
+        blocks,
+        block_tables=paths,
+        ref_counts=blocks.ref_counts.at[index].add(1, mode="drop"),
+        context_lens=lens,
+    )
+    # To an append a node is a block in use.
+    is_node = prefix_cache.is_cached(cache).astype(jnp.int32)
+    counted = dataclasses.replace(blocks, ref_counts=blocks.ref_counts + is_node)
+    counted, _ = block_manager.append(counted, length[None] - lens)
+    blocks = dataclasses.replace(counted, ref_counts=counted.ref_counts - is_node)
+    cache, blocks = prefix_cache.insert(cache, blocks, tokens, clock)
+    cache = prefix_cache.touch(cache, blocks.ref_counts, clock)
+    blocks = block_manager.free(blocks, jnp.ones((1,), jnp.bool_))
+    cache = prefix_cache.evict(cache, blocks.ref_counts, num_blocks - capacity)
+    return cache, blocks, lens[0]
+
+
+@functools.partial(jax.jit, static_argnames="capacity", donate_argnums=(0, 1))
+def serve_all(
+    cache: PrefixCache,
+    blocks: BlockState,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    clock: jax.Array,
+    capacity: int,
+) -> tuple[PrefixCache, BlockState, jax.Array]:
+    """`serve` for one request after the other: i32[R, M] tokens, i32[R] lengths."""
+
+    def body(number, carry):
+        cache, blocks, hits = carry
+        one = lax.dynamic_slice_in_dim(tokens, number, 1)
+        cache, blocks, found = serve(
+            cache, blocks, one, lengths[number], clock + number, capacity
+        )
+        return cache, blocks, hits.at[number].set(found)
+
+    carry = (cache, blocks, jnp.zeros_like(lengths))
+    return lax.fori_loop(0, lengths.size, body, carry)
+
+
+def measure(
+    requests: Sequence[Request], capacity: int, block_size: int
+) -> tuple[Ratios, np.ndarray]:
+    """The ratios of one capacity, and the known blocks of each request, i32[R]."""
+    hits, seconds, compile_s = replay([r.hash_ids for r in requests], capacity)
+    num_lookups = sum(len(request.hash_ids) for request in requests)
+    lengths = np.array([request.input_length for request in requests], np.int64)
+    tokens = np.minimum(hits.astype(np.int64) * block_size, lengths)
+    ratios = Ratios(
+        capacity_blocks=capacity,
+        block_hit_ratio=float(hits.sum()) / max(num_lookups, 1),
+        token_hit_ratio=float(tokens.sum()) / max(int(lengths.sum()), 1),
+        num_requests=len(requests),
+        num_lookups=num_lookups,
+        seconds=seconds,
+        compile_s=compile_s,
+        lookups_per_s=num_lookups / seconds,
+    )
+    return ratios, hits
+
+
+def replay(
+    prompts: Sequence[Sequence[int]], capacity: int
+) -> tuple[np.ndarray, float, float]:
+    """The known blocks of each prompt, i32[R], seconds, and seconds to compile."""
+    longest = max([1, *map(len, prompts)])
+    blocks = block_manager.init_state(
+        num_blocks=capacity + longest,
+        block_size=1,
+        max_seqs=1,
+        max_blocks_per_seq=longest,
+    )
+    cache = prefix_cache.init_cache(capacity + longest, 1)
+    begin = time.perf_counter()
+    # A prompt of no blocks changes nothing.
+    empty = np.zeros((REQUESTS_PER_CALL, longest), np.int32)
+    none = np.zeros((REQUESTS_PER_CALL,), np.int32)
+    arguments = (cache, blocks, empty, none, np.int32(0))
+    run = serve_all.lower(*arguments, capacity=capacity).compile()
+    compile_s = time.perf_counter() - begin
+
+    hits = []
+    begin = time.perf_counter()
+    for start, tokens, lengths in _pieces(prompts, empty, capacity):
+        cache, blocks, found = run(cache, blocks, tokens, lengths, np.int32(start))
+        hits.append(np.asarray(found))
+    seconds = time.perf_counter() - begin
+    wrong = prefix_cache.violations(cache, blocks)
+    assert not wrong, wrong[:3]
+    return np.concatenate(hits)[: len(prompts)], seconds, compile_s
+
+
+def _pieces(
+    prompts: Sequence[Sequence[int]], empty: np.ndarray, capacity: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The prompts in equal pieces, with a progress bar: start, tokens, lengths."""
+    with tqdm(
+        total=len(prompts), desc=f"{capacity} blocks", unit="request", disable=None
+    ) as bar:
+        for start in range(0, len(prompts), len(empty)):
+            piece = prompts[start : start + len(empty)]
+            tokens, lengths = empty.copy(), np.zeros((len(empty),), np.int32)
+            for row, prompt in enumerate(piece):
+                tokens[row, : len(prompt)] = prompt
+                lengths[row] = len(prompt)
+            yield start, tokens, lengths
+            bar.update(len(piece))
+
+
+def check_flags() -> tuple[list[Request], list[int]]:
+    """The requests and the capacities.
+
+    Raises:
+      OSError, ValueError: a flag that is wrong.
+    """
+    capacities = [int(one) for one in FLAGS.capacity_blocks if one.isdecimal()]
+    if (
+        len(capacities) != len(FLAGS.capacity_blocks)
+        or not capacities
+        or min(capacities) < 1
+        or max(capacities) > MOST_BLOCKS
+    ):
+        raise ValueError(
+            f"capacity_blocks: wanted numbers from 1 to {MOST_BLOCKS}, "
+            f"got {','.join(FLAGS.capacity_blocks)!r}"
+        )
+    if FLAGS.trace is not None:
+        return read_trace(pathlib.Path(FLAGS.trace)), capacities
+    count, size = FLAGS.num_requests, FLAGS.block_size
+    return synthetic_trace(count, size, FLAGS.seed), capacities
+
+
+def main(argv: list[str]) -> int:
+    """Reads flags, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"no arguments are taken but flags, got {argv[1]!r}")
+    try:
+        requests, capacities = check_flags()
+    except (ValueError, OSError, EOFError) as error:
+        print(f"prefix_cache: {error}", file=sys.stderr)
+        return 1
+    num_blocks = sum(len(request.hash_ids) for request in requests)
+    print(f"{len(requests)} requests, {num_blocks} blocks")
+    names = ("capacity", "blocks hit", "tokens hit", "seconds", "lookups/s")
+    print("".join(f"{name:>12}" for name in names), flush=True)
+    rows = []
+    for capacity in capacities:
+        one, _ = measure(requests, capacity, FLAGS.block_size)
+        rows.append(dataclasses.asdict(one))
+        print(
+            f"{one.capacity_blocks:>12}{one.block_hit_ratio:>12.4f}"
+            f"{one.token_hit_ratio:>12.4f}{one.seconds:>12.2f}"
+            f"{one.lookups_per_s:>12.0f}",
+            flush=True,
+        )
+    used = FLAGS.get_key_flags_for_module(__name__)
+    # The figures of the last capacity, and of all of them in rows.
+    record = {
+        **rows[-1],
+        "rows": rows,
+        "flags": {flag.name: flag.value for flag in used},
+        **environment(),
+    }
+    print(json.dumps(record), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -103,20 +103,20 @@ def latency_table(outputs: Sequence[RequestOutput]) -> dict[str, dict[str, float
     return table
 
 
-def composition(steps: Sequence[StepRecord], num_slots: int) -> dict[str, float]:
+def composition(
+    steps: Sequence[StepRecord], num_blocks: int, block_size: int
+) -> dict[str, float]:
     """Mean shares of the pool's slots over steps; `saved`, beside them, is what sharing
     spares."""
-    block_slots = (steps[0].num_token_states + steps[0].num_reserved_slots) / max(
-        steps[0].num_used_blocks, 1
-    )
+    num_slots = num_blocks * block_size
     held = np.mean([step.num_token_states for step in steps]) / num_slots
     reserved = np.mean([step.num_reserved_slots for step in steps]) / num_slots
-    saved = np.mean([step.num_saved_blocks for step in steps]) * block_slots
+    saved = np.mean([step.num_saved_blocks for step in steps]) / num_blocks
     return {
         "token_states": float(held),
         "reserved": float(reserved),
         "free": float(1 - held - reserved),
-        "saved": float(saved / num_slots),
+        "saved": float(saved),
     }
 
 
@@ -266,7 +266,7 @@ def summary(
     return {
         "latencies_s": latency_table(outputs),
         "kv_composition": composition(
-            steps, llm.config.num_blocks * llm.config.block_size
+            steps, llm.config.num_blocks, llm.config.block_size
         ),
         "num_requests": len(outputs),
         "num_steps": len(steps),

@@ -63,7 +63,7 @@ def test_composition_is_a_mean_over_steps_of_shares_of_the_pool():
             num_saved_blocks=1
         ),
     ]
-    assert occupancy.composition(steps, 40) == dict(
+    assert occupancy.composition(steps, num_blocks=10, block_size=4) == dict(
         token_states=10 / 40, reserved=2 / 40, free=28 / 40, saved=0.5 * 4 / 40
     )
 
@@ -92,7 +92,7 @@ def test_arrivals_begin_at_once_and_have_the_rate():
     ("argument", "message"),
     [
         ("--num_blocks=2", "blocks"),
-        ("--n=9", "n: "),
+        ("--block_size=0", "flag --block_size=0"),
         ("--model=nowhere", "model: "),
         ("--rate=0", "flag --rate=0"),
     ],

@@ -552,11 +552,7 @@ def _place(state: EngineState, new: request_table.Submission) -> EngineState:
 
 def num_pinned_blocks(state: EngineState) -> int:
     """Blocks that pinned prefixes hold, or will hold when they are computed."""
-    table = state.requests
-    is_prefix = np.array(table.asked.is_prefix)
-    is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
-    lens = np.asarray(table.queue.num_tokens)[is_prefix]
-    return int((-(-lens // state.config.block_size)).sum())
+    return request_limits.num_pinned_blocks(state.requests, state.config.block_size)
 
 
 def pin(
@@ -618,6 +614,35 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
 def collect(state: EngineState) -> list[Result]:
     """The finished outputs, by arrival and number. Host code; changes nothing."""
     return submission.results(state.requests)
+
+
+def violations(state: EngineState) -> list[str]:
+    """What is wrong with the state between steps, a sentence each; empty if sound.
+
+    Host side: rows and places, block tables and the prefix cache, counted anew.
+    """
+    queue = jax.device_get(state.requests.queue)
+    rows, lens = np.asarray(state.rows), np.asarray(state.blocks.context_lens)
+    found = block_manager.violations(state.blocks)
+    for row, (place, length) in enumerate(np.stack([rows, lens], axis=1).tolist()):
+        if place == NO_REQUEST:
+            if length:
+                found.append(f"row {row}: is empty and holds {length} tokens")
+            continue
+        if queue.status[place] not in (RUNNING, HELD):
+            found.append(f"row {row}: place {place} has status {queue.status[place]}")
+        if length > queue.num_tokens[place]:
+            found.append(
+                f"row {row}: holds {length} tokens, place {place} knows "
+                f"{queue.num_tokens[place]}"
+            )
+    for place in np.flatnonzero(queue.status == RUNNING).tolist():
+        if (times := int((rows == place).sum())) != 1:
+            found.append(f"place {place}: runs in {times} rows")
+    if state.prefix_cache is not None:
+        tokens = state.requests.tokens[np.maximum(rows, 0)]
+        found += prefix_cache.violations(state.prefix_cache, state.blocks, tokens)
+    return found
 
 
 @functools.partial(jax.jit, donate_argnames="state")

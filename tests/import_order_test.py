@@ -75,6 +75,8 @@ ROOMS = {
                           "request_table", "groups", "request_limits", "submission",
                           "forward", "next_tokens", "speculation", "timeline",
                           "engine_state"],
+    "snapshots":         ["config", "scheduler", "decoding", "request_table",
+                          "request_limits", "engine_state"],
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
     "scoring":           ["models"],

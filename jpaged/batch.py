@@ -41,11 +41,13 @@ class Batch:
 
     Args:
       host: the engine.
-      grow: gives the config that has all that some params need compiled.
+      grow: of a config and some params, the config with all that they need compiled.
     """
 
     def __init__(
-        self, host: EngineHost, grow: Callable[[Sequence[Params]], EngineConfig]
+        self,
+        host: EngineHost,
+        grow: Callable[[EngineConfig, Sequence[Params]], EngineConfig],
     ):
         self.host = host
         self.num_generated = 0  # tokens of outputs that have ended
@@ -221,11 +223,12 @@ class Batch:
 
         It cannot be compiled while others run; who waits behind them comes with it.
         """
-        if self._grow([job.params]) == self.host.config:
+        config = self.host.config
+        if self._grow(config, [job.params]) == config:
             return True
         if is_alone:
             waiting = [one.params for *_, one in self._waiting]
-            self.host.reconfigure(self._grow(waiting))
+            self.host.reconfigure(self._grow(config, waiting))
         return is_alone
 
     def _has_room(self, jobs: Sequence[Job]) -> bool:

@@ -223,6 +223,8 @@ class Job:
     def output(self) -> RequestOutput:
         """What the user gets."""
         samples = self.samples
+        first_steps = [one.first_step for one in samples]
+        first_steps = [step for step in first_steps if step != request_table.NEVER]
         return RequestOutput(
             request_id=self.arrival,
             prompt=self.prompt,
@@ -233,8 +235,8 @@ class Job:
                 "num_prompt_tokens": len(self.prompt_token_ids),
                 "num_cached_tokens": self.num_cached_tokens,
                 "num_generated_tokens": sum(len(one.token_ids) for one in samples),
-                "first_step": min(sample.first_step for sample in samples),
-                "last_step": max(sample.last_step for sample in samples),
+                "first_step": min(first_steps, default=request_table.NEVER),
+                "last_step": max(one.last_step for one in samples),
                 "num_preemptions": sum(one.num_preemptions for one in samples),
                 **self.latencies(),
             },

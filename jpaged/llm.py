@@ -173,8 +173,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )
-        self._max_num_requests = max_num_requests
-        config = self._with_places(
+        config = _with_places(
             EngineConfig(
                 num_blocks=num_blocks,
                 block_size=block_size,
@@ -192,7 +191,8 @@ class LLM:
                 speculation=speculation,
                 num_recorded_events=NUM_RECORDED_EVENTS,
                 num_recorded_steps=NUM_RECORDED_STEPS,
-            )
+            ),
+            max_num_requests,
         )
         self._host: EngineHost | None = EngineHost(
             self.model,
@@ -201,7 +201,14 @@ class LLM:
             kv_dtype=self._kv_dtype,
             seed=seed,
         )
-        self._batch = Batch(self._host, self._grown_config)
+        vocab_size = self.model.config.vocab_size
+
+        # It must not hold the LLM, whose memory is free when its last user lets it go.
+        def grow(config: EngineConfig, params: Sequence[Params]) -> EngineConfig:
+            grown = intake.grow(config, params, vocab_size)
+            return _with_places(grown, max_num_requests)
+
+        self._batch = Batch(self._host, grow)
         self._num_arrivals = 0
         self._num_prompt_tokens = 0
 
@@ -573,10 +580,6 @@ class LLM:
         self._open_host()
         yield from self._batch.follow(jobs)
 
-    def _grown_config(self, params: Sequence[Params]) -> EngineConfig:
-        """The engine's config with what these params and all before them need."""
-        return self._with_places(self._intake().grow(params))
-
     def _intake(self) -> intake.Intake:
         return intake.Intake(
             self.model.config,
@@ -585,15 +588,6 @@ class LLM:
             self.max_logprobs,
             self._open_host().num_open_blocks(),
         )
-
-    def _with_places(self, config: EngineConfig) -> EngineConfig:
-        """`config` with the request table's places, where the user left them open."""
-        if self._max_num_requests is not None:
-            return config
-        places = memory.max_places(
-            config.num_rows, config.max_model_len, config.num_logprobs
-        )
-        return dataclasses.replace(config, max_num_requests=places)
 
     def _jobs(
         self, prompts: Any, params: Any, *, on_error: str = "raise"
@@ -645,8 +639,9 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         if error is not None:
             return None, RequestOutput(arrival, text, token_ids, [], error=error)
-        config = self._intake().grow([params])
-        shape = request_limits.shape(params, config, self.model.config.vocab_size)
+        vocab_size = self.model.config.vocab_size
+        config = intake.grow(self.config, [params], vocab_size)
+        shape = request_limits.shape(params, config, vocab_size)
         num_outputs = len(shape.outputs(shape.numbers))
         if isinstance(params, BeamSearchParams) and params.num_return is not None:
             num_outputs = params.num_return
@@ -663,6 +658,16 @@ class LLM:
             inbox=inbox,
         )
         return job, None
+
+
+def _with_places(config: EngineConfig, max_num_requests: int | None) -> EngineConfig:
+    """`config` with the request table's places, where the user left them open."""
+    if max_num_requests is not None:
+        return config
+    places = memory.max_places(
+        config.num_rows, config.max_model_len, config.num_logprobs
+    )
+    return dataclasses.replace(config, max_num_requests=places)
 
 
 def _report(

@@ -8,6 +8,7 @@ import io
 import itertools
 import threading
 import time
+import weakref
 
 import hypothesis
 import hypothesis.strategies as st
@@ -382,6 +383,17 @@ def test_closing_aborts_what_is_open_and_ends_the_rest(folder):
     ):
         with pytest.raises(RuntimeError, match="closed"):
             use()
+
+
+def test_an_llm_that_nobody_holds_is_gone_at_once(decoder):
+    llm = LLM(decoder, **SIZES)
+    llm.generate([[5]], GREEDY, progress=False)
+    request = llm.submit([5, 6], GREEDY)
+    next(request)
+    known = weakref.ref(llm)
+    del llm
+    assert known() is None
+    assert len(request.output().outputs[0].token_ids) == GREEDY.max_tokens
 
 
 # Coroutines

@@ -99,6 +99,8 @@ class LLM:
       max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
         max_num_batched_tokens.
       watermark: share of the blocks that admission leaves free while others run.
+      check_invariants: count the engine's state anew after every step, on the host, and
+        raise RuntimeError where it is unsound. For debugging: milliseconds per step.
 
     A call that asks for something that no call before it did (beams, logits rules, more
     log-probabilities, another algorithm) compiles the engine again; `num_compilations`
@@ -139,6 +141,7 @@ class LLM:
         max_num_prefixes: int = 8,
         max_prompt_chunk: int | None = None,
         watermark: float = 0.01,
+        check_invariants: bool = False,
         quantization: str | None = None,
     ):
         options.check_sizes(
@@ -204,6 +207,7 @@ class LLM:
             draft=draft,
             kv_dtype=self._kv_dtype,
             seed=seed,
+            check_invariants=check_invariants,
         )
         vocab_size = self.model.config.vocab_size
 

@@ -17,7 +17,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,7 @@ class EngineHost:
         draft: Decoder | None = None,
         kv_dtype: str | None = None,
         seed: int = 0,
+        check_invariants: bool = False,
     ):
         self.model = model
         self._models = model if draft is None else DraftedModel(model, draft)
@@ -115,6 +116,7 @@ class EngineHost:
         self.num_compilations = 0
         self._kv_dtype = kv_dtype
         self._seed = seed
+        self._checks = check_invariants
         self._seconds_per_step: float | None = None
         self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
         self._limits = config.limits(1, 1)
@@ -280,7 +282,8 @@ class EngineHost:
         the call.
 
         Raises:
-          RuntimeError: the engine stalled, which is a bug.
+          RuntimeError: the engine stalled, or its state is found unsound, which is a
+            bug.
         """
         self.look()
         self._choose_program()
@@ -291,6 +294,8 @@ class EngineHost:
         most_steps = self.config.num_recorded_steps or _MOST_STEPS
         first = self.counters["num_steps"]
         start = self.clock()
+        if self._checks:
+            most_steps = 1
         progress = self._run(min(max(max_steps, least_steps), most_steps))
         ran = Slice(first, self.counters["num_steps"], start, self.clock())
         elapsed = ran.end_s - ran.start_s
@@ -299,14 +304,19 @@ class EngineHost:
             self._seconds_per_step = elapsed / (ran.last - ran.first)
             self._take_records(ran)
         if self.counters["is_stalled"]:
-            report = f"{self.config}, counters {self.counters}"
-            self._reset()
-            raise RuntimeError(
-                "the engine found work and could do none of it. This is a bug: please "
-                f"report it with the prompts' lengths and params, and {report}. The "
-                "requests of this call are lost; the LLM can be used again"
-            )
+            self._give_up("the engine found work and could do none of it")
+        if self._checks and (found := engine.violations(self._state)):
+            self._give_up(f"the engine's state is unsound: {'; '.join(found)}")
         return progress
+
+    def _give_up(self, why: str) -> NoReturn:
+        report = f"{self.config}, counters {self.counters}"
+        self._reset()
+        raise RuntimeError(
+            f"{why}. This is a bug: please report it with the prompts' lengths and "
+            f"params, and {report}. The requests of this call are lost; the LLM can be "
+            "used again"
+        )
 
     def _run(self, max_steps: int) -> Progress:
         known = engine.run._cache_size()

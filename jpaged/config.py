@@ -13,6 +13,8 @@ _MAY_BE_ZERO = (
     "max_num_prefixes",
     "max_beam_width",
     "num_swap_blocks",
+    "num_recorded_events",
+    "num_recorded_steps",
 )
 
 
@@ -95,6 +97,8 @@ class EngineConfig:
       speculation: how tokens are guessed ahead; None does not.
       algorithms: further decoding algorithms, each with its number of rows: pairs
         (DecodingAlgorithm, num_rows). Compiled into the step.
+      num_recorded_events, num_recorded_steps: the last events and steps that the state
+        keeps for whoever looks (`jpaged.timeline`); 0 keeps none.
 
     Raises:
       ValueError: a size is too small for another, or the policy is unknown.
@@ -122,6 +126,8 @@ class EngineConfig:
     automata: Any = None
     speculation: Speculation | None = None
     algorithms: tuple[tuple[Any, int], ...] = ()
+    num_recorded_events: int = 0
+    num_recorded_steps: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

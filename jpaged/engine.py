@@ -38,6 +38,7 @@ from jpaged import (
     speculation,
     submission,
     swap,
+    timeline,
 )
 from jpaged.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.compat import when
@@ -293,6 +294,16 @@ def end_step(
         num_drafts=jnp.sum(begun.num_drafts),
         num_accepted=decoded.num_accepted,
     )
+    recorded = timeline.record(
+        state.timeline,
+        state.counters.num_steps,
+        state.requests,
+        begun.table,
+        table,
+        blocks,
+        num_tokens=num_tokens,
+        num_generated=decoded.num_new,
+    )
     if state.config.speculation is not None:
         blocks = when(
             jnp.any(begun.num_drafts > 0),
@@ -326,6 +337,7 @@ def end_step(
         draft_cache=draft_cache,
         host=host,
         counters=counters,
+        timeline=recorded,
         config=state.config,
     )
 

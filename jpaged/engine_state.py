@@ -11,7 +11,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpaged import block_manager, groups, kv_cache, prefix_cache, request_table
+from jpaged import (
+    block_manager,
+    groups,
+    kv_cache,
+    prefix_cache,
+    request_table,
+    timeline,
+)
 from jpaged.block_manager import BlockState
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY
 from jpaged.config import EngineConfig
@@ -23,6 +30,7 @@ from jpaged.prefix_cache import PrefixCache
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import BEFORE_ALL, NO_REQUEST, WAITING, Queue
 from jpaged.speculation import DraftedModel
+from jpaged.timeline import Timeline
 
 Model = Decoder | DraftedModel
 
@@ -73,6 +81,7 @@ class EngineState:
     draft_cache: KVCache | None  # of the small model that guesses, if there is one
     host: HostPool | None  # where the config swaps
     counters: Counters
+    timeline: Timeline
     config: EngineConfig = dataclasses.field(metadata={"static": True})
 
 
@@ -132,6 +141,7 @@ def init(
         counters=Counters(
             **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
         ),
+        timeline=timeline.init(config),
         config=config,
     )
 
@@ -207,21 +217,16 @@ def count(
       is_stalled: bool[], the step found nothing that it could do.
       gained: i32[] of the counters `num_*` by name, what the step added.
     """
-    (num_blocks,) = blocks.ref_counts.shape
-    used = num_blocks - block_manager.num_free_blocks(blocks)
-    unshared = jnp.sum(-(-blocks.context_lens // blocks.block_size))
+    used, held, saved = timeline.occupancy(blocks)
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
-    # Tokens in shared blocks count once, so shared blocks are not over-full.
-    shared_slots = (unshared - used) * blocks.block_size
-    held = jnp.sum(blocks.context_lens) - shared_slots
     slots = jnp.maximum(used * blocks.block_size, 1)
-    saved = as_float(unshared - used) / as_float(jnp.maximum(unshared, 1))
+    saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
     totals = {name: getattr(counters, name) + value for name, value in gained.items()}
     return dataclasses.replace(
         counters,
         num_steps=counters.num_steps + 1,
         token_share=counters.token_share + as_float(held) / as_float(slots),
-        saved_share=counters.saved_share + saved,
+        saved_share=counters.saved_share + saved_share,
         max_used_blocks=jnp.maximum(counters.max_used_blocks, used),
         is_stalled=is_stalled,
         **totals,

@@ -53,7 +53,7 @@ def zeros(shape: Sequence[int], dtype: str, memory: Any) -> jax.Array:
     if memory == DEVICE_MEMORY:
         return jnp.zeros(shape, dtype)
     # What was `compute_on2` is `compute_on` on jax 0.12, the context manager is gone.
-    compute = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    compute: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
     make = compute(
         lambda: jnp.zeros(shape, dtype),
         compute_type="device_host",

@@ -273,7 +273,7 @@ def end_step(
     num_tokens = jnp.sum(plan.num_tokens + begun.num_drafts)
     is_stalled = num_tokens + plan.num_preempted + plan.num_admitted == 0
     host, num_swap_outs, num_swapped_blocks = state.host, jnp.int32(0), jnp.int32(0)
-    if host is not None:
+    if host is not None and plan.swaps is not None and begun.swapped is not None:
         host = dataclasses.replace(host, blocks=begun.host_blocks)
         num_swap_outs, num_swap_ins = (
             jnp.sum(places != NO_REQUEST, dtype=jnp.int32) for places in plan.swaps

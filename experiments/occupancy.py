@@ -175,10 +175,14 @@ def _plot_memory(axis: Any, steps, num_blocks: int, size: int, begin_s: float) -
 
 def _plot_requests(axis: Any, outputs, begin_s: float) -> None:
     """A line for each request: grey where it waits, blue where it runs."""
-    marks = {"first_token": ("tab:green", "|"), "preempted": ("tab:red", "x")}
+    marks = {
+        "first_token": ("tab:green", "|"),
+        "preempted": ("tab:red", "x"),
+        "swapped": ("tab:orange", "x"),
+    }
     for line, output in enumerate(outputs):
         for event, after in itertools.pairwise(output.events):
-            waits = event.name in ("queued", "preempted")
+            waits = event.name in ("queued", "preempted", "swapped")
             axis.plot(
                 [event.time_s - begin_s, after.time_s - begin_s],
                 [line, line],

@@ -8,8 +8,13 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import compute_on
 
 Carry = TypeVar("Carry")
+
+# Where an array lies, for `jax.device_put`. Every backend has both; `import jax.memory`
+# fails on some versions, the attribute is there on all.
+DEVICE_MEMORY, HOST_MEMORY = jax.memory.Space.Device, jax.memory.Space.Host
 
 
 def switch_in_place(
@@ -38,3 +43,20 @@ def when(
 ) -> Carry:
     """`function(carry)` where the scalar `predicate` holds, else `carry`; in place."""
     return switch_in_place(jnp.where(predicate, 0, -1), [function], carry)
+
+
+def zeros(shape: Sequence[int], dtype: str, memory: jax.memory.Space) -> jax.Array:
+    """Zeros on the device or in the host's pinned memory, and nowhere else on the way.
+
+    Made on a TPU and then sent to the host, they would need as much memory there first.
+    """
+    if memory == DEVICE_MEMORY:
+        return jnp.zeros(shape, dtype)
+    # What was `compute_on2` is `compute_on` on jax 0.12, the context manager is gone.
+    compute = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    make = compute(
+        lambda: jnp.zeros(shape, dtype),
+        compute_type="device_host",
+        out_memory_spaces=memory,
+    )
+    return make()

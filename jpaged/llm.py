@@ -80,8 +80,10 @@ class LLM:
       enable_prefix_caching: keep the blocks of ended requests while there is room, for
         prompts that begin alike; they are mapped and not computed again. After a
         change of the model's weights call `reset_prefix_cache`.
-      preemption: "recompute": sequences that lose their blocks are computed again.
-      num_swap_blocks: 0, for swapping is not built yet.
+      preemption: when blocks run out, the latest requests give theirs back:
+        "recompute" computes them again later; "swap" copies them to the host's memory
+        and back, as far as there is room, and admits nobody meanwhile.
+      num_swap_blocks: blocks in the host's memory, with preemption="swap".
       policy: which waiting request is admitted first: "fcfs"; "priority": smaller
         `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
         its prompt cached; or a function, see `jpaged.policies`.
@@ -104,6 +106,8 @@ class LLM:
       max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
         max_num_batched_tokens.
       watermark: share of the blocks that admission leaves free while others run.
+      check_invariants: count the engine's state anew after every step, on the host, and
+        raise RuntimeError where it is unsound. For debugging: milliseconds per step.
 
     A call that asks for something that no call before it did (beams, logits rules, more
     log-probabilities, another algorithm) compiles the engine again; `num_compilations`
@@ -144,6 +148,7 @@ class LLM:
         max_num_prefixes: int = 8,
         max_prompt_chunk: int | None = None,
         watermark: float = 0.01,
+        check_invariants: bool = False,
         quantization: str | None = None,
     ):
         options.check_sizes(
@@ -191,6 +196,8 @@ class LLM:
                 max_num_prefixes=max_num_prefixes,
                 max_num_stop_ids=max_num_stop_ids,
                 policy=policy,
+                preemption=preemption,
+                num_swap_blocks=num_swap_blocks,
                 max_prompt_chunk=max_prompt_chunk,
                 watermark=watermark,
                 enable_prefix_caching=enable_prefix_caching,
@@ -207,6 +214,7 @@ class LLM:
             draft=draft,
             kv_dtype=self._kv_dtype,
             seed=seed,
+            check_invariants=check_invariants,
         )
         vocab_size = self.model.config.vocab_size
 
@@ -508,7 +516,7 @@ class LLM:
             "num_cached_blocks": num_cached_blocks,
             "num_block_copies": counters["num_block_copies"],
             "num_preemptions": counters["num_preemptions"],
-            "num_swapped_blocks": 0,
+            "num_swapped_blocks": counters["num_swapped_blocks"],
             "draft_tokens": counters["num_drafts"],
             "accepted_tokens": counters["num_accepted"],
             "acceptance_rate": counters["num_accepted"]

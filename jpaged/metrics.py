@@ -30,8 +30,9 @@ class Event(NamedTuple):
     """Something that happened to a request."""
 
     # "queued": it was handed in; "scheduled": one of its sequences got a row, for the
-    # first time or again; "preempted": one lost its row and blocks; "first_token";
-    # "finished": its last output ended, by itself or by an abort.
+    # first time or again; "preempted": one lost its row and blocks; "swapped": one lost
+    # its row, and its blocks went to the host's memory; "first_token"; "finished": its
+    # last output ended, by itself or by an abort.
     name: str
     time_s: float  # of the host's clock
     step: int  # of the engine; of what happens between steps, the next one

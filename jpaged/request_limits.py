@@ -271,7 +271,8 @@ def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) ->
 def largest_request(table: RequestTable, config: EngineConfig) -> int:
     """Blocks that the largest of the requests that wait or run needs alone, at most."""
     queue, asked = jax.device_get((table.queue, table.asked))
-    is_going = np.isin(queue.status, (scheduler.WAITING, scheduler.RUNNING))
+    going = (scheduler.WAITING, scheduler.RUNNING, scheduler.SWAPPED)
+    is_going = np.isin(queue.status, going)
     is_going &= ~asked.is_prefix
     most = 1
     for leader in np.unique(queue.leaders[is_going]).tolist():

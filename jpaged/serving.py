@@ -17,7 +17,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import numpy as np
 from jpaged import (
     block_manager,
     engine,
+    engine_state,
     groups,
     metrics,
     prefix_cache,
@@ -40,7 +41,7 @@ from jpaged.metrics import Event, Slice, StepRecord
 from jpaged.models.decoder import Decoder
 from jpaged.request_limits import Params
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import RUNNING, WAITING
+from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 
 READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
 _READ_PIECES = 64  # pieces per device call
@@ -98,6 +99,7 @@ class EngineHost:
         draft: Decoder | None = None,
         kv_dtype: str | None = None,
         seed: int = 0,
+        check_invariants: bool = False,
     ):
         self.model = model
         self._models = model if draft is None else DraftedModel(model, draft)
@@ -114,6 +116,7 @@ class EngineHost:
         self.num_compilations = 0
         self._kv_dtype = kv_dtype
         self._seed = seed
+        self._checks = check_invariants
         self._seconds_per_step: float | None = None
         self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
         self._limits = config.limits(1, 1)
@@ -206,10 +209,15 @@ class EngineHost:
             self._state = engine.unpin(self._state, [one.place for one in self.pinned])
         table = request_table.init_table(config)
         self.config = config
+        host = self._state.host
+        if host is not None:  # its rows are the table's places; nobody is there now
+            blocks = engine_state.init_host_blocks(config)
+            host = dataclasses.replace(host, blocks=blocks)
         self._state = dataclasses.replace(
             self._state,
             requests=table,
             states=groups.init_states(config),
+            host=host,
             config=config,
         )
         self.num_empty = config.max_num_requests
@@ -221,7 +229,7 @@ class EngineHost:
 
         Compiles it where it is new, so that its time is nobody's first token.
         """
-        is_live = np.isin(self._progress.status, (WAITING, RUNNING))
+        is_live = np.isin(self._progress.status, (WAITING, RUNNING, SWAPPED))
         num_tokens = int(self._progress.num_tokens[is_live].sum())
         self._limits = self.config.limits(int(is_live.sum()), num_tokens)
         if self._limits not in self._compiled:
@@ -274,7 +282,8 @@ class EngineHost:
         the call.
 
         Raises:
-          RuntimeError: the engine stalled, which is a bug.
+          RuntimeError: the engine stalled, or its state is found unsound, which is a
+            bug.
         """
         self.look()
         self._choose_program()
@@ -285,6 +294,8 @@ class EngineHost:
         most_steps = self.config.num_recorded_steps or _MOST_STEPS
         first = self.counters["num_steps"]
         start = self.clock()
+        if self._checks:
+            most_steps = 1
         progress = self._run(min(max(max_steps, least_steps), most_steps))
         ran = Slice(first, self.counters["num_steps"], start, self.clock())
         elapsed = ran.end_s - ran.start_s
@@ -293,14 +304,19 @@ class EngineHost:
             self._seconds_per_step = elapsed / (ran.last - ran.first)
             self._take_records(ran)
         if self.counters["is_stalled"]:
-            report = f"{self.config}, counters {self.counters}"
-            self._reset()
-            raise RuntimeError(
-                "the engine found work and could do none of it. This is a bug: please "
-                f"report it with the prompts' lengths and params, and {report}. The "
-                "requests of this call are lost; the LLM can be used again"
-            )
+            self._give_up("the engine found work and could do none of it")
+        if self._checks and (found := engine.violations(self._state)):
+            self._give_up(f"the engine's state is unsound: {'; '.join(found)}")
         return progress
+
+    def _give_up(self, why: str) -> NoReturn:
+        report = f"{self.config}, counters {self.counters}"
+        self._reset()
+        raise RuntimeError(
+            f"{why}. This is a bug: please report it with the prompts' lengths and "
+            f"params, and {report}. The requests of this call are lost; the LLM can be "
+            "used again"
+        )
 
     def _run(self, max_steps: int) -> Progress:
         known = engine.run._cache_size()

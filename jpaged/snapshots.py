@@ -159,9 +159,7 @@ def _relocated(state: EngineState, config: EngineConfig) -> EngineState:
 def _waiting(table: RequestTable) -> RequestTable:
     queue = table.queue
     was_held = (queue.status == scheduler.HELD) & table.asked.is_prefix
-    ran = (queue.status == scheduler.RUNNING) | (
-        queue.status == getattr(scheduler, "SWAPPED", -1)
-    )
+    ran = (queue.status == scheduler.RUNNING) | (queue.status == scheduler.SWAPPED)
     queue = dataclasses.replace(
         queue, status=jnp.where(ran | was_held, scheduler.WAITING, queue.status)
     )

@@ -21,10 +21,10 @@ from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.request_table import NEVER, RequestTable
 
-# What can happen to a sequence in a step, in the order in which it does. The first two
-# happen before the decoder, the others behind it.
-EVENTS = ("preempted", "scheduled", "first_token", "finished")
-NUM_BEFORE_DECODER = 2
+# What can happen to a sequence in a step, in the order in which it does: the first
+# three before the decoder, the others behind it.
+EVENTS = ("preempted", "swapped", "scheduled", "first_token", "finished")
+NUM_BEFORE_DECODER = 3
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +110,10 @@ def record(
         num_used_blocks=used,
         num_token_states=held,
         num_saved_blocks=saved,
-        num_waiting=jnp.sum(status == scheduler.WAITING, dtype=jnp.int32),
+        num_waiting=jnp.sum(
+            (status == scheduler.WAITING) | (status == scheduler.SWAPPED),
+            dtype=jnp.int32,
+        ),
         num_running=jnp.sum(status == scheduler.RUNNING, dtype=jnp.int32),
         num_tokens=num_tokens,
         num_generated=num_generated,
@@ -126,8 +129,11 @@ def _happened(
     """Which of EVENTS happened to each place in a step, bool[len(EVENTS), R]."""
     was, is_now = before.queue, planned.queue
     running, finished = scheduler.RUNNING, scheduler.FINISHED
+    loses_row = is_now.num_preemptions > was.num_preemptions
+    is_swapped = is_now.status == scheduler.SWAPPED
     happened = {
-        "preempted": is_now.num_preemptions > was.num_preemptions,
+        "preempted": loses_row & ~is_swapped,
+        "swapped": loses_row & is_swapped,
         "scheduled": (was.status != running) & (is_now.status == running),
         "first_token": (before.first_steps == NEVER) & (after.first_steps != NEVER),
         "finished": (was.status != finished) & (after.queue.status == finished),

@@ -34,7 +34,9 @@ ROOMS = {
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
     "prefix_cache":      ["compat", "block_manager"],
-    "scheduler":         ["compat", "config", "policies", "block_manager"],
+    # rows that go to the host's memory and come back
+    "swap":              ["compat", "block_manager"],
+    "scheduler":         ["compat", "config", "policies", "block_manager", "swap"],
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager"],
     # memory and arithmetic: pages and activations, no requests
@@ -42,7 +44,7 @@ ROOMS = {
     "pallas":            ["compat"],
     "triton":            ["compat"],
     "attention":         ["compat", "config", "xla", "pallas", "triton"],
-    "kv_cache":          ["compat", "config", "attention"],
+    "kv_cache":          ["compat", "config", "block_manager", "attention"],
     "models":            ["compat", "config", "bundled", "parallel", "step_inputs",
                           "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block
@@ -67,11 +69,11 @@ ROOMS = {
                           "next_tokens"],
     "timeline":          ["compat", "config", "block_manager", "scheduler",
                           "request_table"],
-    "engine_state":      ["config", "block_manager", "prefix_cache", "scheduler",
-                          "kv_cache", "models", "request_table", "groups",
+    "engine_state":      ["compat", "config", "block_manager", "prefix_cache",
+                          "scheduler", "kv_cache", "models", "request_table", "groups",
                           "speculation", "timeline"],
     "engine":            ["compat", "config", "parallel", "block_manager",
-                          "prefix_cache", "scheduler", "kv_cache", "models",
+                          "prefix_cache", "swap", "scheduler", "kv_cache", "models",
                           "request_table", "groups", "request_limits", "submission",
                           "forward", "next_tokens", "speculation", "timeline",
                           "engine_state"],
@@ -87,7 +89,7 @@ ROOMS = {
     "serving":           ["config", "block_manager", "prefix_cache", "models",
                           "scheduler",
                           "request_table", "groups", "request_limits", "submission",
-                          "timeline", "engine", "metrics"],
+                          "timeline", "engine_state", "engine", "metrics"],
     "prefix":            ["text", "serving"],
     "jobs":              ["requests", "text", "request_table", "request_limits",
                           "metrics", "serving"],

@@ -24,7 +24,7 @@ from jpaged.llm import LLM
 from jpaged.metrics import Event, StepRecord
 from jpaged.models.checkpoint import load_model
 from jpaged.requests import BeamSearchParams, SamplingParams
-from jpaged.scheduler import FINISHED, RUNNING
+from jpaged.scheduler import FINISHED, RUNNING, SWAPPED
 
 LONG = dataclasses.replace(GREEDY, max_tokens=40)
 # Four rows and 32 blocks of 4 tokens: the long ones preempt each other.
@@ -531,7 +531,9 @@ def slow_events(slow_steps):
             now = after.queue.status[place]
             gained = after.queue.num_tokens[place] - before.queue.num_tokens[place]
             was_first = before.queue.num_tokens[place] == WORKLOAD_LENS[place]
-            if status == RUNNING and now not in (RUNNING, FINISHED):
+            if status == RUNNING and now == SWAPPED:
+                mine["swapped"].append(place)
+            elif status == RUNNING and now not in (RUNNING, FINISHED):
                 mine["preempted"].append(place)
             if status != RUNNING and (now == RUNNING or gained):
                 mine["scheduled"].append(place)

@@ -433,9 +433,15 @@ def test_wrong_requests_can_come_back_with_their_error_while_the_others_run(llm,
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (dict(preemption="swap"), "swapping is not built yet"),
-        (dict(preemption="drop"), "preemption: wanted 'recompute'"),
-        (dict(num_swap_blocks=4), "swapping is not built yet"),
+        (
+            dict(preemption="swap"),
+            "num_swap_blocks: wanted an integer of at least 1 with preemption='swap'",
+        ),
+        (dict(preemption="drop"), "preemption: wanted one of"),
+        (
+            dict(num_swap_blocks=4),
+            "num_swap_blocks: wanted 0 with preemption='recompute', got 4",
+        ),
         (dict(mesh=object()), "mesh: many devices are not built yet"),
         (dict(kv_dtype="int8"), "kv_dtype: 'int8' is not built yet"),
         (dict(kv_dtype="int4"), "kv_dtype: wanted one of"),

@@ -12,7 +12,14 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -583,7 +590,7 @@ class LLM:
             raise RuntimeError("this LLM was closed; make a new one")
         return self._host
 
-    def _follow(self, jobs: list[Job]) -> Iterator[News]:
+    def _follow(self, jobs: list[Job]) -> Generator[News, None, None]:
         """`Batch.follow`, by a caller that may have waited until the LLM was closed."""
         self._open_host()
         yield from self._batch.follow(jobs)
@@ -607,12 +614,13 @@ class LLM:
         jobs, outputs, errors = [], [], []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             arrival = self._num_arrivals + index
-            job, output = self._job(prompt, param, index, arrival, inbox)
-            outputs.append(output)
-            if job is not None:
-                jobs.append(job)
-            if output is not None:
-                errors.append(f"prompts[{index}]: {output.error}")
+            made = self._job(prompt, param, index, arrival, inbox)
+            if isinstance(made, Job):
+                jobs.append(made)
+                outputs.append(None)
+            else:
+                outputs.append(made)
+                errors.append(f"prompts[{index}]: {made.error}")
         if errors and on_error == "raise":
             head = f"{len(errors)} of {len(prompts)} requests are wrong, none was run:"
             message = "\n  ".join([head, *errors]) if len(prompts) > 1 else errors[0]
@@ -626,9 +634,9 @@ class LLM:
         self._open_host()
         params = SamplingParams() if params is None else params
         number = self._num_arrivals
-        job, output = self._job(prompt, params, number, number, collections.deque())
-        if job is None:
-            raise ValueError(output.error)
+        job = self._job(prompt, params, number, number, collections.deque())
+        if not isinstance(job, Job):
+            raise ValueError(job.error)
         job.is_streamed = True
         self._num_arrivals += 1
         self._num_prompt_tokens += len(job.prompt_token_ids)
@@ -641,19 +649,19 @@ class LLM:
         index: int,
         arrival: int,
         inbox: collections.deque[News],
-    ) -> tuple[Job | None, RequestOutput | None]:
+    ) -> Job | RequestOutput:
         """The request if it can run, else its output, which says why not."""
         token_ids, params, error = self._intake().check(prompt, params)
         text = prompt if isinstance(prompt, str) else None
         if error is not None:
-            return None, RequestOutput(arrival, text, token_ids, [], error=error)
+            return RequestOutput(arrival, text, token_ids, [], error=error)
         vocab_size = self.model.config.vocab_size
         config = intake.grow(self.config, [params], vocab_size)
         shape = request_limits.shape(params, config, vocab_size)
         num_outputs = len(shape.outputs(shape.numbers))
         if isinstance(params, BeamSearchParams) and params.num_return is not None:
             num_outputs = params.num_return
-        job = Job(
+        return Job(
             index=index,
             arrival=arrival,
             prompt=text,
@@ -665,7 +673,6 @@ class LLM:
             num_outputs=num_outputs,
             inbox=inbox,
         )
-        return job, None
 
 
 def _with_places(config: EngineConfig, max_num_requests: int | None) -> EngineConfig:

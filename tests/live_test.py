@@ -545,6 +545,7 @@ def slow_events(slow_steps):
     return events
 
 
+RECORD = jax.jit(timeline.record)
 WORKLOAD_LENS = [
     len(prompt) for prompt, params in WORKLOAD for _ in range(params.n)
 ] + [0] * 2
@@ -600,18 +601,18 @@ def test_the_engine_records_what_looking_at_every_step_shows(decoder, slow_steps
     assert sum(row.num_waiting for row in rows) > 0
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 5])
+@pytest.mark.parametrize("size", [0, 2, 5])
 def test_small_rings_keep_the_last_of_it_and_count_what_they_lost(size, slow_steps):
     config = dataclasses.replace(
         SMALL, num_recorded_events=size, num_recorded_steps=size
     )
     rings = [timeline.init(config), timeline.init(SMALL)]
-    record, most = jax.jit(timeline.record), 0
+    most = 0
     for number, (before, after, blocks, _) in enumerate(slow_steps):
         step, count = jnp.int32(number), jnp.int32(7)
         tables = before, after, after, blocks
         rings = [
-            record(ring, step, *tables, num_tokens=count, num_generated=count)
+            RECORD(ring, step, *tables, num_tokens=count, num_generated=count)
             for ring in rings
         ]
         (events, rows), (all_events, all_rows) = (

@@ -110,7 +110,7 @@ ROOMS = {
 # fmt: on
 
 # What a package from PyPI is called in Python, where the two names differ.
-IMPORT_NAMES = {"absl-py": "absl"}
+IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -19,6 +19,7 @@ from jpaged.llm import LLM as LLM
 from jpaged.llm import Delta as Delta
 from jpaged.models.checkpoint import load_model as load_model
 from jpaged.models.checkpoint import save_model as save_model
+from jpaged.parallel import make_mesh as make_mesh
 from jpaged.prefix import Prefix as Prefix
 from jpaged.requests import AlgorithmParams as AlgorithmParams
 from jpaged.requests import BeamSearchParams as BeamSearchParams
@@ -45,5 +46,6 @@ __all__ = [
     "Score",
     "StructuredOutputsParams",
     "load_model",
+    "make_mesh",
     "save_model",
 ]

@@ -19,8 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 # Outermost first: the devices of one `tensor` group, which talk most, are neighbours.
 AXES = ("data", "expert", "tensor")
 
-# Parameter, and the axis of the mesh that splits each axis of its weight; () is whole on
-# every device, as everything is along `data`. Weights are [in, out], those of experts
+# Parameter, and the axis of the mesh that splits each axis of its weight; () is whole
+# on every device, as everything is along `data`. Weights are [in, out], of experts
 # [experts, in, out]; biases and scales [out] go with the last axis of their weight.
 RULES: Mapping[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", None),  # [vocabulary, hidden]
@@ -75,8 +75,8 @@ def make_mesh(tensor: int = 1, data: int = 1, expert: int = 1) -> Mesh:
             fitting.append(f"{name}={size}")
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"make_mesh: wanted at most the {len(devices)} visible devices, got {asked}, "
-            f"{wanted} in all; {', '.join(fitting)} would work (to try a mesh on CPUs, "
+            f"make_mesh: wanted at most the {len(devices)} visible devices, got "
+            f"{asked}, in all {wanted}; {', '.join(fitting)} would work (for CPUs, "
             f"start with XLA_FLAGS=--xla_force_host_platform_device_count={wanted})"
         )
     return jax.make_mesh(
@@ -87,9 +87,7 @@ def make_mesh(tensor: int = 1, data: int = 1, expert: int = 1) -> Mesh:
     )
 
 
-def check_mesh(
-    mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int
-) -> None:
+def check_mesh(mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int) -> None:
     """Raises ValueError where a model's matrices do not divide over a mesh.
 
     Args:

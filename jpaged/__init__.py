@@ -15,8 +15,11 @@ Source: Kwon et al. 2023. https://arxiv.org/abs/2309.06180
 """
 
 from jpaged.config import EngineConfig as EngineConfig
+from jpaged.jobs import Delta as Delta
+from jpaged.live import Request as Request
 from jpaged.llm import LLM as LLM
-from jpaged.llm import Delta as Delta
+from jpaged.metrics import Event as Event
+from jpaged.metrics import StepRecord as StepRecord
 from jpaged.models.checkpoint import load_model as load_model
 from jpaged.models.checkpoint import save_model as save_model
 from jpaged.parallel import make_mesh as make_mesh
@@ -38,12 +41,15 @@ __all__ = [
     "CompletionOutput",
     "Delta",
     "EngineConfig",
+    "Event",
     "Logprob",
     "Perplexity",
     "Prefix",
+    "Request",
     "RequestOutput",
     "SamplingParams",
     "Score",
+    "StepRecord",
     "StructuredOutputsParams",
     "load_model",
     "make_mesh",

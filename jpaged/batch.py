@@ -1,30 +1,31 @@
-"""Batch: the requests of one call, fed into the engine and read back in slices.
+"""Batch: the requests of all callers, fed into the engine and read back in slices.
 
-Place on the road: llm -> [batch] -> serving -> engine, and tokens -> [batch] -> text.
-Host only.
+Place on the road: llm -> [batch] -> serving -> engine, and back. Host only.
+
+`LLM.generate`, streams and live requests are all callers of one Batch: whoever waits
+for news runs the next slice (`turn`), for everybody. So requests of different callers
+share the engine's batch, and each caller finds its own news in its inbox.
+
+Only who holds the host's lock touches the engine. `add` and `abort` never wait for it:
+they leave a note that the next turn finds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import collections
-import dataclasses
-import itertools
-import time
-from collections.abc import Iterator, Sequence
+import concurrent.futures
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 
 from jpaged import request_limits, request_table, scheduler
+from jpaged.config import EngineConfig
+from jpaged.jobs import Job, News, Sample, logprobs_at
+from jpaged.metrics import Event, Means
 from jpaged.request_limits import Params
-from jpaged.requests import (
-    BeamSearchParams,
-    CompletionOutput,
-    Logprob,
-    Logprobs,
-    RequestOutput,
-    SamplingParams,
-)
-from jpaged.serving import EngineHost, Progress, Tokens
+from jpaged.requests import SamplingParams
+from jpaged.serving import EngineHost, Progress
 from jpaged.submission import FINISH_REASONS
-from jpaged.text import OutputText, Tokenizer
 
 # Slices are as short as what they serve needs: text that someone reads, text that may
 # stop, progress and places that become free, Ctrl-C.
@@ -35,345 +36,322 @@ QUIET_S = 5.0
 LEAST_STEPS = 4  # of a slice that nobody reads: fewer are not worth the call
 
 
-class Sample:
-    """One output of a request, as far as it has come."""
-
-    def __init__(self, job: Job, index: int, tokenizer: Tokenizer | None):
-        self.job = job
-        self.index = index
-        self.place = -1
-        self.num_read = len(job.prompt_token_ids)  # tokens known here
-        self.token_ids: list[int] = []
-        self.cumulative_logprob = 0.0
-        self.logprobs: Logprobs | None = [] if job.num_logprobs is not None else None
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
-        self.new_text = ""  # since `take_news`
-        self.num_shown = 0  # tokens given to `take_news`
-        self.first_step = self.last_step = request_table.NEVER
-        self.num_preemptions = 0
-        self._tokenizer = tokenizer
-        self._text = OutputText(
-            tokenizer, job.prompt_token_ids, job.stop, job.min_tokens
-        )
-
-    def take(self, tokens: Tokens, reason: str | None) -> None:
-        """Goes on by `tokens`; `reason` is why the engine ended behind them, or None.
-
-        Tokens behind a stop string are not the output's.
-        """
-        for i, token in enumerate(tokens.ids):
-            self.token_ids.append(token)
-            self.cumulative_logprob += float(tokens.logprobs[i])
-            if self.logprobs is not None:
-                count = self.job.num_logprobs or 0
-                self.logprobs.append(_logprobs_at(tokens, i, count, self._tokenizer))
-            # The token that ends the sequence is no text.
-            is_end = reason == "stop" and i == len(tokens.ids) - 1
-            if not (is_end and token in self.job.stop_ids):
-                self.new_text += self._text.push(token)
-            if self._text.stop_reason is not None:
-                self._end("stop", self._text.stop_reason)
-                return
-        if reason is not None:
-            self._end(reason, self._stop_token() if reason == "stop" else None)
-
-    def _end(self, reason: str, stop_reason: int | str | None) -> None:
-        self.new_text += self._text.finish()
-        # The last bytes may have become a stop string in the end.
-        if self._text.stop_reason is not None:
-            reason, stop_reason = "stop", self._text.stop_reason
-        self.finish_reason, self.stop_reason = reason, stop_reason
-
-    def _stop_token(self) -> int | None:
-        """The stop token that came last; None where it was the model's EOS."""
-        token, params = self.token_ids[-1], self.job.params
-        is_eos = token in self.job.eos_token_ids and not params.ignore_eos
-        return token if token in self.job.stop_ids and not is_eos else None
-
-    def take_news(self) -> tuple[str, list[int]]:
-        """Text and token ids that came since the last time."""
-        text, self.new_text = self.new_text, ""
-        token_ids = self.token_ids[self.num_shown :]
-        self.num_shown = len(self.token_ids)
-        return text, token_ids
-
-    def output(self) -> CompletionOutput:
-        """What the user gets."""
-        return CompletionOutput(
-            index=self.index,
-            token_ids=self.token_ids,
-            text=self._text.text,
-            cumulative_logprob=self.cumulative_logprob,
-            logprobs=self.logprobs,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            score=self._score(),
-        )
-
-    def _score(self) -> float | None:
-        """What beams compete with: see `BeamSearchParams`."""
-        params = self.job.params
-        if not isinstance(params, BeamSearchParams) or not self.token_ids:
-            return None
-        length = len(self.token_ids)
-        return self.cumulative_logprob / length**params.length_penalty
-
-
-@dataclasses.dataclass
-class Job:
-    """A checked request of a call."""
-
-    index: int  # in the call
-    arrival: int  # in the LLM's life
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: Params
-    eos_token_ids: Sequence[int]
-    is_streamed: bool
-    num_places: int  # of its sequences in the request table
-    places: list[int] = dataclasses.field(default_factory=list)
-    samples: list[Sample] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    start_s: float = 0.0
-    first_token_s: float | None = None
-    end_s: float | None = None
-
-    @property
-    def stop(self) -> Sequence[str]:
-        """Strings that end an output."""
-        return self.params.stop if isinstance(self.params, SamplingParams) else ()
-
-    @property
-    def min_tokens(self) -> int:
-        """Tokens before which no stop string ends an output."""
-        is_sampled = isinstance(self.params, SamplingParams)
-        return self.params.min_tokens if is_sampled else 0
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end an output."""
-        return request_limits.stop_ids(self.params, self.eos_token_ids)
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Most likely tokens to report with each token; None: no log-probabilities."""
-        is_sampled = isinstance(self.params, SamplingParams)
-        return self.params.logprobs if is_sampled else None
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether its text matters while it runs.
-
-        The outputs of an algorithm are not known before it ends.
-        """
-        is_sampled = isinstance(self.params, SamplingParams)
-        return is_sampled and (self.is_streamed or bool(self.stop))
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all outputs have ended."""
-        return all(sample.finish_reason is not None for sample in self.samples)
-
-    def start(
-        self,
-        places: Sequence[int],
-        outputs: Sequence[int],
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        """Its sequences sit in the request table now, those of its outputs at
-        `outputs`."""
-        if isinstance(self.params, BeamSearchParams):
-            outputs = outputs[: self.params.num_return]
-        self.places = list(places)
-        self.samples = [Sample(self, i, tokenizer) for i in range(len(outputs))]
-        for sample, place in zip(self.samples, outputs, strict=True):
-            sample.place = place
-
-    def output(self) -> RequestOutput:
-        """What the user gets. Times count from the call, and are those of slices."""
-        first_steps = [sample.first_step for sample in self.samples]
-        first_token_s = None
-        if self.first_token_s is not None:
-            first_token_s = self.first_token_s - self.start_s
-        end_s = time.perf_counter() if self.end_s is None else self.end_s
-        return RequestOutput(
-            request_id=self.arrival,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[sample.output() for sample in self.samples],
-            prompt_logprobs=self.prompt_logprobs,
-            metrics={
-                "num_prompt_tokens": len(self.prompt_token_ids),
-                "num_generated_tokens": sum(
-                    len(sample.token_ids) for sample in self.samples
-                ),
-                "first_step": min(first_steps),
-                "last_step": max(sample.last_step for sample in self.samples),
-                "num_preemptions": sum(
-                    sample.num_preemptions for sample in self.samples
-                ),
-                "first_token_s": first_token_s,
-                "total_s": end_s - self.start_s,
-            },
-        )
-
-
-def _logprobs_at(
-    tokens: Tokens, i: int, count: int, tokenizer: Tokenizer | None
-) -> dict[int, Logprob]:
-    """The entry of token number i, then those of the `count` most likely ones.
-
-    All that are kept where `count` is -1.
-    """
-    found = [(tokens.ids[i], tokens.logprobs[i], tokens.ranks[i])]
-    most_likely = zip(tokens.top_ids[i], tokens.top_logprobs[i], strict=True)
-    chosen = itertools.islice(most_likely, count if count >= 0 else None)
-    for rank, (token, logprob) in enumerate(chosen, start=1):
-        if int(token) != tokens.ids[i]:
-            found.append((int(token), logprob, rank))
-    decode = tokenizer and tokenizer.decoded_token
-    return {
-        token: Logprob(float(logprob), int(rank), decode and decode(token))
-        for token, logprob, rank in found
-    }
-
-
-def serve(
-    host: EngineHost,
-    jobs: Sequence[Job],
-    tokenizer: Tokenizer | None,
-    *,
-    is_watched: bool = False,
-) -> Iterator[list[Sample]]:
-    """Runs jobs to their end; gives after each slice the samples that have news.
-
-    Jobs wait here, by priority and arrival, until the request table has places for all
-    their samples. Whatever ends the iteration, the table is left without them.
+class Batch:
+    """The open requests on an engine: those that wait on the host, and those in it.
 
     Args:
       host: the engine.
-      jobs: checked requests.
-      tokenizer: None leaves the text empty.
-      is_watched: somebody waits for each job's end, not only for the last one's.
+      grow: of a config and some params, the config with all that they need compiled.
     """
-    is_priority = host.config.policy == "priority"
-    order = sorted(
-        jobs, key=lambda job: (job.params.priority * is_priority, job.arrival)
-    )
-    waiting = collections.deque(order)
-    live: dict[int, Sample] = {}  # by place
-    kept: dict[int, list[int]] = {}  # by job: places until all its samples have ended
-    start = time.perf_counter()
-    for job in jobs:
-        job.start_s = start
-    epoch = host.enter()
-    try:
-        while waiting or live:
-            if host.epoch != epoch:
-                raise RuntimeError(
-                    "the engine's state was lost when another call was interrupted, "
-                    "and with it the requests of this one; send them again"
-                )
-            for job in _feed(host, waiting, tokenizer):
-                live |= {sample.place: sample for sample in job.samples}
-                kept[job.index] = job.places
-            if not live:
-                raise RuntimeError(
-                    "the request table is full of sequences of streams that were not "
-                    "read to their end; read or close them, or raise max_num_requests"
-                )
-            progress = host.run(*_slice(live, is_watched or bool(waiting)))
-            news = _read_news(host, live, progress)
-            for sample in news:
-                if sample.finish_reason is not None:
-                    del live[sample.place]
-            _rate_prompts(host, news, tokenizer)
-            # A place may be taken again only when no sample looks for its leader there.
-            done = {s.job.index: s.job for s in news if s.job.is_finished}
-            host.release(place for index in done for place in kept.pop(index))
-            for job in done.values():
-                job.end_s = time.perf_counter()
-            yield news
-    finally:
-        host.leave((place for places in kept.values() for place in places), epoch)
 
-
-def _rate_prompts(
-    host: EngineHost, news: Sequence[Sample], tokenizer: Tokenizer | None
-) -> None:
-    """Reads the prompts' log-probabilities of the jobs that have ended."""
-    jobs = {s.job.index: s.job for s in news if s.job.is_finished}
-    jobs = [job for job in jobs.values() if request_limits.rates_prompt(job.params)]
-    for job in jobs:
-        job.prompt_logprobs = [None]
-    # The first token has none, and a prompt may have no other.
-    jobs = [job for job in jobs if len(job.prompt_token_ids) > 1]
-    wanted = [(job.places[0], 1, len(job.prompt_token_ids)) for job in jobs]
-    for job, tokens in zip(jobs, host.read(wanted), strict=True):
-        count = job.params.prompt_logprobs
-        job.prompt_logprobs += [
-            _logprobs_at(tokens, i, count, tokenizer) for i in range(len(tokens.ids))
-        ]
-
-
-def _feed(
-    host: EngineHost, waiting: collections.deque[Job], tokenizer: Tokenizer | None
-) -> list[Job]:
-    """The first waiting jobs, as many as the table has places for; submitted."""
-    num_empty, jobs = host.num_empty, []
-    while waiting and waiting[0].num_places <= num_empty:
-        if not host.has_room([*jobs, waiting[0]]):
-            break
-        num_empty -= waiting[0].num_places
-        jobs.append(waiting.popleft())
-    if jobs:
-        for job, placed in zip(jobs, host.submit(jobs), strict=True):
-            job.start(*placed, tokenizer)
-    return jobs
-
-
-def _slice(live: dict[int, Sample], is_watched: bool) -> tuple[float, int]:
-    """Seconds, and least steps, that the device may run before the host looks again."""
-    if any(sample.job.is_streamed for sample in live.values()):
-        return STREAM_S, 1
-    if any(sample.job.is_watched for sample in live.values()):
-        return STOP_S, LEAST_STEPS
-    return PROGRESS_S if is_watched else QUIET_S, LEAST_STEPS
-
-
-def _read_news(
-    host: EngineHost, live: dict[int, Sample], progress: Progress
-) -> list[Sample]:
-    """The samples that have ended, and the watched ones with new tokens; read."""
-    now = time.perf_counter()
-    news, wanted = [], []
-    for place, sample in live.items():
-        end, job = int(progress.num_tokens[place]), sample.job
-        has_ended = progress.status[place] == scheduler.FINISHED
-        num_known = progress.num_tokens[job.places[0]]
-        if job.first_token_s is None and num_known > len(job.prompt_token_ids):
-            job.first_token_s = now
-        if has_ended or (job.is_watched and end > sample.num_read):
-            news.append(sample)
-            wanted.append((place, sample.num_read, end))
-    stopped = []
-    for sample, tokens, (place, _, end) in zip(
-        news, host.read(wanted), wanted, strict=True
+    def __init__(
+        self,
+        host: EngineHost,
+        grow: Callable[[EngineConfig, Sequence[Params]], EngineConfig],
     ):
-        sample.num_read = end
-        sample.first_step = int(progress.first_steps[place])
-        sample.last_step = int(progress.last_steps[place])
-        row = (
-            place
-            if isinstance(sample.job.params, SamplingParams)
-            else (sample.job.places[0])
+        self.host = host
+        self.num_generated = 0  # tokens of outputs that have ended
+        self.means = Means()
+        self._grow = grow
+        self._open: dict[int, Job] = {}  # by arrival, until the caller is told the end
+        self._new: collections.deque[Job] = collections.deque()  # for the next turn
+        self._aborted: collections.deque[Job] = collections.deque()  # as well
+        self._waiting: list[tuple[int, int, Job]] = []  # heap: priority and arrival
+        self._running: dict[int, Job] = {}  # by arrival: in the request table
+        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
+        self._turning: asyncio.Task[None] | None = None
+
+    def open_job(self, arrival: int) -> Job | None:
+        """The open request of this number, if there is one."""
+        return self._open.get(arrival)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Opens requests; they run in the turns that follow."""
+        now, step = self.host.clock(), self.host.counters["num_steps"]
+        for job in jobs:
+            job.happened.append(Event("queued", now, step))
+            self._open[job.arrival] = job
+        self._new.extend(jobs)
+
+    def abort(self, jobs: Sequence[Job]) -> None:
+        """Ends requests with what they have; nothing happens to those that ended.
+
+        At once, or behind the slice that another thread runs now.
+        """
+        self._aborted.extend(jobs)
+        if self.host.lock.acquire(blocking=False):
+            try:
+                self.end_aborted()
+            finally:
+                self.host.lock.release()
+
+    def follow(self, jobs: Sequence[Job]) -> Iterator[News]:
+        """Opens requests of one inbox, and gives their news to their end.
+
+        Ends those that are left, whatever ends the iteration.
+        """
+        left = {job.arrival: job for job in jobs}
+        try:
+            self.add(jobs)
+            while left:
+                inbox = next(iter(left.values())).inbox
+                if not inbox:
+                    self.turn()
+                    continue
+                news = inbox.popleft()
+                if news.is_over:
+                    del left[news.job.arrival]
+                if news.job.error is not None:
+                    raise news.job.error
+                yield news
+        finally:
+            if left:
+                self.abort(list(left.values()))
+
+    def turn(self) -> None:
+        """Runs one slice for all open requests, and tells their callers.
+
+        Raises:
+          RuntimeError: the engine stalled, which is a bug.
+        """
+        with self.host.lock:
+            epoch = self.host.epoch
+            try:
+                self.end_aborted()
+                if self._open:
+                    self._feed()
+                if self._running:
+                    self._run_slice()
+                    self.end_aborted()
+            except BaseException:
+                self.host.recover()
+                self._fail_lost(is_all=self.host.epoch != epoch)
+                raise
+
+    async def turn_async(self) -> None:
+        """A `turn` in a thread of its own; all who wait at a time wait for the same."""
+        task = self._turning
+        loop = asyncio.get_running_loop()
+        if task is None or task.done() or task.get_loop() is not loop:
+            task = self._turning = loop.create_task(self._turn_soon())
+        # Who is cancelled leaves the turn to the others.
+        await asyncio.shield(task)
+
+    async def _turn_soon(self) -> None:
+        if self._executor is None:
+            self._executor = concurrent.futures.ThreadPoolExecutor(1, "jpaged")
+        # Those who wake up behind the last turn may submit before this one begins.
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self.turn)
+
+    def close(self) -> None:
+        """Aborts what is open, and lets go of the engine."""
+        with self.host.lock:
+            self.host.recover()
+            self.abort(list(self._open.values()))
+            self.host.close()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+
+    def end_aborted(self) -> None:
+        """Ends the requests that were aborted; the caller holds the host's lock."""
+        while self._aborted:
+            job = self._aborted.popleft()
+            if job.arrival not in self._open:
+                continue
+            if job.arrival in self._running:
+                self._read_aborted(job)
+                self.host.drop(job.places)
+            else:
+                job.begin()
+            for sample in job.samples:
+                if sample.finish_reason is None:
+                    sample.end("abort")
+            self._note_end(job)
+            self._tell(job)
+
+    def _read_aborted(self, job: Job) -> None:
+        """Reads what the samples of a request have until now.
+
+        What an algorithm's outputs are is not known before it ends.
+        """
+        if isinstance(job.params, SamplingParams):
+            samples = [one for one in job.samples if one.finish_reason is None]
+            self._read(samples, self.host.look())
+
+    def _feed(self) -> None:
+        """Submits the first waiting requests, as many as the table has places for."""
+        is_priority = self.host.config.policy == "priority"
+        while self._new:
+            job = self._new.popleft()
+            priority = job.params.priority * is_priority
+            heapq.heappush(self._waiting, (priority, job.arrival, job))
+        if not self._running:
+            self.host.clean()
+        jobs: list[Job] = []
+        while self._waiting:
+            *_, job = self._waiting[0]
+            # Others than the aborted are told here why they can never run.
+            if job.arrival in self._open:
+                is_alone = not (self._running or jobs)
+                if not self._compile_for(job, is_alone):
+                    break
+                refusal = self.host.refusal(job)
+                has_room = self._has_room([*jobs, job])
+                if refusal is None and not has_room and not is_alone:
+                    break
+                if refusal is not None:
+                    self._fail(job, ValueError(refusal))
+                elif not has_room:
+                    self._fail(job, RuntimeError(_NO_PLACES))
+                else:
+                    jobs.append(job)
+            heapq.heappop(self._waiting)
+        if jobs:
+            self._running |= {job.arrival: job for job in jobs}
+            for job, placed in zip(jobs, self.host.submit(jobs), strict=True):
+                job.start(*placed)
+
+    def _compile_for(self, job: Job, is_alone: bool) -> bool:
+        """Whether the engine has what a request needs, as it is or compiled anew.
+
+        It cannot be compiled while others run; who waits behind them comes with it.
+        """
+        config = self.host.config
+        if self._grow(config, [job.params]) == config:
+            return True
+        if is_alone:
+            waiting = [one.params for *_, one in self._waiting]
+            self.host.reconfigure(self._grow(config, waiting))
+        return is_alone
+
+    def _has_room(self, jobs: Sequence[Job]) -> bool:
+        num_places = sum(job.num_places for job in jobs)
+        return num_places <= self.host.num_empty and self.host.has_room(jobs)
+
+    def _run_slice(self) -> None:
+        progress = self.host.run(*self._slice())
+        jobs = list(self._running.values())
+        owners = {place: job for job in jobs for place in job.places}
+        for place, event in self.host.take_events():
+            if place in owners:  # and is no pinned prefix's
+                owners[place].happened.append(event)
+        self._read(
+            [
+                sample
+                for job in jobs
+                for sample in job.samples
+                if sample.finish_reason is None and _is_news(sample, progress)
+            ],
+            progress,
         )
-        sample.num_preemptions = int(progress.num_preemptions[row])
-        has_ended = progress.status[place] == scheduler.FINISHED
-        reason = FINISH_REASONS[progress.finish_reasons[place]] if has_ended else None
-        sample.take(tokens, reason)
-        if sample.finish_reason is not None and not has_ended:
-            stopped.append(place)
-    host.finish(stopped, request_table.STOP)
-    return news
+        done = [job for job in jobs if job.is_finished]
+        self._rate_prompts(done)
+        # A place may be taken again only when no sample looks for its leader there.
+        self.host.release(place for job in done for place in job.places)
+        for job in jobs:
+            self._tell(job)
+
+    def _slice(self) -> tuple[float, int]:
+        """Seconds, and least steps, that the device may run before the host looks."""
+        jobs = self._running.values()
+        if any(job.is_streamed for job in jobs):
+            return STREAM_S, 1
+        if any(job.is_watched for job in jobs):
+            return STOP_S, LEAST_STEPS
+        is_awaited = self._waiting or any(job.is_awaited for job in jobs)
+        return PROGRESS_S if is_awaited else QUIET_S, LEAST_STEPS
+
+    def _read(self, samples: Sequence[Sample], progress: Progress) -> None:
+        """Reads what these samples have that is new, and ends those that it ends."""
+        wanted = [
+            (sample.place, sample.num_read, int(progress.num_tokens[sample.place]))
+            for sample in samples
+        ]
+        stopped = []
+        for sample, tokens in zip(samples, self.host.read(wanted), strict=True):
+            place, job = sample.place, sample.job
+            sample.num_read = int(progress.num_tokens[place])
+            sample.first_step = int(progress.first_steps[place])
+            sample.last_step = int(progress.last_steps[place])
+            is_alone = isinstance(job.params, SamplingParams)
+            row = place if is_alone else job.places[0]
+            sample.num_preemptions = int(progress.num_preemptions[row])
+            job.num_cached_tokens = int(progress.num_cached[job.places[0]])
+            has_ended = progress.status[place] == scheduler.FINISHED
+            code = progress.finish_reasons[place]
+            sample.take(tokens, FINISH_REASONS[code] if has_ended else None)
+            if sample.finish_reason is not None and not has_ended:
+                stopped.append(place)
+                self._note_end(job)
+        self.host.finish(stopped, request_table.STOP)
+
+    def _rate_prompts(self, jobs: Sequence[Job]) -> None:
+        """Reads the prompts' log-probabilities of jobs that have ended."""
+        jobs = [job for job in jobs if request_limits.rates_prompt(job.params)]
+        for job in jobs:
+            job.prompt_logprobs = [None]
+        # The first token has none, and a prompt may have no other.
+        jobs = [job for job in jobs if len(job.prompt_token_ids) > 1]
+        wanted = [(job.places[0], 1, len(job.prompt_token_ids)) for job in jobs]
+        for job, tokens in zip(jobs, self.host.read(wanted), strict=True):
+            count = job.params.prompt_logprobs
+            job.prompt_logprobs += [
+                logprobs_at(tokens, i, count, job.tokenizer)
+                for i in range(len(tokens.ids))
+            ]
+
+    def _note_end(self, job: Job) -> None:
+        """Notes that the host ended a sequence of a request, between two steps."""
+        step = self.host.counters["num_steps"]
+        job.happened.append(Event("finished", self.host.clock(), step))
+
+    def _tell(self, job: Job) -> None:
+        """Hands the caller what is new, and closes the request if that is all."""
+        deltas = [sample.take_delta() for sample in job.samples if sample.has_news]
+        is_over = job.error is not None or job.is_finished
+        if is_over:
+            self._running.pop(job.arrival, None)
+            self._open.pop(job.arrival, None)
+            self.num_generated += sum(len(one.token_ids) for one in job.samples)
+            is_aborted = any(one.finish_reason == "abort" for one in job.samples)
+            if job.error is None and not is_aborted:
+                self.means.add(job.latencies())
+        if deltas or is_over:
+            job.inbox.append(News(job, deltas, is_over))
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Ends a request that cannot go on."""
+        job.error = error
+        self._tell(job)
+
+    def _fail_lost(self, is_all: bool) -> None:
+        """Tells callers whose requests an interrupt lost: all in the engine's state, or
+        those that were on their way into it."""
+        for job in list(self._running.values()):
+            if is_all or not job.places:
+                self._fail(job, RuntimeError(_LOST))
+
+
+_LOST = (
+    "the engine's state was lost when another call was interrupted, and with it the "
+    "requests of this one; send them again"
+)
+_NO_PLACES = (
+    "the request table has no places for all sequences of this request, even with "
+    "nothing else in it; release pinned prefixes, or raise max_num_requests"
+)
+
+
+def _is_news(sample: Sample, progress: Progress) -> bool:
+    """Whether a sample has ended, or is watched and has new tokens."""
+    place = sample.place
+    if progress.status[place] == scheduler.FINISHED:
+        return True
+    return sample.job.is_watched and progress.num_tokens[place] > sample.num_read

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import compute_on
 
 Carry = TypeVar("Carry")
+
+# Where an array lies, for `jax.device_put`. Every backend has both; `import jax.memory`
+# fails on some versions, the attribute is there on all.
+DEVICE_MEMORY, HOST_MEMORY = jax.memory.Space.Device, jax.memory.Space.Host
 
 
 def switch_in_place(
@@ -47,3 +52,20 @@ def rewrites_on_update(dtype: jnp.dtype, platform: str) -> bool:
     """
     is_slow = platform == "cpu" and jax.__version_info__ < (0, 12)
     return is_slow and dtype == jnp.bfloat16
+
+
+def zeros(shape: Sequence[int], dtype: str, memory: Any) -> jax.Array:
+    """Zeros on the device or in the host's pinned memory, and nowhere else on the way.
+
+    Made on a TPU and then sent to the host, they would need as much memory there first.
+    """
+    if memory == DEVICE_MEMORY:
+        return jnp.zeros(shape, dtype)
+    # What was `compute_on2` is `compute_on` on jax 0.12, the context manager is gone.
+    compute: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    make = compute(
+        lambda: jnp.zeros(shape, dtype),
+        compute_type="device_host",
+        out_memory_spaces=memory,
+    )
+    return make()

@@ -7,7 +7,15 @@ from typing import Any
 
 from jpaged import policies
 
-_MAY_BE_ZERO = ("num_logprobs", "max_num_prefixes", "max_beam_width")
+PREEMPTIONS = ("recompute", "swap")
+_MAY_BE_ZERO = (
+    "num_logprobs",
+    "max_num_prefixes",
+    "max_beam_width",
+    "num_swap_blocks",
+    "num_recorded_events",
+    "num_recorded_steps",
+)
 
 
 DRAFT_METHODS = ("prompt_lookup", "model")
@@ -72,6 +80,10 @@ class EngineConfig:
       policy: who is admitted first: a name of `policies.POLICIES`, or a function.
         Requests' priorities count only under "priority" and functions.
       watermark: share of the blocks that admission leaves free while others run.
+      preemption: what happens to the blocks of sequences that must give them back:
+        "recompute" forgets them, "swap" keeps them in the host's memory.
+      num_swap_blocks: blocks of the host's pool, with preemption="swap". Sequences for
+        which it has no room are computed again.
       enable_prefix_caching: keep the blocks of ended sequences while there is room,
         for others that begin alike (`prefix_cache`).
       attention: implementation of paged attention; None is the backend's best.
@@ -85,6 +97,8 @@ class EngineConfig:
       speculation: how tokens are guessed ahead; None does not.
       algorithms: further decoding algorithms, each with its number of rows: pairs
         (DecodingAlgorithm, num_rows). Compiled into the step.
+      num_recorded_events, num_recorded_steps: the last events and steps that the state
+        keeps for whoever looks (`jpaged.timeline`); 0 keeps none.
 
     Raises:
       ValueError: a size is too small for another, or the policy is unknown.
@@ -102,6 +116,8 @@ class EngineConfig:
     max_prompt_chunk: int | None = None
     policy: str | policies.Policy = "fcfs"
     watermark: float = 0.01
+    preemption: str = "recompute"
+    num_swap_blocks: int = 0
     enable_prefix_caching: bool = False
     attention: str | None = None
     max_num_prefixes: int = 0
@@ -110,6 +126,8 @@ class EngineConfig:
     automata: Any = None
     speculation: Speculation | None = None
     algorithms: tuple[tuple[Any, int], ...] = ()
+    num_recorded_events: int = 0
+    num_recorded_steps: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,6 +143,7 @@ class EngineConfig:
             raise ValueError(
                 f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"
             )
+        self._check_preemption()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 "max_num_batched_tokens: expected at least max_num_seqs "
@@ -149,6 +168,27 @@ class EngineConfig:
                     f"algorithms: expected from 1 to max_num_seqs "
                     f"({self.max_num_seqs}) rows, got {num_rows} for {algorithm!r}"
                 )
+
+    def _check_preemption(self) -> None:
+        if self.preemption not in PREEMPTIONS:
+            raise ValueError(
+                f"preemption: expected one of {PREEMPTIONS}, got {self.preemption!r}"
+            )
+        if self.swaps and not self.num_swap_blocks:
+            raise ValueError(
+                "num_swap_blocks: expected at least 1 with preemption='swap', got 0; "
+                "give the host's pool blocks, or take preemption='recompute'"
+            )
+        if self.num_swap_blocks and not self.swaps:
+            raise ValueError(
+                "num_swap_blocks: expected 0 with preemption='recompute', got "
+                f"{self.num_swap_blocks}; take preemption='swap' to use them"
+            )
+
+    @property
+    def swaps(self) -> bool:
+        """Whether preempted sequences keep their blocks in the host's memory."""
+        return self.preemption == "swap"
 
     def limits(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
         """Lower (max_num_seqs, max_num_batched_tokens) that serve a small load as well.

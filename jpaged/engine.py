@@ -37,6 +37,8 @@ from jpaged import (
     scheduler,
     speculation,
     submission,
+    swap,
+    timeline,
 )
 from jpaged.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.compat import when
@@ -59,6 +61,7 @@ from jpaged.scheduler import (
     HELD,
     NO_REQUEST,
     RUNNING,
+    SWAPPED,
     WAITING,
     Hits,
     Plan,
@@ -67,6 +70,7 @@ from jpaged.scheduler import (
 from jpaged.speculation import DraftedModel as DraftedModel
 from jpaged.submission import FINISH_REASONS as FINISH_REASONS
 from jpaged.submission import Result
+from jpaged.swap import Swapped
 
 
 def step(model: Model, state: EngineState) -> EngineState:
@@ -115,6 +119,8 @@ class Begun:
     appended: Append  # the copies to do first
     batch: Batch
     prefix_cache: PrefixCache | None
+    host_blocks: BlockState | None
+    swapped: Swapped | None  # the copies to do before those
 
 
 def begin_step(state: EngineState, config: EngineConfig) -> Begun:
@@ -124,12 +130,24 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
     what sequences have in common.
     """
     table = state.requests
+    host_blocks = None if state.host is None else state.host.blocks
     queue, rows, blocks, plan = scheduler.schedule(
-        table.queue, state.rows, state.blocks, config, _look_up(state, config)
+        table.queue,
+        state.rows,
+        state.blocks,
+        config,
+        _look_up(state, config),
+        host_blocks,
     )
     table = dataclasses.replace(table, queue=queue)
     is_other = rows != state.rows
     lost = jnp.where(is_other, state.rows, NO_REQUEST)
+    cache, swapped = state.prefix_cache, None
+    if plan.swaps is not None:
+        lost = jnp.where(plan.swaps.out == NO_REQUEST, lost, NO_REQUEST)
+        cache, blocks, host_blocks, swapped = _swap_blocks(
+            cache, blocks, host_blocks, plan.swaps
+        )
     lost = jnp.where(lost == NO_REQUEST, config.max_num_requests, lost)
     table = when(
         plan.num_preempted > 0,
@@ -147,9 +165,7 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
         table, num_drafts = speculation.count_drafts(
             table, rows, blocks, plan.num_tokens, config
         )
-    cache, blocks, appended = _append(
-        state.prefix_cache, blocks, plan.num_tokens + num_drafts
-    )
+    cache, blocks, appended = _append(cache, blocks, plan.num_tokens + num_drafts)
     # The scheduler's promise; broken, the engine stalls and writes no wrong token.
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
     num_drafts = jnp.where(appended.ok, num_drafts, 0)
@@ -157,7 +173,18 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
     batch = forward.make_batch(
         table, rows, starts, num_tokens + num_drafts, num_drafts, config
     )
-    return Begun(table, rows, blocks, plan, num_drafts, appended, batch, cache)
+    return Begun(
+        table=table,
+        rows=rows,
+        blocks=blocks,
+        plan=plan,
+        num_drafts=num_drafts,
+        appended=appended,
+        batch=batch,
+        prefix_cache=cache,
+        host_blocks=host_blocks,
+        swapped=swapped,
+    )
 
 
 def _look_up(state: EngineState, config: EngineConfig) -> Hits | None:
@@ -181,6 +208,21 @@ def _share_new(table, blocks, plan, rows, is_other) -> tuple:
     table, blocks, waits = request_table.share_new(table, rows, blocks, is_new)
     num_tokens = jnp.where(waits, 0, plan.num_tokens)
     return table, blocks, dataclasses.replace(plan, num_tokens=num_tokens)
+
+
+def _swap_blocks(cache: PrefixCache | None, blocks, host_blocks, swaps) -> tuple:
+    """The prefix cache, which makes room, and both pools after rows went or came."""
+    kept = None
+    if cache is not None:
+        cache = when(
+            jnp.any(swaps.into != NO_REQUEST),
+            lambda cache: prefix_cache.evict(
+                cache, blocks.ref_counts, jnp.sum(swap.demand(host_blocks, swaps.into))
+            ),
+            cache,
+        )
+        kept = prefix_cache.is_cached(cache)
+    return cache, *swap.swap_blocks(blocks, host_blocks, *swaps, kept)
 
 
 def _append(cache: PrefixCache | None, blocks: BlockState, num_tokens: jax.Array):
@@ -229,17 +271,38 @@ def end_step(
     table, rows, blocks = decoded.table, begun.rows, begun.blocks
     plan, copies = begun.plan, begun.appended.copy_dst != NO_BLOCK
     num_tokens = jnp.sum(plan.num_tokens + begun.num_drafts)
+    is_stalled = num_tokens + plan.num_preempted + plan.num_admitted == 0
+    host, num_swap_outs, num_swapped_blocks = state.host, jnp.int32(0), jnp.int32(0)
+    if host is not None and plan.swaps is not None and begun.swapped is not None:
+        host = dataclasses.replace(host, blocks=begun.host_blocks)
+        num_swap_outs, num_swap_ins = (
+            jnp.sum(places != NO_REQUEST, dtype=jnp.int32) for places in plan.swaps
+        )
+        num_swapped_blocks = begun.swapped.out.num_blocks
+        is_stalled = (is_stalled & (num_swap_ins == 0)) | ~begun.swapped.ok
     counters = engine_state.count(
         state.counters,
         blocks,
-        is_stalled=num_tokens + plan.num_preempted + plan.num_admitted == 0,
+        is_stalled=is_stalled,
         num_tokens=num_tokens,
         num_generated=decoded.num_new,
         **engine_state.admitted_tokens(state.requests.queue, table.queue),
         num_preemptions=plan.num_preempted,
+        num_swap_outs=num_swap_outs,
+        num_swapped_blocks=num_swapped_blocks,
         num_block_copies=jnp.sum(copies, dtype=jnp.int32),
         num_drafts=jnp.sum(begun.num_drafts),
         num_accepted=decoded.num_accepted,
+    )
+    recorded = timeline.record(
+        state.timeline,
+        state.counters.num_steps,
+        state.requests,
+        begun.table,
+        table,
+        blocks,
+        num_tokens=num_tokens,
+        num_generated=decoded.num_new,
     )
     if state.config.speculation is not None:
         blocks = when(
@@ -272,7 +335,9 @@ def end_step(
         prefix_cache=prefixes,
         cache=cache,
         draft_cache=draft_cache,
+        host=host,
         counters=counters,
+        timeline=recorded,
         config=state.config,
     )
 
@@ -280,6 +345,7 @@ def end_step(
 def _step(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
     """`step` within the limits of `config`, with the working memory handed through."""
     begun = begin_step(state, config)
+    state = _swap_pages(state, begun.swapped)
     begun, draft_cache, memory = _draft(model, state, begun, memory, config)
     target = _target(model)
     cache, hidden = forward.hidden_states(
@@ -302,6 +368,25 @@ def _step(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
 
 def _target(model: Model) -> Decoder:
     return model.target if isinstance(model, DraftedModel) else model
+
+
+def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
+    """The state after the pages have followed the rows that left or came back."""
+    host = state.host
+    if host is None or swapped is None:
+        return state
+    out, into = swapped.out, swapped.into
+
+    def move(cache: KVCache | None, host_cache: KVCache | None):
+        if cache is None or host_cache is None:
+            return None, None
+        host_cache = kv_cache.swap_out(cache, host_cache, out.src, out.dst)
+        return kv_cache.swap_in(cache, host_cache, into.src, into.dst), host_cache
+
+    cache, host_cache = move(state.cache, host.cache)
+    draft_cache, host_draft_cache = move(state.draft_cache, host.draft_cache)
+    host = dataclasses.replace(host, cache=host_cache, draft_cache=host_draft_cache)
+    return dataclasses.replace(state, cache=cache, draft_cache=draft_cache, host=host)
 
 
 def _copy_blocks(cache: KVCache, begun: Begun) -> KVCache:
@@ -408,10 +493,14 @@ def _hold_prefixes(table, rows, blocks) -> RequestTable:
     return dataclasses.replace(table, queue=queue)
 
 
+def _is_going(status: jax.Array) -> jax.Array:
+    return (status == WAITING) | (status == RUNNING) | (status == SWAPPED)
+
+
 def has_work(state: EngineState) -> jax.Array:
     """bool[]: some sequence waits or runs, and the engine has not stalled."""
     status = state.requests.queue.status
-    is_any = jnp.any((status == WAITING) | (status == RUNNING))
+    is_any = jnp.any(_is_going(status))
     return is_any & ~state.counters.is_stalled
 
 
@@ -540,11 +629,7 @@ def _place(state: EngineState, new: request_table.Submission) -> EngineState:
 
 def num_pinned_blocks(state: EngineState) -> int:
     """Blocks that pinned prefixes hold, or will hold when they are computed."""
-    table = state.requests
-    is_prefix = np.array(table.asked.is_prefix)
-    is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
-    lens = np.asarray(table.queue.num_tokens)[is_prefix]
-    return int((-(-lens // state.config.block_size)).sum())
+    return request_limits.num_pinned_blocks(state.requests, state.config.block_size)
 
 
 def pin(
@@ -608,6 +693,55 @@ def collect(state: EngineState) -> list[Result]:
     return submission.results(state.requests)
 
 
+def violations(state: EngineState) -> list[str]:
+    """What is wrong with the state between steps, a sentence each; empty if sound.
+
+    Host side: rows and places, block tables and the prefix cache, counted anew.
+    """
+    queue = jax.device_get(state.requests.queue)
+    rows, lens = np.asarray(state.rows), np.asarray(state.blocks.context_lens)
+    found = block_manager.violations(state.blocks)
+    for row, (place, length) in enumerate(np.stack([rows, lens], axis=1).tolist()):
+        if place == NO_REQUEST:
+            if length:
+                found.append(f"row {row}: is empty and holds {length} tokens")
+            continue
+        if queue.status[place] not in (RUNNING, HELD):
+            found.append(f"row {row}: place {place} has status {queue.status[place]}")
+        if length > queue.num_tokens[place]:
+            found.append(
+                f"row {row}: holds {length} tokens, place {place} knows "
+                f"{queue.num_tokens[place]}"
+            )
+    for place in np.flatnonzero(queue.status == RUNNING).tolist():
+        if (times := int((rows == place).sum())) != 1:
+            found.append(f"place {place}: runs in {times} rows")
+    if state.prefix_cache is not None:
+        tokens = state.requests.tokens[np.maximum(rows, 0)]
+        found += prefix_cache.violations(state.prefix_cache, state.blocks, tokens)
+    return found + _host_violations(state)
+
+
+def _host_violations(state: EngineState) -> list[str]:
+    status, rows = np.asarray(state.requests.queue.status), np.asarray(state.rows)
+    if state.host is None:
+        away = np.flatnonzero(status == SWAPPED).tolist()
+        return [f"place {place}: is swapped, and there is no host" for place in away]
+    found = [f"host: {one}" for one in block_manager.violations(state.host.blocks)]
+    known = np.asarray(state.requests.queue.num_tokens)
+    for place, length in enumerate(np.asarray(state.host.blocks.context_lens).tolist()):
+        if length and status[place] != SWAPPED:
+            found.append(f"place {place}: has blocks on the host, is {status[place]}")
+        if length > known[place]:
+            found.append(
+                f"place {place}: holds {length} tokens on the host, knows "
+                f"{known[place]}"
+            )
+        if status[place] == SWAPPED and place in rows:
+            found.append(f"place {place}: is swapped and has a row")
+    return found
+
+
 @functools.partial(jax.jit, donate_argnames="state")
 def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
     """The state in which the marked live sequences have ended; `places` is bool[R].
@@ -617,7 +751,7 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
     """
     table = state.requests
     status = table.queue.status
-    ends = places & ((status == WAITING) | (status == RUNNING) | (status == HELD))
+    ends = places & (_is_going(status) | (status == HELD))
     queue = dataclasses.replace(table.queue, status=jnp.where(ends, FINISHED, status))
     table = dataclasses.replace(
         table,
@@ -627,7 +761,13 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
     own = jnp.arange(state.rows.shape[0], dtype=jnp.int32)
     blocks = _move(queue, own, state.rows, state.blocks)
     rows, blocks = _let_go(queue, state.rows, blocks)
-    return dataclasses.replace(state, requests=table, rows=rows, blocks=blocks)
+    host = state.host
+    if host is not None:
+        host_blocks = block_manager.free(host.blocks, ends)
+        host = dataclasses.replace(host, blocks=host_blocks)
+    return dataclasses.replace(
+        state, requests=table, rows=rows, blocks=blocks, host=host
+    )
 
 
 @functools.partial(jax.jit, donate_argnames="state")

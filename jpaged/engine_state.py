@@ -11,8 +11,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpaged import block_manager, groups, kv_cache, prefix_cache, request_table
+from jpaged import (
+    block_manager,
+    groups,
+    kv_cache,
+    prefix_cache,
+    request_table,
+    timeline,
+)
 from jpaged.block_manager import BlockState
+from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY
 from jpaged.config import EngineConfig
 from jpaged.groups import States
 from jpaged.kv_cache import KVCache
@@ -22,6 +30,7 @@ from jpaged.prefix_cache import PrefixCache
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import BEFORE_ALL, NO_REQUEST, WAITING, Queue
 from jpaged.speculation import DraftedModel
+from jpaged.timeline import Timeline
 
 Model = Decoder | DraftedModel
 
@@ -37,6 +46,8 @@ class Counters:
     num_prompt_tokens: jax.Array  # i32[], of requests that were admitted
     num_cached_tokens: jax.Array  # i32[], of them those that were mapped from others
     num_preemptions: jax.Array  # i32[]
+    num_swap_outs: jax.Array  # i32[], preemptions of sequences that kept their blocks
+    num_swapped_blocks: jax.Array  # i32[], copied to the host's memory
     num_block_copies: jax.Array  # i32[], copy-on-write
     num_drafts: jax.Array  # i32[], tokens that speculation guessed
     num_accepted: jax.Array  # i32[], guesses that stood
@@ -44,6 +55,16 @@ class Counters:
     saved_share: jax.Array  # f32[], sum over steps of blocks saved / blocks unshared
     max_used_blocks: jax.Array  # i32[], most blocks in use after a step
     is_stalled: jax.Array  # bool[], a step found work and could do none: a bug
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HostPool:
+    """What preempted sequences keep in the host's memory."""
+
+    blocks: BlockState  # its rows are the places of the request table
+    cache: KVCache
+    draft_cache: KVCache | None
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +79,9 @@ class EngineState:
     prefix_cache: PrefixCache | None  # of blocks that may be wanted again
     cache: KVCache
     draft_cache: KVCache | None  # of the small model that guesses, if there is one
+    host: HostPool | None  # where the config swaps
     counters: Counters
+    timeline: Timeline
     config: EngineConfig = dataclasses.field(metadata={"static": True})
 
 
@@ -78,10 +101,11 @@ def init(
     """
     _check_draft(model, config)
 
-    def cache(sizes: ModelConfig) -> KVCache:
+    def cache(sizes: ModelConfig, is_host: bool = False) -> KVCache:
         return kv_cache.init_cache(
             num_layers=sizes.num_layers,
-            num_blocks=config.num_blocks,
+            num_blocks=config.num_swap_blocks if is_host else config.num_blocks,
+            memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
             num_kv_heads=sizes.num_kv_heads,
             block_size=config.block_size,
             head_dim=sizes.head_dim,
@@ -89,6 +113,13 @@ def init(
         )
 
     is_drafted = isinstance(model, DraftedModel)
+    host = None
+    if config.swaps:
+        host = HostPool(
+            blocks=init_host_blocks(config),
+            cache=cache(model.config, is_host=True),
+            draft_cache=cache(model.draft.config, is_host=True) if is_drafted else None,
+        )
     return EngineState(
         requests=request_table.init_table(config),
         states=groups.init_states(config),
@@ -106,10 +137,22 @@ def init(
         ),
         cache=cache(model.config),
         draft_cache=cache(model.draft.config) if is_drafted else None,
+        host=host,
         counters=Counters(
             **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
         ),
+        timeline=timeline.init(config),
         config=config,
+    )
+
+
+def init_host_blocks(config: EngineConfig) -> BlockState:
+    """The host's blocks, all free; of a config that swaps."""
+    return block_manager.init_state(
+        num_blocks=config.num_swap_blocks,
+        block_size=config.block_size,
+        max_seqs=config.max_num_requests,
+        max_blocks_per_seq=config.max_blocks_per_seq,
     )
 
 
@@ -136,6 +179,8 @@ _COUNTER_TYPES = dict(
     num_prompt_tokens="int32",
     num_cached_tokens="int32",
     num_preemptions="int32",
+    num_swap_outs="int32",
+    num_swapped_blocks="int32",
     num_block_copies="int32",
     num_drafts="int32",
     num_accepted="int32",
@@ -172,21 +217,16 @@ def count(
       is_stalled: bool[], the step found nothing that it could do.
       gained: i32[] of the counters `num_*` by name, what the step added.
     """
-    (num_blocks,) = blocks.ref_counts.shape
-    used = num_blocks - block_manager.num_free_blocks(blocks)
-    unshared = jnp.sum(-(-blocks.context_lens // blocks.block_size))
+    used, held, saved = timeline.occupancy(blocks)
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
-    # Tokens in shared blocks count once, so shared blocks are not over-full.
-    shared_slots = (unshared - used) * blocks.block_size
-    held = jnp.sum(blocks.context_lens) - shared_slots
     slots = jnp.maximum(used * blocks.block_size, 1)
-    saved = as_float(unshared - used) / as_float(jnp.maximum(unshared, 1))
+    saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
     totals = {name: getattr(counters, name) + value for name, value in gained.items()}
     return dataclasses.replace(
         counters,
         num_steps=counters.num_steps + 1,
         token_share=counters.token_share + as_float(held) / as_float(slots),
-        saved_share=counters.saved_share + saved,
+        saved_share=counters.saved_share + saved_share,
         max_used_blocks=jnp.maximum(counters.max_used_blocks, used),
         is_stalled=is_stalled,
         **totals,

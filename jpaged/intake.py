@@ -54,7 +54,7 @@ class Intake:
             params = self._resolve(params)
             token_ids = self.token_ids(prompt)
             engine.check_request(
-                self.grow([params]),
+                grow(self.config, [params], self.model.vocab_size),
                 token_ids,
                 params,
                 vocab_size=self.model.vocab_size,
@@ -64,57 +64,6 @@ class Intake:
         except ValueError as error:
             return Checked(token_ids, params, str(error))
         return Checked(token_ids, params, None)
-
-    def grow(self, params: Sequence[Params]) -> EngineConfig:
-        """The engine's config with what all of the requests need compiled.
-
-        Nothing that it has is taken away, and sizes are powers of two: few programs.
-        """
-        config = self.config
-        num_logprobs, width = config.num_logprobs, config.max_beam_width
-        rules, algorithms = config.rules, list(config.algorithms)
-        for param in params:
-            if isinstance(param, SamplingParams):
-                num_logprobs = max(num_logprobs, self.num_logprobs(param))
-                mine = request_limits.rule_sizes(param, self.model.vocab_size)
-                if mine is not None:
-                    rules = mine if rules is None else rules.grown(mine)
-            elif isinstance(param, BeamSearchParams):
-                width = max(width, _power_of_two(param.beam_width))
-            elif (param.algorithm, param.num_rows) not in algorithms:
-                algorithms.append((param.algorithm, param.num_rows))
-        # A call's distinct automata are in the pool together.
-        automata = {
-            param.structured_outputs.digest.tobytes(): param.structured_outputs
-            for param in params
-            if param.structured_outputs is not None
-        }
-        sizes = config.automata
-        if automata:
-            sizes = AutomataSizes.of(list(automata.values()))
-            sizes = sizes.grown(config.automata or AutomataSizes())
-        if num_logprobs > config.num_logprobs:
-            num_logprobs = min(_power_of_two(num_logprobs), self.model.vocab_size)
-        return dataclasses.replace(
-            config,
-            num_logprobs=num_logprobs,
-            prompt_logprobs=config.prompt_logprobs
-            or any(map(request_limits.rates_prompt, params)),
-            max_beam_width=min(width, config.max_num_seqs),
-            rules=rules,
-            automata=sizes,
-            algorithms=tuple(algorithms),
-        )
-
-    def num_logprobs(self, params: SamplingParams) -> int:
-        """Most likely tokens that the engine has to keep for a request."""
-        wanted = 0
-        for count in (params.logprobs, params.prompt_logprobs):
-            if count is not None:
-                # The chosen token's rank is kept only along with them.
-                count = self.model.vocab_size if count == -1 else max(count, 1)
-                wanted = max(wanted, count)
-        return wanted
 
     def _check_params(self, params: Any) -> None:
         if not isinstance(params, Params):
@@ -139,7 +88,7 @@ class Intake:
                 f"stop: wanted none, got {params.stop!r}: the model has no tokenizer, "
                 "so there is no text; use stop_token_ids"
             )
-        if (count := self.num_logprobs(params)) > self.max_logprobs:
+        if (count := num_logprobs_of(params, vocab_size)) > self.max_logprobs:
             name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
             raise ValueError(
                 f"{name}: wanted at most max_logprobs ({self.max_logprobs}), got "
@@ -180,6 +129,60 @@ class Intake:
                 f"({type(prompt).__name__})"
             )
         return [int(token) for token in prompt]
+
+
+def grow(
+    config: EngineConfig, params: Sequence[Params], vocab_size: int
+) -> EngineConfig:
+    """The engine's config with what all of the requests need compiled.
+
+    Nothing that it has is taken away, and sizes are powers of two: few programs.
+    """
+    num_logprobs, width = config.num_logprobs, config.max_beam_width
+    rules, algorithms = config.rules, list(config.algorithms)
+    for param in params:
+        if isinstance(param, SamplingParams):
+            num_logprobs = max(num_logprobs, num_logprobs_of(param, vocab_size))
+            mine = request_limits.rule_sizes(param, vocab_size)
+            if mine is not None:
+                rules = mine if rules is None else rules.grown(mine)
+        elif isinstance(param, BeamSearchParams):
+            width = max(width, _power_of_two(param.beam_width))
+        elif (param.algorithm, param.num_rows) not in algorithms:
+            algorithms.append((param.algorithm, param.num_rows))
+    # Requests' distinct automata are in the pool together.
+    automata = {
+        param.structured_outputs.digest.tobytes(): param.structured_outputs
+        for param in params
+        if param.structured_outputs is not None
+    }
+    sizes = config.automata
+    if automata:
+        sizes = AutomataSizes.of(list(automata.values()))
+        sizes = sizes.grown(config.automata or AutomataSizes())
+    if num_logprobs > config.num_logprobs:
+        num_logprobs = min(_power_of_two(num_logprobs), vocab_size)
+    return dataclasses.replace(
+        config,
+        num_logprobs=num_logprobs,
+        prompt_logprobs=config.prompt_logprobs
+        or any(map(request_limits.rates_prompt, params)),
+        max_beam_width=min(width, config.max_num_seqs),
+        rules=rules,
+        automata=sizes,
+        algorithms=tuple(algorithms),
+    )
+
+
+def num_logprobs_of(params: SamplingParams, vocab_size: int) -> int:
+    """Most likely tokens that the engine has to keep for a request."""
+    wanted = 0
+    for count in (params.logprobs, params.prompt_logprobs):
+        if count is not None:
+            # The chosen token's rank is kept only along with them.
+            count = vocab_size if count == -1 else max(count, 1)
+            wanted = max(wanted, count)
+    return wanted
 
 
 def _power_of_two(number: int) -> int:

@@ -11,11 +11,15 @@ Source: Kwon et al. 2023, section 4.1.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jpaged import attention
+from jpaged.block_manager import NO_BLOCK
+from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +39,11 @@ def init_cache(
     block_size: int,
     head_dim: int,
     dtype: str,
+    memory: Any = DEVICE_MEMORY,
 ) -> KVCache:
-    """A cache of zeros."""
+    """A cache of zeros; `memory` is `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`."""
     shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
 
 
 def bytes_per_block(
@@ -55,3 +60,47 @@ def copy_blocks(cache: KVCache, src: jax.Array, dst: jax.Array) -> KVCache:
     `src`, `dst`: i32[C], NO_BLOCK skips the pair. In place where the cache is donated.
     """
     return KVCache(*attention.copy_blocks(cache.k_pages, cache.v_pages, src, dst))
+
+
+def swap_out(
+    cache: KVCache, host_cache: KVCache, src: jax.Array, dst: jax.Array
+) -> KVCache:
+    """The host's cache with block `dst[i]` holding what `src[i]` of `cache` holds.
+
+    Args:
+      cache: the device's.
+      host_cache: in the host's memory; donate it, and it is written in place.
+      src, dst: i32[C], pairs first and then NO_BLOCK; the time goes by the pairs.
+
+    Source: paper section 4.5.
+    """
+    return _move_blocks(cache, host_cache, src, dst, HOST_MEMORY)
+
+
+def swap_in(
+    cache: KVCache, host_cache: KVCache, src: jax.Array, dst: jax.Array
+) -> KVCache:
+    """The cache with its block `dst[i]` holding what `src[i]` of the host's holds.
+
+    In place where `cache` is donated; otherwise as `swap_out`.
+    """
+    return _move_blocks(host_cache, cache, src, dst, DEVICE_MEMORY)
+
+
+def _move_blocks(source, target, src, dst, memory) -> KVCache:
+    """`target`, which lies in `memory`, with blocks of `source`, one after the other.
+
+    Slices, for those go to and from the host's memory by themselves; a gather or a
+    scatter there copies a whole pool (docs/decisions/swapping.md).
+    """
+
+    def move(i: jax.Array, target: KVCache) -> KVCache:
+        def put(pages: jax.Array, to_pages: jax.Array) -> jax.Array:
+            block = lax.dynamic_slice_in_dim(pages, src[i], 1, axis=1)
+            block = jax.device_put(block, memory)
+            return lax.dynamic_update_slice_in_dim(to_pages, block, dst[i], axis=1)
+
+        return jax.tree.map(put, source, target)
+
+    number = jnp.sum((src != NO_BLOCK) & (dst != NO_BLOCK), dtype=jnp.int32)
+    return lax.fori_loop(0, number, move, target)

@@ -6,17 +6,25 @@ vLLM's where it has them. Everything that happens per token happens in `engine`.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from jpaged import (
-    batch,
     compilation_cache,
     conversations,
     intake,
@@ -25,13 +33,17 @@ from jpaged import (
     request_limits,
     scoring,
 )
-from jpaged.batch import Job
+from jpaged.batch import Batch
 from jpaged.config import EngineConfig
+from jpaged.jobs import Delta as Delta
+from jpaged.jobs import Job, News
+from jpaged.live import Request
+from jpaged.metrics import StepRecord
 from jpaged.models.decoder import Decoder
 from jpaged.policies import Policy
 from jpaged.prefix import Prefix
 from jpaged.request_limits import Params
-from jpaged.requests import RequestOutput
+from jpaged.requests import BeamSearchParams, RequestOutput, SamplingParams
 from jpaged.scoring import Perplexity, Score
 from jpaged.serving import EngineHost
 from jpaged.text import Tokenizer
@@ -40,16 +52,9 @@ Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """What one output of a request gained; see `LLM.stream`."""
-
-    request: int  # the prompt's place in the call
-    sample: int  # 0 to n - 1
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None  # "stop" or "length" in the output's last delta
-    stop_reason: int | str | None = None
+# What the engine keeps of its last steps between two looks of the host.
+NUM_RECORDED_EVENTS = 4096
+NUM_RECORDED_STEPS = 1024
 
 
 class LLM:
@@ -75,8 +80,10 @@ class LLM:
       enable_prefix_caching: keep the blocks of ended requests while there is room, for
         prompts that begin alike; they are mapped and not computed again. After a
         change of the model's weights call `reset_prefix_cache`.
-      preemption: "recompute": sequences that lose their blocks are computed again.
-      num_swap_blocks: 0, for swapping is not built yet.
+      preemption: when blocks run out, the latest requests give theirs back:
+        "recompute" computes them again later; "swap" copies them to the host's memory
+        and back, as far as there is room, and admits nobody meanwhile.
+      num_swap_blocks: blocks in the host's memory, with preemption="swap".
       policy: which waiting request is admitted first: "fcfs"; "priority": smaller
         `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
         its prompt cached; or a function, see `jpaged.policies`.
@@ -99,6 +106,8 @@ class LLM:
       max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
         max_num_batched_tokens.
       watermark: share of the blocks that admission leaves free while others run.
+      check_invariants: count the engine's state anew after every step, on the host, and
+        raise RuntimeError where it is unsound. For debugging: milliseconds per step.
 
     A call that asks for something that no call before it did (beams, logits rules, more
     log-probabilities, another algorithm) compiles the engine again; `num_compilations`
@@ -139,6 +148,7 @@ class LLM:
         max_num_prefixes: int = 8,
         max_prompt_chunk: int | None = None,
         watermark: float = 0.01,
+        check_invariants: bool = False,
         quantization: str | None = None,
     ):
         options.check_sizes(
@@ -175,8 +185,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )
-        self._max_num_requests = max_num_requests
-        self.config = self._with_places(
+        config = _with_places(
             EngineConfig(
                 num_blocks=num_blocks,
                 block_size=block_size,
@@ -187,23 +196,41 @@ class LLM:
                 max_num_prefixes=max_num_prefixes,
                 max_num_stop_ids=max_num_stop_ids,
                 policy=policy,
+                preemption=preemption,
+                num_swap_blocks=num_swap_blocks,
                 max_prompt_chunk=max_prompt_chunk,
                 watermark=watermark,
                 enable_prefix_caching=enable_prefix_caching,
                 attention=attention,
                 speculation=speculation,
-            )
+                num_recorded_events=NUM_RECORDED_EVENTS,
+                num_recorded_steps=NUM_RECORDED_STEPS,
+            ),
+            max_num_requests,
         )
         self._host: EngineHost | None = EngineHost(
             self.model,
-            self.config,
+            config,
             draft=draft,
             kv_dtype=self._kv_dtype,
             seed=seed,
+            check_invariants=check_invariants,
         )
+        vocab_size = self.model.config.vocab_size
+
+        # It must not hold the LLM, whose memory is free when its last user lets it go.
+        def grow(config: EngineConfig, params: Sequence[Params]) -> EngineConfig:
+            grown = intake.grow(config, params, vocab_size)
+            return _with_places(grown, max_num_requests)
+
+        self._batch = Batch(self._host, grow)
         self._num_arrivals = 0
         self._num_prompt_tokens = 0
-        self._num_generated = 0
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's sizes; they grow with what requests ask for."""
+        return self._batch.host.config
 
     def generate(
         self,
@@ -244,17 +271,15 @@ class LLM:
             for index, output in enumerate(outputs):
                 if output is not None:
                     _report(bar, index, output, on_output)
-            is_watched = on_output is not None or not bar.disable
-            for news in self._serve(jobs, is_watched):
-                finished = {
-                    sample.job.index: sample.job
-                    for sample in news
-                    if sample.job.is_finished
-                }
-                for index, job in finished.items():
-                    outputs[index] = job.output()
-                    _report(bar, index, outputs[index], on_output)
-                bar.set_postfix_str(f"{self._tokens_per_s():.0f} tokens/s")
+            for job in jobs:
+                job.is_awaited = on_output is not None or not bar.disable
+            with contextlib.closing(self._follow(jobs)) as followed:
+                for news in followed:
+                    if news.is_over:
+                        index, output = news.job.index, news.job.output()
+                        outputs[index] = output
+                        _report(bar, index, output, on_output)
+                    bar.set_postfix_str(f"{self._tokens_per_s():.0f} tokens/s")
         return [output for output in outputs if output is not None]
 
     def stream(
@@ -266,25 +291,84 @@ class LLM:
 
         Text comes in whole characters, and what may become a stop string is held back
         until it is known. An output's deltas put together are what `generate` gives.
-        The requests are checked here and now; they run while the result is iterated,
-        and are dropped when that ends early.
+        The requests are checked here and now. They are in the engine from the first
+        delta on, run while somebody waits for this or for another call, and are dropped
+        when the iteration ends early.
         """
-        jobs, _ = self._jobs(prompts, params, is_streamed=True)
+        jobs, _ = self._jobs(prompts, params)
+        for job in jobs:
+            job.is_streamed = True
+        return (delta for news in self._follow(jobs) for delta in news.deltas)
 
-        def deltas() -> Iterator[Delta]:
-            for news in self._serve(jobs, is_watched=True):
-                for sample in news:
-                    text, token_ids = sample.take_news()
-                    yield Delta(
-                        sample.job.index,
-                        sample.index,
-                        text,
-                        token_ids,
-                        sample.finish_reason,
-                        sample.stop_reason,
-                    )
+    def submit(self, prompt: Prompt, params: Params | None = None) -> Request:
+        """A request that runs beside all others from now on.
+
+            first = llm.submit("def ", SamplingParams(max_tokens=50))
+            second = llm.submit("import ")
+            for delta in first:  # runs both
+                print(delta.text)
+            output = second.output()
+
+        Iterate it or wait for it, with or without `async`; see `jpaged.live.Request`.
+        Where the engine has no place for it, it waits in a queue, as those of
+        `generate` do.
+
+        Raises:
+          ValueError: the request is wrong; others are not concerned.
+        """
+        job = self._live_job(prompt, params)
+        self._batch.add([job])
+        return Request(self._batch, job)
+
+    def astream(
+        self, prompt: Prompt, params: Params | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """Yields what the outputs of one request gain, as an async iterator.
+
+        Any number of coroutines can do so at the same time, and share the engine's
+        batch: each `await` lets the others run, submit and abort, while a thread runs
+        the next steps for all of them. The request is checked here and now, begins with
+        the first delta, and is aborted where the iteration ends early; wrap it in
+        `contextlib.aclosing` for that to happen at once.
+
+        Raises:
+          ValueError: the request is wrong.
+        """
+        job = self._live_job(prompt, params)
+
+        async def deltas() -> AsyncGenerator[Delta, None]:
+            self._open_host()
+            self._batch.add([job])
+            request = Request(self._batch, job)
+            try:
+                async for delta in request:
+                    yield delta
+            finally:
+                request.abort()
 
         return deltas()
+
+    def abort(self, request: Request | int) -> None:
+        """Ends a request that is open, of any call; its finish_reason is "abort".
+
+        Its outputs are what they are until now; those of an algorithm, such as beams,
+        are not known before its end, and stay empty.
+
+        Args:
+          request: what `submit` gave, or a request_id.
+
+        Raises:
+          ValueError: no such request is open: it never was, or has ended.
+        """
+        self._open_host()
+        number = request.request_id if isinstance(request, Request) else request
+        job = self._batch.open_job(number)
+        if job is None:
+            raise ValueError(
+                "request: wanted one that is open, or its request_id, got "
+                f"{request!r}, which has ended or never was"
+            )
+        self._batch.abort([job])
 
     def pin(self, prefix: Prompt) -> Prefix:
         """A prefix that is computed once and kept until it is released.
@@ -306,7 +390,8 @@ class LLM:
         Source: paper section 4.4, shared prefix.
         """
         host = self._open_host()
-        return Prefix(host, self.tokenizer, self._intake().token_ids(prefix))
+        with host.lock:
+            return Prefix(host, self.tokenizer, self._intake().token_ids(prefix))
 
     def chat(
         self,
@@ -404,9 +489,15 @@ class LLM:
         num_cached_blocks: of full blocks whose contents can be found, in use or not;
         those that are not in use count as free too. tokens_per_s: generated tokens by
         the seconds of running steps, without compiling. num_compilations: of the
-        engine's program.
+        engine's program. mean_queue_s and the other means: see `metrics.latencies`,
+        over the num_finished_requests that ended by themselves. num_lost_events:
+        happened in slices of so many that nobody saw them.
         """
         host = self._open_host()
+        with host.lock:
+            self._batch.end_aborted()
+            num_free_blocks = host.num_free_blocks()
+            num_cached_blocks = host.num_cached_blocks()
         counters = host.counters
         num_steps = max(counters["num_steps"], 1)
         size = memory.block_bytes(
@@ -415,17 +506,17 @@ class LLM:
         return {
             "num_blocks": self.config.num_blocks,
             "block_size": self.config.block_size,
-            "num_free_blocks": host.num_free_blocks(),
+            "num_free_blocks": num_free_blocks,
             "max_used_blocks": counters["max_used_blocks"],
             "kv_bytes": size * self.config.num_blocks,
             "kv_token_share": counters["token_share"] / num_steps,
             "blocks_saved_by_sharing": counters["saved_share"] / num_steps,
             "prefix_hit_ratio": counters["num_cached_tokens"]
             / max(counters["num_prompt_tokens"], 1),
-            "num_cached_blocks": host.num_cached_blocks(),
+            "num_cached_blocks": num_cached_blocks,
             "num_block_copies": counters["num_block_copies"],
             "num_preemptions": counters["num_preemptions"],
-            "num_swapped_blocks": 0,
+            "num_swapped_blocks": counters["num_swapped_blocks"],
             "draft_tokens": counters["num_drafts"],
             "accepted_tokens": counters["num_accepted"],
             "acceptance_rate": counters["num_accepted"]
@@ -435,22 +526,40 @@ class LLM:
             "compile_s": host.compile_s,
             "run_s": host.run_s,
             "prompt_tokens": self._num_prompt_tokens,
-            "generated_tokens": self._num_generated,
+            "generated_tokens": self._batch.num_generated,
             "computed_tokens": counters["num_tokens"],
             "tokens_per_s": self._tokens_per_s(),
+            "num_finished_requests": self._batch.means.num_requests,
+            **self._batch.means.means(),
+            "num_lost_events": host.num_lost_events,
         }
+
+    def timeline(self) -> list[StepRecord]:
+        """The engine's last steps, oldest first: memory, queue and tokens of each.
+
+        Rows of a table: `csv.writer(file).writerows([StepRecord._fields, *rows])`.
+        At most 65,536 are kept.
+        """
+        host = self._open_host()
+        with host.lock:
+            return host.step_records()
 
     def reset_prefix_cache(self) -> None:
         """Forgets what the blocks hold, as after a change of the model's weights.
 
         Requests that run keep their blocks. Pinned prefixes are computed again.
         """
-        self._open_host().reset_prefix_cache()
+        host = self._open_host()
+        with host.lock:
+            host.reset_prefix_cache()
 
     def close(self) -> None:
-        """Lets go of the model and the pool. A second time it does nothing."""
+        """Aborts what is open, and lets go of the model and the pool.
+
+        A second time it does nothing.
+        """
         if self._host is not None:
-            self._host.close()
+            self._batch.close()
             self._host = None
             del self.model
 
@@ -481,28 +590,10 @@ class LLM:
             raise RuntimeError("this LLM was closed; make a new one")
         return self._host
 
-    def _serve(self, jobs: list[Job], is_watched: bool) -> Iterator[list[batch.Sample]]:
-        """`batch.serve`, counted; first the engine gets what the jobs need."""
-        host = self._open_host()
-        self._reconfigure(host, jobs)
-        for news in batch.serve(host, jobs, self.tokenizer, is_watched=is_watched):
-            for sample in news:
-                if sample.finish_reason is not None:
-                    self._num_generated += len(sample.token_ids)
-            yield news
-
-    def _reconfigure(self, host: EngineHost, jobs: list[Job]) -> None:
-        """Compiles into the engine what these jobs need and no jobs before them."""
-        config = self._intake().grow([job.params for job in jobs])
-        if config == self.config:
-            return
-        if host.num_users:
-            raise RuntimeError(
-                "params: the engine has to be compiled for what they ask for, which it "
-                "cannot be while a stream is open; read or close that first"
-            )
-        self.config = self._with_places(config)
-        host.reconfigure(self.config)
+    def _follow(self, jobs: list[Job]) -> Generator[News, None, None]:
+        """`Batch.follow`, by a caller that may have waited until the LLM was closed."""
+        self._open_host()
+        yield from self._batch.follow(jobs)
 
     def _intake(self) -> intake.Intake:
         return intake.Intake(
@@ -513,51 +604,23 @@ class LLM:
             self._open_host().num_open_blocks(),
         )
 
-    def _with_places(self, config: EngineConfig) -> EngineConfig:
-        """`config` with the request table's places, where the user left them open."""
-        if self._max_num_requests is not None:
-            return config
-        places = memory.max_places(
-            config.num_rows, config.max_model_len, config.num_logprobs
-        )
-        return dataclasses.replace(config, max_num_requests=places)
-
     def _jobs(
-        self,
-        prompts: Any,
-        params: Any,
-        *,
-        on_error: str = "raise",
-        is_streamed: bool = False,
+        self, prompts: Any, params: Any, *, on_error: str = "raise"
     ) -> tuple[list[Job], list[RequestOutput | None]]:
         """The requests that can run, and for each prompt its output if it cannot."""
         prompts, params = intake.pairs(prompts, params)
         self._open_host()
-        check = self._intake().check
+        inbox: collections.deque[News] = collections.deque()
         jobs, outputs, errors = [], [], []
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            token_ids, param, error = check(prompt, param)
             arrival = self._num_arrivals + index
-            text = prompt if isinstance(prompt, str) else None
-            output = None
-            if error is None:
-                eos = self.model.config.eos_token_ids
-                jobs.append(
-                    Job(
-                        index=index,
-                        arrival=arrival,
-                        prompt=text,
-                        prompt_token_ids=token_ids,
-                        params=param,
-                        eos_token_ids=eos,
-                        is_streamed=is_streamed,
-                        num_places=self._num_places(param),
-                    )
-                )
+            made = self._job(prompt, param, index, arrival, inbox)
+            if isinstance(made, Job):
+                jobs.append(made)
+                outputs.append(None)
             else:
-                errors.append(f"prompts[{index}]: {error}")
-                output = RequestOutput(arrival, text, token_ids, [], error=error)
-            outputs.append(output)
+                outputs.append(made)
+                errors.append(f"prompts[{index}]: {made.error}")
         if errors and on_error == "raise":
             head = f"{len(errors)} of {len(prompts)} requests are wrong, none was run:"
             message = "\n  ".join([head, *errors]) if len(prompts) > 1 else errors[0]
@@ -566,11 +629,60 @@ class LLM:
         self._num_prompt_tokens += sum(len(job.prompt_token_ids) for job in jobs)
         return jobs, outputs
 
-    def _num_places(self, params: Params) -> int:
-        """Places that a checked request takes in the request table."""
-        config = self._intake().grow([params])
-        shape = request_limits.shape(params, config, self.model.config.vocab_size)
-        return len(shape.numbers)
+    def _live_job(self, prompt: Any, params: Any) -> Job:
+        """A request that is not one of a call's; ValueError if it is wrong."""
+        self._open_host()
+        params = SamplingParams() if params is None else params
+        number = self._num_arrivals
+        job = self._job(prompt, params, number, number, collections.deque())
+        if not isinstance(job, Job):
+            raise ValueError(job.error)
+        job.is_streamed = True
+        self._num_arrivals += 1
+        self._num_prompt_tokens += len(job.prompt_token_ids)
+        return job
+
+    def _job(
+        self,
+        prompt: Any,
+        params: Any,
+        index: int,
+        arrival: int,
+        inbox: collections.deque[News],
+    ) -> Job | RequestOutput:
+        """The request if it can run, else its output, which says why not."""
+        token_ids, params, error = self._intake().check(prompt, params)
+        text = prompt if isinstance(prompt, str) else None
+        if error is not None:
+            return RequestOutput(arrival, text, token_ids, [], error=error)
+        vocab_size = self.model.config.vocab_size
+        config = intake.grow(self.config, [params], vocab_size)
+        shape = request_limits.shape(params, config, vocab_size)
+        num_outputs = len(shape.outputs(shape.numbers))
+        if isinstance(params, BeamSearchParams) and params.num_return is not None:
+            num_outputs = params.num_return
+        return Job(
+            index=index,
+            arrival=arrival,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            eos_token_ids=self.model.config.eos_token_ids,
+            tokenizer=self.tokenizer,
+            num_places=len(shape.numbers),
+            num_outputs=num_outputs,
+            inbox=inbox,
+        )
+
+
+def _with_places(config: EngineConfig, max_num_requests: int | None) -> EngineConfig:
+    """`config` with the request table's places, where the user left them open."""
+    if max_num_requests is not None:
+        return config
+    places = memory.max_places(
+        config.num_rows, config.max_model_len, config.num_logprobs
+    )
+    return dataclasses.replace(config, max_num_requests=places)
 
 
 def _report(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jpaged import attention as attention_module
-from jpaged.config import Speculation
+from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
 from jpaged.models.config import DTYPES
@@ -58,13 +58,19 @@ def check_choices(
             f"enable_prefix_caching: wanted True or False, got "
             f"{enable_prefix_caching!r}"
         )
-    if preemption == "swap" or num_swap_blocks:
+    if preemption not in PREEMPTIONS:
+        raise ValueError(f"preemption: wanted one of {PREEMPTIONS}, got {preemption!r}")
+    least = 1 if preemption == "swap" else 0
+    if not _is_integer(num_swap_blocks, least=0) or num_swap_blocks < least:
         raise ValueError(
-            "preemption: swapping is not built yet; wanted 'recompute' and "
-            f"num_swap_blocks=0, got {preemption!r} and {num_swap_blocks!r}"
+            f"num_swap_blocks: wanted an integer of at least {least} with "
+            f"preemption={preemption!r}, got {num_swap_blocks!r}"
         )
-    if preemption != "recompute":
-        raise ValueError(f"preemption: wanted 'recompute', got {preemption!r}")
+    if num_swap_blocks and preemption != "swap":
+        raise ValueError(
+            f"num_swap_blocks: wanted 0 with preemption={preemption!r}, got "
+            f"{num_swap_blocks}; take preemption='swap' to use them"
+        )
     if attention is not None and attention not in attention_module.IMPLEMENTATIONS:
         raise ValueError(
             f"attention: wanted None or one of {attention_module.IMPLEMENTATIONS} "

@@ -44,7 +44,8 @@ class Prefix:
 
     def release(self) -> None:
         """Lets the prefix go; requests that map its blocks keep them. Idempotent."""
-        self._host.unpin(self._pinned)
+        with self._host.lock:
+            self._host.unpin(self._pinned)
 
     def __enter__(self) -> Prefix:
         return self

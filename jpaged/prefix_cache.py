@@ -6,9 +6,9 @@ full; `evict` gives unused ones back when blocks are needed.
 
 A full block can be a *node* of the tree. Its key is its parent, the block of the tokens
 before, and its own tokens, and both are compared whenever it is looked up: the hash
-only says in which bucket to look. A node keeps its block when its last row goes
-(`ref_counts` is 0 then, and the block is neither used nor free). Its tokens must not be
-overwritten while it is a node, so to `append` it counts as one owner more.
+only says in which bucket to look. A node keeps its block when its last row goes: its
+`ref_counts` is 0 then, so it counts as free, but `append` is told to keep it until
+`evict` gives it up. Who overwrites a node's tokens has to `forget` it.
 
 Rows and tree agree: of the blocks of a row, those that are nodes come first and are a
 path from the root. So whoever uses a node uses its ancestors, and none of them has been

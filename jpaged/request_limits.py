@@ -268,6 +268,29 @@ def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) ->
     return shared + rows * (-(-limit // config.block_size) - shared)
 
 
+def largest_request(table: RequestTable, config: EngineConfig) -> int:
+    """Blocks that the largest of the requests that wait or run needs alone, at most."""
+    queue, asked = jax.device_get((table.queue, table.asked))
+    going = (scheduler.WAITING, scheduler.RUNNING, scheduler.SWAPPED)
+    is_going = np.isin(queue.status, going)
+    is_going &= ~asked.is_prefix
+    most = 1
+    for leader in np.unique(queue.leaders[is_going]).tolist():
+        mine = np.flatnonzero(is_going & (queue.leaders == leader))
+        rows = len(mine) if asked.algorithms[mine[0]] != NO_ALGORITHM else 1
+        sizes = (queue.prompt_lens[mine[0]], asked.token_limits[mine[0]])
+        most = max(most, most_blocks(config, *map(int, sizes), rows))
+    return most
+
+
+def num_pinned_blocks(table: RequestTable, block_size: int) -> int:
+    """Blocks that pinned prefixes hold, or will hold when they are computed."""
+    is_prefix = np.array(table.asked.is_prefix)
+    is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
+    lens = np.asarray(table.queue.num_tokens)[is_prefix]
+    return int((-(-lens // block_size)).sum())
+
+
 def token_limit(config: EngineConfig, prompt_len: int, params: Params) -> int:
     """Tokens at which a sequence ends, prompt included."""
     return min(config.max_model_len, prompt_len + params.max_tokens)
@@ -315,14 +338,7 @@ def check_prefix(
             "collect and release first, or raise max_num_requests"
         )
     # Every request that was let in must still fit alone beside all pinned blocks.
-    is_going = np.isin(queue.status, (scheduler.WAITING, scheduler.RUNNING))
-    is_going &= ~asked.is_prefix
-    most = 1
-    for leader in np.unique(queue.leaders[is_going]).tolist():
-        mine = np.flatnonzero(is_going & (queue.leaders == leader))
-        rows = len(mine) if asked.algorithms[mine[0]] != NO_ALGORITHM else 1
-        sizes = (queue.prompt_lens[mine[0]], asked.token_limits[mine[0]])
-        most = max(most, most_blocks(config, *map(int, sizes), rows))
+    most = largest_request(table, config)
     pinned = num_pinned_blocks - (-length // config.block_size)
     if pinned + most > config.num_blocks:
         raise ValueError(

@@ -484,7 +484,14 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RequestOutput:
-    """What a request gave: its prompt, its outputs, what was measured."""
+    """What a request gave: its prompt, its outputs, what was measured.
+
+    `metrics`: num_prompt_tokens, and of them num_cached_tokens that were not computed
+    for it; num_generated_tokens of all outputs; first_step and last_step that gave it a
+    token; num_preemptions of its sequences; and the seconds queue_s, first_token_s,
+    time_per_output_token_s, total_s and normalized_latency_s, see `metrics.latencies`.
+    `events`: what happened to it and when, in order, see `metrics.Event`.
+    """
 
     request_id: int | str
     prompt: str | None  # None for a prompt of token ids
@@ -493,6 +500,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # [0] is None
     metrics: Mapping[str, Any] | None = None
     error: str | None = None  # why there are no outputs
+    events: Sequence[Any] | None = None
 
     @property
     def finished(self) -> bool:

@@ -6,8 +6,10 @@ A pure function of lengths, tables and the queue: it never sees a token, so the 
 and the simulator run the same one. Iteration-level scheduling with chunked prompts
 (paper section 4.3): running rows decode one token each, what is left of the step's
 budget goes to prompts, and requests are admitted while their prompts fit into the free
-blocks. When blocks run out the latest requests give theirs back and are computed again
-later, from their prompt and what they had generated (paper section 4.5).
+blocks. When blocks run out the latest requests give theirs back (paper section 4.5).
+They are computed again later, from their prompt and what they had generated; or, with a
+host's pool that has room, they are swapped: their blocks go there (`swap`), and nothing
+is admitted until all of them are back.
 
 A request's sequences (samples, beams) are admitted together and preempted together.
 Those of a lockstep request, such as beams, also decode together: none computes its last
@@ -22,7 +24,11 @@ first of them, and in a lockstep request all of the first one's, is never preemp
 gets at least a token in each step. One that waits for a source waits for a row before
 it. Where nothing runs, the policy's first request is admitted, for `submit` refuses
 what does not fit into the whole pool alone. The first request in the fixed order that
-is ever admitted so ends, then the next: every run ends.
+is ever admitted so ends, then the next: every run ends. Swapped ones come back in the
+fixed order, a request in a step, and never in a step that takes blocks back. Where
+nothing else runs the first of them fits: its sequences share among themselves what they
+shared before, and what they shared with others `submit` counted as their own. Who waits
+for a source that is swapped computes for itself.
 
 Letters: R places of the request table, S rows.
 """
@@ -30,19 +36,21 @@ Letters: R places of the request table, S rows.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged import block_manager, policies
+from jpaged import block_manager, policies, swap
 from jpaged.block_manager import BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 
 # Status of a place in the request table. HELD takes no part, and keeps what it has:
 # a pinned prefix its row and blocks, a finished beam of a running search its tokens.
-EMPTY, WAITING, RUNNING, FINISHED, HELD = range(5)
+# SWAPPED waits as well, and has its blocks in the host's memory.
+EMPTY, WAITING, RUNNING, FINISHED, HELD, SWAPPED = range(6)
 NO_REQUEST = -1
 BEFORE_ALL = jnp.iinfo(jnp.int32).min  # priority of pinned prefixes
 _LAST = jnp.iinfo(jnp.int32).max
@@ -67,6 +75,18 @@ class Queue:
     num_cached: jax.Array  # i32[R], prompt tokens that were not computed but mapped
 
 
+class Swaps(NamedTuple):
+    """Places whose blocks move, i32[S] by row, NO_REQUEST where none; one is empty."""
+
+    out: jax.Array  # from the row to the host's memory
+    into: jax.Array  # from there to the row
+
+    @classmethod
+    def none(cls, rows: jax.Array) -> Swaps:
+        """Nobody's."""
+        return cls(*(jnp.full_like(rows, NO_REQUEST) for _ in range(2)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -75,6 +95,7 @@ class Plan:
     num_tokens: jax.Array  # i32[S], tokens of each row; 0: not in this step
     num_preempted: jax.Array  # i32[], rows that gave their blocks back
     num_admitted: jax.Array  # i32[], sequences that got a row
+    swaps: Swaps | None = None  # None without a host's pool
 
 
 @jax.tree_util.register_dataclass
@@ -120,8 +141,9 @@ def init_queue(num_places: int) -> Queue:
 
 
 def can_admit(queue: Queue, rows: jax.Array) -> jax.Array:
-    """bool[]: some sequence waits and there is a row for it."""
-    return jnp.any(queue.status == WAITING) & jnp.any(rows == NO_REQUEST)
+    """bool[]: some sequence waits, there is a row for it, and nobody is swapped."""
+    is_open = jnp.any(queue.status == WAITING) & jnp.any(rows == NO_REQUEST)
+    return is_open & ~jnp.any(queue.status == SWAPPED)
 
 
 def schedule(
@@ -130,6 +152,7 @@ def schedule(
     blocks: BlockState,
     config: EngineConfig,
     hits: Hits | None = None,
+    host: BlockState | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, Plan]:
     """The queue, rows and blocks after admission and preemption, and the step's plan.
 
@@ -139,21 +162,33 @@ def schedule(
       blocks: block manager's state; its rows are `rows`.
       config: sizes and policy.
       hits: what is cached of the waiting sequences; None is nothing.
+      host: what swapped sequences hold, its rows are places; None: nobody is swapped.
 
-    `block_manager.append(blocks, plan.num_tokens)` then always succeeds.
+    After the plan's swaps `block_manager.append(blocks, plan.num_tokens)` always
+    succeeds. Rows that are swapped out still hold their blocks, and are empty.
     """
     blocks, wanted = _join_sources(queue, rows, blocks)
     wanted = _keep_step(queue, rows, blocks, wanted)
     num_tokens = _share_budget(queue, rows, wanted, config)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
-    carry = (queue, rows, blocks, num_tokens, jnp.int32(0))
-    carry = when(is_short, lambda carry: _preempt(*carry, needed=needed), carry)
-    queue, rows, blocks, num_tokens, num_preempted = carry
+    swaps = None if host is None else Swaps.none(rows)
+    carry = (queue, rows, blocks, num_tokens, jnp.int32(0), swaps)
+    carry = when(
+        is_short, lambda carry: _preempt(*carry, needed=needed, host=host), carry
+    )
+    queue, rows, blocks, num_tokens, num_preempted, swaps = carry
 
-    # Nothing is admitted in a step that had to take blocks back.
+    # Nothing is admitted in a step that had to take blocks back, or while somebody is
+    # swapped.
     is_open = can_admit(queue, rows) & ~is_short
     is_open &= jnp.sum(num_tokens) < config.max_num_batched_tokens
+    if host is not None:
+        queue, rows, swaps = when(
+            jnp.any(queue.status == SWAPPED) & ~is_short & jnp.any(rows == NO_REQUEST),
+            lambda carry: _bring_back(*carry, blocks, needed, host, config),
+            (queue, rows, swaps),
+        )
     if hits is None:
         hits = Hits.none(queue.status.shape[0], config.max_blocks_per_seq)
     carry = when(
@@ -162,7 +197,7 @@ def schedule(
         (queue, rows, blocks, num_tokens, jnp.int32(0)),
     )
     queue, rows, blocks, num_tokens, num_admitted = carry
-    return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted)
+    return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted, swaps)
 
 
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
@@ -254,7 +289,8 @@ def _mapped_tokens(
     # Of one request all are admitted together, and pinned prefixes first of all.
     comes = queue.arrivals[sources] == queue.arrivals[places]
     comes |= queue.priorities[sources] == BEFORE_ALL
-    is_live = (status == RUNNING) | (status == HELD) | ((status == WAITING) & comes)
+    is_away = (status == WAITING) | (status == SWAPPED)
+    is_live = (status == RUNNING) | (status == HELD) | (is_away & comes)
     maps = (sources != places) & is_live
     if hits is not None:
         maps &= hits.lens[places] == 0
@@ -312,7 +348,7 @@ def _share_budget(queue, rows, wanted, config) -> jax.Array:
     return when(jnp.any(wanted > 1), chunks, decodes)
 
 
-def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
+def _preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, host):
     """Drops the fewest last requests that leave the others room for their tokens.
 
     If the rows up to rank i stay, they need sum(needed[:i]) blocks, and what the rows
@@ -336,25 +372,85 @@ def _preempt(queue, rows, blocks, num_tokens, num_preempted, *, needed):
     stays |= stays_alone | (status == HELD)
     dropped = ~stays & (rows != NO_REQUEST)
 
+    leaves = jnp.zeros_like(dropped)
+    if host is not None:
+        leaves = swap.leaving(blocks, host, dropped, rank, is_same)
+        swaps = swaps._replace(out=jnp.where(leaves, rows, NO_REQUEST))
     place = jnp.where(dropped, rows, queue.status.shape[0])
     # Whom it waited for among others' sequences is not there when it comes back.
     source = row_values(queue.sources, rows)
     is_own = queue.arrivals[source] == row_values(queue.arrivals, rows)
     is_own |= queue.priorities[source] == BEFORE_ALL
     alone = jnp.where(dropped & ~is_own, rows, queue.status.shape[0])
+    status = jnp.where(leaves, SWAPPED, WAITING)
     queue = dataclasses.replace(
         queue,
-        status=queue.status.at[place].set(WAITING, mode="drop"),
+        status=queue.status.at[place].set(status, mode="drop"),
         sources=queue.sources.at[alone].set(rows, mode="drop"),
         num_preemptions=queue.num_preemptions.at[place].add(1, mode="drop"),
     )
     return (
         queue,
         jnp.where(dropped, NO_REQUEST, rows),
-        block_manager.free(blocks, dropped),
+        block_manager.free(blocks, dropped & ~leaves),
         jnp.where(dropped, 0, num_tokens),
         num_preempted + jnp.sum(dropped, dtype=jnp.int32),
+        swaps,
     )
+
+
+def _bring_back(queue, rows, swaps, blocks, needed, host, config):
+    """Gives the first swapped request rows and room for its tokens, if there are.
+
+    All its swapped sequences, or of samples that have the engine for themselves as many
+    as there is room for. They compute nothing in this step. One request at a time: how
+    many blocks it takes is then exact, so that it always fits alone.
+    """
+    num_rows, num_places = rows.shape[0], queue.status.shape[0]
+    is_away = queue.status == SWAPPED
+    place = jnp.arange(num_places, dtype=jnp.int32)
+    keys = (jnp.where(is_away, 0, 1), queue.priorities, queue.arrivals, place)
+    first = lax.sort(keys, num_keys=4)[-1][:num_rows]  # in order
+    leader = queue.leaders[first[0]]
+    is_mine = is_away & (queue.leaders == leader)
+    valid = is_mine[first]
+
+    size = config.block_size
+    held = -(-host.context_lens[first] // size)
+    mapped = jnp.where(held == 0, _mapped_tokens(queue, first) // size, held)
+    known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
+    needs = swap.demand(host, jnp.where(valid, first, NO_REQUEST))
+    needs += jnp.where(valid, jnp.maximum(-(-known // size) - mapped, 0), 0)
+    turn = jnp.arange(num_rows, dtype=jnp.int32)
+    fits = valid & (turn < _num_open_rows(queue, rows, config))
+    fits &= jnp.cumsum(needs) <= _spare_blocks(queue, rows, blocks, needed, config)
+
+    is_running = row_values(queue.status, rows, EMPTY) == RUNNING
+    is_other = row_values(queue.leaders, rows, NO_REQUEST) != leader
+    is_alone = ~jnp.any(is_running & is_other) & ~queue.is_lockstep[leader]
+    is_whole = jnp.sum(fits) == jnp.sum(is_mine)
+    num_back = jnp.where(is_whole | is_alone, jnp.sum(fits, dtype=jnp.int32), 0)
+    target = jnp.where(turn < num_back, first, num_places)
+    queue = dataclasses.replace(
+        queue, status=queue.status.at[target].set(RUNNING, mode="drop")
+    )
+    into = _take_rows(rows, first, num_back)
+    rows = jnp.where(into == NO_REQUEST, rows, into)
+    return queue, rows, swaps._replace(into=into)
+
+
+def _num_open_rows(queue: Queue, rows: jax.Array, config: EngineConfig) -> jax.Array:
+    """Sequences that may get a row, i32[]."""
+    num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
+    return jnp.minimum(config.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST))
+
+
+def _take_rows(rows: jax.Array, places: jax.Array, count: jax.Array) -> jax.Array:
+    """The k-th of `places` for the k-th empty row, below `count`; i32[S]."""
+    is_free = rows == NO_REQUEST
+    turn = jnp.cumsum(is_free) - 1
+    takes = is_free & (turn < count)
+    return jnp.where(takes, places[jnp.where(takes, turn, 0)], NO_REQUEST)
 
 
 def _admit(queue, rows, blocks, num_tokens, num_admitted, *, hits, needed, config):
@@ -451,11 +547,7 @@ def _candidates(queue, rows, blocks, num_tokens, hits, needed, config):
     before = jnp.cumsum(tokens) - tokens
 
     free = _spare_blocks(queue, rows, blocks, needed, config)
-    num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
-    num_open = jnp.minimum(
-        config.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST)
-    )
-    has_row = jnp.arange(num_rows) < num_open
+    has_row = jnp.arange(num_rows) < _num_open_rows(queue, rows, config)
     fits = valid & (jnp.cumsum(needs) <= free) & has_row
 
     # All sequences of a request, or none; for the budget, its first token counts.

@@ -3,9 +3,10 @@
 Place on the road: llm -> [serving] -> engine -> [serving] -> llm. Host only.
 
 `EngineHost` owns the engine's state and makes all device calls; what it gives out are
-numpy arrays. A call into a jitted function that donates the state can be interrupted
-after the old state is gone and before the new one is ours: then `EngineHost` begins
-with a fresh one, and says so by its `epoch`.
+numpy arrays. Whoever calls what touches the state holds its `lock`. A call into a
+jitted function that donates the state can be interrupted after the old state is gone
+and before the new one is ours: then `EngineHost` begins with a fresh one, and says so
+by its `epoch`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +26,28 @@ import numpy as np
 from jpaged import (
     block_manager,
     engine,
+    engine_state,
     groups,
+    metrics,
     prefix_cache,
     request_limits,
     request_table,
     submission,
+    timeline,
 )
 from jpaged.config import EngineConfig
 from jpaged.engine import DraftedModel, EngineState
+from jpaged.metrics import Event, Slice, StepRecord
 from jpaged.models.decoder import Decoder
 from jpaged.request_limits import Params
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import RUNNING, WAITING
+from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 
 READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
 _READ_PIECES = 64  # pieces per device call
 _FIRST_STEPS = 4  # steps of a slice while it is not known how long they take
 _MOST_STEPS = 1 << 30
+_MOST_RECORDS = 1 << 16  # of steps that the host keeps
 
 
 class Request(Protocol):
@@ -60,6 +67,7 @@ class Progress(NamedTuple):
     first_steps: np.ndarray
     last_steps: np.ndarray
     num_preemptions: np.ndarray
+    num_cached: np.ndarray
 
 
 class Tokens(NamedTuple):
@@ -91,13 +99,16 @@ class EngineHost:
         draft: Decoder | None = None,
         kv_dtype: str | None = None,
         seed: int = 0,
+        check_invariants: bool = False,
     ):
         self.model = model
         self._models = model if draft is None else DraftedModel(model, draft)
         self.config = config
+        self.clock = time.perf_counter
+        self.lock = threading.RLock()
         self.epoch = 0  # grows when the state was lost
         self.num_empty = 0  # places of the request table
-        self.num_users = 0  # calls that have sequences in the table
+        self.num_lost_events = 0  # overwritten before the host saw them
         self.pinned: list[Pinned] = []  # prefixes
         self.counters: dict[str, Any] = {}  # of the engine, as last seen
         self.run_s = 0.0  # seconds of running steps
@@ -105,11 +116,18 @@ class EngineHost:
         self.num_compilations = 0
         self._kv_dtype = kv_dtype
         self._seed = seed
+        self._checks = check_invariants
         self._seconds_per_step: float | None = None
         self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
         self._limits = config.limits(1, 1)
+        self._num_events = 0  # of the state's timeline, as last seen
+        self._events: list[tuple[int, Event]] = []  # with places, since `take_events`
+        # Of step n the timeline's row, and when it ended, at n % _MOST_RECORDS.
+        num_columns = len(timeline.StepRow._fields)
+        self._step_rows = np.full((_MOST_RECORDS, num_columns), -1, np.int32)
+        self._step_ends = np.zeros((_MOST_RECORDS,))
         self._state = self._new_state()
-        self._look()
+        self.look()
 
     def _new_state(self) -> EngineState:
         """An empty engine whose counters go on where the last one's were seen."""
@@ -128,29 +146,21 @@ class EngineHost:
         )
         return dataclasses.replace(state, counters=counters)
 
-    def enter(self) -> int:
-        """Begins a call that submits; gives the epoch. Each has to `leave`."""
-        if self.num_users == 0:
-            self._clean()
-        self.num_users += 1
-        return self.epoch
+    def clean(self) -> None:
+        """Forgets what an interrupted call left behind, of which nobody knows.
 
-    def leave(self, places: Iterable[int], epoch: int) -> None:
-        """Ends a call; the sequences at `places`, which it still has, are dropped."""
-        self.num_users -= 1
-        if self._is_lost():
-            self._reset()
-        elif epoch == self.epoch and (places := list(places)):
-            self.drop(places)
-
-    def _clean(self) -> None:
-        """Forgets what an interrupted call left behind, of which nobody knows."""
-        if self._is_lost():
-            self._reset()
-        elif self.num_empty < self.config.max_num_requests - len(self.pinned):
+        To be called while no request is in the table.
+        """
+        self.recover()
+        if self.num_empty < self.config.max_num_requests - len(self.pinned):
             kept = {pinned.place for pinned in self.pinned}
             self.drop(set(range(self.config.max_num_requests)) - kept)
             self.num_empty = self.config.max_num_requests - len(kept)
+
+    def recover(self) -> None:
+        """Begins a new epoch where the state was lost."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state)):
+            self._reset()
 
     def pin(self, tokens: Sequence[int]) -> Pinned:
         """A prefix that will be computed once and kept until `unpin`."""
@@ -182,11 +192,10 @@ class EngineHost:
         pinned = sum(-(-len(one.token_ids) // size) for one in self.pinned)
         return self.config.num_blocks - pinned
 
-    def _is_lost(self) -> bool:
-        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
-
     def _reset(self) -> None:
         self.epoch += 1
+        self._num_events = 0
+        self._events.clear()
         self._state = self._new_state()
         self._pin_again()
 
@@ -195,15 +204,20 @@ class EngineHost:
 
         Pinned prefixes are computed again, at new places.
         """
-        self._clean()
+        self.clean()
         if self.pinned:
             self._state = engine.unpin(self._state, [one.place for one in self.pinned])
         table = request_table.init_table(config)
         self.config = config
+        host = self._state.host
+        if host is not None:  # its rows are the table's places; nobody is there now
+            blocks = engine_state.init_host_blocks(config)
+            host = dataclasses.replace(host, blocks=blocks)
         self._state = dataclasses.replace(
             self._state,
             requests=table,
             states=groups.init_states(config),
+            host=host,
             config=config,
         )
         self.num_empty = config.max_num_requests
@@ -215,13 +229,13 @@ class EngineHost:
 
         Compiles it where it is new, so that its time is nobody's first token.
         """
-        is_live = np.isin(self._progress.status, (WAITING, RUNNING))
+        is_live = np.isin(self._progress.status, (WAITING, RUNNING, SWAPPED))
         num_tokens = int(self._progress.num_tokens[is_live].sum())
         self._limits = self.config.limits(int(is_live.sum()), num_tokens)
         if self._limits not in self._compiled:
-            start = time.perf_counter()
+            start = self.clock()
             self._run(0)
-            self.compile_s += time.perf_counter() - start
+            self.compile_s += self.clock() - start
             self._compiled.add(self._limits)
 
     def submit(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
@@ -268,30 +282,41 @@ class EngineHost:
         the call.
 
         Raises:
-          RuntimeError: the engine stalled, which is a bug.
+          RuntimeError: the engine stalled, or its state is found unsound, which is a
+            bug.
         """
-        self._look()
+        self.look()
         self._choose_program()
         max_steps = _FIRST_STEPS
         if self._seconds_per_step is not None:
             max_steps = int(seconds / self._seconds_per_step)
-        num_steps = self.counters["num_steps"]
-        start = time.perf_counter()
-        progress = self._run(min(max(max_steps, least_steps), _MOST_STEPS))
-        elapsed = time.perf_counter() - start
+        # The records of more steps would overwrite each other before they are seen.
+        most_steps = self.config.num_recorded_steps or _MOST_STEPS
+        first = self.counters["num_steps"]
+        start = self.clock()
+        if self._checks:
+            most_steps = 1
+        progress = self._run(min(max(max_steps, least_steps), most_steps))
+        ran = Slice(first, self.counters["num_steps"], start, self.clock())
+        elapsed = ran.end_s - ran.start_s
         self.run_s += elapsed
-        num_steps = self.counters["num_steps"] - num_steps
-        if num_steps:
-            self._seconds_per_step = elapsed / num_steps
+        if ran.last > ran.first:
+            self._seconds_per_step = elapsed / (ran.last - ran.first)
+            self._take_records(ran)
         if self.counters["is_stalled"]:
-            report = f"{self.config}, counters {self.counters}"
-            self._reset()
-            raise RuntimeError(
-                "the engine found work and could do none of it. This is a bug: please "
-                f"report it with the prompts' lengths and params, and {report}. The "
-                "requests of this call are lost; the LLM can be used again"
-            )
+            self._give_up("the engine found work and could do none of it")
+        if self._checks and (found := engine.violations(self._state)):
+            self._give_up(f"the engine's state is unsound: {'; '.join(found)}")
         return progress
+
+    def _give_up(self, why: str) -> NoReturn:
+        report = f"{self.config}, counters {self.counters}"
+        self._reset()
+        raise RuntimeError(
+            f"{why}. This is a bug: please report it with the prompts' lengths and "
+            f"params, and {report}. The requests of this call are lost; the LLM can be "
+            "used again"
+        )
 
     def _run(self, max_steps: int) -> Progress:
         known = engine.run._cache_size()
@@ -304,9 +329,10 @@ class EngineHost:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.num_compilations += engine.run._cache_size() - known
-        return self._look()
+        return self.look()
 
-    def _look(self) -> Progress:
+    def look(self) -> Progress:
+        """How far the sequences are; the counters are fresh then too."""
         columns, integers, floats = jax.device_get(_summary(self._state))
         names = [field.name for field in dataclasses.fields(engine.Counters)]
         counters = jax.tree.leaves(self._state.counters)
@@ -317,6 +343,50 @@ class EngineHost:
         }
         self._progress = Progress(*columns)
         return self._progress
+
+    def _take_records(self, ran: Slice) -> None:
+        """Takes over what a slice left on the device's timeline."""
+        num_events, events, rows = jax.device_get(_recorded(self._state))
+        num_new = int(num_events) - self._num_events
+        self._num_events = int(num_events)
+        self.num_lost_events += max(num_new - len(events), 0)
+        for step, kind, place in events[max(len(events) - num_new, 0) :].tolist():
+            is_late = kind >= timeline.NUM_BEFORE_DECODER
+            time_s = ran.end_of(step) if is_late else ran.begin_of(step)
+            self._events.append((place, Event(timeline.EVENTS[kind], time_s, step)))
+        rows = rows[len(rows) - min(ran.last - ran.first, len(rows)) :]
+        steps = rows[:, 0]
+        self._step_rows[steps % _MOST_RECORDS] = rows
+        self._step_ends[steps % _MOST_RECORDS] = ran.end_of(steps)
+
+    def take_events(self) -> list[tuple[int, Event]]:
+        """What happened since the last time, in order, each with its place."""
+        events, self._events = self._events, []
+        return events
+
+    def step_records(self) -> list[StepRecord]:
+        """The last steps, oldest first."""
+        last = self.counters["num_steps"]
+        steps = np.arange(max(last - _MOST_RECORDS, 0), last)
+        at = steps[self._step_rows[steps % _MOST_RECORDS, 0] == steps] % _MOST_RECORDS
+        return metrics.step_records(
+            self._step_rows[at], self._step_ends[at], self.config.block_size
+        )
+
+    def refusal(self, request: Request) -> str | None:
+        """Why the engine cannot run a request as it is now, or None."""
+        try:
+            engine.check_request(
+                self.config,
+                request.prompt_token_ids,
+                request.params,
+                vocab_size=self.model.config.vocab_size,
+                eos_token_ids=self.model.config.eos_token_ids,
+                num_blocks=self.num_open_blocks(),
+            )
+        except ValueError as error:
+            return str(error)
+        return None
 
     def read(self, wanted: Sequence[tuple[int, int, int]]) -> list[Tokens]:
         """The tokens of each (place, start, end), positions in the table's rows."""
@@ -391,7 +461,7 @@ class EngineHost:
 
 @jax.jit
 def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Progress as i32[6, R], and the counters: new arrays, few transfers."""
+    """Progress as i32[7, R], and the counters: new arrays, few transfers."""
     table, queue = state.requests, state.requests.queue
     columns = (
         queue.status,
@@ -400,12 +470,20 @@ def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         table.first_steps,
         table.last_steps,
         queue.num_preemptions,
+        queue.num_cached,
     )
     counters = jax.tree.leaves(state.counters)
     floats = [counter for counter in counters if counter.dtype == jnp.float32]
     others = [counter for counter in counters if counter.dtype != jnp.float32]
     integers = [counter.astype(jnp.int32) for counter in others]
     return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
+
+
+@jax.jit
+def _recorded(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The timeline in order, as new arrays; the state's own are donated later."""
+    events, steps = timeline.in_order(state.timeline, state.counters.num_steps)
+    return state.timeline.num_events, events, steps
 
 
 @functools.partial(jax.jit, static_argnames="width")

@@ -87,7 +87,7 @@ def is_idle(llm: LLM) -> bool:
     host = llm._host
     assert host is not None
     num_places = llm.config.max_num_requests - len(host.pinned)
-    return host.num_empty == num_places and host.num_users == 0
+    return host.num_empty == num_places and llm._batch.num_open == 0
 
 
 @functools.cache

@@ -127,7 +127,7 @@ def is_idle(llm):
     """Whether no sequence is left in the engine."""
     host = llm._host
     assert llm.stats()["num_free_blocks"] == llm.config.num_blocks
-    return host.num_empty == llm.config.max_num_requests and host.num_users == 0
+    return host.num_empty == llm.config.max_num_requests and llm._batch.num_open == 0
 
 
 # What is generated
@@ -433,9 +433,15 @@ def test_wrong_requests_can_come_back_with_their_error_while_the_others_run(llm,
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (dict(preemption="swap"), "swapping is not built yet"),
-        (dict(preemption="drop"), "preemption: wanted 'recompute'"),
-        (dict(num_swap_blocks=4), "swapping is not built yet"),
+        (
+            dict(preemption="swap"),
+            "num_swap_blocks: wanted an integer of at least 1 with preemption='swap'",
+        ),
+        (dict(preemption="drop"), "preemption: wanted one of"),
+        (
+            dict(num_swap_blocks=4),
+            "num_swap_blocks: wanted 0 with preemption='recompute', got 4",
+        ),
         (dict(mesh=object()), "mesh: an LLM on many devices is not .*load_model takes"),
         (dict(kv_dtype="int8"), "kv_dtype: 'int8' is not built yet"),
         (dict(kv_dtype="int4"), "kv_dtype: wanted one of"),
@@ -510,7 +516,7 @@ def test_a_stream_that_ends_early_leaves_nothing_behind(llm, monkeypatch):
     monkeypatch.setattr(batch, "STREAM_S", 0.0)
     stream = llm.stream([[5, 6]] * 3, dataclasses.replace(GREEDY, max_tokens=50))
     next(stream)
-    assert llm._host.num_users == 1
+    assert llm._batch.num_open == 3
     stream.close()
     assert is_idle(llm)
     llm.stream([5, 6], GREEDY)  # never iterated
@@ -529,18 +535,24 @@ def test_a_call_can_run_while_a_stream_is_open(llm, naive, monkeypatch):
     assert token_ids == naive([5, 6], 20)
 
 
-def test_streams_that_hold_all_places_are_told_of(llm, monkeypatch):
+def test_streams_that_hold_all_places_and_are_not_read_keep_no_call_from_its_turn(
+    llm, naive, monkeypatch
+):
     monkeypatch.setattr(batch, "STREAM_S", 0.0)
     streams = [
         llm.stream([[5]] * 24, dataclasses.replace(GREEDY, max_tokens=30))
         for _ in range(2)
     ]
-    for stream in streams:
-        next(stream)
-    with pytest.raises(RuntimeError, match="streams that were not read to their end"):
-        llm.generate([5])
-    for stream in streams:
-        stream.close()
+    first = [next(stream) for stream in streams]
+    assert tokens_of(llm.generate([8], GREEDY)) == [[naive([8], 12)]]
+    token_ids = [
+        token
+        for delta in (first[1], *streams[1])
+        if delta.request == 23
+        for token in delta.token_ids
+    ]
+    assert token_ids == naive([5], 30)
+    streams[0].close()
     assert is_idle(llm)
 
 

@@ -112,7 +112,7 @@ def measure_llama(root: pathlib.Path) -> dict:
     mesh = make_mesh(tensor=4, data=2)
     gc.collect()  # of earlier models, nothing is to be found on the devices
     # Small pieces, so that what is read, cut and put together again is not one piece.
-    with mock.patch.object(placing, "PIECE", 100), watched(found):
+    with mock.patch.object(placing, "PIECE", 1000), watched(found):
         model = load_model(folder, mesh=mesh)
     plain = load_model(folder)
     want = apply(plain, TOKENS)
@@ -155,7 +155,7 @@ def measure_int8(root: pathlib.Path) -> dict:
     for name, sizes in cases.items():
         plain = load_model(root / name, quantization="int8")
         mesh = make_mesh(**sizes)
-        with mock.patch.object(placing, "PIECE", 100):
+        with mock.patch.object(placing, "PIECE", 500):
             model = load_model(root / name, quantization="int8", mesh=mesh)
         error = relative_error(apply(model, TOKENS), apply(plain, TOKENS))
         found[name] = [are_equal(model, plain), error]

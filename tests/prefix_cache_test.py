@@ -375,3 +375,26 @@ def test_violations_name_what_is_wrong():
     assert "block 1: does not stand at its place" in found(ways=(1, 0))
     assert "not in its bucket" in found(tokens=(2, i32(5, 7)))
     assert "row 1: block 4 is for other tokens" in found(tokens.at[1, 2].set(0))
+
+
+def test_who_is_forgotten_takes_those_behind_along_and_nobody_else():
+    blocks = block_manager.init_state(
+        num_blocks=N, block_size=P, max_seqs=S, max_blocks_per_seq=M
+    )
+    lengths = jnp.minimum(jnp.full((S,), 3 * P, jnp.int32), L)
+    blocks, _ = block_manager.append(blocks, lengths)
+    tokens = np.zeros((S, L), np.int32)
+    tokens[1:, P : 2 * P] = 1  # the others leave row 0 after the first block
+    cache, blocks = RUN.insert(
+        prefix_cache.init_cache(N, P), blocks, jnp.asarray(tokens), i32(0)
+    )
+    first, *behind = np.asarray(blocks.block_tables)[0, : int(lengths[0]) // P]
+    other = np.asarray(blocks.block_tables)[1, 1]
+    gone = prefix_cache.forget(cache, jnp.array([behind[0], NO_BLOCK], jnp.int32))
+    known = np.asarray(prefix_cache.is_cached(gone))
+    assert not known[behind].any()
+    assert known[[first, other]].all()
+    assert known.sum() == np.asarray(prefix_cache.is_cached(cache)).sum() - len(behind)
+    assert prefix_cache.violations(gone, blocks) == []
+    nothing = prefix_cache.forget(cache, jnp.array([NO_BLOCK], jnp.int32))
+    np.testing.assert_array_equal(nothing.parents, cache.parents)

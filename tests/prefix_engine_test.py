@@ -9,7 +9,7 @@ import pytest
 from engine_oracle import FOREVER, differences, generate, naive
 from engine_test import MAX_LEN, ROOMY, STEPS, TIGHT, VOCABULARY, models
 
-from jpaged import block_manager, engine, prefix_cache, scheduler
+from jpaged import engine, prefix_cache, scheduler
 from jpaged.requests import SamplingParams
 
 __all__ = ["models"]  # a fixture
@@ -46,16 +46,11 @@ def wanted(llama):
     return naive(llama, PROMPTS, PARAMS, max_model_len=MAX_LEN)
 
 
-def cache_violations(state) -> list[str]:
-    tokens = state.requests.tokens[jnp.maximum(state.rows, 0)]
-    return prefix_cache.violations(state.prefix_cache, state.blocks, tokens)
-
-
 @pytest.mark.parametrize("config", [CACHED, CACHED_TIGHT], ids=["roomy", "tight"])
 def test_tokens_are_those_of_a_loop_that_recomputes_everything(llama, wanted, config):
     state, results = generate(llama, config, PROMPTS, PARAMS)
     assert differences(state, results, wanted) == []
-    assert cache_violations(state) == []
+    assert engine.violations(state) == []
     assert 0 < state.counters.num_cached_tokens < state.counters.num_prompt_tokens
     assert state.counters.num_prompt_tokens == sum(map(len, PROMPTS))
 
@@ -72,7 +67,7 @@ def test_tokens_are_those_of_a_loop_that_recomputes_everything(llama, wanted, co
     for result in engine.collect(state):
         again[order[result.arrival]].append(result)
     assert differences(state, again, wanted) == []
-    assert cache_violations(state) == []
+    assert engine.violations(state) == []
     if config is CACHED:
         assert int(state.counters.num_cached_tokens) - cold > cold
 
@@ -83,8 +78,7 @@ def test_tables_and_tree_are_sound_after_every_step_of_a_tight_pool(llama, wante
     state, _ = engine.submit(state, PROMPTS, PARAMS)
     while engine.has_work(state):
         state = step(llama, state)
-        assert block_manager.violations(state.blocks) == []
-        assert cache_violations(state) == []
+        assert engine.violations(state) == []
     assert state.counters.num_preemptions > 0
     results = [[] for _ in PROMPTS]
     for result in engine.collect(state):

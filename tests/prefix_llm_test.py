@@ -218,12 +218,20 @@ def test_a_prefix_outlives_a_call_for_which_the_engine_is_compiled_again(
     assert num_used(other) == 0
 
 
-def test_a_stream_keeps_the_engine_from_being_compiled_again(folder, monkeypatch):
+def test_a_call_for_which_the_engine_is_compiled_again_waits_for_a_stream(
+    folder, llm, monkeypatch
+):
     monkeypatch.setattr(batch, "STREAM_S", 0.0)
     other = LLM(folder, enable_prefix_caching=False, **SIZES)
     stream = other.stream([[5, 6]], dataclasses.replace(GREEDY, max_tokens=20))
-    next(stream)
-    with pytest.raises(RuntimeError, match="cannot be while a stream is open"):
-        other.generate([[7]], BeamSearchParams(2, 4))
-    assert sum(len(delta.token_ids) for delta in stream) > 0
+    token_ids = list(next(stream).token_ids)
+    before = other.config
+    (output,) = other.generate([[7]], BeamSearchParams(2, 4))
+    assert other.config != before
+    (expected,) = llm.generate([[7]], BeamSearchParams(2, 4))
+    assert tokens_of([output]) == tokens_of([expected])
+    for delta in stream:
+        token_ids += delta.token_ids
+    params = dataclasses.replace(GREEDY, max_tokens=20)
+    assert tokens_of(llm.generate([[5, 6]], params)) == [[token_ids]]
     assert is_idle(other)

@@ -227,8 +227,8 @@ PROGRAMS = 32 * 2**20
 def peak_and_size(folder, piece=0, dtype="auto", quantization="") -> tuple[int, int]:
     """What loading adds to this much of a fresh process at most, and to its end.
 
-    VmHWM is the most that a process ever held, pages of mapped files included. It begins
-    anew with a program; getrusage's ru_maxrss begins at what the parent process held.
+    VmHWM is the most that a process ever held, pages of mapped files included. It
+    starts anew with a program; getrusage's ru_maxrss starts at what the parent process held.
     """
     arguments = [str(folder), str(piece), dtype, quantization]
     done = subprocess.run(

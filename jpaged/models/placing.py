@@ -78,7 +78,9 @@ class Shards:
         for device in self.devices[region]:
             if values.shape == shape:
                 # A copy, always: a JAX array on CPU may otherwise borrow the memory.
-                array = jnp.array(values, self._dtype, device=device)
+                array = jnp.array(values, self._dtype)
+                if device is not None:
+                    array = jax.device_put(array, device)
             else:
                 held = self._buffers.pop(device, None)
                 if held is None:

@@ -1,0 +1,242 @@
+"""Snapshots: an engine in the middle of its work, saved to a folder and gone on with.
+
+Place on the road: engine -> [snapshots] -> disk -> [snapshots] -> engine. Host code.
+
+    snapshots.save("runs/at_500", state)
+    state = snapshots.load("runs/at_500", model)
+    state = engine.run(model, state)
+
+Into an engine of the same sizes everything comes back as it was, pages included. Into
+one with another pool (more blocks, other rows, no prefix cache, ...) the requests come
+back and what they had generated; their pages are computed again, as after a preemption.
+So one saved state can be forked into several policies, or moved to another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged import engine_state, request_limits, request_table, scheduler
+from jpaged.config import EngineConfig, Speculation
+from jpaged.decoding.constraints import AutomataSizes
+from jpaged.decoding.rule_arrays import RuleSizes
+from jpaged.engine_state import EngineState, Model
+from jpaged.request_table import RequestTable
+
+FORMAT = 1
+# What comes back into any engine, and what only into one with the same pool.
+_REQUESTS = (".requests", ".states", ".counters")
+# Fields of the config that are dataclasses themselves.
+_PARTS = dict(rules=RuleSizes, automata=AutomataSizes, speculation=Speculation)
+
+
+def save(folder: str | os.PathLike[str], state: EngineState) -> None:
+    """Writes the state to a new folder, which is there whole or not at all.
+
+    `state` is not donated, and can go on.
+
+    Raises:
+      FileExistsError: something is there already.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists():
+        raise FileExistsError(f"folder: wanted a new one, {folder} is there already")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    requests, pool = _halves(state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "requests", requests)
+        checkpointer.save(partial / "pool", pool)
+    (partial / "config.json").write_text(
+        json.dumps({"format": FORMAT, "config": _describe(state.config)}, indent=2)
+    )
+    partial.rename(folder)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    model: Model,
+    config: EngineConfig | None = None,
+    *,
+    kv_dtype: str | None = None,
+) -> EngineState:
+    """The state that was saved, in an engine for `model`.
+
+    Args:
+      folder: as given to `save`.
+      model: with the weights that the state was saved with; nothing checks them.
+      config: None is the saved one. Another may change whatever is not about the
+        request table's shapes: the pool, the rows, the policy, ... .
+      kv_dtype: of the pages; None takes the model's.
+
+    Raises:
+      FileNotFoundError: no snapshot there.
+      ValueError: the config's request table has other shapes; it has to be given, for
+        it holds functions; or a request would never fit into its pool.
+    """
+    folder = pathlib.Path(folder).absolute()
+    saved = _read_config(folder)
+    if config is None:
+        config = _restore_config(saved)
+    empty = jax.jit(lambda: engine_state.init(model, config, kv_dtype=kv_dtype))()
+    requests, pool = _halves(empty)
+    if not _fits(folder / "requests", requests):
+        raise ValueError(_difference(saved, config))
+    arrays = _restore(folder / "requests", requests)
+    if _fits(folder / "pool", pool):
+        return _with_leaves(empty, arrays | _restore(folder / "pool", pool))
+    return _relocated(_with_leaves(empty, arrays), config)
+
+
+def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The arrays by name: the requests, and what only the same pool can hold."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.size}
+    requests = {n: leaf for n, leaf in arrays.items() if n.startswith(_REQUESTS)}
+    return requests, {n: leaf for n, leaf in arrays.items() if n not in requests}
+
+
+def _fits(folder: pathlib.Path, wanted: dict[str, jax.Array]) -> bool:
+    """Whether the saved arrays have the names, shapes and types of `wanted`."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        known = checkpointer.metadata(folder).item_metadata.tree
+    return known.keys() == wanted.keys() and all(
+        tuple(leaf.shape) == tuple(known[name].shape)
+        and leaf.dtype == known[name].dtype
+        for name, leaf in wanted.items()
+    )
+
+
+def _restore(folder: pathlib.Path, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The saved arrays, where those of `like` are, which make room for them."""
+    import orbax.checkpoint as ocp
+
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in like.items()
+    }
+    for leaf in like.values():
+        leaf.delete()
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder, target)
+
+
+def _with_leaves(state: EngineState, arrays: dict[str, jax.Array]) -> EngineState:
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    return jax.tree.unflatten(
+        tree, [arrays.get(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    )
+
+
+def _relocated(state: EngineState, config: EngineConfig) -> EngineState:
+    """The engine in which every sequence that ran has to be computed again.
+
+    What the sequences of a request have in common they share again.
+    """
+    table = jax.jit(_waiting)(state.requests)
+    largest = request_limits.largest_request(table, config)
+    pinned = request_limits.num_pinned_blocks(table, config.block_size)
+    if largest + pinned > config.num_blocks:
+        raise ValueError(
+            f"config: expected num_blocks of at least {largest + pinned}, for the "
+            f"largest saved request and {pinned} pinned blocks, got "
+            f"{config.num_blocks}"
+        )
+    counters = dataclasses.replace(state.counters, is_stalled=jnp.bool_(False))
+    return dataclasses.replace(state, requests=table, counters=counters)
+
+
+def _waiting(table: RequestTable) -> RequestTable:
+    queue = table.queue
+    was_held = (queue.status == scheduler.HELD) & table.asked.is_prefix
+    ran = (queue.status == scheduler.RUNNING) | (queue.status == scheduler.SWAPPED)
+    queue = dataclasses.replace(
+        queue, status=jnp.where(ran | was_held, scheduler.WAITING, queue.status)
+    )
+    own = jnp.arange(ran.shape[0], dtype=jnp.int32)
+    # Other requests' sequences, whom one waited for, hold nothing now.
+    is_own = queue.arrivals[queue.sources] == queue.arrivals
+    is_own |= table.asked.is_prefix[queue.sources]
+    queue = dataclasses.replace(
+        queue,
+        sources=jnp.where(is_own, queue.sources, own),
+        shared_lens=jnp.where(is_own, queue.shared_lens, 0),
+    )
+    table = dataclasses.replace(table, queue=queue)
+    return request_table.share_again(table, jnp.where(ran, own, ran.shape[0]))
+
+
+def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
+    given = _describe(config)
+    differ = {
+        name: (value, given[name])
+        for name, value in saved["config"].items()
+        if given[name] != value
+    }
+    return (
+        "config: expected one whose request table has the saved shapes, and these "
+        f"fields (saved, given) differ: {differ}. max_model_len, max_num_requests, "
+        "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata and "
+        "algorithms have to stay"
+    )
+
+
+def _describe(config: EngineConfig) -> dict[str, Any]:
+    """The config as JSON; functions by their names."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for name in _PARTS:
+        if fields[name] is not None:
+            fields[name] = dataclasses.asdict(fields[name])
+    if callable(config.policy):
+        fields["policy"] = {"function": getattr(config.policy, "__name__", "unnamed")}
+    fields["algorithms"] = [
+        {"function": type(algorithm).__name__, "num_rows": rows}
+        for algorithm, rows in config.algorithms
+    ]
+    return json.loads(json.dumps(fields))
+
+
+def _restore_config(saved: dict[str, Any]) -> EngineConfig:
+    fields = dict(saved["config"])
+    if isinstance(fields["policy"], dict) or fields["algorithms"]:
+        raise ValueError(
+            "config: expected the one that the state was saved with, for it holds "
+            f"functions: policy {fields['policy']}, algorithms {fields['algorithms']}"
+        )
+    for name, kind in _PARTS.items():
+        if fields[name] is not None:
+            fields[name] = kind(**fields[name])
+    return EngineConfig(**fields | {"algorithms": ()})
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"folder: wanted one that snapshots.save wrote, {folder} has no config.json"
+        )
+    saved = json.loads(file.read_text())
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"folder: wanted a snapshot of format {FORMAT}, got {saved.get('format')!r}"
+        )
+    unknown = set(saved["config"]) ^ {f.name for f in dataclasses.fields(EngineConfig)}
+    if unknown:
+        raise ValueError(
+            "folder: wanted a snapshot of this version of jpaged; these fields of the "
+            f"config are only in one of the two: {sorted(unknown)}"
+        )
+    return saved
+
+
+__all__ = ["FORMAT", "load", "save"]

@@ -228,7 +228,7 @@ def peak_and_size(folder, piece=0, dtype="auto", quantization="") -> tuple[int, 
     """What loading adds to this much of a fresh process at most, and to its end.
 
     VmHWM is the most that a process ever held, pages of mapped files included. It
-    starts anew with a program; getrusage's ru_maxrss starts at what the parent process held.
+    starts anew with a program; getrusage's ru_maxrss starts at what its parent held.
     """
     arguments = [str(folder), str(piece), dtype, quantization]
     done = subprocess.run(

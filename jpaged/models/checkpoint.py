@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jpaged.models import families, shapes, sources, stored, weights
+from jpaged.models import families, placing, shapes, sources, stored, weights
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
-from jpaged.models.decoder import Decoder, init_model, placement
+from jpaged.models.decoder import Decoder, init_model
 from jpaged.models.stored import Stored
 from jpaged.models.weights import Target
 
@@ -91,7 +91,7 @@ def load_model(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
     config = dataclasses.replace(config, dtype=dtype, quantization=quantization)
-    sharding_of = placement(config, mesh)
+    sharding_of = placing.placement(config, mesh)
     if sources.is_random(path):
         return init_model(config, mesh=mesh)
     folder = sources.find(path)

@@ -12,16 +12,14 @@ E hidden size, V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jpaged import parallel
-from jpaged.models import rotary
+from jpaged.models import placing, rotary
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import (
     Attend,
@@ -324,28 +322,6 @@ class Decoder(nnx.Module):
         return x if self.project_in is None else self.project_in(x)
 
 
-def placement(
-    config: ModelConfig, mesh: Mesh | None
-) -> Callable[[Sequence[str | int], tuple[int, ...]], NamedSharding | None]:
-    """(path, shape) of a parameter -> where it lies on a mesh; None without one.
-
-    Raises:
-      ValueError: the model does not divide over the mesh.
-    """
-    if mesh is None:
-        return lambda path, shape: None
-    sizes = {"num_heads": config.num_heads}
-    for layer in range(config.num_layers):
-        if config.has_experts(layer):
-            sizes["expert_size"] = config.expert_size
-        else:
-            sizes["intermediate_size"] = config.intermediate_size
-    parallel.check_mesh(mesh, sizes, config.num_experts)
-    return lambda path, shape: parallel.param_sharding(
-        mesh, path, shape, config.num_kv_heads
-    )
-
-
 def init_model(
     config: ModelConfig,
     seed: int = 0,
@@ -367,16 +343,7 @@ def init_model(
     def draw() -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(seed))
 
-    sharding_of = placement(config, mesh)
+    sharding_of = placing.placement(config, mesh)
     if mesh is None:
         return draw()
-    model = nnx.eval_shape(draw)
-    shardings = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: sharding_of([step.key for step in path], leaf.shape),
-        nnx.to_pure_dict(nnx.state(model)),
-    )
-    values = jax.jit(
-        lambda: nnx.to_pure_dict(nnx.state(draw())), out_shardings=shardings
-    )()
-    nnx.update(model, values)
-    return model
+    return placing.drawn(draw, sharding_of)

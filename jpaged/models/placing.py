@@ -1,25 +1,66 @@
 """Placing: arrays that are put together on their devices, piece by piece.
 
-Place on the road: stored, weights -> [models.placing] -> parameters.
+Place on the road: parallel, stored -> [models.placing] -> weights, decoder.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
-from jpaged import compat
+from jpaged import compat, parallel
+from jpaged.models.config import ModelConfig
 
 # Numbers that are read, cast and copied at a time, 2 MiB of float32. More is no faster,
 # and three or four such pieces live at once.
 PIECE = 2**19
 
 Region = tuple[tuple[int, int], ...]  # of each axis, from where up to where
+
+# (path, shape) of a parameter -> where it lies; None is the default device.
+ShardingOf = Callable[[Sequence[str | int], tuple[int, ...]], NamedSharding | None]
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def placement(config: ModelConfig, mesh: Mesh | None) -> ShardingOf:
+    """(path, shape) of a parameter -> where it lies on a mesh; None without one.
+
+    Raises:
+      ValueError: the model does not divide over the mesh.
+    """
+    if mesh is None:
+        return lambda path, shape: None
+    sizes = {"num_heads": config.num_heads}
+    for layer in range(config.num_layers):
+        if config.has_experts(layer):
+            sizes["expert_size"] = config.expert_size
+        else:
+            sizes["intermediate_size"] = config.intermediate_size
+    parallel.check_mesh(mesh, sizes, config.num_experts)
+    return lambda path, shape: parallel.param_sharding(
+        mesh, path, shape, config.num_kv_heads
+    )
+
+
+def drawn(make: Callable[[], Module], sharding_of: ShardingOf) -> Module:
+    """The module that `make` makes, each parameter made where it is to lie."""
+    module = nnx.eval_shape(make)
+    shardings = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: sharding_of([step.key for step in path], leaf.shape),
+        nnx.to_pure_dict(nnx.state(module)),
+    )
+    values = jax.jit(
+        lambda: nnx.to_pure_dict(nnx.state(make())), out_shardings=shardings
+    )()
+    nnx.update(module, values)
+    return module
 
 
 def pieces(region: Region, order: Sequence[int]) -> Iterator[Region]:
@@ -51,10 +92,10 @@ class Shards:
     ) -> None:
         """A `sharding` of None is the default device, which does not bind the array."""
         self._shape, self._dtype, self._sharding = shape, dtype, sharding
-        self._buffers: dict[jax.Device | None, jax.Array] = {}
+        self._buffers: dict[Any, jax.Array] = {}
         self._staged: dict[Region, tuple[np.ndarray, list[int]]] = {}
-        self.devices: dict[Region, list[jax.Device | None]] = {}
-        indices: dict = {None: (slice(None),) * len(shape)}
+        self.devices: dict[Region, list[Any]] = {}
+        indices: Any = {None: (slice(None),) * len(shape)}
         platform = jax.default_backend()
         if sharding is not None:
             indices = sharding.addressable_devices_indices_map(shape)

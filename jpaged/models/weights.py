@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
 
 from jpaged.models import families, placing
 from jpaged.models.decoder import Decoder
 from jpaged.models.families import Path, Tensor
-from jpaged.models.placing import Region, Shards
+from jpaged.models.placing import Region, ShardingOf, Shards
 from jpaged.models.quantize import round_int8
 from jpaged.models.stored import Stored
 
@@ -125,7 +124,7 @@ def fill(
     model: Decoder,
     stored: Mapping[str, Stored],
     *,
-    sharding_of: Callable[[Path, tuple[int, ...]], Sharding | None],
+    sharding_of: ShardingOf,
     check_finite: bool = False,
 ) -> None:
     """Reads the parameters of an abstract decoder, cast, and quantised where it is.

@@ -12,6 +12,7 @@ no say in who keeps memory when blocks run out, or a run might never end (`sched
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,6 +85,7 @@ def find(policy: str | Policy) -> Policy:
     return POLICIES[policy]
 
 
+@functools.lru_cache
 def check(policy: str | Policy) -> None:
     """Raises ValueError as `find` does, and where an example shows a function wrong.
 
@@ -92,10 +94,14 @@ def check(policy: str | Policy) -> None:
     function = find(policy)
     if isinstance(policy, str):
         return
-    number = jnp.arange(8, dtype=jnp.int32)
-    # Zeros among them: a policy that divides by a length or a count shows itself.
-    example = Waiting(number, number - 4, number + 1, number + 2, number, number % 2)
-    scores = function(example)
+    # A config may be made anew while a step is traced.
+    with jax.ensure_compile_time_eval():
+        number = jnp.arange(8, dtype=jnp.int32)
+        # Zeros among them: a policy that divides by a length or a count shows itself.
+        example = Waiting(
+            number, number - 4, number + 1, number + 2, number, number % 2
+        )
+        scores = function(example)
     shape, dtype = jnp.shape(scores), jnp.result_type(scores)
     if shape != number.shape or not (
         jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import block_manager, engine, forward, next_tokens
+from jpaged import block_manager, engine, forward, iteration, next_tokens
 from jpaged.block_manager import NO_BLOCK
 from jpaged.config import EngineConfig
 from jpaged.request_table import NewTokens
@@ -165,7 +165,7 @@ def describe(recorder: Recorder, before, after, copies) -> str:
     return "\n".join(line.rstrip() for line in text) + "\n"
 
 
-NOTHING = engine.WorkingMemory(None, None)
+NOTHING = iteration.WorkingMemory(None, None)
 
 
 def walk(patch: pytest.MonkeyPatch) -> list[str]:
@@ -190,17 +190,23 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
         copies[:] = pairs[pairs[:, 0] != NO_BLOCK].tolist()
         return blocks, appended
 
-    patch.setattr(engine.scheduler, "schedule", recorded_schedule)
+    patch.setattr(iteration.scheduler, "schedule", recorded_schedule)
     patch.setattr(block_manager, "append", recorded_append)
     patch.setattr(block_manager, "fork", jax.jit(block_manager.fork))
-    patch.setattr(engine.request_table, "extend", jax.jit(engine.request_table.extend))
-    patch.setattr(engine, "when", lambda holds, f, carry: f(carry) if holds else carry)
-    patch.setattr(engine.engine_state, "count", jax.jit(engine.engine_state.count))
+    patch.setattr(
+        iteration.request_table, "extend", jax.jit(iteration.request_table.extend)
+    )
+    patch.setattr(
+        iteration, "when", lambda holds, f, carry: f(carry) if holds else carry
+    )
+    patch.setattr(
+        iteration.engine_state, "count", jax.jit(iteration.engine_state.count)
+    )
     state = start()
     steps = []
     while engine.has_work(state):
         before = state.requests.queue
-        state, _ = engine._step(None, state, NOTHING, CONFIG)
+        state, _ = iteration.iterate(None, state, NOTHING, CONFIG)
         assert block_manager.violations(state.blocks) == []
         steps.append(describe(recorder, before, state, copies))
     for result, (_, text) in zip(engine.collect(state), SAMPLES, strict=True):

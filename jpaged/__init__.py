@@ -22,6 +22,7 @@ from jpaged.metrics import Event as Event
 from jpaged.metrics import StepRecord as StepRecord
 from jpaged.models.checkpoint import load_model as load_model
 from jpaged.models.checkpoint import save_model as save_model
+from jpaged.parallel import make_mesh as make_mesh
 from jpaged.prefix import Prefix as Prefix
 from jpaged.requests import AlgorithmParams as AlgorithmParams
 from jpaged.requests import BeamSearchParams as BeamSearchParams
@@ -51,5 +52,6 @@ __all__ = [
     "StepRecord",
     "StructuredOutputsParams",
     "load_model",
+    "make_mesh",
     "save_model",
 ]

@@ -45,6 +45,15 @@ def when(
     return switch_in_place(jnp.where(predicate, 0, -1), [function], carry)
 
 
+def rewrites_on_update(dtype: jnp.dtype, platform: str) -> bool:
+    """Whether writing a slice of a donated array takes as long as writing all of it.
+
+    So for bfloat16 on CPUs before jax 0.12, where XLA updates it by way of float32.
+    """
+    is_slow = platform == "cpu" and jax.__version_info__ < (0, 12)
+    return is_slow and dtype == jnp.bfloat16
+
+
 def zeros(shape: Sequence[int], dtype: str, memory: Any) -> jax.Array:
     """Zeros on the device or in the host's pinned memory, and nowhere else on the way.
 

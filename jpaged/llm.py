@@ -88,7 +88,7 @@ class LLM:
         `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
         its prompt cached; or a function, see `jpaged.policies`.
       attention: implementation of paged attention; None is the backend's best.
-      mesh: None, for many devices are not built yet.
+      mesh: None; many devices are not built yet here, see `load_model`.
       seed: requests without a seed draw from this one and their number.
       speculative_config: guess tokens ahead, which changes no token, only how many come
         in a step. {"method": "ngram", "num_speculative_tokens": 4} takes guesses from

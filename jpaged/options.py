@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from jpaged import attention as attention_module
 from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.models import sources
@@ -75,7 +77,10 @@ def check_choices(
             f"(others are not built yet), got {attention!r}"
         )
     if mesh is not None:
-        raise ValueError("mesh: many devices are not built yet; wanted None")
+        raise ValueError(
+            "mesh: an LLM on many devices is not built yet; wanted None, got "
+            f"{mesh!r:.80}; load_model takes a mesh, and its model(tokens) runs there"
+        )
     is_number = isinstance(memory_fraction, int | float)
     if not is_number or not 0 < memory_fraction <= 1:
         raise ValueError(
@@ -99,6 +104,12 @@ def load(
                     f"{argument}: wanted the Decoder's own ({own!r}), got {value!r}; "
                     f"load_model takes a {argument}"
                 )
+        devices = {d for leaf in jax.tree.leaves(model) for d in leaf.devices()}
+        if len(devices) > 1:
+            raise ValueError(
+                "model: an LLM on many devices is not built yet; wanted a Decoder on "
+                f"one device, got one on {len(devices)}; load it without a mesh"
+            )
         decoder, name = model, config.architecture
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)

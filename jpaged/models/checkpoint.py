@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
+from jax.sharding import Mesh
 
-from jpaged.models import families, shapes, sources, weights
+from jpaged.models import families, placing, shapes, sources, stored, weights
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
 from jpaged.models.decoder import Decoder, init_model
+from jpaged.models.stored import Stored
 from jpaged.models.weights import Target
 
-_STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _MAX_LISTED = 8  # names in one error message
 
@@ -55,11 +55,12 @@ def load_model(
     *,
     quantization: str | None = None,
     check_finite: bool = False,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Decoder with the weights of a Hugging Face folder.
 
-    Tensors are read and cast one by one, so that memory peaks at the model's size
-    plus one tensor.
+    Tensors are read, cast and placed in pieces of a few MiB, so that memory peaks at
+    the model's size and less than one large tensor.
 
     Args:
       path: folder with config.json and model.safetensors, or shards and an index; a
@@ -69,12 +70,15 @@ def load_model(
         float32 on CPU.
       quantization: "int8" holds the weights of the layers' products in 8 bits.
       check_finite: refuse weights that are NaN or infinite.
+      mesh: of `jpaged.make_mesh`; each device gets its part of each tensor, by
+        `jpaged.parallel.RULES`, and no other.
 
     Raises:
       FileNotFoundError: folder, config.json, weights or a shard not there; a hub id
         that cannot be had.
       ValueError: config not supported; file truncated or corrupt; tensors missing,
-        unknown, or of another shape than the config says.
+        unknown, or of another shape than the config says; a mesh over which the
+        model does not divide.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or one of {DTYPES}, got {dtype!r}")
@@ -87,22 +91,15 @@ def load_model(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
     config = dataclasses.replace(config, dtype=dtype, quantization=quantization)
+    sharding_of = placing.placement(config, mesh)
     if sources.is_random(path):
-        return init_model(config)
+        return init_model(config, mesh=mesh)
     folder = sources.find(path)
     # The abstract model has shapes and no arrays: random weights are never drawn.
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    targets = weights.targets(model)
     files = [folder / name for name in _weight_files(folder)]
-    where = _locate(files, targets, config)
-    for target in targets:
-        file, stored = where[target.tensor.name]
-        # Opened for each tensor: pages of a file that stays mapped count as memory.
-        with _open(file) as opened:
-            array = opened.get_tensor(stored)
-        if check_finite and not np.isfinite(array).all():
-            raise ValueError(f"{stored}: expected finite numbers, got NaN or infinity")
-        weights.fill(target, array, dtype)
+    where = _locate(files, weights.targets(model), config)
+    weights.fill(model, where, sharding_of=sharding_of, check_finite=check_finite)
     return model
 
 
@@ -206,44 +203,32 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
     return names
 
 
-def _open(file: pathlib.Path) -> Any:
-    try:
-        return safetensors.safe_open(file, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file}: truncated or corrupt safetensors ({error}); download it again"
-        ) from error
-
-
 def _locate(
     files: list[pathlib.Path], targets: list[Target], config: ModelConfig
-) -> dict[str, tuple[pathlib.Path, str]]:
-    """File and stored name of every tensor, once all names and shapes agree."""
-    stored = {}  # name -> (file, shape, dtype)
-    for file in files:
-        with _open(file) as opened:
-            for name in opened.keys():
-                tensor = opened.get_slice(name)
-                shape = tuple(tensor.get_shape())
-                stored[name] = (file, shape, tensor.get_dtype())
+) -> dict[str, Stored]:
+    """What is stored under the name of each target, once all names and shapes agree."""
+    found = {tensor.name: tensor for file in files for tensor in stored.tensors(file)}
     wanted = {target.tensor.name: target.stored_shape for target in targets}
     # Checkpoints of the bare model lack the first part of the names.
     prefix = families.FAMILIES[config.architecture].prefix
-    is_bare = not any(name.startswith(prefix) for name in stored)
+    is_bare = not any(name.startswith(prefix) for name in found)
     where, problems = {}, []
-    for stored_name, (file, got, stored_dtype) in stored.items():
+    for stored_name, tensor in found.items():
         is_renamed = is_bare and stored_name not in wanted
         name = prefix + stored_name if is_renamed else stored_name
         if name not in wanted:
             if not families.is_harmless(name, is_tied=config.tie_word_embeddings):
                 problems.append(f"unknown {stored_name}")
             continue
-        where[name] = (file, stored_name)
-        if wanted[name] != got:
-            problems.append(f"{stored_name}: expected shape {wanted[name]}, got {got}")
-        if stored_dtype not in _STORED_DTYPES:
+        where[name] = tensor
+        if wanted[name] != tensor.shape:
             problems.append(
-                f"{stored_name}: expected one of {_STORED_DTYPES}, got {stored_dtype}"
+                f"{stored_name}: expected shape {wanted[name]}, got {tensor.shape}"
+            )
+        if tensor.dtype not in stored.DTYPES:
+            problems.append(
+                f"{stored_name}: expected one of {tuple(stored.DTYPES)}, "
+                f"got {tensor.dtype}"
             )
     # What is missing says more than what is unknown, so it comes first.
     problems = [f"missing {name}" for name in wanted if name not in where] + problems

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from jpaged.models import rotary
+from jpaged.models import placing, rotary
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import (
     Attend,
@@ -321,11 +322,28 @@ class Decoder(nnx.Module):
         return x if self.project_in is None else self.project_in(x)
 
 
-def init_model(config: ModelConfig, seed: int = 0, dtype: str | None = None) -> Decoder:
+def init_model(
+    config: ModelConfig,
+    seed: int = 0,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+) -> Decoder:
     """Decoder with random weights as transformers draws them: normal, std 0.02.
 
-    Biases are zero and norms one. `dtype` replaces the config's.
+    Biases are zero and norms one. `dtype` replaces the config's. On a `mesh` of
+    `jpaged.make_mesh` each device draws its own part, of the same numbers but for
+    rounding.
+
+    Raises:
+      ValueError: the model does not divide over the mesh.
     """
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    return Decoder(config, rngs=nnx.Rngs(seed))
+
+    def draw() -> Decoder:
+        return Decoder(config, rngs=nnx.Rngs(seed))
+
+    sharding_of = placing.placement(config, mesh)
+    if mesh is None:
+        return draw()
+    return placing.drawn(draw, sharding_of)

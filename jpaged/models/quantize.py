@@ -13,6 +13,7 @@ concerns activations).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jpaged.models.config import ModelConfig
@@ -28,6 +29,16 @@ def quantize_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     divisor = jnp.where(scale > 0, scale, 1.0)
     rounded = jnp.round(weight / jnp.expand_dims(divisor, -2))
     return rounded.astype(jnp.int8), scale
+
+
+def round_int8(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """int8[..., in, out] of weights on the host, by scales f32[..., out] chosen before.
+
+    With the scales of `quantize_int8`, its integers, of any part of a matrix.
+    """
+    divisor = np.expand_dims(np.where(scale > 0, scale, np.float32(1)), -2)
+    with np.errstate(invalid="ignore"):  # NaN is the loader's to refuse, on request
+        return np.rint(weight.astype(np.float32) / divisor).astype(np.int8)
 
 
 def product_int8(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """Weights: which tensors of a checkpoint hold which parameters, and the way across.
 
-Place on the road: families, decoder -> [models.weights] -> checkpoint.
+Place on the road: families, stored, decoder -> [models.weights] -> checkpoint.
 """
 
-import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jpaged.models import families
+from jpaged.models import families, placing
 from jpaged.models.decoder import Decoder
 from jpaged.models.families import Path, Tensor
-from jpaged.models.quantize import quantize_int8
+from jpaged.models.placing import Region, ShardingOf, Shards
+from jpaged.models.quantize import round_int8
+from jpaged.models.stored import Stored
 
 
 class Target(NamedTuple):
@@ -72,45 +74,146 @@ def _owner(model: Decoder, path: Path) -> Any:
     return node
 
 
-def fill(target: Target, stored: np.ndarray, dtype: str) -> None:
-    """Puts a tensor into its parameters, cast, and quantised where the model is."""
-    tensor = target.tensor
-    array = np.swapaxes(stored, -1, -2) if tensor.transposed else stored
-    first, count = 0, len(target.names)
-    for index, (module, name) in enumerate(
-        zip(target.modules, target.names, strict=True)
-    ):
-        param = getattr(module, name)
-        size = param.shape[-1]
+class _Part(NamedTuple):
+    """One parameter of a target, and where in the stored tensor it lies."""
+
+    target: Target
+    nth: int  # of the target's parameters
+    first: int  # along the tensor's last axis, after `transposed`
+
+    @property
+    def param(self) -> nnx.Param:
+        return getattr(self.target.modules[self.nth], self.target.names[self.nth])
+
+    @property
+    def order(self) -> list[int]:
+        """Axes of the parameter in the order in which its numbers are stored."""
+        axes = list(range(len(self.param.shape)))
+        if self.target.tensor.transposed:
+            axes[-2:] = axes[:-3:-1]
+        return axes
+
+    def within(self, region: Region) -> Region | None:
+        """What the tensor holds of a region of the parameter: all, or one expert."""
+        expert = self.target.tensor.expert
+        if expert is None:
+            return region
+        start, stop = region[0]
+        return ((expert, expert + 1), *region[1:]) if start <= expert < stop else None
+
+    def read(self, stored: Stored, piece: Region, dtype: np.dtype) -> np.ndarray:
+        """The numbers of a piece of the parameter, in its axes, cast."""
+        tensor, shape = self.target.tensor, [stop - start for start, stop in piece]
+        index = [slice(*bounds) for bounds in piece]
+        start, stop = piece[-1]
         if tensor.interleaved:
-            part = array[..., index::count]
+            count = len(self.target.names)
+            index[-1] = slice(start * count + self.nth, stop * count, count)
         else:
-            part = array[..., first : first + size]
-        first += size
-        # A copy, always: on CPU a JAX array may otherwise borrow numpy's memory.
-        value = jnp.array(part.astype(jnp.dtype(dtype), copy=False))
-        if name == "weight" and getattr(module, "scale", None) is not None:
-            value, scale = _quantize(value)
-            _put(module.scale, scale, tensor.expert)
-        _put(param, value, tensor.expert)
+            index[-1] = slice(self.first + start, self.first + stop)
+        if tensor.expert is not None:
+            index = index[1:]
+        if tensor.transposed:
+            index[-2:] = index[:-3:-1]
+        view = stored.view(tuple(index))
+        view = np.swapaxes(view, -1, -2) if tensor.transposed else view
+        return view.astype(dtype, order="C").reshape(shape)
 
 
-def _put(param: nnx.Param, value: jax.Array, expert: int | None) -> None:
-    if expert is None:
-        param.set_value(value)
-        return
-    held = param.get_value()
-    if isinstance(held, jax.ShapeDtypeStruct):
-        held = jnp.zeros(held.shape, value.dtype)
-    param.set_value(_put_expert(held, value, jnp.int32(expert)))
+def fill(
+    model: Decoder,
+    stored: Mapping[str, Stored],
+    *,
+    sharding_of: ShardingOf,
+    check_finite: bool = False,
+) -> None:
+    """Reads the parameters of an abstract decoder, cast, and quantised where it is.
+
+    Args:
+      model: whose parameters are shapes; they become arrays.
+      stored: of every tensor that `targets` names, where it is stored.
+      sharding_of: of a parameter's path and shape, where it goes.
+      check_finite: refuse NaN and infinities.
+
+    Raises:
+      ValueError: numbers that are not finite, where that is asked.
+    """
+    dtype = jnp.dtype(model.config.dtype)
+    # The experts of a layer are many tensors and one parameter, so all are ended last.
+    shards: dict[Path, tuple[nnx.Param, Shards]] = {}
+
+    def shards_of(path: Path, param: nnx.Param) -> Shards:
+        if path not in shards:
+            shape = tuple(param.shape)
+            empty = Shards(shape, param.dtype, sharding_of(path, shape))
+            shards[path] = (param, empty)
+        return shards[path][1]
+
+    for target in targets(model):
+        tensor = stored[target.tensor.name]
+        for path, part in zip(target.tensor.paths, _parts(target), strict=True):
+            scale = None
+            owner = target.modules[part.nth]
+            if path[-1] == "weight" and getattr(owner, "scale", None) is not None:
+                scale = _channel_scale(part, tensor, dtype)
+                scales = shards_of((*path[:-1], "scale"), owner.scale)
+                order = range(scale.ndim)
+                _write(scales, part.within, lambda p, s=scale: s[_index(p)], order)
+
+            def read(piece: Region, part=part, tensor=tensor, scale=scale):
+                values = part.read(tensor, piece, dtype)
+                if check_finite and not np.isfinite(values).all():
+                    raise ValueError(
+                        f"{tensor.name}: expected finite numbers, got NaN or infinity"
+                    )
+                if scale is None:
+                    return values
+                return round_int8(values, scale[_index((*piece[:-2], piece[-1]))])
+
+            _write(shards_of(path, part.param), part.within, read, part.order)
+    for param, done in shards.values():
+        param.set_value(done.array())
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_expert(held: jax.Array, value: jax.Array, expert: jax.Array) -> jax.Array:
-    return held.at[expert].set(value)
+def _parts(target: Target) -> Iterator[_Part]:
+    first = 0
+    for nth, param in enumerate(target.params):
+        yield _Part(target, nth, first)
+        first += param.shape[-1]
 
 
-_quantize = jax.jit(quantize_int8)
+def _write(
+    shards: Shards,
+    within: Callable[[Region], Region | None],
+    read: Callable[[Region], np.ndarray],
+    order: Sequence[int],
+) -> None:
+    """Fills shards, or what lies `within` a tensor, with what is read of each piece."""
+    for region in shards.devices:
+        held = within(region)
+        if held is not None:
+            for piece in placing.pieces(held, order):
+                shards.write(region, piece, read(piece))
+
+
+def _index(piece: Region) -> tuple[slice, ...]:
+    return tuple(slice(*bounds) for bounds in piece)
+
+
+def _channel_scale(part: _Part, stored: Stored, dtype: np.dtype) -> np.ndarray:
+    """Scales f32[..., out] of a parameter [..., in, out], of its tensor's part of it.
+
+    Read ahead of the weights, since an axis that is split or cut has one scale.
+    """
+    shape = tuple(part.param.shape)
+    largest = np.zeros((*shape[:-2], shape[-1]), np.float32)
+    whole = part.within(tuple((0, size) for size in shape))
+    assert whole is not None
+    for piece in placing.pieces(whole, part.order):
+        values = np.abs(part.read(stored, piece, dtype).astype(np.float32))
+        index = _index((*piece[:-2], piece[-1]))
+        largest[index] = np.maximum(largest[index], values.max(axis=-2))
+    return largest / np.float32(127)
 
 
 def joined(target: Target, dtype: str) -> np.ndarray:
@@ -118,8 +221,8 @@ def joined(target: Target, dtype: str) -> np.ndarray:
     tensor = target.tensor
     parts = []
     for param in target.params:
-        value = param[...] if tensor.expert is None else param[...][tensor.expert]
-        parts.append(np.asarray(value.astype(dtype)))
+        value = placing.gathered(param.get_value(), tensor.expert)
+        parts.append(value.astype(jnp.dtype(dtype), copy=False))
     array = parts[0]
     if tensor.interleaved:
         array = np.stack(parts, axis=-1).reshape(*array.shape[:-1], -1)

@@ -194,13 +194,17 @@ class Batch:
             heapq.heappush(self._waiting, (priority, job.arrival, job))
         if not self._running:
             self.host.clean()
+            self._compile_for_waiting()
         jobs: list[Job] = []
         while self._waiting:
             *_, job = self._waiting[0]
             # Others than the aborted are told here why they can never run.
             if job.arrival in self._open:
                 is_alone = not (self._running or jobs)
-                if not self._compile_for(job, is_alone):
+                # The engine cannot be compiled anew while others run; who waits behind
+                # them comes along then.
+                config = self.host.config
+                if self._grow(config, [job.params]) != config:
                     break
                 refusal = self.host.refusal(job)
                 has_room = self._has_room([*jobs, job])
@@ -218,18 +222,13 @@ class Batch:
             for job, placed in zip(jobs, self.host.submit(jobs), strict=True):
                 job.start(*placed)
 
-    def _compile_for(self, job: Job, is_alone: bool) -> bool:
-        """Whether the engine has what a request needs, as it is or compiled anew.
-
-        It cannot be compiled while others run; who waits behind them comes with it.
-        """
+    def _compile_for_waiting(self) -> None:
+        """Compiles what all waiting requests need, so that they run together."""
+        waiting = [job for *_, job in self._waiting if job.arrival in self._open]
         config = self.host.config
-        if self._grow(config, [job.params]) == config:
-            return True
-        if is_alone:
-            waiting = [one.params for *_, one in self._waiting]
-            self.host.reconfigure(self._grow(config, waiting))
-        return is_alone
+        grown = self._grow(config, [job.params for job in waiting])
+        if grown != config:
+            self.host.reconfigure(grown)
 
     def _has_room(self, jobs: Sequence[Job]) -> bool:
         num_places = sum(job.num_places for job in jobs)

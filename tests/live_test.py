@@ -281,9 +281,9 @@ def test_beams_are_live_requests_too_and_are_compiled_for_when_the_others_end(
     monkeypatch.setattr(batch, "STREAM_S", 0.0)
     llm = LLM(folder, **SIZES)
     first = llm.submit(*REQUESTS[0])
+    assert next(first).request == first.request_id
     beams = llm.submit([7, 8], BeamSearchParams(2, 6, ignore_eos=True))
     aborted = llm.submit([7, 8], BeamSearchParams(2, 30, ignore_eos=True, num_return=1))
-    assert next(first).request == first.request_id
     before = llm.config
     (delta, other) = beams
     assert before.max_beam_width < llm.config.max_beam_width

@@ -9,7 +9,7 @@ import pytest
 from engine_oracle import FOREVER, differences, generate, naive
 from engine_test import MAX_LEN, ROOMY, STEPS, TIGHT, VOCABULARY, models
 
-from jpaged import engine, prefix_cache, scheduler
+from jpaged import block_manager, engine, iteration, prefix_cache, scheduler
 from jpaged.requests import SamplingParams
 
 __all__ = ["models"]  # a fixture
@@ -177,3 +177,28 @@ def test_nobody_waits_for_a_request_that_is_gone(llama):
     (want,) = naive(llama, [prompt], [SHORT], max_model_len=MAX_LEN)
     got = next(r for r in engine.collect(state) if r.place == second[0])
     assert got.token_ids == want[0].tokens
+
+
+def test_a_row_that_was_cut_back_into_a_cached_block_overwrites_nothing_that_is_found():
+    blocks = block_manager.init_state(
+        num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=4
+    )
+    blocks, _ = block_manager.append(blocks, jnp.array([8, 0]))
+    tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+    cache = prefix_cache.init_cache(8, 4)
+    cache, blocks = prefix_cache.insert(cache, blocks, tokens, 0)
+
+    # Alone it goes on in place, and the block is no longer found; the one before is.
+    alone = block_manager.truncate(blocks, jnp.array([6, 0]))
+    left, after, appended = iteration._append(cache, alone, jnp.array([1, 0]))
+    assert appended.copy_dst.tolist() == [-1, -1]
+    assert after.block_tables[0].tolist() == [0, 1, -1, -1]
+    assert np.flatnonzero(prefix_cache.is_cached(left)).tolist() == [0]
+
+    # Where another holds the block too, it gets a copy, and what was found still is.
+    shared = block_manager.fork(blocks, jnp.array([0, 0]))
+    shared = block_manager.truncate(shared, jnp.array([6, 8]))
+    left, after, appended = iteration._append(cache, shared, jnp.array([1, 0]))
+    assert appended.copy_src.tolist() == [1, -1]
+    assert after.block_tables[0].tolist() == [0, 2, -1, -1]
+    assert np.flatnonzero(prefix_cache.is_cached(left)).tolist() == [0, 1]

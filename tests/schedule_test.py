@@ -11,19 +11,18 @@ import pytest
 
 from jpaged import LLM, SamplingParams
 
-PROMPTS = [
-    "def ", "class ", "import os\nimport sys\n", "for line in ", "    return ",
-    "def read(self, ", "class Reader(", "import os\nimport re\n", "if not ", "raise ",
-]  # fmt: skip
+HEADERS = ["import os\nimport sys\n\n\n", "class Reader:\n    "]
+TAILS = ["def ", "class ", "for line in ", "    return ", "if not "]
+PROMPTS = [header + tail for tail in TAILS for header in HEADERS]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SIZES = dict(max_num_seqs=4, max_model_len=64)
 ROOMY = dict(num_blocks=64, enable_prefix_caching=False, max_num_batched_tokens=64)
 # Everything at once: sequences go to the host and come back, prompts in small chunks.
 TIGHT = dict(
-    num_blocks=9,
-    block_size=8,
+    num_blocks=17,
+    block_size=4,
     preemption="swap",
-    num_swap_blocks=6,
+    num_swap_blocks=12,
     policy="longest_prefix",
     max_num_batched_tokens=5,
     max_prompt_chunk=3,

@@ -40,7 +40,9 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
 
+from jpaged.config import PREEMPTIONS  # noqa: E402
 from jpaged.llm import LLM, Delta  # noqa: E402
+from jpaged.policies import POLICIES  # noqa: E402
 from jpaged.request_limits import Params, num_rows  # noqa: E402
 from jpaged.requests import (  # noqa: E402
     BeamSearchParams,
@@ -108,7 +110,19 @@ def define_flags() -> None:
         None,
         "Tokens of one step; default: by need, up to 512.",
     )
-    flags.DEFINE_enum("policy", "fcfs", ["fcfs", "priority"], "Who runs first.")
+    flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "Who is admitted first.")
+    flags.DEFINE_bool(
+        "prefix_caching", True, "Keep blocks of ended prompts for those that begin so."
+    )
+    flags.DEFINE_enum(
+        "preemption",
+        "recompute",
+        PREEMPTIONS,
+        "What becomes of a sequence when blocks run out.",
+    )
+    flags.DEFINE_integer(
+        "num_swap_blocks", 0, "KV blocks in the host's memory, for --preemption=swap."
+    )
     flags.DEFINE_bool("stream", False, "Print text as it grows, prompt after prompt.")
     flags.DEFINE_bool("progress", True, "A bar on stderr, where that is a terminal.")
 
@@ -279,6 +293,9 @@ def make_llm(lines: list[Line]) -> LLM:
     names = ("model", "dtype", "block_size", "num_blocks", "max_model_len", "policy")
     return LLM(
         **{name: FLAGS[name].value for name in (*names, "seed", "quantization")},
+        enable_prefix_caching=FLAGS.prefix_caching,
+        preemption=FLAGS.preemption,
+        num_swap_blocks=FLAGS.num_swap_blocks,
         speculative_config=_speculative_config(),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=num_tokens,

@@ -58,6 +58,18 @@ def test_prompts_are_printed_with_what_follows_and_the_last_line_is_json(run):
     assert record["num_requests"] == 2
 
 
+def test_how_memory_is_kept_changes_no_text(run):
+    arguments = ("--prompt=abcdefgh", "--prompt=ijkl", "--temperature=0")
+    arguments += ("--max_tokens=40", "--ignore_eos")
+    _, text, record, _ = run(*arguments, "--noprefix_caching")
+    assert record["stats"]["num_cached_blocks"] == 0
+    swap = ("--num_blocks=16", "--preemption=swap", "--num_swap_blocks=16")
+    status, again, record, _ = run(*arguments, *swap, "--policy=shortest_prompt")
+    assert (status, sorted(again.split("\n"))) == (0, sorted(text.split("\n")))
+    assert record["stats"]["num_swapped_blocks"] > 0
+    assert record["stats"]["num_cached_blocks"] > 0
+
+
 def test_a_stream_prints_the_same_as_a_whole_in_the_order_of_prompts(run):
     arguments = (
         *("--prompt=abc", "--prompt=de", "--n=3", "--temperature=1", "--seed=3"),

@@ -28,7 +28,13 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.prefix_cache import PrefixCache
 from jpaged.request_table import RequestTable
-from jpaged.scheduler import BEFORE_ALL, NO_REQUEST, WAITING, Queue
+from jpaged.scheduler import (
+    BEFORE_ALL,
+    NO_REQUEST,
+    WAITING,
+    Queue,
+    is_new_request,
+)
 from jpaged.speculation import DraftedModel
 from jpaged.timeline import Timeline
 
@@ -198,7 +204,7 @@ def admitted_tokens(before: Queue, after: Queue) -> dict[str, jax.Array]:
     """
     place = jnp.arange(before.status.shape[0], dtype=jnp.int32)
     is_first = (before.status == WAITING) & (after.status != WAITING)
-    is_first &= (before.leaders == place) & (before.num_preemptions == 0)
+    is_first &= is_new_request(before, place)
     is_first &= before.priorities != BEFORE_ALL
     return dict(
         num_prompt_tokens=jnp.sum(jnp.where(is_first, before.prompt_lens, 0)),

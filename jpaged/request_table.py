@@ -317,15 +317,12 @@ def share_again(table: RequestTable, places: jax.Array) -> RequestTable:
     leaders = jnp.where(valid, table.queue.leaders[safe], num_places)
     can_give = valid & ~table.queue.has_ended[safe]
     index = jnp.arange(places.shape[0], dtype=jnp.int32)
-    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
 
     def compare(j: jax.Array, carry):
         sources, shared = carry
         # At least one token is left to compute, for its logits.
         most = jnp.minimum(lens, lens[j]) - 1
-        is_other = tokens != tokens[j][None, :]
-        is_other |= column[None, :] >= most[:, None]
-        common = jnp.argmax(is_other, axis=1).astype(jnp.int32)
+        common = _num_common(tokens, tokens[j][None, :], most)
         fits = valid & can_give[j] & (leaders == leaders[j]) & (index > j)
         is_better = fits & (common > shared)
         sources = jnp.where(is_better, places[j], sources)
@@ -349,6 +346,14 @@ def share_again(table: RequestTable, places: jax.Array) -> RequestTable:
         shared_lens=new_lens.at[alone].set(0, mode="drop"),
     )
     return dataclasses.replace(table, queue=queue)
+
+
+def _num_common(tokens: jax.Array, others: jax.Array, most: jax.Array) -> jax.Array:
+    """Tokens up to the first difference, at most `most` i32[S] (below L), i32[S]."""
+    is_other = tokens != others
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    is_other |= column[None, :] >= most[:, None]
+    return jnp.argmax(is_other, axis=1).astype(jnp.int32)
 
 
 def share_new(
@@ -400,14 +405,10 @@ def share_new(
     order = jnp.where(fits, ranks[None, :], num_rows)
     source = jnp.argmin(order, axis=1).astype(jnp.int32)
     most = jnp.minimum(known - 1, fixed[source])
-    is_other = table.tokens[places] != table.tokens[places[source]]
-    is_other |= jnp.arange(is_other.shape[1], dtype=jnp.int32)[None, :] >= most[:, None]
-    shared = jnp.argmax(is_other, axis=1).astype(jnp.int32)
+    shared = _num_common(table.tokens[places], table.tokens[places[source]], most)
     at = jnp.where(joins, rows, queue.status.shape[0])
-    first_time = (queue.num_preemptions[places] == 0) & (
-        queue.leaders[places] == places
-    )
-    gained = jnp.where(first_time, shared - start, 0)
+    counts = scheduler.is_new_request(queue, places)
+    gained = jnp.where(counts, shared - start, 0)
     queue = dataclasses.replace(
         queue,
         sources=queue.sources.at[at].set(places[source], mode="drop"),

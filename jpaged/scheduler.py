@@ -200,6 +200,11 @@ def schedule(
     return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted, swaps)
 
 
+def is_new_request(queue: Queue, places: jax.Array) -> jax.Array:
+    """Whether at `places` are first sequences of requests never preempted yet."""
+    return (queue.leaders[places] == places) & (queue.num_preemptions[places] == 0)
+
+
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
     """`values` [R] of the requests that the rows run; `fill` for empty rows."""
     return jnp.where(rows == NO_REQUEST, fill, values[jnp.maximum(rows, 0)])
@@ -434,8 +439,9 @@ def _bring_back(queue, rows, swaps, blocks, needed, host, config):
     queue = dataclasses.replace(
         queue, status=queue.status.at[target].set(RUNNING, mode="drop")
     )
-    into = _take_rows(rows, first, num_back)
-    rows = jnp.where(into == NO_REQUEST, rows, into)
+    takes, turn = _take_rows(rows, num_back)
+    into = jnp.where(takes, first[turn], NO_REQUEST)
+    rows = jnp.where(takes, into, rows)
     return queue, rows, swaps._replace(into=into)
 
 
@@ -445,12 +451,15 @@ def _num_open_rows(queue: Queue, rows: jax.Array, config: EngineConfig) -> jax.A
     return jnp.minimum(config.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST))
 
 
-def _take_rows(rows: jax.Array, places: jax.Array, count: jax.Array) -> jax.Array:
-    """The k-th of `places` for the k-th empty row, below `count`; i32[S]."""
+def _take_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which rows are the first `count` empty ones, bool[S], and their turns, i32[S].
+
+    The turn counts from 0, and is 0 for other rows.
+    """
     is_free = rows == NO_REQUEST
     turn = jnp.cumsum(is_free) - 1
     takes = is_free & (turn < count)
-    return jnp.where(takes, places[jnp.where(takes, turn, 0)], NO_REQUEST)
+    return takes, jnp.where(takes, turn, 0)
 
 
 def _admit(queue, rows, blocks, num_tokens, num_admitted, *, hits, needed, config):
@@ -462,14 +471,10 @@ def _admit(queue, rows, blocks, num_tokens, num_admitted, *, hits, needed, confi
     )
     admitted = jnp.cumprod(fits.astype(jnp.int32)).astype(jnp.bool_)
 
-    # The k-th admitted sequence takes the k-th empty row.
-    is_free = rows == NO_REQUEST
-    turn = jnp.cumsum(is_free) - 1
-    takes = is_free & (turn < jnp.sum(admitted))
-    turn = jnp.where(takes, turn, 0)
+    takes, turn = _take_rows(rows, jnp.sum(admitted))
     target = jnp.where(admitted, first, num_places)
     # What a request's own sequences share is nothing that others had computed.
-    is_new = (queue.leaders[first] == first) & (queue.num_preemptions[first] == 0)
+    is_new = is_new_request(queue, first)
     cached = jnp.where(is_new, hits.lens[first] + _mapped_tokens(queue, first, hits), 0)
     queue = dataclasses.replace(
         queue,

@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llm_test import GREEDY, SIZES, is_idle, random_prompts, tokens_of, write_folder
+from llm_test import (
+    GREEDY,
+    SIZES,
+    is_idle,
+    lose_state,
+    random_prompts,
+    tokens_of,
+    write_folder,
+)
 
 from jpaged import batch, engine, metrics, serving, timeline
 from jpaged.config import EngineConfig
@@ -307,17 +315,7 @@ def test_live_requests_are_told_when_an_interrupt_lost_the_engines_state(
     llm = LLM(decoder, **SIZES)
     running = llm.submit([5, 6], GREEDY)
     next(running)
-    run = engine.run
-
-    def lost(model, state, max_steps, **limits):
-        run(model, state, max_steps, **limits)
-        raise KeyboardInterrupt
-
-    lost._cache_size = run._cache_size
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "run", lost)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([9], GREEDY)
+    lose_state(llm, monkeypatch)
     later = llm.submit([5, 6], GREEDY)
     for wait in (running.output, lambda: list(running)):
         with pytest.raises(RuntimeError, match="state was lost"):

@@ -605,13 +605,8 @@ def test_an_interrupt_while_requests_are_submitted_leaves_the_llm_usable(
     assert is_idle(llm)
 
 
-def test_a_stream_is_told_when_another_call_lost_the_engines_state(
-    decoder, naive, monkeypatch
-):
-    monkeypatch.setattr(batch, "STREAM_S", 0.0)
-    llm = LLM(decoder, **SIZES)
-    stream = llm.stream([5, 6], dataclasses.replace(GREEDY, max_tokens=20))
-    next(stream)
+def lose_state(llm, monkeypatch):
+    """A call that is interrupted when the old state is gone and the new not there."""
     run = engine.run
 
     def lost(model, state, max_steps, **limits):
@@ -623,6 +618,16 @@ def test_a_stream_is_told_when_another_call_lost_the_engines_state(
         patch.setattr(engine, "run", lost)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([9], GREEDY)
+
+
+def test_a_stream_is_told_when_another_call_lost_the_engines_state(
+    decoder, naive, monkeypatch
+):
+    monkeypatch.setattr(batch, "STREAM_S", 0.0)
+    llm = LLM(decoder, **SIZES)
+    stream = llm.stream([5, 6], dataclasses.replace(GREEDY, max_tokens=20))
+    next(stream)
+    lose_state(llm, monkeypatch)
     with pytest.raises(RuntimeError, match="state was lost"):
         list(stream)
     assert is_idle(llm)

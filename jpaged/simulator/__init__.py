@@ -1,0 +1,1 @@
+"""Simulator: the engine's own step on a virtual clock."""

@@ -69,7 +69,7 @@ class HostPool:
     """What preempted sequences keep in the host's memory."""
 
     blocks: BlockState  # its rows are the places of the request table
-    cache: KVCache
+    cache: KVCache | None  # None in a simulation
     draft_cache: KVCache | None
 
 
@@ -83,7 +83,7 @@ class EngineState:
     rows: jax.Array  # i32[S], the sequence that each row runs, or NO_REQUEST
     blocks: BlockState
     prefix_cache: PrefixCache | None  # of blocks that may be wanted again
-    cache: KVCache
+    cache: KVCache | None  # None in a simulation: lengths and tables decide a step
     draft_cache: KVCache | None  # of the small model that guesses, if there is one
     host: HostPool | None  # where the config swaps
     counters: Counters
@@ -92,12 +92,12 @@ class EngineState:
 
 
 def init(
-    model: Model, config: EngineConfig, *, kv_dtype: str | None = None
+    model: Model | None, config: EngineConfig, *, kv_dtype: str | None = None
 ) -> EngineState:
     """An engine with nothing to do.
 
     Args:
-      model: gives the cache's shape.
+      model: gives the cache's shape; None: no pages, for a simulation (`simulator`).
       config: sizes and policy.
       kv_dtype: of the pages; None takes the model's.
 
@@ -107,7 +107,9 @@ def init(
     """
     _check_draft(model, config)
 
-    def cache(sizes: ModelConfig, is_host: bool = False) -> KVCache:
+    def cache(sizes: ModelConfig | None, is_host: bool = False) -> KVCache | None:
+        if sizes is None:
+            return None
         return kv_cache.init_cache(
             num_layers=sizes.num_layers,
             num_blocks=config.num_swap_blocks if is_host else config.num_blocks,
@@ -118,13 +120,14 @@ def init(
             dtype=sizes.dtype if kv_dtype is None else kv_dtype,
         )
 
-    is_drafted = isinstance(model, DraftedModel)
+    sizes = None if model is None else model.config
+    draft_sizes = model.draft.config if isinstance(model, DraftedModel) else None
     host = None
     if config.swaps:
         host = HostPool(
             blocks=init_host_blocks(config),
-            cache=cache(model.config, is_host=True),
-            draft_cache=cache(model.draft.config, is_host=True) if is_drafted else None,
+            cache=cache(sizes, is_host=True),
+            draft_cache=cache(draft_sizes, is_host=True),
         )
     return EngineState(
         requests=request_table.init_table(config),
@@ -141,8 +144,8 @@ def init(
             if config.enable_prefix_caching
             else None
         ),
-        cache=cache(model.config),
-        draft_cache=cache(model.draft.config) if is_drafted else None,
+        cache=cache(sizes),
+        draft_cache=cache(draft_sizes),
         host=host,
         counters=Counters(
             **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
@@ -162,7 +165,7 @@ def init_host_blocks(config: EngineConfig) -> BlockState:
     )
 
 
-def _check_draft(model: Model, config: EngineConfig) -> None:
+def _check_draft(model: Model | None, config: EngineConfig) -> None:
     method = None if config.speculation is None else config.speculation.method
     if isinstance(model, DraftedModel) != (method == "model"):
         raise ValueError(

@@ -238,7 +238,7 @@ def end_step(
     state: EngineState,
     begun: Begun,
     decoded: Decoded,
-    cache: KVCache,
+    cache: KVCache | None = None,
     draft_cache: KVCache | None = None,
 ) -> EngineState:
     """The state after a step: rows move or leave, the counters count."""

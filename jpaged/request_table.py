@@ -329,7 +329,8 @@ def share_again(table: RequestTable, places: jax.Array) -> RequestTable:
         return sources, jnp.where(is_better, common, shared)
 
     first = (jnp.full_like(places, scheduler.NO_REQUEST), jnp.zeros_like(places))
-    sources, shared = jax.lax.fori_loop(0, places.shape[0], compare, first)
+    num_lost = jnp.sum(valid, dtype=jnp.int32)  # sorted, they come first
+    sources, shared = jax.lax.fori_loop(0, num_lost, compare, first)
     found = jnp.where(shared > 0, places, num_places)
     is_first = valid & ~jnp.any(
         (leaders[None, :] == leaders[:, None]) & (index[None, :] < index[:, None]),

@@ -38,8 +38,10 @@ class Workload:
     arrivals: np.ndarray  # f64[N], seconds, sorted
     prompt_lens: np.ndarray  # i32[N]
     output_lens: np.ndarray  # i32[N], tokens that each sequence generates
-    num_samples: np.ndarray | None = None  # i32[N], sequences; None: 1, as for beams
-    beam_widths: np.ndarray | None = None  # i32[N], 0: no beam search; None: 0
+    # i32[N], or one for all: sequences; 1 for beams
+    num_samples: np.ndarray = dataclasses.field(default_factory=lambda: np.array(1))
+    # i32[N], or one for all; 0: no beam search
+    beam_widths: np.ndarray = dataclasses.field(default_factory=lambda: np.array(0))
     contents: np.ndarray | None = None  # i32[N, H], NO_CONTENT behind the last piece
     content_size: int = 1  # tokens of a piece; a prompt's last may be partial
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
@@ -51,8 +53,8 @@ class Workload:
             arrivals=times,
             prompt_lens=positive("prompt_lens", self.prompt_lens),
             output_lens=positive("output_lens", self.output_lens),
-            num_samples=positive("num_samples", _or(self.num_samples, 1, count)),
-            beam_widths=positive("beam_widths", _or(self.beam_widths, 0, count), 0),
+            num_samples=positive("num_samples", _for_all(self.num_samples, count)),
+            beam_widths=positive("beam_widths", _for_all(self.beam_widths, count), 0),
         )
         for name, numbers in found.items():
             if len(numbers) != count:
@@ -158,8 +160,8 @@ class Workload:
         )
 
 
-def _or(given: np.ndarray | None, default: int, count: int) -> np.ndarray:
-    return np.full(count, default, np.int32) if given is None else given
+def _for_all(given: np.ndarray, count: int) -> np.ndarray:
+    return np.full(count, given) if np.ndim(given) == 0 else given
 
 
 def _checked_times(given: object) -> np.ndarray:

@@ -29,13 +29,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +45,7 @@ from experiments.timing import environment
 from jpaged import block_manager, prefix_cache
 from jpaged.block_manager import NO_BLOCK, BlockState
 from jpaged.prefix_cache import PrefixCache
+from jpaged.simulator.traces import Prompt, read_prompts
 
 REQUESTS_PER_CALL = 256
 MOST_BLOCKS = 10_000_000
@@ -64,13 +62,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Of the synthetic trace.")
 
 
-class Request(NamedTuple):
-    """A prompt: its tokens, and a number for each block."""
-
-    input_length: int
-    hash_ids: list[int]
-
-
 @dataclasses.dataclass(frozen=True)
 class Ratios:
     """What one capacity gave."""
@@ -85,39 +76,7 @@ class Ratios:
     lookups_per_s: float
 
 
-def read_trace(path: pathlib.Path) -> list[Request]:
-    """The requests of a file of JSON lines.
-
-    Raises:
-      OSError, ValueError: no such file, or a line that is no request.
-    """
-    opened = gzip.open if path.suffix == ".gz" else open
-    found = []
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                found.append(_read_request(line, f"line {number} of {path}"))
-    if not found:
-        raise ValueError(f"trace: {path} has no requests")
-    return found
-
-
-def _read_request(line: str, where: str) -> Request:
-    try:
-        fields = json.loads(line)
-        request = Request(fields["input_length"], fields["hash_ids"])
-        numbers = [request.input_length, *request.hash_ids]
-        if not all(type(one) is int and 0 <= one < 2**31 for one in numbers):
-            raise ValueError("a number is no int32 of at least 0")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"trace: wanted JSON with an integer input_length and a list hash_ids of "
-            f"integers; {where} is {line.strip()!r:.80} ({error})"
-        ) from error
-    return request
-
-
-def synthetic_trace(num_requests: int, block_size: int, seed: int) -> list[Request]:
+def synthetic_trace(num_requests: int, block_size: int, seed: int) -> list[Prompt]:
     """Conversations that take turns: each request is the last one's prompt, and more.
 
     Popular system prompts begin many conversations; a third of the requests begin one.
@@ -144,7 +103,7 @@ def synthetic_trace(num_requests: int, block_size: int, seed: int) -> list[Reque
         talk += new_blocks(int(rng.integers(1, 12)))
         talks.append(talk)
         partial = int(rng.integers(1, block_size + 1))
-        requests.append(Request((len(talk) - 1) * block_size + partial, list(talk)))
+        requests.append(Prompt((len(talk) - 1) * block_size + partial, list(talk)))
     return requests
 
 
@@ -206,7 +165,7 @@ def serve_all(
 
 
 def measure(
-    requests: Sequence[Request], capacity: int, block_size: int
+    requests: Sequence[Prompt], capacity: int, block_size: int
 ) -> tuple[Ratios, np.ndarray]:
     """The ratios of one capacity, and the known blocks of each request, i32[R]."""
     hits, seconds, compile_s = replay([r.hash_ids for r in requests], capacity)
@@ -274,7 +233,7 @@ def _pieces(
             bar.update(len(piece))
 
 
-def check_flags() -> tuple[list[Request], list[int]]:
+def check_flags() -> tuple[list[Prompt], list[int]]:
     """The requests and the capacities.
 
     Raises:
@@ -292,7 +251,7 @@ def check_flags() -> tuple[list[Request], list[int]]:
             f"got {','.join(FLAGS.capacity_blocks)!r}"
         )
     if FLAGS.trace is not None:
-        return read_trace(pathlib.Path(FLAGS.trace)), capacities
+        return read_prompts(FLAGS.trace), capacities
     count, size = FLAGS.num_requests, FLAGS.block_size
     return synthetic_trace(count, size, FLAGS.seed), capacities
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from experiments import prefix_cache as runner
+from jpaged.simulator.traces import read_prompts
 
 TRACE = pathlib.Path("data", "mooncake_synthetic.jsonl.gz")
 # The folder `shared` lies beside the checkout where there is one.
@@ -107,7 +108,7 @@ def test_the_synthetic_trace_is_its_seed_s():
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"needs ../shared/{TRACE}")
 def test_the_ratios_of_a_recorded_trace_are_those_of_a_brute_force_count():
-    requests = runner.read_trace(SHARED)
+    requests = read_prompts(SHARED)
     ratios, _ = runner.measure(requests, 1000, 512)
     assert (ratios.num_requests, ratios.num_lookups) == (3134, 87091)
     assert ratios.block_hit_ratio == pytest.approx(0.0275, abs=1e-3)
@@ -148,15 +149,15 @@ def test_a_line_that_is_no_request_is_named(line, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"input_length": 5, "hash_ids": [1]}\n' + line + "\n", "utf-8")
     with pytest.raises(ValueError, match=r"trace: wanted JSON.*line 2 of .*bad\.jsonl"):
-        runner.read_trace(path)
+        read_prompts(path)
 
 
 def test_a_file_that_is_empty_or_not_what_its_name_says_is_refused(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text("\n", "utf-8")
     with pytest.raises(ValueError, match="has no requests"):
-        runner.read_trace(path)
+        read_prompts(path)
     packed = tmp_path / "plain.jsonl.gz"
     packed.write_text("{}", "utf-8")
     with pytest.raises(gzip.BadGzipFile):
-        runner.read_trace(packed)
+        read_prompts(packed)

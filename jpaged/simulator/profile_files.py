@@ -233,7 +233,7 @@ def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
         ]
         return AttentionTimes(*columns, seconds, True, str(path))
     phases = np.array(table.columns["phase"])
-    for line, phase in zip(table.lines, phases, strict=True):
+    for line, phase in zip(table.lines, table.columns["phase"], strict=True):
         if phase not in ("prefill", "decode"):
             raise ValueError(
                 f"{path}, line {line}, column phase: expected prefill or decode, got "

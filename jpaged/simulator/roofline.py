@@ -99,7 +99,7 @@ class Roofline:
         cut = jnp.clip(contexts - window, 0.0, chunks)
         pairs = (chunks - cut) * (2 * contexts - chunks - cut + 1) / 2
         pairs += cut * jnp.minimum(window, contexts)
-        read = jnp.minimum(contexts, window + chunks)
+        read = jnp.minimum(contexts, window + chunks - 1)
         return jnp.maximum(
             read
             * self.kv_bytes

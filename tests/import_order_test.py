@@ -105,7 +105,8 @@ ROOMS = {
                           "live"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
-                          "step_inputs", "decoding", "request_table", "engine"],
+                          "step_inputs", "kv_cache", "models", "decoding",
+                          "request_table", "engine"],
 }
 # fmt: on
 

@@ -1,0 +1,387 @@
+"""Profile files: the CSV files of measured kernel times that others publish, read.
+
+Place on the road: files -> [profile_files] -> profiles. Host only, numpy.
+
+Each is a CSV with a header, gzipped or not, times in columns or names that end in _ms
+or _us. Formats: those of vidur (MIT) and of LLMServingSim (MIT), see the readers.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gzip
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+_UNITS = {"_ms": 1e-3, "_us": 1e-6}
+# How often each operation runs: in every layer, and once a step besides.
+_PER_LAYER: Mapping[str, int] = {
+    **dict.fromkeys(("input_layernorm", "post_layernorm"), 1),
+    **dict.fromkeys(("post_attention_layernorm", "attn_rope", "rotary_emb"), 1),
+    **dict.fromkeys(("attn_pre_proj", "attn_post_proj", "mlp_up_proj"), 1),
+    **dict.fromkeys(("mlp_down_proj", "mlp_act", "rope", "act_fn"), 1),
+    **dict.fromkeys(("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"), 1),
+    **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "down_proj"), 1),
+    # One row for the norm before attention and the norm before the MLP; two sums.
+    "layernorm": 2,
+    "add": 2,
+}
+_PER_STEP = ("emb", "embedding", "final_layernorm")
+_PER_ROW = ("lm_head", "sampler")
+_ATTENTION = ("attn",)  # without any cache: read_attention reads better files
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Seconds against one number, rising, as measured."""
+
+    x: np.ndarray  # f64[N]
+    seconds: np.ndarray  # f64[N]
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseTimes:
+    """Times of all but attention, of one layer or one step, by operation."""
+
+    tokens: np.ndarray  # f64[N], of a step
+    operations: Mapping[str, np.ndarray]  # f64[N] each, seconds, of one run
+    logits: Curve | None  # where the file has them by tokens
+    path: str
+
+    def seconds(self, num_layers: int) -> np.ndarray:
+        """f64[N], of a step with that many layers."""
+        total = np.zeros(len(self.tokens))
+        for name, times in self.operations.items():
+            total += times * (num_layers * _PER_LAYER.get(name, 0))
+            total += times * (name in _PER_STEP)
+        return total
+
+    def at_bandwidth(self, ratio: float) -> DenseTimes:
+        """The same on a chip that differs in its memory: `ratio` of the new to the old.
+
+        A product takes the longer of computing, in proportion to its time at the most
+        tokens, and of reading its weights, its time at the fewest; of the others, what
+        grows with the tokens is bytes that they move.
+        """
+        _check_ratio("ratio", ratio)
+
+        def there(name: str, times: np.ndarray) -> np.ndarray:
+            if not name.endswith("_proj"):
+                return times[0] + (times - times[0]) / ratio
+            if ratio >= 1:  # what reading took falls, down to what computing takes
+                computing = times[-1] * self.tokens / self.tokens[-1]
+                return np.maximum(times / ratio, np.minimum(times, computing))
+            return np.maximum(times, times[0] / ratio)
+
+        moved = {name: there(name, times) for name, times in self.operations.items()}
+        return dataclasses.replace(self, operations=moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTimes:
+    """Times of a layer's attention: of prompts and decoding rows, apart or together.
+
+    A measurement has a chunk of a prompt, the tokens before it, decoding rows, and the
+    tokens before each of them; `is_mixed` says that some have both.
+    """
+
+    chunks: np.ndarray  # f64[N], 0: no prompt
+    past: np.ndarray  # f64[N]
+    rows: np.ndarray  # f64[N], 0: none decodes
+    contexts: np.ndarray  # f64[N], before the token that is computed
+    seconds: np.ndarray  # f64[N]
+    is_mixed: bool
+    path: str
+
+    def for_heads(self, *, queries: float, keys: float) -> AttentionTimes:
+        """For a model with `queries` times the query heads and `keys` times the key
+        heads, of the same size.
+
+        Decoding works through pairs of row and key head, so n rows take what
+        n x `keys` rows took; a prompt takes `queries` times as long.
+        """
+        self._check_apart("for_heads")
+        _check_ratio("queries", queries)
+        _check_ratio("keys", keys)
+        is_prompt = self.chunks > 0
+        return dataclasses.replace(
+            self,
+            rows=self.rows / keys,
+            seconds=np.where(is_prompt, self.seconds * queries, self.seconds),
+        )
+
+    def at_bandwidth(self, ratio: float) -> AttentionTimes:
+        """The same on a chip that differs in its memory: `ratio` of the new to the old.
+
+        What decoding takes beyond its shortest time is reading; prompts compute.
+        """
+        self._check_apart("at_bandwidth")
+        _check_ratio("ratio", ratio)
+        floor = self.seconds[self.rows > 0].min()
+        moved = floor + (self.seconds - floor) / ratio
+        return dataclasses.replace(
+            self, seconds=np.where(self.rows > 0, moved, self.seconds)
+        )
+
+    def _check_apart(self, what: str) -> None:
+        if self.is_mixed:
+            raise ValueError(
+                f"{what}: {self.path} measures prompts and decoding rows together, so "
+                "its times cannot be taken apart; use a file that has them one by one"
+            )
+
+
+def read_dense(
+    path: str | os.PathLike[str], *, tensor_parallel: int = 1, fused: Sequence[str] = ()
+) -> DenseTimes:
+    """Times of the operations of a layer, and of a step's embedding and last norm.
+
+    Columns: `num_tokens`, one `NAME_ms` for each operation, and `tp` where several
+    degrees of tensor parallelism were measured; or one row for each `layer`, `tokens`
+    (or `num_tokens`) and `time_us`.
+
+    Args:
+      path: the file.
+      tensor_parallel: which of the degrees.
+      fused: operations that the profiler measured together with others at some numbers
+        of tokens, where their row is missing; they count nothing there.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: a column or operation is missing or unknown, or a field is no number;
+        with file, line and column.
+    """
+    table = _read(path)
+    if "layer" in table.columns:
+        tokens, operations = _long_operations(table, fused)
+    else:
+        tokens, operations = _wide_operations(table, tensor_parallel)
+    heads = [operations.pop(name) for name in _PER_ROW if name in operations]
+    for name in _ATTENTION:
+        operations.pop(name, None)
+    for name in operations:
+        if name not in _PER_LAYER and name not in _PER_STEP:
+            known = ", ".join((*_PER_LAYER, *_PER_STEP, *_PER_ROW))
+            raise ValueError(f"{path}: expected operations among {known}, got {name!r}")
+    if not operations:
+        raise ValueError(f"{path}: expected times of operations, got none")
+    logits = Curve(tokens, sum(heads), str(path)) if heads else None
+    return DenseTimes(tokens, operations, logits, str(path))
+
+
+def read_per_sequence(path: str | os.PathLike[str]) -> Curve:
+    """Times of logits and sampling against the rows that are decided.
+
+    Columns: `layer` (lm_head, sampler), `sequences`, `time_us`; their sum comes out.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_dense`.
+    """
+    table = _read(path)
+    rows, operations = _long_operations(table, (), "sequences")
+    unknown = sorted(set(operations) - set(_PER_ROW))
+    if unknown or not operations:
+        raise ValueError(
+            f"{path}: expected layers among {', '.join(_PER_ROW)}, got "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    return Curve(rows, sum(operations.values()), str(path))
+
+
+def read_all_reduce(path: str | os.PathLike[str], *, num_chips: int) -> Curve:
+    """Times of an all-reduce over that many chips against its bytes.
+
+    Columns: `num_gpus`, `bytes`, `time_ms`. Small ones are noisy in some files, and
+    come out as they were measured.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_dense`; also where nothing was measured
+        for num_chips.
+    """
+    table = _read(path)
+    chips, seconds = table.numbers("num_gpus"), table.times("time")
+    mine = chips == num_chips
+    if not mine.any():
+        have = ", ".join(f"{value:g}" for value in np.unique(chips))
+        raise ValueError(f"num_chips: {path} has {have}, got {num_chips}")
+    sizes, times = _medians(table.numbers("bytes")[mine], seconds[mine])
+    return Curve(sizes, times, str(path))
+
+
+def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
+    """Times of a layer's attention.
+
+    Columns: `phase` (prefill or decode), `batch_size`, `prefill_chunk`,
+    `kv_cache_len` and `time_ms`; or `prefill_chunk`, `kv_prefill`, `n_decode`,
+    `kv_decode` and `time_us`, of a step with both.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_dense`.
+    """
+    table = _read(path)
+    seconds = table.times("time")
+    if "phase" not in table.columns:
+        columns = [
+            table.numbers(name)
+            for name in ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+        ]
+        return AttentionTimes(*columns, seconds, True, str(path))
+    phases = np.array(table.columns["phase"])
+    for line, phase in zip(table.lines, table.columns["phase"], strict=True):
+        if phase not in ("prefill", "decode"):
+            raise ValueError(
+                f"{path}, line {line}, column phase: expected prefill or decode, got "
+                f"{phase!r}"
+            )
+    is_prompt = phases == "prefill"
+    for phase, rows in (("prefill", is_prompt), ("decode", ~is_prompt)):
+        if not rows.any():
+            raise ValueError(f"{path}: expected rows of phase {phase}, got none")
+    batch, tokens = table.numbers("batch_size"), table.numbers("kv_cache_len")
+    several = np.flatnonzero(is_prompt & (batch != 1))
+    if several.size:
+        raise ValueError(
+            f"{path}, line {table.lines[several[0]]}, column batch_size: expected "
+            f"prompts one by one, got {batch[several[0]]:g}"
+        )
+    return AttentionTimes(
+        chunks=np.where(is_prompt, table.numbers("prefill_chunk"), 0),
+        past=np.where(is_prompt, tokens, 0),
+        rows=np.where(is_prompt, 0, batch),
+        contexts=np.where(is_prompt, 0, tokens),
+        seconds=seconds,
+        is_mixed=False,
+        path=str(path),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A CSV's columns, as text, and the line on which each row stands."""
+
+    path: str
+    columns: dict[str, list[str]]
+    lines: list[int]
+
+    def numbers(self, name: str) -> np.ndarray:
+        """f64[N], at least 0."""
+        if name not in self.columns:
+            raise ValueError(
+                f"{self.path}, line 1: expected a column {name}, got "
+                f"{', '.join(self.columns)}"
+            )
+        out = np.empty(len(self.lines))
+        for row, text in enumerate(self.columns[name]):
+            try:
+                out[row] = float(text)
+            except ValueError:
+                out[row] = math.nan
+            if not 0 <= out[row] < math.inf:
+                raise ValueError(
+                    f"{self.path}, line {self.lines[row]}, column {name}: expected a "
+                    f"number of at least 0, got {text!r}"
+                )
+        return out
+
+    def times(self, name: str) -> np.ndarray:
+        """f64[N], seconds, of the column that is `name` and a unit."""
+        for unit, seconds in _UNITS.items():
+            if name + unit in self.columns:
+                return self.numbers(name + unit) * seconds
+        raise ValueError(
+            f"{self.path}, line 1: expected a column {name}_ms or {name}_us, got "
+            f"{', '.join(self.columns)}"
+        )
+
+
+def _read(path: str | os.PathLike[str]) -> _Table:
+    raw = pathlib.Path(path).read_bytes()
+    try:
+        # By its first bytes, since not every gzipped file is named so.
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        lines = raw.decode("utf-8").splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a CSV or one gzipped: {error}") from None
+    reader = csv.reader(lines)
+    header = [name.strip() for name in next(reader, [])]
+    columns: dict[str, list[str]] = {name: [] for name in header}
+    numbers = []
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, line {reader.line_num}: expected {len(header)} fields, got "
+                f"{len(row)}"
+            )
+        numbers.append(reader.line_num)
+        for name, text in zip(header, row, strict=True):
+            columns[name].append(text.strip())
+    if not numbers:
+        raise ValueError(f"{path}: expected a header and rows below it, got none")
+    return _Table(str(path), columns, numbers)
+
+
+def _wide_operations(
+    table: _Table, tensor_parallel: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    tokens = table.numbers("num_tokens")
+    mine = np.ones(len(tokens), bool)
+    if "tp" in table.columns:
+        degrees = table.numbers("tp")
+        mine = degrees == tensor_parallel
+    else:
+        degrees = np.ones(1)
+    if not (degrees == tensor_parallel).any():
+        have = ", ".join(f"{value:g}" for value in np.unique(degrees))
+        raise ValueError(
+            f"tensor_parallel: {table.path} has {have}, got {tensor_parallel}"
+        )
+    operations = {}
+    for name in table.columns:
+        if name[-3:] in _UNITS:
+            places, times = _medians(tokens[mine], table.times(name[:-3])[mine])
+            operations[name[:-3]] = times
+    return places if operations else tokens, operations
+
+
+def _long_operations(
+    table: _Table, fused: Sequence[str], count: str = ""
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    if not count:
+        count = "tokens" if "tokens" in table.columns else "num_tokens"
+    counts, seconds = table.numbers(count), table.times("time")
+    names = np.array(table.columns["layer"] if "layer" in table.columns else [])
+    if not names.size:
+        raise ValueError(f"{table.path}, line 1: expected a column layer")
+    places = np.unique(counts)
+    operations = {}
+    for name in dict.fromkeys(names.tolist()):
+        mine, times = _medians(counts[names == name], seconds[names == name])
+        if len(mine) != len(places) and name not in fused:
+            missing = np.setdiff1d(places, mine)
+            raise ValueError(
+                f"{table.path}: expected {name} at every number of {count}, but "
+                f"{missing[0]:g} is missing and {len(missing) - 1} more; name it in "
+                "`fused` if others contain it there"
+            )
+        operations[name] = np.zeros(len(places))
+        operations[name][np.searchsorted(places, mine)] = times
+    return places, operations
+
+
+def _medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each x once, rising, with the median of its y."""
+    places, inverse = np.unique(x, return_inverse=True)
+    return places, np.array([np.median(y[inverse == i]) for i in range(len(places))])
+
+
+def _check_ratio(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected more than 0, got {value}")

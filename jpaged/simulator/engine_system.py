@@ -18,7 +18,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jpaged import (
     engine,
@@ -41,6 +40,7 @@ from jpaged.requests import BeamSearchParams, SamplingParams
 from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RUNNING
 from jpaged.simulator.load import Load
 from jpaged.simulator.system import Progress, Request, Usage
+from jpaged.simulator.workloads import Workload
 
 NOBODY = -1
 _VOCABULARY = 64  # tokens that beams choose among
@@ -93,6 +93,55 @@ class EngineSystem:
     def num_slots(self) -> int:
         """Tokens whose keys and values fit into the pool."""
         return self.config.num_blocks * self.config.block_size
+
+    def check(self, workload: Workload) -> None:
+        """Raises ValueError for a request that the engine would refuse; see `System`.
+
+        The longest of each kind decides, for longer ones need more.
+        """
+        pairs = np.stack([workload.num_samples, workload.beam_widths], axis=1)
+        unknown = np.flatnonzero(
+            [tuple(pair) not in self.kinds for pair in pairs.tolist()]
+        )
+        if unknown.size:
+            index = int(unknown[0])
+            raise ValueError(
+                f"workload: expected requests of the kinds (num_samples, beam_width) "
+                f"{list(self.kinds)}, got {tuple(pairs[index].tolist())} at index "
+                f"{index}; give EngineSystem its kinds"
+            )
+        totals = workload.prompt_lens.astype(np.int64) + workload.output_lens
+        for kind in self.kinds:
+            mine = np.flatnonzero(np.all(pairs == kind, axis=1))
+            if not mine.size:
+                continue
+            index = int(mine[np.argmax(totals[mine])])
+            prompt_len = int(workload.prompt_lens[index])
+            params = _params(kind, int(workload.output_lens[index]))
+            limit = self.config.max_model_len
+            try:
+                if totals[index] > limit:
+                    raise ValueError(
+                        f"expected at most max_model_len ({limit}) tokens, prompt and "
+                        f"output, got {totals[index]}"
+                    )
+                engine.check_request(self.config, range(prompt_len), params)
+            except ValueError as error:
+                raise ValueError(
+                    f"workload: the request at index {index} could never run: {error}"
+                ) from None
+        if workload.contents is not None and workload.content_size != self.content_size:
+            raise ValueError(
+                f"workload.content_size: expected {self.content_size}, as the "
+                f"system's, got {workload.content_size}"
+            )
+
+    def counters(self, state: ServedState) -> dict[str, int]:
+        """The engine's own; see `jpaged.engine.Counters`."""
+        found = dataclasses.asdict(state.engine.counters)
+        return {
+            name: int(value) for name, value in found.items() if name.startswith("num_")
+        }
 
     def init(self) -> ServedState:
         """An engine with nothing to do, and without pages."""
@@ -218,9 +267,7 @@ class EngineSystem:
             num_saved_blocks=saved,
         )
 
-    def end(
-        self, begun: tuple[ServedState, Begun]
-    ) -> tuple[ServedState, Progress]:
+    def end(self, begun: tuple[ServedState, Begun]) -> tuple[ServedState, Progress]:
         """The engine's state with the step's tokens; see `System`."""
         before, inner = begun
         step = before.engine.counters.num_steps
@@ -343,28 +390,32 @@ def _mix(seed: jax.Array, value: jax.Array) -> jax.Array:
     return ((word ^ (word >> 15)) >> 1).astype(jnp.int32)
 
 
+def _params(
+    kind: tuple[int, int], max_tokens: int
+) -> BeamSearchParams | SamplingParams:
+    num_samples, beam_width = kind
+    if beam_width:
+        return BeamSearchParams(beam_width, max_tokens=max_tokens, ignore_eos=True)
+    return SamplingParams(
+        n=num_samples, temperature=1.0, max_tokens=max_tokens, ignore_eos=True
+    )
+
+
 @functools.lru_cache(maxsize=64)
-def _templates(
-    config: EngineConfig, kinds: tuple[tuple[int, int], ...]
-) -> Submission:
+def _templates(config: EngineConfig, kinds: tuple[tuple[int, int], ...]) -> Submission:
     """The engine's own submission of a request of each kind, numpy [K, B, ...].
 
-    At the first places of an empty table, so that places in it are numbers of sequences.
+    At the first places of an empty table, so that its places are sequences' numbers.
     """
     table = jax.eval_shape(lambda: request_table.init_table(config))
     table = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), table)
     found = []
-    for num_samples, beam_width in kinds:
-        params: BeamSearchParams | SamplingParams
-        if beam_width:
-            params = BeamSearchParams(beam_width, max_tokens=1)
-        else:
-            params = SamplingParams(n=num_samples, temperature=1.0, max_tokens=1)
+    for kind in kinds:
         encoded, _ = submission.encode(
             table,
             config,
             [[0, 0]],
-            [params],
+            [_params(kind, max_tokens=1)],
             [constraints.UNCONSTRAINED],
             seed=0,
             first_arrival=0,

@@ -20,9 +20,11 @@ class Load:
     """
 
     query_lens: jax.Array  # i32[S], tokens that each row computes; 0: not in this step
-    context_lens: jax.Array  # i32[S], tokens its last one attends to, these included
+    context_lens: jax.Array  # i32[S], tokens its last one attends to, itself too
     num_logits: jax.Array  # i32[], rows whose next token is decided
-    num_copied_tokens: jax.Array  # i32[], whose keys and values are copied on the device
+    num_copied_tokens: (
+        jax.Array
+    )  # i32[], whose keys and values are copied on the device
     num_swapped_tokens: jax.Array  # i32[], that go to the host's memory or come back
     num_swap_copies: jax.Array  # i32[], pieces in which they go
 

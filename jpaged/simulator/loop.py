@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jpaged.compat import when
 from jpaged.simulator.clock import Clock
 from jpaged.simulator.load import CostModel
 from jpaged.simulator.system import Progress, Request, System, Usage
-from jpaged.simulator.workloads import Workload
+from jpaged.simulator.workloads import NO_CONTENT, Workload
 
 _NEVER = -1  # seconds of a moment that has not come
 
@@ -70,13 +70,18 @@ class Simulation:
 
 
 def trace(
-    workload: Workload, *, size: int | None = None, warmup: float = 0.1
+    workload: Workload,
+    *,
+    size: int | None = None,
+    num_pieces: int | None = None,
+    warmup: float = 0.1,
 ) -> Trace:
     """The workload as arrays.
 
     Args:
       workload: at least one request.
       size: N to pad to; None is the number of requests.
+      num_pieces: ids of a prompt's pieces to pad to; None is the workload's.
       warmup: share of the time between the first arrival and the last that the totals
         leave out at its begin; behind the last arrival they count nothing, unless all
         arrive at once.
@@ -85,12 +90,15 @@ def trace(
     size = count if size is None else size
 
     def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
-        shape = (size - count,) + values.shape[1:]
+        shape = (size - count, *values.shape[1:])
         return np.concatenate([values, np.full(shape, fill, values.dtype)])
 
     contents = workload.contents
     if contents is None:
         contents = np.zeros((count, 0), np.int32)
+    if num_pieces is not None:
+        room = ((0, 0), (0, num_pieces - contents.shape[1]))
+        contents = np.pad(contents, room, constant_values=NO_CONTENT)
     first, last = float(workload.arrivals[0]), float(workload.arrivals[-1])
     begin = first + warmup * (last - first)
     end = last if last > first else np.iinfo(np.int32).max
@@ -103,7 +111,7 @@ def trace(
             output_len=padded(workload.output_lens, 1),
             num_samples=padded(workload.num_samples, 1),
             beam_width=padded(workload.beam_widths),
-            content=padded(contents, -1),
+            content=padded(contents, NO_CONTENT),
         ),
         begin=Clock.at(np.array(begin)),
         end=Clock.at(np.array(end)),

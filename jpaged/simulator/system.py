@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from jpaged.simulator.load import Load
+from jpaged.simulator.workloads import Workload
 
 
 class Request(NamedTuple):
@@ -53,6 +54,14 @@ class System(Protocol):
 
     num_slots: int  # tokens whose keys and values fit into its memory
 
+    def check(self, workload: Workload) -> None:
+        """Raises ValueError for a workload with a request that it could not serve."""
+        ...
+
+    def counters(self, state: Any) -> dict[str, int]:
+        """What it has counted for itself, such as num_preemptions; host side."""
+        ...
+
     def init(self) -> Any:
         """Its state with nothing to do."""
         ...
@@ -70,7 +79,7 @@ class System(Protocol):
         ...
 
     def begin(self, state: Any) -> tuple[Any, Load, Usage]:
-        """A step up to the decoder: what `end` takes, its load, and the memory's use."""
+        """A step up to the decoder: what `end` takes, its load, the memory's use."""
         ...
 
     def end(self, begun: Any) -> tuple[Any, Progress]:

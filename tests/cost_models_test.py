@@ -360,3 +360,16 @@ def test_the_papers_engine_on_the_host_is_what_its_fit_has_beyond_the_device():
     load = step_load((1, 1))
     host = float(fit(load)) - float(device(load))
     assert host == pytest.approx(VLLM_2023_STEP_S, abs=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 2**30])
+def test_a_prompts_pairs_are_counted_exactly(window):
+    zeros = jax.tree.map(lambda _: 0.0, PLAIN)
+    ones = ("memory_bytes_per_s", "flops_per_s", "link_bytes_per_s", "read_share")
+    ones += ("matmul_share", "attention_read_share", "attention_matmul_share")
+    ones += ("pair_flops", "sliding_share")
+    only = dict.fromkeys(ones, 1.0) | {"window": float(window)}
+    pairs = dataclasses.replace(zeros, **only)
+    for query, context in ((1, 1), (1, 9), (2, 2), (4, 9), (9, 9)):
+        expected = sum(min(context - j, window) for j in range(query))
+        assert float(JITTED(pairs, step_load((query, context)))) == expected

@@ -48,6 +48,11 @@ class BaselineSystem:
     max_num_seqs: int
     max_seqs_per_request: int
 
+    def counters(self, state: BaselineState) -> dict[str, int]:
+        """Nothing beyond what the clock counts: nobody is preempted."""
+        del state
+        return {}
+
     def init(self) -> BaselineState:
         """Nobody waits, nobody runs."""
         return BaselineState(

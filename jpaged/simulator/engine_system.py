@@ -174,7 +174,7 @@ class EngineSystem:
                 requests=table,
                 states=groups.place_states(state.engine.states, new),
             )
-            requests = state.requests.at[places].set(request.index, mode="drop")
+            requests = state.requests.at[places].set(request.number, mode="drop")
             return ServedState(inner, requests)
 
         return when(ok, place, state), ok
@@ -186,7 +186,7 @@ class EngineSystem:
         own = jnp.arange(places.shape[0], dtype=jnp.int32)
         sources = jnp.where(shared > 0, template.queue["sources"], own)
         columns = template.queue | dict(
-            arrivals=jnp.full_like(places, request.index),
+            arrivals=jnp.full_like(places, request.number),
             prompt_lens=jnp.full_like(places, request.prompt_len),
             num_tokens=jnp.full_like(places, request.prompt_len),
             leaders=places[template.queue["leaders"]],
@@ -196,7 +196,7 @@ class EngineSystem:
         limit = request.prompt_len + request.output_len
         sampling = dataclasses.replace(
             template.asked.sampling,
-            seed=jnp.full_like(template.asked.sampling.seed, request.index),
+            seed=jnp.full_like(template.asked.sampling.seed, request.number),
         )
         asked = dataclasses.replace(
             template.asked,
@@ -372,7 +372,7 @@ def _ended_requests(table: RequestTable) -> tuple[jax.Array, jax.Array]:
 def _prompt_tokens(request: Request, length: int, content_size: int) -> jax.Array:
     """The prompt's tokens i32[L]: equal where the ids of their pieces are equal."""
     position = jnp.arange(length, dtype=jnp.int32)
-    tokens = _mix(_mix(request.index, -1), position)
+    tokens = _mix(_mix(request.number, -1), position)
     if request.content.shape[0]:
         piece = request.content.at[position // content_size]
         piece = piece.get(mode="fill", fill_value=-1)

@@ -106,7 +106,7 @@ def trace(
         num_requests=np.int32(count),
         arrivals=Clock(*map(padded, Clock.at(workload.arrivals))),
         requests=Request(
-            index=np.arange(size, dtype=np.int32),
+            number=np.arange(size, dtype=np.int32),
             prompt_len=padded(workload.prompt_lens, 1),
             output_len=padded(workload.output_lens, 1),
             num_samples=padded(workload.num_samples, 1),
@@ -134,7 +134,7 @@ def _no_totals() -> Totals:
 @functools.partial(jax.jit, static_argnames="system")
 def init(system: System, trace: Trace) -> Simulation:
     """A simulation before its first step."""
-    never = jnp.full_like(trace.requests.index, _NEVER)
+    never = jnp.full_like(trace.requests.number, _NEVER)
     return Simulation(
         state=system.init(),
         clock=Clock.zero(),

@@ -38,7 +38,7 @@ class Job(NamedTuple):
     def of(cls, request: Request) -> Job:
         """The job that a request is."""
         return cls(
-            request.index,
+            request.number,
             request.prompt_len,
             request.output_len,
             jnp.maximum(request.num_samples, request.beam_width),

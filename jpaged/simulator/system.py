@@ -19,7 +19,7 @@ from jpaged.simulator.workloads import Workload
 class Request(NamedTuple):
     """A request at the door: scalars, but for what its prompt holds."""
 
-    index: jax.Array  # i32[], its number in the workload
+    number: jax.Array  # i32[], its index in the workload
     prompt_len: jax.Array  # i32[], tokens
     output_len: jax.Array  # i32[], tokens that each of its sequences generates
     num_samples: jax.Array  # i32[], sequences; 1 for beams

@@ -1,0 +1,226 @@
+"""A workload on a virtual clock: through the engine's own scheduler, or a baseline.
+
+    python -m experiments.simulate
+    python -m experiments.simulate --system orca_max --rate 2 --duration 900
+    python -m experiments.simulate --trace lengths.csv --model opt-66b --gpu a100-40g \
+        --num_chips 4 --rate 0.8
+
+Replays requests through a serving system whose decoder is a cost model: `--system vllm`
+is the engine itself (`jpaged.engine`: scheduler, block manager, preemption), the others
+are the baselines of the paper. Without --trace, lengths come from built-in
+distributions (--lengths). A trace is a CSV with input_tokens and output_tokens, and
+with timestamp_s its own arrivals; or JSON lines as of Mooncake, whose prompts share
+prefixes. Without times, arrivals are Poisson at --rate for --duration seconds, as the
+paper's driver makes them. Outputs have the lengths that the trace says.
+
+Seconds of a step come from a roofline of model and chips (`jpaged.simulator.roofline`):
+data sheets and measured shares of them, `--step_s` being the host's part. The memory is
+the paper's where it had that model on those chips, else what the parameters leave.
+
+Time: an hour of ShareGPT at 2 requests a second takes the engine about 17 s, a baseline
+2 s, after compiling (10 s), on one core. Expected: Orca (Max) batches 7.00 requests of
+OPT-13B on an A100 with 40 GB (figure 13), the engine about four times as many.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from absl import app, flags
+
+from experiments.timing import environment, progress
+from jpaged.simulator import traces
+from jpaged.simulator.chips import CHIPS, find_chip
+from jpaged.simulator.lengths import BUILTIN_LENGTHS, Lengths
+from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
+from jpaged.simulator.served_models import (
+    PAPER_SETTINGS,
+    kv_slots,
+    served_model,
+)
+from jpaged.simulator.simulate import Outcome, simulate
+from jpaged.simulator.systems import ENGINES, SYSTEMS, find_system
+from jpaged.simulator.workloads import Workload, paper_trace
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_enum("system", "vllm", list(SYSTEMS), "Who serves.")
+    flags.DEFINE_string("trace", None, "File of requests: .csv, .jsonl, or .gz of one.")
+    flags.DEFINE_enum(
+        "lengths", "sharegpt", list(BUILTIN_LENGTHS), "Without a trace: whose lengths."
+    )
+    flags.DEFINE_float("rate", 2.0, "Requests a second.", lower_bound=1e-6)
+    flags.DEFINE_float("duration", 600.0, "Seconds of arrivals.", lower_bound=1e-2)
+    flags.DEFINE_integer("seed", 0, "Of arrivals, lengths and their order.")
+    flags.DEFINE_string(
+        "model", "opt-13b", "Name of its shape, or a checkpoint folder."
+    )
+    flags.DEFINE_enum(
+        "gpu", None, list(CHIPS), "Chip; the paper's for its models, else a100-80g."
+    )
+    flags.DEFINE_integer(
+        "num_chips", None, "Tensor parallelism; the paper's, else 1.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "num_slots", None, "Tokens of KV memory; None: see above.", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "step_s", VLLM_2023_STEP_S, "Seconds of a step on the host.", lower_bound=0.0
+    )
+    flags.DEFINE_integer("n", 1, "Samples of each request.", lower_bound=1)
+    flags.DEFINE_integer("beam_width", 0, "0: sampling.", lower_bound=0)
+    flags.DEFINE_integer("max_num_seqs", 256, "Sequences at once.", lower_bound=1)
+    flags.DEFINE_integer("block_size", 16, "Of the engine.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_model_len", None, "Longer requests are skipped; None: 2048 or a trace's."
+    )
+    flags.DEFINE_bool("prefix_caching", None, "Of the engine; None: if prompts share.")
+    flags.DEFINE_enum(
+        "preemption", "recompute", ["recompute", "swap"], "Of the engine."
+    )
+    flags.DEFINE_string("policy", None, "Of the engine: who is admitted first.")
+    flags.DEFINE_bool(
+        "skip_empty", False, "Skip lengths of 0 instead of refusing them."
+    )
+
+
+def make_workload() -> Workload:
+    """The requests that the flags ask for."""
+    found: Workload | Lengths | str = FLAGS.lengths
+    if FLAGS.trace is not None:
+        found = traces.read(FLAGS.trace, skip_empty=FLAGS.skip_empty)
+    if not isinstance(found, Workload):
+        found = paper_trace(found, FLAGS.rate, FLAGS.duration, FLAGS.seed)
+    if FLAGS.max_model_len is not None:
+        found = found.limited(FLAGS.max_model_len)
+    if FLAGS.beam_width:
+        return found.with_beams(FLAGS.beam_width)
+    return found.with_samples(FLAGS.n) if FLAGS.n > 1 else found
+
+
+def make_machine() -> tuple[Roofline, int, dict[str, Any]]:
+    """The cost model, the slots of the memory, and what to say of them."""
+    setting = PAPER_SETTINGS.get(FLAGS.model.lower())
+    chip_name = FLAGS.gpu or (setting.chip if setting else "a100-80g")
+    is_papers = setting is not None and chip_name == setting.chip
+    num_chips = FLAGS.num_chips or (setting.num_chips if is_papers else 1)
+    is_papers = is_papers and num_chips == setting.num_chips
+    model, chip = served_model(FLAGS.model), find_chip(chip_name)
+    slots, source = FLAGS.num_slots, "--num_slots"
+    if slots is None and is_papers:
+        slots, source = setting.kv_slots, setting.source
+    elif slots is None:
+        slots, source = kv_slots(model, chip, num_chips), "what parameters leave of 0.9"
+    cost_model = Roofline.of(model, chip, num_chips, step_s=FLAGS.step_s)
+    said = {"gpu": chip_name, "num_chips": num_chips, "num_slots": slots}
+    return cost_model, slots, said | {"num_slots_source": source}
+
+
+def make_system(workload: Workload, num_slots: int) -> Any:
+    """The system that the flags ask for.
+
+    Raises:
+      ValueError: a flag of the engine beside another system.
+    """
+    sizes: dict[str, Any] = {"max_num_seqs": FLAGS.max_num_seqs}
+    own = ("block_size", "prefix_caching", "preemption", "policy")
+    if FLAGS.system not in ENGINES:
+        for name in own:
+            if FLAGS[name].present:
+                raise ValueError(
+                    f"--{name}: expected none with --system {FLAGS.system}, it is the "
+                    f"engine's ({', '.join(ENGINES)}); got {FLAGS[name].value!r}"
+                )
+        return find_system(FLAGS.system, workload, num_slots, **sizes)
+    sizes |= {"block_size": FLAGS.block_size, "preemption": FLAGS.preemption}
+    if FLAGS.preemption == "swap":
+        sizes["num_swap_blocks"] = num_slots // FLAGS.block_size
+    if FLAGS.policy is not None:
+        sizes["policy"] = FLAGS.policy
+    shares = FLAGS.prefix_caching
+    if shares is None and FLAGS.system == "vllm":
+        shares = workload.contents is not None
+    if shares is not None:
+        sizes["enable_prefix_caching"] = shares
+    return find_system(FLAGS.system, workload, num_slots, **sizes)
+
+
+class _Progress:
+    """A line on stderr every two seconds."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.perf_counter()
+
+    def __call__(self, done: int, count: int) -> None:
+        now = time.perf_counter()
+        if now - self._last > 2 and done < count:
+            self._last = now
+            progress(f"{done} of {count} requests, {now - self._begin:.0f} s")
+
+
+def print_table(found: dict[str, Any], outcome: Outcome) -> None:
+    """The numbers for people."""
+    for name in (
+        "num_requests",
+        "num_skipped",
+        "mean_batched_requests",
+        "mean_waiting_requests",
+        "normalized_latency_s",
+        "mean_ttft_s",
+        "mean_tpot_s",
+        "output_tokens_per_s",
+        "num_preemptions",
+        "prefix_hit_ratio",
+        "kv_saved_share",
+        "makespan_s",
+    ):
+        value = found[name]
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(f"{name:<26}{text:>14}")
+    print("KV memory in use or lost, over time:")
+    for name, share in outcome.composition.items():
+        print(f"  {name:<24}{share:>13.1%}")
+    for reason, count in outcome.workload.skipped.items():
+        print(f"skipped: {count} requests of {reason}")
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, simulates, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    try:
+        workload = make_workload()
+        if not len(workload):
+            raise ValueError(
+                "no requests: nothing arrives, or all are skipped "
+                f"({dict(workload.skipped)}); raise --rate or --duration"
+            )
+        cost_model, num_slots, said = make_machine()
+        system = make_system(workload, num_slots)
+        begin = time.perf_counter()
+        outcome = simulate(system, workload, cost_model, on_progress=_Progress())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    wall_s = time.perf_counter() - begin
+    found = outcome.summary()
+    print_table(found, outcome)
+    print(f"{outcome.num_steps} steps in {wall_s:.1f} s, compiling included")
+    flags_given = {name: FLAGS[name].value for name in ("system", "model", "trace")}
+    flags_given |= {"rate": FLAGS.rate, "duration": FLAGS.duration, "seed": FLAGS.seed}
+    print(
+        json.dumps(
+            found | said | {"wall_s": wall_s, "flags": flags_given} | environment()
+        )
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

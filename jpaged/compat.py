@@ -45,6 +45,16 @@ def when(
     return switch_in_place(jnp.where(predicate, 0, -1), [function], carry)
 
 
+def ordered(index: jax.Array, after: jax.Array) -> jax.Array:
+    """`index`, i32, made to depend on `after`, i32 above the least number there is.
+
+    Where a loop reads an array that is then written at `index`, XLA keeps a copy of the
+    whole array for the loop, unless it sees that the loop comes first.
+    """
+    least = jnp.iinfo(jnp.int32).min
+    return index + jnp.where(jnp.min(after) == least, 1, 0)
+
+
 def rewrites_on_update(dtype: jnp.dtype, platform: str) -> bool:
     """Whether writing a slice of a donated array takes as long as writing all of it.
 

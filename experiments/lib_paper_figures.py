@@ -133,8 +133,8 @@ def _show_2(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
             bars[part][1].append(float(np.mean(values)))
     title = "Share of KV memory, OPT-13B, ShareGPT"
     remark = (
-        "Shares are of the slots in use or lost, over time, up to the last arrival. The "
-        "engine's reservation and internal parts have no counterpart in the paper."
+        "Shares are of the slots in use or lost, over time, up to the last arrival. "
+        "The engine's reservation and internal parts have no counterpart in the paper."
     )
     return Shown(rows, [Drawing(title, "", "%", bars, kind="stacked")], [remark])
 

@@ -1,0 +1,172 @@
+"""The paper's figures, simulated: every number beside the one that is printed.
+
+    python -m experiments.paper --figure fig13 --out paper_figures
+    python -m experiments.paper --figure all --out paper_figures --jobs 2
+
+Runs the engine's own scheduler and block manager, and the baselines of the paper, on
+the clock of a cost model (`jpaged.simulator`): figures 1, 2, 11 to 17, 18b and 19 of
+Kwon et al., SOSP 2023. Written are, for each figure, FIGURE.csv with its numbers beside
+the paper's, FIGURE_runs.csv with a line for each simulation, and FIGURE.png (with the
+extra `plot`); and REPORT.md for all. `--figure fig12:sharegpt:opt-13b` is one panel of
+figure 12. Lengths are built-in distributions unless --sharegpt and --alpaca name files
+with input_tokens and output_tokens.
+
+--scale is the share of the paper's hour that requests arrive for; its runs took
+--scale 1, which takes TIME_OF_ALL. The report says what follows from a shorter one.
+
+Expected: figure 13, ShareGPT: 7.00 requests for Orca (Max), as in the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+
+from experiments import (
+    lib_paper_blocks,
+    lib_paper_figures,
+    lib_paper_rates,
+    lib_paper_report,
+)
+from experiments.lib_paper_curves import Row
+from experiments.lib_paper_figures import Figure, Plan, Shown
+from experiments.lib_paper_report import file_name
+from experiments.lib_paper_runs import Case, run_all
+from experiments.timing import progress
+from jpaged import compilation_cache
+
+FLAGS = flags.FLAGS
+FIGURES: dict[str, Figure] = dict(
+    sorted(
+        (
+            lib_paper_figures.FIGURES
+            | lib_paper_rates.FIGURES
+            | lib_paper_blocks.FIGURES
+        ).items()
+    )
+)
+# Figures of the paper whose number says more: 18b is all of 18 that is simulated.
+ALIASES = {"fig18a": "fig18", "fig18b": "fig18", "fig19a": "fig19", "fig19b": "fig19"}
+ALL = "all"
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_list("figure", [ALL], f"Of {', '.join(FIGURES)}, a panel, or {ALL}.")
+    flags.DEFINE_string("out", "paper_figures", "Folder for what is written.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Of arrivals and lengths.")
+    flags.DEFINE_float(
+        "scale", 0.05, "Share of the paper's hour.", lower_bound=1e-5, upper_bound=1.0
+    )
+    flags.DEFINE_string("sharegpt", None, "CSV of lengths; None: built-in ones.")
+    flags.DEFINE_string("alpaca", None, "CSV of lengths; None: built-in ones.")
+    flags.DEFINE_integer("jobs", 1, "Processes.", lower_bound=1)
+
+
+def chosen_figures(names: list[str]) -> dict[str, Figure]:
+    """The figures of those names.
+
+    Raises:
+      ValueError: there is none of a name.
+    """
+    known = FIGURES | lib_paper_rates.PANEL_FIGURES
+    found: dict[str, Figure] = {}
+    for name in names:
+        if name == ALL:
+            found |= FIGURES
+            continue
+        name = ALIASES.get(name, name)
+        if name not in known:
+            raise ValueError(
+                f"figure: expected some of {', '.join([ALL, *known])}, got {name!r}"
+            )
+        found[name] = known[name]
+    if not found:
+        raise ValueError("figure: expected at least one, got none")
+    return found
+
+
+def make_plan() -> Plan:
+    """What the flags decide for all figures.
+
+    Raises:
+      ValueError, OSError: seeds that are no different whole numbers; no such file.
+    """
+    seeds = tuple(int(one) for one in FLAGS.seeds if one.isdecimal())
+    if len(seeds) != len(FLAGS.seeds) or len(set(seeds)) != len(seeds) or not seeds:
+        raise ValueError(
+            f"seeds: expected different whole numbers, got {','.join(FLAGS.seeds)!r}"
+        )
+    files = {"sharegpt": FLAGS.sharegpt, "alpaca": FLAGS.alpaca}
+    for name, path in files.items():
+        if path is not None and not pathlib.Path(path).is_file():
+            raise FileNotFoundError(f"{name}: no such file: {path}")
+    return Plan(seeds=seeds, scale=FLAGS.scale, files=files)
+
+
+def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list]:
+    """The runs of all figures, each case once, with progress on stderr."""
+    cases = [case for figure in figures.values() for case in figure.cases(plan)]
+    count, begin, done = len(set(cases)), time.perf_counter(), 0
+
+    def on_done(case: Case) -> None:
+        nonlocal done
+        done += 1
+        what = f"{case.system}, {case.model}, {case.requests}"
+        seconds = time.perf_counter() - begin
+        progress(f"{done} of {count} curves, {seconds:.0f} s: {what}")
+
+    return run_all(cases, FLAGS.jobs, on_done)
+
+
+def write(
+    folder: pathlib.Path, plan: Plan, figures: dict[str, Figure], runs
+) -> list[Row]:
+    """All files; returns the rows of all figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown: dict[str, Shown] = {}
+    has_plots = True
+    for name, figure in figures.items():
+        shown[name] = one = figure.show(plan, runs)
+        mine = [run for case in figure.cases(plan) for run in runs[case]]
+        lib_paper_report.write_csv(folder, file_name(name), one, mine)
+        try:
+            path = folder / f"{file_name(name)}.png"
+            lib_paper_report.draw(path, figure.title, one.drawings)
+        except ImportError:
+            has_plots = False
+    if not has_plots:
+        progress("no PNG: matplotlib is missing; pip install 'jpaged[plot]'")
+    text = lib_paper_report.markdown(plan, figures, shown, has_plots)
+    (folder / "REPORT.md").write_text(text, "utf-8")
+    return [row for one in shown.values() for row in one.rows]
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, simulates, writes, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    compilation_cache.turn_on()
+    try:
+        figures, plan = chosen_figures(FLAGS.figure), make_plan()
+        runs = simulate(plan, figures)
+        rows = write(pathlib.Path(FLAGS.out), plan, figures, runs)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    for name in dict.fromkeys(row.figure for row in rows):
+        print(f"\n{name}")
+        mine = [row for row in rows if row.figure == name]
+        print("\n".join(lib_paper_report.table(mine)))
+    print(f"\nwritten: {pathlib.Path(FLAGS.out) / 'REPORT.md'} and a table per figure")
+    print(json.dumps([dataclasses.asdict(row) for row in rows]), flush=True)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -34,10 +34,13 @@ class Printed:
             return f"{self.low:g}"
         return f"{self.low:g} to {self.high:g}"
 
-    def ratio(self, here: float) -> float:
-        """`here` over the number; over a range's nearer end, and 1 within it."""
+    def ratio(self, here: float) -> float | None:
+        """`here` over the number; over a range's nearer end, and 1 within it.
+
+        None over 0.
+        """
         nearest = min(max(here, self.low), self.high)
-        return here / nearest if nearest else float("nan")
+        return here / nearest if nearest else None
 
 
 def _one(number: float, source: str) -> Printed:

@@ -131,7 +131,8 @@ def constants(models: Sequence[str]) -> list[str]:
             f"{chip.name}: {chip.memory_bytes_per_s / 1e9:g} GB/s, "
             f"{chip.flops_per_s / 1e12:g} TFLOP/s, links "
             f"{chip.link_bytes_per_s / 1e9:g} GB/s, host "
-            f"{chip.host_bytes_per_s / 1e9:g} GB/s ({chip.source}); {reached} ({source}).",
+            f"{chip.host_bytes_per_s / 1e9:g} GB/s ({chip.source}); {reached} "
+            f"({source}).",
         ]
     step_ms = cost_model_of("opt-13b").step_s * 1e3
     lines += [

@@ -16,6 +16,7 @@ from jpaged.simulator.load import Load
 _X = "tokens of a block"
 _LATENCY = "normalized_latency_s"
 SWAPPED_TOKENS = 256  # of figure 19's sequence
+GOOD = 0.05  # of the least latency: a block size that works well
 PREEMPTIONS = ("recompute", "swap")
 
 
@@ -35,8 +36,9 @@ def _show_18(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
         mine = [case for case in cases if case.requests == requests]
         latencies = np.array([by_seed(found[case], _LATENCY) for case in mine])
         sizes = [case.block_size for case in mine]
-        best = [float(sizes[int(at)]) for at in np.argmin(latencies, axis=0)]
-        text = f"{requests}: block size of the least latency"
+        is_good = latencies <= (1 + GOOD) * latencies.min(axis=0)
+        best = [float(max(np.array(sizes)[good])) for good in is_good.T]
+        text = f"{requests}: largest block size within {GOOD:.0%} of the least latency"
         rows.append(row("fig18b", text, best, ("fig18b", requests)))
         sixteen = latencies[sizes.index(16)]
         for size, latency in zip(sizes, latencies, strict=True):
@@ -47,7 +49,8 @@ def _show_18(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
         "18a, the kernel's latency beside FasterTransformer's: not measured here; it "
         "takes a GPU, and `experiments.bench_attention` where there is one.",
         "The cost model does not see the block size, so small blocks cost nothing here "
-        "that they cost a kernel; what is seen is the memory that large ones waste.",
+        "that they cost a kernel, and the least of the paper's good sizes does not "
+        "come out; what is seen is the memory that large ones waste.",
     ]
     title = "Latency by block size, OPT-13B"
     drawing = Drawing(title, _X, "s/token", lines, log_x=True)

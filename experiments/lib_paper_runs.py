@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from jpaged import compilation_cache
 from jpaged.simulator import loop, traces
 from jpaged.simulator.lengths import PREFIX_TOKENS, Lengths
 from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
@@ -273,7 +274,9 @@ def _each(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, list[Run]]]:
     context = multiprocessing.get_context("spawn")
     # The long ones first: the engine's.
     order = sorted(cases, key=lambda case: case.system not in ENGINES)
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=compilation_cache.turn_on
+    ) as pool:
         futures = {pool.submit(run, case): case for case in order}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()

@@ -40,7 +40,7 @@ from experiments import (
 from experiments.lib_paper_curves import Row
 from experiments.lib_paper_figures import Figure, Plan, Shown
 from experiments.lib_paper_report import file_name
-from experiments.lib_paper_runs import Case, run_all
+from experiments.lib_paper_runs import Case, Run, run_all
 from experiments.timing import progress
 from jpaged import compilation_cache
 
@@ -113,7 +113,7 @@ def make_plan() -> Plan:
     return Plan(seeds=seeds, scale=FLAGS.scale, files=files)
 
 
-def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list]:
+def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list[Run]]:
     """The runs of all figures, each case once, with progress on stderr."""
     cases = [case for figure in figures.values() for case in figure.cases(plan)]
     count, begin, done = len(set(cases)), time.perf_counter(), 0
@@ -128,16 +128,32 @@ def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list]:
     return run_all(cases, FLAGS.jobs, on_done)
 
 
+def with_skipped(shown: Shown, runs: list[Run]) -> Shown:
+    """The same, with a remark on the requests that the runs left out."""
+    skipped = sum(run.num_skipped for run in runs)
+    if not skipped:
+        return shown
+    count = sum(run.num_requests for run in runs)
+    remark = (
+        f"Left out on the way to these runs' {count} requests: {skipped}, of 2,048 "
+        "tokens or more in all, or of no output."
+    )
+    return dataclasses.replace(shown, remarks=[*shown.remarks, remark])
+
+
 def write(
-    folder: pathlib.Path, plan: Plan, figures: dict[str, Figure], runs
+    folder: pathlib.Path,
+    plan: Plan,
+    figures: dict[str, Figure],
+    runs: dict[Case, list[Run]],
 ) -> list[Row]:
     """All files; returns the rows of all figures."""
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[str, Shown] = {}
     has_plots = True
     for name, figure in figures.items():
-        shown[name] = one = figure.show(plan, runs)
         mine = [run for case in figure.cases(plan) for run in runs[case]]
+        shown[name] = one = with_skipped(figure.show(plan, runs), mine)
         lib_paper_report.write_csv(folder, file_name(name), one, mine)
         try:
             path = folder / f"{file_name(name)}.png"

@@ -180,6 +180,23 @@ def test_a_small_run_has_its_table_figure_and_report(figure_2):
         assert "fig02.png" in report
 
 
+def test_lengths_from_a_file_are_used_and_what_is_left_out_is_told(tmp_path):
+    lines = ["input_tokens,output_tokens", "100,50", "2000,48", "100,0", "100,50"]
+    path = tmp_path / "lengths.csv"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    status, out, err = run(
+        f"--sharegpt={path}", "--figure=fig11", "--seeds=0", f"--out={tmp_path}"
+    )
+    assert status == 0, err
+    rows = {row["quantity"]: row for row in json.loads(out.rstrip().split("\n")[-1])}
+    assert rows["sharegpt: mean output, tokens"]["here"] == 50
+    assert rows["sharegpt: mean input, tokens"]["here"] == 100
+    made = paper.with_skipped(
+        paper.Shown([], []), [dataclasses.replace(a_run(1, 0, 1), num_skipped=2)]
+    )
+    assert ": 2, of 2,048 tokens or more" in made.remarks[0]
+
+
 def test_the_same_seeds_give_the_same_bytes(figure_2, tmp_path):
     arguments, folder, rows = figure_2
     # In two processes this time, which must change nothing.

@@ -263,13 +263,9 @@ def test_a_planted_fault_in_the_simulation_breaks_the_equality(monkeypatch):
     # One who forgets that a row computes its last token before the next is decided.
     from jpaged.simulator import engine_system as room
 
-    monkeypatch.setattr(
-        room, "_computes_last", lambda begun: begun.plan.num_tokens > 0
-    )
+    monkeypatch.setattr(room, "_computes_last", lambda begun: begun.plan.num_tokens > 0)
     config = EngineConfig(**SIZES | {"max_num_seqs": 5})
     workload = drawn(20, seed=3)
     real = real_engine(config, workload)
     simulated = run_to_end(EngineSystem(config), workload).state.engine
     assert simulated.counters.num_steps != real.counters.num_steps
-
-

@@ -118,4 +118,5 @@ def test_a_bad_line_of_a_trace_is_named(tmp_path):
     path.write_text("input_tokens,output_tokens\n5,7\n6,-1\n")
     status, _, stderr = run("--trace", str(path))
     assert status == 1
-    assert f"{path}" in stderr and "3" in stderr
+    assert str(path) in stderr
+    assert "3" in stderr

@@ -162,9 +162,7 @@ def _plan(q, k_pages, block_tables, is_ragged: bool, tiles: Tiles) -> _Plan:
     few_rows = pl.cdiv(group, _ROWS) * _ROWS
     if _ROWS % group:
         few_rows += _ROWS
-    heads = next(
-        n for n in range(tiles.kv_heads, 0, -1) if num_kv_heads % n == 0
-    )
+    heads = next(n for n in range(tiles.kv_heads, 0, -1) if num_kv_heads % n == 0)
     bytes_of_token = heads * head_dim * k_pages.dtype.itemsize
     tokens = min(tiles.buffer_bytes // bytes_of_token, tiles.tokens, width * block_size)
     return _Plan(
@@ -351,8 +349,9 @@ def _kernel(
         """Zeros for values in the tile's fetched blocks that no query sees."""
         begin, end = columns(segment, number)
         for column, token in ((begin, first_token), (end - 1, end_token)):
+            first = column * block_size
 
-            @pl.when((token > column * block_size) & (token < (column + 1) * block_size))
+            @pl.when((token > first) & (token < first + block_size))
             def _(column=column):
                 start = (column - number * blocks) * block_size
                 place = pl.ds(pl.multiple_of(start, block_size), block_size)

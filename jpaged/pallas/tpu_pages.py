@@ -219,7 +219,8 @@ def copy(
     is_live = (src >= 0) & (dst >= 0) & (src < num_blocks) & (dst < num_blocks)
     order = jnp.argsort(~is_live, stable=True)
     number = jnp.sum(is_live, dtype=jnp.int32)
-    settings = jnp.stack([number, jnp.asarray(0 if layer is None else layer, jnp.int32)])
+    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    settings = jnp.stack([number, index])
     any_spec = pl.BlockSpec(memory_space=pl.ANY)
     k_pages, v_pages = pl.pallas_call(
         functools.partial(_copy_kernel, is_one_layer=layer is not None),

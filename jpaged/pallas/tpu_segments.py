@@ -53,7 +53,7 @@ def of_chunks(
     tile_queries: int,
     num_tiles: int,
 ) -> Segments:
-    """Chunks of queries one after another, in tiles: prompts, and decode beside them."""
+    """Chunks of queries one after another: prompts, and decode beside them."""
     (num_rows,) = context_lens.shape
     starts = jnp.arange(num_tiles, dtype=jnp.int32) * tile_queries
     # Between two neighbours of these lies neither the end of a tile nor of a row.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jpaged.implementations import choose, page_head_dim
-from jpaged.pallas import tpu_attention, tpu_pages
+from jpaged.pallas import tpu
 from jpaged.xla import attention as xla_attention
 from jpaged.xla import pages as xla_pages
 
@@ -110,10 +110,8 @@ def paged_attention(
     )
     q = _padded(q, k_pages.shape[-1])
     if chosen == "mosaic_tpu":
-        pools = _stacked(k_pages, v_pages)
-        args = (q, *pools, block_tables, context_lens, query_start_loc)
-        options |= {"layer": 0 if layer is None else layer, "return_lse": return_lse}
-        out, lse = tpu_attention.attend(*args, **options)
+        args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
+        out, lse = tpu.attend(*args, layer=layer, return_lse=return_lse, **options)
     else:
         pools = _one_pool(k_pages, v_pages, block_tables, layer)
         args = (q, *pools, context_lens)
@@ -162,10 +160,7 @@ def write_kv(
     _check_int("slot_mapping", slot_mapping, 1)
     k, v = (_padded(x.astype(k_pages.dtype), head_dim) for x in (k, v))
     if chosen == "mosaic_tpu":
-        pools = _stacked(k_pages, v_pages)
-        index = 0 if layer is None else layer
-        pools = tpu_pages.write(*pools, k, v, slot_mapping, index)
-        return pools[0].reshape(k_pages.shape), pools[1].reshape(v_pages.shape)
+        return tpu.write(k_pages, v_pages, k, v, slot_mapping, layer)
     write = functools.partial(xla_pages.write, slots=slot_mapping, layer=layer)
     return write(k_pages, k), write(v_pages, v)
 
@@ -198,8 +193,7 @@ def copy_blocks(
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
     if chosen == "mosaic_tpu":
-        pools = tpu_pages.copy(*_stacked(k_pages, v_pages), src, dst, layer)
-        return pools[0].reshape(k_pages.shape), pools[1].reshape(v_pages.shape)
+        return tpu.copy(k_pages, v_pages, src, dst, layer)
     copy = xla_pages.copy
     return copy(k_pages, src, dst, layer), copy(v_pages, src, dst, layer)
 
@@ -289,13 +283,6 @@ def _is_padded(head_dim: int, page_dim: int) -> bool:
 def _padded(heads: jax.Array, page_dim: int) -> jax.Array:
     """`heads` [T, H, D] with zeros behind, up to the pages' head_dim."""
     return jnp.pad(heads, ((0, 0), (0, 0), (0, page_dim - heads.shape[-1])))
-
-
-def _stacked(k_pages, v_pages):
-    """[L, N, K, P, D] of pages with or without layers."""
-    if k_pages.ndim == 5:
-        return k_pages, v_pages
-    return k_pages[None], v_pages[None]
 
 
 def _one_pool(k_pages, v_pages, block_tables, layer):

@@ -1,6 +1,6 @@
 """Paged attention on TPUs: pages are read where they lie, and never gathered.
 
-Place on the road: attention -> [pallas.tpu_attention].
+Place on the road: attention -> pallas.tpu -> [pallas.tpu_attention].
 
 One kernel serves prompt chunks and decode rows. It walks segments of queries (see
 `tpu_segments`); of each it reads the blocks that the segment's queries see, a tile of
@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.pallas import tpu_segments
-from jpaged.pallas.tpu_segments import EVERYTHING, Segments
+from jpaged.pallas.tpu_segments import Segments
 
 # Below every score that a float32 model gives, and finite: -inf - -inf is NaN.
 _LOWEST = -1e30
@@ -74,9 +74,9 @@ def attend(
     context_lens: jax.Array,
     query_start_loc: jax.Array | None,
     *,
-    layer: jax.Array | int,
+    layer: jax.Array,
     scale: float,
-    sliding_window: int | jax.Array | None,
+    window: jax.Array,
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
     return_lse: bool,
@@ -92,9 +92,9 @@ def attend(
       block_tables: i32[S, M].
       context_lens: i32[S].
       query_start_loc: i32[S + 1], or None where each row has one query.
-      layer: which of L.
+      layer: i32[], which of L.
       scale: Python number.
-      sliding_window: i32[] or None.
+      window: i32[], at most EVERYTHING.
       logits_soft_cap: Python number or None.
       sinks: f32[H] or None.
       return_lse: whether to give the log-sum-exp.
@@ -102,8 +102,6 @@ def attend(
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU.
     """
     plan = _plan(q, k_pages, block_tables, query_start_loc is not None, tiles)
-    window = EVERYTHING if sliding_window is None else sliding_window
-    window = jnp.minimum(jnp.asarray(window, jnp.int32), EVERYTHING)
     num_queries = q.shape[0]
     num_tiles = pl.cdiv(num_queries, plan.tile_queries)
     max_tokens = plan.width * plan.block_size
@@ -251,7 +249,7 @@ def _call(
             pltpu.SMEM((1,), jnp.int32),
         ],
     )
-    settings = jnp.stack([jnp.asarray(layer, jnp.int32), window])
+    settings = jnp.stack([layer, window])
     return pl.pallas_call(
         functools.partial(
             _kernel, plan=plan, scale=scale, soft_cap=soft_cap, has_lse=has_lse

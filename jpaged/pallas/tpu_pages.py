@@ -1,6 +1,6 @@
 """Page updates on TPUs, in place: tokens into slots, blocks onto blocks.
 
-Place on the road: attention -> [pallas.tpu_pages].
+Place on the road: attention -> pallas.tpu -> [pallas.tpu_pages].
 
 A slot is one row of a memory tile, and the hardware copies whole tiles only. So a write
 reads the `WINDOW` rows around its slots, changes what is new, and writes them back; the
@@ -35,7 +35,7 @@ def write(
     k: jax.Array,
     v: jax.Array,
     slots: jax.Array,
-    layer: jax.Array | int,
+    layer: jax.Array,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`k_pages`, `v_pages` [L, N, K, P, D] with `k`, `v` [T, K, D] at `slots` i32[T].
@@ -86,7 +86,7 @@ def write(
         interpret=interpret,
         name="write_kv",
     )(
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        layer.reshape(1),
         slots,
         firsts,
         chunk_windows,
@@ -206,24 +206,25 @@ def copy(
     v_pages: jax.Array,
     src: jax.Array,
     dst: jax.Array,
-    layer: jax.Array | int | None,
+    layer: jax.Array,
+    *,
+    is_one_layer: bool,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`k_pages`, `v_pages` [L, N, K, P, D] with block `dst[i]` as `src[i]` was.
 
     Pairs with a block outside the pool are skipped; no block is in both `src` and
-    `dst`. All layers where `layer` is None. In place where the pages are donated; D is
+    `dst`. All layers unless `is_one_layer`. In place where the pages are donated; D is
     a multiple of 128.
     """
     num_blocks = k_pages.shape[1]
     is_live = (src >= 0) & (dst >= 0) & (src < num_blocks) & (dst < num_blocks)
     order = jnp.argsort(~is_live, stable=True)
     number = jnp.sum(is_live, dtype=jnp.int32)
-    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    settings = jnp.stack([number, index])
+    settings = jnp.stack([number, layer])
     any_spec = pl.BlockSpec(memory_space=pl.ANY)
     k_pages, v_pages = pl.pallas_call(
-        functools.partial(_copy_kernel, is_one_layer=layer is not None),
+        functools.partial(_copy_kernel, is_one_layer=is_one_layer),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(1,),

@@ -1,6 +1,6 @@
 """What the TPU's attention kernel walks through: segments of queries, one at a time.
 
-Place on the road: attention -> pallas.tpu_attention -> [pallas.tpu_segments].
+Place on the road: pallas.tpu_attention -> [pallas.tpu_segments].
 
 Queries stand in tiles of `tile_queries`, and a tile may hold queries of several rows. A
 segment is the part of a tile that belongs to one row, so every segment has one block

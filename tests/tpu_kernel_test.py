@@ -15,8 +15,11 @@ import pytest
 from attention_oracle import Case, make_case, relative_errors
 from jax.experimental.pallas import tpu as pltpu
 
-from jpaged import attention
+from jpaged import LLM, attention, engine, kv_cache
+from jpaged.config import EngineConfig
+from jpaged.models import ModelConfig, init_model
 from jpaged.pallas import tpu_attention, tpu_pages
+from jpaged.requests import SamplingParams
 
 # As in `attention_test`.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3}
@@ -249,3 +252,58 @@ def test_tables_larger_than_the_scalar_memory_raise():
         run(case)
     with pytest.raises(ValueError, match="scale: expected a Python number"):
         run(make_case([5], head_dim=128), scale=jnp.float32(1.0))
+
+
+# ---- in the engine
+
+TINY = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=64,
+    hidden_act="silu",
+    rms_norm_eps=1e-5,
+)
+
+
+def test_an_engine_on_these_kernels_gives_the_models_own_greedy_tokens():
+    model = init_model(ModelConfig.from_hf(TINY))
+    config = EngineConfig(
+        num_blocks=12,
+        max_num_seqs=2,
+        max_model_len=64,
+        max_num_batched_tokens=16,
+        max_num_requests=8,
+        attention="mosaic_tpu",
+    )
+    prompts = [[1, 2, 3], list(range(5, 40)), [7] * 17]
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    state, _ = engine.submit(engine.init(model, config), prompts, params)
+    assert state.cache.k_pages.shape[-1] == 128
+    results = engine.collect(engine.run(model, state))
+    assert [len(result.token_ids) for result in results] == [4, 4, 4]
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens = [*prompt, *result.token_ids]
+        logits = model(jnp.array([tokens + [0] * (64 - len(tokens))]))[0]
+        best = np.asarray(jnp.argmax(logits, axis=-1))
+        assert best[len(prompt) - 1 : len(tokens) - 1].tolist() == result.token_ids
+
+
+def test_bytes_of_a_block_count_what_heads_are_filled_up_with():
+    sizes = dict(num_layers=2, num_kv_heads=3, block_size=16, dtype="bfloat16")
+    for head_dim, bytes_per_head in ((64, 256), (128, 256), (130, 512)):
+        size = kv_cache.bytes_per_block(
+            head_dim=head_dim, implementation="mosaic_tpu", **sizes
+        )
+        assert size == 2 * 2 * 3 * 16 * bytes_per_head
+
+
+def test_an_llm_without_a_tpu_refuses_its_kernels():
+    with pytest.raises(ValueError, match="attention: 'mosaic_tpu' needs a TPU, and"):
+        LLM("random:opt-125m", attention="mosaic_tpu")

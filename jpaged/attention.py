@@ -50,7 +50,9 @@ def paged_attention(
       q: `[S, H, D]`, one query per sequence (decode); or with `query_start_loc`
         `[T, H, D]`, prompt chunks and decode tokens of all sequences one after
         another, causal within each sequence.
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`.
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`. Their D may
+        be that of q rounded up to a multiple of 128, with zeros behind, as TPUs want
+        it (`implementations.page_head_dim`).
       block_tables: i32`[S, M]`. Entries past a sequence's length are never used,
         whatever they hold.
       context_lens: i32`[S]`, tokens visible to the row's last query, those that are
@@ -68,7 +70,10 @@ def paged_attention(
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
         (`-inf` where nothing is visible), for `merge_states`.
-      implementation: None takes the best for the backend.
+      implementation: None takes the best for the backend that serves the arguments. A
+        name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
+        float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
+        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything.
 
     Returns:
       `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also

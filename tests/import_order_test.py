@@ -109,8 +109,9 @@ ROOMS = {
                           "live"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
-                          "step_inputs", "kv_cache", "models", "decoding",
-                          "request_table", "engine"],
+                          "models", "decoding", "request_table", "groups",
+                          "submission", "timeline", "engine_state", "iteration",
+                          "engine"],
 }
 # fmt: on
 

@@ -109,7 +109,7 @@ ROOMS = {
                           "live"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
-                          "models", "decoding", "request_table", "groups",
+                          "kv_cache", "models", "decoding", "request_table", "groups",
                           "submission", "timeline", "engine_state", "iteration",
                           "engine"],
 }

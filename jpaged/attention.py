@@ -1,6 +1,6 @@
 """Paged attention: the front doors, their checks, and the plain reference.
 
-Place on the road: models -> [attention] -> xla | pallas | triton.
+Place on the road: models -> [attention] -> xla | pallas.
 
 Letters: S sequences, T query tokens of the step, N blocks, M blocks per sequence,
 P tokens per block, H query heads, K key/value heads, G = H // K, D head_dim, L layers.
@@ -10,18 +10,19 @@ Source: Kwon et al. 2023, section 4.1. https://arxiv.org/abs/2309.06180
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
+from jpaged.implementations import choose, page_head_dim
+from jpaged.pallas import tpu
 from jpaged.xla import attention as xla_attention
 from jpaged.xla import pages as xla_pages
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
-
-IMPLEMENTATIONS = ("reference", "xla")
-_PLANNED = ("mosaic_tpu", "mosaic_gpu", "triton")
 
 
 def paged_attention(
@@ -49,7 +50,9 @@ def paged_attention(
       q: `[S, H, D]`, one query per sequence (decode); or with `query_start_loc`
         `[T, H, D]`, prompt chunks and decode tokens of all sequences one after
         another, causal within each sequence.
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`.
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`. Their D may
+        be that of q rounded up to a multiple of 128, with zeros behind, as TPUs want
+        it (`implementations.page_head_dim`).
       block_tables: i32`[S, M]`. Entries past a sequence's length are never used,
         whatever they hold.
       context_lens: i32`[S]`, tokens visible to the row's last query, those that are
@@ -67,7 +70,10 @@ def paged_attention(
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
         (`-inf` where nothing is visible), for `merge_states`.
-      implementation: None takes the best for the backend.
+      implementation: None takes the best for the backend that serves the arguments. A
+        name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
+        float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
+        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything.
 
     Returns:
       `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also
@@ -77,7 +83,15 @@ def paged_attention(
       ValueError: for shapes or dtypes that do not fit together, or an implementation
         that does not exist or cannot serve the arguments.
     """
-    chosen = _choose(implementation)
+    _check_pages(k_pages, v_pages, layer)
+    chosen = choose(
+        implementation,
+        k_pages,
+        q=q,
+        block_tables=block_tables,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
     for name, value in (
         ("k_scale", k_scale),
         ("v_scale", v_scale),
@@ -87,26 +101,32 @@ def paged_attention(
             raise ValueError(
                 f"{name}: implementation {chosen!r} does not serve it yet; pass None"
             )
-    _check_pages(k_pages, v_pages, layer)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
         raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap: expected above 0, got {logits_soft_cap}")
-    k_pages, v_pages, block_tables = _one_pool(k_pages, v_pages, block_tables, layer)
+    head_dim = q.shape[-1]
     options = dict(
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=head_dim**-0.5 if scale is None else scale,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
     )
-    args = (q, k_pages, v_pages, block_tables, context_lens)
-    if chosen == "reference":
-        out, lse = _reference(*args, query_start_loc, **options)
-    elif query_start_loc is None:
-        out, lse = xla_attention.decode(*args, **options)
+    q = _padded(q, k_pages.shape[-1])
+    if chosen == "mosaic_tpu":
+        args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
+        out, lse = tpu.attend(*args, layer=layer, return_lse=return_lse, **options)
     else:
-        out, lse = xla_attention.ragged(*args, query_start_loc, **options)
+        pools = _one_pool(k_pages, v_pages, block_tables, layer)
+        args = (q, *pools, context_lens)
+        if chosen == "reference":
+            out, lse = _reference(*args, query_start_loc, **options)
+        elif query_start_loc is None:
+            out, lse = xla_attention.decode(*args, **options)
+        else:
+            out, lse = xla_attention.ragged(*args, query_start_loc, **options)
+    out = out[..., :head_dim]
     return (out, lse) if return_lse else out
 
 
@@ -131,10 +151,11 @@ def write_kv(
     Raises:
       ValueError: for shapes that do not fit together.
     """
-    _choose(implementation)
     _check_pages(k_pages, v_pages, layer)
+    chosen = choose(implementation, k_pages)
     *_, num_kv_heads, _, head_dim = k_pages.shape
-    wanted = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
+    own_dim = k.shape[-1] if _is_padded(k.shape[-1], head_dim) else head_dim
+    wanted = (*slot_mapping.shape[:1], num_kv_heads, own_dim)
     for name, value in (("k", k), ("v", v)):
         if value.shape != wanted:
             raise ValueError(
@@ -142,11 +163,11 @@ def write_kv(
                 f"pages {k_pages.shape}), got {value.shape}"
             )
     _check_int("slot_mapping", slot_mapping, 1)
-    write = xla_pages.write
-    return (
-        write(k_pages, k.astype(k_pages.dtype), slot_mapping, layer),
-        write(v_pages, v.astype(v_pages.dtype), slot_mapping, layer),
-    )
+    k, v = (_padded(x.astype(k_pages.dtype), head_dim) for x in (k, v))
+    if chosen == "mosaic_tpu":
+        return tpu.write(k_pages, v_pages, k, v, slot_mapping, layer)
+    write = functools.partial(xla_pages.write, slots=slot_mapping, layer=layer)
+    return write(k_pages, k), write(v_pages, v)
 
 
 def copy_blocks(
@@ -169,13 +190,15 @@ def copy_blocks(
     Raises:
       ValueError: for shapes that do not fit together.
     """
-    _choose(implementation)
-    if k_pages.ndim == 4 or layer is not None:
-        _check_pages(k_pages, v_pages, layer)
+    is_stacked = k_pages.ndim == 5 and layer is None
+    _check_pages(k_pages, v_pages, 0 if is_stacked else layer)
+    chosen = choose(implementation, k_pages)
     _check_int("src", src, 1)
     _check_int("dst", dst, 1)
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
+    if chosen == "mosaic_tpu":
+        return tpu.copy(k_pages, v_pages, src, dst, layer)
     copy = xla_pages.copy
     return copy(k_pages, src, dst, layer), copy(v_pages, src, dst, layer)
 
@@ -257,20 +280,14 @@ def _reference(
     return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
 
 
-def _choose(implementation: str | None) -> str:
-    if implementation is None:
-        return "xla"
-    if implementation in IMPLEMENTATIONS:
-        return implementation
-    if implementation in _PLANNED:
-        raise ValueError(
-            f"implementation: {implementation!r} is not built yet; "
-            f"choose one of {IMPLEMENTATIONS}, or None for the best one"
-        )
-    raise ValueError(
-        f"implementation: expected None or one of {IMPLEMENTATIONS}, "
-        f"got {implementation!r}"
-    )
+def _is_padded(head_dim: int, page_dim: int) -> bool:
+    """Whether pages of `page_dim` are those of `head_dim` as TPUs want them stored."""
+    return page_dim == page_head_dim(head_dim, "mosaic_tpu")
+
+
+def _padded(heads: jax.Array, page_dim: int) -> jax.Array:
+    """`heads` [T, H, D] with zeros behind, up to the pages' head_dim."""
+    return jnp.pad(heads, ((0, 0), (0, 0), (0, page_dim - heads.shape[-1])))
 
 
 def _one_pool(k_pages, v_pages, block_tables, layer):
@@ -316,10 +333,10 @@ def _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, si
     _check_int("context_lens", context_lens, 1)
     num_queries, num_heads, head_dim = q.shape
     num_seqs = block_tables.shape[0]
-    *_, num_kv_heads, _, page_head_dim = k_pages.shape
-    if head_dim != page_head_dim:
+    *_, num_kv_heads, _, page_dim = k_pages.shape
+    if head_dim != page_dim and not _is_padded(head_dim, page_dim):
         raise ValueError(
-            f"q: expected head_dim {page_head_dim} as in k_pages, got {head_dim}"
+            f"q: expected head_dim {page_dim} as in k_pages, got {head_dim}"
         )
     if num_heads % num_kv_heads:
         raise ValueError(

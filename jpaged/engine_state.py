@@ -117,6 +117,7 @@ def init(
             num_kv_heads=sizes.num_kv_heads,
             block_size=config.block_size,
             head_dim=sizes.head_dim,
+            implementation=config.attention,
             dtype=sizes.dtype if kv_dtype is None else kv_dtype,
         )
 

@@ -113,7 +113,13 @@ def _trunk(
 
     def attend(layer, q, k, v, cache):
         k_pages, v_pages = attention.write_kv(
-            cache.k_pages, cache.v_pages, k, v, inputs.slot_mapping, layer=layer
+            cache.k_pages,
+            cache.v_pages,
+            k,
+            v,
+            inputs.slot_mapping,
+            layer=layer,
+            implementation=implementation,
         )
         attended = attention.paged_attention(
             q,

@@ -324,7 +324,7 @@ def iterate(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
     target = _target(model)
     cache, hidden = forward.hidden_states(
         target,
-        _copy_blocks(state.cache, begun),
+        _copy_blocks(state.cache, begun, config),
         begun.table,
         begun.blocks,
         begun.batch,
@@ -363,12 +363,12 @@ def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
     return dataclasses.replace(state, cache=cache, draft_cache=draft_cache, host=host)
 
 
-def _copy_blocks(cache: KVCache, begun: Begun) -> KVCache:
+def _copy_blocks(cache: KVCache, begun: Begun, config: EngineConfig) -> KVCache:
     """The cache after the copies that must come before this step's writes."""
     src, dst = begun.appended.copy_src, begun.appended.copy_dst
     return when(
         jnp.any(dst != NO_BLOCK),
-        lambda cache: kv_cache.copy_blocks(cache, src, dst),
+        lambda cache: kv_cache.copy_blocks(cache, src, dst, config.attention),
         cache,
     )
 
@@ -381,7 +381,7 @@ def _draft(
         return begun, state.draft_cache, memory
     table, cache, hidden, logits = speculation.draft(
         model.draft,
-        _copy_blocks(state.draft_cache, begun),
+        _copy_blocks(state.draft_cache, begun, config),
         begun.table,
         begun.blocks,
         begun.batch,

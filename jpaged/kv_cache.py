@@ -20,6 +20,7 @@ from jax import lax
 from jpaged import attention
 from jpaged.block_manager import NO_BLOCK
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
+from jpaged.implementations import page_head_dim
 
 
 @jax.tree_util.register_dataclass
@@ -40,26 +41,46 @@ def init_cache(
     head_dim: int,
     dtype: str,
     memory: Any = DEVICE_MEMORY,
+    implementation: str | None = None,
 ) -> KVCache:
-    """A cache of zeros; `memory` is `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`."""
+    """A cache of zeros; `memory` is `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`.
+
+    Heads are stored as the `implementation` of attention wants them.
+    """
+    head_dim = page_head_dim(head_dim, implementation)
     shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
     return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
 
 
 def bytes_per_block(
-    *, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    dtype: str,
+    implementation: str | None = None,
 ) -> int:
     """Bytes that one block takes: keys and values, all layers (paper section 3)."""
     itemsize = jnp.dtype(dtype).itemsize
+    head_dim = page_head_dim(head_dim, implementation)
     return 2 * num_layers * num_kv_heads * block_size * head_dim * itemsize
 
 
-def copy_blocks(cache: KVCache, src: jax.Array, dst: jax.Array) -> KVCache:
+def copy_blocks(
+    cache: KVCache,
+    src: jax.Array,
+    dst: jax.Array,
+    implementation: str | None = None,
+) -> KVCache:
     """The cache with block `dst[i]` holding what `src[i]` held, in every layer.
 
     `src`, `dst`: i32[C], NO_BLOCK skips the pair. In place where the cache is donated.
     """
-    return KVCache(*attention.copy_blocks(cache.k_pages, cache.v_pages, src, dst))
+    pages = attention.copy_blocks(
+        cache.k_pages, cache.v_pages, src, dst, implementation=implementation
+    )
+    return KVCache(*pages)
 
 
 def swap_out(

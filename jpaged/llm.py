@@ -184,6 +184,7 @@ class LLM:
             memory_fraction=memory_fraction,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            attention=attention,
         )
         config = _with_places(
             EngineConfig(
@@ -501,7 +502,10 @@ class LLM:
         counters = host.counters
         num_steps = max(counters["num_steps"], 1)
         size = memory.block_bytes(
-            self.model.config, self.config.block_size, self._kv_dtype
+            self.model.config,
+            self.config.block_size,
+            self._kv_dtype,
+            self.config.attention,
         )
         return {
             "num_blocks": self.config.num_blocks,

@@ -21,7 +21,9 @@ _TABLE_BYTES_PER_TOKEN = 8  # token id and log-probability
 _TABLE_BYTES_PER_LOGPROB = 8  # id and log-probability
 
 
-def block_bytes(model: ModelConfig, block_size: int, kv_dtype: str) -> int:
+def block_bytes(
+    model: ModelConfig, block_size: int, kv_dtype: str, attention: str | None = None
+) -> int:
     """Bytes of one block: keys and values of its tokens in all layers."""
     return kv_cache.bytes_per_block(
         num_layers=model.num_layers,
@@ -29,6 +31,7 @@ def block_bytes(model: ModelConfig, block_size: int, kv_dtype: str) -> int:
         block_size=block_size,
         head_dim=model.head_dim,
         dtype=kv_dtype,
+        implementation=attention,
     )
 
 
@@ -42,6 +45,7 @@ def choose_sizes(
     memory_fraction: float,
     max_num_seqs: int,
     max_model_len: int | None,
+    attention: str | None = None,
 ) -> tuple[int, int]:
     """(num_blocks, max_model_len), where the user left them open.
 
@@ -65,7 +69,9 @@ def choose_sizes(
     if num_blocks is None:
         budget = pool_budget(model, memory_fraction)
         # The draft model's pages lie under the same block tables.
-        size = sum(block_bytes(each.config, block_size, kv_dtype) for each in models)
+        size = sum(
+            block_bytes(each.config, block_size, kv_dtype, attention) for each in models
+        )
         useful = max_num_seqs * -(-length // block_size)
         num_blocks = min(useful, budget // size)
         if num_blocks < 1:

@@ -76,6 +76,11 @@ def check_choices(
             f"attention: wanted None or one of {attention_module.IMPLEMENTATIONS} "
             f"(others are not built yet), got {attention!r}"
         )
+    if attention == "mosaic_tpu" and jax.default_backend() != "tpu":
+        raise ValueError(
+            "attention: 'mosaic_tpu' needs a TPU, and this process's backend is "
+            f"{jax.default_backend()!r}; take None for the best one here"
+        )
     if mesh is not None:
         raise ValueError(
             "mesh: an LLM on many devices is not built yet; wanted None, got "

@@ -43,8 +43,12 @@ ROOMS = {
     "xla":               ["compat"],
     "pallas":            ["compat"],
     "triton":            ["compat"],
-    "attention":         ["compat", "config", "xla", "pallas", "triton"],
-    "kv_cache":          ["compat", "config", "block_manager", "attention"],
+    # which of the three serves a call
+    "implementations":   [],
+    "attention":         ["compat", "config", "xla", "pallas", "triton",
+                          "implementations"],
+    "kv_cache":          ["compat", "config", "block_manager", "implementations",
+                          "attention"],
     "models":            ["compat", "config", "bundled", "parallel", "step_inputs",
                           "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block
@@ -105,8 +109,9 @@ ROOMS = {
                           "live"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
     "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
-                          "step_inputs", "kv_cache", "models", "decoding",
-                          "request_table", "engine"],
+                          "kv_cache", "models", "decoding", "request_table", "groups",
+                          "submission", "timeline", "engine_state", "iteration",
+                          "engine"],
 }
 # fmt: on
 

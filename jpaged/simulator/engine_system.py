@@ -156,7 +156,7 @@ class EngineSystem:
         templates = _templates(self.config, self.kinds)
         kinds = jnp.array(self.kinds, jnp.int32)
         asked = jnp.stack([request.num_samples, request.beam_width])
-        kind = jnp.argmax(jnp.all(kinds == asked, axis=1))
+        kind = jnp.argmax(jnp.all(kinds == asked[None, :], axis=1))
         template = jax.tree.map(lambda leaf: jnp.asarray(leaf)[kind], templates)
         (size,) = template.places.shape
         num_places = self.config.max_num_requests

@@ -1,0 +1,215 @@
+r"""Compiles the engine's step for TPUs, with no TPU present, and says what it takes.
+
+    python -m experiments.compile_tpu --topology v5e:2x2 --model llama-3-8b \
+        --tensor_parallel 4
+
+Nothing is computed and no weight exists: the TPU's own compiler (libtpu, of the extra
+`tpu`) gets shapes, and gives back a program for the named machine, or the reason why
+there is none. Weights lie as `jpaged.parallel` says, pages are split by heads.
+
+Takes a minute or two on two cores, most of it for the decoder's layers; `--num_layers`
+compiles fewer. The last line of the output is one JSON object: compiled, bytes_per_chip
+(arguments, results and temporaries of a device), temporary_bytes, fits, compile_s.
+
+Expected, by arithmetic: a Llama-3-8B shape has 16.1 GB of bfloat16 weights, so 4.0 GB a
+chip of four, and its pages 131 kB a token, so 33 kB a token and chip.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags
+
+# Before jax is imported: it shall neither ask the network for a TPU nor look for one,
+# and compilers may run beside each other.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jpaged import engine, parallel
+from jpaged.config import EngineConfig
+from jpaged.models import ModelConfig
+from jpaged.models.decoder import Decoder
+from jpaged.models.placing import placement
+from jpaged.models.shapes import random_config
+
+# Memory of a device by the name of its machine, as Google's pages on each state it; a
+# chip of tpu7x has 192 GB and is two devices.
+DEVICE_BYTES: Mapping[str, int] = {
+    "v4": 32 * 10**9,
+    "v5e": 16 * 10**9,
+    "v5p": 95 * 10**9,
+    "v6e": 32 * 10**9,
+    "tpu7x": 96 * 10**9,
+}
+
+FLAGS = flags.FLAGS
+_OPTIONS = (
+    "topology",
+    "model",
+    "tensor_parallel",
+    "num_layers",
+    "num_blocks",
+    "block_size",
+    "max_num_seqs",
+    "max_model_len",
+    "max_num_batched_tokens",
+)
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_string("topology", "v5e:2x2", "Machine, as v6e:4x4 or tpu7x:2x2x1.")
+    flags.DEFINE_string("model", "llama-3-8b", "A name of jpaged.models.shapes.")
+    flags.DEFINE_integer("tensor_parallel", 4, "Devices that share the model.")
+    flags.DEFINE_integer("num_layers", None, "Compile only so many layers.")
+    flags.DEFINE_integer("num_blocks", 2048, "KV blocks.")
+    flags.DEFINE_integer("block_size", 16, "Tokens of a block.")
+    flags.DEFINE_integer("max_num_seqs", 4, "Rows of a step.")
+    flags.DEFINE_integer("max_model_len", 2048, "Tokens of the longest sequence.")
+    flags.DEFINE_integer("max_num_batched_tokens", 32, "Tokens of a step.")
+
+
+def tpu_mesh(topology: str, tensor_parallel: int) -> Mesh:
+    """A mesh, as `jpaged.make_mesh` gives it, of a machine that is not there.
+
+    Raises:
+      ValueError: there is no such machine, or it has fewer devices.
+    """
+    kind = topology.partition(":")[0]
+    if kind not in DEVICE_BYTES:
+        raise ValueError(
+            f"topology: wanted one of {tuple(DEVICE_BYTES)} and its shape, as v5e:2x2, "
+            f"got {topology!r}"
+        )
+    if importlib.util.find_spec("libtpu") is None and not os.environ.get(
+        "TPU_LIBRARY_PATH"
+    ):
+        raise ValueError(
+            "libtpu: wanted the TPU's compiler, got none; pip install 'jpaged[tpu]'"
+        )
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    if not 1 <= tensor_parallel <= len(devices):
+        raise ValueError(
+            f"tensor_parallel: wanted from 1 to the {len(devices)} devices of "
+            f"{topology}, got {tensor_parallel}"
+        )
+    shape = tuple(tensor_parallel if a == "tensor" else 1 for a in parallel.AXES)
+    return Mesh(
+        np.array(devices[:tensor_parallel]).reshape(shape),
+        parallel.AXES,
+        axis_types=(AxisType.Auto,) * len(parallel.AXES),
+    )
+
+
+def abstract_engine(
+    model_config: ModelConfig, config: EngineConfig, mesh: Mesh
+) -> tuple[Decoder, engine.EngineState]:
+    """Model and engine state of shapes only, each where it lies on the mesh.
+
+    Raises:
+      ValueError: the model does not divide over the mesh.
+    """
+    sharding_of = placement(model_config, mesh)
+
+    def shaped(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    model = nnx.eval_shape(lambda: Decoder(model_config, rngs=nnx.Rngs(0)))
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: shaped(
+            leaf, sharding_of([step.key for step in path], leaf.shape)
+        ),
+        nnx.to_pure_dict(nnx.state(model)),
+    )
+    nnx.update(model, weights)
+    state = jax.eval_shape(lambda: engine.init(model, config))
+    whole = NamedSharding(mesh, PartitionSpec())
+    by_heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    cache = jax.tree.map(lambda leaf: shaped(leaf, by_heads), state.cache)
+    state = jax.tree.map(lambda leaf: shaped(leaf, whole), state)
+    return model, dataclasses.replace(state, cache=cache)
+
+
+def compile_step(
+    model_config: ModelConfig, config: EngineConfig, mesh: Mesh
+) -> jax.stages.Compiled:
+    """The engine's step, compiled for the mesh's devices; `state` is donated."""
+    model, state = abstract_engine(model_config, config, mesh)
+    step = jax.jit(engine.step, donate_argnames="state")
+    # The mesh says for which TPU a kernel is made, and over what it is split.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return step.lower(model, state).compile()
+
+
+def report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
+    """Bytes of one device, and whether it has so many."""
+    memory = compiled.memory_analysis()
+    used = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    available = DEVICE_BYTES[topology.partition(":")[0]]
+    return {
+        "compiled": True,
+        "bytes_per_chip": used,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "fits": used <= available,
+        "available_bytes": available,
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Reads flags, compiles, prints."""
+    del argv
+    options = {name: getattr(FLAGS, name) for name in _OPTIONS}
+    model = random_config(options["model"])
+    if options["num_layers"] is not None:
+        model = dataclasses.replace(model, num_layers=options["num_layers"])
+    config = EngineConfig(
+        num_blocks=options["num_blocks"],
+        block_size=options["block_size"],
+        max_num_seqs=options["max_num_seqs"],
+        max_model_len=options["max_model_len"],
+        max_num_batched_tokens=options["max_num_batched_tokens"],
+        attention="mosaic_tpu",
+    )
+    mesh = tpu_mesh(options["topology"], options["tensor_parallel"])
+    start = time.perf_counter()
+    try:
+        result = report(compile_step(model, config, mesh), options["topology"])
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler itself refuses what does not fit into the device's memory.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(error)
+        result = {"compiled": False, "bytes_per_chip": None, "fits": False}
+    result["compile_s"] = round(time.perf_counter() - start, 1)
+    if result["compiled"]:
+        print(
+            f"{options['model']} on {options['tensor_parallel']} of "
+            f"{options['topology']}: {result['bytes_per_chip'] / 1e9:.2f} GB a device, "
+            f"{result['temporary_bytes'] / 1e6:.1f} MB of it temporaries, of "
+            f"{result['available_bytes'] / 1e9:.0f} GB"
+        )
+    print(json.dumps({**options, "jax": jax.__version__, **result}))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

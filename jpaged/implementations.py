@@ -1,0 +1,99 @@
+"""Implementations of attention and of page updates: which one serves a call.
+
+Place on the road: attention, kv_cache -> [implementations].
+
+None takes the best that serves the backend. A name is never replaced by another: where
+it cannot serve, it raises, and says what it would need and who serves instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
+_PLANNED = ("mosaic_gpu", "triton")
+
+# Numbers in a row of a TPU's memory tile: an array's last axis is padded to a multiple.
+LANES = 128
+# Block tables lie in a TPU core's scalar memory of 1 MiB, with some room for the rest.
+_TABLE_BYTES = 896 * 1024
+_ROWS = 16  # rows of a memory tile of bfloat16
+
+
+def best() -> str:
+    """The first choice on this process's default backend."""
+    return "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
+
+
+def page_head_dim(head_dim: int, implementation: str | None) -> int:
+    """The head_dim with which an implementation wants its pages stored.
+
+    On TPUs a multiple of 128, filled up with zeros: of smaller heads XLA would order
+    the axes otherwise, and a kernel's view of the pages would be a copy of the pool.
+    """
+    if (implementation or best()) != "mosaic_tpu":
+        return head_dim
+    return -(-head_dim // LANES) * LANES
+
+
+def choose(implementation: str | None, k_pages: Any, **attention: Any) -> str:
+    """The implementation that serves a call.
+
+    Args:
+      implementation: a name, or None for the best that serves.
+      k_pages: the pages, `[..., P, D]`.
+      **attention: of a call of `paged_attention` its `q`, `block_tables`, `scale` and
+        `logits_soft_cap`; of a page update nothing.
+
+    Raises:
+      ValueError: there is no such implementation, or it cannot serve the arguments.
+    """
+    if implementation is None:
+        is_served = best() == "mosaic_tpu" and not _unserved(k_pages, attention)
+        return "mosaic_tpu" if is_served else "xla"
+    if implementation in _PLANNED:
+        raise ValueError(
+            f"implementation: {implementation!r} is not built yet; "
+            f"choose one of {IMPLEMENTATIONS}, or None for the best one"
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected None or one of {IMPLEMENTATIONS}, "
+            f"got {implementation!r}"
+        )
+    if implementation == "mosaic_tpu" and (complaint := _unserved(k_pages, attention)):
+        raise ValueError(
+            f"implementation: 'mosaic_tpu' cannot serve this ('xla' can): {complaint}"
+        )
+    return implementation
+
+
+def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
+    """What 'mosaic_tpu' cannot serve, or None."""
+    *_, block_size, head_dim = k_pages.shape
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"k_pages: expected bfloat16 or float32, got {k_pages.dtype}"
+    if block_size % _ROWS:
+        return f"k_pages: expected a block_size of a multiple of 16, got {block_size}"
+    if head_dim % LANES:
+        return (
+            "k_pages: expected a head_dim of a multiple of 128 (pages of smaller heads "
+            f"are stored with zeros behind them, q is not), got {head_dim}"
+        )
+    if not attention:
+        return None
+    if attention["q"].dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q: expected bfloat16 or float32, got {attention['q'].dtype}"
+    for name in ("scale", "logits_soft_cap"):
+        if isinstance(attention[name], jax.Array):
+            return f"{name}: expected a Python number, got an array"
+    tables = attention["block_tables"]
+    if 4 * tables.size > _TABLE_BYTES:
+        return (
+            f"block_tables: expected at most {_TABLE_BYTES // 4} entries in all, "
+            f"got shape {tables.shape}; larger blocks need fewer"
+        )
+    return None

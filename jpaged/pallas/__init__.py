@@ -1,0 +1,1 @@
+"""Pallas kernels, which read pages where they lie: TPUs."""

@@ -1,0 +1,78 @@
+"""What the TPU's attention kernel walks through: segments of queries, one at a time.
+
+Place on the road: pallas.tpu_attention -> [pallas.tpu_segments].
+
+Queries stand in tiles of `tile_queries`, and a tile may hold queries of several rows. A
+segment is the part of a tile that belongs to one row, so every segment has one block
+table and one range of tokens that its queries see.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# A window that no context reaches; half of what i32 holds, so that sums stay inside.
+EVERYTHING = 2**30
+
+
+class Segments(NamedTuple):
+    """Segments in the order of the queries; tiles never fall.
+
+    A query `t` of a segment sees `t + shift` tokens. Segments that see nothing have
+    `end_token` 0; every tile has at least one segment.
+    """
+
+    tile: jax.Array  # i32[I], tile of queries
+    row: jax.Array  # i32[I], row of the block tables
+    first: jax.Array  # i32[I], first query
+    end: jax.Array  # i32[I], behind the last query
+    shift: jax.Array  # i32[I]
+    first_token: jax.Array  # i32[I], first token that a query of it sees
+    end_token: jax.Array  # i32[I], behind the last token that a query of it sees
+    next_live: jax.Array  # i32[I + 1], first segment from here on that sees something
+
+
+def of_single_queries(
+    context_lens: jax.Array, window: jax.Array, max_tokens: int
+) -> Segments:
+    """One query to a row, one row to a tile: decode."""
+    row = jnp.arange(context_lens.shape[0], dtype=jnp.int32)
+    return _seen(row, row, row, row + 1, context_lens - row, window, max_tokens)
+
+
+def of_chunks(
+    query_start_loc: jax.Array,
+    context_lens: jax.Array,
+    window: jax.Array,
+    max_tokens: int,
+    *,
+    tile_queries: int,
+    num_tiles: int,
+) -> Segments:
+    """Chunks of queries one after another: prompts, and decode beside them."""
+    (num_rows,) = context_lens.shape
+    starts = jnp.arange(num_tiles, dtype=jnp.int32) * tile_queries
+    # Between two neighbours of these lies neither the end of a tile nor of a row.
+    first = jnp.sort(jnp.concatenate([starts, query_start_loc[:-1]]))
+    behind = jnp.full((1,), num_tiles * tile_queries, jnp.int32)
+    end = jnp.minimum(jnp.concatenate([first[1:], behind]), query_start_loc[-1])
+    row = jnp.searchsorted(query_start_loc[1:], first, side="right")
+    row = jnp.minimum(row, num_rows - 1).astype(jnp.int32)
+    shift = context_lens[row] - query_start_loc[row + 1] + 1
+    tile = jnp.minimum(first // tile_queries, num_tiles - 1)
+    return _seen(tile, row, first, end, shift, window, max_tokens)
+
+
+def _seen(tile, row, first, end, shift, window, max_tokens) -> Segments:
+    end_token = jnp.where(first < end, end - 1 + shift, 0)
+    end_token = jnp.clip(end_token, 0, max_tokens)
+    first_token = jnp.clip(first + shift - window, 0, end_token)
+    number = jnp.arange(tile.shape[0], dtype=jnp.int32)
+    next_live = jnp.where(end_token > 0, number, tile.shape[0])
+    next_live = jnp.pad(next_live, (0, 1), constant_values=tile.shape[0])
+    next_live = lax.cummin(next_live, reverse=True)
+    return Segments(tile, row, first, end, shift, first_token, end_token, next_live)

@@ -1,0 +1,64 @@
+"""The runner `predict`: a measured run of vLLM beside what its profile says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+DATA = ROOT.parent / "shared" / "data"
+PROFILE = DATA / "profiles" / "rtxpro6000_llama31_8b_"
+RUN = DATA / "vllm_runs"
+WORKLOAD = RUN / "workload_sharegpt300_llama31.jsonl.gz"
+MEASURED = RUN / "rtxpro6000_llama31_8b_requests.csv"
+
+pytestmark = pytest.mark.skipif(
+    not WORKLOAD.exists(), reason="the measured run is not in the repository"
+)
+
+
+def run(*flags):
+    """(exit status, stdout, stderr) of the runner in a process of its own."""
+    profile = [
+        f"--dense={PROFILE}dense.csv",
+        f"--attention={PROFILE}attention.csv.gz",
+        f"--per_sequence={PROFILE}per_sequence.csv",
+        f"--workload={WORKLOAD}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.predict", *profile, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_run_of_vllm_is_predicted_from_its_profile():
+    status, stdout, stderr = run(f"--measured={MEASURED}")
+    assert status == 0, stderr
+    rows = json.loads(stdout.splitlines()[-1])["rows"]
+    ratios = {row["quantity"]: row["ratio"] for row in rows}
+    assert ratios["mean_tpot_s"] == pytest.approx(1, abs=0.10)
+    assert ratios["makespan_s"] == pytest.approx(1, abs=0.10)
+    # What the host adds to each step is in no profile, and piles up in the queue.
+    assert 0.85 < ratios["mean_ttft_s"] < 1.1
+    measured = {row["quantity"]: row["measured"] for row in rows}
+    assert measured["mean_tpot_s"] == pytest.approx(0.03246, rel=1e-3)
+    assert measured["makespan_s"] == pytest.approx(65.83, rel=1e-3)
+
+
+def test_a_table_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "measured.csv"
+    path.write_text("ttft_s,tpot_s,e2e_s\n1,2,3\n")
+    status, _, stderr = run(f"--measured={path}")
+    assert status == 1
+    assert "wanted 300 rows" in stderr
+    path.write_text("ttft_s,tpot_s\n1,2\n")
+    status, _, stderr = run(f"--measured={path}")
+    assert status == 1
+    assert "e2e_s" in stderr

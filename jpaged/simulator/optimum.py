@@ -1,0 +1,76 @@
+"""Optimum: what a policy that knows the future reaches, as a line to measure others by.
+
+Beside the road: host code on traces; no policy that can be built is above it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+_NEVER = np.iinfo(np.int64).max
+
+
+def belady_hits(prompts: Sequence[Sequence[int]], capacity: int) -> np.ndarray:
+    """The most blocks of each prompt that can be known when it comes, i64[R].
+
+    Requests come one after the other. A block is known if an earlier prompt had it and
+    it was kept since; between two requests at most `capacity` blocks are kept. What is
+    wanted again last goes first, and of a path its tail, so that what is kept is always
+    whole beginnings. No choice of what to keep gives more blocks in all: keeping a
+    block from one use to the next is an interval, `capacity` intervals overlap at most,
+    and dropping the one that ends last leaves the most (Belady 1966).
+
+    Args:
+      prompts: of each its blocks' ids; equal ids behind equal beginnings are one block.
+      capacity: blocks, 0 or more.
+
+    Raises:
+      ValueError: the capacity is negative.
+    """
+    if capacity < 0:
+        raise ValueError(f"capacity: expected at least 0, got {capacity}")
+    prompts = _paths(prompts)
+    next_uses = _next_uses(prompts)
+    kept: dict[int, int] = {}  # block: its next use
+    heap: list[tuple[int, int, int]] = []  # the last used first, of those the deepest
+    hits = np.zeros(len(prompts), np.int64)
+    for number, (prompt, uses) in enumerate(zip(prompts, next_uses, strict=True)):
+        # What is kept are beginnings, so all known blocks of the prompt lead it.
+        hits[number] = sum(block in kept for block in prompt)
+        for depth, (block, use) in enumerate(zip(prompt, uses, strict=True)):
+            kept.pop(block, None)
+            if use != _NEVER:
+                kept[block] = use
+                heapq.heappush(heap, (-use, -depth, block))
+        while len(kept) > capacity:
+            use, _, block = heapq.heappop(heap)
+            if kept.get(block) == -use:  # else it has been used since, or dropped
+                del kept[block]
+    return hits
+
+
+def _paths(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts with a number for each block and all before it."""
+    numbers: dict[tuple[int, int], int] = {}
+    found = []
+    for prompt in prompts:
+        path, parent = [], -1
+        for block in prompt:
+            parent = numbers.setdefault((parent, block), len(numbers))
+            path.append(parent)
+        found.append(path)
+    return found
+
+
+def _next_uses(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Of each block of each prompt the number of the next prompt that has it."""
+    coming: dict[int, int] = {}
+    found = []
+    for number in reversed(range(len(prompts))):
+        prompt = prompts[number]
+        found.append([coming.get(block, _NEVER) for block in prompt])
+        coming.update(dict.fromkeys(prompt, number))
+    return found[::-1]

@@ -1,0 +1,74 @@
+"""The offline optimum: no choice of what to keep, tried by enumeration, beats it."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.prefix_cache import replay, synthetic_trace
+from jpaged.simulator.optimum import belady_hits
+
+
+def most_hits(prompts, capacity: int) -> int:
+    """The most blocks known in all, over every choice of what to keep after each."""
+
+    @functools.cache
+    def best(number: int, kept: frozenset) -> int:
+        if number == len(prompts):
+            return 0
+        prompt = prompts[number]
+        lead = list(itertools.takewhile(kept.__contains__, prompt))
+        there = kept | set(prompt)
+        size = min(capacity, len(there))
+        # More kept is never worse, so only full stores are tried.
+        choices = itertools.combinations(sorted(there), size)
+        after = max(best(number + 1, frozenset(choice)) for choice in choices)
+        return len(lead) + after
+
+    return best(0, frozenset())
+
+
+# A tree of blocks: the children of b are 2b + 1 and 2b + 2, so paths share beginnings.
+def path_to(block: int) -> tuple[int, ...]:
+    path = [block]
+    while path[-1]:
+        path.append((path[-1] - 1) // 2)
+    return tuple(reversed(path))
+
+
+@given(
+    ends=st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    capacity=st.integers(0, 4),
+)
+def test_no_choice_of_what_to_keep_finds_more(ends, capacity):
+    prompts = [path_to(end) for end in ends]
+    assert belady_hits(prompts, capacity).sum() == most_hits(prompts, capacity)
+
+
+def test_the_prefix_cache_stays_below_it_and_meets_it_where_all_fits():
+    prompts = [prompt.hash_ids for prompt in synthetic_trace(200, 16, seed=0)]
+    distinct = len(set(itertools.chain(*prompts)))
+    for capacity in (50, 200, distinct):
+        hits, _, _ = replay(prompts, capacity)
+        optimum = belady_hits(prompts, capacity)
+        assert hits.sum() <= optimum.sum()
+    np.testing.assert_array_equal(hits, optimum)
+
+
+def test_dropping_what_is_wanted_soonest_is_worse():
+    # A planted fault: of two blocks with room for one, the wrong one is kept.
+    prompts = [(1,), (2,), (1,), (1,), (2,)]
+    assert belady_hits(prompts, 1).tolist() == [0, 0, 1, 1, 0]
+    assert most_hits(tuple(prompts), 1) == 2
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="capacity: expected at least 0, got -1"):
+        belady_hits([(1,)], -1)
+
+
+def test_equal_ids_behind_other_beginnings_are_other_blocks():
+    assert belady_hits([(1, 2), (3, 2), (3, 2, 2), (1, 2)], 9).tolist() == [0, 0, 2, 2]

@@ -193,6 +193,38 @@ class SlowContiguous(SlowOrca):
         self.buddy.free |= set(one.chunks)
 
 
+class SlowNoEvict(SlowOrca):
+    """Blocks anywhere, for the prompt and the longest output that was asked for."""
+
+    def __init__(self, num_slots, limit, block_size, max_len, max_seqs, max_tokens):
+        super().__init__(num_slots, "max", max_len, 1, max_seqs, max_tokens)
+        self.limit, self.block_size = limit, block_size
+        self.buddy.free = {
+            (n * block_size, block_size) for n in range(num_slots // block_size)
+        }
+
+    def needed(self, one):
+        length = one.prompt + (one.output if self.limit is None else self.limit)
+        blocks = 0
+        while blocks * self.block_size < min(length, self.max_len):
+            blocks += 1
+        return blocks * self.block_size
+
+    def allocate(self, one):
+        wanted = self.needed(one) // self.block_size
+        if len(self.buddy.free) < wanted * one.num_seqs:
+            return False
+        # A sequence's blocks as one chunk: how many there are is what counts.
+        for _ in range(one.num_seqs):
+            blocks = [self.buddy.free.pop() for _ in range(wanted)]
+            one.chunks.append((blocks, self.needed(one)))
+        return True
+
+    def release(self, one):
+        for blocks, _ in one.chunks:
+            self.buddy.free |= set(blocks)
+
+
 class SlowFasterTransformer:
     """A batch, all of it to its end, then the next."""
 

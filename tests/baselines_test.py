@@ -11,6 +11,7 @@ from baselines_model import (
     Sequenced,
     SlowContiguous,
     SlowFasterTransformer,
+    SlowNoEvict,
     SlowOrca,
 )
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from jpaged.simulator import baselines, buddy
 from jpaged.simulator.baselines import Contiguous, FasterTransformer, Orca
 from jpaged.simulator.buddy import NO_CHUNK, BuddyState
+from jpaged.simulator.no_evict import NoEvict
 from jpaged.simulator.system import Request
 from jpaged.simulator.workloads import Workload
 
@@ -205,11 +207,23 @@ def pair(name):
     if name == "fastertransformer":
         system = FasterTransformer(SLOTS + 70, MAX_LEN, SEQS, WIDTH)
         return system, SlowFasterTransformer(SLOTS + 70, MAX_LEN, SEQS)
+    if name.startswith("no_evict"):
+        limit = MAX_LEN if name == "no_evict_max" else None
+        system = NoEvict(SLOTS + 3, limit, CHUNK, MAX_LEN, SEQS, TOKENS, WIDTH)
+        return system, SlowNoEvict(SLOTS + 3, limit, CHUNK, MAX_LEN, SEQS, TOKENS)
     system = Orca(SLOTS, name, MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH)
     return system, SlowOrca(SLOTS, name, MAX_LEN, CHUNK, SEQS, TOKENS)
 
 
-NAMES = ["max", "pow2", "oracle", "contiguous", "fastertransformer"]
+NAMES = [
+    "max",
+    "pow2",
+    "oracle",
+    "contiguous",
+    "fastertransformer",
+    "no_evict",
+    "no_evict_max",
+]
 
 
 @st.composite
@@ -409,3 +423,10 @@ def test_a_group_larger_than_memory_is_named(system):
 def test_sizes_that_make_no_system_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_output_beyond_the_limit_that_was_promised_is_refused():
+    workload = Workload(np.zeros(2), [5, 5], [6, 9])
+    with pytest.raises(ValueError, match=r"output_limit: .*got 8, but 9 at index 1"):
+        NoEvict(4096, output_limit=8).check(workload)
+    NoEvict(4096, output_limit=9).check(workload)

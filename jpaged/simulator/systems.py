@@ -14,6 +14,7 @@ import numpy as np
 from jpaged.config import EngineConfig
 from jpaged.simulator.baselines import Contiguous, FasterTransformer, Orca
 from jpaged.simulator.engine_system import EngineSystem
+from jpaged.simulator.no_evict import NoEvict
 from jpaged.simulator.system import System
 from jpaged.simulator.workloads import Workload
 
@@ -109,6 +110,7 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "orca_oracle": _baseline(Orca, reserve="oracle"),
     "fastertransformer": _baseline(FasterTransformer),
     "contiguous": _baseline(Contiguous),
+    "no_evict": _baseline(NoEvict),
 }
 ENGINES = ("vllm", "radix")  # those that are the engine
 

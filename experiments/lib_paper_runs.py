@@ -13,20 +13,18 @@ import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 
 from jpaged import compilation_cache
-from jpaged.simulator import loop, traces
+from jpaged.simulator import traces
 from jpaged.simulator.lengths import PREFIX_TOKENS, Lengths
 from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
 from jpaged.simulator.served_models import paper_setting
-from jpaged.simulator.simulate import Outcome
+from jpaged.simulator.simulate import Outcome, simulate
 from jpaged.simulator.system import System
 from jpaged.simulator.systems import ENGINES, find_system
 from jpaged.simulator.workloads import Workload, chat_rounds, paper_trace
 
-STEPS_PER_CALL = 20_000
 WARMUP = 0.1  # share of a run that means over time leave out
 MAX_EXTRA_RATES = 6  # below the authors' rates, and as many above
 MAX_BATCHED_TOKENS = 2560  # the artifact's flag
@@ -157,9 +155,6 @@ def cost_model_of(model: str) -> Roofline:
 def simulate_one(case: Case, rate: float, seed: int) -> Run:
     """One simulation.
 
-    As `simulate.simulate`, but that the requests are padded to a power of two: a
-    curve's rates then share one compiled program.
-
     Raises:
       ValueError: nothing arrives, or a request that the system cannot serve.
       RuntimeError: requests that wait are never served.
@@ -170,35 +165,8 @@ def simulate_one(case: Case, rate: float, seed: int) -> Run:
             f"scale: expected a duration in which requests arrive, got {case.duration} "
             f"s at {rate} requests a second; raise --scale"
         )
-    system = system_of(case, workload)
-    system.check(workload)
-    size = max(1024, 1 << (len(workload) - 1).bit_length())
-    trace = loop.trace(workload, size=size, warmup=WARMUP)
-    simulation, totals, before = loop.init(system, trace), None, -1
-    cost_model = cost_model_of(case.model)
-    while before < len(workload):
-        simulation = loop.advance(system, cost_model, trace, simulation, STEPS_PER_CALL)
-        part = jax.tree.map(
-            lambda leaf: np.asarray(leaf, np.float64), jax.device_get(simulation.totals)
-        )
-        totals = part if totals is None else jax.tree.map(np.add, totals, part)
-        ended = int(simulation.num_ended)
-        if ended == before and ended < len(workload):
-            raise RuntimeError(
-                f"{case.system}: no request ended in {STEPS_PER_CALL} steps, with "
-                f"{len(workload) - ended} left; this is a bug"
-            )
-        before = ended
-    count = len(workload)
-    outcome = Outcome(
-        workload=workload,
-        num_slots=system.num_slots,
-        first_times=simulation.first_times.as_seconds()[:count],
-        end_times=simulation.end_times.as_seconds()[:count],
-        num_steps=int(simulation.num_steps),
-        totals=totals,
-        counters=system.counters(simulation.state),
-    )
+    system, cost_model = system_of(case, workload), cost_model_of(case.model)
+    outcome = simulate(system, workload, cost_model, warmup=WARMUP)
     return _run_of(case, rate, seed, outcome)
 
 

@@ -197,7 +197,7 @@ def _simulate(system, workloads, cost_models, warmup, on_progress) -> list[Outco
     for workload in workloads:
         _check(system, workload, warmup)
     size = max(map(len, workloads))
-    size = 1 << (size - 1).bit_length()  # few shapes, for few compilations
+    size = max(1024, 1 << (size - 1).bit_length())  # few shapes, few compilations
     width = max(_num_pieces(workload) for workload in workloads)
     traces = [
         loop.trace(one, size=size, num_pieces=width, warmup=warmup) for one in workloads

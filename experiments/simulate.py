@@ -13,6 +13,8 @@ with timestamp_s its own arrivals; or JSON lines as of Mooncake, whose prompts s
 prefixes. Without times, arrivals are Poisson at --rate for --duration seconds, as the
 paper's driver makes them. Outputs have the lengths that the trace says.
 
+Requests that the memory could never hold are skipped and counted.
+
 Seconds of a step come from a roofline of model and chips (`jpaged.simulator.roofline`):
 data sheets and measured shares of them, `--step_s` being the host's part. The memory is
 the paper's where it had that model on those chips, else what the parameters leave.
@@ -25,10 +27,12 @@ OPT-13B on an A100 with 40 GB (figure 13), the engine about four times as many.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 
 from experiments.timing import environment, progress
@@ -46,6 +50,7 @@ from jpaged.simulator.systems import ENGINES, SYSTEMS, find_system
 from jpaged.simulator.workloads import Workload, paper_trace
 
 FLAGS = flags.FLAGS
+BASELINE_MAX_LEN = 2048  # tokens of a baseline's longest sequence (the paper's)
 
 
 def define_flags() -> None:
@@ -75,10 +80,16 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("n", 1, "Samples of each request.", lower_bound=1)
     flags.DEFINE_integer("beam_width", 0, "0: sampling.", lower_bound=0)
-    flags.DEFINE_integer("max_num_seqs", 256, "Sequences at once.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_num_seqs",
+        None,
+        "Sequences at once; None: thrice the mean requests that memory holds, a power "
+        "of two from 8 to 256.",
+        lower_bound=1,
+    )
     flags.DEFINE_integer("block_size", 16, "Of the engine.", lower_bound=1)
     flags.DEFINE_integer(
-        "max_model_len", None, "Longer requests are skipped; None: 2048 or a trace's."
+        "max_model_len", None, "Longer requests are skipped; None: what memory holds."
     )
     flags.DEFINE_bool("prefix_caching", None, "Of the engine; None: if prompts share.")
     flags.DEFINE_enum(
@@ -102,6 +113,27 @@ def make_workload() -> Workload:
     if FLAGS.beam_width:
         return found.with_beams(FLAGS.beam_width)
     return found.with_samples(FLAGS.n) if FLAGS.n > 1 else found
+
+
+def fitting(workload: Workload, num_slots: int) -> Workload:
+    """The requests that the system can serve at all; the others are counted.
+
+    The engine has to hold each sequence alone, and beams together; a baseline's longest
+    sequence is fixed.
+    """
+    if FLAGS.system not in ENGINES:
+        return workload.limited(min(BASELINE_MAX_LEN, num_slots))
+    blocks = num_slots // FLAGS.block_size // max(FLAGS.beam_width, 1)
+    return workload.limited(blocks * FLAGS.block_size)
+
+
+def max_num_seqs(workload: Workload, num_slots: int) -> int:
+    """The flag, or rows that will not limit the batch where memory does."""
+    if FLAGS.max_num_seqs is not None:
+        return FLAGS.max_num_seqs
+    mean = float(np.mean(workload.prompt_lens + workload.output_lens))
+    wanted = max(3 * num_slots / mean, FLAGS.n, FLAGS.beam_width, 8)
+    return min(1 << math.ceil(math.log2(wanted)), 256)
 
 
 def make_machine() -> tuple[Roofline, int, dict[str, Any]]:
@@ -128,7 +160,7 @@ def make_system(workload: Workload, num_slots: int) -> Any:
     Raises:
       ValueError: a flag of the engine beside another system.
     """
-    sizes: dict[str, Any] = {"max_num_seqs": FLAGS.max_num_seqs}
+    sizes: dict[str, Any] = {"max_num_seqs": max_num_seqs(workload, num_slots)}
     own = ("block_size", "prefix_caching", "preemption", "policy")
     if FLAGS.system not in ENGINES:
         for name in own:
@@ -195,13 +227,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     try:
-        workload = make_workload()
+        cost_model, num_slots, said = make_machine()
+        workload = fitting(make_workload(), num_slots)
         if not len(workload):
             raise ValueError(
-                "no requests: nothing arrives, or all are skipped "
-                f"({dict(workload.skipped)}); raise --rate or --duration"
+                "no requests: nothing arrives, or none can be served, skipped "
+                f"{dict(workload.skipped)}; raise --rate or --duration, or the memory"
             )
-        cost_model, num_slots, said = make_machine()
         system = make_system(workload, num_slots)
         begin = time.perf_counter()
         outcome = simulate(system, workload, cost_model, on_progress=_Progress())

@@ -91,6 +91,19 @@ def test_a_trace_with_times_and_shared_prefixes_finds_them_again(tmp_path):
     assert np.isclose(found["makespan_s"], 150, atol=5)
 
 
+@pytest.mark.parametrize("system", ["vllm", "orca_oracle"])
+def test_requests_that_memory_could_never_hold_are_skipped_and_counted(
+    tmp_path, system
+):
+    path = tmp_path / "lengths.csv"
+    path.write_text("input_tokens,output_tokens,timestamp_s\n" + "5,7,1\n" * 3)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("15000,900,2\n9,2,3\n")
+    found = last_line("--trace", str(path), "--system", system)
+    assert found["num_requests"] == 4
+    assert found["num_skipped"] == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -102,7 +115,7 @@ def test_a_trace_with_times_and_shared_prefixes_finds_them_again(tmp_path):
             ["--model", "opt-175b", "--gpu", "h100", "--duration", "5"],
             "take more chips",
         ),
-        (["--num_slots", "64", "--duration", "30"], "could never run"),
+        (["--num_slots", "15", "--duration", "9"], "no requests: nothing arrives, or"),
     ],
 )
 def test_a_wrong_flag_is_named_before_anything_is_simulated(flags, words):

@@ -184,9 +184,11 @@ def test_a_sweep_is_what_its_simulations_are_one_by_one(name):
 
 def test_requests_that_find_no_place_wait_at_the_door_in_order():
     config = EngineConfig(**SIZES | {"max_num_requests": 6})
-    few = run_to_end(EngineSystem(config), drawn(20, seed=3))
-    many = run_to_end(EngineSystem(EngineConfig(**SIZES)), drawn(20, seed=3))
-    np.testing.assert_array_equal(few.end_times.seconds, many.end_times.seconds)
+    few = simulate(EngineSystem(config), drawn(20, seed=3), HALF)
+    many = simulate(EngineSystem(EngineConfig(**SIZES)), drawn(20, seed=3), HALF)
+    np.testing.assert_array_equal(few.end_times, many.end_times)
+    # Who waits there counts as waiting too.
+    assert few.mean("num_waiting") == many.mean("num_waiting") > 1
 
 
 def test_prompts_of_equal_content_are_found_in_the_prefix_cache():

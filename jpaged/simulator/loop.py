@@ -61,7 +61,8 @@ class Simulation:
 
     state: Any  # the system's
     clock: Clock
-    num_submitted: jax.Array  # i32[]
+    num_arrived: jax.Array  # i32[], requests that have come
+    num_submitted: jax.Array  # i32[], of them those that found a place
     num_ended: jax.Array  # i32[]
     num_steps: jax.Array  # i32[], of all times
     first_times: Clock  # [N], of the first token; _NEVER before
@@ -138,6 +139,7 @@ def init(system: System, trace: Trace) -> Simulation:
     return Simulation(
         state=system.init(),
         clock=Clock.zero(),
+        num_arrived=jnp.int32(0),
         num_submitted=jnp.int32(0),
         num_ended=jnp.int32(0),
         num_steps=jnp.int32(0),
@@ -158,6 +160,8 @@ def step(
     """The simulation after one step of the system."""
     simulation = _let_in(system, trace, simulation)
     begun, load, usage = system.begin(simulation.state)
+    at_the_door = simulation.num_arrived - simulation.num_submitted
+    usage = usage._replace(num_waiting=usage.num_waiting + at_the_door)
     seconds = cost_model(load).astype(jnp.float32)
     begin, clock = simulation.clock, simulation.clock.after(seconds)
     state, progress = system.end(begun)
@@ -201,8 +205,17 @@ def _let_in(system: System, trace: Trace, simulation: Simulation) -> Simulation:
     state, number, _ = lax.while_loop(
         lambda carry: carry[2] & is_next(carry[1], clock), submit, carry
     )
+    num_arrived = lax.while_loop(
+        lambda arrived: is_next(arrived, clock),
+        lambda arrived: arrived + 1,
+        jnp.maximum(simulation.num_arrived, number),
+    )
     return dataclasses.replace(
-        simulation, state=state, clock=clock, num_submitted=number
+        simulation,
+        state=state,
+        clock=clock,
+        num_arrived=num_arrived,
+        num_submitted=number,
     )
 
 

@@ -31,7 +31,7 @@ class Usage(NamedTuple):
     """What a step's memory holds, each i32[]; the slots add up to the system's own."""
 
     num_requests: jax.Array  # that have memory
-    num_waiting: jax.Array  # requests that are known and have none
+    num_waiting: jax.Array  # requests that were submitted and have none
     token_states: jax.Array  # slots with keys and values
     reserved: jax.Array  # slots that a request will yet use
     internal: jax.Array  # slots taken that nobody will ever use

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,11 @@ def real_engine(config: EngineConfig, workload: Workload) -> engine.EngineState:
     return engine.run(model, state)
 
 
+@functools.cache
+def real_run_of_twenty(config: EngineConfig) -> engine.EngineState:
+    return real_engine(config, drawn(20, seed=3))
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -103,7 +109,7 @@ def real_engine(config: EngineConfig, workload: Workload) -> engine.EngineState:
 def test_a_simulated_schedule_is_the_engines_own_step_for_step(more):
     workload = drawn(20, seed=3)
     config = EngineConfig(**SIZES, **more)
-    real = real_engine(config, workload)
+    real = real_run_of_twenty(config)
     simulated = run_to_end(EngineSystem(config), workload).state.engine
     assert int(real.counters.num_preemptions) > 0  # the load is tight enough to matter
     for name in ("num_steps", "num_tokens", "num_preemptions", "num_swapped_blocks"):
@@ -266,8 +272,9 @@ def test_a_planted_fault_in_the_simulation_breaks_the_equality(monkeypatch):
     from jpaged.simulator import engine_system as room
 
     monkeypatch.setattr(room, "_computes_last", lambda begun: begun.plan.num_tokens > 0)
-    config = EngineConfig(**SIZES | {"max_num_seqs": 5})
-    workload = drawn(20, seed=3)
-    real = real_engine(config, workload)
-    simulated = run_to_end(EngineSystem(config), workload).state.engine
+    config = EngineConfig(**SIZES)
+    real = real_run_of_twenty(config)
+    # Another system to the cache of compiled programs, and alike without beams.
+    system = EngineSystem(config, beam_concentration=2.5)
+    simulated = run_to_end(system, drawn(20, seed=3)).state.engine
     assert simulated.counters.num_steps != real.counters.num_steps

@@ -102,7 +102,7 @@ def real_run_of_twenty(config: EngineConfig) -> engine.EngineState:
         {},
         {"preemption": "swap", "num_swap_blocks": 16},
         {"policy": "shortest_prompt"},
-        {"max_prompt_chunk": 5, "watermark": 0.1},
+        pytest.param({"max_prompt_chunk": 5, "watermark": 0.1}, marks=pytest.mark.slow),
     ],
     ids=["recompute", "swap", "policy", "chunks"],
 )
@@ -222,6 +222,7 @@ def test_beams_end_together_and_share_blocks():
     assert 0.3 < outcome.saved_share < 2 / 3
 
 
+@pytest.mark.slow
 def test_the_sharper_the_models_choice_the_more_beams_share():
     workload = at_once([9] * 3, [40] * 3, beam_widths=np.array([4] * 3))
     shares = []
@@ -232,6 +233,7 @@ def test_the_sharper_the_models_choice_the_more_beams_share():
     assert shares[0] != shares[1]
 
 
+@pytest.mark.slow
 def test_every_system_runs_a_workload_to_its_end():
     workload = drawn(10, seed=0)
     for name in SYSTEMS:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jpaged import block_manager, scheduler
 from jpaged.block_manager import BlockState
+from jpaged.compat import ordered
 from jpaged.config import EngineConfig
 from jpaged.decoding import constraints
 from jpaged.decoding.constraints import Automata, AutomataSizes
@@ -201,6 +202,8 @@ def extend(
     at_finish = jnp.where(ended & is_alone, new.places, num_places)
     valid &= ~new.is_dead_end
     places = jnp.where(valid, new.places, num_places)
+    # `share_again` reads all tokens, in a loop.
+    places = ordered(places, table.queue.sources)
     is_first = position == table.queue.prompt_lens[safe]
     at_first = jnp.where(valid & is_first, places, num_places)
 

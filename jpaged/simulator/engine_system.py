@@ -30,7 +30,7 @@ from jpaged import (
     timeline,
 )
 from jpaged.block_manager import NO_BLOCK
-from jpaged.compat import ordered, when
+from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.decoding import constraints
 from jpaged.engine_state import EngineState
@@ -303,7 +303,6 @@ class EngineSystem:
         known = jnp.minimum(places, num_places - 1)
         is_grouped = table.asked.algorithms[known] != NO_ALGORITHM
         sampled = jnp.where(is_grouped, num_places, places)
-        sampled = ordered(sampled, table.queue.sources)
         position = table.queue.num_tokens[known]
         sampling = jax.tree.map(lambda leaf: leaf[known], table.asked.sampling)
         new = NewTokens.zeros(sampled, self.config.num_logprobs)

@@ -1,28 +1,19 @@
 """The runner `occupancy`: its arithmetic, and its smallest run."""
 
 import csv
+import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from runners import run_experiment
 
 from experiments import occupancy
 from jpaged.metrics import LATENCIES, StepRecord
 from jpaged.requests import RequestOutput
 
-
-def run(*arguments):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
-    command = [sys.executable, "-m", "experiments.occupancy", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
-    )
-    return done.returncode, done.stdout, done.stderr
+run = functools.partial(run_experiment, "occupancy")
 
 
 def test_a_small_run_has_its_tables_figure_and_json(tmp_path):

@@ -2,16 +2,14 @@
 
 import csv
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from runners import run_experiment
 
 from experiments import lib_paper_blocks, lib_paper_curves, lib_paper_report, paper
 from experiments import lib_paper_numbers as numbers
@@ -21,13 +19,7 @@ from experiments.lib_paper_runs import Case, Run, run_all, workload_of
 KEYS = {"figure", "quantity", "paper", "here", "ci95", "ratio", "source", "remark"}
 
 
-def run(*arguments):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
-    command = [sys.executable, "-m", "experiments.paper", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
-    )
-    return done.returncode, done.stdout, done.stderr
+run = functools.partial(run_experiment, "paper")
 
 
 def printed(*key):

@@ -1,12 +1,11 @@
 """The runner `predict`: a measured run of vLLM beside what its profile says."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from runners import run_experiment
 
 DATA = ROOT.parent / "shared" / "data"
 PROFILE = DATA / "profiles" / "rtxpro6000_llama31_8b_"
@@ -19,23 +18,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*flags):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
-    profile = [
-        f"--dense={PROFILE}dense.csv",
-        f"--attention={PROFILE}attention.csv.gz",
-        f"--per_sequence={PROFILE}per_sequence.csv",
-        f"--workload={WORKLOAD}",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.predict", *profile, *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-    )
-    return done.returncode, done.stdout, done.stderr
+run = functools.partial(
+    run_experiment,
+    "predict",
+    f"--dense={PROFILE}dense.csv",
+    f"--attention={PROFILE}attention.csv.gz",
+    f"--per_sequence={PROFILE}per_sequence.csv",
+    f"--workload={WORKLOAD}",
+)
 
 
 def test_a_run_of_vllm_is_predicted_from_its_profile():

@@ -2,14 +2,11 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from runners import run_experiment
 
 from experiments import preemption
 from jpaged import block_manager
@@ -37,15 +34,7 @@ TINY = {
 def run(**flags):
     """(exit status, stdout, stderr) of the runner in a process of its own."""
     given = [f"--{name}={value}" for name, value in (TINY | flags).items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.preemption", *given],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-    )
-    return done.returncode, done.stdout, done.stderr
+    return run_experiment("preemption", *given)
 
 
 def test_the_sequence_that_is_timed_comes_back_whole():

@@ -1,15 +1,14 @@
 """The runner `prefix_cache`: ratios by hand, a slow count, and a recorded trace."""
 
 import collections
+import functools
 import gzip
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from runners import run_experiment
 
 from experiments import prefix_cache as runner
 from jpaged.simulator.traces import read_prompts
@@ -19,13 +18,7 @@ TRACE = pathlib.Path("data", "mooncake_synthetic.jsonl.gz")
 SHARED = ROOT.parent / "shared" / TRACE
 
 
-def run(*arguments):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
-    command = [sys.executable, "-m", "experiments.prefix_cache", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
-    )
-    return done.returncode, done.stdout, done.stderr
+run = functools.partial(run_experiment, "prefix_cache")
 
 
 def write(path: pathlib.Path, requests) -> pathlib.Path:

@@ -1,29 +1,20 @@
 """The runner `sharing`: its lengths, what it counts, and its smallest run."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from runners import run_experiment
 
 from experiments import sharing
 from jpaged import block_manager, engine
 from jpaged.config import EngineConfig
 
-
-def run(*arguments):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
-    sizes = ["--num_requests=3", "--max_num_seqs=4", "--num_blocks=300"]
-    command = [sys.executable, "-m", "experiments.sharing", *sizes, *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
-    )
-    return done.returncode, done.stdout, done.stderr
+SIZES = ("--num_requests=3", "--max_num_seqs=4", "--num_blocks=300")
+run = functools.partial(run_experiment, "sharing", *SIZES)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """The runner `simulate`: what it prints, and what it answers to wrong flags."""
 
 import csv
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from runners import run_experiment
 
 KEYS = {
     "mean_batched_requests",
@@ -19,17 +17,7 @@ KEYS = {
 }
 
 
-def run(*flags):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.simulate", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-    )
-    return done.returncode, done.stdout, done.stderr
+run = functools.partial(run_experiment, "simulate")
 
 
 def last_line(*flags):

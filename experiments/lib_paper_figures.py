@@ -16,8 +16,8 @@ from experiments import lib_paper_numbers as numbers
 from experiments.lib_paper_curves import Row, row
 from experiments.lib_paper_runs import Case, Run, workload_of
 from jpaged.simulator.served_models import paper_setting
+from jpaged.simulator.simulate import COMPOSITION
 
-PARTS = ("token_states", "reservation", "internal", "external")
 FOUR = ("orca_max", "orca_pow2", "orca_oracle", "vllm")
 
 
@@ -127,9 +127,9 @@ def _cases_2(plan: Plan) -> list[Case]:
 
 
 def _show_2(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
-    rows, bars = [], {part: ([], []) for part in PARTS}
+    rows, bars = [], {part: ([], []) for part in COMPOSITION}
     for case in _cases_2(plan):
-        for part in PARTS:
+        for part in COMPOSITION:
             values = by_seed(found[case], part, 100)
             title = numbers.TITLES[case.system]
             key = ("fig02", case.system, part)

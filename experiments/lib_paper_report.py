@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.lib_paper_curves import LEVELS, Row
 from experiments.lib_paper_figures import Drawing, Figure, Plan, Shown
-from experiments.lib_paper_runs import WARMUP, Case, Run, cost_model_of
+from experiments.lib_paper_runs import WARMUP, Run, cost_model_of
 from jpaged.simulator.served_models import PAPER_SETTINGS
 
 _RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
@@ -192,8 +192,3 @@ def markdown(
 def file_name(figure: str) -> str:
     """A figure's name as that of its files."""
     return figure.replace(":", "_")
-
-
-def cases_of(figure: Figure, plan: Plan) -> list[Case]:
-    """The simulations that a figure needs."""
-    return figure.cases(plan)

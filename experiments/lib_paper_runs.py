@@ -27,7 +27,6 @@ from jpaged.simulator.workloads import Workload, chat_rounds, paper_trace
 
 WARMUP = 0.1  # share of a run that means over time leave out
 MAX_EXTRA_RATES = 6  # below the authors' rates, and as many above
-MAX_BATCHED_TOKENS = 2560  # the artifact's flag
 CHAT = "chat"
 # Rows of the engine and sequences of a baseline at once: more than ever run, but that
 # less is compiled where memory holds few.
@@ -136,7 +135,6 @@ def system_of(case: Case, workload: Workload) -> System:
     longest = int(np.max(workload.prompt_lens + workload.output_lens))
     sizes |= {
         "block_size": case.block_size,
-        "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "max_model_len": 1024 if longest <= 1024 else 2048,
         "enable_prefix_caching": workload.contents is not None,
         "preemption": case.preemption,

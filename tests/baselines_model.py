@@ -132,14 +132,16 @@ class SlowOrca:
         return [(1, one.prompt + one.generated)] * one.num_seqs
 
     def usage(self, is_stuck: bool) -> dict[str, int]:
-        usage = dict.fromkeys(("token_states", "reserved", "internal", "external"), 0)
+        usage = dict.fromkeys(
+            ("token_states", "reservation", "internal", "external"), 0
+        )
         for one in self.running:
             # Slot by slot: of each sequence, what its chunk is for.
             for number, (_, size) in enumerate(one.chunks):
                 has_states = one.generated or number == 0
                 stored = one.prompt + one.generated if has_states else 0
                 usage["token_states"] += stored
-                usage["reserved"] += one.total - stored
+                usage["reservation"] += one.total - stored
                 usage["internal"] += self.needed(one) - one.total
                 usage["external"] += size - self.needed(one)
         free = self.buddy.num_free()
@@ -245,7 +247,7 @@ class SlowFasterTransformer:
                 self.running.append(self.waiting.pop(0))
         lengths = []
         longest = max(one.prompt for one in self.running)
-        usage = dict(token_states=0, reserved=0, internal=0)
+        usage = dict(token_states=0, reservation=0, internal=0)
         for one in self.running:
             if self.clock == 0:
                 lengths.append((longest, longest))
@@ -255,7 +257,7 @@ class SlowFasterTransformer:
                 lengths += [(1, context)] * one.num_seqs
                 stored = one.num_seqs * context
             usage["token_states"] += stored
-            usage["reserved"] += one.num_seqs * one.total - stored
+            usage["reservation"] += one.num_seqs * one.total - stored
             usage["internal"] += one.num_seqs * (self.max_len - one.total)
         num_rows = sum(one.num_seqs for one in self.running)
         rest = self.num_slots - num_rows * self.max_len

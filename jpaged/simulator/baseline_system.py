@@ -173,7 +173,7 @@ class BaselineSystem:
             num_requests=jnp.sum(is_taken, dtype=jnp.int32),
             num_waiting=state.waiting.count,
             token_states=total(held),
-            reserved=total(wanted - held),
+            reservation=total(wanted - held),
             internal=total(jobs.num_seqs * needed - wanted),
             external=rounding + lost + jnp.where(is_stuck, unused, 0),
             free=jnp.where(is_stuck, 0, unused),
@@ -184,19 +184,25 @@ class BaselineSystem:
     # What follows fits systems that have a row of `max_len` slots for every sequence.
 
     max_len: int
+    max_num_batched_tokens: int
 
     @property
     def _max_step_tokens(self) -> int:
-        """Tokens of a step at most; all that have a slot are no limit."""
-        return self.num_slots
+        """Tokens of a step at most."""
+        return self.max_num_batched_tokens
+
+    @property
+    def _piece(self) -> int:
+        """Slots of the smallest piece of memory that a sequence can have."""
+        return self.max_len
 
     @property
     def _num_places(self) -> int:
-        return min(self.max_num_seqs, self.num_slots // self.max_len)
+        return min(self.max_num_seqs, self.num_slots // self._piece)
 
     @property
     def _num_usable(self) -> int:
-        return self.num_slots // self.max_len * self.max_len
+        return self.num_slots // self._piece * self._piece
 
     def _no_memory(self) -> BuddyState:
         return buddy.init_state(1, 1)

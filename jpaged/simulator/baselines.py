@@ -61,10 +61,6 @@ class Contiguous(BaselineSystem):
     def __post_init__(self):
         check_sizes(self)
 
-    @property
-    def _max_step_tokens(self) -> int:
-        return self.max_num_batched_tokens
-
 
 @dataclasses.dataclass(frozen=True)
 class FasterTransformer(BaselineSystem):
@@ -89,6 +85,11 @@ class FasterTransformer(BaselineSystem):
 
     def __post_init__(self):
         check_sizes(self)
+
+    @property
+    def _max_step_tokens(self) -> int:
+        """No limit but memory: all prompts of a batch are computed in one step."""
+        return self.num_slots
 
     def _admit(self, state: BaselineState, room: Room) -> tuple[BaselineState, Room]:
         """A new batch, but only when nobody runs."""
@@ -190,16 +191,8 @@ class Orca(BaselineSystem):
         check_sizes(self)
 
     @property
-    def _max_step_tokens(self) -> int:
-        return self.max_num_batched_tokens
-
-    @property
-    def _num_places(self) -> int:
-        return min(self.max_num_seqs, self.num_slots // self.min_chunk)
-
-    @property
-    def _num_usable(self) -> int:
-        return self.num_slots // self.min_chunk * self.min_chunk
+    def _piece(self) -> int:
+        return self.min_chunk
 
     def _no_memory(self) -> BuddyState:
         num_orders = (self.max_len // self.min_chunk).bit_length()
@@ -275,18 +268,12 @@ class Orca(BaselineSystem):
 
     def check(self, workload: Workload) -> None:
         """Raises a ValueError for a request that could never be served."""
-        num_seqs = np.maximum(workload.num_samples, workload.beam_widths)
-        as_jobs = Job(
-            request=jnp.arange(len(workload)),
-            prompt_len=jnp.asarray(workload.prompt_lens),
-            output_len=jnp.asarray(workload.output_lens),
-            num_seqs=jnp.asarray(num_seqs),
-            is_beam=jnp.asarray(workload.beam_widths > 0),
-        )
-        orders = self._orders(as_jobs)
+        jobs = Job.all_of(workload)
+        num_seqs = np.asarray(jobs.num_seqs)
+        orders = self._orders(jobs)
         empty = self._no_memory()
         most = jax.vmap(lambda order: buddy.num_available(empty, order))(orders)
-        _, chunk = self._sizes(as_jobs)
+        _, chunk = self._sizes(jobs)
         # Chunks that do not lie side by side are no memory for this request.
         fits = num_seqs <= np.minimum(np.asarray(most), self.max_num_seqs)
         needs = num_seqs.astype(np.int64) * np.asarray(chunk)

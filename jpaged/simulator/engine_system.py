@@ -39,10 +39,9 @@ from jpaged.request_table import NO_ALGORITHM, NewTokens, RequestTable, Submissi
 from jpaged.requests import BeamSearchParams, SamplingParams
 from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RUNNING
 from jpaged.simulator.load import Load
-from jpaged.simulator.system import Progress, Request, Usage
+from jpaged.simulator.system import NOBODY, Progress, Request, Usage
 from jpaged.simulator.workloads import Workload
 
-NOBODY = -1
 _VOCABULARY = 64  # tokens that beams choose among
 
 
@@ -252,15 +251,15 @@ class EngineSystem:
         lens = begun.blocks.context_lens
         room = jnp.where(lens > 0, -lens % size, 0)
         # The last token is never stored: nothing follows it.
-        reserved = jnp.sum(jnp.minimum(room, jnp.maximum(limits - 1 - lens, 0)))
+        reservation = jnp.sum(jnp.minimum(room, jnp.maximum(limits - 1 - lens, 0)))
         spare = used * size - held
-        reserved = jnp.minimum(reserved, spare)
+        reservation = jnp.minimum(reservation, spare)
         return Usage(
             num_requests=jnp.sum((queue.status == RUNNING) & is_leader),
             num_waiting=jnp.sum((queue.status == scheduler.WAITING) & is_leader),
             token_states=held,
-            reserved=reserved,
-            internal=spare - reserved,
+            reservation=reservation,
+            internal=spare - reservation,
             external=jnp.int32(0),
             free=self.num_slots - used * size,
             num_blocks=used,

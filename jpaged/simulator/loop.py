@@ -50,7 +50,6 @@ class Totals:
     num_tokens: jax.Array  # i32[], computed
     seconds: jax.Array  # f32[]
     usage: Usage  # f32[] each, times the steps' seconds
-    requests_by_step: jax.Array  # f32[], requests with memory, summed over steps
     saved_share: jax.Array  # f32[], blocks saved / blocks unshared, times seconds
 
 
@@ -127,7 +126,6 @@ def _no_totals() -> Totals:
         num_tokens=jnp.int32(0),
         seconds=zero,
         usage=Usage(*[zero] * len(Usage._fields)),
-        requests_by_step=zero,
         saved_share=zero,
     )
 
@@ -230,7 +228,6 @@ def _add(totals: Totals, load, usage: Usage, seconds: jax.Array) -> Totals:
         usage=jax.tree.map(
             lambda total, value: total + as_float(value) * seconds, totals.usage, usage
         ),
-        requests_by_step=totals.requests_by_step + as_float(usage.num_requests),
         saved_share=totals.saved_share + share * seconds,
     )
 

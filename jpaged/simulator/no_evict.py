@@ -60,16 +60,8 @@ class NoEvict(BaselineSystem):
         check_sizes(self)
 
     @property
-    def _max_step_tokens(self) -> int:
-        return self.max_num_batched_tokens
-
-    @property
-    def _num_places(self) -> int:
-        return min(self.max_num_seqs, self.num_slots // self.block_size)
-
-    @property
-    def _num_usable(self) -> int:
-        return self.num_slots // self.block_size * self.block_size
+    def _piece(self) -> int:
+        return self.block_size
 
     def _sizes(self, jobs: Job) -> tuple[jax.Array, jax.Array]:
         limit = self.output_limit
@@ -94,12 +86,11 @@ class NoEvict(BaselineSystem):
                 f"output_limit: wanted at least every output_lens, got {limit}, but "
                 f"{workload.output_lens[longer[0]]} at index {longer[0]}"
             )
-        num_seqs = np.maximum(workload.num_samples, workload.beam_widths)
-        outputs = workload.output_lens if limit is None else limit
-        most = np.minimum(workload.prompt_lens.astype(np.int64) + outputs, self.max_len)
-        needs = num_seqs * -(-most // self.block_size) * self.block_size
-        most_seqs = num_seqs > self.max_num_seqs
-        needs = np.where(most_seqs, np.maximum(needs, self.num_slots + 1), needs)
+        jobs = Job.all_of(workload)
+        num_seqs = np.asarray(jobs.num_seqs)
+        needs = num_seqs.astype(np.int64) * np.asarray(self._sizes(jobs)[1])
+        has_rows = num_seqs <= self.max_num_seqs
+        needs = np.where(has_rows, needs, np.maximum(needs, self.num_slots + 1))
         places.check_workload(
             workload, needs, self._num_usable, self.max_len, self.max_seqs_per_request
         )

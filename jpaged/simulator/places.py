@@ -19,10 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.simulator.load import Load
-from jpaged.simulator.system import Request
+from jpaged.simulator.system import NOBODY, Request
 from jpaged.simulator.workloads import Workload
-
-NOBODY = -1
 
 
 class Job(NamedTuple):
@@ -43,6 +41,17 @@ class Job(NamedTuple):
             request.output_len,
             jnp.maximum(request.num_samples, request.beam_width),
             request.beam_width > 0,
+        )
+
+    @classmethod
+    def all_of(cls, workload: Workload) -> Job:
+        """The jobs of all requests, arrays [N]."""
+        return cls(
+            jnp.arange(len(workload), dtype=jnp.int32),
+            jnp.asarray(workload.prompt_lens),
+            jnp.asarray(workload.output_lens),
+            jnp.asarray(np.maximum(workload.num_samples, workload.beam_widths)),
+            jnp.asarray(workload.beam_widths > 0),
         )
 
     @classmethod

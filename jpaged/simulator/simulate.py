@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,12 +27,7 @@ from jpaged.simulator.workloads import Workload
 
 _STEPS_PER_CALL = 4096
 # What a step's slots are, by the paper's figure 2; together with `free` they are all.
-COMPOSITION = dict(
-    token_states="token_states",
-    reservation="reserved",
-    internal="internal",
-    external="external",
-)
+COMPOSITION = ("token_states", "reservation", "internal", "external")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,10 +74,7 @@ class Outcome:
     @property
     def composition(self) -> dict[str, float]:
         """Shares of the slots in use or lost, over time, as in the paper's figure 2."""
-        found = {
-            name: float(getattr(self.totals.usage, field))
-            for name, field in COMPOSITION.items()
-        }
+        found = {name: float(getattr(self.totals.usage, name)) for name in COMPOSITION}
         total = sum(found.values())
         return {name: value / total if total else 0.0 for name, value in found.items()}
 
@@ -210,10 +203,12 @@ def _simulate(system, workloads, cost_models, warmup, on_progress) -> list[Outco
         carry = tuple(map(_stack, (cost_models, traces, simulations)))
         advance = functools.partial(_advance_all, system)
     simulation, totals = _run(advance, *carry, on_progress)
-    simulations, all_totals = _apart(simulation), _apart(totals)
+    ended = jax.device_get((simulation, totals))
+    if len(workloads) == 1:
+        return [_outcome(system, workloads[0], *ended)]
     return [
-        _outcome(system, *each)
-        for each in zip(workloads, simulations, all_totals, strict=True)
+        _outcome(system, workload, *jax.tree.map(operator.itemgetter(index), ended))
+        for index, workload in enumerate(workloads)
     ]
 
 
@@ -276,16 +271,6 @@ def _run(advance, cost_model, trace, simulation, on_progress):
                 f"{count - done} requests that have not ended; this is a bug"
             )
         before = now
-
-
-def _apart(tree: Any) -> list[Any]:
-    """On the host, one tree for each simulation of a batch, or for the only one."""
-    tree = jax.device_get(tree)
-    leaves, structure = jax.tree.flatten(tree)
-    if np.ndim(leaves[-1]) == 0:  # the last number of totals and simulations is one
-        return [tree]
-    count = len(leaves[-1])
-    return [structure.unflatten([leaf[i] for leaf in leaves]) for i in range(count)]
 
 
 def _outcome(system, workload, simulation: Simulation, totals: Totals) -> Outcome:

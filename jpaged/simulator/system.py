@@ -15,6 +15,8 @@ import jax
 from jpaged.simulator.load import Load
 from jpaged.simulator.workloads import Workload
 
+NOBODY = -1  # the number of no request
+
 
 class Request(NamedTuple):
     """A request at the door: scalars, but for what its prompt holds."""
@@ -33,7 +35,7 @@ class Usage(NamedTuple):
     num_requests: jax.Array  # that have memory
     num_waiting: jax.Array  # requests that were submitted and have none
     token_states: jax.Array  # slots with keys and values
-    reserved: jax.Array  # slots that a request will yet use
+    reservation: jax.Array  # slots that a request will yet use
     internal: jax.Array  # slots taken that nobody will ever use
     external: jax.Array  # slots free, but of no use where somebody waits, or lost
     free: jax.Array  # the others
@@ -44,7 +46,7 @@ class Usage(NamedTuple):
 class Progress(NamedTuple):
     """What a step brought, by the system's places; P of them."""
 
-    requests: jax.Array  # i32[P], their numbers in the workload, -1: an empty place
+    requests: jax.Array  # i32[P], their numbers in the workload, NOBODY where empty
     has_first: jax.Array  # bool[P], their first token came in this step
     has_ended: jax.Array  # bool[P], all their sequences are done, the place is free
 

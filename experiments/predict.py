@@ -19,7 +19,6 @@ of host time a step all three within 2 %.
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from typing import Any
@@ -34,6 +33,7 @@ from jpaged.simulator.profile_files import (
     read_attention,
     read_dense,
     read_per_sequence,
+    read_table,
 )
 from jpaged.simulator.profiles import Profile
 from jpaged.simulator.served_models import kv_slots, served_model
@@ -70,24 +70,11 @@ def read_measured(path: str) -> dict[str, np.ndarray]:
     """The measured columns, f64[N] each.
 
     Raises:
-      ValueError: a column is missing, or a value is no number (with its line).
+      OSError, ValueError: no such file; a column is missing, or a value is no number of
+        at least 0 (with its line).
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        missing = set(_COLUMNS) - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: wanted columns {_COLUMNS}, got no {missing}")
-        found: dict[str, list[float]] = {name: [] for name in _COLUMNS}
-        for line, row in enumerate(rows, start=2):
-            for name in _COLUMNS:
-                try:
-                    found[name].append(float(row[name]))
-                except (TypeError, ValueError):
-                    raise ValueError(
-                        f"{path}, line {line}: wanted a number as {name}, got "
-                        f"{row[name]!r}"
-                    ) from None
-    return {name: np.array(values) for name, values in found.items()}
+    table = read_table(path)
+    return {name: table.numbers(name) for name in _COLUMNS}
 
 
 def predict(

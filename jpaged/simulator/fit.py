@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import nnls
 
 from jpaged.simulator.features import Features, features
 from jpaged.simulator.load import Load
@@ -98,40 +99,10 @@ def fit(
     scales = np.linalg.norm(matrix * weights[:, None], axis=0)
     _check_rank(names, matrix * weights[:, None], scales)
     scaled = matrix * weights[:, None] / scales
-    solution = nonnegative_least_squares(scaled, y * weights) / scales
+    solution = nnls(scaled, y * weights)[0] / scales
     coefficients = dict(zip(names, solution.tolist(), strict=True))
     model = Linear(Features(*(coefficients.get(f, 0.0) for f in Features._fields)))
     return model, _report(coefficients, y, matrix @ solution)
-
-
-def nonnegative_least_squares(matrix: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """f64[K], the x >= 0 with the least |matrix @ x - y|; matrix f64[N, K].
-
-    The active-set method of Lawson and Hanson (1974), chapter 23. Columns should be of
-    like size and independent.
-    """
-    num_columns = matrix.shape[1]
-    x, is_free = np.zeros(num_columns), np.zeros(num_columns, bool)
-    tolerance = 1e-10 * max(float(np.abs(matrix.T @ y).max(initial=0.0)), 1e-300)
-    for _ in range(30 * num_columns):
-        gradient = np.where(is_free, -np.inf, matrix.T @ (y - matrix @ x))
-        best = int(np.argmax(gradient))
-        if is_free.all() or gradient[best] <= tolerance:
-            break
-        is_free[best] = True
-        while True:
-            trial = np.zeros(num_columns)
-            trial[is_free] = np.linalg.lstsq(matrix[:, is_free], y, rcond=None)[0]
-            below = is_free & (trial <= 0)
-            if not below.any():
-                x = trial
-                break
-            # As far towards the trial as all stay at least 0; who arrives there stays.
-            steps = x[below] / np.maximum(x[below] - trial[below], 1e-300)
-            x = x + steps.min() * (trial - x)
-            is_free &= ~((x <= 1e-14 * max(x.max(), 1e-300)) & below)
-            x = np.where(is_free, x, 0.0)
-    return x
 
 
 def _numbers(name: str, values: np.ndarray | Sequence[float]) -> np.ndarray:

@@ -157,7 +157,7 @@ def read_dense(
       ValueError: a column or operation is missing or unknown, or a field is no number;
         with file, line and column.
     """
-    table = _read(path)
+    table = read_table(path)
     if "layer" in table.columns:
         tokens, operations = _long_operations(table, fused)
     else:
@@ -183,7 +183,7 @@ def read_per_sequence(path: str | os.PathLike[str]) -> Curve:
     Raises:
       FileNotFoundError, ValueError: as `read_dense`.
     """
-    table = _read(path)
+    table = read_table(path)
     rows, operations = _long_operations(table, (), "sequences")
     unknown = sorted(set(operations) - set(_PER_ROW))
     if unknown or not operations:
@@ -204,7 +204,7 @@ def read_all_reduce(path: str | os.PathLike[str], *, num_chips: int) -> Curve:
       FileNotFoundError, ValueError: as `read_dense`; also where nothing was measured
         for num_chips.
     """
-    table = _read(path)
+    table = read_table(path)
     chips, seconds = table.numbers("num_gpus"), table.times("time")
     mine = chips == num_chips
     if not mine.any():
@@ -224,7 +224,7 @@ def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
     Raises:
       FileNotFoundError, ValueError: as `read_dense`.
     """
-    table = _read(path)
+    table = read_table(path)
     seconds = table.times("time")
     if "phase" not in table.columns:
         columns = [
@@ -262,7 +262,7 @@ def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Table:
+class Table:
     """A CSV's columns, as text, and the line on which each row stands."""
 
     path: str
@@ -300,7 +300,14 @@ class _Table:
         )
 
 
-def _read(path: str | os.PathLike[str]) -> _Table:
+def read_table(path: str | os.PathLike[str]) -> Table:
+    """A CSV, packed with gzip or not.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is no such file, a line has another number of fields than the
+        first, or there are no rows.
+    """
     raw = pathlib.Path(path).read_bytes()
     try:
         # By its first bytes, since not every gzipped file is named so.
@@ -325,11 +332,11 @@ def _read(path: str | os.PathLike[str]) -> _Table:
             columns[name].append(text.strip())
     if not numbers:
         raise ValueError(f"{path}: expected a header and rows below it, got none")
-    return _Table(str(path), columns, numbers)
+    return Table(str(path), columns, numbers)
 
 
 def _wide_operations(
-    table: _Table, tensor_parallel: int
+    table: Table, tensor_parallel: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     tokens = table.numbers("num_tokens")
     mine = np.ones(len(tokens), bool)
@@ -352,7 +359,7 @@ def _wide_operations(
 
 
 def _long_operations(
-    table: _Table, fused: Sequence[str], count: str = ""
+    table: Table, fused: Sequence[str], count: str = ""
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if not count:
         count = "tokens" if "tokens" in table.columns else "num_tokens"

@@ -34,8 +34,9 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from tqdm import tqdm
 
-from experiments.timing import environment, progress
+from experiments.timing import environment
 from jpaged.simulator import traces
 from jpaged.simulator.chips import CHIPS, find_chip
 from jpaged.simulator.lengths import BUILTIN_LENGTHS, Lengths
@@ -183,19 +184,6 @@ def make_system(workload: Workload, num_slots: int) -> Any:
     return find_system(FLAGS.system, workload, num_slots, **sizes)
 
 
-class _Progress:
-    """A line on stderr every two seconds."""
-
-    def __init__(self) -> None:
-        self._begin = self._last = time.perf_counter()
-
-    def __call__(self, done: int, count: int) -> None:
-        now = time.perf_counter()
-        if now - self._last > 2 and done < count:
-            self._last = now
-            progress(f"{done} of {count} requests, {now - self._begin:.0f} s")
-
-
 def print_table(found: dict[str, Any], outcome: Outcome) -> None:
     """The numbers for people."""
     for name in (
@@ -236,7 +224,13 @@ def main(argv: list[str]) -> None:
             )
         system = make_system(workload, num_slots)
         begin = time.perf_counter()
-        outcome = simulate(system, workload, cost_model, on_progress=_Progress())
+        with tqdm(total=len(workload), unit="request", mininterval=2) as bar:
+            outcome = simulate(
+                system,
+                workload,
+                cost_model,
+                on_progress=lambda done, _: bar.update(done - bar.n),
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -40,11 +40,11 @@ ROOMS = {
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager"],
     # memory and arithmetic: pages and activations, no requests
-    "xla":               ["compat"],
-    "pallas":            ["compat"],
-    "triton":            ["compat"],
     # which of the three serves a call
     "implementations":   [],
+    "xla":               ["compat"],
+    "pallas":            ["compat", "implementations"],
+    "triton":            ["compat"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
                           "implementations"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",

@@ -24,13 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jpaged.implementations import LANES
 from jpaged.pallas import tpu_segments
 from jpaged.pallas.tpu_segments import Segments
 
 # Below every score that a float32 model gives, and finite: -inf - -inf is NaN.
 _LOWEST = -1e30
-# Numbers in a row of a vector register.
-LANES = 128
 # Rows of queries are a multiple of this: a bfloat16 tile has 16 rows.
 _ROWS = 16
 

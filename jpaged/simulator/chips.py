@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 GIB = 2**30
 # A copy between host and device, however small, once its turn has come: 5 to 7
@@ -113,41 +114,50 @@ _NVIDIA = "NVIDIA's data sheet of the {}; GB of memory taken as 2**30 bytes"
 _GOOGLE = "Google Cloud's documents on the {}; host link: PCIe, taken as 32 GB/s"
 
 
-def _gpu(
+def _chip(
     name: str,
     gib: int,
     gb_per_s: float,
     tflops: float,
     *,
     link_gb_per_s: float,
-    pcie: int,
+    host_gb_per_s: float,
     reach: Reach,
-    title: str,
+    source: str,
 ) -> Chip:
-    """Bandwidths in GB/s; `pcie`: its generation, of 16 lanes."""
+    """Bandwidths in GB/s, in one direction."""
     return Chip(
         name=name,
         memory_bytes=gib * GIB,
         memory_bytes_per_s=gb_per_s * 1e9,
         flops_per_s=tflops * 1e12,
         link_bytes_per_s=link_gb_per_s * 1e9,
-        host_bytes_per_s={4: 32e9, 5: 64e9}[pcie],
+        host_bytes_per_s=host_gb_per_s * 1e9,
+        reach=reach,
+        source=source,
+    )
+
+
+def _gpu(
+    *sizes: Any, link_gb_per_s: float, pcie: int, reach: Reach, title: str
+) -> Chip:
+    """`pcie`: its generation, of 16 lanes."""
+    return _chip(
+        *sizes,
+        link_gb_per_s=link_gb_per_s,
+        host_gb_per_s={4: 32, 5: 64}[pcie],
         reach=reach,
         source=_NVIDIA.format(title),
     )
 
 
-def _tpu(
-    name: str, gib: int, gb_per_s: float, tflops: float, link_gb_per_s: float
-) -> Chip:
-    """Bandwidths in GB/s; that of the links, both directions and all ports together."""
-    return Chip(
-        name=name,
-        memory_bytes=gib * GIB,
-        memory_bytes_per_s=gb_per_s * 1e9,
-        flops_per_s=tflops * 1e12,
-        link_bytes_per_s=link_gb_per_s / 2 * 1e9,
-        host_bytes_per_s=32e9,
+def _tpu(name: str, *sizes: Any, link_gb_per_s: float) -> Chip:
+    """The links' bandwidth: both directions and all ports together."""
+    return _chip(
+        name,
+        *sizes,
+        link_gb_per_s=link_gb_per_s / 2,
+        host_gb_per_s=32,
         reach=_TPU,
         source=_GOOGLE.format(name),
     )
@@ -205,10 +215,10 @@ _ALL = (
         reach=_RTX_PRO,
         title="RTX PRO 6000 Blackwell Server Edition",
     ),
-    _tpu("tpu-v5e", 16, 819, 197, 400),
-    _tpu("tpu-v5p", 95, 2765, 459, 1200),
-    _tpu("tpu-v6e", 32, 1640, 918, 800),
-    _tpu("tpu7x", 192, 7380, 2307, 1200),
+    _tpu("tpu-v5e", 16, 819, 197, link_gb_per_s=400),
+    _tpu("tpu-v5p", 95, 2765, 459, link_gb_per_s=1200),
+    _tpu("tpu-v6e", 32, 1640, 918, link_gb_per_s=800),
+    _tpu("tpu7x", 192, 7380, 2307, link_gb_per_s=1200),
 )
 CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in _ALL}
 

@@ -22,7 +22,7 @@ from jax import lax
 
 from jpaged.compat import when
 from jpaged.simulator.clock import Clock
-from jpaged.simulator.load import CostModel
+from jpaged.simulator.load import CostModel, Load
 from jpaged.simulator.system import Progress, Request, System, Usage
 from jpaged.simulator.workloads import NO_CONTENT, Workload
 
@@ -156,6 +156,10 @@ def step(
     system: System, cost_model: CostModel, trace: Trace, simulation: Simulation
 ) -> Simulation:
     """The simulation after one step of the system."""
+    return _step(system, cost_model, trace, simulation)[0]
+
+
+def _step(system, cost_model, trace, simulation) -> tuple[Simulation, Load]:
     simulation = _let_in(system, trace, simulation)
     begun, load, usage = system.begin(simulation.state)
     at_the_door = simulation.num_arrived - simulation.num_submitted
@@ -176,7 +180,26 @@ def step(
         num_steps=simulation.num_steps + 1,
         totals=totals,
     )
-    return _note(simulation, progress)
+    return _note(simulation, progress), load
+
+
+@functools.partial(jax.jit, static_argnames="system")
+def loads(system: System, trace: Trace, seconds: jax.Array) -> Load:
+    """What each step asked of the machine, of steps whose times are known.
+
+    Args:
+      system: as of `step`.
+      trace: the workload.
+      seconds: f32[T], what the steps took; the schedule follows them.
+
+    Returns:
+      Loads, with a leading axis of T in each field.
+    """
+
+    def advance(simulation: Simulation, took: jax.Array) -> tuple[Simulation, Load]:
+        return _step(system, lambda load: took, trace, simulation)
+
+    return lax.scan(advance, init(system, trace), seconds)[1]
 
 
 def _let_in(system: System, trace: Trace, simulation: Simulation) -> Simulation:

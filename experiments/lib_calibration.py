@@ -1,0 +1,129 @@
+"""Calibration: the engine on this machine's clock, and a cost model fitted to it.
+
+Beside the road: workload -> [engine, a step at a time] -> seconds -> fit -> cost model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.lib_engine_loads import random_prompts
+from jpaged import engine
+from jpaged.config import EngineConfig
+from jpaged.models import Decoder
+from jpaged.requests import SamplingParams
+from jpaged.simulator import loop
+from jpaged.simulator.engine_system import EngineSystem
+from jpaged.simulator.fit import FitReport, Linear, fit, measured_features
+from jpaged.simulator.load import Load
+from jpaged.simulator.workloads import Workload
+
+# What a step's time is laid to: the step itself, a prompt in it, each token, each row
+# that decodes, the tokens that it attends to, and the longest context.
+FEATURES = (
+    "steps",
+    "prompt_steps",
+    "prompt_tokens",
+    "prompt_past",
+    "decode_rows",
+    "decode_contexts",
+    "longest_context",
+)
+
+
+class Served(NamedTuple):
+    """What a workload took on the engine; seconds from its begin."""
+
+    first_times: np.ndarray  # f64[N], each request's first token
+    end_times: np.ndarray  # f64[N], its last token
+    step_seconds: np.ndarray  # f64[T], in `engine.run`, one step a call
+    host_seconds: float  # spent between steps while there was work: submissions
+
+    def latencies(self, workload: Workload) -> np.ndarray:
+        """f64[N], seconds from arrival to the last token."""
+        return self.end_times - workload.arrivals
+
+
+_has_work = jax.jit(engine.has_work)
+
+
+def serve(model: Decoder, config: EngineConfig, workload: Workload) -> Served:
+    """The workload on the engine, each request submitted when its time has come.
+
+    The engine is driven one step a call, and compiled before the clock starts. Prompts
+    are random tokens; outputs have the lengths that the workload says.
+
+    Args:
+      model: decodes.
+      config: room for all requests of the workload at once.
+      workload: requests of one sequence each.
+    """
+    state = engine.init(model, config)
+    state, _ = engine.submit(state, [[0]], _params(1))  # compiles
+    state = engine.release(engine.run(model, state, 1), np.ones(config.max_num_requests, bool))
+    prompts = random_prompts(workload.prompt_lens, model.config.vocab_size, seed=0)
+    first_step = int(state.counters.num_steps)
+    ends: list[float] = []
+    seconds: list[float] = []
+    come, host_seconds = 0, 0.0
+    begin = time.perf_counter()
+    while True:
+        before = time.perf_counter() - begin
+        arrived = int(np.searchsorted(workload.arrivals, before, side="right"))
+        for number in range(come, arrived):  # one a call: one compiled program
+            state, _ = engine.submit(
+                state, [prompts[number]], _params(workload.output_lens[number])
+            )
+        come = arrived
+        if not bool(_has_work(state)):
+            if come == len(workload):
+                break
+            time.sleep(max(workload.arrivals[come] - (time.perf_counter() - begin), 0))
+            continue
+        start = time.perf_counter() - begin
+        host_seconds += start - before
+        state = engine.run(model, state, 1)
+        jax.block_until_ready(state.counters)
+        ends.append(time.perf_counter() - begin)
+        seconds.append(ends[-1] - start)
+    results = engine.collect(state)
+    at = np.array(ends)
+    return Served(
+        first_times=at[[result.first_step - first_step for result in results]],
+        end_times=at[[result.last_step - first_step for result in results]],
+        step_seconds=np.array(seconds),
+        host_seconds=host_seconds,
+    )
+
+
+def _params(output_len: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=int(output_len), ignore_eos=True)
+
+
+def step_loads(config: EngineConfig, workload: Workload, seconds: np.ndarray) -> Load:
+    """Loads of the engine's steps, of a workload that came all at once.
+
+    Args:
+      config: the engine's.
+      workload: all arrivals 0.
+      seconds: f[T], what the steps took.
+    """
+    trace = loop.trace(workload)
+    return loop.loads(EngineSystem(config), trace, seconds.astype(np.float32))
+
+
+def fit_steps(
+    config: EngineConfig, workload: Workload, runs: Sequence[Served]
+) -> tuple[Linear, FitReport]:
+    """The cost model of the steps of `runs` of one workload that came all at once.
+
+    Of each step the median over the runs counts: a run is disturbed here and there.
+    """
+    seconds = np.median([run.step_seconds for run in runs], axis=0)
+    found = measured_features(step_loads(config, workload, seconds))
+    return fit({name: found[name] for name in FEATURES}, seconds)

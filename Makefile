@@ -14,6 +14,7 @@ RUN = $(VENV)/bin/python
 help:
 	@echo "make demo       install into $(VENV), then write text with the bundled model"
 	@echo "make test       install into $(VENV), then run the quick tests"
+	@echo "make test-long  the tests of whole engines and of the documents, which take longer"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make env        only the environment: $(VENV)"
 	@echo "make lint       ruff: style and formatting"
@@ -26,6 +27,9 @@ demo: env
 
 test: env
 	@$(RUN) -m pytest -q $(PYTEST_ARGS)
+
+test-long: env
+	@$(RUN) -m pytest -q -m "long and not slow and not gpu and not tpu" $(PYTEST_ARGS)
 
 test-slow: env
 	@$(RUN) -m pytest -q -m "slow and not gpu and not tpu" $(PYTEST_ARGS)
@@ -116,4 +120,4 @@ export MAKE_ENV
 env:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh -c "$$MAKE_ENV"
 
-.PHONY: help demo test test-slow lint types clean env
+.PHONY: help demo test test-long test-slow lint types clean env

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
+
+import jax.numpy as jnp
 
 from jpaged import policies
 
@@ -78,7 +81,8 @@ class EngineConfig:
       max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
         the step's own.
       policy: who is admitted first: a name of `policies.POLICIES`, or a function.
-        Requests' priorities count only under "priority" and functions.
+        Requests' priorities count only under "priority", "weighted" and functions.
+      policy_parameters: numbers that the policy reads (`policies.Waiting.parameters`).
       watermark: share of the blocks that admission leaves free while others run.
       preemption: what happens to the blocks of sequences that must give them back:
         "recompute" forgets them, "swap" keeps them in the host's memory.
@@ -115,6 +119,7 @@ class EngineConfig:
     prompt_logprobs: bool = False
     max_prompt_chunk: int | None = None
     policy: str | policies.Policy = "fcfs"
+    policy_parameters: tuple[float, ...] = ()
     watermark: float = 0.01
     preemption: str = "recompute"
     num_swap_blocks: int = 0
@@ -136,7 +141,7 @@ class EngineConfig:
             if field.type != "int":
                 continue
             _check_integer(field.name, value, least)
-        policies.check(self.policy)
+        self._check_parameters()
         if self.max_prompt_chunk is not None:
             _check_integer("max_prompt_chunk", self.max_prompt_chunk, least=1)
         if not 0 <= self.watermark < 1:
@@ -168,6 +173,16 @@ class EngineConfig:
                     f"algorithms: expected from 1 to max_num_seqs "
                     f"({self.max_num_seqs}) rows, got {num_rows} for {algorithm!r}"
                 )
+
+    def _check_parameters(self) -> None:
+        given = self.policy_parameters
+        if not isinstance(given, tuple) or not all(
+            isinstance(one, int | float) and math.isfinite(one) for one in given
+        ):
+            raise ValueError(
+                f"policy_parameters: expected a tuple of finite numbers, got {given!r}"
+            )
+        policies.check(self.policy, given)
 
     def _check_preemption(self) -> None:
         if self.preemption not in PREEMPTIONS:
@@ -225,12 +240,23 @@ class EngineConfig:
     @property
     def uses_priorities(self) -> bool:
         """Whether requests' priorities count."""
-        return callable(self.policy) or self.policy == "priority"
+        return callable(self.policy) or self.policy in ("priority", "weighted")
 
     @property
     def num_watermark_blocks(self) -> int:
         """Blocks that admission leaves free while others run."""
         return int(self.watermark * self.num_blocks)
+
+    @property
+    def knobs(self) -> policies.Knobs:
+        """The scheduler's numbers as arrays."""
+        return policies.Knobs(
+            parameters=jnp.array(self.policy_parameters, jnp.float32),
+            num_watermark_blocks=jnp.int32(self.num_watermark_blocks),
+            max_num_seqs=jnp.int32(self.max_num_seqs),
+            max_num_batched_tokens=jnp.int32(self.max_num_batched_tokens),
+            max_prompt_chunk=jnp.int32(self.largest_chunk),
+        )
 
     @property
     def row_buckets(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from jpaged.groups import States
 from jpaged.kv_cache import KVCache
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
+from jpaged.policies import Knobs
 from jpaged.prefix_cache import PrefixCache
 from jpaged.request_table import RequestTable
 from jpaged.scheduler import (
@@ -88,6 +89,7 @@ class EngineState:
     host: HostPool | None  # where the config swaps
     counters: Counters
     timeline: Timeline
+    knobs: Knobs  # of the scheduler; set them and not the config to sweep
     config: EngineConfig = dataclasses.field(metadata={"static": True})
 
 
@@ -152,6 +154,7 @@ def init(
             **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
         ),
         timeline=timeline.init(config),
+        knobs=config.knobs,
         config=config,
     )
 

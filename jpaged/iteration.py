@@ -112,6 +112,7 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
         config,
         _look_up(state, config),
         host_blocks,
+        state.knobs,
     )
     table = dataclasses.replace(table, queue=queue)
     is_other = rows != state.rows
@@ -312,6 +313,7 @@ def end_step(
         host=host,
         counters=counters,
         timeline=recorded,
+        knobs=state.knobs,
         config=state.config,
     )
 

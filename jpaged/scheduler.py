@@ -46,6 +46,7 @@ from jpaged import block_manager, policies, swap
 from jpaged.block_manager import BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
+from jpaged.policies import Knobs
 
 # Status of a place in the request table. HELD takes no part, and keeps what it has:
 # a pinned prefix its row and blocks, a finished beam of a running search its tokens.
@@ -153,6 +154,7 @@ def schedule(
     config: EngineConfig,
     hits: Hits | None = None,
     host: BlockState | None = None,
+    knobs: Knobs | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, Plan]:
     """The queue, rows and blocks after admission and preemption, and the step's plan.
 
@@ -163,13 +165,15 @@ def schedule(
       config: sizes and policy.
       hits: what is cached of the waiting sequences; None is nothing.
       host: what swapped sequences hold, its rows are places; None: nobody is swapped.
+      knobs: the scheduler's numbers, within the config's sizes; None takes its own.
 
     After the plan's swaps `block_manager.append(blocks, plan.num_tokens)` always
     succeeds. Rows that are swapped out still hold their blocks, and are empty.
     """
+    knobs = _within(config.knobs if knobs is None else knobs, config)
     blocks, wanted = _join_sources(queue, rows, blocks)
     wanted = _keep_step(queue, rows, blocks, wanted)
-    num_tokens = _share_budget(queue, rows, wanted, config)
+    num_tokens = _share_budget(queue, rows, wanted, knobs)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
     swaps = None if host is None else Swaps.none(rows)
@@ -182,22 +186,36 @@ def schedule(
     # Nothing is admitted in a step that had to take blocks back, or while somebody is
     # swapped.
     is_open = can_admit(queue, rows) & ~is_short
-    is_open &= jnp.sum(num_tokens) < config.max_num_batched_tokens
+    is_open &= jnp.sum(num_tokens) < knobs.max_num_batched_tokens
     if host is not None:
         queue, rows, swaps = when(
             jnp.any(queue.status == SWAPPED) & ~is_short & jnp.any(rows == NO_REQUEST),
-            lambda carry: _bring_back(*carry, blocks, needed, host, config),
+            lambda carry: _bring_back(*carry, blocks, needed, host, knobs),
             (queue, rows, swaps),
         )
     if hits is None:
         hits = Hits.none(queue.status.shape[0], config.max_blocks_per_seq)
     carry = when(
         is_open,
-        lambda carry: _admit(*carry, hits=hits, needed=needed, config=config),
+        lambda carry: _admit(
+            *carry, hits=hits, needed=needed, policy=config.policy, knobs=knobs
+        ),
         (queue, rows, blocks, num_tokens, jnp.int32(0)),
     )
     queue, rows, blocks, num_tokens, num_admitted = carry
     return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted, swaps)
+
+
+def _within(knobs: Knobs, config: EngineConfig) -> Knobs:
+    """The knobs, no larger than a program for `config` serves."""
+    return dataclasses.replace(
+        knobs,
+        max_num_seqs=jnp.minimum(knobs.max_num_seqs, config.max_num_seqs),
+        max_num_batched_tokens=jnp.minimum(
+            knobs.max_num_batched_tokens, config.max_num_batched_tokens
+        ),
+        max_prompt_chunk=jnp.minimum(knobs.max_prompt_chunk, config.largest_chunk),
+    )
 
 
 def is_new_request(queue: Queue, places: jax.Array) -> jax.Array:
@@ -339,15 +357,15 @@ def _sum_before(ranks: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(is_before, values[None, :], 0), axis=1)
 
 
-def _share_budget(queue, rows, wanted, config) -> jax.Array:
+def _share_budget(queue, rows, wanted, knobs: Knobs) -> jax.Array:
     """Tokens of each row, i32[S]: one for a decode, and the rest to prompts in turn."""
     decodes = (wanted == 1).astype(jnp.int32)
     num_decodes = jnp.sum(decodes)
 
     def chunks(num_tokens: jax.Array) -> jax.Array:
-        left = jnp.where(wanted > 1, jnp.minimum(wanted, config.largest_chunk), 0)
+        left = jnp.where(wanted > 1, jnp.minimum(wanted, knobs.max_prompt_chunk), 0)
         before = _sum_before(_ranks(queue, rows), left)
-        budget = config.max_num_batched_tokens - num_decodes
+        budget = knobs.max_num_batched_tokens - num_decodes
         return num_tokens + jnp.clip(budget - before, 0, left)
 
     return when(jnp.any(wanted > 1), chunks, decodes)
@@ -404,7 +422,7 @@ def _preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, h
     )
 
 
-def _bring_back(queue, rows, swaps, blocks, needed, host, config):
+def _bring_back(queue, rows, swaps, blocks, needed, host, knobs: Knobs):
     """Gives the first swapped request rows and room for its tokens, if there are.
 
     All its swapped sequences, or of samples that have the engine for themselves as many
@@ -420,15 +438,15 @@ def _bring_back(queue, rows, swaps, blocks, needed, host, config):
     is_mine = is_away & (queue.leaders == leader)
     valid = is_mine[first]
 
-    size = config.block_size
+    size = blocks.block_size
     held = -(-host.context_lens[first] // size)
     mapped = jnp.where(held == 0, _mapped_tokens(queue, first) // size, held)
     known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
     needs = swap.demand(host, jnp.where(valid, first, NO_REQUEST))
     needs += jnp.where(valid, jnp.maximum(-(-known // size) - mapped, 0), 0)
     turn = jnp.arange(num_rows, dtype=jnp.int32)
-    fits = valid & (turn < _num_open_rows(queue, rows, config))
-    fits &= jnp.cumsum(needs) <= _spare_blocks(queue, rows, blocks, needed, config)
+    fits = valid & (turn < _num_open_rows(queue, rows, knobs))
+    fits &= jnp.cumsum(needs) <= _spare_blocks(queue, rows, blocks, needed, knobs)
 
     is_running = row_values(queue.status, rows, EMPTY) == RUNNING
     is_other = row_values(queue.leaders, rows, NO_REQUEST) != leader
@@ -445,10 +463,10 @@ def _bring_back(queue, rows, swaps, blocks, needed, host, config):
     return queue, rows, swaps._replace(into=into)
 
 
-def _num_open_rows(queue: Queue, rows: jax.Array, config: EngineConfig) -> jax.Array:
+def _num_open_rows(queue: Queue, rows: jax.Array, knobs: Knobs) -> jax.Array:
     """Sequences that may get a row, i32[]."""
     num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
-    return jnp.minimum(config.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST))
+    return jnp.minimum(knobs.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST))
 
 
 def _take_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -462,12 +480,14 @@ def _take_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]
     return takes, jnp.where(takes, turn, 0)
 
 
-def _admit(queue, rows, blocks, num_tokens, num_admitted, *, hits, needed, config):
+def _admit(
+    queue, rows, blocks, num_tokens, num_admitted, *, hits, needed, policy, knobs
+):
     """Gives waiting requests rows, in order, up to the first that does not fit."""
     num_places = queue.status.shape[0]
     hits = _worth_taking(queue, hits)
     first, fits, tokens = _candidates(
-        queue, rows, blocks, num_tokens, hits, needed, config
+        queue, rows, blocks, num_tokens, hits, needed, policy, knobs
     )
     admitted = jnp.cumprod(fits.astype(jnp.int32)).astype(jnp.bool_)
 
@@ -501,9 +521,9 @@ def _worth_taking(queue: Queue, hits: Hits) -> Hits:
     return dataclasses.replace(hits, lens=jnp.where(is_less, 0, hits.lens))
 
 
-def _scores(queue: Queue, hits: Hits, config: EngineConfig) -> jax.Array:
+def _scores(queue: Queue, hits: Hits, policy, parameters: jax.Array) -> jax.Array:
     """What the policy says of each place, that of its request's first sequence, [R]."""
-    scores = policies.find(config.policy)(
+    scores = policies.find(policy)(
         policies.Waiting(
             arrivals=queue.arrivals,
             priorities=queue.priorities,
@@ -511,19 +531,22 @@ def _scores(queue: Queue, hits: Hits, config: EngineConfig) -> jax.Array:
             num_tokens=queue.num_tokens,
             cached_lens=hits.lens,
             num_preemptions=queue.num_preemptions,
+            parameters=parameters,
         )
     )
     return scores[queue.leaders]
 
 
-def _candidates(queue, rows, blocks, num_tokens, hits, needed, config):
+def _candidates(
+    queue, rows, blocks, num_tokens, hits, needed, policy, knobs: Knobs
+):
     """The first waiting sequences, whether each fits behind those before it, and the
     tokens that it would compute in this step: i32[S], bool[S], i32[S].
     """
     num_rows = rows.shape[0]
     place = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     is_waiting = queue.status == WAITING
-    scores = _scores(queue, hits, config)
+    scores = _scores(queue, hits, policy, knobs.parameters)
     keys = (
         jnp.where(is_waiting, 0, 1),
         jnp.where(queue.priorities == BEFORE_ALL, 0, 1),
@@ -534,7 +557,7 @@ def _candidates(queue, rows, blocks, num_tokens, hits, needed, config):
     first = lax.sort(keys, num_keys=5)[-1][:num_rows]  # in order
     valid = is_waiting[first]
 
-    size = config.block_size
+    size = blocks.block_size
     num_known = jnp.where(queue.has_ended, 0, queue.num_tokens)
     mapped = _mapped_tokens(queue, first, hits)
     # A cached block that nobody uses counts as free, and is taken like one.
@@ -546,13 +569,13 @@ def _candidates(queue, rows, blocks, num_tokens, hits, needed, config):
     needs = jnp.where(valid, jnp.maximum(needs, 0), 0)
     # Who waits for a source computes nothing yet, and lockstep rows not their last.
     tokens = num_known[first] - queue.is_lockstep[first].astype(jnp.int32)
-    tokens = jnp.minimum(tokens - hits.lens[first], config.largest_chunk)
+    tokens = jnp.minimum(tokens - hits.lens[first], knobs.max_prompt_chunk)
     tokens = jnp.where(valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
-    left = config.max_num_batched_tokens - jnp.sum(num_tokens)
+    left = knobs.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(tokens) - tokens
 
-    free = _spare_blocks(queue, rows, blocks, needed, config)
-    has_row = jnp.arange(num_rows) < _num_open_rows(queue, rows, config)
+    free = _spare_blocks(queue, rows, blocks, needed, knobs)
+    has_row = jnp.arange(num_rows) < _num_open_rows(queue, rows, knobs)
     fits = valid & (jnp.cumsum(needs) <= free) & has_row
 
     # All sequences of a request, or none; for the budget, its first token counts.
@@ -571,10 +594,10 @@ def _candidates(queue, rows, blocks, num_tokens, hits, needed, config):
     return first, fits, jnp.clip(left - before, 0, tokens)
 
 
-def _spare_blocks(queue, rows, blocks, needed, config) -> jax.Array:
+def _spare_blocks(queue, rows, blocks, needed, knobs) -> jax.Array:
     """Blocks that new requests may take, i32[]."""
     # What the running rows' known tokens will take is as good as taken.
-    size = config.block_size
+    size = blocks.block_size
     held = -(-blocks.context_lens // size)
     place = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     to_map = row_values(_mapped_tokens(queue, place), rows) // size
@@ -584,4 +607,4 @@ def _spare_blocks(queue, rows, blocks, needed, config) -> jax.Array:
     expected = jnp.maximum(expected, needed)
     free = block_manager.num_free_blocks(blocks) - jnp.sum(expected)
     is_any = jnp.any(row_values(queue.status, rows, EMPTY) == RUNNING)
-    return free - jnp.where(is_any, config.num_watermark_blocks, 0)
+    return free - jnp.where(is_any, knobs.num_watermark_blocks, 0)

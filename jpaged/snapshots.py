@@ -33,6 +33,7 @@ from jpaged.request_table import RequestTable
 FORMAT = 1
 # What comes back into any engine, and what only into one with the same pool.
 _REQUESTS = (".requests", ".states", ".counters")
+_KNOBS = ".knobs"
 # Fields of the config that are dataclasses themselves.
 _PARTS = dict(rules=RuleSizes, automata=AutomataSizes, speculation=Speculation)
 
@@ -97,9 +98,13 @@ def load(
 
 
 def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The arrays by name: the requests, and what only the same pool can hold."""
+    """The arrays by name: the requests, and what only the same pool can hold.
+
+    The knobs are in neither: they follow from the config.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.size}
+    arrays = {n: leaf for n, leaf in arrays.items() if not n.startswith(_KNOBS)}
     requests = {n: leaf for n, leaf in arrays.items() if n.startswith(_REQUESTS)}
     return requests, {n: leaf for n, leaf in arrays.items() if n not in requests}
 
@@ -216,6 +221,7 @@ def _restore_config(saved: dict[str, Any]) -> EngineConfig:
     for name, kind in _PARTS.items():
         if fields[name] is not None:
             fields[name] = kind(**fields[name])
+    fields["policy_parameters"] = tuple(fields["policy_parameters"])
     return EngineConfig(**fields | {"algorithms": ()})
 
 

@@ -25,6 +25,8 @@ import textwrap
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 SECONDS_PER_COMMAND = 300

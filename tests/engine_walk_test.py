@@ -19,6 +19,8 @@ from prefix_engine_test import STEMS
 from jpaged import block_manager, engine, prefix_cache, request_table
 from jpaged.requests import SamplingParams
 
+pytestmark = pytest.mark.long
+
 __all__ = ["models"]  # a fixture
 
 CONFIG = dataclasses.replace(

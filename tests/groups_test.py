@@ -22,6 +22,8 @@ from jpaged.config import EngineConfig
 from jpaged.decoding import Decision, DecodingAlgorithm
 from jpaged.requests import AlgorithmParams, BeamSearchParams, SamplingParams
 
+pytestmark = pytest.mark.long
+
 MAX_LEN = 40
 VOCABULARY = checkpoints.LLAMA["vocab_size"]
 LONGEST_PROMPT = 20  # more than a step's tokens

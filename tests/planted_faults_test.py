@@ -20,6 +20,8 @@ from jpaged.config import EngineConfig
 from jpaged.models import rotary
 from jpaged.requests import SamplingParams
 
+pytestmark = pytest.mark.long
+
 CONFIG = EngineConfig(
     num_blocks=12,
     block_size=4,

@@ -12,6 +12,8 @@ from engine_test import MAX_LEN, ROOMY, STEPS, TIGHT, VOCABULARY, models
 from jpaged import block_manager, engine, iteration, prefix_cache, scheduler
 from jpaged.requests import SamplingParams
 
+pytestmark = pytest.mark.long
+
 __all__ = ["models"]  # a fixture
 
 # Few beginnings, so that most prompts have one that another has too.

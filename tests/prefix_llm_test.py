@@ -10,6 +10,8 @@ from jpaged import batch
 from jpaged.llm import LLM
 from jpaged.requests import BeamSearchParams, SamplingParams
 
+pytestmark = pytest.mark.long
+
 PREFIX = np.random.default_rng(3).integers(2, VOCAB_SIZE, 22).tolist()
 NUM_BLOCKS = -(-len(PREFIX) // SIZES["block_size"])
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)

@@ -11,6 +11,8 @@ import pytest
 
 from jpaged import LLM, SamplingParams
 
+pytestmark = pytest.mark.long
+
 HEADERS = ["import os\nimport sys\n\n\n", "class Reader:\n    "]
 TAILS = ["def ", "class ", "for line in ", "    return ", "if not "]
 PROMPTS = [header + tail for tail in TAILS for header in HEADERS]

@@ -14,6 +14,8 @@ from jpaged.models import load_model
 from jpaged.models.checkpoint import load_config
 from jpaged.scoring import Perplexity, Score
 
+pytestmark = pytest.mark.long
+
 SAME_SUMS = 1e-5  # log-probabilities in float32, in other shapes
 
 apply = jax.jit(lambda model, tokens: model(tokens))

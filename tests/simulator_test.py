@@ -188,6 +188,47 @@ def test_a_sweep_is_what_its_simulations_are_one_by_one(name):
         np.testing.assert_array_equal(outcome.end_times, alone.end_times)
 
 
+def test_settings_of_the_scheduler_are_swept_in_one_program():
+    workload = drawn(30, seed=3)
+    numbers = [
+        dict(watermark=0.0),
+        dict(watermark=0.3),
+        dict(policy_parameters=(0, 0, 1.0, 0, 0, 0)),
+        dict(policy_parameters=(1.0, 0, -0.5, 0, 0, 0), max_num_seqs=3),
+        dict(max_prompt_chunk=5, max_num_batched_tokens=16),
+    ]
+    none = dict(policy="weighted", policy_parameters=(0.0,) * 6)
+    systems = [EngineSystem(EngineConfig(**SIZES | none | one)) for one in numbers]
+    together = sweep(systems, workload, HALF)
+    ends = []
+    for system, outcome in zip(systems, together, strict=True):
+        # Alone, and without the arrays: the numbers are constants of the program.
+        alone = loop.trace(workload)
+        alone = loop.advance(system, HALF, alone, loop.init(system, alone), 10_000)
+        ends.append(alone.end_times.as_seconds().tolist())
+        assert outcome.end_times.tolist() == ends[-1]
+    assert len(set(map(tuple, ends))) == len(numbers)  # each of them matters
+    by_length = EngineSystem(EngineConfig(**SIZES | {"policy": "shortest_prompt"}))
+    assert ends[2] == simulate(by_length, workload, HALF).end_times.tolist()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (EngineSystem(EngineConfig(**SIZES | {"num_blocks": 25})), "expected engines"),
+        (find_system("orca_max", drawn(3, 0), 4096), "expected engines"),
+    ],
+)
+def test_a_sweep_refuses_systems_that_need_programs_of_their_own(other, message):
+    system = EngineSystem(EngineConfig(**SIZES))
+    with pytest.raises(ValueError, match=message):
+        sweep([system, other], drawn(3, 0), HALF)
+    with pytest.raises(ValueError, match="expected the same baseline"):
+        sweep([find_system("orca_max", drawn(3, 0), 4096), system], drawn(3, 0), HALF)
+    with pytest.raises(ValueError, match=r"lists of \{\}"):
+        sweep(system, drawn(3, 0), HALF)
+
+
 def test_requests_that_find_no_place_wait_at_the_door_in_order():
     config = EngineConfig(**SIZES | {"max_num_requests": 6})
     few = simulate(EngineSystem(config), drawn(20, seed=3), HALF)

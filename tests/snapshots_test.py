@@ -23,6 +23,8 @@ from prefix_engine_test import (
 from jpaged import engine, scheduler, snapshots
 from jpaged.requests import SamplingParams
 
+pytestmark = pytest.mark.long
+
 __all__ = ["models"]  # a fixture
 PREEMPTING = 25  # steps after which the tight pool has preempted
 

@@ -25,6 +25,8 @@ from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.models import Decoder, ModelConfig, init_model
 from jpaged.requests import SamplingParams
 
+pytestmark = pytest.mark.long
+
 VOCABULARY = checkpoints.LLAMA["vocab_size"]
 EOS = [7]
 LENGTH = 24  # of the arrays of prompt lookup

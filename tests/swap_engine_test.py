@@ -20,6 +20,8 @@ from jpaged.llm import LLM
 from jpaged.models import Decoder
 from jpaged.requests import BeamSearchParams, SamplingParams
 
+pytestmark = pytest.mark.long
+
 VOCABULARY = checkpoints.LLAMA["vocab_size"]
 MAX_LEN = 40
 # The smallest legal pool for a beam search of 3 rows at full length is 28 blocks.

@@ -11,6 +11,7 @@ Letters: P places, B sequences of one request at most.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jpaged.simulator import buddy, places
 from jpaged.simulator.buddy import NO_CHUNK, BuddyState
 from jpaged.simulator.load import Load
 from jpaged.simulator.places import NOBODY, Job, Places, Waiting
-from jpaged.simulator.system import Progress, Request, Usage
+from jpaged.simulator.system import Progress, Request, System, Usage
 from jpaged.simulator.workloads import Workload
 
 
@@ -47,6 +48,20 @@ class BaselineSystem:
     num_slots: int
     max_num_seqs: int
     max_seqs_per_request: int
+
+    def program(self, others: Sequence[System]) -> BaselineSystem:
+        """Itself, where the others are alike; as `System.program`."""
+        for other in others:
+            if other != self:
+                raise ValueError(
+                    "systems: expected the same baseline for all, for nothing of it "
+                    f"can be swept, got {self!r} and {other!r:.1000}"
+                )
+        return self
+
+    def enter(self, state: BaselineState) -> BaselineState:
+        """As `System.enter`: as it is."""
+        return state
 
     def counters(self, state: BaselineState) -> dict[str, int]:
         """Nothing beyond what the clock counts: nobody is preempted."""

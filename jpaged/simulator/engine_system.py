@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ from jpaged.request_table import NO_ALGORITHM, NewTokens, RequestTable, Submissi
 from jpaged.requests import BeamSearchParams, SamplingParams
 from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RUNNING
 from jpaged.simulator.load import Load
-from jpaged.simulator.system import NOBODY, Progress, Request, Usage
+from jpaged.simulator.system import NOBODY, Progress, Request, System, Usage
 from jpaged.simulator.workloads import Workload
 
 _VOCABULARY = 64  # tokens that beams choose among
@@ -92,6 +93,43 @@ class EngineSystem:
     def num_slots(self) -> int:
         """Tokens whose keys and values fit into the pool."""
         return self.config.num_blocks * self.config.block_size
+
+    def program(self, others: Sequence[System]) -> EngineSystem:
+        """The engine under a config with room for all of theirs; see `System`.
+
+        They may differ in the policy's parameters, the watermark, and the limits of
+        rows, of tokens in a step and of a prompt's chunk.
+        """
+        configs = [one.config for one in (self, *others) if isinstance(one, EngineSystem)]
+        most = {
+            name: max(getattr(config, name) for config in configs)
+            for name in ("max_num_seqs", "max_num_batched_tokens")
+        }
+        program = self._under(most)
+        for other in others:
+            if not isinstance(other, EngineSystem) or other._under(most) != program:
+                raise ValueError(
+                    "systems: expected engines that differ in policy_parameters, "
+                    "watermark, max_num_seqs, max_num_batched_tokens and "
+                    f"max_prompt_chunk only, got {self!r:.1000} and {other!r:.1000}"
+                )
+        return program
+
+    def _under(self, limits: dict[str, int]) -> EngineSystem:
+        none = (0.0,) * len(self.config.policy_parameters)
+        config = dataclasses.replace(
+            self.config,
+            watermark=0.0,
+            policy_parameters=none,
+            max_prompt_chunk=None,
+            **limits,
+        )
+        return dataclasses.replace(self, config=config)
+
+    def enter(self, state: ServedState) -> ServedState:
+        """The state with the scheduler's numbers of this config; see `System`."""
+        inner = dataclasses.replace(state.engine, knobs=self.config.knobs)
+        return dataclasses.replace(state, engine=inner)
 
     def check(self, workload: Workload) -> None:
         """Raises ValueError for a request that the engine would refuse; see `System`.

@@ -150,66 +150,84 @@ def simulate(
       ValueError: the workload is empty, or has a request that the system cannot serve.
       RuntimeError: the system stands still with requests that wait.
     """
-    (outcome,) = _simulate(system, [workload], [cost_model], warmup, on_progress)
+    (outcome,) = _simulate([system], [workload], [cost_model], warmup, on_progress)
     return outcome
 
 
 def sweep(
-    system: System,
-    workloads: Sequence[Workload],
+    systems: System | Sequence[System],
+    workloads: Workload | Sequence[Workload],
     cost_models: CostModel | Sequence[CostModel],
     *,
     warmup: float = 0.1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
-    """`simulate` of many workloads side by side: rates, seeds, lengths, machines.
+    """`simulate` of many settings side by side: policies, rates, seeds, machines.
 
     One compiled program, whose batch axis the simulations are (`jax.vmap`); it goes on
     until the longest has ended.
 
     Args:
-      system: one for all.
-      workloads: each as for `simulate`.
+      systems: one for all, or one for each; engines may differ in the scheduler's
+        numbers (`EngineSystem.program`), baselines not at all.
+      workloads: as for `simulate`, one for all, or one for each.
       cost_models: one for all, or one for each, all of one kind.
       warmup, on_progress: as for `simulate`.
 
+    Returns:
+      The outcomes in order.
+
     Raises:
-      ValueError, RuntimeError: as `simulate`; or another number of cost models.
+      ValueError, RuntimeError: as `simulate`; or numbers of them that differ, or
+        systems that no one program serves.
     """
-    if not isinstance(cost_models, Sequence):
-        cost_models = [cost_models] * len(workloads)
-    if len(cost_models) != len(workloads):
+    given = {"systems": systems, "workloads": workloads, "cost_models": cost_models}
+    counts = {name: len(v) for name, v in given.items() if isinstance(v, Sequence)}
+    if len(set(counts.values())) != 1:
         raise ValueError(
-            f"cost_models: expected one, or one for each of {len(workloads)} "
-            f"workloads, got {len(cost_models)}"
+            "systems, workloads, cost_models: expected one or more lists, of equal "
+            f"lengths, got lists of {counts}"
         )
-    return _simulate(system, workloads, cost_models, warmup, on_progress)
+    (count,) = set(counts.values())
+    each = [
+        list(value) if name in counts else [value] * count
+        for name, value in given.items()
+    ]
+    return _simulate(*each, warmup, on_progress)
 
 
-def _simulate(system, workloads, cost_models, warmup, on_progress) -> list[Outcome]:
-    for workload in workloads:
+def _simulate(systems, workloads, cost_models, warmup, on_progress) -> list[Outcome]:
+    for system, workload in zip(systems, workloads, strict=True):
         _check(system, workload, warmup)
+    program = systems[0].program(systems[1:])
     size = max(map(len, workloads))
     size = max(1024, 1 << (size - 1).bit_length())  # few shapes, few compilations
     width = max(_num_pieces(workload) for workload in workloads)
     traces = [
         loop.trace(one, size=size, num_pieces=width, warmup=warmup) for one in workloads
     ]
-    simulations = [loop.init(system, trace) for trace in traces]
+    simulations = [
+        _enter(system, loop.init(program, trace))
+        for system, trace in zip(systems, traces, strict=True)
+    ]
     if len(workloads) == 1:
         carry = (cost_models[0], traces[0], simulations[0])
-        advance = functools.partial(loop.advance, system)
+        advance = functools.partial(loop.advance, program)
     else:
         carry = tuple(map(_stack, (cost_models, traces, simulations)))
-        advance = functools.partial(_advance_all, system)
+        advance = functools.partial(_advance_all, program)
     simulation, totals = _run(advance, *carry, on_progress)
     ended = jax.device_get((simulation, totals))
     if len(workloads) == 1:
-        return [_outcome(system, workloads[0], *ended)]
+        return [_outcome(systems[0], workloads[0], *ended)]
     return [
         _outcome(system, workload, *jax.tree.map(operator.itemgetter(index), ended))
-        for index, workload in enumerate(workloads)
+        for index, (system, workload) in enumerate(zip(systems, workloads, strict=True))
     ]
+
+
+def _enter(system: System, simulation: Simulation) -> Simulation:
+    return dataclasses.replace(simulation, state=system.enter(simulation.state))
 
 
 def _num_pieces(workload: Workload) -> int:

@@ -8,6 +8,7 @@ pytree. The engine is one (`served`), the paper's baselines are others (`baselin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -55,6 +56,17 @@ class System(Protocol):
     """A serving system."""
 
     num_slots: int  # tokens whose keys and values fit into its memory
+
+    def program(self, others: Sequence[System]) -> System:
+        """A system whose compiled steps serve this one and the others, on their states.
+
+        Raises ValueError where there is none.
+        """
+        ...
+
+    def enter(self, state: Any) -> Any:
+        """The first state of such a `program`, with what is this system's own."""
+        ...
 
     def check(self, workload: Workload) -> None:
         """Raises ValueError for a workload with a request that it could not serve."""

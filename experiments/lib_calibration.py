@@ -5,9 +5,10 @@ Beside the road: workload -> [engine, a step at a time] -> seconds -> fit -> cos
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,22 +19,11 @@ from jpaged.config import EngineConfig
 from jpaged.models import Decoder
 from jpaged.requests import SamplingParams
 from jpaged.simulator import loop
+from jpaged.simulator.buckets import Bucketed, fit_buckets
 from jpaged.simulator.engine_system import EngineSystem
-from jpaged.simulator.fit import FitReport, Linear, fit, measured_features
-from jpaged.simulator.load import Load
+from jpaged.simulator.fit import FitReport
+from jpaged.simulator.lengths import builtin_lengths
 from jpaged.simulator.workloads import Workload
-
-# What a step's time is laid to: the step itself, a prompt in it, each token, each row
-# that decodes, the tokens that it attends to, and the longest context.
-FEATURES = (
-    "steps",
-    "prompt_steps",
-    "prompt_tokens",
-    "prompt_past",
-    "decode_rows",
-    "decode_contexts",
-    "longest_context",
-)
 
 
 class Served(NamedTuple):
@@ -65,7 +55,9 @@ def serve(model: Decoder, config: EngineConfig, workload: Workload) -> Served:
     """
     state = engine.init(model, config)
     state, _ = engine.submit(state, [[0]], _params(1))  # compiles
-    state = engine.release(engine.run(model, state, 1), np.ones(config.max_num_requests, bool))
+    state = engine.release(
+        engine.run(model, state, 1), np.ones(config.max_num_requests, bool)
+    )
     prompts = random_prompts(workload.prompt_lens, model.config.vocab_size, seed=0)
     first_step = int(state.counters.num_steps)
     ends: list[float] = []
@@ -105,25 +97,55 @@ def _params(output_len: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=int(output_len), ignore_eos=True)
 
 
-def step_loads(config: EngineConfig, workload: Workload, seconds: np.ndarray) -> Load:
-    """Loads of the engine's steps, of a workload that came all at once.
-
-    Args:
-      config: the engine's.
-      workload: all arrivals 0.
-      seconds: f[T], what the steps took.
-    """
-    trace = loop.trace(workload)
-    return loop.loads(EngineSystem(config), trace, seconds.astype(np.float32))
-
-
-def fit_steps(
+def fit_engine(
     config: EngineConfig, workload: Workload, runs: Sequence[Served]
-) -> tuple[Linear, FitReport]:
+) -> tuple[Bucketed, FitReport]:
     """The cost model of the steps of `runs` of one workload that came all at once.
 
     Of each step the median over the runs counts: a run is disturbed here and there.
     """
     seconds = np.median([run.step_seconds for run in runs], axis=0)
-    found = measured_features(step_loads(config, workload, seconds))
-    return fit({name: found[name] for name in FEATURES}, seconds)
+    took = seconds.astype(np.float32)
+    loads = loop.loads(EngineSystem(config), loop.trace(workload), took)
+    return fit_buckets(config, loads, seconds)
+
+
+def short_requests(count: int, longest: int, seed: int) -> Workload:
+    """Alpaca's lengths cut to `longest` tokens for a prompt and for an output, all at
+    once."""
+    lengths = builtin_lengths("alpaca", count, seed)
+    return Workload(
+        np.zeros(count),
+        np.minimum(lengths.prompt_lens, longest),
+        np.minimum(lengths.output_lens, longest),
+    )
+
+
+def arriving(workload: Workload, rate: float, seed: int) -> Workload:
+    """The same requests as a Poisson process of `rate` a second, the first one at 0."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, len(workload))
+    return dataclasses.replace(workload, arrivals=np.cumsum(gaps) - gaps[0])
+
+
+def engine_config(
+    workloads: Sequence[Workload], *, max_num_seqs: int, num_blocks: int, **more: Any
+) -> EngineConfig:
+    """An engine with a place for each request of the largest of the workloads.
+
+    Raises:
+      ValueError: as `EngineConfig`; or a request that could never run.
+    """
+    config = EngineConfig(
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max(
+            int(np.max(one.prompt_lens + one.output_lens)) for one in workloads
+        ),
+        max_num_batched_tokens=max(64, max_num_seqs),
+        max_num_requests=max(max_num_seqs, *map(len, workloads)),
+        max_num_stop_ids=1,
+        **more,
+    )
+    for one in workloads:
+        EngineSystem(config).check(one)
+    return config

@@ -537,9 +537,7 @@ def _scores(queue: Queue, hits: Hits, policy, parameters: jax.Array) -> jax.Arra
     return scores[queue.leaders]
 
 
-def _candidates(
-    queue, rows, blocks, num_tokens, hits, needed, policy, knobs: Knobs
-):
+def _candidates(queue, rows, blocks, num_tokens, hits, needed, policy, knobs: Knobs):
     """The first waiting sequences, whether each fits behind those before it, and the
     tokens that it would compute in this step: i32[S], bool[S], i32[S].
     """

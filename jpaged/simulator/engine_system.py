@@ -100,7 +100,9 @@ class EngineSystem:
         They may differ in the policy's parameters, the watermark, and the limits of
         rows, of tokens in a step and of a prompt's chunk.
         """
-        configs = [one.config for one in (self, *others) if isinstance(one, EngineSystem)]
+        configs = [
+            one.config for one in (self, *others) if isinstance(one, EngineSystem)
+        ]
         most = {
             name: max(getattr(config, name) for config in configs)
             for name in ("max_num_seqs", "max_num_batched_tokens")

@@ -102,7 +102,7 @@ def fit(
     solution = nnls(scaled, y * weights)[0] / scales
     coefficients = dict(zip(names, solution.tolist(), strict=True))
     model = Linear(Features(*(coefficients.get(f, 0.0) for f in Features._fields)))
-    return model, _report(coefficients, y, matrix @ solution)
+    return model, report(coefficients, y, matrix @ solution)
 
 
 def _numbers(name: str, values: np.ndarray | Sequence[float]) -> np.ndarray:
@@ -138,9 +138,10 @@ def _check_rank(names: list[str], matrix: np.ndarray, scales: np.ndarray) -> Non
         )
 
 
-def _report(
-    coefficients: dict[str, float], y: np.ndarray, predicted: np.ndarray
+def report(
+    coefficients: Mapping[str, float], y: np.ndarray, predicted: np.ndarray
 ) -> FitReport:
+    """What is left of measurements f64[N] where a model predicts f64[N]."""
     residuals = y - predicted
     errors = np.abs(residuals) / np.maximum(y, 1e-300)
     around = float(np.sum((y - y.mean()) ** 2))

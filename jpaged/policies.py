@@ -44,7 +44,7 @@ Policy = Callable[[Waiting], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """The scheduler's numbers that are no shapes: arrays, so that `vmap` sweeps them."""
+    """The scheduler's numbers that are no shapes, as arrays: `vmap` sweeps them."""
 
     parameters: jax.Array  # f32[P], of the policy
     num_watermark_blocks: jax.Array  # i32[], that admission leaves free

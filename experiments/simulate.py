@@ -40,6 +40,7 @@ from experiments.timing import environment
 from jpaged.simulator import traces
 from jpaged.simulator.chips import CHIPS, find_chip
 from jpaged.simulator.lengths import BUILTIN_LENGTHS, Lengths
+from jpaged.simulator.optimum import alone_seconds
 from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
 from jpaged.simulator.served_models import (
     PAPER_SETTINGS,
@@ -97,6 +98,9 @@ def define_flags() -> None:
         "preemption", "recompute", ["recompute", "swap"], "Of the engine."
     )
     flags.DEFINE_string("policy", None, "Of the engine: who is admitted first.")
+    flags.DEFINE_bool(
+        "bounds", False, "Beside it: each request alone, and memory without limit."
+    )
     flags.DEFINE_bool(
         "skip_empty", False, "Skip lengths of 0 instead of refusing them."
     )
@@ -184,6 +188,29 @@ def make_system(workload: Workload, num_slots: int) -> Any:
     return find_system(FLAGS.system, workload, num_slots, **sizes)
 
 
+def bounds(workload: Workload, cost_model: Roofline, outcome: Outcome) -> dict:
+    """Lines to measure the normalized latency by, and the shares of them it reaches.
+
+    `alone`: no schedule passes it. `unlimited_memory`: the engine with a row and memory
+    for everybody, up to 1,024 rows: the best batching of those that let all in at once.
+    """
+    lens = workload.output_lens
+    num_seqs = np.maximum(workload.num_samples, workload.beam_widths)
+    rows = min(1 << math.ceil(math.log2(max(int(np.sum(num_seqs)), 8))), 1024)
+    longest = int(np.max(workload.prompt_lens + lens)) + FLAGS.block_size
+    roomy = find_system("vllm", workload, rows * longest, max_num_seqs=rows)
+    free = simulate(roomy, workload, cost_model).summary()["normalized_latency_s"]
+    lines = {
+        "alone": float(np.mean(alone_seconds(workload, cost_model) / lens)),
+        "unlimited_memory": free,
+    }
+    mine = outcome.summary()["normalized_latency_s"]
+    return {
+        name: {"normalized_latency_s": value, "share": value / mine}
+        for name, value in lines.items()
+    }
+
+
 def print_table(found: dict[str, Any], outcome: Outcome) -> None:
     """The numbers for people."""
     for name in (
@@ -237,6 +264,11 @@ def main(argv: list[str]) -> None:
     wall_s = time.perf_counter() - begin
     found = outcome.summary()
     print_table(found, outcome)
+    if FLAGS.bounds:
+        found["bounds"] = bounds(workload, cost_model, outcome)
+        for name, line in found["bounds"].items():
+            value, share = line["normalized_latency_s"], line["share"]
+            print(f"{name:<26}{value:>12.4g} s/token, {share:.1%} of it reached")
     print(f"{outcome.num_steps} steps in {wall_s:.1f} s, compiling included")
     flags_given = {name: FLAGS[name].value for name in ("system", "model", "trace")}
     flags_given |= {"rate": FLAGS.rate, "duration": FLAGS.duration, "seed": FLAGS.seed}

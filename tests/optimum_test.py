@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.prefix_cache import replay, synthetic_trace
-from jpaged.simulator.optimum import belady_hits
+from jpaged.simulator.chips import find_chip
+from jpaged.simulator.optimum import alone_seconds, belady_hits
+from jpaged.simulator.roofline import Roofline
+from jpaged.simulator.served_models import served_model
+from jpaged.simulator.simulate import simulate
+from jpaged.simulator.systems import find_system
+from jpaged.simulator.workloads import Workload
 
 
 def most_hits(prompts, capacity: int) -> int:
@@ -72,3 +78,32 @@ def test_what_cannot_be_is_refused():
 
 def test_equal_ids_behind_other_beginnings_are_other_blocks():
     assert belady_hits([(1, 2), (3, 2), (3, 2, 2), (1, 2)], 9).tolist() == [0, 0, 2, 2]
+
+
+COST = Roofline.of(served_model("opt-13b"), find_chip("a100-40g"), 1, step_s=0.002)
+
+
+def test_a_request_that_is_alone_takes_the_least_that_any_can():
+    # So far apart that each is alone: the bound is met, to the clock's microseconds.
+    far = Workload(np.array([0.0, 100.0, 200.0]), [5, 300, 1], [9, 1, 60])
+    system = find_system("vllm", far, 4096, max_num_seqs=8)
+    took = simulate(system, far, COST).end_times - far.arrivals
+    np.testing.assert_allclose(took, alone_seconds(far, COST), atol=60e-6)
+    # Together they wait for each other, and none is faster.
+    near = Workload(np.zeros(3), [5, 300, 1], [9, 1, 60])
+    took = simulate(system, near, COST).end_times
+    assert (took >= alone_seconds(near, COST) - 60e-6).all()
+    assert took.sum() > 1.01 * alone_seconds(near, COST).sum()
+
+
+def test_of_a_prompt_that_may_be_cached_only_the_last_token_counts():
+    one = Workload(np.zeros(1), [64], [5])
+    shared = one.with_shared_prefix(32, 16)
+    short = Workload(np.zeros(1), [63], [6])  # one prompt token fewer, one decoded more
+    (mine,), (other,) = alone_seconds(shared, COST), alone_seconds(short, COST)
+    (whole,) = alone_seconds(one, COST)
+    prompt = simulate(
+        find_system("vllm", short, 4096, max_num_seqs=8), short, COST
+    ).times_to_first_token[0]
+    assert mine == pytest.approx(other - prompt, abs=20e-6)
+    assert mine < whole

@@ -54,11 +54,16 @@ def test_orca_max_batches_seven_requests_of_opt_13b_as_the_paper_prints(lengths)
 def test_the_engine_batches_more_and_answers_sooner_and_all_is_repeatable(lengths):
     flags = ["--trace", lengths, "--rate", "1", "--duration", "40"]
     ours = last_line(*flags, "--max_num_seqs", "32", "--max_model_len", "1024")
-    again = last_line(*flags, "--max_num_seqs", "32", "--max_model_len", "1024")
+    again = last_line(
+        *flags, "--max_num_seqs", "32", "--max_model_len", "1024", "--bounds"
+    )
     orca = last_line("--system", "orca_max", *flags)
     assert ours["mean_batched_requests"] > 1.5 * orca["mean_batched_requests"]
     assert ours["normalized_latency_s"] < orca["normalized_latency_s"]
     assert ours["kv_composition"]["token_states"] > 0.96
+    lines = again.pop("bounds")
+    assert 0 < lines["alone"]["share"] < lines["unlimited_memory"]["share"] <= 1.001
+    assert lines["alone"]["normalized_latency_s"] < ours["normalized_latency_s"]
     del ours["wall_s"], again["wall_s"]
     assert ours == again
 

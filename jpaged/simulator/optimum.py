@@ -1,6 +1,6 @@
-"""Optimum: what a policy that knows the future reaches, as a line to measure others by.
+"""Optimum: what no policy can pass, as lines to measure others by.
 
-Beside the road: host code on traces; no policy that can be built is above it.
+Beside the road: host code on traces and workloads.
 """
 
 from __future__ import annotations
@@ -8,7 +8,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from jpaged.simulator.load import CostModel, Load
+from jpaged.simulator.workloads import Workload
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -50,6 +55,38 @@ def belady_hits(prompts: Sequence[Sequence[int]], capacity: int) -> np.ndarray:
             if kept.get(block) == -use:  # else it has been used since, or dropped
                 del kept[block]
     return hits
+
+
+def alone_seconds(workload: Workload, cost_model: CostModel) -> np.ndarray:
+    """The least time from each request's arrival to its last token, f64[N].
+
+    The machine has nothing else to do, the prompt enters in one step, and one sequence
+    of the request counts. No schedule is faster where a step's time does not fall when
+    more is put into it, which holds for every cost model here. Of prompts that share
+    contents only the last token counts: the rest may be cached.
+
+    Args:
+      workload: requests.
+      cost_model: seconds of a step.
+    """
+    longest = int(np.max(workload.prompt_lens + workload.output_lens))
+
+    def seconds(query_len: jax.Array, context_len: jax.Array) -> jax.Array:
+        none = jnp.int32(0)
+        return cost_model(
+            Load(query_len[None], context_len[None], jnp.int32(1), none, none, none)
+        )
+
+    evaluate = jax.jit(jax.vmap(seconds))
+    lens = jnp.arange(1, longest + 1, dtype=jnp.int32)
+    decode = np.asarray(evaluate(jnp.ones_like(lens), lens), np.float64)
+    prompt = decode
+    if workload.contents is None:
+        prompt = np.asarray(evaluate(lens, lens), np.float64)
+    # The first token comes with the prompt; token i > 1 attends to prompt + i - 1.
+    until = np.concatenate([[0.0], np.cumsum(decode)])
+    ends = workload.prompt_lens + workload.output_lens - 1
+    return prompt[workload.prompt_lens - 1] + until[ends] - until[workload.prompt_lens]
 
 
 def _paths(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

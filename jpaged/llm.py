@@ -66,7 +66,8 @@ class LLM:
         `models.shapes`; or a Decoder.
       dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, and float32
         on a CPU.
-      kv_dtype: of keys and values in the pool; "auto" is the model's.
+      kv_dtype: of keys and values in the pool; "auto" is the model's. "int8" and "fp8"
+        hold them in 8 bits, with a float32 scale for each token and head.
       block_size: tokens per KV block.
       num_blocks: blocks of the pool. None takes what `max_num_seqs` sequences of
         `max_model_len` tokens can fill, as far as it fits into `memory_fraction` of

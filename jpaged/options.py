@@ -18,6 +18,7 @@ from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
+from jpaged.quantised_pages import PAGE_DTYPES
 from jpaged.text import Tokenizer
 
 
@@ -47,12 +48,9 @@ def check_choices(
     memory_fraction: Any,
 ) -> None:
     """Raises ValueError for what does not exist, or not yet."""
-    if kv_dtype in ("int8", "fp8"):
-        raise ValueError(f"kv_dtype: {kv_dtype!r} is not built yet; wanted 'auto'")
-    if kv_dtype not in ("auto", *DTYPES):
-        raise ValueError(
-            f"kv_dtype: wanted one of {('auto', *DTYPES)}, got {kv_dtype!r}"
-        )
+    kv_dtypes = ("auto", *DTYPES, *PAGE_DTYPES)
+    if kv_dtype not in kv_dtypes:
+        raise ValueError(f"kv_dtype: wanted one of {kv_dtypes}, got {kv_dtype!r}")
     if not isinstance(enable_prefix_caching, bool):
         raise ValueError(
             f"enable_prefix_caching: wanted True or False, got "

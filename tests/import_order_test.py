@@ -42,13 +42,14 @@ ROOMS = {
     # memory and arithmetic: pages and activations, no requests
     # which of the three serves a call
     "implementations":   [],
-    "xla":               ["compat"],
+    "quantised_pages":   [],
+    "xla":               ["compat", "quantised_pages"],
     "pallas":            ["compat", "implementations"],
     "triton":            ["compat"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
-                          "implementations"],
+                          "implementations", "quantised_pages"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",
-                          "attention"],
+                          "quantised_pages", "attention"],
     "models":            ["compat", "config", "bundled", "parallel", "step_inputs",
                           "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block
@@ -88,7 +89,8 @@ ROOMS = {
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
     "scoring":           ["models"],
-    "options":           ["config", "text", "attention", "models"],
+    "options":           ["config", "text", "attention", "models",
+                          "quantised_pages"],
     "intake":            ["config", "requests", "text", "models", "decoding", "groups",
                           "request_limits", "structured", "engine"],
     "metrics":           [],

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
-from jpaged.implementations import choose, page_head_dim
+from jpaged.implementations import choose, page_head_dim, without_gradient
 from jpaged.pallas import tpu
 from jpaged.quantised_pages import check_scales, decode, encode, is_quantised
-from jpaged.xla import attention as xla_attention
+from jpaged.xla import gradients
 from jpaged.xla import pages as xla_pages
+from jpaged.xla.gradients import Operands
 from jpaged.xla.pages import Pools
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
@@ -77,7 +78,11 @@ def paged_attention(
       implementation: None takes the best for the backend that serves the arguments. A
         name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
-        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything.
+        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything,
+        and alone have gradients.
+
+    Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
+    rows share a block, it gets the sum. Slots that nobody sees get zeros.
 
     Returns:
       `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also
@@ -115,17 +120,21 @@ def paged_attention(
     )
     q = _padded(q, k_pages.shape[-1])
     if chosen == "mosaic_tpu":
+        arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
+        static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
-        out, lse = tpu.attend(*args, layer=layer, return_lse=return_lse, **options)
+
+        def call(args, arrays):
+            return tpu.attend(*args, return_lse=return_lse, **arrays, **static)
+
+        out, lse = without_gradient(call, chosen)(args, arrays)
     else:
         pools = Pools(k_pages, v_pages, k_scale, v_scale)
         args = (q, *_one_pool(pools, block_tables, layer), context_lens)
         if chosen == "reference":
             out, lse = _reference(*args, query_start_loc, **options)
-        elif query_start_loc is None:
-            out, lse = xla_attention.decode(*args, **options)
         else:
-            out, lse = xla_attention.ragged(*args, query_start_loc, **options)
+            out, lse = gradients.attend(Operands(*args, query_start_loc, **options))
     out = out[..., :head_dim]
     return (out, lse) if return_lse else out
 

@@ -15,6 +15,7 @@ the tile's products, Q queries of one product.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +179,7 @@ def _chunks(
     group = num_heads // num_kv_heads
     size = min(tiles.ragged_queries, num_queries)
     blocks = max(1, min(tiles.ragged_tokens // block_size, block_tables.shape[1]))
-    tile_ends = jnp.cumsum((lengths + size - 1) // size)
+    num_tiles, tile_at = query_tiles(starts, lengths, context_lens, size)
 
     # A tile may reach past its row's queries: tiles are walked in the order of the
     # queries, so the rows behind write over what it left there.
@@ -188,21 +189,9 @@ def _chunks(
 
     def tile(index, carry):
         out, lse = carry
-        row = jnp.searchsorted(tile_ends, index, side="right").astype(jnp.int32)
-        first = tile_ends[row] - (lengths[row] + size - 1) // size
-        offset = (index - first) * size
-        start = starts[row] + offset
-        queries = lax.dynamic_slice(
-            padded_q, (start, 0, 0), (size, num_heads, head_dim)
-        )
-        # [Bq, K, G, D] -> [K, G * Bq, D]
-        queries = queries.reshape(size, num_kv_heads, group, head_dim)
-        queries = queries.transpose(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
-        index_in_row = offset + jnp.arange(size, dtype=jnp.int32)
-        visible = context_lens[row] - lengths[row] + 1 + index_in_row
-        visible = jnp.where(index_in_row < lengths[row], visible, 0)
+        row, start, visible = tile_at(index)
         state = walk(
-            queries,
+            take(padded_q, start, size, num_kv_heads),
             pools,
             lax.dynamic_slice(block_tables, (row, 0), (1, block_tables.shape[1])),
             jnp.tile(visible, group)[None, :],
@@ -212,13 +201,48 @@ def _chunks(
             logits_soft_cap=logits_soft_cap,
         )
         tile_out, tile_lse = finish(state, sinks, num_kv_heads, q.dtype, size)
-        tile_out = tile_out.reshape(num_kv_heads, group, size, head_dim)
-        tile_out = tile_out.transpose(2, 0, 1, 3).reshape(size, num_heads, head_dim)
-        tile_lse = tile_lse.reshape(num_heads, size).T
         return (
-            lax.dynamic_update_slice(out, tile_out, (start, 0, 0)),
-            lax.dynamic_update_slice(lse, tile_lse, (start, 0)),
+            lax.dynamic_update_slice(out, untake(tile_out, size), (start, 0, 0)),
+            lax.dynamic_update_slice(lse, untake(tile_lse, size), (start, 0)),
         )
 
-    out, lse = lax.fori_loop(0, tile_ends[-1], tile, (out, lse))
+    out, lse = lax.fori_loop(0, num_tiles, tile, (out, lse))
     return out[:num_queries], lse[:num_queries]
+
+
+def query_tiles(
+    starts: jax.Array, lengths: jax.Array, context_lens: jax.Array, size: int
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]]:
+    """The number of tiles of `size` queries, and a function of a tile's index: its row,
+    its first query, and how many tokens each query sees, i32[size] with 0 behind the
+    row's last.
+
+    Row s has queries `starts[s]` to `starts[s] + lengths[s]`.
+    """
+    counts = (lengths + size - 1) // size
+    ends = jnp.cumsum(counts)
+
+    def tile_at(index):
+        row = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+        offset = (index - (ends[row] - counts[row])) * size
+        index_in_row = offset + jnp.arange(size, dtype=jnp.int32)
+        visible = context_lens[row] - lengths[row] + 1 + index_in_row
+        visible = jnp.where(index_in_row < lengths[row], visible, 0)
+        return row, starts[row] + offset, visible
+
+    return ends[-1], tile_at
+
+
+def take(rows: jax.Array, start: jax.Array, size: int, num_kv_heads: int) -> jax.Array:
+    """`rows` [T, H, ...] from `start` on, by KV head: [K, G * size, ...]."""
+    taken = lax.dynamic_slice_in_dim(rows, start, size)
+    taken = taken.reshape(size, num_kv_heads, -1, *rows.shape[2:])
+    taken = jnp.moveaxis(taken, 0, 2)  # [K, G, size, ...]
+    return taken.reshape(num_kv_heads, -1, *rows.shape[2:])
+
+
+def untake(taken: jax.Array, size: int) -> jax.Array:
+    """[size, H, ...] of what `take` gave."""
+    num_kv_heads, _, *rest = taken.shape
+    rows = jnp.moveaxis(taken.reshape(num_kv_heads, -1, size, *rest), 2, 0)
+    return rows.reshape(size, -1, *rest)

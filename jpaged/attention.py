@@ -19,9 +19,11 @@ from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jpaged.implementations import choose, page_head_dim, without_gradient
 from jpaged.pallas import tpu
 from jpaged.quantised_pages import check_scales, decode, encode, is_quantised
+from jpaged.shared_prefix import SharedPrefix, find
 from jpaged.xla import gradients
 from jpaged.xla import pages as xla_pages
 from jpaged.xla.gradients import Operands
+from jpaged.xla.online_softmax import merge
 from jpaged.xla.pages import Pools
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
@@ -42,7 +44,7 @@ def paged_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
-    shared_prefix: jax.Array | None = None,
+    shared_prefix: SharedPrefix | bool | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -73,6 +75,8 @@ def paged_attention(
         a key or value is the page's number times its scale. f32`[N, K, P]`, or `[L, N,
         K, P]` with `layer`, or what broadcasts to that. `write_kv` makes them.
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
+      shared_prefix: groups of rows whose blocks are read once, of `shared_prefix.find`;
+        True finds them here. For rows with one query; "xla" serves it.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
         (`-inf` where nothing is visible), for `merge_states`.
       implementation: None takes the best for the backend that serves the arguments. A
@@ -101,9 +105,10 @@ def paged_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
-    if shared_prefix is not None:
+    if shared_prefix is not None and chosen != "xla":
         raise ValueError(
-            f"shared_prefix: implementation {chosen!r} does not serve it yet; pass None"
+            f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
+            "take implementation='xla', or None for plain attention"
         )
     k_scale, v_scale = check_scales(k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
@@ -134,7 +139,9 @@ def paged_attention(
         if chosen == "reference":
             out, lse = _reference(*args, query_start_loc, **options)
         else:
-            out, lse = gradients.attend(Operands(*args, query_start_loc, **options))
+            shared = _groups(shared_prefix, block_tables, context_lens, k_pages)
+            args = (*args, query_start_loc, shared)
+            out, lse = gradients.attend(Operands(*args, **options))
     out = out[..., :head_dim]
     return (out, lse) if return_lse else out
 
@@ -246,13 +253,7 @@ def merge_states(
     Returns:
       The merged output in the dtype of `out_a`, and its log-sum-exp.
     """
-    lse = jnp.logaddexp(lse_a, lse_b)
-    # Both sets empty: lse is -inf and -inf - -inf is NaN; the weights must be 0.
-    base = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    weight_a = jnp.exp(lse_a - base)[..., None]
-    weight_b = jnp.exp(lse_b - base)[..., None]
-    out = weight_a * out_a.astype(jnp.float32) + weight_b * out_b.astype(jnp.float32)
-    return out.astype(out_a.dtype), lse
+    return merge(out_a, lse_a, out_b, lse_b)
 
 
 def _reference(
@@ -313,6 +314,22 @@ def _reference(
     out = jnp.einsum("tkgc,tkcd->tkgd", weights, values)
     shape = (num_queries, num_heads)
     return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
+
+
+def _groups(shared_prefix, block_tables, context_lens, k_pages) -> SharedPrefix | None:
+    if shared_prefix is None or shared_prefix is False:
+        return None
+    if shared_prefix is True:
+        return find(block_tables, context_lens, k_pages.shape[-2])
+    shape = context_lens.shape
+    if not isinstance(shared_prefix, SharedPrefix) or shape != (
+        *shared_prefix.leaders.shape,
+    ):
+        raise ValueError(
+            "shared_prefix: expected True, or what shared_prefix.find gives for these "
+            f"{shape[0]} rows, got {shared_prefix!r:.200}"
+        )
+    return shared_prefix
 
 
 def _is_padded(head_dim: int, page_dim: int) -> bool:

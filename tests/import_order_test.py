@@ -43,11 +43,13 @@ ROOMS = {
     # which of the three serves a call
     "implementations":   [],
     "quantised_pages":   [],
-    "xla":               ["compat", "quantised_pages"],
+    # which rows begin with the same blocks
+    "shared_prefix":     [],
+    "xla":               ["compat", "quantised_pages", "shared_prefix"],
     "pallas":            ["compat", "implementations"],
     "triton":            ["compat"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
-                          "implementations", "quantised_pages"],
+                          "implementations", "quantised_pages", "shared_prefix"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",
                           "quantised_pages", "attention"],
     "models":            ["compat", "config", "bundled", "parallel", "step_inputs",

@@ -22,7 +22,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jpaged.quantised_pages import is_quantised
-from jpaged.xla import attention, pages
+from jpaged.shared_prefix import SharedPrefix
+from jpaged.xla import attention, chunks, pages
 from jpaged.xla.pages import Pools
 
 
@@ -34,6 +35,7 @@ class Operands(NamedTuple):
     block_tables: jax.Array
     context_lens: jax.Array
     query_start_loc: jax.Array | None
+    shared: SharedPrefix | None  # how it is read, which no gradient depends on
     scale: float | jax.Array
     sliding_window: int | jax.Array | None
     logits_soft_cap: float | jax.Array | None
@@ -57,8 +59,8 @@ def _forward(operands: Any):
         if leaf is not None and leaf.perturbed:
             kind = f"{name} of 8 bits" if "pages" in name else name
             raise ValueError(
-                f"{name}: expected to be differentiated by q, sinks or pages of floats, "
-                f"got {kind}; jax.lax.stop_gradient makes it a constant"
+                f"{name}: expected to be differentiated by q, sinks or pages of "
+                f"floats, got {kind}; jax.lax.stop_gradient makes it a constant"
             )
     out, lse = attend(values)
     return (out, lse), (values, out, lse)
@@ -103,7 +105,7 @@ def _backward(saved, cotangents):
         starts = starts[:-1]
     else:
         starts = jnp.arange(q.shape[0], dtype=jnp.int32)
-    num_tiles, tile_at = attention.query_tiles(starts, lengths, context_lens, size)
+    num_tiles, tile_at = chunks.query_tiles(starts, lengths, context_lens, size)
     num_kv_heads = pools.k.shape[1]
 
     padded = tuple(
@@ -113,11 +115,11 @@ def _backward(saved, cotangents):
 
     def tile(index, sums: _Sums) -> _Sums:
         row, start, visible = tile_at(index)
-        taken = [attention.take(x, start, size, num_kv_heads) for x in padded]
+        taken = [chunks.take(x, start, size, num_kv_heads) for x in padded]
         table = lax.dynamic_slice(tables, (row, 0), (1, tables.shape[1]))
         visible = jnp.tile(visible, q.shape[1] // num_kv_heads)[:, None]
         d_q, d_k, d_v = _tile(operands, taken, table, visible, sums.k, sums.v)
-        d_q = attention.untake(d_q, size)
+        d_q = chunks.untake(d_q, size)
         d_q = lax.dynamic_update_slice(sums.q, d_q, (start, 0, 0))
         return _Sums(d_q, d_k, d_v)
 

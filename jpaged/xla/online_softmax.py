@@ -165,3 +165,16 @@ def finish(state, sinks, num_kv_heads, dtype, queries_per_head=1):
         scale = jnp.where(empty, 0.0, scale * jnp.exp(lse - with_sink))
         lse = with_sink
     return (state.out * scale[..., None]).astype(dtype), lse
+
+
+def merge(
+    out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `jpaged.attention.merge_states`."""
+    lse = jnp.logaddexp(lse_a, lse_b)
+    # Both sets empty: lse is -inf and -inf - -inf is NaN; the weights must be 0.
+    base = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    weight_a = jnp.exp(lse_a - base)[..., None]
+    weight_b = jnp.exp(lse_b - base)[..., None]
+    out = weight_a * out_a.astype(jnp.float32) + weight_b * out_b.astype(jnp.float32)
+    return out.astype(out_a.dtype), lse

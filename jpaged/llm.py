@@ -89,6 +89,8 @@ class LLM:
         `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
         its prompt cached; or a function, see `jpaged.policies`.
       attention: implementation of paged attention; None is the backend's best.
+      cascade: samples, beams and prompts with the same beginning read its keys and
+        values together, where that pays; of the implementation "xla".
       mesh: None; many devices are not built yet here, see `load_model`.
       seed: requests without a seed draw from this one and their number.
       speculative_config: guess tokens ahead, which changes no token, only how many come
@@ -151,6 +153,7 @@ class LLM:
         watermark: float = 0.01,
         check_invariants: bool = False,
         quantization: str | None = None,
+        cascade: bool = False,
     ):
         options.check_sizes(
             block_size=block_size,
@@ -165,6 +168,7 @@ class LLM:
             preemption=preemption,
             num_swap_blocks=num_swap_blocks,
             attention=attention,
+            cascade=cascade,
             mesh=mesh,
             memory_fraction=memory_fraction,
         )
@@ -204,6 +208,7 @@ class LLM:
                 watermark=watermark,
                 enable_prefix_caching=enable_prefix_caching,
                 attention=attention,
+                cascade=cascade,
                 speculation=speculation,
                 num_recorded_events=NUM_RECORDED_EVENTS,
                 num_recorded_steps=NUM_RECORDED_STEPS,

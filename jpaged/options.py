@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jpaged import attention as attention_module
+from jpaged import implementations
 from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
@@ -44,6 +45,7 @@ def check_choices(
     preemption: Any,
     num_swap_blocks: Any,
     attention: Any,
+    cascade: Any,
     mesh: Any,
     memory_fraction: Any,
 ) -> None:
@@ -78,6 +80,13 @@ def check_choices(
         raise ValueError(
             "attention: 'mosaic_tpu' needs a TPU, and this process's backend is "
             f"{jax.default_backend()!r}; take None for the best one here"
+        )
+    if not isinstance(cascade, bool):
+        raise ValueError(f"cascade: wanted True or False, got {cascade!r}")
+    if cascade and (attention or implementations.best()) != "xla":
+        raise ValueError(
+            f"cascade: wanted attention='xla', which alone serves it, got {attention!r} "
+            f"on {jax.default_backend()!r}"
         )
     if mesh is not None:
         raise ValueError(

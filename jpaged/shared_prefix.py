@@ -14,9 +14,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-# Where reading once begins to pay, `docs/decisions/cascade.md`.
-LEAST_ROWS = 4
+# Where reading once begins to pay on a CPU, `docs/decisions/cascade.md`.
 LEAST_TOKENS = 128
+LEAST_SAVED = 1024
 
 
 @jax.tree_util.register_dataclass
@@ -37,8 +37,8 @@ def find(
     context_lens: jax.Array,
     block_size: int,
     *,
-    least_rows: int = LEAST_ROWS,
     least_tokens: int = LEAST_TOKENS,
+    least_saved: int = LEAST_SAVED,
 ) -> SharedPrefix:
     """The groups that save most reads, in one level; jittable.
 
@@ -50,7 +50,8 @@ def find(
       block_tables: i32[S, M], entries past a row's length may hold anything.
       context_lens: i32[S], tokens.
       block_size: tokens of a block.
-      least_rows, least_tokens: smaller groups, and shorter prefixes, are left alone.
+      least_tokens: shorter prefixes are left alone.
+      least_saved: so are groups that would save fewer tokens than this in all.
     """
     num_rows, width = block_tables.shape
     column = jnp.arange(width, dtype=jnp.int32)
@@ -67,7 +68,8 @@ def find(
     is_member = (common >= depth) & (depth.T == depth) & (depth > 0)
     size = jnp.sum(is_member, axis=1)
     depth = depth[:, 0]
-    pays = (size >= least_rows) & (depth * block_size >= least_tokens)
+    saved = (size - 1) * depth * block_size
+    pays = (depth * block_size >= least_tokens) & (saved >= least_saved)
     leaders = jnp.argmax(is_member, axis=1).astype(jnp.int32)
     return SharedPrefix(
         jnp.where(pays, leaders, row), jnp.where(pays, depth, 0).astype(jnp.int32)

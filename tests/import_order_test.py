@@ -38,7 +38,7 @@ ROOMS = {
     "swap":              ["compat", "block_manager"],
     "scheduler":         ["compat", "config", "policies", "block_manager", "swap"],
     # the whole contract between that half and the next
-    "step_inputs":       ["compat", "config", "block_manager"],
+    "step_inputs":       ["compat", "config", "block_manager", "shared_prefix"],
     # memory and arithmetic: pages and activations, no requests
     # which of the three serves a call
     "implementations":   [],
@@ -67,7 +67,7 @@ ROOMS = {
     "submission":        ["config", "requests", "scheduler", "decoding",
                           "request_table", "groups", "request_limits"],
     "forward":           ["compat", "config", "parallel", "block_manager",
-                          "step_inputs", "attention", "kv_cache", "models",
+                          "shared_prefix", "step_inputs", "attention", "kv_cache", "models",
                           "request_table"],
     "next_tokens":       ["compat", "config", "models", "decoding", "request_table",
                           "forward"],
@@ -92,7 +92,7 @@ ROOMS = {
     "memory":            ["config", "kv_cache", "models"],
     "scoring":           ["models"],
     "options":           ["config", "text", "attention", "models",
-                          "quantised_pages"],
+                          "implementations", "quantised_pages"],
     "intake":            ["config", "requests", "text", "models", "decoding", "groups",
                           "request_limits", "structured", "engine"],
     "metrics":           [],

@@ -22,7 +22,7 @@ from jpaged.xla import cascade, online_softmax
 BLOCK_SIZE = 8
 # As for plain attention, `attention_test`.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3}
-EVERYTHING = dict(least_rows=2, least_tokens=1)
+EVERYTHING = dict(least_tokens=1, least_saved=1)
 WIDTH = 14
 
 
@@ -79,7 +79,7 @@ def on_device(case: Case) -> dict[str, jax.Array]:
     return {k: jnp.asarray(v) for k, v in fields.items() if v is not None}
 
 
-@functools.partial(jax.jit, static_argnames=("least_rows", "least_tokens"))
+@functools.partial(jax.jit, static_argnames=("least_tokens", "least_saved"))
 def groups_of(block_tables, context_lens, **least):
     return find(block_tables, context_lens, BLOCK_SIZE, **least)
 
@@ -126,7 +126,7 @@ def wanted_groups(case: Case) -> dict[frozenset[int], int]:
     return {frozenset(s): len(b) for b, s in found.items() if len(s) > 1}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_groups_of_random_trees_are_those_of_the_rule(seed):
     case = tree_case(seed)
     found = groups(case)
@@ -151,13 +151,14 @@ def test_small_groups_and_short_prefixes_are_left_alone():
     case = tree_case(3, num_rows=16)
     wanted = wanted_groups(case)
     assert wanted
-    rows, tokens = 3, 3 * BLOCK_SIZE
-    found = groups(case, least_rows=rows, least_tokens=tokens)
+    tokens, saved = 2 * BLOCK_SIZE, 4 * BLOCK_SIZE
+    found = groups(case, least_tokens=tokens, least_saved=saved)
     kept = {
         row
         for members, depth in wanted.items()
         for row in members
-        if len(members) >= rows and depth * BLOCK_SIZE >= tokens
+        if depth * BLOCK_SIZE >= tokens
+        and (len(members) - 1) * depth * BLOCK_SIZE >= saved
     }
     assert set(np.flatnonzero(found.num_blocks).tolist()) == kept
 
@@ -189,25 +190,30 @@ CHUNKS = [1, 1, 5, 1, 1, 1, 20, 1, 1, 0, 1, 1]
 @pytest.mark.parametrize("queries", [None, CHUNKS], ids=["decode", "chunks"])
 def test_random_trees_equal_the_oracle(queries, options):
     shared_rows = 0
-    for seed in range(6):
+    for seed in range(4):
         case = tree_case(seed, queries=queries)
         shared = groups(case)
         shared_rows += int((np.asarray(shared.num_blocks) > 0).sum())
         assert errors(case, shared, **options) < TOLERANCES["float32"]
-    assert shared_rows > 20
+    assert shared_rows > 12
 
 
-def test_more_rows_than_a_tile_and_bfloat16_equal_the_oracle():
-    for num_rows, dtype in ((40, "float32"), (40, "bfloat16")):
-        case = tree_case(1, num_rows=num_rows, dtype=dtype)
-        assert errors(case, groups(case)) < TOLERANCES[dtype]
+def test_more_rows_than_a_tile_equal_the_oracle():
+    case = tree_case(1, num_rows=40)
+    assert errors(case, groups(case)) < TOLERANCES["float32"]
+
+
+def test_in_bfloat16_it_is_as_close_as_plain_attention():
+    case = tree_case(1, num_rows=40, dtype="bfloat16")
+    # Weights and outputs are rounded by 2**-9 at the same places.
+    assert errors(case, groups(case)) < 1.25 * errors(case, None)
 
 
 def test_layers_groups_found_on_the_spot_and_no_groups():
     case = tree_case(2)
     arguments = on_device(case)
     want = paged_attention(**arguments)
-    for shared in (True, False, groups(case), groups(case, least_rows=100)):
+    for shared in (True, False, groups(case), groups(case, least_saved=10**6)):
         got = paged_attention(**arguments, shared_prefix=shared)
         np.testing.assert_allclose(got, want, atol=1e-5)
     for name in ("k_pages", "v_pages"):
@@ -275,9 +281,9 @@ def test_a_prefix_is_read_once_for_all_rows_of_a_tile(monkeypatch):
         jax.block_until_ready(call(q, pages, pages, jnp.asarray(tables), lens))
         jax.effects_barrier()
         read.append(count)
-    # Blocks, counted once for keys and values: all rows' 64, against 63 and a tile each.
-    assert read[0] == 16 * 64
-    assert read[1] <= 63 + 16 + 16 + 16 * 8
+    # Blocks, in whole tiles: all rows' 64, against 63 and a tile of at most 8 a row.
+    assert read[0] >= 16 * 64
+    assert read[1] <= 64 + 16 * 8
 
 
 def test_gradients_do_not_depend_on_how_a_prefix_is_read():
@@ -289,8 +295,8 @@ def test_gradients_do_not_depend_on_how_a_prefix_is_read():
         out = paged_attention(**arrays, **fixed, shared_prefix=shared)
         return jnp.sum(out**2)
 
-    want = jax.grad(loss)(arrays, None)
-    got = jax.grad(loss)(arrays, groups(case))
+    gradient = jax.jit(jax.grad(loss))
+    want, got = gradient(arrays, None), gradient(arrays, groups(case))
     for name in arrays:
         np.testing.assert_allclose(got[name], want[name], atol=1e-4)
 

@@ -85,8 +85,8 @@ def check_choices(
         raise ValueError(f"cascade: wanted True or False, got {cascade!r}")
     if cascade and (attention or implementations.best()) != "xla":
         raise ValueError(
-            f"cascade: wanted attention='xla', which alone serves it, got {attention!r} "
-            f"on {jax.default_backend()!r}"
+            "cascade: wanted attention='xla', which alone serves it, got "
+            f"{attention!r} on {jax.default_backend()!r}"
         )
     if mesh is not None:
         raise ValueError(

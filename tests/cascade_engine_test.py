@@ -68,7 +68,7 @@ def finished(model, prompts, params, config=CONFIG):
 def workload():
     rng = np.random.default_rng(0)
     header = rng.integers(0, 128, 13).tolist()
-    prompts = [header + [n] for n in range(4)] + [[7, 8, 9]]
+    prompts = [[*header, n] for n in range(4)] + [[7, 8, 9]]
     params = [
         SamplingParams(n=1 + n % 3, seed=n, max_tokens=20, ignore_eos=True)
         for n in range(5)

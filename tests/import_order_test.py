@@ -37,14 +37,14 @@ ROOMS = {
     # rows that go to the host's memory and come back
     "swap":              ["compat", "block_manager"],
     "scheduler":         ["compat", "config", "policies", "block_manager", "swap"],
+    # which rows begin with the same blocks, by the tables alone
+    "shared_prefix":     [],
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager", "shared_prefix"],
     # memory and arithmetic: pages and activations, no requests
     # which of the three serves a call
     "implementations":   [],
     "quantised_pages":   [],
-    # which rows begin with the same blocks
-    "shared_prefix":     [],
     "xla":               ["compat", "quantised_pages", "shared_prefix"],
     "pallas":            ["compat", "implementations"],
     "triton":            ["compat"],
@@ -67,8 +67,8 @@ ROOMS = {
     "submission":        ["config", "requests", "scheduler", "decoding",
                           "request_table", "groups", "request_limits"],
     "forward":           ["compat", "config", "parallel", "block_manager",
-                          "shared_prefix", "step_inputs", "attention", "kv_cache", "models",
-                          "request_table"],
+                          "shared_prefix", "step_inputs", "attention", "kv_cache",
+                          "models", "request_table"],
     "next_tokens":       ["compat", "config", "models", "decoding", "request_table",
                           "forward"],
     "speculation":       ["compat", "config", "block_manager", "scheduler", "kv_cache",

@@ -10,17 +10,21 @@ Source: Kwon et al. 2023, section 4.1. https://arxiv.org/abs/2309.06180
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
-from jpaged.implementations import choose, page_head_dim
+from jpaged.implementations import choose, page_head_dim, without_gradient
 from jpaged.pallas import tpu
-from jpaged.xla import attention as xla_attention
+from jpaged.quantised_pages import check_scales, decode, encode, is_quantised
+from jpaged.shared_prefix import SharedPrefix, find
+from jpaged.xla import gradients
 from jpaged.xla import pages as xla_pages
+from jpaged.xla.gradients import Operands
+from jpaged.xla.online_softmax import merge
+from jpaged.xla.pages import Pools
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
 
@@ -40,7 +44,7 @@ def paged_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
-    shared_prefix: jax.Array | None = None,
+    shared_prefix: SharedPrefix | bool | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -67,13 +71,22 @@ def paged_attention(
       logits_soft_cap: scores become `cap * tanh(scores / cap)`.
       sinks: f32`[H]`, a learned score per head that takes part in the softmax's
         denominator and has no value.
+      k_scale, v_scale: of quantised pages (int8, float8_e4m3fn or its bits as uint8):
+        a key or value is the page's number times its scale. f32`[N, K, P]`, or `[L, N,
+        K, P]` with `layer`, or what broadcasts to that. `write_kv` makes them.
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
+      shared_prefix: groups of rows whose blocks are read once, of `shared_prefix.find`;
+        True finds them here. For rows with one query; "xla" serves it.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
         (`-inf` where nothing is visible), for `merge_states`.
       implementation: None takes the best for the backend that serves the arguments. A
         name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
-        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything.
+        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything,
+        and alone have gradients.
+
+    Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
+    rows share a block, it gets the sum. Slots that nobody sees get zeros.
 
     Returns:
       `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also
@@ -92,15 +105,12 @@ def paged_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
-    for name, value in (
-        ("k_scale", k_scale),
-        ("v_scale", v_scale),
-        ("shared_prefix", shared_prefix),
-    ):
-        if value is not None:
-            raise ValueError(
-                f"{name}: implementation {chosen!r} does not serve it yet; pass None"
-            )
+    if shared_prefix is not None and chosen != "xla":
+        raise ValueError(
+            f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
+            "take implementation='xla', or None for plain attention"
+        )
+    k_scale, v_scale = check_scales(k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
         raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
@@ -115,17 +125,23 @@ def paged_attention(
     )
     q = _padded(q, k_pages.shape[-1])
     if chosen == "mosaic_tpu":
+        arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
+        static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
-        out, lse = tpu.attend(*args, layer=layer, return_lse=return_lse, **options)
+
+        def call(args, arrays):
+            return tpu.attend(*args, return_lse=return_lse, **arrays, **static)
+
+        out, lse = without_gradient(call, chosen)(args, arrays)
     else:
-        pools = _one_pool(k_pages, v_pages, block_tables, layer)
-        args = (q, *pools, context_lens)
+        pools = Pools(k_pages, v_pages, k_scale, v_scale)
+        args = (q, *_one_pool(pools, block_tables, layer), context_lens)
         if chosen == "reference":
             out, lse = _reference(*args, query_start_loc, **options)
-        elif query_start_loc is None:
-            out, lse = xla_attention.decode(*args, **options)
         else:
-            out, lse = xla_attention.ragged(*args, query_start_loc, **options)
+            shared = _groups(shared_prefix, block_tables, context_lens, k_pages)
+            args = (*args, query_start_loc, shared)
+            out, lse = gradients.attend(Operands(*args, **options))
     out = out[..., :head_dim]
     return (out, lse) if return_lse else out
 
@@ -137,16 +153,23 @@ def write_kv(
     v: jax.Array,
     slot_mapping: jax.Array,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The pages with `k[t]`, `v[t]` written to slot `slot_mapping[t]`.
 
     Args:
       k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`; updated in
         place when the caller donates them.
-      k, v: `[T, K, D]`, cast to the pages' dtype.
+      k, v: `[T, K, D]`, cast to the pages' dtype, or quantised.
       slot_mapping: i32`[T]`, `block * block_size + offset`; below 0 is skipped.
+      k_scale, v_scale: of quantised pages, f32`[N, K, P]`, or `[L, N, K, P]` with
+        `layer`: each token and head gets a scale of its own.
+
+    Returns:
+      k_pages, v_pages, and of quantised pages k_scale, v_scale.
 
     Raises:
       ValueError: for shapes that do not fit together.
@@ -163,11 +186,19 @@ def write_kv(
                 f"pages {k_pages.shape}), got {value.shape}"
             )
     _check_int("slot_mapping", slot_mapping, 1)
-    k, v = (_padded(x.astype(k_pages.dtype), head_dim) for x in (k, v))
+    pools, values = [k_pages, v_pages], [k, v]
+    scales = check_scales(k_pages, k_scale, v_scale, is_whole=True)
+    if is_quantised(k_pages.dtype):
+        pools += scales
+        (k, new_k_scale), (v, new_v_scale) = (encode(x, k_pages.dtype) for x in (k, v))
+        values = [k, v, new_k_scale, new_v_scale]
+    values[:2] = (_padded(x.astype(k_pages.dtype), head_dim) for x in values[:2])
     if chosen == "mosaic_tpu":
-        return tpu.write(k_pages, v_pages, k, v, slot_mapping, layer)
-    write = functools.partial(xla_pages.write, slots=slot_mapping, layer=layer)
-    return write(k_pages, k), write(v_pages, v)
+        return tpu.write(k_pages, v_pages, *values, slot_mapping, layer)
+    return tuple(
+        xla_pages.write(pool, value, slot_mapping, layer)
+        for pool, value in zip(pools, values, strict=True)
+    )
 
 
 def copy_blocks(
@@ -176,9 +207,11 @@ def copy_blocks(
     src: jax.Array,
     dst: jax.Array,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The pages with block `dst[i]` overwritten by what block `src[i]` held.
 
     Args:
@@ -186,6 +219,10 @@ def copy_blocks(
         stacked pool copies the block in every layer).
       src, dst: i32`[C]`, `NO_BLOCK` (-1) padding in either skips the pair; no block
         may be both a source and a destination.
+      k_scale, v_scale: of quantised pages, as in `write_kv`; they follow their blocks.
+
+    Returns:
+      k_pages, v_pages, and of quantised pages k_scale, v_scale.
 
     Raises:
       ValueError: for shapes that do not fit together.
@@ -199,8 +236,9 @@ def copy_blocks(
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
     if chosen == "mosaic_tpu":
         return tpu.copy(k_pages, v_pages, src, dst, layer)
-    copy = xla_pages.copy
-    return copy(k_pages, src, dst, layer), copy(v_pages, src, dst, layer)
+    scales = check_scales(k_pages, k_scale, v_scale, is_whole=True)
+    pools = (k_pages, v_pages, *(scale for scale in scales if scale is not None))
+    return xla_pages.copy(pools, src, dst, layer, is_stacked=k_pages.ndim == 5)
 
 
 def merge_states(
@@ -215,19 +253,12 @@ def merge_states(
     Returns:
       The merged output in the dtype of `out_a`, and its log-sum-exp.
     """
-    lse = jnp.logaddexp(lse_a, lse_b)
-    # Both sets empty: lse is -inf and -inf - -inf is NaN; the weights must be 0.
-    base = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    weight_a = jnp.exp(lse_a - base)[..., None]
-    weight_b = jnp.exp(lse_b - base)[..., None]
-    out = weight_a * out_a.astype(jnp.float32) + weight_b * out_b.astype(jnp.float32)
-    return out.astype(out_a.dtype), lse
+    return merge(out_a, lse_a, out_b, lse_b)
 
 
 def _reference(
     q,
-    k_pages,
-    v_pages,
+    pools,
     block_tables,
     context_lens,
     query_start_loc,
@@ -239,7 +270,7 @@ def _reference(
 ):
     """Plain attention: gather each query's whole table, mask, softmax in float32."""
     num_queries, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, block_size, _ = k_pages.shape
+    num_blocks, num_kv_heads, block_size, _ = pools.k.shape
     num_seqs, max_blocks = block_tables.shape
     if query_start_loc is None:
         query_start_loc = jnp.arange(num_seqs + 1, dtype=jnp.int32)
@@ -258,12 +289,17 @@ def _reference(
         mask &= position >= visible - sliding_window
     mask = mask[:, None, None, :]
 
-    def gathered(pages):  # [T, K, M * P, D]
-        rows = pages[blocks].astype(jnp.float32).transpose(0, 2, 1, 3, 4)
-        return rows.reshape(num_queries, num_kv_heads, -1, head_dim)
+    def gathered(pages, scale):  # [T, K, M * P, D]
+        rows = decode(pages[blocks]).astype(jnp.float32)
+        if scale is not None:
+            rows *= scale[blocks][..., None]
+        rows = rows.transpose(0, 2, 1, 3, 4)
+        rows = rows.reshape(num_queries, num_kv_heads, -1, head_dim)
+        return jnp.where(mask[:, 0, 0, :][:, None, :, None], rows, 0.0)
 
     q_TKGD = q.astype(jnp.float32).reshape(num_queries, num_kv_heads, -1, head_dim)
-    scores = jnp.einsum("tkgd,tkcd->tkgc", q_TKGD, gathered(k_pages)) * scale
+    keys = gathered(pools.k, pools.k_scale)
+    scores = jnp.einsum("tkgd,tkcd->tkgc", q_TKGD, keys) * scale
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
     scores = jnp.where(mask, scores, -jnp.inf)
@@ -274,10 +310,26 @@ def _reference(
         lse = jnp.where(visible[:, None] > 0, jnp.logaddexp(lse, sink_KG), lse)
     base = jnp.where(jnp.isneginf(lse), 0.0, lse)
     weights = jnp.where(mask, jnp.exp(scores - base[..., None]), 0.0)
-    values = jnp.where(mask[:, 0, 0, :][:, None, :, None], gathered(v_pages), 0.0)
+    values = gathered(pools.v, pools.v_scale)
     out = jnp.einsum("tkgc,tkcd->tkgd", weights, values)
     shape = (num_queries, num_heads)
     return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
+
+
+def _groups(shared_prefix, block_tables, context_lens, k_pages) -> SharedPrefix | None:
+    if shared_prefix is None or shared_prefix is False:
+        return None
+    if shared_prefix is True:
+        return find(block_tables, context_lens, k_pages.shape[-2])
+    shape = context_lens.shape
+    if not isinstance(shared_prefix, SharedPrefix) or shape != (
+        *shared_prefix.leaders.shape,
+    ):
+        raise ValueError(
+            "shared_prefix: expected True, or what shared_prefix.find gives for these "
+            f"{shape[0]} rows, got {shared_prefix!r:.200}"
+        )
+    return shared_prefix
 
 
 def _is_padded(head_dim: int, page_dim: int) -> bool:
@@ -290,16 +342,19 @@ def _padded(heads: jax.Array, page_dim: int) -> jax.Array:
     return jnp.pad(heads, ((0, 0), (0, 0), (0, page_dim - heads.shape[-1])))
 
 
-def _one_pool(k_pages, v_pages, block_tables, layer):
+def _one_pool(pools, block_tables, layer) -> tuple[Pools, jax.Array]:
     """Views a stacked pool as one pool of L * N blocks: no slice, so no copy."""
     if layer is None:
-        return k_pages, v_pages, block_tables
-    num_layers, num_blocks, *block_shape = k_pages.shape
-    flat = (num_layers * num_blocks, *block_shape)
+        return pools, block_tables
+    num_layers, num_blocks = pools.k.shape[:2]
+
+    def flat(pages):
+        return pages.reshape(num_layers * num_blocks, *pages.shape[2:])
+
     inside = (block_tables >= 0) & (block_tables < num_blocks)
     offset = jnp.asarray(layer, jnp.int32) * num_blocks
     tables = jnp.where(inside, block_tables + offset, 0)
-    return k_pages.reshape(flat), v_pages.reshape(flat), tables
+    return jax.tree.map(flat, pools), tables
 
 
 def _check_pages(k_pages, v_pages, layer) -> None:

@@ -91,6 +91,8 @@ class EngineConfig:
       enable_prefix_caching: keep the blocks of ended sequences while there is room,
         for others that begin alike (`prefix_cache`).
       attention: implementation of paged attention; None is the backend's best.
+      cascade: rows that begin with the same blocks read them together, where that pays
+        (`jpaged.shared_prefix`); "xla" serves it.
       max_num_prefixes: pinned prefixes at the same time; each takes a row beside
         `max_num_seqs`, and its blocks.
       max_beam_width: rows of the widest beam search; 0 compiles none.
@@ -125,6 +127,7 @@ class EngineConfig:
     num_swap_blocks: int = 0
     enable_prefix_caching: bool = False
     attention: str | None = None
+    cascade: bool = False
     max_num_prefixes: int = 0
     max_beam_width: int = 0
     rules: Any = None

@@ -101,7 +101,7 @@ def init(
     Args:
       model: gives the cache's shape; None: no pages, for a simulation (`simulator`).
       config: sizes and policy.
-      kv_dtype: of the pages; None takes the model's.
+      kv_dtype: of the pages, a float's name, "int8" or "fp8"; None takes the model's.
 
     Raises:
       ValueError: the config's speculation needs a draft model and there is none, or

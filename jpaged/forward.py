@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jpaged import attention, block_manager
+from jpaged import attention, block_manager, kv_cache, shared_prefix
 from jpaged.block_manager import BlockState
 from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
@@ -98,6 +98,8 @@ def hidden_states(
     def run(inputs_of, size, carry):
         cache, hidden = carry
         inputs = inputs_of(table, blocks, batch, size)
+        if config.cascade:
+            inputs = _with_groups(inputs, config.block_size)
         cache, states = _trunk(model, cache, inputs, config.attention)
         return cache, hidden.at[:size].set(states)
 
@@ -112,30 +114,32 @@ def _trunk(
     """The cache with the tokens' keys and values, and their hidden states [T, E]."""
 
     def attend(layer, q, k, v, cache):
-        k_pages, v_pages = attention.write_kv(
-            cache.k_pages,
-            cache.v_pages,
-            k,
-            v,
-            inputs.slot_mapping,
-            layer=layer,
-            implementation=implementation,
-        )
+        slots = inputs.slot_mapping
+        cache = kv_cache.write(cache, k, v, slots, layer, implementation)
         attended = attention.paged_attention(
             q,
-            k_pages,
-            v_pages,
+            cache.k_pages,
+            cache.v_pages,
             inputs.block_tables,
             inputs.context_lens,
             query_start_loc=inputs.query_start_loc,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             layer=layer,
+            shared_prefix=inputs.shared_prefix,
             implementation=implementation,
             **model.attention_options(layer),
         )
-        return attended, KVCache(k_pages, v_pages)
+        return attended, cache
 
     hidden, cache = model.trunk_loop(inputs.tokens, inputs.positions, attend, cache)
     return cache, hidden
+
+
+def _with_groups(inputs: StepInputs, block_size: int) -> StepInputs:
+    """The inputs with the rows that share beginnings, found once for all layers."""
+    found = shared_prefix.find(inputs.block_tables, inputs.context_lens, block_size)
+    return dataclasses.replace(inputs, shared_prefix=found)
 
 
 def _decode_inputs(

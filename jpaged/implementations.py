@@ -8,6 +8,7 @@ it cannot serve, it raises, and says what it would need and who serves instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -97,3 +98,17 @@ def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
             f"got shape {tables.shape}; larger blocks need fewer"
         )
     return None
+
+
+def without_gradient(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`function` of arrays, an implementation whose gradient is refused in words."""
+
+    def refuse(*args):
+        raise ValueError(
+            f"implementation: {name!r} has no gradient ('xla' and 'reference' have); "
+            "take implementation='xla' for what is differentiated"
+        )
+
+    called = jax.custom_vjp(function)
+    called.defvjp(refuse, refuse)
+    return called

@@ -20,16 +20,22 @@ from jax import lax
 from jpaged import attention
 from jpaged.block_manager import NO_BLOCK
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
-from jpaged.implementations import page_head_dim
+from jpaged.implementations import choose, page_head_dim
+from jpaged.quantised_pages import is_quantised, page_dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every block, layer by layer."""
+    """Keys and values of every block, layer by layer.
+
+    The blocks are the second axis of every leaf, so what moves blocks maps over leaves.
+    """
 
     k_pages: jax.Array  # [L, N, K, P, D]
     v_pages: jax.Array  # [L, N, K, P, D]
+    k_scale: jax.Array | None = None  # f32[L, N, K, P], of quantised pages
+    v_scale: jax.Array | None = None  # f32[L, N, K, P]
 
 
 def init_cache(
@@ -45,11 +51,21 @@ def init_cache(
 ) -> KVCache:
     """A cache of zeros; `memory` is `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`.
 
-    Heads are stored as the `implementation` of attention wants them.
+    Heads are stored as the `implementation` of attention wants them. `dtype` is a
+    float's name, "int8" or "fp8".
+
+    Raises:
+      ValueError: the implementation does not serve quantised pages.
     """
     head_dim = page_head_dim(head_dim, implementation)
     shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
-    return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
+    dtype = page_dtype(dtype)
+    if not is_quantised(dtype):
+        return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
+    choose(implementation, jax.ShapeDtypeStruct(shape, dtype))
+    kinds = ((shape, dtype), (shape, dtype), (shape[:-1], "float32"))
+    arrays = [zeros(*kind, memory) for kind in (*kinds, kinds[-1])]
+    return KVCache(*arrays)
 
 
 def bytes_per_block(
@@ -61,10 +77,41 @@ def bytes_per_block(
     dtype: str,
     implementation: str | None = None,
 ) -> int:
-    """Bytes that one block takes: keys and values, all layers (paper section 3)."""
-    itemsize = jnp.dtype(dtype).itemsize
-    head_dim = page_head_dim(head_dim, implementation)
-    return 2 * num_layers * num_kv_heads * block_size * head_dim * itemsize
+    """Bytes that one block takes: keys and values, all layers (paper section 3).
+
+    With the scales where `dtype` is "int8" or "fp8".
+    """
+    dtype = page_dtype(dtype)
+    vector = page_head_dim(head_dim, implementation) * jnp.dtype(dtype).itemsize
+    if is_quantised(dtype):
+        vector += jnp.dtype("float32").itemsize
+    return 2 * num_layers * num_kv_heads * block_size * vector
+
+
+def write(
+    cache: KVCache,
+    k: jax.Array,
+    v: jax.Array,
+    slot_mapping: jax.Array,
+    layer: jax.Array | int,
+    implementation: str | None = None,
+) -> KVCache:
+    """The cache with `k`, `v` [T, K, D] of a layer at `slot_mapping` i32[T].
+
+    In place where the cache is donated.
+    """
+    pages = attention.write_kv(
+        cache.k_pages,
+        cache.v_pages,
+        k,
+        v,
+        slot_mapping,
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
+        layer=layer,
+        implementation=implementation,
+    )
+    return KVCache(*pages)
 
 
 def copy_blocks(
@@ -78,7 +125,13 @@ def copy_blocks(
     `src`, `dst`: i32[C], NO_BLOCK skips the pair. In place where the cache is donated.
     """
     pages = attention.copy_blocks(
-        cache.k_pages, cache.v_pages, src, dst, implementation=implementation
+        cache.k_pages,
+        cache.v_pages,
+        src,
+        dst,
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
+        implementation=implementation,
     )
     return KVCache(*pages)
 

@@ -66,7 +66,8 @@ class LLM:
         `models.shapes`; or a Decoder.
       dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, and float32
         on a CPU.
-      kv_dtype: of keys and values in the pool; "auto" is the model's.
+      kv_dtype: of keys and values in the pool; "auto" is the model's. "int8" and "fp8"
+        hold them in 8 bits, with a float32 scale for each token and head.
       block_size: tokens per KV block.
       num_blocks: blocks of the pool. None takes what `max_num_seqs` sequences of
         `max_model_len` tokens can fill, as far as it fits into `memory_fraction` of
@@ -88,6 +89,8 @@ class LLM:
         `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
         its prompt cached; or a function, see `jpaged.policies`.
       attention: implementation of paged attention; None is the backend's best.
+      cascade: samples, beams and prompts with the same beginning read its keys and
+        values together, where that pays; of the implementation "xla".
       mesh: None; many devices are not built yet here, see `load_model`.
       seed: requests without a seed draw from this one and their number.
       speculative_config: guess tokens ahead, which changes no token, only how many come
@@ -151,6 +154,7 @@ class LLM:
         watermark: float = 0.01,
         check_invariants: bool = False,
         quantization: str | None = None,
+        cascade: bool = False,
     ):
         options.check_sizes(
             block_size=block_size,
@@ -165,6 +169,7 @@ class LLM:
             preemption=preemption,
             num_swap_blocks=num_swap_blocks,
             attention=attention,
+            cascade=cascade,
             mesh=mesh,
             memory_fraction=memory_fraction,
         )
@@ -205,6 +210,7 @@ class LLM:
                 watermark=watermark,
                 enable_prefix_caching=enable_prefix_caching,
                 attention=attention,
+                cascade=cascade,
                 speculation=speculation,
                 num_recorded_events=NUM_RECORDED_EVENTS,
                 num_recorded_steps=NUM_RECORDED_STEPS,

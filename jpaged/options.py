@@ -13,11 +13,13 @@ from typing import Any
 import jax
 
 from jpaged import attention as attention_module
+from jpaged import implementations
 from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
+from jpaged.quantised_pages import PAGE_DTYPES
 from jpaged.text import Tokenizer
 
 
@@ -43,16 +45,14 @@ def check_choices(
     preemption: Any,
     num_swap_blocks: Any,
     attention: Any,
+    cascade: Any,
     mesh: Any,
     memory_fraction: Any,
 ) -> None:
     """Raises ValueError for what does not exist, or not yet."""
-    if kv_dtype in ("int8", "fp8"):
-        raise ValueError(f"kv_dtype: {kv_dtype!r} is not built yet; wanted 'auto'")
-    if kv_dtype not in ("auto", *DTYPES):
-        raise ValueError(
-            f"kv_dtype: wanted one of {('auto', *DTYPES)}, got {kv_dtype!r}"
-        )
+    kv_dtypes = ("auto", *DTYPES, *PAGE_DTYPES)
+    if kv_dtype not in kv_dtypes:
+        raise ValueError(f"kv_dtype: wanted one of {kv_dtypes}, got {kv_dtype!r}")
     if not isinstance(enable_prefix_caching, bool):
         raise ValueError(
             f"enable_prefix_caching: wanted True or False, got "
@@ -80,6 +80,13 @@ def check_choices(
         raise ValueError(
             "attention: 'mosaic_tpu' needs a TPU, and this process's backend is "
             f"{jax.default_backend()!r}; take None for the best one here"
+        )
+    if not isinstance(cascade, bool):
+        raise ValueError(f"cascade: wanted True or False, got {cascade!r}")
+    if cascade and (attention or implementations.best()) != "xla":
+        raise ValueError(
+            "cascade: wanted attention='xla', which alone serves it, got "
+            f"{attention!r} on {jax.default_backend()!r}"
         )
     if mesh is not None:
         raise ValueError(

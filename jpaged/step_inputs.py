@@ -11,6 +11,8 @@ import dataclasses
 
 import jax
 
+from jpaged.shared_prefix import SharedPrefix
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -27,3 +29,6 @@ class StepInputs:
     block_tables: jax.Array  # i32[S, M], NO_BLOCK after the last used entry
     context_lens: jax.Array  # i32[S], this step's tokens included; 0: padding
     query_start_loc: jax.Array | None  # i32[S + 1], or None: row s has token s
+    shared_prefix: SharedPrefix | None = (
+        None  # rows that read their beginnings together
+    )

@@ -453,12 +453,9 @@ def integers(*shape: int) -> jax.Array:
 WRONG = {
     "implementation: expected None or one of": {"implementation": "cuda"},
     "implementation: 'triton' is not built yet": {"implementation": "triton"},
-    "k_scale: implementation 'xla' does not serve": {"k_scale": jnp.ones(1)},
-    "v_scale: implementation 'reference' does not": {
-        "v_scale": jnp.ones(1),
-        "implementation": "reference",
-    },
-    "shared_prefix: .* pass None": {"shared_prefix": integers(1)},
+    "k_scale: expected None beside pages of float32": {"k_scale": jnp.ones(1)},
+    "v_scale: expected None beside pages of float32": {"v_scale": jnp.ones(1)},
+    "shared_prefix: expected True, or what": {"shared_prefix": integers(1)},
     r"k_pages: expected rank 4 \[N, K, P, D\]": {"k_pages": jnp.ones((2, 2, 3, 4, 5))},
     r"k_pages: expected rank 5 .* with layer=": {"layer": 0},
     r"v_pages: expected float32\[.*\] like k_pages": {

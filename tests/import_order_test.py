@@ -37,18 +37,21 @@ ROOMS = {
     # rows that go to the host's memory and come back
     "swap":              ["compat", "block_manager"],
     "scheduler":         ["compat", "config", "policies", "block_manager", "swap"],
+    # which rows begin with the same blocks, by the tables alone
+    "shared_prefix":     [],
     # the whole contract between that half and the next
-    "step_inputs":       ["compat", "config", "block_manager"],
+    "step_inputs":       ["compat", "config", "block_manager", "shared_prefix"],
     # memory and arithmetic: pages and activations, no requests
     # which of the three serves a call
     "implementations":   [],
-    "xla":               ["compat"],
+    "quantised_pages":   [],
+    "xla":               ["compat", "quantised_pages", "shared_prefix"],
     "pallas":            ["compat", "implementations"],
     "triton":            ["compat"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
-                          "implementations"],
+                          "implementations", "quantised_pages", "shared_prefix"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",
-                          "attention"],
+                          "quantised_pages", "attention"],
     "models":            ["compat", "config", "bundled", "parallel", "step_inputs",
                           "attention", "kv_cache"],
     # logits in, tokens and parents out: never sees a block
@@ -64,8 +67,8 @@ ROOMS = {
     "submission":        ["config", "requests", "scheduler", "decoding",
                           "request_table", "groups", "request_limits"],
     "forward":           ["compat", "config", "parallel", "block_manager",
-                          "step_inputs", "attention", "kv_cache", "models",
-                          "request_table"],
+                          "shared_prefix", "step_inputs", "attention", "kv_cache",
+                          "models", "request_table"],
     "next_tokens":       ["compat", "config", "models", "decoding", "request_table",
                           "forward"],
     "speculation":       ["compat", "config", "block_manager", "scheduler", "kv_cache",
@@ -88,7 +91,8 @@ ROOMS = {
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "kv_cache", "models"],
     "scoring":           ["models"],
-    "options":           ["config", "text", "attention", "models"],
+    "options":           ["config", "text", "attention", "models",
+                          "implementations", "quantised_pages"],
     "intake":            ["config", "requests", "text", "models", "decoding", "groups",
                           "request_limits", "structured", "engine"],
     "metrics":           [],

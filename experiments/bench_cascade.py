@@ -1,0 +1,166 @@
+"""Decode attention where rows share a prefix: read by every row, and read once.
+
+    python -m experiments.bench_cascade
+    python -m experiments.bench_cascade --num_rows 4,16,64 --prefix_tokens 128,1024
+
+Each line: rows, tokens of the prefix that they share, bytes of keys and values that a
+step reads in one layer without and with cascade attention, the medians of both times,
+and the largest difference of their outputs. Times of both ways are taken in turn in one
+process, so that other load on the machine falls on both. `ratio` above 1 is a gain.
+Two minutes on a CPU core. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from jpaged import shared_prefix
+from jpaged.attention import paged_attention
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_list("num_rows", ["2", "4", "8", "16", "32"], "Rows that share.")
+    flags.DEFINE_list(
+        "prefix_tokens", ["64", "128", "256", "1024"], "They share these."
+    )
+    flags.DEFINE_integer("own_tokens", 64, "Tokens of each row alone.", lower_bound=1)
+    flags.DEFINE_integer("num_heads", 12, "Query heads.", lower_bound=1)
+    flags.DEFINE_integer("num_kv_heads", 4, "Key/value heads.", lower_bound=1)
+    flags.DEFINE_integer("head_dim", 64, "Size of a head.", lower_bound=1)
+    flags.DEFINE_integer("block_size", 16, "Tokens of a block.", lower_bound=1)
+    flags.DEFINE_integer("num_layers", 4, "Calls in one timed program.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 15, "Rounds; the median counts.", lower_bound=1)
+
+
+def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
+    """Arguments of `paged_attention` for all layers, tables shuffled."""
+    size = FLAGS.block_size
+    shared, own = prefix // size, -(-FLAGS.own_tokens // size)
+    num_blocks = shared + num_rows * own
+    rng = np.random.default_rng(0)
+    order = rng.permutation(num_blocks).astype(np.int32)
+    tables = np.concatenate(
+        [
+            np.tile(order[:shared], (num_rows, 1)),
+            order[shared:].reshape(num_rows, own),
+        ],
+        axis=1,
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = (FLAGS.num_layers, num_blocks, FLAGS.num_kv_heads, size, FLAGS.head_dim)
+    heads = (num_rows, FLAGS.num_heads, FLAGS.head_dim)
+    return {
+        "q": jax.random.normal(keys[0], heads),
+        "k_pages": jax.random.normal(keys[1], sizes),
+        "v_pages": jax.random.normal(keys[2], sizes),
+        "block_tables": jnp.asarray(tables),
+        "context_lens": jnp.full(num_rows, shared * size + FLAGS.own_tokens, jnp.int32),
+    }
+
+
+def attend_layers(arguments: dict[str, jax.Array], is_cascade: bool) -> jax.Array:
+    """q after all layers' attention, each reading what the last one gave."""
+    shared = None
+    if is_cascade:  # found once for all layers, as a decoder would
+        tables, lens = arguments["block_tables"], arguments["context_lens"]
+        shared = shared_prefix.find(
+            tables, lens, FLAGS.block_size, least_tokens=1, least_saved=1
+        )
+
+    def layer(index, q):
+        return paged_attention(
+            **(arguments | {"q": q}),
+            layer=index,
+            shared_prefix=shared,
+            implementation="xla",
+        )
+
+    return jax.lax.fori_loop(0, FLAGS.num_layers, layer, arguments["q"])
+
+
+def measure(num_rows: int, prefix: int) -> dict[str, Any]:
+    """A row of the table."""
+    arguments = make_step(num_rows, prefix)
+    call = jax.jit(attend_layers, static_argnames="is_cascade")
+    plain, cascade = (call(arguments, way) for way in (False, True))  # compiles
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(FLAGS.repeats):
+        for way, taken in times.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call(arguments, way))
+            taken.append(time.perf_counter() - begin)
+    tables, lens = arguments["block_tables"], arguments["context_lens"]
+    groups = shared_prefix.find(
+        tables, lens, FLAGS.block_size, least_tokens=1, least_saved=1
+    )
+    reads = shared_prefix.num_tokens_read(groups, lens, FLAGS.block_size)
+    token_bytes = 2 * FLAGS.num_kv_heads * FLAGS.head_dim * plain.dtype.itemsize
+    plain_s, cascade_s = (statistics.median(taken) for taken in times.values())
+    return {
+        "num_rows": num_rows,
+        "prefix_tokens": prefix,
+        "plain_bytes": int(reads[0]) * token_bytes,
+        "cascade_bytes": int(reads[1]) * token_bytes,
+        "plain_s": plain_s,
+        "cascade_s": cascade_s,
+        "ratio": plain_s / cascade_s,
+        "bytes_ratio": int(reads[0]) / int(reads[1]),
+        "max_difference": float(jnp.max(jnp.abs(plain - cascade))),
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Reads flags, prints."""
+    # jax tells at this level which accelerators it did not find.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument: {argv[1]!r}")
+    try:
+        sizes = [
+            (int(rows), int(prefix))
+            for rows in FLAGS.num_rows
+            for prefix in FLAGS.prefix_tokens
+        ]
+        found = []
+        print("rows prefix  MB plain  cascade  ms plain  cascade  ratio  difference")
+        for rows, prefix in sizes:
+            row = measure(rows, prefix)
+            found.append(row)
+            print(
+                f"{rows:4} {prefix:6} {row['plain_bytes'] / 1e6:9.2f} "
+                f"{row['cascade_bytes'] / 1e6:8.2f} {1e3 * row['plain_s']:9.2f} "
+                f"{1e3 * row['cascade_s']:8.2f} {row['ratio']:6.2f}  "
+                f"{row['max_difference']:.1e}",
+                flush=True,
+            )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    device = jax.devices()[0]
+    result = {
+        "rows": found,
+        "flags": {name: FLAGS[name].value for name in ("own_tokens", "head_dim")},
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -111,6 +111,7 @@ def define_flags() -> None:
         "Tokens of one step; default: by need, up to 512.",
     )
     flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "Who is admitted first.")
+    flags.DEFINE_multi_float("policy_parameters", [], "A weight each, of 'weighted'.")
     flags.DEFINE_bool(
         "prefix_caching", True, "Keep blocks of ended prompts for those that begin so."
     )
@@ -293,6 +294,7 @@ def make_llm(lines: list[Line]) -> LLM:
     names = ("model", "dtype", "block_size", "num_blocks", "max_model_len", "policy")
     return LLM(
         **{name: FLAGS[name].value for name in (*names, "seed", "quantization")},
+        policy_parameters=FLAGS.policy_parameters,
         enable_prefix_caching=FLAGS.prefix_caching,
         preemption=FLAGS.preemption,
         num_swap_blocks=FLAGS.num_swap_blocks,

@@ -98,6 +98,7 @@ def define_flags() -> None:
         "preemption", "recompute", ["recompute", "swap"], "Of the engine."
     )
     flags.DEFINE_string("policy", None, "Of the engine: who is admitted first.")
+    flags.DEFINE_multi_float("policy_parameters", [], "A weight each, of 'weighted'.")
     flags.DEFINE_bool(
         "bounds", False, "Beside it: each request alone, and memory without limit."
     )
@@ -166,7 +167,13 @@ def make_system(workload: Workload, num_slots: int) -> Any:
       ValueError: a flag of the engine beside another system.
     """
     sizes: dict[str, Any] = {"max_num_seqs": max_num_seqs(workload, num_slots)}
-    own = ("block_size", "prefix_caching", "preemption", "policy")
+    own = (
+        "block_size",
+        "prefix_caching",
+        "preemption",
+        "policy",
+        "policy_parameters",
+    )
     if FLAGS.system not in ENGINES:
         for name in own:
             if FLAGS[name].present:
@@ -180,6 +187,7 @@ def make_system(workload: Workload, num_slots: int) -> Any:
         sizes["num_swap_blocks"] = num_slots // FLAGS.block_size
     if FLAGS.policy is not None:
         sizes["policy"] = FLAGS.policy
+        sizes["policy_parameters"] = tuple(FLAGS.policy_parameters)
     shares = FLAGS.prefix_caching
     if shares is None and FLAGS.system == "vllm":
         shares = workload.contents is not None

@@ -80,8 +80,8 @@ def attend(
     )
     outs, lses = gpu_attention.attend(
         _to_tiles(q.astype(k_pages.dtype), tiles, plan),
-        _flat(k_pages),
-        _flat(v_pages),
+        _units(k_pages, plan),
+        _units(v_pages, plan),
         block_tables.reshape(-1),
         items,
         tiles.seen,
@@ -128,9 +128,9 @@ def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged, sizes: Sizes):
     )
 
 
-def _flat(pages: jax.Array) -> jax.Array:
-    """[L * N * K, P, D]: a page of one head is one index, as TMA has few axes."""
-    return pages.reshape(-1, *pages.shape[-2:])
+def _units(pages: jax.Array, plan: gpu_attention.Plan) -> jax.Array:
+    """[L * N * K * P / unit, unit, D]: what one copy moves has one index."""
+    return pages.reshape(-1, plan.unit, plan.head_dim)
 
 
 def _to_tiles(q: jax.Array, tiles: gpu_work.Tiles, plan) -> jax.Array:

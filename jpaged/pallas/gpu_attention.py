@@ -95,7 +95,7 @@ def attend(
 
     Args:
       q_tiles: [Q, K, R, D].
-      k_pages, v_pages: [L * N * K, P, D].
+      k_pages, v_pages: [L * N * K * P / unit, unit, D].
       tables: i32[S * M].
       items, seen, lowest: as in `gpu_work`.
       layer: i32[1].
@@ -139,7 +139,7 @@ def attend(
 
 def _kernel(
     q_gmem,  # [Q, K, R, D]
-    k_gmem,  # [L * N * K, P, D]
+    k_gmem,  # [L * N * K * P / unit, unit, D]
     v_gmem,
     tables,  # i32[S * M]
     fields,  # i32[I, fields of Items]
@@ -177,20 +177,20 @@ def _kernel(
 
 
 def _pages(tables, layer, item: Items, kv_head, plan: Plan, step):
-    """Where the copies of a step begin: pages and offsets in them, both i32 scalars.
+    """The places of a step's copies in the pool, i32 scalars.
 
     Behind a tile's last block they are that block again: the barriers count copies, and
     entries past the length are not read.
     """
+    parts = plan.block_size // plan.unit
     found = []
     for i in range(plan.units):
         unit = jnp.minimum(item.unit + step * plan.units + i, item.last_unit)
-        token = unit * plan.unit
-        column = lax.div(token, jnp.int32(plan.block_size))
+        column = lax.div(unit, jnp.int32(parts))
         block = tables[item.row * plan.width + column]
         block = jnp.clip(block, 0, plan.num_blocks - 1)
         page = (layer * plan.num_blocks + block) * plan.num_kv_heads + kv_head
-        found.append((page, token - column * plan.block_size))
+        found.append(page * parts + unit - column * parts)
     return tuple(found)
 
 
@@ -211,9 +211,9 @@ def _fetch(k_gmem, v_gmem, pages, steps, plan: Plan, **scratch):
             def _(free=free):
                 plgpu.barrier_wait(free.at[slot])
 
-            for i, (page, offset) in enumerate(found):
+            for i, place in enumerate(found):
                 plgpu.copy_gmem_to_smem(
-                    gmem.at[page, pl.ds(offset, plan.unit)],
+                    gmem.at[place],
                     smem.at[slot, pl.ds(i * plan.unit, plan.unit)],
                     full.at[slot],
                 )
@@ -281,7 +281,9 @@ def _attend(
         plgpu.commit_smem()
         updated = []
         for i, piece in enumerate(pieces):
-            columns = values.at[:, pl.ds(i * plan.piece, plan.piece)]
+            columns = values
+            if plan.pieces > 1:
+                columns = v_smem.at[slot, :, pl.ds(i * plan.piece, plan.piece)]
             update = _product(weights_smem, columns, plan.piece)
             updated.append(piece * _over_columns(keep, plan.piece) + update)
         plgpu.barrier_arrive(v_free.at[slot])

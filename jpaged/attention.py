@@ -73,7 +73,9 @@ def paged_attention(
       implementation: None takes the best for the backend that serves the arguments. A
         name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
-        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything.
+        `logits_soft_cap` are Python numbers; "mosaic_gpu" (a Hopper GPU) unless pages
+        are bfloat16 or float16, P is 16, 32 or a multiple of 64, D 64 or 128, and those
+        are numbers; "reference" and "xla" serve everything.
 
     Returns:
       `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also
@@ -117,6 +119,12 @@ def paged_attention(
     if chosen == "mosaic_tpu":
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
         out, lse = tpu.attend(*args, layer=layer, return_lse=return_lse, **options)
+    elif chosen == "mosaic_gpu":
+        # Here, for the import takes a second and most processes have no such GPU.
+        from jpaged.pallas import gpu
+
+        args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
+        out, lse = gpu.attend(*args, layer=layer, **options)
     else:
         pools = _one_pool(k_pages, v_pages, block_tables, layer)
         args = (q, *pools, context_lens)

@@ -9,7 +9,6 @@ tables, a query or as many as fill the tensor core's 64 rows.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,13 @@ class Sizes:
     """None is measured, for there was no GPU: the arithmetic is in
     `docs/decisions/mosaic_gpu_kernel.md`."""
 
-    tile_bytes: int = 2**14  # of a tile of keys
+    tokens: int = 64  # of a tile of keys; more cost registers, and spill
     shared_bytes: int = 2**17  # of all tiles of keys and values under way
     blocks: int = 264  # of threads, that items are made for: two to a core of an H200
     part_tokens: int = 512  # of an item that is not the last of its tile, at least
+
+
+SIZES = Sizes()
 
 
 def attend(
@@ -44,18 +46,14 @@ def attend(
     sliding_window: jax.Array | int | None,
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
-    sizes: Sizes = Sizes(),
-    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
 
     Args: as `jpaged.attention.paged_attention`; `scale` and `logits_soft_cap` are
-    Python numbers. `interpret` runs the kernels on a CPU.
+    Python numbers.
     """
     is_ragged = query_start_loc is not None
-    plan = _plan(
-        q, k_pages, block_tables, scale, logits_soft_cap, is_ragged, sizes
-    )
+    plan = _plan(q, k_pages, block_tables, scale, logits_soft_cap, is_ragged)
     num_rows, num_queries = block_tables.shape[0], q.shape[0]
     if query_start_loc is None:
         query_start_loc = jnp.arange(num_rows + 1, dtype=jnp.int32)
@@ -70,13 +68,13 @@ def attend(
         rows=gpu_attention.ROWS,
         max_tokens=plan.width * plan.block_size,
     )
-    num_full = max(sizes.blocks // plan.num_kv_heads, 1)
+    num_full = max(SIZES.blocks // plan.num_kv_heads, 1)
     items, first_items, num_items = gpu_work.items_of(
         tiles,
         num_items=tiles.row.shape[0] + num_full,
         unit=plan.unit,
         units=plan.units,
-        min_steps=max(sizes.part_tokens // plan.tokens, 1),
+        min_steps=max(SIZES.part_tokens // plan.tokens, 1),
     )
     outs, lses = gpu_attention.attend(
         _to_tiles(q.astype(k_pages.dtype), tiles, plan),
@@ -88,7 +86,6 @@ def attend(
         tiles.lowest,
         jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
         plan,
-        interpret,
     )
     tile = gpu_work.tile_of_queries(query_start_loc, num_queries, plan.tile_queries)
     tile = jnp.minimum(tile, tiles.row.shape[0] - 1)
@@ -101,18 +98,17 @@ def attend(
     )
     # Sinks are applied to the output, which is rounded once, behind them.
     dtype = jnp.float32 if sinks is not None else q.dtype
-    out, lse = gpu_merge.merge(outs, lses, parts, plan.group, dtype, interpret)
+    out, lse = gpu_merge.merge(outs, lses, parts, plan.group, dtype)
     out = out[..., : q.shape[-1]]
     lse = jnp.where(lse < -1e28, -jnp.inf, lse / gpu_attention.LOG2E)
     return (out, lse) if sinks is None else _with_sinks(out, lse, sinks, q.dtype)
 
 
-def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged, sizes: Sizes):
+def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged):
     num_heads = q.shape[1]
     num_blocks, num_kv_heads, block_size, head_dim = k_pages.shape[-4:]
     group = num_heads // num_kv_heads
     bytes_of_token = head_dim * k_pages.dtype.itemsize
-    tokens = max(sizes.tile_bytes // bytes_of_token // 64, 1) * 64
     return gpu_attention.Plan(
         num_kv_heads=num_kv_heads,
         group=group,
@@ -121,8 +117,8 @@ def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged, sizes: Sizes):
         num_blocks=num_blocks,
         width=block_tables.shape[1],
         tile_queries=gpu_attention.ROWS // group if is_ragged else 1,
-        tokens=tokens,
-        stages=max(sizes.shared_bytes // (2 * tokens * bytes_of_token), 2),
+        tokens=SIZES.tokens,
+        stages=max(SIZES.shared_bytes // (2 * SIZES.tokens * bytes_of_token), 2),
         scale=scale,
         soft_cap=soft_cap,
     )

@@ -8,8 +8,8 @@ values are on their way at once, a copy for each block, into swizzled shared mem
 other multiplies, 64 rows at a time as `wgmma` wants them, and keeps the online softmax.
 What the items of a query found is merged by `gpu_merge`.
 
-Letters as in `jpaged.attention`; R = 64 rows of a tile of queries, C tokens of a tile of
-keys, Q tiles, I items.
+Letters as in `jpaged.attention`; R = 64 rows of a tile of queries, C tokens of a tile
+of keys, Q tiles, I items.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +28,10 @@ from jpaged.pallas.gpu_work import Items
 
 ROWS = 64  # of one wgmma
 LOG2E = math.log2(math.e)
-# Columns of one accumulator: 64 registers of each thread of a warpgroup.
-_PIECE = 128
+# Of a thread of the warpgroup that computes, and of the one that fetches.
+_COMPUTE_REGISTERS, _FETCH_REGISTERS = 232, 40
+# Numbers that a warpgroup reads at once, at least, and what an output is filled up to.
+_WIDTH = 128
 # Scores of unseen tokens, and where the running maximum begins: far above the former,
 # so that their weights are 0, and below every score of a model.
 _UNSEEN, _LOWEST = -1e30, -1e29
@@ -60,20 +61,13 @@ class Plan:
 
     @property
     def units(self) -> int:
+        """Copies of a tile of keys."""
         return self.tokens // self.unit
 
     @property
     def rows(self) -> int:
         """Of a tile that hold queries."""
         return self.tile_queries * self.group
-
-    @property
-    def pieces(self) -> int:
-        return pl.cdiv(self.head_dim, _PIECE)
-
-    @property
-    def piece(self) -> int:
-        return min(self.head_dim, _PIECE)
 
 
 def attend(
@@ -86,7 +80,6 @@ def attend(
     lowest: jax.Array,
     layer: jax.Array,
     plan: Plan,
-    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Each item's attention, f32[I, K, rows, D'], and log2 of its sum, f32[I, K, R].
 
@@ -99,12 +92,11 @@ def attend(
       tables: i32[S * M].
       items, seen, lowest: as in `gpu_work`.
       layer: i32[1].
-      interpret: `plgpu.InterpretGPUParams()` runs the kernel on a CPU.
     """
     num_items = items.tile.shape[0]
     shape = (num_items, plan.num_kv_heads)
     dtype, buffer = k_pages.dtype, (plan.stages, plan.tokens, plan.head_dim)
-    out_width = max(plan.head_dim, _PIECE)
+    out_width = max(plan.head_dim, _WIDTH)
     call = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=[
@@ -116,7 +108,7 @@ def attend(
             k_smem=plgpu.SMEM(buffer, dtype, transforms=_SWIZZLE),
             v_smem=plgpu.SMEM(buffer, dtype, transforms=_SWIZZLE),
             weights_smem=plgpu.SMEM((ROWS, plan.tokens), dtype, transforms=_SWIZZLE),
-            out_smem=plgpu.SMEM((ROWS, plan.piece), jnp.float32),
+            out_smem=plgpu.SMEM((ROWS, plan.head_dim), jnp.float32),
             q_full=plgpu.Barrier(),
             k_full=plgpu.Barrier(num_arrivals=plan.units, num_barriers=plan.stages),
             v_full=plgpu.Barrier(num_arrivals=plan.units, num_barriers=plan.stages),
@@ -131,7 +123,6 @@ def attend(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         kernel_name="paged_attention",
-        **({} if interpret is None else {"interpret": interpret}),
     )
     fields = jnp.stack(items, axis=1)
     return call(q_tiles, k_pages, v_pages, tables, fields, seen, lowest, layer)
@@ -158,13 +149,13 @@ def _kernel(
 
     @pl.when((role == 1) & (item.steps > 0))
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
         pages = functools.partial(_pages, tables, layer[0], item, kv_head, plan)
         _fetch(k_gmem, v_gmem, pages, item.steps, plan, **scratch)
 
     @pl.when((role == 0) & (item.steps > 0))
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         out = out_gmem.at[number, kv_head]
         q = q_gmem.at[item.tile, kv_head]
         sight = seen[item.tile], lowest[item.tile]
@@ -248,13 +239,13 @@ def _attend(
     v_free,
     **_,
 ):
-    """Sums of weighted values, f32[R, piece] each, of weights f32[R], maxima f32[R]."""
+    """Sums of weighted values, f32[R, D], of weights, f32[R], and maxima, f32[R]."""
     plgpu.copy_gmem_to_smem(q, q_smem, q_full)
     seen, lowest = (_over_columns(x, plan.tokens) for x in sight)
     plgpu.barrier_wait(q_full)
 
     def step(number, carry):
-        pieces, total, before = carry
+        acc, total, before = carry
         slot = lax.rem(number, jnp.int32(plan.stages))
         start = (item.unit + number * plan.units) * plan.unit
         position = start + lax.broadcasted_iota(jnp.int32, (ROWS, plan.tokens), 1)
@@ -276,22 +267,15 @@ def _attend(
 
         @pl.when((start < item.first_token) | (start + plan.tokens > item.end_token))
         def _():
-            _clear_unseen(values, start, item, plan)
+            _clear_unseen(values, start, item)
 
         plgpu.commit_smem()
-        updated = []
-        for i, piece in enumerate(pieces):
-            columns = values
-            if plan.pieces > 1:
-                columns = v_smem.at[slot, :, pl.ds(i * plan.piece, plan.piece)]
-            update = _product(weights_smem, columns, plan.piece)
-            updated.append(piece * _over_columns(keep, plan.piece) + update)
+        update = _product(weights_smem, values, plan.head_dim)
         plgpu.barrier_arrive(v_free.at[slot])
-        return tuple(updated), total, highest
+        return acc * _over_columns(keep, plan.head_dim) + update, total, highest
 
-    zeros = jnp.zeros((ROWS, plan.piece), jnp.float32)
     start = (
-        (zeros,) * plan.pieces,
+        jnp.zeros((ROWS, plan.head_dim), jnp.float32),
         jnp.zeros((ROWS,), jnp.float32),
         jnp.full((ROWS,), _LOWEST, jnp.float32),
     )
@@ -317,10 +301,9 @@ def _log2_scores(scores, plan: Plan):
     return (plan.soft_cap * LOG2E) * (1.0 - 2.0 / (double + 1.0))
 
 
-def _clear_unseen(values, start, item: Items, plan: Plan):
+def _clear_unseen(values, start, item: Items):
     """Zeros for values that no query sees: their weight is 0, and 0 * NaN is NaN."""
-    shape = (plan.tokens, plan.head_dim)
-    position = start + lax.broadcasted_iota(jnp.int32, shape, 0)
+    position = start + lax.broadcasted_iota(jnp.int32, values.shape, 0)
     is_seen = (position >= item.first_token) & (position < item.end_token)
     loaded = values[...]
     values[...] = jnp.where(is_seen, loaded, jnp.zeros_like(loaded))
@@ -330,23 +313,20 @@ def _over_columns(rows, columns: int):
     return lax.broadcast_in_dim(rows, (ROWS, columns), (0,))
 
 
-def _put(pieces, total, out, item: Items, plan: Plan, out_smem):
+def _put(acc, total, out, item: Items, plan: Plan, out_smem):
     """The item's output, divided by its weights, to its place."""
     share = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
-    for i, piece in enumerate(pieces):
-        out_smem[...] = piece * _over_columns(share, plan.piece)
-        plgpu.commit_smem()
-        columns = pl.ds(i * plan.piece, plan.piece)
-        # Of a single query no more rows than it has heads.
-        for rows, is_so in (
-            (plan.group, item.queries <= 1),
-            (plan.rows, item.queries > 1),
-        ):
-            if rows == plan.group or plan.tile_queries > 1:
+    out_smem[...] = acc * _over_columns(share, plan.head_dim)
+    plgpu.commit_smem()
 
-                @pl.when(is_so)
-                def _(rows=rows):
-                    lines = pl.ds(0, rows)
-                    plgpu.copy_smem_to_gmem(out_smem.at[lines], out.at[lines, columns])
+    def put(rows):
+        lines = pl.ds(0, rows)
+        place = out.at[lines, pl.ds(0, plan.head_dim)]
+        plgpu.copy_smem_to_gmem(out_smem.at[lines], place)
 
-        plgpu.wait_smem_to_gmem(0)
+    if plan.tile_queries == 1:
+        put(plan.rows)
+    else:  # of a single query, no more rows than it has heads
+        pl.when(item.queries == 1)(lambda: put(plan.group))
+        pl.when(item.queries > 1)(lambda: put(plan.rows))
+    plgpu.wait_smem_to_gmem(0)

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jpaged.pallas.gpu_work import Parts
@@ -33,7 +32,6 @@ def merge(
     parts: Parts,
     group: int,
     dtype: Any,
-    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """[T, H, D'] of `dtype`, and log2 of the sum of weights, f32[T, H].
 
@@ -59,7 +57,6 @@ def merge(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         kernel_name="merge_parts",
-        **({} if interpret is None else {"interpret": interpret}),
     )
     return call(outs, lses, jnp.stack(parts, axis=1))
 

@@ -149,9 +149,7 @@ def items_of(
     return items, jnp.cumsum(count, dtype=jnp.int32) - count, count
 
 
-def _owners(
-    counts: jax.Array, number: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _owners(counts: jax.Array, number: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of `number` places, filled by each owner with `counts` of its own: whose it is,
     the how manieth of that owner's, and whether it is anybody's."""
     ends = jnp.cumsum(counts, dtype=jnp.int32)

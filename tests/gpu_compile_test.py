@@ -28,10 +28,6 @@ pytestmark = [
     pytest.mark.skipif(
         shutil.which("ptxas") is None, reason="needs ptxas of CUDA 13 on the path"
     ),
-    pytest.mark.skipif(
-        jax.__version_info__ < (0, 11),
-        reason="before jax 0.11 Mosaic GPU cannot place all of these kernels' layouts",
-    ),
 ]
 
 # What XLA asks about the device it compiles for: an H100 SXM, by its data sheet.

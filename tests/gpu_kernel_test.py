@@ -17,7 +17,7 @@ from attention_oracle import Case, make_case, relative_errors
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jpaged import LLM, attention
-from jpaged.pallas import gpu, gpu_work
+from jpaged.pallas import gpu, gpu_attention, gpu_work
 
 # As in `attention_test`.
 TOLERANCES = {"float16": 1e-3, "bfloat16": 4e-3}
@@ -26,8 +26,8 @@ LSE_TOLERANCE = 1e-4
 SMALL = gpu.Sizes(shared_bytes=2**16, blocks=4, part_tokens=64)
 
 interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "force_gpu_interpret_mode"),
-    reason="GPU interpret mode has no products with a transposed side before jax 0.12",
+    jax.__version_info__ < (0, 11),
+    reason="the GPU interpret mode of jax 0.10 has no product with a transposed side",
 )
 
 
@@ -111,6 +111,29 @@ def test_a_traced_layer_and_window_equal_that_layer_alone(small_sizes):
     got, _ = run(all_layers, **options)
     want, _ = attention_oracle.attention(case, sliding_window=9)
     assert relative_errors(got, want).max() < TOLERANCES["bfloat16"]
+
+
+@interpreted
+def test_unseen_values_that_are_not_cleared_poison_the_output(monkeypatch, small_sizes):
+    monkeypatch.setattr(gpu_attention, "_clear_unseen", lambda *args: None)
+    out, _ = run(make_case([33], heads=(2, 1), head_dim=64, dtype="bfloat16"))
+    assert np.isnan(np.asarray(out, np.float32)).all()
+
+
+@interpreted
+def test_a_buffer_refilled_too_early_is_found(monkeypatch, small_sizes):
+    wait, calls = plgpu.barrier_wait, []
+
+    def all_but_the_first(barrier):
+        calls.append(barrier)
+        if len(calls) > 1:
+            wait(barrier)
+
+    monkeypatch.setattr(gpu_attention.plgpu, "barrier_wait", all_but_the_first)
+    monkeypatch.setattr(gpu, "SIZES", dataclasses.replace(SMALL, part_tokens=512))
+    case = make_case([300], heads=(2, 1), head_dim=64, dtype="bfloat16")
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        run(case)
 
 
 def shifted_table(case: Case) -> Case:

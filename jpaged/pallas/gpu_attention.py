@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jpaged.compat import load_from_gpu_memory
 from jpaged.pallas.gpu_work import Items
 
 ROWS = 64  # of one wgmma
@@ -158,7 +159,7 @@ def _kernel(
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         out = out_gmem.at[number, kv_head]
         q = q_gmem.at[item.tile, kv_head]
-        sight = seen[item.tile], lowest[item.tile]
+        sight = [load_from_gpu_memory(x.at[item.tile]) for x in (seen, lowest)]
         acc, total, highest = _attend(q, item, sight, plan, **scratch)
         lse_gmem[number, kv_head] = highest + jnp.log2(jnp.maximum(total, 1e-30))
         _put(acc, total, out, item, plan, scratch["out_smem"])

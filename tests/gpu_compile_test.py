@@ -1,8 +1,8 @@
 """The Hopper GPU's kernels, compiled to sm_90a programs with no GPU present.
 
 What is read off the programs: ptxas kept everything in registers, the pool is neither
-copied by attention nor by XLA's own writes and block copies, and how much shared memory
-a block of threads takes.
+copied by attention nor by XLA's own writes and block copies. Where shared memory does
+not suffice, Mosaic raises.
 """
 
 import functools
@@ -65,8 +65,6 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# Of an H100, and what a block of threads may have of it.
-MAX_SHARED_BYTES = 232_448
 # heads, head_dim, block_size, dtype, options
 SHAPES = {
     "llama_3_8b": ((32, 8), 128, 16, "bfloat16", {}),

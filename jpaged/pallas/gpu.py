@@ -26,7 +26,7 @@ class Sizes:
 
     tokens: int = 64  # of a tile of keys; more cost registers, and spill
     shared_bytes: int = 2**17  # of all tiles of keys and values under way
-    blocks: int = 264  # of threads, that items are made for: two to a core of an H200
+    blocks: int = 264  # of threads, all heads' together: two turns of an H200's cores
     part_tokens: int = 512  # of an item that is not the last of its tile, at least
 
 

@@ -82,8 +82,9 @@ def paged_attention(
       implementation: None takes the best for the backend that serves the arguments. A
         name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
-        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything,
-        and alone have gradients.
+        `logits_soft_cap` are Python numbers; "mosaic_gpu" (a Hopper GPU) unless pages
+        are bfloat16 or float16, P is 16, 32 or a multiple of 64, D 64 or 128, and those
+        are numbers; "reference" and "xla" serve everything, and alone have gradients.
 
     Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
     rows share a block, it gets the sum. Slots that nobody sees get zeros.
@@ -124,13 +125,18 @@ def paged_attention(
         sinks=sinks,
     )
     q = _padded(q, k_pages.shape[-1])
-    if chosen == "mosaic_tpu":
+    if chosen in ("mosaic_tpu", "mosaic_gpu"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
         static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
 
         def call(args, arrays):
-            return tpu.attend(*args, return_lse=return_lse, **arrays, **static)
+            if chosen == "mosaic_tpu":
+                return tpu.attend(*args, return_lse=return_lse, **arrays, **static)
+            # Here, for the import takes a second and most processes have no such GPU.
+            from jpaged.pallas import gpu
+
+            return gpu.attend(*args, **arrays, **static)
 
         out, lse = without_gradient(call, chosen)(args, arrays)
     else:

@@ -79,3 +79,14 @@ def zeros(shape: Sequence[int], dtype: str, memory: Any) -> jax.Array:
         out_memory_spaces=memory,
     )
     return make()
+
+
+def load_from_gpu_memory(ref: Any) -> jax.Array:
+    """What a reference in a Mosaic GPU kernel refers to, in registers, by plain loads.
+
+    Before jax 0.12 the index is an argument; none, of a reference that has its own.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(ref, *index, optimized=False)

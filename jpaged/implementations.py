@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
-_PLANNED = ("mosaic_gpu", "triton")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
+_PLANNED = ("triton",)
 
 # Numbers in a row of a TPU's memory tile: an array's last axis is padded to a multiple.
 LANES = 128
@@ -65,11 +65,41 @@ def choose(implementation: str | None, k_pages: Any, **attention: Any) -> str:
             f"implementation: expected None or one of {IMPLEMENTATIONS}, "
             f"got {implementation!r}"
         )
-    if implementation == "mosaic_tpu" and (complaint := _unserved(k_pages, attention)):
-        raise ValueError(
-            f"implementation: 'mosaic_tpu' cannot serve this ('xla' can): {complaint}"
-        )
+    limits = {"mosaic_tpu": _unserved, "mosaic_gpu": _unserved_by_gpu}
+    if implementation in limits:
+        if complaint := limits[implementation](k_pages, attention):
+            raise ValueError(
+                f"implementation: {implementation!r} cannot serve this ('xla' can): "
+                f"{complaint}"
+            )
     return implementation
+
+
+def _unserved_by_gpu(k_pages: Any, attention: dict[str, Any]) -> str | None:
+    """What 'mosaic_gpu' cannot serve, or None. Page updates are XLA's: everything."""
+    if not attention:
+        return None
+    *_, num_kv_heads, block_size, head_dim = k_pages.shape
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"k_pages: expected bfloat16 or float16, got {k_pages.dtype}"
+    if head_dim not in (64, 128):
+        return f"k_pages: expected a head_dim of 64 or 128, got {head_dim}"
+    if block_size not in (16, 32) and block_size % 64:
+        return (
+            "k_pages: expected a block_size of 16, 32 or a multiple of 64, got "
+            f"{block_size}"
+        )
+    group = attention["q"].shape[1] // num_kv_heads
+    if group > 64:
+        return f"q: expected at most 64 heads to a key/value head, got {group}"
+    return _unserved_by_any_kernel(attention)
+
+
+def _unserved_by_any_kernel(attention: dict[str, Any]) -> str | None:
+    for name in ("scale", "logits_soft_cap"):
+        if isinstance(attention[name], jax.Array):
+            return f"{name}: expected a Python number, got an array"
+    return None
 
 
 def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
@@ -88,9 +118,8 @@ def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
         return None
     if attention["q"].dtype not in (jnp.bfloat16, jnp.float32):
         return f"q: expected bfloat16 or float32, got {attention['q'].dtype}"
-    for name in ("scale", "logits_soft_cap"):
-        if isinstance(attention[name], jax.Array):
-            return f"{name}: expected a Python number, got an array"
+    if complaint := _unserved_by_any_kernel(attention):
+        return complaint
     tables = attention["block_tables"]
     if 4 * tables.size > _TABLE_BYTES:
         return (

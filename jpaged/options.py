@@ -22,6 +22,9 @@ from jpaged.models.decoder import Decoder
 from jpaged.quantised_pages import PAGE_DTYPES
 from jpaged.text import Tokenizer
 
+# What an implementation of attention needs, and what jax calls it.
+_MACHINES = {"mosaic_tpu": ("TPU", "tpu"), "mosaic_gpu": ("Hopper GPU", "gpu")}
+
 
 def check_sizes(seed: Any, **sizes: Any) -> None:
     """Raises ValueError for sizes that are no integers above 0, or a wrong seed."""
@@ -76,10 +79,11 @@ def check_choices(
             f"attention: wanted None or one of {attention_module.IMPLEMENTATIONS} "
             f"(others are not built yet), got {attention!r}"
         )
-    if attention == "mosaic_tpu" and jax.default_backend() != "tpu":
+    machine, backend = _MACHINES.get(attention, ("", jax.default_backend()))
+    if jax.default_backend() != backend:
         raise ValueError(
-            "attention: 'mosaic_tpu' needs a TPU, and this process's backend is "
-            f"{jax.default_backend()!r}; take None for the best one here"
+            f"attention: {attention!r} needs a {machine}, and this process's backend "
+            f"is {jax.default_backend()!r}; take None for the best one here"
         )
     if not isinstance(cascade, bool):
         raise ValueError(f"cascade: wanted True or False, got {cascade!r}")

@@ -232,6 +232,18 @@ def test_what_it_cannot_serve_raises_and_names_who_can(message):
         attention.paged_attention(*arrays, implementation="mosaic_gpu")
 
 
+def test_a_mesh_of_several_devices_raises():
+    case = make_case([5], head_dim=64, dtype="bfloat16")
+    arrays = [jnp.asarray(x) for x in dataclasses.astuple(case)[:5]]
+    call = functools.partial(attention.paged_attention, implementation="mosaic_gpu")
+    mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=r"expected one device, .* got a mesh .*2"),
+    ):
+        jax.eval_shape(call, *arrays)
+
+
 def test_an_llm_without_a_gpu_refuses_its_kernels():
     with pytest.raises(ValueError, match="attention: 'mosaic_gpu' needs a Hopper GPU"):
         LLM("random:opt-125m", attention="mosaic_gpu")

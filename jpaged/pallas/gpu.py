@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jpaged.pallas import gpu_attention, gpu_merge, gpu_work
 
@@ -52,6 +53,7 @@ def attend(
     Args: as `jpaged.attention.paged_attention`; `scale` and `logits_soft_cap` are
     Python numbers.
     """
+    _check_one_device()
     is_ragged = query_start_loc is not None
     plan = _plan(q, k_pages, block_tables, scale, logits_soft_cap, is_ragged)
     num_rows, num_queries = block_tables.shape[0], q.shape[0]
@@ -102,6 +104,16 @@ def attend(
     out = out[..., : q.shape[-1]]
     lse = jnp.where(lse < -1e28, -jnp.inf, lse / gpu_attention.LOG2E)
     return (out, lse) if sinks is None else _with_sinks(out, lse, sinks, q.dtype)
+
+
+def _check_one_device() -> None:
+    """Raises ValueError where XLA would have to split the kernels over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:
+        raise ValueError(
+            "implementation: 'mosaic_gpu' cannot serve this ('xla' can): expected one "
+            f"device, or a call within jax.shard_map, got a mesh {dict(mesh.shape)}"
+        )
 
 
 def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged):

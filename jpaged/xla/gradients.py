@@ -45,8 +45,9 @@ class Operands(NamedTuple):
 @jax.custom_vjp
 def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Output [T, H, D] and log-sum-exp f32[T, H]; differentiable once, in reverse."""
-    q, pools, tables, lens, starts, *options = operands
-    options = dict(zip(Operands._fields[5:], options, strict=True))
+    fields: dict[str, Any] = operands._asdict()
+    q, pools, tables, lens, starts = operands[:5]
+    options = {name: fields[name] for name in Operands._fields[5:]}
     if starts is None:
         return attention.decode(q, pools, tables, lens, **options)
     return attention.ragged(q, pools, tables, lens, starts, **options)
@@ -70,7 +71,7 @@ def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def _without_gradient(operands: Operands, values: Operands):
+def _without_gradient(operands: Any, values: Operands):
     pools = operands.pools
     yield "k_scale", pools.k_scale
     yield "v_scale", pools.v_scale
@@ -131,8 +132,10 @@ def _backward(saved, cotangents):
         kind = pools.k.dtype
         d_pools = Pools(sums.k.astype(kind), sums.v.astype(kind), None, None)
     d_q = sums.q[: q.shape[0]].astype(q.dtype)
-    nothing = (None,) * (len(operands) - 3)
-    return (Operands(d_q, d_pools, *nothing, _d_sinks(operands.sinks, lse, offset)),)
+    given: dict[str, Any] = dict.fromkeys(Operands._fields)
+    d_sinks = _d_sinks(operands.sinks, lse, offset)
+    given |= dict(q=d_q, pools=d_pools, sinks=d_sinks)
+    return (Operands(**given),)
 
 
 _QUERIES, _TOKENS = 32, 128  # of a tile

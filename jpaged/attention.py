@@ -1,6 +1,6 @@
 """Paged attention: the front doors, their checks, and the plain reference.
 
-Place on the road: models -> [attention] -> xla | pallas.
+Place on the road: models -> [attention] -> xla | pallas | triton.
 
 Letters: S sequences, T query tokens of the step, N blocks, M blocks per sequence,
 P tokens per block, H query heads, K key/value heads, G = H // K, D head_dim, L layers.
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jpaged.implementations import choose, page_head_dim
 from jpaged.pallas import tpu
+from jpaged.triton import attention as triton_attention
+from jpaged.triton import pages as triton_pages
 from jpaged.xla import attention as xla_attention
 from jpaged.xla import pages as xla_pages
 
@@ -73,7 +75,8 @@ def paged_attention(
       implementation: None takes the best for the backend that serves the arguments. A
         name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
-        `logits_soft_cap` are Python numbers; "reference" and "xla" serve everything.
+        `logits_soft_cap` are Python numbers; "triton" needs a pages' D of 16, 32, 64,
+        128 or 256, and Python numbers too; "reference" and "xla" serve everything.
 
     Returns:
       `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also
@@ -117,6 +120,9 @@ def paged_attention(
     if chosen == "mosaic_tpu":
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
         out, lse = tpu.attend(*args, layer=layer, return_lse=return_lse, **options)
+    elif chosen == "triton":
+        args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
+        out, lse = triton_attention.attend(*args, layer=layer, **options)
     else:
         pools = _one_pool(k_pages, v_pages, block_tables, layer)
         args = (q, *pools, context_lens)
@@ -166,6 +172,8 @@ def write_kv(
     k, v = (_padded(x.astype(k_pages.dtype), head_dim) for x in (k, v))
     if chosen == "mosaic_tpu":
         return tpu.write(k_pages, v_pages, k, v, slot_mapping, layer)
+    if chosen == "triton":
+        return triton_pages.write(k_pages, v_pages, k, v, slot_mapping, layer)
     write = functools.partial(xla_pages.write, slots=slot_mapping, layer=layer)
     return write(k_pages, k), write(v_pages, v)
 
@@ -199,6 +207,8 @@ def copy_blocks(
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
     if chosen == "mosaic_tpu":
         return tpu.copy(k_pages, v_pages, src, dst, layer)
+    if chosen == "triton":
+        return triton_pages.copy(k_pages, v_pages, src, dst, layer)
     copy = xla_pages.copy
     return copy(k_pages, src, dst, layer), copy(v_pages, src, dst, layer)
 

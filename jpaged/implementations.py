@@ -8,13 +8,18 @@ it cannot serve, it raises, and says what it would need and who serves instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
-_PLANNED = ("mosaic_gpu", "triton")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "triton")
+_PLANNED = ("mosaic_gpu",)
+
+# The first choice by backend; "xla" elsewhere. No GPU's kernel was measured yet, so
+# none is chosen there unasked.
+_FIRST = {"tpu": "mosaic_tpu"}
 
 # Numbers in a row of a TPU's memory tile: an array's last axis is padded to a multiple.
 LANES = 128
@@ -25,7 +30,7 @@ _ROWS = 16  # rows of a memory tile of bfloat16
 
 def best() -> str:
     """The first choice on this process's default backend."""
-    return "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
+    return _FIRST.get(jax.default_backend(), "xla")
 
 
 def page_head_dim(head_dim: int, implementation: str | None) -> int:
@@ -52,8 +57,7 @@ def choose(implementation: str | None, k_pages: Any, **attention: Any) -> str:
       ValueError: there is no such implementation, or it cannot serve the arguments.
     """
     if implementation is None:
-        is_served = best() == "mosaic_tpu" and not _unserved(k_pages, attention)
-        return "mosaic_tpu" if is_served else "xla"
+        return "xla" if _complaint(best(), k_pages, attention) else best()
     if implementation in _PLANNED:
         raise ValueError(
             f"implementation: {implementation!r} is not built yet; "
@@ -64,15 +68,23 @@ def choose(implementation: str | None, k_pages: Any, **attention: Any) -> str:
             f"implementation: expected None or one of {IMPLEMENTATIONS}, "
             f"got {implementation!r}"
         )
-    if implementation == "mosaic_tpu" and (complaint := _unserved(k_pages, attention)):
+    if complaint := _complaint(implementation, k_pages, attention):
         raise ValueError(
-            f"implementation: 'mosaic_tpu' cannot serve this ('xla' can): {complaint}"
+            f"implementation: {implementation!r} cannot serve this ('xla' can): "
+            f"{complaint}"
         )
     return implementation
 
 
-def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
-    """What 'mosaic_tpu' cannot serve, or None."""
+def _complaint(
+    implementation: str, k_pages: Any, attention: dict[str, Any]
+) -> str | None:
+    """What the implementation cannot serve, or None."""
+    limits = _LIMITS.get(implementation)
+    return limits(k_pages, attention) if limits else None
+
+
+def _unserved_by_mosaic_tpu(k_pages: Any, attention: dict[str, Any]) -> str | None:
     *_, block_size, head_dim = k_pages.shape
     if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
         return f"k_pages: expected bfloat16 or float32, got {k_pages.dtype}"
@@ -97,3 +109,24 @@ def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
             f"got shape {tables.shape}; larger blocks need fewer"
         )
     return None
+
+
+def _unserved_by_triton(k_pages: Any, attention: dict[str, Any]) -> str | None:
+    head_dim = k_pages.shape[-1]
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"k_pages: expected bfloat16, float16 or float32, got {k_pages.dtype}"
+    if not 16 <= head_dim <= 256 or head_dim & (head_dim - 1):
+        return f"k_pages: expected a head_dim of 16, 32, 64, 128 or 256, got {head_dim}"
+    if "tensor" in jax.sharding.get_abstract_mesh().axis_names:
+        return "mesh: expected none with an axis `tensor`"
+    for name in ("scale", "logits_soft_cap"):
+        if isinstance(attention.get(name), jax.Array):
+            return f"{name}: expected a Python number, got an array"
+    return None
+
+
+# What each cannot serve, as a sentence; those that serve everything are not here.
+_LIMITS: dict[str, Callable[[Any, dict[str, Any]], str | None]] = {
+    "mosaic_tpu": _unserved_by_mosaic_tpu,
+    "triton": _unserved_by_triton,
+}

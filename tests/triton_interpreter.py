@@ -1,0 +1,47 @@
+"""`triton.launch.launch` on a CPU: Triton's interpreter behind a callback of JAX.
+
+Outputs begin as NaN, or as what the aliased inputs hold, so that all that a kernel does
+not write shows.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import jax
+import numpy as np
+import torch
+
+from jpaged.triton import kernels
+
+
+def _tensor(array) -> torch.Tensor:
+    """A copy, in memory of torch; bfloat16 by its bits."""
+    array = np.array(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _array(tensor: torch.Tensor, dtype) -> np.ndarray:
+    if np.dtype(dtype).name == "bfloat16":
+        return tensor.view(torch.int16).numpy().view(dtype)
+    return tensor.numpy()
+
+
+def launch(
+    name, grid, arrays, out_shapes, *, aliases=None, num_warps=4, num_stages=3, **static
+):
+    del num_warps, num_stages
+    sources = {output: number for number, output in (aliases or {}).items()}
+
+    def run(*arrays):
+        inputs = [_tensor(array) for array in arrays]
+        outputs = [
+            inputs[sources[i]] if i in sources else _tensor(np.full(s.shape, np.nan, s.dtype))
+            for i, s in enumerate(out_shapes)
+        ]
+        getattr(kernels, name)[grid](*inputs, *outputs, **static)
+        return [_array(o, s.dtype) for o, s in zip(outputs, out_shapes, strict=True)]
+
+    return jax.pure_callback(run, list(out_shapes), *arrays)

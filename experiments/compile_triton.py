@@ -7,6 +7,7 @@ bytes that are spilled, and the shared memory of a program; the last line is one
 object. Needs the extra `triton`; takes about a second for each. Expected: no spills.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -63,7 +64,9 @@ def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], 
             SOFT_CAP=0.0,
             PRECISION="ieee" if kind == "fp32" else "tf32",
         )
-        found[call] = "attend", inputs, sizes | static, tile
+        warps = tile.num_warps * (2 if call == "prompt" else 1)
+        tile_ = dataclasses.replace(tile, num_warps=warps)
+        found[call] = "attend", inputs, sizes | static, tile_
     partial = dict(part_out_ptr="fp32", part_lse_ptr="fp32", starts_ptr="i32")
     partial |= dict(parts_ptr="i32", sinks_ptr="fp32", out_in=kind, lse_in="fp32")
     partial |= dict(out_ptr=kind, lse_ptr="fp32")
@@ -117,7 +120,8 @@ def _usage(cubin: bytes) -> dict[str, int]:
     text = done.stdout + done.stderr
     registers = re.search(r"REG:(\d+)", text)
     stack, local = re.search(r"STACK:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
-    assert registers and stack and local, text
+    if registers is None or stack is None or local is None:
+        raise RuntimeError(f"cuobjdump: expected registers, got {text}")
     spilled = int(stack[1]) + int(local[1])
     return dict(registers=int(registers[1]), spilled_bytes=spilled)
 

@@ -11,8 +11,27 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 import jax
 import numpy as np
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from jpaged.triton import kernels
+
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot_of_values(self, a, b, *rest):
+    """The interpreter's dot, which takes the bits of bfloat16 for integers."""
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        values = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(values, tl.float32)
+
+    return _dot(self, widened(a), widened(b), *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot_of_values
 
 
 def _tensor(array) -> torch.Tensor:
@@ -38,7 +57,9 @@ def launch(
     def run(*arrays):
         inputs = [_tensor(array) for array in arrays]
         outputs = [
-            inputs[sources[i]] if i in sources else _tensor(np.full(s.shape, np.nan, s.dtype))
+            inputs[sources[i]]
+            if i in sources
+            else _tensor(np.full(s.shape, np.nan, s.dtype))
             for i, s in enumerate(out_shapes)
         ]
         getattr(kernels, name)[grid](*inputs, *outputs, **static)

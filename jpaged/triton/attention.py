@@ -88,7 +88,8 @@ def attend(
         (num_items, num_kv_heads),
         (q, k_pages, v_pages, block_tables, lens, *plan[:3], settings, sinks),
         (*results, *partial),
-        num_warps=tiles.num_warps,
+        # A prompt's tile has four times the rows of a decode row's.
+        num_warps=tiles.num_warps * (2 if is_ragged else 1),
         num_stages=tiles.num_stages,
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
@@ -135,7 +136,8 @@ def make_plan(
     is_one = num_queries == 1
     spans = jnp.where(is_one, jnp.minimum(context_lens, window), 0).astype(jnp.int32)
     chunk = _ceil_div(jnp.sum(spans, dtype=jnp.int32), more)
-    chunk = jnp.maximum(_ceil_div(chunk, tiles.tokens) * tiles.tokens, tiles.least_chunk)
+    chunk = _ceil_div(chunk, tiles.tokens) * tiles.tokens
+    chunk = jnp.maximum(chunk, tiles.least_chunk)
     splits = jnp.maximum(_ceil_div(spans, chunk), 1)
     items = jnp.where(is_one, splits, _ceil_div(num_queries, queries))
     parts = jnp.where(is_one & (splits > 1), splits, 0)

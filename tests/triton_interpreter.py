@@ -9,6 +9,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 import jax
+import ml_dtypes
 import numpy as np
 import torch
 import triton.language as tl
@@ -31,7 +32,19 @@ def _dot_of_values(self, a, b, *rest):
     return _dot(self, widened(a), widened(b), *rest)
 
 
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _cast_to_nearest(self, x, kind):
+    """The interpreter's cast, which cuts bfloat16 off where GPUs round to nearest."""
+    if (x.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+        return _cast(self, x, kind)
+    values = x.data.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return interpreter.TensorHandle(values, tl.bfloat16)
+
+
 interpreter.InterpreterBuilder.create_dot = _dot_of_values
+interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
 
 
 def _tensor(array) -> torch.Tensor:

@@ -452,7 +452,7 @@ def integers(*shape: int) -> jax.Array:
 
 WRONG = {
     "implementation: expected None or one of": {"implementation": "cuda"},
-    "implementation: 'triton' is not built yet": {"implementation": "triton"},
+    "implementation: 'mosaic_gpu' is not built yet": {"implementation": "mosaic_gpu"},
     "k_scale: implementation 'xla' does not serve": {"k_scale": jnp.ones(1)},
     "v_scale: implementation 'reference' does not": {
         "v_scale": jnp.ones(1),

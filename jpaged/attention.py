@@ -1,6 +1,6 @@
 """Paged attention: the front doors, their checks, and the plain reference.
 
-Place on the road: models -> [attention] -> xla | pallas.
+Place on the road: models -> [attention] -> xla | pallas | triton.
 
 Letters: S sequences, T query tokens of the step, N blocks, M blocks per sequence,
 P tokens per block, H query heads, K key/value heads, G = H // K, D head_dim, L layers.
@@ -20,6 +20,8 @@ from jpaged.implementations import choose, page_head_dim, without_gradient
 from jpaged.pallas import tpu
 from jpaged.quantised_pages import check_scales, decode, encode, is_quantised
 from jpaged.shared_prefix import SharedPrefix, find
+from jpaged.triton import attention as triton_attention
+from jpaged.triton import pages as triton_pages
 from jpaged.xla import gradients
 from jpaged.xla import pages as xla_pages
 from jpaged.xla.gradients import Operands
@@ -84,7 +86,9 @@ def paged_attention(
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
         `logits_soft_cap` are Python numbers; "mosaic_gpu" (a Hopper GPU) unless pages
         are bfloat16 or float16, P is 16, 32 or a multiple of 64, D 64 or 128, and those
-        are numbers; "reference" and "xla" serve everything, and alone have gradients.
+        are numbers; "triton" (an NVIDIA GPU) needs a pages' D of 16, 32, 64, 128 or
+        256, and numbers too; "reference" and "xla" serve everything, and alone have
+        gradients.
 
     Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
     rows share a block, it gets the sum. Slots that nobody sees get zeros.
@@ -125,7 +129,7 @@ def paged_attention(
         sinks=sinks,
     )
     q = _padded(q, k_pages.shape[-1])
-    if chosen in ("mosaic_tpu", "mosaic_gpu"):
+    if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
         static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
@@ -133,6 +137,8 @@ def paged_attention(
         def call(args, arrays):
             if chosen == "mosaic_tpu":
                 return tpu.attend(*args, return_lse=return_lse, **arrays, **static)
+            if chosen == "triton":
+                return triton_attention.attend(*args, **arrays, **static)
             # Here, for the import takes a second and most processes have no such GPU.
             from jpaged.pallas import gpu
 
@@ -201,6 +207,8 @@ def write_kv(
     values[:2] = (_padded(x.astype(k_pages.dtype), head_dim) for x in values[:2])
     if chosen == "mosaic_tpu":
         return tpu.write(k_pages, v_pages, *values, slot_mapping, layer)
+    if chosen == "triton":
+        return triton_pages.write(k_pages, v_pages, *values, slot_mapping, layer)
     return tuple(
         xla_pages.write(pool, value, slot_mapping, layer)
         for pool, value in zip(pools, values, strict=True)
@@ -242,6 +250,8 @@ def copy_blocks(
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
     if chosen == "mosaic_tpu":
         return tpu.copy(k_pages, v_pages, src, dst, layer)
+    if chosen == "triton":
+        return triton_pages.copy(k_pages, v_pages, src, dst, layer)
     scales = check_scales(k_pages, k_scale, v_scale, is_whole=True)
     pools = (k_pages, v_pages, *(scale for scale in scales if scale is not None))
     return xla_pages.copy(pools, src, dst, layer, is_stacked=k_pages.ndim == 5)

@@ -14,8 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
-_PLANNED = ("triton",)
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
+
+# The first choice by backend; "xla" elsewhere. No GPU's kernel was measured yet, so
+# none is chosen there unasked.
+_FIRST = {"tpu": "mosaic_tpu"}
 
 # Numbers in a row of a TPU's memory tile: an array's last axis is padded to a multiple.
 LANES = 128
@@ -26,7 +29,7 @@ _ROWS = 16  # rows of a memory tile of bfloat16
 
 def best() -> str:
     """The first choice on this process's default backend."""
-    return "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
+    return _FIRST.get(jax.default_backend(), "xla")
 
 
 def page_head_dim(head_dim: int, implementation: str | None) -> int:
@@ -53,57 +56,29 @@ def choose(implementation: str | None, k_pages: Any, **attention: Any) -> str:
       ValueError: there is no such implementation, or it cannot serve the arguments.
     """
     if implementation is None:
-        is_served = best() == "mosaic_tpu" and not _unserved(k_pages, attention)
-        return "mosaic_tpu" if is_served else "xla"
-    if implementation in _PLANNED:
-        raise ValueError(
-            f"implementation: {implementation!r} is not built yet; "
-            f"choose one of {IMPLEMENTATIONS}, or None for the best one"
-        )
+        return "xla" if _complaint(best(), k_pages, attention) else best()
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: expected None or one of {IMPLEMENTATIONS}, "
             f"got {implementation!r}"
         )
-    limits = {"mosaic_tpu": _unserved, "mosaic_gpu": _unserved_by_gpu}
-    if implementation in limits:
-        if complaint := limits[implementation](k_pages, attention):
-            raise ValueError(
-                f"implementation: {implementation!r} cannot serve this ('xla' can): "
-                f"{complaint}"
-            )
+    if complaint := _complaint(implementation, k_pages, attention):
+        raise ValueError(
+            f"implementation: {implementation!r} cannot serve this ('xla' can): "
+            f"{complaint}"
+        )
     return implementation
 
 
-def _unserved_by_gpu(k_pages: Any, attention: dict[str, Any]) -> str | None:
-    """What 'mosaic_gpu' cannot serve, or None. Page updates are XLA's: everything."""
-    if not attention:
-        return None
-    *_, num_kv_heads, block_size, head_dim = k_pages.shape
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"k_pages: expected bfloat16 or float16, got {k_pages.dtype}"
-    if head_dim not in (64, 128):
-        return f"k_pages: expected a head_dim of 64 or 128, got {head_dim}"
-    if block_size not in (16, 32) and block_size % 64:
-        return (
-            "k_pages: expected a block_size of 16, 32 or a multiple of 64, got "
-            f"{block_size}"
-        )
-    group = attention["q"].shape[1] // num_kv_heads
-    if group > 64:
-        return f"q: expected at most 64 heads to a key/value head, got {group}"
-    return _unserved_by_any_kernel(attention)
+def _complaint(
+    implementation: str, k_pages: Any, attention: dict[str, Any]
+) -> str | None:
+    """What the implementation cannot serve, or None."""
+    limits = _LIMITS.get(implementation)
+    return limits(k_pages, attention) if limits else None
 
 
-def _unserved_by_any_kernel(attention: dict[str, Any]) -> str | None:
-    for name in ("scale", "logits_soft_cap"):
-        if isinstance(attention[name], jax.Array):
-            return f"{name}: expected a Python number, got an array"
-    return None
-
-
-def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
-    """What 'mosaic_tpu' cannot serve, or None."""
+def _unserved_by_mosaic_tpu(k_pages: Any, attention: dict[str, Any]) -> str | None:
     *_, block_size, head_dim = k_pages.shape
     if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
         return f"k_pages: expected bfloat16 or float32, got {k_pages.dtype}"
@@ -127,6 +102,52 @@ def _unserved(k_pages: Any, attention: dict[str, Any]) -> str | None:
             f"got shape {tables.shape}; larger blocks need fewer"
         )
     return None
+
+
+def _unserved_by_mosaic_gpu(k_pages: Any, attention: dict[str, Any]) -> str | None:
+    """What 'mosaic_gpu' cannot serve, or None. Page updates are XLA's: everything."""
+    if not attention:
+        return None
+    *_, num_kv_heads, block_size, head_dim = k_pages.shape
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"k_pages: expected bfloat16 or float16, got {k_pages.dtype}"
+    if head_dim not in (64, 128):
+        return f"k_pages: expected a head_dim of 64 or 128, got {head_dim}"
+    if block_size not in (16, 32) and block_size % 64:
+        return (
+            "k_pages: expected a block_size of 16, 32 or a multiple of 64, got "
+            f"{block_size}"
+        )
+    group = attention["q"].shape[1] // num_kv_heads
+    if group > 64:
+        return f"q: expected at most 64 heads to a key/value head, got {group}"
+    return _unserved_by_any_kernel(attention)
+
+
+def _unserved_by_any_kernel(attention: dict[str, Any]) -> str | None:
+    for name in ("scale", "logits_soft_cap"):
+        if isinstance(attention.get(name), jax.Array):
+            return f"{name}: expected a Python number, got an array"
+    return None
+
+
+def _unserved_by_triton(k_pages: Any, attention: dict[str, Any]) -> str | None:
+    head_dim = k_pages.shape[-1]
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"k_pages: expected bfloat16, float16 or float32, got {k_pages.dtype}"
+    if not 16 <= head_dim <= 256 or head_dim & (head_dim - 1):
+        return f"k_pages: expected a head_dim of 16, 32, 64, 128 or 256, got {head_dim}"
+    if "tensor" in jax.sharding.get_abstract_mesh().axis_names:
+        return "mesh: expected none with an axis `tensor`"
+    return _unserved_by_any_kernel(attention)
+
+
+# What each cannot serve, as a sentence; those that serve everything are not here.
+_LIMITS: dict[str, Callable[[Any, dict[str, Any]], str | None]] = {
+    "mosaic_tpu": _unserved_by_mosaic_tpu,
+    "mosaic_gpu": _unserved_by_mosaic_gpu,
+    "triton": _unserved_by_triton,
+}
 
 
 def without_gradient(function: Callable[..., Any], name: str) -> Callable[..., Any]:

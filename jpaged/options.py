@@ -23,7 +23,11 @@ from jpaged.quantised_pages import PAGE_DTYPES
 from jpaged.text import Tokenizer
 
 # What an implementation of attention needs, and what jax calls it.
-_MACHINES = {"mosaic_tpu": ("TPU", "tpu"), "mosaic_gpu": ("Hopper GPU", "gpu")}
+_MACHINES = {
+    "mosaic_tpu": ("TPU", "tpu"),
+    "mosaic_gpu": ("Hopper GPU", "gpu"),
+    "triton": ("NVIDIA GPU", "gpu"),
+}
 
 
 def check_sizes(seed: Any, **sizes: Any) -> None:

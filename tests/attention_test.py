@@ -452,7 +452,6 @@ def integers(*shape: int) -> jax.Array:
 
 WRONG = {
     "implementation: expected None or one of": {"implementation": "cuda"},
-    "implementation: 'triton' is not built yet": {"implementation": "triton"},
     "k_scale: expected None beside pages of float32": {"k_scale": jnp.ones(1)},
     "v_scale: expected None beside pages of float32": {"v_scale": jnp.ones(1)},
     "shared_prefix: expected True, or what": {"shared_prefix": integers(1)},

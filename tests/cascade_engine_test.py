@@ -13,6 +13,8 @@ from jpaged import LLM, engine, forward, load_model, shared_prefix
 from jpaged.config import EngineConfig
 from jpaged.requests import BeamSearchParams, SamplingParams
 
+pytestmark = pytest.mark.long
+
 CONFIG = EngineConfig(
     num_blocks=60,
     block_size=4,

@@ -17,6 +17,8 @@ from jpaged import load_model
 from jpaged.attention import paged_attention, write_kv
 from jpaged.quantised_pages import encode
 
+pytestmark = pytest.mark.long
+
 # float32 sums of some hundred products; where gradients cancel, of the largest entry.
 TOLERANCE = 2e-5
 LENGTHS = [40, 0, 17, 33, 70]

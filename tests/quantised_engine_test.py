@@ -23,6 +23,8 @@ from jpaged.quantised_pages import PAGE_DTYPES, page_dtype
 from jpaged.requests import BeamSearchParams, SamplingParams
 from jpaged.xla import pages as xla_pages
 
+pytestmark = pytest.mark.long
+
 MAX_LEN = 40
 # A pool in which sequences go to the host and come back, and prefixes are shared.
 CONFIG = EngineConfig(

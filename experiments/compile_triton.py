@@ -1,0 +1,152 @@
+"""Compiles the Triton kernels for NVIDIA GPUs, with no GPU present.
+
+    python -m experiments.compile_triton --arch 80,90
+
+Prints for each kernel, shape and compute capability the registers of a thread, the
+bytes that are spilled, and the shared memory of a program; the last line is one JSON
+object. Needs the extra `triton`; takes about a second for each. Expected: no spills.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from absl import app, flags
+
+from jpaged.triton import tiles
+
+FLAGS = flags.FLAGS
+# heads, head_dim, block_size, dtype
+SHAPES = {
+    "llama_3_8b": ((32, 8), 128, 16, "bf16"),
+    "qwen_2_5_7b": ((28, 4), 128, 64, "fp16"),
+    "llama_3_2_1b": ((32, 8), 64, 16, "bf16"),
+    "gemma_2_2b": ((8, 4), 256, 16, "bf16"),
+    "one_key_float32": ((16, 1), 64, 128, "fp32"),
+}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_list("arch", ["80", "90"], "Compute capabilities.")
+    flags.DEFINE_list("shapes", list(SHAPES), "Which shapes.")
+
+
+def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], Any]]:
+    """Kernel, pointers' types, static arguments and tiles of all calls of a shape."""
+    (heads, kv_heads), head_dim, block_size, kind = SHAPES[name]
+    group = heads // kv_heads
+    tile = tiles.choose("", head_dim, group, block_size, ITEMSIZE[kind])
+    pools = dict.fromkeys(("k_in", "v_in", "k_pages_ptr", "v_pages_ptr"), kind)
+    sizes = dict(HEADS=heads, HEAD_DIM=head_dim, HAS_SINKS=False)
+    inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
+    numbers = ("tables", "lens", "starts", "items", "parts", "settings")
+    inputs |= {f"{number}_ptr": "i32" for number in numbers}
+    floats = dict(lse_ptr="fp32", part_out_ptr="fp32", part_lse_ptr="fp32")
+    inputs |= {"sinks_ptr": "fp32", "out_ptr": kind, **floats}
+    found = {}
+    for call, queries in (("decode", 1), ("prompt", tile.query_rows // group)):
+        static = dict(
+            KV_HEADS=kv_heads,
+            BLOCK=block_size,
+            QUERIES=queries,
+            ROWS=max(1 << (queries * group - 1).bit_length(), 16),
+            TOKENS=tile.tokens,
+            SCALE=head_dim**-0.5,
+            SOFT_CAP=0.0,
+            PRECISION="ieee" if kind == "fp32" else "tf32",
+        )
+        warps = tile.num_warps * (2 if call == "prompt" else 1)
+        tile_ = dataclasses.replace(tile, num_warps=warps)
+        found[call] = "attend", inputs, sizes | static, tile_
+    partial = dict(part_out_ptr="fp32", part_lse_ptr="fp32", starts_ptr="i32")
+    partial |= dict(parts_ptr="i32", sinks_ptr="fp32", out_in=kind, lse_in="fp32")
+    partial |= dict(out_ptr=kind, lse_ptr="fp32")
+    found["merge"] = "merge", partial, sizes, tiles.Tiles()
+    size = kv_heads * head_dim
+    new = dict(k_ptr=kind, v_ptr=kind, slots_ptr="i32", settings_ptr="i32")
+    static = dict(KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK=block_size)
+    static["SIZE"] = 1 << (size - 1).bit_length()
+    found["write"] = "write", new | pools, static, tiles.Tiles()
+    pairs = dict(src_ptr="i32", dst_ptr="i32", settings_ptr="i32") | pools
+    static = dict(BLOCK_SIZE=size * block_size, SIZE=4096)
+    found["copy"] = "copy", pairs, static, tiles.Tiles()
+    return found
+
+
+def compile_one(kernel: str, pointers, static, tile, arch: int) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory, and what the program's text shows."""
+    triton = importlib.import_module("triton")
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget
+    function = getattr(importlib.import_module("jpaged.triton.kernels"), kernel)
+    names = function.arg_names
+    signature = {name: f"*{kind}" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(static, "constexpr")
+    # jax's arrays begin at multiples of 16 bytes, as jax-triton tells the compiler.
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = compiler.ASTSource(
+        fn=function,
+        signature={name: signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in static.items()},
+        attrs=aligned,
+    )
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    options["enable_fp_fusion"] = True  # as jax-triton
+    program = triton.compile(source, target=target("cuda", arch, 32), options=options)
+    text = program.asm["ptx"]
+    usage = _usage(program.asm["cubin"])
+    copies = len(re.findall(r"cp\.async\.c[ag]", text))
+    return dict(shared_bytes=program.metadata.shared, async_copies=copies, **usage)
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of local memory, which are spills, by cuobjdump."""
+    triton = importlib.import_module("triton")
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    registers = re.search(r"REG:(\d+)", text)
+    stack, local = re.search(r"STACK:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
+    if registers is None or stack is None or local is None:
+        raise RuntimeError(f"cuobjdump: expected registers, got {text}")
+    spilled = int(stack[1]) + int(local[1])
+    return dict(registers=int(registers[1]), spilled_bytes=spilled)
+
+
+def main(_: list[str]) -> None:
+    """Reads the flags, prints a table, and one JSON object as the last line."""
+    if importlib.util.find_spec("triton") is None:
+        sys.exit("compile_triton: needs triton; run: pip install 'jpaged[triton]'")
+    rows = []
+    print(f"{'shape':<18}{'call':<8}{'sm':>4}{'regs':>6}{'spilled':>9}{'shared':>9}")
+    for name in FLAGS.shapes:
+        for call, program in programs(name).items():
+            for arch in map(int, FLAGS.arch):
+                row = dict(shape=name, call=call, arch=arch)
+                row |= compile_one(*program, arch)
+                rows.append(row)
+                print(
+                    f"{name:<18}{call:<8}{arch:>4}{row['registers']:>6}"
+                    f"{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
+                    flush=True,
+                )
+    version = importlib.import_module("triton").__version__
+    print(json.dumps(dict(triton=version, rows=rows)))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

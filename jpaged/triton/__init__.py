@@ -1,0 +1,1 @@
+"""Triton kernels, which read pages where they lie: NVIDIA GPUs from Ampere on."""

@@ -1,0 +1,153 @@
+"""Paged attention on NVIDIA GPUs: pages are read where they lie, and never gathered.
+
+Place on the road: attention -> [triton.attention] -> triton.launch.
+
+The work is cut into items, each a tile of queries of one row. Rows of one query, which
+is decode, are cut along their tokens too, by their actual lengths: all of the step's
+tokens over the number of programs that fill the GPU. Their partial results are merged
+by a second, small kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.triton import tiles as tiles_module
+from jpaged.triton.launch import launch
+from jpaged.triton.tiles import Tiles
+
+_NO_WINDOW = 2**30  # half of what i32 holds, so that sums stay inside
+
+
+class Plan(NamedTuple):
+    """Who computes what; a function of the lengths alone."""
+
+    starts: jax.Array  # i32[S + 1], first query of each row
+    items: jax.Array  # i32[S + 1], first item of each row
+    parts: jax.Array  # i32[S + 1], first partial result of each row that has several
+    chunk: jax.Array  # i32[], tokens of a split
+
+
+def attend(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_tables: jax.Array,
+    context_lens: jax.Array,
+    query_start_loc: jax.Array | None,
+    *,
+    layer: jax.Array | int | None,
+    scale: float,
+    sliding_window: jax.Array | int | None,
+    logits_soft_cap: float | None,
+    sinks: jax.Array | None,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
+
+    Arguments as of `jpaged.attention.paged_attention`; `tiles` None takes those of
+    `triton.tiles` for this device.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    *_, num_blocks, num_kv_heads, block_size, _ = k_pages.shape
+    num_rows, width = block_tables.shape
+    group = num_heads // num_kv_heads
+    if tiles is None:
+        kind, itemsize = jax.devices()[0].device_kind, k_pages.dtype.itemsize
+        tiles = tiles_module.choose(kind, head_dim, group, block_size, itemsize)
+    is_ragged = query_start_loc is not None
+    queries = max(tiles.query_rows // group, 1) if is_ragged else 1
+    window = _NO_WINDOW if sliding_window is None else sliding_window
+    window = jnp.minimum(jnp.asarray(window, jnp.int32), _NO_WINDOW)
+    if query_start_loc is None:
+        query_start_loc = jnp.arange(num_rows + 1, dtype=jnp.int32)
+    # Rows split into at most so many items more than there are rows.
+    more = max(tiles.programs // num_kv_heads, 1)
+    has_parts = width * block_size > tiles.least_chunk
+    plan = make_plan(context_lens, query_start_loc, window, queries, more, tiles)
+    num_items = num_rows + (num_queries // queries if is_ragged else 0) + more
+    num_parts = num_rows + more if has_parts else 1
+    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    sizes = jnp.array([num_rows, width, num_blocks], jnp.int32)
+    settings = jnp.concatenate([jnp.stack([layer, window, plan.chunk]), sizes])
+    has_sinks = sinks is not None
+    sinks = jnp.zeros(num_heads) if sinks is None else sinks
+    sinks = sinks.astype(jnp.float32)
+    lens = context_lens.astype(jnp.int32)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    results = (array(*q.shape, dtype=q.dtype), array(num_queries, num_heads))
+    partial = (array(num_parts, num_heads, head_dim), array(num_parts, num_heads))
+    out, lse, *parts = launch(
+        "attend",
+        (num_items, num_kv_heads),
+        (q, k_pages, v_pages, block_tables, lens, *plan[:3], settings, sinks),
+        (*results, *partial),
+        # A prompt's tile has four times the rows of a decode row's.
+        num_warps=tiles.num_warps * (2 if is_ragged else 1),
+        num_stages=tiles.num_stages,
+        HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK=block_size,
+        QUERIES=queries,
+        ROWS=max(1 << (queries * group - 1).bit_length(), 16),
+        TOKENS=tiles.tokens,
+        SCALE=float(scale),
+        SOFT_CAP=float(logits_soft_cap or 0.0),
+        HAS_SINKS=has_sinks,
+        # TF32 would round float32 keys to 10 bits.
+        PRECISION="ieee" if k_pages.dtype == jnp.float32 else "tf32",
+    )
+    if has_parts:
+        out, lse = launch(
+            "merge",
+            (num_rows, num_heads),
+            (*parts, plan.starts, plan.parts, sinks, out, lse),
+            results,
+            aliases={5: 0, 6: 1},
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            HAS_SINKS=has_sinks,
+        )
+    # Memory of queries that no row owns was never written.
+    is_owned = jnp.arange(num_queries, dtype=jnp.int32) < plan.starts[-1]
+    out = jnp.where(is_owned[:, None, None], out, 0)
+    return out, jnp.where(is_owned[:, None], lse, -jnp.inf)
+
+
+def make_plan(
+    context_lens: jax.Array,
+    starts: jax.Array,
+    window: jax.Array,
+    queries: int,
+    more: int,
+    tiles: Tiles,
+) -> Plan:
+    """Splits rows of one query so that all together have at most `more` splits more
+    than rows, and rows of several into tiles of `queries`."""
+    starts = starts.astype(jnp.int32)
+    num_queries = starts[1:] - starts[:-1]
+    is_one = num_queries == 1
+    spans = jnp.where(is_one, jnp.minimum(context_lens, window), 0).astype(jnp.int32)
+    chunk = _ceil_div(jnp.sum(spans, dtype=jnp.int32), more)
+    chunk = _ceil_div(chunk, tiles.tokens) * tiles.tokens
+    chunk = jnp.maximum(chunk, tiles.least_chunk)
+    splits = jnp.maximum(_ceil_div(spans, chunk), 1)
+    items = jnp.where(is_one, splits, _ceil_div(num_queries, queries))
+    parts = jnp.where(is_one & (splits > 1), splits, 0)
+    return Plan(starts, _firsts(items), _firsts(parts), chunk)
+
+
+def _firsts(numbers: jax.Array) -> jax.Array:
+    """i32[S + 1]: where each row begins if row s has `numbers[s]`."""
+    return jnp.pad(jnp.cumsum(numbers, dtype=jnp.int32), (1, 0))
+
+
+def _ceil_div(a: jax.Array, b: jax.Array | int) -> jax.Array:
+    return (a + b - 1) // b

@@ -1,0 +1,36 @@
+"""The Triton kernels, compiled for Ampere and Hopper with no GPU present."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="needs the extra `triton`"
+    ),
+]
+
+
+@pytest.mark.parametrize("shape", ["llama_3_8b", "llama_3_2_1b"])
+def test_kernels_compile_without_spills_and_fetch_ahead(shape):
+    command = [sys.executable, "-m", "experiments.compile_triton", f"--shapes={shape}"]
+    # `triton_kernel_test` sets it for its own process.
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {row["arch"] for row in rows} == {80, 90}
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert row["shared_bytes"] <= 166912, row  # of a program on an A100
+        if row["call"] in ("decode", "prompt"):
+            assert row["async_copies"] > 0, row

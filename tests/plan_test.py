@@ -65,7 +65,7 @@ def test_weights_are_those_of_the_parameters_on_a_device(name, tensor, expert):
 
 
 def test_pages_fill_what_weights_and_temporaries_leave():
-    config = random_config("llama-3-8b")
+    config = random_config("llama-3-8b")  # 32 layers
     found = plan.make_plan(config, find_chip("h100"), tensor=2)
     # 32 layers, keys and values, 4 of 8 heads of 128 numbers, 2 bytes each.
     token = 32 * 2 * 4 * 128 * 2
@@ -93,15 +93,21 @@ def test_the_runner_says_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("sizes", "message"),
     [
-        (["--tensor=3"], "tensor: wanted a divisor of num_heads=32, got 3; 1 or 2"),
-        (["--expert=2"], "expert: wanted a divisor of num_experts=1"),
-        (["--chip=abacus"], "expected one of a100-40g"),
+        ({"tensor": 3}, "tensor: wanted a divisor of num_heads=32, got 3; 1 or 2"),
+        ({"expert": 2}, "expert: wanted a divisor of num_experts=1"),
+        ({"data": 0}, "data: wanted at least 1, got 0"),
+        ({"memory_fraction": 2.0}, "memory_fraction: wanted more than 0"),
     ],
 )
-def test_bad_flags_get_one_line(arguments, message):
-    status, _, err = run_experiment("plan", *arguments)
+def test_bad_sizes_are_named(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        plan.make_plan(random_config("llama-3-8b"), find_chip("h100"), **sizes)
+
+
+def test_a_bad_flag_gets_one_line():
+    status, _, err = run_experiment("plan", "--chip=abacus")
     assert status == 1
-    assert message in err
+    assert "expected one of a100-40g" in err
     assert "Traceback" not in err

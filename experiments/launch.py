@@ -107,6 +107,9 @@ def _status(
                 what = f"exit status {code}"
                 if code < 0:
                     what = signal.Signals(-code).name
+                left = [f"process {n}" for n, code in enumerate(codes) if code is None]
+                if left:
+                    what += f"; still running then: {', '.join(left)}"
                 print(f"process {number} failed: {what}", file=sys.stderr)
                 return code if code > 0 else 128 - code
         if all(code == 0 for code in codes):

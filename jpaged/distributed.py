@@ -44,7 +44,9 @@ def initialize(
     Raises:
       ValueError: only some of address, number and id are given, one is out of range,
         or processes were started with different options.
-      RuntimeError: a process did not arrive in time, or the port is in use.
+      RuntimeError: JAX was used or initialised before, or finds no cluster.
+
+    JAX aborts process 0, with DEADLINE_EXCEEDED, where another has not arrived in time.
     """
     if coordinator_address is None and "JPAGED_COORDINATOR" in os.environ:
         coordinator_address = os.environ["JPAGED_COORDINATOR"]

@@ -1,6 +1,7 @@
 """Several processes on one machine: joined, compared, and ended when one fails."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ DIES = """
 LATE = """
     if number == 1:
         import time; time.sleep(300)
-    distributed.initialize(timeout_s=60)
+    distributed.initialize(timeout_s=5)
 """
 
 
@@ -75,9 +76,16 @@ def test_a_process_that_dies_is_named_and_ends_the_other():
 
 
 def test_a_process_that_never_arrives_is_named():
-    status, _, err = launch(LATE, "--timeout=15")
+    status, out, err = launch(LATE)
+    assert status == 128 + signal.SIGABRT
+    assert "DEADLINE_EXCEEDED" in out
+    assert "process 0 failed: SIGABRT; still running then: process 1" in err
+
+
+def test_processes_that_are_not_done_in_time_are_named():
+    status, _, err = launch("\nimport time; time.sleep(300 * number)", "--timeout=12")
     assert status == 124
-    assert "process 1 not done after 15 s" in err
+    assert "process 1 not done after 12 s" in err
 
 
 def test_a_port_in_use_is_said_before_anything_starts():

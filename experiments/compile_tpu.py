@@ -44,15 +44,14 @@ from jpaged.models import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.placing import placement
 from jpaged.models.shapes import random_config
+from jpaged.simulator.chips import CHIPS, GIB
 
-# Memory of a device by the name of its machine, as Google's pages on each state it; a
-# chip of tpu7x has 192 GB and is two devices.
+# Memory of a device by the name of its machine. A chip of tpu7x is two devices; the
+# simulator has no v4, whose 32 GiB Google's page on it states.
 DEVICE_BYTES: Mapping[str, int] = {
-    "v4": 32 * 10**9,
-    "v5e": 16 * 10**9,
-    "v5p": 95 * 10**9,
-    "v6e": 32 * 10**9,
-    "tpu7x": 96 * 10**9,
+    "v4": 32 * GIB,
+    **{kind: CHIPS[f"tpu-{kind}"].memory_bytes for kind in ("v5e", "v5p", "v6e")},
+    "tpu7x": CHIPS["tpu7x"].memory_bytes // 2,
 }
 
 FLAGS = flags.FLAGS
@@ -174,10 +173,12 @@ def report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> None:
-    """Reads flags, compiles, prints."""
-    del argv
-    options = {name: getattr(FLAGS, name) for name in _OPTIONS}
+def _asked(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, Mesh]:
+    """What the flags name.
+
+    Raises:
+      ValueError: a flag's value is none of those that work.
+    """
     model = random_config(options["model"])
     if options["num_layers"] is not None:
         model = dataclasses.replace(model, num_layers=options["num_layers"])
@@ -189,7 +190,18 @@ def main(argv: list[str]) -> None:
         max_num_batched_tokens=options["max_num_batched_tokens"],
         attention="mosaic_tpu",
     )
-    mesh = tpu_mesh(options["topology"], options["tensor_parallel"])
+    return model, config, tpu_mesh(options["topology"], options["tensor_parallel"])
+
+
+def main(argv: list[str]) -> None:
+    """Reads flags, compiles, prints."""
+    del argv
+    options = {name: getattr(FLAGS, name) for name in _OPTIONS}
+    try:
+        model, config, mesh = _asked(options)
+        placement(model, mesh)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     start = time.perf_counter()
     try:
         result = report(compile_step(model, config, mesh), options["topology"])

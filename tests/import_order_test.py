@@ -31,6 +31,8 @@ ROOMS = {
     "chat":              [],
     "conversations":     ["text", "chat"],
     "parallel":          ["compat", "config"],
+    # the processes of several hosts
+    "distributed":       [],
     # which tokens live where, and who runs: lengths and tables, no activations
     "block_manager":     ["compat", "config"],
     "prefix_cache":      ["compat", "block_manager"],

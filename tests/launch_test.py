@@ -12,6 +12,8 @@ from conftest import ROOT
 
 from jpaged import distributed
 
+pytestmark = pytest.mark.long
+
 JOIN = """
     import os, sys
     from jpaged import distributed

@@ -17,6 +17,8 @@ from jpaged.models.placing import placement
 from jpaged.models.shapes import random_config
 from jpaged.simulator.chips import find_chip
 
+pytestmark = pytest.mark.long
+
 
 class Device:
     """All that a sharding asks of a device that is not there."""

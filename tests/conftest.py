@@ -37,6 +37,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("jpaged")
 
+# A helper of tests that need these; collecting it for doctests would import it.
+collect_ignore = [
+    "triton_interpreter.py"
+    for name in ("torch", "triton")
+    if importlib.util.find_spec(name) is None
+]
+
 HUGGINGFACE_MISSING = [
     name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None
 ]

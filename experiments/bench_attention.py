@@ -1,0 +1,238 @@
+"""Decode attention of one layer beside the memory's bandwidth and what else there is.
+
+    python -m experiments.bench_attention
+    python -m experiments.bench_attention --rows 1,64 --contexts 8192 --dtype bfloat16
+
+First the bandwidth of reading and of copying is measured. Then every implementation
+that serves this machine, and every peer that is installed, each in a process of its
+own, attends rows of equal contexts over a shuffled pool: its numbers are compared with
+float64, and only then its time is taken. `share` is the time that reading keys and
+values would take, at the measured bandwidth, of the time taken; caches that hold them
+all can take it above 1. The peers `jax_contiguous` and `torch_sdpa` read contiguous
+memory and have no tables to follow.
+
+Defaults are for the machine: a 110M shape in float32 on CPUs, Llama-3-8B's in bfloat16
+elsewhere. --plot writes a figure. Time: about two minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from experiments import lib_attention_contenders as contenders
+from experiments import lib_limits
+from experiments.lib_attention_contenders import CONTENDERS, Shape
+from experiments.timing import Contender, environment, progress, time_in_turn
+
+FLAGS = flags.FLAGS
+_SIZES = ("num_heads", "num_kv_heads", "head_dim")
+_CPU = dict(num_heads=12, num_kv_heads=4, head_dim=64, dtype="float32")
+_ACCELERATOR = dict(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+_DONE = "measured: "
+
+
+def define_flags() -> None:
+    """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_list(
+        "rows", None, "Sequences; None: 1,8,32, on accelerators 1,16,128."
+    )
+    flags.DEFINE_list("contexts", None, "Tokens of each; None: 128,1024 or 1024,8192.")
+    flags.DEFINE_list("block_sizes", ["16"], "Tokens per block.")
+    for name in _SIZES:
+        flags.DEFINE_integer(name, None, "None: of the machine's shape.", lower_bound=1)
+    flags.DEFINE_enum(
+        "dtype", None, list(contenders.TOLERANCES), "None: the machine's."
+    )
+    flags.DEFINE_list(
+        "contenders", None, f"Some of {', '.join(CONTENDERS)}; None: all."
+    )
+    flags.DEFINE_integer("repeats", 5, "Rounds; the median counts.", lower_bound=1)
+    flags.DEFINE_float("round_s", 0.1, "Seconds of a round.", lower_bound=1e-3)
+    flags.DEFINE_float("read_gb", 1.0, "Array of the bandwidths.", lower_bound=1e-3)
+    flags.DEFINE_string("plot", None, "File for the figure; needs the extra `plot`.")
+    flags.DEFINE_string("alone", None, "Used by this runner for each contender.")
+
+
+def shapes() -> list[Shape]:
+    """The lines of the benchmark.
+
+    Raises:
+      ValueError: a flag that is no positive number, or heads that do not divide.
+    """
+    is_cpu = jax.default_backend() == "cpu"
+    sizes = {
+        name: FLAGS[name].value or value
+        for name, value in (_CPU if is_cpu else _ACCELERATOR).items()
+    }
+    if sizes["num_heads"] % sizes["num_kv_heads"]:
+        raise ValueError(
+            f"--num_heads: wanted a multiple of --num_kv_heads "
+            f"({sizes['num_kv_heads']}), got {sizes['num_heads']}"
+        )
+    rows = FLAGS.rows or (["1", "8", "32"] if is_cpu else ["1", "16", "128"])
+    contexts = FLAGS.contexts or (["128", "1024"] if is_cpu else ["1024", "8192"])
+    given = {"rows": rows, "contexts": contexts, "block_sizes": FLAGS.block_sizes}
+    for name, values in given.items():
+        if not all(value.isdecimal() and int(value) for value in values):
+            raise ValueError(f"--{name}: wanted integers above 0, got {values}")
+    return [
+        Shape(rows=int(n), context=int(c), block_size=int(p), **sizes)
+        for p in FLAGS.block_sizes
+        for c in contexts
+        for n in rows
+    ]
+
+
+def bandwidths(size_gb: float) -> dict[str, float]:
+    """Bytes a second of reading one array, and of copying (read and written)."""
+    size = int(size_gb * 1e9) // 4 * 4
+    x = jax.block_until_ready(jnp.ones((size // 4,), jnp.float32))
+    copy = Contender(jax.jit(lambda x: x + 1), lambda: (x,))
+    times = time_in_turn({"read": lib_limits.read(size), "copy": copy}, FLAGS.repeats)
+    return {
+        "read_bytes_per_s": size / times["read"].median,
+        "copy_bytes_per_s": 2 * size / times["copy"].median,
+    }
+
+
+def run_alone(name: str) -> None:
+    """Measures one contender, for the process that asked; a line for each shape."""
+    for shape in shapes():
+        try:
+            found = contenders.measure(name, shape, FLAGS.repeats, FLAGS.round_s)
+        except Exception as error:  # whatever a peer raises: the others go on
+            found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(_DONE + json.dumps(found), flush=True)
+
+
+def ask(name: str, argv: list[str]) -> list[dict[str, Any]]:
+    """What a process of its own measures of the contender, for each shape."""
+    command = [sys.executable, "-m", "experiments.bench_attention", *argv[1:]]
+    done = subprocess.run(
+        [*command, f"--alone={name}"], capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    found = [json.loads(x[len(_DONE) :]) for x in lines if x.startswith(_DONE)]
+    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    lost = {"failed": f"the process ended with {done.returncode}: {last[:200]}"}
+    return found + [lost] * (len(shapes()) - len(found))
+
+
+def rows_of(
+    name: str, measured: list[dict[str, Any]], read_bytes_per_s: float
+) -> list[dict[str, Any]]:
+    """A row for each shape."""
+    rows = []
+    for shape, found in zip(shapes(), measured, strict=True):
+        row = {"name": name, **vars(shape), "kv_bytes": shape.kv_bytes, **found}
+        if "seconds" in found:
+            row["bytes_per_s"] = shape.kv_bytes / found["seconds"]
+            row["share"] = row["bytes_per_s"] / read_bytes_per_s
+        rows.append(row)
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    """Prints a row."""
+    shape = f"{row['rows']:>5}{row['context']:>8}{row['block_size']:>6}"
+    if "failed" in row:
+        print(f"{row['name']:<16}{shape}  {row['failed']}", flush=True)
+        return
+    print(
+        f"{row['name']:<16}{shape}{row['kv_bytes'] / 1e6:>10.2f}"
+        f"{1e6 * row['seconds']:>12.1f}{row['bytes_per_s'] / 1e9:>9.1f}"
+        f"{row['share']:>8.2f}{row['error']:>10.1e}",
+        flush=True,
+    )
+
+
+def plot(rows: list[dict[str, Any]], limits: dict[str, float], path: str) -> None:
+    """Writes the figure: bandwidth over the bytes of keys and values."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    timed = [row for row in rows if "seconds" in row]
+    for name in dict.fromkeys(row["name"] for row in timed):
+        mine = sorted(
+            (row["kv_bytes"] / 1e6, row["bytes_per_s"] / 1e9)
+            for row in timed
+            if row["name"] == name
+        )
+        axes.plot(*zip(*mine, strict=True), marker="o", label=name)
+    axes.axhline(limits["read_bytes_per_s"] / 1e9, color="black", linestyle="--")
+    axes.set_xscale("log")
+    axes.set_xlabel("keys and values, MB")
+    axes.set_ylabel("GB/s; dashed: reading alone")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str]) -> int:
+    """Reads the flags, measures, prints."""
+    try:
+        chosen = FLAGS.contenders or list(CONTENDERS)
+        unknown = [name for name in chosen if name not in CONTENDERS]
+        if unknown or len(argv) > 1:
+            raise ValueError(
+                f"--contenders: wanted some of {', '.join(CONTENDERS)}, got "
+                f"{(unknown or argv[1:])[0]!r}"
+            )
+        shapes()
+    except ValueError as error:
+        print(f"bench_attention: {error}", file=sys.stderr)
+        return 1
+    if FLAGS.alone is not None:
+        run_alone(FLAGS.alone)
+        return 0
+    limits = bandwidths(FLAGS.read_gb)
+    for name, value in limits.items():
+        print(f"{name:<20}{value / 1e9:>8.1f} GB/s")
+    print(
+        f"{'':<16}{'rows':>5}{'context':>8}{'block':>6}{'KV MB':>10}{'us':>12}"
+        f"{'GB/s':>9}{'share':>8}{'error':>10}"
+    )
+    rows, left_out = [], {}
+    for name in chosen:
+        if reason := CONTENDERS[name][1]():
+            left_out[name] = reason
+            continue
+        progress(f"measuring {name}")
+        measured = ask(name, [sys.argv[0], *given_flags()])
+        found = rows_of(name, measured, limits["read_bytes_per_s"])
+        rows += found
+        for row in found:
+            show(row)
+    for name, reason in left_out.items():
+        print(f"{name:<16} left out: {reason}")
+    if FLAGS.plot is not None:
+        plot(rows, limits, FLAGS.plot)
+    print(json.dumps({"rows": rows, "left_out": left_out} | limits | environment()))
+    return 0
+
+
+def given_flags() -> list[str]:
+    """The flags of this process that decide what is measured."""
+    names = ("rows", "contexts", "block_sizes", "dtype", "repeats", "round_s", *_SIZES)
+    found = []
+    for name in names:
+        value = FLAGS[name].value
+        if value is not None:
+            text = ",".join(value) if isinstance(value, list) else value
+            found.append(f"--{name}={text}")
+    return found
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,95 @@
+"""The attention benchmark: right numbers are timed, wrong ones are not."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from runners import run_experiment
+
+from experiments import lib_attention_contenders as contenders
+from experiments.lib_attention_contenders import Shape
+
+SHAPE = Shape(
+    rows=3,
+    context=37,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    block_size=8,
+    dtype="float32",
+)
+
+
+@pytest.mark.parametrize("name", ["reference", "xla", "jax_contiguous"])
+def test_contenders_give_the_same_numbers_from_the_same_case(name):
+    case = contenders.make_case(SHAPE)
+    out, run = contenders.CONTENDERS[name][0](case)
+    assert out.shape == (3, 4, 16)
+    assert contenders.relative_error(case, out) < 1e-6
+    run(2)
+
+
+def test_the_oracle_is_a_softmax_over_the_sequences_own_pages():
+    case = contenders.make_case(SHAPE)
+    pages = case.pages(case.keys)
+    # Head 3 of row 1 reads kv head 1; its tokens are found by the table, one by one.
+    size, table = SHAPE.block_size, case.block_tables[1]
+    keys = [pages[table[i // size], 1, i % size] for i in range(SHAPE.context)]
+    np.testing.assert_array_equal(keys, case.keys[1, :, 1])
+    scores = np.array([case.q[1, 3].astype(float) @ k for k in keys]) / 4
+    weights = np.exp(scores) / np.exp(scores).sum()
+    wanted = weights @ case.values[1, :, 1]
+    np.testing.assert_allclose(contenders.expected(case)[1, 3], wanted, rtol=1e-12)
+
+
+def test_a_contender_with_wrong_numbers_is_not_timed(monkeypatch):
+    build, reason = contenders.CONTENDERS["xla"]
+
+    def wrong(case):
+        out, run = build(case)
+        return out * 1.001, run
+
+    monkeypatch.setitem(contenders.CONTENDERS, "xla", (wrong, reason))
+    with pytest.raises(ValueError, match="wrong numbers: relative error 1.0e-03"):
+        contenders.measure("xla", SHAPE, repeats=1, least_s=0.001)
+
+
+def test_the_runner_prints_a_row_for_each_shape():
+    status, stdout, stderr = run_experiment(
+        "bench_attention",
+        "--contenders=xla,mosaic_tpu",
+        "--rows=1,2",
+        "--contexts=20",
+        "--repeats=1",
+        "--round_s=0.01",
+        "--read_gb=0.01",
+    )
+    assert status == 0, stderr
+    found = json.loads(stdout.splitlines()[-1])
+    assert [(row["name"], row["rows"]) for row in found["rows"]] == [
+        ("xla", 1),
+        ("xla", 2),
+    ]
+    for row in found["rows"]:
+        # 2 x 20 tokens x 4 kv heads x 64 x 4 bytes a row.
+        assert row["kv_bytes"] == row["rows"] * 2 * 20 * 4 * 64 * 4
+        assert row["bytes_per_s"] == pytest.approx(row["kv_bytes"] / row["seconds"])
+        share = row["bytes_per_s"] / found["read_bytes_per_s"]
+        assert row["share"] == pytest.approx(share)
+    assert found["left_out"] == {"mosaic_tpu": "needs a TPU"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--contenders=fast", "--contenders: wanted some of .* got 'fast'"),
+        ("--rows=0", "--rows: wanted integers above 0"),
+        ("--num_heads=5", "--num_heads: wanted a multiple of --num_kv_heads"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_measured(flag, message):
+    status, stdout, stderr = run_experiment("bench_attention", flag)
+    assert status == 1
+    assert stdout == ""
+    assert re.search(message, stderr)

@@ -31,8 +31,10 @@ from jpaged import (
     request_limits,
     request_table,
     scheduler,
+    sharded,
     submission,
 )
+from jpaged.config import EngineConfig
 from jpaged.engine_state import Counters as Counters
 from jpaged.engine_state import EngineState as EngineState
 from jpaged.engine_state import Model
@@ -54,10 +56,12 @@ def step(model: Model, state: EngineState) -> EngineState:
 
     Jit it with `state` donated, and the pages are updated in place.
     """
-    state, _ = iteration.iterate(
-        model, state, iteration.working_memory(model, state), state.config
-    )
-    return state
+
+    def once(model: Model, state: EngineState) -> EngineState:
+        memory = iteration.working_memory(model, state)
+        return iteration.iterate(model, state, memory, state.config)[0]
+
+    return sharded.advance(once, model, state)
 
 
 def has_work(state: EngineState) -> jax.Array:
@@ -94,13 +98,20 @@ def run(
             max_num_batched_tokens or state.config.max_num_batched_tokens
         ),
     )
-    limit = jnp.int32(jnp.iinfo(jnp.int32).max)
-    if max_steps is not None:
-        limit = state.counters.num_steps + max_steps
+    most = jnp.iinfo(jnp.int32).max if max_steps is None else max_steps
+    return sharded.advance(
+        functools.partial(_run, config), model, state, jnp.asarray(most, jnp.int32)
+    )
+
+
+def _run(
+    config: EngineConfig, model: Model, state: EngineState, max_steps: jax.Array
+) -> EngineState:
+    first = state.counters.num_steps
 
     def goes_on(carry) -> jax.Array:
         state, _ = carry
-        return has_work(state) & (state.counters.num_steps < limit)
+        return has_work(state) & (state.counters.num_steps - first < max_steps)
 
     def advance(carry):
         return iteration.iterate(model, *carry, config)

@@ -10,13 +10,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jpaged import (
     block_manager,
     groups,
     kv_cache,
+    parallel,
     prefix_cache,
     request_table,
+    sharded,
     timeline,
 )
 from jpaged.block_manager import BlockState
@@ -91,10 +94,16 @@ class EngineState:
     timeline: Timeline
     knobs: Knobs  # of the scheduler; set them and not the config to sweep
     config: EngineConfig = dataclasses.field(metadata={"static": True})
+    # The devices that share it, of `make_mesh`; None is one device, whichever.
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def init(
-    model: Model | None, config: EngineConfig, *, kv_dtype: str | None = None
+    model: Model | None,
+    config: EngineConfig,
+    *,
+    kv_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> EngineState:
     """An engine with nothing to do.
 
@@ -102,12 +111,22 @@ def init(
       model: gives the cache's shape; None: no pages, for a simulation (`simulator`).
       config: sizes and policy.
       kv_dtype: of the pages, a float's name, "int8" or "fp8"; None takes the model's.
+      mesh: of `jpaged.make_mesh`, on which the model lies: pages are split over its
+        devices, and `step` and `run` run on all of them.
 
     Raises:
       ValueError: the config's speculation needs a draft model and there is none, or
         the other way round; or the two have different vocabularies.
     """
     _check_draft(model, config)
+    make = functools.partial(_make, model, config, kv_dtype, mesh)
+    return make() if mesh is None else sharded.made(make, mesh, host_part="host")
+
+
+def _make(
+    model: Model | None, config: EngineConfig, kv_dtype: str | None, mesh: Mesh | None
+) -> EngineState:
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
 
     def cache(sizes: ModelConfig | None, is_host: bool = False) -> KVCache | None:
         if sizes is None:
@@ -116,7 +135,7 @@ def init(
             num_layers=sizes.num_layers,
             num_blocks=config.num_swap_blocks if is_host else config.num_blocks,
             memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
-            num_kv_heads=sizes.num_kv_heads,
+            num_kv_heads=parallel.stored_kv_heads(sizes.num_kv_heads, tensor),
             block_size=config.block_size,
             head_dim=sizes.head_dim,
             implementation=config.attention,
@@ -156,6 +175,7 @@ def init(
         timeline=timeline.init(config),
         knobs=config.knobs,
         config=config,
+        mesh=mesh,
     )
 
 

@@ -315,6 +315,7 @@ def end_step(
         timeline=recorded,
         knobs=state.knobs,
         config=state.config,
+        mesh=state.mesh,
     )
 
 

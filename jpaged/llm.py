@@ -91,7 +91,9 @@ class LLM:
       attention: implementation of paged attention; None is the backend's best.
       cascade: samples, beams and prompts with the same beginning read its keys and
         values together, where that pays; of the implementation "xla".
-      mesh: None; many devices are not built yet here, see `load_model`.
+      mesh: of `jpaged.make_mesh`: the devices that share the model and the pages, by
+        the rules of `jpaged.parallel`; None is one device. Replicas over `data` are
+        not built yet.
       seed: requests without a seed draw from this one and their number.
       speculative_config: guess tokens ahead, which changes no token, only how many come
         in a step. {"method": "ngram", "num_speculative_tokens": 4} takes guesses from
@@ -175,12 +177,12 @@ class LLM:
         )
         compilation_cache.turn_on()
         self.model, self.tokenizer, self._name = options.load(
-            model, dtype, tokenizer, quantization
+            model, dtype, tokenizer, quantization, mesh
         )
         self.seed = seed
         self.max_logprobs = max_logprobs
         self._kv_dtype = self.model.config.dtype if kv_dtype == "auto" else kv_dtype
-        speculation, draft = options.speculation(speculative_config, self.model)
+        speculation, draft = options.speculation(speculative_config, self.model, mesh)
         num_blocks, max_model_len = memory.choose_sizes(
             self.model,
             draft,
@@ -191,6 +193,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             attention=attention,
+            mesh=mesh,
         )
         config = _with_places(
             EngineConfig(
@@ -222,6 +225,7 @@ class LLM:
             config,
             draft=draft,
             kv_dtype=self._kv_dtype,
+            mesh=mesh,
             seed=seed,
             check_invariants=check_invariants,
         )

@@ -9,8 +9,9 @@ import os
 import pathlib
 
 import jax
+from jax.sharding import Mesh
 
-from jpaged import kv_cache
+from jpaged import kv_cache, parallel
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 
@@ -22,12 +23,17 @@ _TABLE_BYTES_PER_LOGPROB = 8  # id and log-probability
 
 
 def block_bytes(
-    model: ModelConfig, block_size: int, kv_dtype: str, attention: str | None = None
+    model: ModelConfig,
+    block_size: int,
+    kv_dtype: str,
+    attention: str | None = None,
+    tensor: int = 1,
 ) -> int:
-    """Bytes of one block: keys and values of its tokens in all layers."""
+    """Bytes of one block on a device: keys and values of its tokens in all layers."""
+    stored = parallel.stored_kv_heads(model.num_kv_heads, tensor)
     return kv_cache.bytes_per_block(
         num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
+        num_kv_heads=stored // tensor,
         block_size=block_size,
         head_dim=model.head_dim,
         dtype=kv_dtype,
@@ -46,6 +52,7 @@ def choose_sizes(
     max_num_seqs: int,
     max_model_len: int | None,
     attention: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[int, int]:
     """(num_blocks, max_model_len), where the user left them open.
 
@@ -69,8 +76,10 @@ def choose_sizes(
     if num_blocks is None:
         budget = pool_budget(model, memory_fraction)
         # The draft model's pages lie under the same block tables.
+        tensor = 1 if mesh is None else mesh.shape["tensor"]
         size = sum(
-            block_bytes(each.config, block_size, kv_dtype, attention) for each in models
+            block_bytes(each.config, block_size, kv_dtype, attention, tensor)
+            for each in models
         )
         useful = max_num_seqs * -(-length // block_size)
         num_blocks = min(useful, budget // size)

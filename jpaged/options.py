@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jpaged import attention as attention_module
-from jpaged import implementations
+from jpaged import implementations, parallel, sharded
 from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
@@ -97,10 +98,12 @@ def check_choices(
             f"{attention!r} on {jax.default_backend()!r}"
         )
     if mesh is not None:
-        raise ValueError(
-            "mesh: an LLM on many devices is not built yet; wanted None, got "
-            f"{mesh!r:.80}; load_model takes a mesh, and its model(tokens) runs there"
-        )
+        parallel.check_is_mesh(mesh)
+        if mesh.shape["data"] > 1:
+            raise ValueError(
+                "mesh: replicas over `data` are not built yet; wanted data=1, got "
+                f"data={mesh.shape['data']}; give those devices to `tensor` or `expert`"
+            )
     is_number = isinstance(memory_fraction, int | float)
     if not is_number or not 0 < memory_fraction <= 1:
         raise ValueError(
@@ -110,9 +113,13 @@ def check_choices(
 
 
 def load(
-    model: Any, dtype: str, tokenizer: Any, quantization: str | None = None
+    model: Any,
+    dtype: str,
+    tokenizer: Any,
+    quantization: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Decoder, Tokenizer | None, str]:
-    """Decoder, tokenizer and a name to show."""
+    """Decoder, on the mesh if there is one, tokenizer and a name to show."""
     if isinstance(model, Decoder):
         config = model.config
         for argument, value, own in (
@@ -125,19 +132,21 @@ def load(
                     f"load_model takes a {argument}"
                 )
         devices = {d for leaf in jax.tree.leaves(model) for d in leaf.devices()}
-        if len(devices) > 1:
+        if mesh is None and len(devices) > 1:
             raise ValueError(
-                "model: an LLM on many devices is not built yet; wanted a Decoder on "
-                f"one device, got one on {len(devices)}; load it without a mesh"
+                "mesh: wanted the one that the Decoder lies on, which has "
+                f"{len(devices)} devices, got None"
             )
         decoder, name = model, config.architecture
+        if mesh is not None:
+            decoder = sharded.spread(model, mesh)
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         if sources.is_random(name):
-            decoder = load_model(name, dtype, quantization=quantization)
+            decoder = load_model(name, dtype, quantization=quantization, mesh=mesh)
         else:
             folder = sources.find(name)
-            decoder = load_model(folder, dtype, quantization=quantization)
+            decoder = load_model(folder, dtype, quantization=quantization, mesh=mesh)
             tokenizer = folder if tokenizer is None else tokenizer
     else:
         raise ValueError(
@@ -161,7 +170,7 @@ _SPECULATIVE_KEYS = (
 
 
 def speculation(
-    asked: Mapping[str, Any] | None, target: Decoder
+    asked: Mapping[str, Any] | None, target: Decoder, mesh: Mesh | None = None
 ) -> tuple[Speculation | None, Decoder | None]:
     """What `LLM(speculative_config=...)` asks for, and the draft model if it names one.
 
@@ -203,7 +212,7 @@ def speculation(
     number = asked.get("num_speculative_tokens", 4)
     if model is None:
         return Speculation("prompt_lookup", number, **lookup), None
-    draft, _, name = load(model, target.config.dtype, None)
+    draft, _, name = load(model, target.config.dtype, None, mesh=mesh)
     sizes = (draft.config.vocab_size, target.config.vocab_size)
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -1,27 +1,31 @@
-"""Parallel: the mesh of devices, and which part of each parameter lies where on it.
+"""Parallel: the mesh of devices, which part of each array lies where, who sums what.
 
-Place on the road: checkpoint -> [parallel] -> parameters on their devices.
+Place on the road: checkpoint -> [parallel] -> parameters, pages on their devices.
 
 Matrices come in pairs: the first is split over its outputs, the second over its inputs,
 so that between the two no device needs what another has, and after the second one sum
-over all devices is enough.
+over all devices is enough: two a layer. Pages are split by kv heads, beside the query
+heads that read them. All else is whole everywhere: every device schedules and samples
+for itself, and all do the same.
 
-Source: Shoeybi et al. 2019, section 3, https://arxiv.org/abs/1909.08053.
+Source: Shoeybi et al. 2019, section 3, https://arxiv.org/abs/1909.08053; Kwon et al.
+2023, section 4.6, https://arxiv.org/abs/2309.06180.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Outermost first: the devices of one `tensor` group, which talk most, are neighbours.
 AXES = ("data", "expert", "tensor")
 
-# Parameter, and the axis of the mesh that splits each axis of its weight; () is whole
-# on every device, as everything is along `data`. Weights are [in, out], of experts
-# [experts, in, out]; biases and scales [out] go with the last axis of their weight.
+# Array, and the axis of the mesh that splits each of its axes; () is whole on every
+# device, as everything is along `data`. Weights are [in, out], of experts [experts, in,
+# out]; biases and scales [out] go with the last axis of their weight.
 RULES: Mapping[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", None),  # [vocabulary, hidden]
     "output": (None, "tensor"),
@@ -47,6 +51,18 @@ RULES: Mapping[str, tuple[str | None, ...]] = {
     "mlp_norm": (),
     "mlp_out_norm": (),
     "final_norm": (),
+}
+
+# The same of the engine's state and of what a step computes. What is split over
+# `tensor` or `expert` is never sent; a partial sum is summed over the axes named.
+PAGES = (None, None, "tensor")  # [L, N, kv heads, P, D], swapped ones too
+STATE = ()  # block tables, requests, counters, ...
+LOGITS = (None, "tensor")  # [N, V], gathered for the sampler
+PARTIAL_SUMS: Mapping[str, tuple[str, ...]] = {
+    "embedding": ("tensor",),  # each device looks up the tokens of its rows
+    "attention.out": ("tensor",),
+    "mlp.down": ("tensor",),
+    "experts.down": ("expert", "tensor"),
 }
 
 
@@ -87,6 +103,16 @@ def make_mesh(tensor: int = 1, data: int = 1, expert: int = 1) -> Mesh:
     )
 
 
+def check_is_mesh(mesh: Mesh) -> None:
+    """Raises ValueError for what is no mesh of `make_mesh`."""
+    is_ours = isinstance(mesh, Mesh) and mesh.axis_names == AXES
+    if not is_ours or set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"mesh: wanted one of jpaged.make_mesh, with the axes {AXES} (Auto), "
+            f"got {mesh!r:.200}"
+        )
+
+
 def check_mesh(mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int) -> None:
     """Raises ValueError where a model's matrices do not divide over a mesh.
 
@@ -95,12 +121,7 @@ def check_mesh(mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int) -> 
       split_sizes: what `tensor` must divide, by name: heads, intermediate sizes.
       num_experts: what `expert` must divide; 0 where there are none.
     """
-    is_ours = isinstance(mesh, Mesh) and mesh.axis_names == AXES
-    if not is_ours or set(mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(
-            f"mesh: wanted one of jpaged.make_mesh, with the axes {AXES} (Auto), "
-            f"got {mesh!r:.200}"
-        )
+    check_is_mesh(mesh)
     tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
     common = math.gcd(*split_sizes.values())
     if common % tensor:
@@ -119,6 +140,52 @@ def check_mesh(mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int) -> 
 
 def _divisors(number: int, most: int) -> str:
     return " or ".join(str(n) for n in range(1, most) if number % n == 0)
+
+
+def cut(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, `tensor` cut into axes of prime sizes.
+
+    So arrays can be split over a part of `tensor`, and be the same within each group.
+    """
+    primes = _primes(mesh.shape["tensor"])
+    names = ("tensor", *(f"tensor_{i}" for i in range(1, len(primes))))
+    return Mesh(
+        mesh.devices.reshape(*mesh.devices.shape[:-1], *primes),
+        (*AXES[:-1], *names),
+        axis_types=(AxisType.Auto,) * (len(AXES) - 1 + len(primes)),
+    )
+
+
+def _primes(number: int) -> list[int]:
+    """Its prime factors, the smallest first; of 1 [1]."""
+    for prime in range(2, number + 1):
+        if number % prime == 0:
+            rest = number // prime
+            return [prime] if rest == 1 else [prime, *_primes(rest)]
+    return [1]
+
+
+def axes(mesh: Mesh | jax.sharding.AbstractMesh, axis: str | None) -> tuple[str, ...]:
+    """What an axis of `AXES` is called on a mesh of `cut`."""
+    is_tensor = axis == "tensor"
+    return tuple(
+        name
+        for name in mesh.axis_names
+        if name == axis or (is_tensor and name.startswith("tensor_"))
+    )
+
+
+def spec(mesh: Mesh, rule: Sequence[str | None]) -> PartitionSpec:
+    """A row of the rules as JAX wants it, on a mesh of `cut`."""
+    return PartitionSpec(*(axes(mesh, axis) or None for axis in rule))
+
+
+def stored_kv_heads(num_kv_heads: int, tensor: int) -> int:
+    """Kv heads in the pages: each as often as devices of other groups read it.
+
+    2 heads on 8 devices are stored four times each, 3 on 2 twice.
+    """
+    return math.lcm(num_kv_heads, tensor)
 
 
 def param_sharding(
@@ -140,26 +207,101 @@ def param_sharding(
     names = [str(name) for name in (path[2:] if path[0] == "layers" else path)]
     kind = names.pop() if names[-1] in ("weight", "bias", "scale") else "weight"
     module = ".".join(names)
-    spec = RULES[module]
-    if kind != "weight" and spec:
-        spec = (*spec[:-2], spec[-1])  # without the axis that is summed over
+    rule = RULES[module]
+    if kind != "weight" and rule:
+        rule = (*rule[:-2], rule[-1])  # without the axis that is summed over
+    mesh = cut(mesh)
+    split = [axes(mesh, axis) for axis in rule]
     if module in ("attention.key", "attention.value"):
-        mesh = _grouped(mesh, math.gcd(num_kv_heads, mesh.shape["tensor"]))
+        split[-1] = _kv_axes(mesh, num_kv_heads)
     # What is left undivided after `check_mesh`: a vocabulary.
-    spec = tuple(
-        axis if axis is None or size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=False)
-    )
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    split = [
+        names if names and size % _size(mesh, names) == 0 else None
+        for names, size in zip(split, shape, strict=False)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*split))
 
 
-def _grouped(mesh: Mesh, num_parts: int) -> Mesh:
-    """The same devices in the same order, with `tensor` cut into parts and copies."""
-    if num_parts == mesh.shape["tensor"]:
-        return mesh
-    devices: np.ndarray = mesh.devices
-    return Mesh(
-        devices.reshape(*devices.shape[:-1], num_parts, -1),
-        (*AXES, "copies"),
-        axis_types=(AxisType.Auto,) * (len(AXES) + 1),
-    )
+def _size(mesh: Mesh | jax.sharding.AbstractMesh, names: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _kv_axes(
+    mesh: Mesh | jax.sharding.AbstractMesh, num_kv_heads: int
+) -> tuple[str, ...]:
+    """The first axes of a cut `tensor` whose devices together divide the kv heads."""
+    names = axes(mesh, "tensor")
+    while num_kv_heads % _size(mesh, names):
+        names = names[:-1]
+    return names
+
+
+# What a device does inside of `shard_map`, and nowhere else: outside of it, as in the
+# plain forward, these functions give back what they get.
+
+
+def _manual_mesh() -> jax.sharding.AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    is_ours = mesh.axis_names[: len(AXES)] == AXES
+    return mesh if is_ours and AxisType.Manual in mesh.axis_types else None
+
+
+def summed(x: jax.Array, part: str) -> jax.Array:
+    """A partial result of `PARTIAL_SUMS`, summed over the devices that have parts."""
+    mesh = _manual_mesh()
+    if mesh is None:
+        return x
+    names = [
+        name
+        for axis in PARTIAL_SUMS[part]
+        for name in axes(mesh, axis)
+        if mesh.shape[name] > 1
+    ]
+    return lax.psum(x, tuple(names)) if names else x
+
+
+def index(axis: str) -> jax.Array | int:
+    """Which part along an axis of `AXES` this device has."""
+    mesh = _manual_mesh()
+    return 0 if mesh is None else lax.axis_index(axes(mesh, axis))
+
+
+def look_up(table: jax.Array, tokens: jax.Array, vocab_size: int) -> jax.Array:
+    """Rows [T, E] of an embedding [V, E], of which each device may have a part."""
+    num_rows = table.shape[0]
+    if num_rows == vocab_size:
+        return table[tokens]
+    own = tokens - index("tensor") * num_rows
+    is_mine = (own >= 0) & (own < num_rows)
+    rows = table[jnp.where(is_mine, own, 0)]
+    return summed(jnp.where(is_mine[:, None], rows, jnp.zeros_like(rows)), "embedding")
+
+
+def gathered_logits(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits [N, V] of the devices' parts of the vocabulary."""
+    mesh = _manual_mesh()
+    if mesh is None or logits.shape[-1] == vocab_size:
+        return logits
+    names = axes(mesh, "tensor")
+    return lax.all_gather(logits, names, axis=logits.ndim - 1, tiled=True)
+
+
+def own_kv_heads(heads: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Of keys or values [T, K, D] those [T, stored / tensor, D] that this device stores.
+
+    Where `tensor` divides the kv heads, all that it has. Otherwise its query heads may
+    read one of them more often than another, so one may be there twice.
+    """
+    mesh = _manual_mesh()
+    if mesh is None:
+        return heads
+    tensor = _size(mesh, axes(mesh, "tensor"))
+    stored = stored_kv_heads(num_kv_heads, tensor)
+    number, copies = stored // tensor, stored // num_kv_heads
+    num_held = heads.shape[1]
+    if num_held == number and 1 in (number, copies):
+        return heads
+    device = index("tensor")
+    first = device // (tensor * num_held // num_kv_heads) * num_held
+    wanted = (device * number + jnp.arange(number, dtype=jnp.int32)) // copies
+    return heads[:, wanted - first]

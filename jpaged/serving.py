@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jpaged import (
     block_manager,
@@ -98,6 +99,7 @@ class EngineHost:
         *,
         draft: Decoder | None = None,
         kv_dtype: str | None = None,
+        mesh: Mesh | None = None,
         seed: int = 0,
         check_invariants: bool = False,
     ):
@@ -115,6 +117,7 @@ class EngineHost:
         self.compile_s = 0.0  # seconds of compiling `engine.run`, or loading it
         self.num_compilations = 0
         self._kv_dtype = kv_dtype
+        self._mesh = mesh
         self._seed = seed
         self._checks = check_invariants
         self._seconds_per_step: float | None = None
@@ -131,10 +134,15 @@ class EngineHost:
 
     def _new_state(self) -> EngineState:
         """An empty engine whose counters go on where the last one's were seen."""
-        # One program, and not one for each of the arrays.
-        state = jax.jit(
-            lambda: engine.init(self._models, self.config, kv_dtype=self._kv_dtype)
-        )()
+        init = functools.partial(
+            engine.init,
+            self._models,
+            self.config,
+            kv_dtype=self._kv_dtype,
+            mesh=self._mesh,
+        )
+        # One program, and not one for each of the arrays; on a mesh it is one already.
+        state = jax.jit(init)() if self._mesh is None else init()
         self.num_empty = self.config.max_num_requests
         if not self.counters:
             return state

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jpaged import parallel
 from jpaged.models import placing, rotary
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import (
@@ -46,7 +47,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.head_dim = config.head_dim
+        self.head_dim, self.num_kv_heads = config.head_dim, config.num_kv_heads
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         hidden = config.hidden_size
@@ -55,7 +56,12 @@ class Attention(nnx.Module):
         self.key = Linear(hidden, kv_size, **qkv)
         self.value = Linear(hidden, kv_size, **qkv)
         self.out = Linear(
-            q_size, hidden, use_bias=config.out_bias, config=config, rngs=rngs
+            q_size,
+            hidden,
+            use_bias=config.out_bias,
+            config=config,
+            rngs=rngs,
+            part="attention.out",
         )
         has_norms = config.qk_norm
         self.query_norm = make_norm(config, config.head_dim) if has_norms else None
@@ -75,6 +81,7 @@ class Attention(nnx.Module):
             linear(x).reshape(num_tokens, -1, self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
+        k, v = (parallel.own_kv_heads(x, self.num_kv_heads) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if angles is not None:
@@ -279,8 +286,9 @@ class Decoder(nnx.Module):
         """Logits f32[..., V] of hidden states [..., E] from `trunk`."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        logits = self.output(hidden).astype(jnp.float32)
-        return soft_cap(logits, self.config.logits_soft_cap)
+        logits = self.output(hidden)
+        logits = parallel.gathered_logits(logits, self.config.vocab_size)
+        return soft_cap(logits.astype(jnp.float32), self.config.logits_soft_cap)
 
     def _check_length(self, length: int) -> None:
         config = self.config
@@ -312,10 +320,9 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [T, E] of tokens i32[T], in the width of the layers."""
-        if self.embedding is None:
-            x = self.output.weight[...].T[tokens]
-        else:
-            x = self.embedding[...][tokens]
+        tied = self.embedding is None
+        table = self.output.weight[...].T if tied else self.embedding[...]
+        x = parallel.look_up(table, tokens, self.config.vocab_size)
         if self.config.scaled_embedding:
             # Rounded to the dtype first, as transformers does.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jpaged import parallel
 from jpaged.models.config import ModelConfig
 from jpaged.models.quantize import empty_int8, product_int8
 
@@ -58,7 +59,8 @@ class Linear(nnx.Module):
     """x [..., in] -> [..., out], with a bias where asked for.
 
     Where the config is quantised, the weight is int8 and has scales of its own, except
-    for products that are small or decide much: `may_be_quantized=False`.
+    for products that are small or decide much: `may_be_quantized=False`. On many
+    devices a product may be a part of a sum, `part` of `parallel.PARTIAL_SUMS`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Linear(nnx.Module):
         config: ModelConfig,
         rngs: nnx.Rngs,
         may_be_quantized: bool = True,
+        part: str | None = None,
     ) -> None:
         shape = (in_size, out_size)
         scale = None
@@ -79,6 +82,7 @@ class Linear(nnx.Module):
             self.weight, scale = empty_int8(shape, config, rngs)
         self.scale = scale
         self.bias = nnx.Param(jnp.zeros(out_size, config.dtype)) if use_bias else None
+        self.part = part
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product [..., out], in the dtype of the weight, or x's where int8."""
@@ -86,6 +90,8 @@ class Linear(nnx.Module):
             out = matmul(x, self.weight[...])
         else:
             out = product_int8(x, self.weight[...], self.scale[...])
+        if self.part is not None:
+            out = parallel.summed(out, self.part)
         if self.bias is None:
             return out
         return out + _as_last_axis(self.bias[...], out.ndim)
@@ -159,7 +165,7 @@ class Mlp(nnx.Module):
         shared = {"use_bias": config.mlp_bias, "config": config, "rngs": rngs}
         self.gate = Linear(hidden, inner, **shared) if config.gated_mlp else None
         self.up = Linear(hidden, inner, **shared)
-        self.down = Linear(inner, hidden, **shared)
+        self.down = Linear(inner, hidden, part="mlp.down", **shared)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jpaged import parallel
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import ACTIVATION_FUNCTIONS, Linear, random_param
 from jpaged.models.quantize import empty_int8
@@ -27,7 +28,12 @@ class ExpertLinear(nnx.Module):
     """x [T, in], sorted by expert -> [T, out], with a bias where asked for."""
 
     def __init__(
-        self, in_size: int, out_size: int, config: ModelConfig, rngs: nnx.Rngs
+        self,
+        in_size: int,
+        out_size: int,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        is_part: bool = False,
     ) -> None:
         shape = (config.num_experts, in_size, out_size)
         scale = None
@@ -41,6 +47,7 @@ class ExpertLinear(nnx.Module):
             if config.expert_bias
             else None
         )
+        self.is_part = is_part
 
     def __call__(
         self, x: jax.Array, counts: jax.Array, experts: jax.Array
@@ -49,7 +56,12 @@ class ExpertLinear(nnx.Module):
         out = grouped_matmul(x, self.weight[...], counts)
         if self.scale is not None:
             out = (out * self.scale[...][experts]).astype(x.dtype)
-        return out if self.bias is None else out + self.bias[...][experts]
+        if self.bias is None:
+            return out
+        bias = self.bias[...][experts]
+        if self.is_part:  # of a sum over devices, to which one of them adds the bias
+            bias = jnp.where(parallel.index("tensor") == 0, bias, 0)
+        return out + bias
 
 
 class Experts(nnx.Module):
@@ -67,9 +79,8 @@ class Experts(nnx.Module):
         )
         self.gate = ExpertLinear(hidden, inner, config, rngs)
         self.up = ExpertLinear(hidden, inner, config, rngs)
-        self.down = ExpertLinear(inner, hidden, config, rngs)
+        self.down = ExpertLinear(inner, hidden, config, rngs, is_part=True)
         self.num_chosen = config.num_experts_per_token
-        self.num_experts = config.num_experts
         self.is_normalized = config.normalized_routing
         self.activation = config.activation
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
@@ -78,9 +89,15 @@ class Experts(nnx.Module):
         """What the residual stream x [..., E] gains."""
         flat = x.reshape(-1, x.shape[-1])
         weights, experts = self._route(flat)
-        order = jnp.argsort(experts.reshape(-1), stable=True)
-        sorted_experts = experts.reshape(-1)[order]
-        counts = jnp.bincount(sorted_experts, length=self.num_experts)
+        # On many devices each has some of the experts, and sums come from all. Rows
+        # that go to the others' are behind its own.
+        num_own = self.gate.weight[...].shape[0]
+        experts = experts - parallel.index("expert") * num_own
+        is_own = (experts >= 0) & (experts < num_own)
+        experts = jnp.where(is_own, experts, num_own).reshape(-1)
+        order = jnp.argsort(experts, stable=True)
+        sorted_experts = experts[order]
+        counts = jnp.bincount(sorted_experts, length=num_own + 1)[:num_own]
         counts = counts.astype(jnp.int32)
         rows = flat[order // self.num_chosen]
         gate = self.gate(rows, counts, sorted_experts)
@@ -89,7 +106,8 @@ class Experts(nnx.Module):
         # Back in the order of the tokens, and summed over each one's experts.
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
         out = out.reshape(-1, self.num_chosen, out.shape[-1])
-        return jnp.sum(out * weights[..., None], axis=1).reshape(x.shape)
+        out = jnp.where(is_own[..., None], out * weights[..., None], 0)
+        return parallel.summed(jnp.sum(out, axis=1), "experts.down").reshape(x.shape)
 
     def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights [T, C] in x's dtype and experts i32[T, C] of tokens x [T, E]."""

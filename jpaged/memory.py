@@ -77,6 +77,8 @@ def choose_sizes(
         budget = pool_budget(model, memory_fraction)
         # The draft model's pages lie under the same block tables.
         tensor = 1 if mesh is None else mesh.shape["tensor"]
+        if mesh is not None and mesh.devices.flat[0].platform == "cpu":
+            budget //= mesh.size  # virtual devices share the machine's memory
         size = sum(
             block_bytes(each.config, block_size, kv_dtype, attention, tensor)
             for each in models

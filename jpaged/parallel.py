@@ -287,7 +287,7 @@ def gathered_logits(logits: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def own_kv_heads(heads: jax.Array, num_kv_heads: int) -> jax.Array:
-    """Of keys or values [T, K, D] those [T, stored / tensor, D] that this device stores.
+    """Of keys or values [T, K, D] those [T, stored / tensor, D] that are stored here.
 
     Where `tensor` divides the kv heads, all that it has. Otherwise its query heads may
     read one of them more often than another, so one may be there twice.

@@ -1,0 +1,85 @@
+"""The engine on a mesh: everybody's tokens are those of one device.
+
+`engine_on_eight_devices.py` runs, in a process of its own with 8 virtual CPU devices.
+In float32, where sums in another order decide no token of these runs.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.long
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    flags = os.environ.get("XLA_FLAGS", "")
+    folder = str(tmp_path_factory.mktemp("meshes"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "tests/engine_on_eight_devices.py", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "num_tokens"),
+    [
+        ("2 devices", 82),
+        ("8 devices, 2 kv heads", 82),
+        ("4 devices, swapping", 82),
+        ("2 devices, beams", 88),
+        ("experts on 2 x 2", 82),
+    ],
+)
+def test_tokens_are_those_of_one_device(found, case, num_tokens):
+    one = found[case]
+    # Greedy rows of 18 tokens, two samples of 14; three beams of 8, or another 18.
+    assert one["num_tokens"] == num_tokens
+    assert one["is_equal"]
+    assert one["violations"] == []
+    assert one["preemptions"] > 0 or "beams" in case
+    assert (one["swapped"] > 0) == ("swapping" in case)
+
+
+def test_each_device_holds_the_pages_of_its_own_heads(found):
+    # [L, N, kv heads, P, D]: 2 heads on 8 devices are stored four times each.
+    assert found["2 devices"]["on_device"] == [2, 14, 1, 4, 8]
+    assert found["8 devices, 2 kv heads"]["on_device"] == [2, 14, 1, 4, 8]
+
+
+def test_a_step_sums_twice_a_layer_and_sends_no_pages_and_no_weights(found):
+    counts = found["2 devices"]["collectives"]
+    # Two layers, two sums each, one of the embedding; compiled for steps of decodes and
+    # of prompts. One gather, of the logits.
+    assert {k: v for k, v in counts.items() if k != "temporaries"} == {
+        "all-reduce": 2 * (2 * 2 + 1),
+        "all-gather": 1,
+    }
+
+
+def test_temporaries_do_not_grow_with_the_pool(found):
+    before = found["2 devices"]["collectives"]["temporaries"]
+    after = found["2 devices"]["roomy_collectives"]["temporaries"]
+    # 37 times the blocks: a copy of the larger pool's pages would be 131 KB a device.
+    assert after - before < 20_000
+
+
+def test_the_llm_runs_on_a_mesh_and_refuses_replicas(found):
+    assert found["LLM"]["num_tokens"] == 18
+    assert found["LLM"]["is_equal"]
+    assert "replicas over `data` are not built yet" in found["LLM"]["refusal"]

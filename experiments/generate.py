@@ -39,9 +39,11 @@ from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 from absl import app, flags  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 from jpaged.config import PREEMPTIONS  # noqa: E402
 from jpaged.llm import LLM, Delta  # noqa: E402
+from jpaged.parallel import make_mesh  # noqa: E402
 from jpaged.policies import POLICIES  # noqa: E402
 from jpaged.request_limits import Params, num_rows  # noqa: E402
 from jpaged.requests import (  # noqa: E402
@@ -112,6 +114,8 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("policy", "fcfs", sorted(POLICIES), "Who is admitted first.")
     flags.DEFINE_multi_float("policy_parameters", [], "A weight each, of 'weighted'.")
+    flags.DEFINE_integer("tensor", 1, "Devices that share each matrix.", lower_bound=1)
+    flags.DEFINE_integer("expert", 1, "Devices that share the experts.", lower_bound=1)
     flags.DEFINE_bool(
         "prefix_caching", True, "Keep blocks of ended prompts for those that begin so."
     )
@@ -295,6 +299,7 @@ def make_llm(lines: list[Line]) -> LLM:
     return LLM(
         **{name: FLAGS[name].value for name in (*names, "seed", "quantization")},
         policy_parameters=FLAGS.policy_parameters,
+        mesh=_mesh(),
         enable_prefix_caching=FLAGS.prefix_caching,
         preemption=FLAGS.preemption,
         num_swap_blocks=FLAGS.num_swap_blocks,
@@ -302,6 +307,13 @@ def make_llm(lines: list[Line]) -> LLM:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=num_tokens,
     )
+
+
+def _mesh() -> Mesh | None:
+    """The devices of the flags; None is one."""
+    if FLAGS.tensor == FLAGS.expert == 1:
+        return None
+    return make_mesh(tensor=FLAGS.tensor, expert=FLAGS.expert)
 
 
 def _speculative_config() -> dict[str, Any] | None:

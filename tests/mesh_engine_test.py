@@ -4,36 +4,16 @@
 In float32, where sums in another order decide no token of these runs.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from runners import on_eight_devices
 
 pytestmark = pytest.mark.long
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    flags = os.environ.get("XLA_FLAGS", "")
-    folder = str(tmp_path_factory.mktemp("meshes"))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "tests/engine_on_eight_devices.py", folder],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("meshes")
+    return on_eight_devices("engine_on_eight_devices.py", folder)
 
 
 @pytest.mark.parametrize(

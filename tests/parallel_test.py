@@ -3,22 +3,16 @@
 `on_eight_devices.py` measures, in a process of its own with 8 virtual CPU devices.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import pytest
 from families import CASES
 from families_test import GOLDEN
 from flax import nnx
+from runners import on_eight_devices
 
 from jpaged import make_mesh, parallel
 from jpaged.models import Decoder, ModelConfig
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Sums over devices in another order than over one matrix, in float32: up to 1.3e-6 of
 # the largest logit was seen. The planted fault below is off by more than all of it.
 SUMS = 1e-5
@@ -26,24 +20,8 @@ SUMS = 1e-5
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    flags = os.environ.get("XLA_FLAGS", "")
-    folder = str(tmp_path_factory.mktemp("meshes"))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "tests/on_eight_devices.py", folder],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-            "JAX_NUMPY_RANK_PROMOTION": "raise",
-            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("meshes")
+    return on_eight_devices("on_eight_devices.py", folder)
 
 
 def test_logits_on_2_4_and_8_devices_are_those_of_one(found):

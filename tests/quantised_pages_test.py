@@ -19,6 +19,8 @@ from jpaged import attention, kv_cache
 from jpaged.attention import copy_blocks, paged_attention, write_kv
 from jpaged.quantised_pages import PAGE_DTYPES, encode, page_dtype
 
+pytestmark = pytest.mark.long
+
 DTYPES = ("int8", "uint8", "float8_e4m3fn")
 # Sums are float32 whatever q is; its dtype rounds the output, by 2**-9 in bfloat16.
 TOLERANCES = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}

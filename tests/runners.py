@@ -1,6 +1,8 @@
-"""Runners of `experiments`, each run in a process of its own, as a user runs it."""
+"""Programs in processes of their own: runners of `experiments`, and many devices."""
 
+import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -18,3 +20,27 @@ def run_experiment(name: str, *arguments: str) -> tuple[int, str, str]:
         env=os.environ,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def on_eight_devices(script: str, folder: pathlib.Path) -> dict:
+    """What a script of the tests, given an empty folder, prints as its last line.
+
+    It has 8 virtual CPU devices, which are chosen before jax starts.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", f"tests/{script}", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+            "JAX_NUMPY_RANK_PROMOTION": "raise",
+            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -19,6 +19,8 @@ from jpaged.attention import paged_attention
 from jpaged.shared_prefix import SharedPrefix, find, num_tokens_read
 from jpaged.xla import cascade, online_softmax
 
+pytestmark = pytest.mark.long
+
 BLOCK_SIZE = 8
 # As for plain attention, `attention_test`.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3}

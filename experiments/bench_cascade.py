@@ -12,12 +12,10 @@ Two minutes on a CPU core. The last line on stdout is one JSON object.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-import platform
-import statistics
 import sys
-import time
 from typing import Any
 
 import jax
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments.timing import Contender, environment, time_in_turn
 from jpaged import shared_prefix
 from jpaged.attention import paged_attention
 
@@ -97,19 +96,20 @@ def measure(num_rows: int, prefix: int) -> dict[str, Any]:
     arguments = make_step(num_rows, prefix)
     call = jax.jit(attend_layers, static_argnames="is_cascade")
     plain, cascade = (call(arguments, way) for way in (False, True))  # compiles
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(FLAGS.repeats):
-        for way, taken in times.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(call(arguments, way))
-            taken.append(time.perf_counter() - begin)
+    times = time_in_turn(
+        {
+            way: Contender(functools.partial(call, arguments, is_cascade))
+            for way, is_cascade in (("plain", False), ("cascade", True))
+        },
+        FLAGS.repeats,
+    )
     tables, lens = arguments["block_tables"], arguments["context_lens"]
     groups = shared_prefix.find(
         tables, lens, FLAGS.block_size, least_tokens=1, least_saved=1
     )
     reads = shared_prefix.num_tokens_read(groups, lens, FLAGS.block_size)
     token_bytes = 2 * FLAGS.num_kv_heads * FLAGS.head_dim * plain.dtype.itemsize
-    plain_s, cascade_s = (statistics.median(taken) for taken in times.values())
+    plain_s, cascade_s = times["plain"].median, times["cascade"].median
     return {
         "num_rows": num_rows,
         "prefix_tokens": prefix,
@@ -150,14 +150,8 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    device = jax.devices()[0]
-    result = {
-        "rows": found,
-        "flags": {name: FLAGS[name].value for name in ("own_tokens", "head_dim")},
-        "device": f"{device.platform} {device.device_kind}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
-    print(json.dumps(result))
+    flags_given = {name: FLAGS[name].value for name in ("own_tokens", "head_dim")}
+    print(json.dumps({"rows": found, "flags": flags_given} | environment()))
     return 0
 
 

@@ -25,7 +25,6 @@ from experiments.timing import Report, progress
 from jpaged.models import load_model
 from jpaged.simulator.engine_system import EngineSystem
 from jpaged.simulator.simulate import simulate
-from jpaged.simulator.workloads import Workload
 
 FLAGS = flags.FLAGS
 
@@ -41,19 +40,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("runs", 3, "Compared, each with a seed of its own.")
     flags.DEFINE_float("load", 0.7, "Arrivals, of what the burst got through.")
     flags.DEFINE_integer("seed", 0, "Of lengths and arrivals.")
-
-
-def means(
-    workload: Workload, first_times: np.ndarray, end_times: np.ndarray
-) -> dict[str, float]:
-    """Seconds, of a run whose requests had their first and last tokens then."""
-    latencies = end_times - workload.arrivals
-    return {
-        "latency_s": float(np.mean(latencies)),
-        "normalized_latency_s": float(np.mean(latencies / workload.output_lens)),
-        "ttft_s": float(np.mean(first_times - workload.arrivals)),
-        "makespan_s": float(np.max(end_times) - workload.arrivals[0]),
-    }
 
 
 def main(argv: list[str]) -> int:
@@ -91,8 +77,10 @@ def main(argv: list[str]) -> int:
         simulated = simulate(EngineSystem(config), workload, cost_model)
         rows.append(
             {
-                "measured": means(workload, real.first_times, real.end_times),
-                "simulated": means(
+                "measured": calibration.means(
+                    workload, real.first_times, real.end_times
+                ),
+                "simulated": calibration.means(
                     workload, simulated.first_times, simulated.end_times
                 ),
                 "submissions_s": real.host_seconds,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import platform
 import sys
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import lib_python_text
+from experiments.timing import environment
 from jpaged import memory
 from jpaged.llm import LLM
 from jpaged.models.layers import causal_attention
@@ -191,19 +191,9 @@ def main(argv: list[str]) -> int:
         return 1
     show(found)
     show(compared)
-    device = jax.devices()[0]
-    print(
-        json.dumps(
-            {
-                "rows": found,
-                "grains": compared,
-                "flags": {k: FLAGS[k].value for k in ("model", "num_texts", "length")},
-                "device": f"{device.platform} {device.device_kind}",
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-            }
-        )
-    )
+    flags_given = {k: FLAGS[k].value for k in ("model", "num_texts", "length")}
+    result = {"rows": found, "grains": compared, "flags": flags_given}
+    print(json.dumps(result | environment()))
     return 0
 
 

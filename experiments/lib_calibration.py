@@ -34,10 +34,6 @@ class Served(NamedTuple):
     step_seconds: np.ndarray  # f64[T], in `engine.run`, one step a call
     host_seconds: float  # spent between steps while there was work: submissions
 
-    def latencies(self, workload: Workload) -> np.ndarray:
-        """f64[N], seconds from arrival to the last token."""
-        return self.end_times - workload.arrivals
-
 
 _has_work = jax.jit(engine.has_work)
 
@@ -95,6 +91,19 @@ def serve(model: Decoder, config: EngineConfig, workload: Workload) -> Served:
 
 def _params(output_len: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=int(output_len), ignore_eos=True)
+
+
+def means(
+    workload: Workload, first_times: np.ndarray, end_times: np.ndarray
+) -> dict[str, float]:
+    """Seconds, of a run whose requests had their first and last tokens then."""
+    latencies = end_times - workload.arrivals
+    return {
+        "latency_s": float(np.mean(latencies)),
+        "normalized_latency_s": float(np.mean(latencies / workload.output_lens)),
+        "ttft_s": float(np.mean(first_times - workload.arrivals)),
+        "makespan_s": float(np.max(end_times) - workload.arrivals[0]),
+    }
 
 
 def fit_engine(

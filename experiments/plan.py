@@ -25,15 +25,17 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
-from jpaged import parallel
+from jpaged import memory, parallel
 from jpaged.models import ModelConfig, checkpoint
 from jpaged.models.decoder import Decoder
+from jpaged.models.placing import split_sizes
 from jpaged.models.shapes import random_config
 from jpaged.simulator.chips import Chip, find_chip
 from jpaged.simulator.load import Load
 from jpaged.simulator.roofline import Roofline
-from jpaged.simulator.served_models import ServedModel, kv_bytes_on_chip
+from jpaged.simulator.served_models import ServedModel
 
 FLAGS = flags.FLAGS
 
@@ -82,26 +84,20 @@ def model_config(name: str) -> ModelConfig:
 
 def weight_bytes(config: ModelConfig, tensor: int = 1, expert: int = 1) -> int:
     """Bytes of the parameters that lie on one chip, by `parallel.RULES`."""
+    mesh = AbstractMesh(
+        (1, expert, tensor),
+        parallel.AXES,
+        axis_types=(AxisType.Auto,) * len(parallel.AXES),
+    )
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-    mesh = {"tensor": tensor, "expert": expert}
     total = 0
-    for path, leaf in leaves:
-        names = [str(step.key) for step in path]
-        names = names[2:] if names[0] == "layers" else names
-        kind = names.pop() if names[-1] in ("weight", "bias", "scale") else "weight"
-        rule = parallel.RULES[".".join(names)]
-        if kind != "weight" and rule:
-            rule = (*rule[:-2], rule[-1])
-        sizes = dict(mesh)
-        if names[-1] in ("key", "value"):
-            sizes["tensor"] = math.gcd(config.num_kv_heads, tensor)
-        parts = (
-            sizes[axis]
-            for axis, size in zip(rule, leaf.shape, strict=False)
-            if axis is not None and size % sizes[axis] == 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        nnx.to_pure_dict(nnx.state(model))
+    ):
+        sharding = parallel.param_sharding(
+            mesh, [step.key for step in path], leaf.shape, config.num_kv_heads
         )
-        total += leaf.size * leaf.dtype.itemsize // math.prod(parts)
+        total += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
 
 
@@ -153,11 +149,7 @@ def check(config: ModelConfig, **sizes: int) -> None:
         if size < 1:
             raise ValueError(f"{name}: wanted at least 1, got {size}")
     tensor, expert = sizes["tensor"], sizes["expert"]
-    split = {"num_heads": config.num_heads}
-    if not all(config.has_experts(layer) for layer in range(config.num_layers)):
-        split["intermediate_size"] = config.intermediate_size
-    if config.num_experts:
-        split["expert_size"] = config.expert_size
+    split = split_sizes(config)
     for name, axis, size, of in (
         *(("tensor", tensor, size, name) for name, size in split.items()),
         ("expert", expert, config.num_experts or 1, "num_experts"),
@@ -201,7 +193,7 @@ def make_plan(
     weights = weight_bytes(config, tensor, expert)
     temporaries = temporary_bytes(config, tensor, max_num_seqs, max_num_batched_tokens)
     available = int(memory_fraction * chip.memory_bytes)
-    block = int(kv_bytes_on_chip(model, tensor) * block_size)
+    block = memory.block_bytes(config, block_size, config.dtype, tensor=tensor)
     blocks = max(0, (available - weights - temporaries) // block)
     step_s = None
     if blocks:

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import calibrate
 from experiments import lib_calibration as calibration
 from experiments.timing import Report, progress
 from jpaged.config import EngineConfig
@@ -133,7 +132,7 @@ def main(argv: list[str]) -> int:
     outcomes = sweep([EngineSystem(one) for one in settings], workload, cost_model)
     sweep_s = time.perf_counter() - begin
     simulated = [
-        calibrate.means(workload, one.first_times, one.end_times) for one in outcomes
+        calibration.means(workload, one.first_times, one.end_times) for one in outcomes
     ]
     scores = np.array([one[objective] for one in simulated])
     winner = int(np.argmin(scores))
@@ -144,7 +143,7 @@ def main(argv: list[str]) -> int:
     for name, index in (("fcfs", 0), ("winner", winner)):
         progress(f"{name}: on the real engine")
         run = calibration.serve(model, settings[index], workload)
-        real = calibrate.means(workload, run.first_times, run.end_times)
+        real = calibration.means(workload, run.first_times, run.end_times)
         found[name] = {
             "setting": describe(settings[index]),
             "simulated": simulated[index],

@@ -81,8 +81,8 @@ def check_choices(
         )
     if attention is not None and attention not in attention_module.IMPLEMENTATIONS:
         raise ValueError(
-            f"attention: wanted None or one of {attention_module.IMPLEMENTATIONS} "
-            f"(others are not built yet), got {attention!r}"
+            f"attention: wanted None or one of {attention_module.IMPLEMENTATIONS}, "
+            f"got {attention!r}"
         )
     machine, backend = _MACHINES.get(attention, ("", jax.default_backend()))
     if jax.default_backend() != backend:

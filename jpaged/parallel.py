@@ -14,11 +14,14 @@ Source: Shoeybi et al. 2019, section 3, https://arxiv.org/abs/1909.08053; Kwon e
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 
 # Outermost first: the devices of one `tensor` group, which talk most, are neighbours.
 AXES = ("data", "expert", "tensor")
@@ -142,18 +145,18 @@ def _divisors(number: int, most: int) -> str:
     return " or ".join(str(n) for n in range(1, most) if number % n == 0)
 
 
-def cut(mesh: Mesh) -> Mesh:
+def cut(mesh: AnyMesh) -> AnyMesh:
     """The same devices in the same order, `tensor` cut into axes of prime sizes.
 
     So arrays can be split over a part of `tensor`, and be the same within each group.
     """
     primes = _primes(mesh.shape["tensor"])
-    names = ("tensor", *(f"tensor_{i}" for i in range(1, len(primes))))
-    return Mesh(
-        mesh.devices.reshape(*mesh.devices.shape[:-1], *primes),
-        (*AXES[:-1], *names),
-        axis_types=(AxisType.Auto,) * (len(AXES) - 1 + len(primes)),
-    )
+    names = (*AXES, *(f"tensor_{i}" for i in range(1, len(primes))))
+    shape = (*(mesh.shape[axis] for axis in AXES[:-1]), *primes)
+    types = (AxisType.Auto,) * len(names)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(shape, names, axis_types=types)
+    return Mesh(mesh.devices.reshape(shape), names, axis_types=types)
 
 
 def _primes(number: int) -> list[int]:
@@ -165,7 +168,7 @@ def _primes(number: int) -> list[int]:
     return [1]
 
 
-def axes(mesh: Mesh | jax.sharding.AbstractMesh, axis: str | None) -> tuple[str, ...]:
+def axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:
     """What an axis of `AXES` is called on a mesh of `cut`."""
     is_tensor = axis == "tensor"
     return tuple(
@@ -189,7 +192,10 @@ def stored_kv_heads(num_kv_heads: int, tensor: int) -> int:
 
 
 def param_sharding(
-    mesh: Mesh, path: Sequence[str | int], shape: Sequence[int], num_kv_heads: int
+    mesh: Mesh | AbstractMesh,
+    path: Sequence[str | int],
+    shape: Sequence[int],
+    num_kv_heads: int,
 ) -> NamedSharding:
     """Where a parameter lies, by `RULES`.
 
@@ -222,13 +228,11 @@ def param_sharding(
     return NamedSharding(mesh, PartitionSpec(*split))
 
 
-def _size(mesh: Mesh | jax.sharding.AbstractMesh, names: Sequence[str]) -> int:
+def _size(mesh: Mesh | AbstractMesh, names: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _kv_axes(
-    mesh: Mesh | jax.sharding.AbstractMesh, num_kv_heads: int
-) -> tuple[str, ...]:
+def _kv_axes(mesh: Mesh | AbstractMesh, num_kv_heads: int) -> tuple[str, ...]:
     """The first axes of a cut `tensor` whose devices together divide the kv heads."""
     names = axes(mesh, "tensor")
     while num_kv_heads % _size(mesh, names):
@@ -240,7 +244,7 @@ def _kv_axes(
 # plain forward, these functions give back what they get.
 
 
-def _manual_mesh() -> jax.sharding.AbstractMesh | None:
+def _manual_mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     is_ours = mesh.axis_names[: len(AXES)] == AXES
     return mesh if is_ours and AxisType.Manual in mesh.axis_types else None
@@ -282,7 +286,7 @@ def gathered_logits(logits: jax.Array, vocab_size: int) -> jax.Array:
     mesh = _manual_mesh()
     if mesh is None or logits.shape[-1] == vocab_size:
         return logits
-    names = axes(mesh, "tensor")
+    names = axes(mesh, LOGITS[-1])
     return lax.all_gather(logits, names, axis=logits.ndim - 1, tiled=True)
 
 

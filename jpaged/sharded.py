@@ -20,7 +20,7 @@ from jpaged.kv_cache import KVCache
 from jpaged.models.decoder import Decoder
 from jpaged.models.placing import placement
 
-WHOLE = PartitionSpec()
+WHOLE = PartitionSpec(*parallel.STATE)
 State = TypeVar("State")
 
 
@@ -74,11 +74,6 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
     return mapped(leaves, state, *rest)
 
 
-def change(function: Callable[..., State], state: Any, *rest: Any) -> Any:
-    """`function(state, *rest)`, a state, as `advance` calls it."""
-    return advance(lambda _, *args: function(*args), None, state, *rest)
-
-
 def _param_specs(model: Any, mesh: Mesh) -> list[PartitionSpec]:
     """How each parameter is split, in the order of the tree's leaves."""
     return [sharding.spec for sharding in _param_shardings(model, mesh)]
@@ -110,11 +105,3 @@ def spread(model: Decoder, mesh: Mesh) -> Decoder:
     leaves, tree = jax.tree.flatten(model)
     placed = jax.device_put(leaves, _param_shardings(model, mesh))
     return jax.tree.unflatten(tree, placed)
-
-
-def replicated(tree: State, mesh: Mesh | None) -> State:
-    """Arrays that every process has alike, whole on each device of a mesh."""
-    if mesh is None:
-        return tree
-    sharding = NamedSharding(parallel.cut(mesh), WHOLE)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), tree)

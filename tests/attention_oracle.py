@@ -166,3 +166,21 @@ def relative_errors(got: Any, want: np.ndarray) -> np.ndarray:
     is_zero = norm == 0
     empty = np.where(difference == 0, 0.0, np.where(difference > 0, np.inf, np.nan))
     return np.where(is_zero, empty, difference / np.where(is_zero, 1.0, norm))
+
+
+def arrays(case: Case) -> dict[str, np.ndarray]:
+    """The case's arguments by name, without those that are None."""
+    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_result(
+    case: Case, out: Any, lse: Any, tolerance: float, lse_tolerance: float, **options
+) -> None:
+    """Asserts that a kernel's output and log-sum-exp are the oracle's."""
+    want_out, want_lse = attention(case, **options)
+    assert out.shape == case.q.shape
+    assert out.dtype == case.q.dtype
+    worst = relative_errors(out, want_out).max()
+    assert worst < tolerance
+    np.testing.assert_allclose(lse, want_lse, atol=lse_tolerance, rtol=0)

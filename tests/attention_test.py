@@ -77,8 +77,7 @@ def resolve(options: dict, num_heads: int) -> dict:
 
 
 def on_device(case: Case) -> dict[str, jax.Array]:
-    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
-    return {k: jnp.asarray(v) for k, v in fields.items() if v is not None}
+    return jax.tree.map(jnp.asarray, attention_oracle.arrays(case))
 
 
 def run(case: Case, implementation: str, **options):

@@ -1,32 +1,20 @@
 """The cascade benchmark and the comparison of kv_dtypes, each at its smallest."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from runners import run_experiment
 
 pytestmark = pytest.mark.long
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_benchmark_counts_the_bytes_and_gives_both_times():
     small = ["--num_layers=1", "--head_dim=16", "--repeats=1", "--own_tokens=16"]
-    done = run("bench_cascade", "--num_rows=3", "--prefix_tokens=32", *small)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    status, stdout, stderr = run_experiment(
+        "bench_cascade", "--num_rows=3", "--prefix_tokens=32", *small
+    )
+    assert status == 0, stderr
+    result = json.loads(stdout.splitlines()[-1])
     (row,) = result["rows"]
     token = 2 * 4 * 16 * 4  # keys and values, kv heads, head_dim, float32
     assert row["plain_bytes"] == 3 * (32 + 16) * token
@@ -39,9 +27,11 @@ def test_the_benchmark_counts_the_bytes_and_gives_both_times():
 
 @pytest.mark.slow
 def test_kv_dtypes_are_compared_with_float32():
-    done = run("kv_precision", "--num_texts=1", "--length=64", "--max_tokens=4")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    status, stdout, stderr = run_experiment(
+        "kv_precision", "--num_texts=1", "--length=64", "--max_tokens=4"
+    )
+    assert status == 0, stderr
+    result = json.loads(stdout.splitlines()[-1])
     rows = {row["kv_dtype"]: row for row in result["rows"]}
     assert rows["float32"]["max_logprob_change"] == 0
     for name in ("int8", "fp8"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import runners
 
-from experiments import calibrate, search_policy
 from experiments import lib_calibration as calibration
+from experiments import search_policy
 from jpaged import load_model
 from jpaged.policies import WEIGHTED
 from jpaged.simulator.engine_system import EngineSystem
@@ -39,7 +39,7 @@ def test_a_burst_takes_the_steps_that_the_simulation_says_in_the_times_it_had():
 def test_means_are_those_of_a_hand():
     workload = calibration.arriving(calibration.short_requests(2, 8, 0), 1.0, 0)
     late = workload.arrivals + np.array([1.0, 3.0])
-    found = calibrate.means(workload, late - 0.5, late)
+    found = calibration.means(workload, late - 0.5, late)
     assert found["latency_s"] == pytest.approx(2.0)
     assert found["ttft_s"] == pytest.approx(1.5)
     assert found["makespan_s"] == pytest.approx(workload.arrivals[1] + 3.0)

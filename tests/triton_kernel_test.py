@@ -2,7 +2,6 @@
 page updates. `triton_compile_test` compiles the same kernels.
 """
 
-import dataclasses
 import functools
 import importlib.util
 
@@ -56,11 +55,7 @@ def _interpreted(monkeypatch):
 
 def errors(case, **options):
     """Worst relative error of a vector of the output, and of the log-sum-exp."""
-    arrays = {
-        f.name: jnp.asarray(value)
-        for f in dataclasses.fields(case)
-        if (value := getattr(case, f.name)) is not None
-    }
+    arrays = jax.tree.map(jnp.asarray, attention_oracle.arrays(case))
     call = functools.partial(
         attention.paged_attention, implementation="triton", return_lse=True, **options
     )

@@ -37,16 +37,21 @@ def placement(config: ModelConfig, mesh: Mesh | None) -> ShardingOf:
     """
     if mesh is None:
         return lambda path, shape: None
+    parallel.check_mesh(mesh, split_sizes(config), config.num_experts)
+    return lambda path, shape: parallel.param_sharding(
+        mesh, path, shape, config.num_kv_heads
+    )
+
+
+def split_sizes(config: ModelConfig) -> dict[str, int]:
+    """What the axis `tensor` of a mesh has to divide, by name."""
     sizes = {"num_heads": config.num_heads}
     for layer in range(config.num_layers):
         if config.has_experts(layer):
             sizes["expert_size"] = config.expert_size
         else:
             sizes["intermediate_size"] = config.intermediate_size
-    parallel.check_mesh(mesh, sizes, config.num_experts)
-    return lambda path, shape: parallel.param_sharding(
-        mesh, path, shape, config.num_kv_heads
-    )
+    return sizes
 
 
 def drawn(make: Callable[[], Module], sharding_of: ShardingOf) -> Module:

@@ -56,7 +56,9 @@ def test_sizes_of_opt_13b_are_the_papers():
     assert OPT.param_bytes / 1e9 == pytest.approx(26, rel=0.02)
     assert OPT.flops_per_token == pytest.approx(2 * 12.59e9, rel=1e-3)
     assert OPT.flops_per_pair == 4 * 40 * 128 * 40
-    assert served_model("opt-13b", kv_dtype="int8").kv_bytes_per_token == 400 * 1024
+    # A byte a number, and one float32 scale for the numbers of a token's head.
+    quantised = served_model("opt-13b", kv_dtype="int8")
+    assert quantised.kv_bytes_per_token == 2 * 40 * 40 * (128 + 4)
 
 
 def test_a_folder_is_read_by_its_config_alone(tmp_path):

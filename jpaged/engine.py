@@ -9,6 +9,11 @@ device call in which requests of any lengths come, wait, run and end.
     state = run(model, state)
     results = collect(state)
 
+On a mesh with `data` of more than one, the state holds as many replicas, each with its
+own requests and pages: `submit` and `pin` take one of them, `step` and `run` run all at
+once, `collect` gives the results of all. A place of replica r is numbered
+r * max_num_requests + its place in that replica's table.
+
 Source: Kwon et al. 2023, sections 4 and 5. https://arxiv.org/abs/2309.06180
 """
 
@@ -27,6 +32,7 @@ from jpaged import (
     block_manager,
     groups,
     iteration,
+    parallel,
     prefix_cache,
     request_limits,
     request_table,
@@ -45,6 +51,7 @@ from jpaged.iteration import begin_step as begin_step
 from jpaged.iteration import end_step as end_step
 from jpaged.request_limits import Params
 from jpaged.request_limits import check_request as check_request
+from jpaged.request_table import RequestTable
 from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, SWAPPED
 from jpaged.speculation import DraftedModel as DraftedModel
 from jpaged.submission import FINISH_REASONS as FINISH_REASONS
@@ -67,8 +74,8 @@ def step(model: Model, state: EngineState) -> EngineState:
 def has_work(state: EngineState) -> jax.Array:
     """bool[]: some sequence waits or runs, and the engine has not stalled."""
     status = state.requests.queue.status
-    is_any = jnp.any(iteration.is_going(status))
-    return is_any & ~state.counters.is_stalled
+    is_any = jnp.any(iteration.is_going(status), axis=-1)
+    return jnp.any(is_any & ~state.counters.is_stalled)  # of any replica
 
 
 @functools.partial(
@@ -86,7 +93,8 @@ def run(
 ) -> EngineState:
     """The state after steps until all sequences have ended, or `max_steps` steps.
 
-    One device call; donates `state`. `max_steps` is traced: changing it compiles
+    One device call; donates `state`. Each of several replicas runs until its own have
+    ended, and at most so many steps. `max_steps` is traced: changing it compiles
     nothing. `max_num_seqs` and `max_num_batched_tokens` replace the config's by lower
     limits, at least the rows that run already: a program for fewer sizes, compiled in
     less time.
@@ -127,9 +135,10 @@ def submit(
     params: Params | Sequence[Params],
     *,
     seed: int = 0,
-    first_arrival: int | None = None,
+    arrivals: Sequence[int] | None = None,
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
+    replica: int = 0,
 ) -> tuple[EngineState, list[list[int]]]:
     """The state with the requests waiting, and the places of each one's sequences.
 
@@ -142,13 +151,15 @@ def submit(
       params: one for all, or one for each prompt.
       seed: requests without a seed of their own draw with one that is made of this
         and their arrival number.
-      first_arrival: arrival number of the first prompt; None counts on.
+      arrivals: of each prompt its number; None counts on.
       vocab_size: where given, token ids are checked against it. Algorithms that hold
         sequences besides their rows need it.
       eos_token_ids: end a sequence unless its `ignore_eos`.
+      replica: the one that gets the requests, where the mesh has several.
 
     Raises:
-      ValueError: a request that could never run, or more sequences than empty places.
+      ValueError: a request that could never run, more sequences than empty places, or
+        no such replica.
     """
     config = state.config
     prompts = [list(map(int, prompt)) for prompt in prompts]
@@ -159,7 +170,16 @@ def submit(
             f"params: expected one, or one for each of {len(prompts)} prompts, "
             f"got {len(params)}"
         )
-    num_blocks = config.num_blocks - num_pinned_blocks(state)
+    if arrivals is None:
+        first = submission.next_arrival(state.requests)
+        arrivals = range(first, first + len(prompts))
+    if len(arrivals) != len(prompts):
+        raise ValueError(
+            f"arrivals: expected None, or one for each of {len(prompts)} prompts, "
+            f"got {len(arrivals)}"
+        )
+    table = host_table(state, replica)
+    num_pinned = request_limits.num_pinned_blocks(table, config.block_size)
     for prompt, param in zip(prompts, params, strict=True):
         check_request(
             config,
@@ -167,69 +187,103 @@ def submit(
             param,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
-            num_blocks=num_blocks,
+            num_blocks=config.num_blocks - num_pinned,
         )
-    automata, loads = submission.place_automata(state.requests, config, params)
+    automata, loads = submission.place_automata(table, config, params)
     new, places = submission.encode(
-        state.requests,
+        table,
         config,
         prompts,
         params,
         automata,
         seed=seed,
-        first_arrival=first_arrival,
+        arrivals=arrivals,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
     )
     for load in loads:
-        state = _load_automaton(state, *load)
-    return state if new is None else _place(state, new), places
+        state = _load_automaton(state, replica, *load)
+    if new is not None:
+        state = _place(state, replica, new)
+    return state, [_numbers(state, replica, mine) for mine in places]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _load_automaton(state: EngineState, index, one, digest) -> EngineState:
-    table = request_table.put_automaton(state.requests, index, one, digest)
-    return dataclasses.replace(state, requests=table)
+def host_table(state: EngineState, replica: int = 0) -> RequestTable:
+    """A replica's request table, as far as submissions read it.
 
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _place(state: EngineState, new: request_table.Submission) -> EngineState:
-    return dataclasses.replace(
-        state,
-        requests=request_table.place(state.requests, new),
-        states=groups.place_states(state.states, new),
+    Raises:
+      ValueError: there is no such replica.
+    """
+    number = parallel.num_replicas(state.mesh)
+    if not 0 <= replica < number:
+        raise ValueError(f"replica: expected from 0 to {number - 1}, got {replica}")
+    table = state.requests
+    read = dict(
+        queue=table.queue,
+        asked=table.asked,
+        digests=table.digests,
+        tokens=table.tokens,
     )
+    return dataclasses.replace(table, **sharded.part(read, state.mesh, replica))
 
 
-def num_pinned_blocks(state: EngineState) -> int:
-    """Blocks that pinned prefixes hold, or will hold when they are computed."""
-    return request_limits.num_pinned_blocks(state.requests, state.config.block_size)
+def _numbers(state: EngineState, replica: int, places: Sequence[int]) -> list[int]:
+    """The numbers of a replica's places among those of all replicas."""
+    first = replica * state.config.max_num_requests
+    return [first + place for place in places]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _load_automaton(state: EngineState, replica, *load) -> EngineState:
+    def put(state: EngineState, index, one, digest) -> EngineState:
+        table = request_table.put_automaton(state.requests, index, one, digest)
+        return dataclasses.replace(state, requests=table)
+
+    return sharded.one(put, state, replica, *load)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(state: EngineState, replica, new: request_table.Submission) -> EngineState:
+    def place(state: EngineState, new: request_table.Submission) -> EngineState:
+        return dataclasses.replace(
+            state,
+            requests=request_table.place(state.requests, new),
+            states=groups.place_states(state.states, new),
+        )
+
+    return sharded.one(place, state, replica, new)
 
 
 def pin(
-    state: EngineState, tokens: Sequence[int], *, vocab_size: int | None = None
+    state: EngineState,
+    tokens: Sequence[int],
+    *,
+    vocab_size: int | None = None,
+    replica: int = 0,
 ) -> tuple[EngineState, int]:
     """The state in which a prefix will be computed once and kept, and its place.
 
     Requests that are submitted afterwards and begin like it map its blocks, the last
-    one copy-on-write, until `unpin`. Donates `state`; host code.
+    one copy-on-write, until `unpin`. Donates `state`; host code. `replica`: the one that
+    keeps it, where the mesh has several.
 
     Raises:
-      ValueError: too many prefixes, or so long that requests already submitted could
-        never run beside it.
+      ValueError: too many prefixes, so long that requests already submitted could
+        never run beside it, or no such replica.
 
     Source: paper section 4.4, shared prefix.
     """
     tokens = list(map(int, tokens))
+    config, table = state.config, host_table(state, replica)
     request_limits.check_prefix(
-        state.requests,
-        state.config,
+        table,
+        config,
         tokens,
-        num_pinned_blocks=num_pinned_blocks(state),
+        num_pinned_blocks=request_limits.num_pinned_blocks(table, config.block_size),
         vocab_size=vocab_size,
     )
-    new, place = submission.encode_prefix(state.requests, state.config, tokens)
-    return _place(state, new), place
+    new, place = submission.encode_prefix(table, config, tokens)
+    return _place(state, replica, new), *_numbers(state, replica, [place])
 
 
 def unpin(state: EngineState, places: Sequence[int]) -> EngineState:
@@ -244,9 +298,9 @@ def unpin(state: EngineState, places: Sequence[int]) -> EngineState:
     is_prefix &= np.asarray(state.requests.queue.status) != scheduler.EMPTY
     mask = np.zeros(is_prefix.shape, np.bool_)
     for place in places:
-        if not 0 <= place < len(mask) or not is_prefix[place]:
+        if not 0 <= place < mask.size or not is_prefix.flat[place]:
             raise ValueError(f"places: expected a pinned prefix's, got {place}")
-        mask[place] = True
+        mask.flat[place] = True
     return release(end(state, mask, np.int32(request_table.ABORT)), mask)
 
 
@@ -258,13 +312,21 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
     if state.prefix_cache is None:
         return state
     config = state.config
-    cache = prefix_cache.init_cache(config.num_blocks, config.block_size)
+    cache = sharded.made(
+        lambda: prefix_cache.init_cache(config.num_blocks, config.block_size),
+        state.mesh,
+    )
     return dataclasses.replace(state, prefix_cache=cache)
 
 
 def collect(state: EngineState) -> list[Result]:
     """The finished outputs, by arrival and number. Host code; changes nothing."""
-    return submission.results(state.requests)
+    found = []
+    for replica in range(parallel.num_replicas(state.mesh)):
+        results = submission.results(sharded.part(state.requests, state.mesh, replica))
+        numbers = _numbers(state, replica, [result.place for result in results])
+        found += [r._replace(place=n) for r, n in zip(results, numbers, strict=True)]
+    return sorted(found, key=lambda result: (result.arrival, result.sample))
 
 
 def violations(state: EngineState) -> list[str]:
@@ -272,6 +334,22 @@ def violations(state: EngineState) -> list[str]:
 
     Host side: rows and places, block tables and the prefix cache, counted anew.
     """
+    number = parallel.num_replicas(state.mesh)
+    if number == 1:
+        return _violations(state)
+    host = state.host
+    if host is not None:
+        host = dataclasses.replace(host, cache=None, draft_cache=None)
+    # Pages are in no device's memory whole, and nothing of them is looked at.
+    state = dataclasses.replace(state, cache=None, draft_cache=None, host=host)
+    return [
+        f"replica {replica}: {one}"
+        for replica in range(number)
+        for one in _violations(sharded.part(state, state.mesh, replica))
+    ]
+
+
+def _violations(state: EngineState) -> list[str]:
     queue = jax.device_get(state.requests.queue)
     rows, lens = np.asarray(state.rows), np.asarray(state.blocks.context_lens)
     found = block_manager.violations(state.blocks)
@@ -318,11 +396,16 @@ def _host_violations(state: EngineState) -> list[str]:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
-    """The state in which the marked live sequences have ended; `places` is bool[R].
+    """The state in which the marked live sequences have ended.
 
-    `reason` is an index of FINISH_REASONS. Their blocks are free again. Of a request
+    `places` is bool[R], or of D replicas bool[D, R]; `reason` is an index of FINISH_REASONS. Their blocks are free again. Of a request
     of an algorithm, mark all sequences or none.
     """
+    replicas = jnp.full(places.shape[:-1], reason, jnp.int32)
+    return sharded.each(_end, state, places, replicas)
+
+
+def _end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
     table = state.requests
     status = table.queue.status
     ends = places & (iteration.is_going(status) | (status == HELD))
@@ -346,7 +429,14 @@ def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState
 
 @functools.partial(jax.jit, donate_argnames="state")
 def release(state: EngineState, places: jax.Array) -> EngineState:
-    """The state in which the marked finished sequences' places are empty; bool[R]."""
+    """The state in which the marked finished sequences' places are empty.
+
+    `places` is bool[R], or of D replicas bool[D, R].
+    """
+    return sharded.each(_release, state, places)
+
+
+def _release(state: EngineState, places: jax.Array) -> EngineState:
     queue = state.requests.queue
     gone = places & (queue.status == FINISHED)
     # Whoever takes a place next is a stranger to the sequences that name it.

@@ -94,7 +94,8 @@ class EngineState:
     timeline: Timeline
     knobs: Knobs  # of the scheduler; set them and not the config to sweep
     config: EngineConfig = dataclasses.field(metadata={"static": True})
-    # The devices that share it, of `make_mesh`; None is one device, whichever.
+    # The devices that share it, of `make_mesh`; None is one device, whichever. Where its
+    # `data` is more than one, the replicas are the first axis of every array above.
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -112,7 +113,8 @@ def init(
       config: sizes and policy.
       kv_dtype: of the pages, a float's name, "int8" or "fp8"; None takes the model's.
       mesh: of `jpaged.make_mesh`, on which the model lies: pages are split over its
-        devices, and `step` and `run` run on all of them.
+        devices, and `step` and `run` run on all of them. With `data` of more than one,
+        every array has the replicas as its first axis, each with what the config says.
 
     Raises:
       ValueError: the config's speculation needs a draft model and there is none, or
@@ -120,7 +122,7 @@ def init(
     """
     _check_draft(model, config)
     make = functools.partial(_make, model, config, kv_dtype, mesh)
-    return make() if mesh is None else sharded.made(make, mesh, host_part="host")
+    return sharded.made(make, mesh, host_part="host")
 
 
 def _make(

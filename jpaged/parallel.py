@@ -27,7 +27,7 @@ AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 AXES = ("data", "expert", "tensor")
 
 # Array, and the axis of the mesh that splits each of its axes; () is whole on every
-# device, as everything is along `data`. Weights are [in, out], of experts [experts, in,
+# device, as every weight is along `data`. Weights are [in, out], of experts [experts, in,
 # out]; biases and scales [out] go with the last axis of their weight.
 RULES: Mapping[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", None),  # [vocabulary, hidden]
@@ -58,6 +58,9 @@ RULES: Mapping[str, tuple[str | None, ...]] = {
 
 # The same of the engine's state and of what a step computes. What is split over
 # `tensor` or `expert` is never sent; a partial sum is summed over the axes named.
+# Where `data` is more than one, the state has the replicas as its first axis, split
+# over `data`: nothing is summed or sent from one to another.
+REPLICAS = "data"
 PAGES = (None, None, "tensor")  # [L, N, kv heads, P, D], swapped ones too
 STATE = ()  # block tables, requests, counters, ...
 LOGITS = (None, "tensor")  # [N, V], gathered for the sampler
@@ -74,7 +77,7 @@ def make_mesh(tensor: int = 1, data: int = 1, expert: int = 1) -> Mesh:
 
     Args:
       tensor: devices that share each matrix.
-      data: copies of the model.
+      data: replicas of the model, each with pages and a schedule of its own.
       expert: devices that share the experts.
 
     Raises:
@@ -143,6 +146,11 @@ def check_mesh(mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int) -> 
 
 def _divisors(number: int, most: int) -> str:
     return " or ".join(str(n) for n in range(1, most) if number % n == 0)
+
+
+def num_replicas(mesh: Mesh | None) -> int:
+    """How many engines there are on a mesh, or without one."""
+    return 1 if mesh is None else mesh.shape[REPLICAS]
 
 
 def cut(mesh: AnyMesh) -> AnyMesh:

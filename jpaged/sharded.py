@@ -5,6 +5,10 @@ Place on the road: parallel, models, kv_cache -> [sharded] -> engine_state, engi
 One program runs on every device, and all but the decoder is the program of one device:
 block tables, requests and counters are whole on each, so each makes the same schedule
 without asking. `parallel` says what is split, and what the decoder sums.
+
+Where `data` of the mesh is more than one, the state of D replicas is that of one with a
+first axis of length D, split over `data`. Here it is taken off and put on again: what
+runs on a device sees the state of one replica, its own.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpaged import parallel
@@ -24,31 +29,56 @@ WHOLE = PartitionSpec(*parallel.STATE)
 State = TypeVar("State")
 
 
+def _spec(mesh: Mesh, rule: tuple[str | None, ...]) -> PartitionSpec:
+    """A row of the rules for an array of the state, which may have replicas."""
+    if parallel.num_replicas(mesh) > 1:
+        rule = (parallel.REPLICAS, *rule)
+    return parallel.spec(parallel.cut(mesh), rule)
+
+
 def state_specs(state: State, mesh: Mesh) -> State:
-    """Of each array of an engine's state how it is split: the pages are, by heads."""
-    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+    """Of each array of an engine's state how it is split: the pages are, by heads.
+
+    All are split by replicas, where there are several.
+    """
+    pages, others = _spec(mesh, parallel.PAGES), _spec(mesh, parallel.STATE)
 
     def specs(part: Any) -> Any:
-        split = pages if isinstance(part, KVCache) else WHOLE
+        split = pages if isinstance(part, KVCache) else others
         return jax.tree.map(lambda _: split, part)
 
     return jax.tree.map(specs, state, is_leaf=lambda part: isinstance(part, KVCache))
 
 
-def made(make: Callable[[], State], mesh: Mesh, host_part: str) -> State:
+def made(
+    make: Callable[[], State], mesh: Mesh | None, host_part: str | None = None
+) -> State:
     """The state that `make` makes, each device's part made where it is to lie.
 
-    What lies under the attribute `host_part` keeps its pages in the host's memory.
+    Where there are several replicas, all get the same. What lies under the attribute
+    `host_part` keeps its pages in the host's memory.
     """
-    specs = state_specs(jax.eval_shape(make), mesh)
+    if mesh is None:
+        return make()
+    number = parallel.num_replicas(mesh)
+
+    def make_all() -> State:
+        return make() if number == 1 else _stacked(make(), number)
+
+    specs = state_specs(jax.eval_shape(make_all), mesh)
+    pages = _spec(mesh, parallel.PAGES)
 
     def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
-        is_host = path[0] == jax.tree_util.GetAttrKey(host_part) and spec != WHOLE
+        is_host = path[0] == jax.tree_util.GetAttrKey(host_part) and spec == pages
         kind = "pinned_host" if is_host else None
         return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
 
     shardings = jax.tree_util.tree_map_with_path(sharding, specs)
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.jit(make_all, out_shardings=shardings)()
+
+
+def _stacked(tree: Any, number: int) -> Any:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape)), tree)
 
 
 def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) -> Any:
@@ -59,9 +89,12 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
     if state.mesh is None:
         return function(model, state, *rest)
     leaves, tree = jax.tree.flatten(model)
+    is_many = parallel.num_replicas(state.mesh) > 1
 
     def on_each(leaves, state, *rest):
-        return function(jax.tree.unflatten(tree, leaves), state, *rest)
+        state = _peeled(state) if is_many else state
+        state = function(jax.tree.unflatten(tree, leaves), state, *rest)
+        return _wrapped(state) if is_many else state
 
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
@@ -72,6 +105,92 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
         check_vma=False,
     )
     return mapped(leaves, state, *rest)
+
+
+def each(function: Callable[..., State], state: State, *parts: Any) -> State:
+    """The state in which `function(state, *part)`, a state, has happened to each replica.
+
+    Where there are several, `parts` have them as the first axis, as the state has.
+    """
+    return _each(function, state, parts, state_specs)
+
+
+def read(function: Callable[..., Any], state: Any, *parts: Any) -> Any:
+    """What `function(state, *part)` gives of each replica, arrays.
+
+    Where there are several, they are the first axis, here as in `parts` and the state.
+    """
+    return _each(function, state, parts, lambda *_: _spec(state.mesh, parallel.STATE))
+
+
+def _each(function, state, parts, out_specs) -> Any:
+    if parallel.num_replicas(state.mesh) == 1:
+        return function(state, *parts)
+
+    def on_each(state, *parts):
+        return _wrapped(function(_peeled(state), *_peeled(parts)))
+
+    specs = state_specs(state, state.mesh)
+    mapped = jax.shard_map(
+        on_each,
+        mesh=parallel.cut(state.mesh),
+        in_specs=(specs, *(_spec(state.mesh, parallel.STATE) for _ in parts)),
+        out_specs=out_specs(state, state.mesh),
+        check_vma=False,
+    )
+    return mapped(state, *parts)
+
+
+def one(
+    function: Callable[..., State], state: State, replica: jax.Array, *rest: Any
+) -> State:
+    """The state in which `function(state, *rest)`, a state, has happened to a replica."""
+    number = parallel.num_replicas(state.mesh)
+    if number == 1:
+        return function(state, *rest)
+
+    def if_mine(state, is_mine, *rest):
+        # What the function leaves as it is, such as pages, is no choice.
+        return jax.tree.map(
+            lambda new, old: old if new is old else jnp.where(is_mine, new, old),
+            function(state, *rest),
+            state,
+        )
+
+    is_mine = jnp.arange(number, dtype=jnp.int32) == replica
+    return each(if_mine, state, is_mine, *_stacked(rest, number))
+
+
+def part(tree: State, mesh: Mesh | None, replica: int) -> State:
+    """A replica's arrays, without the axis of replicas; of those whole on its devices.
+
+    They are copied to the first of these devices. `tree` itself, where there is one
+    replica.
+    """
+    if parallel.num_replicas(mesh) == 1:
+        return tree
+
+    def own(array: jax.Array) -> jax.Array:
+        if not array.size:  # JAX splits no such array
+            return jnp.zeros((1, *array.shape[1:]), array.dtype)
+        shards = array.addressable_shards
+        return next(s.data for s in shards if s.index[0].start == replica)
+
+    return _first(jax.tree.map(own, tree))
+
+
+@jax.jit
+def _first(tree: Any) -> Any:
+    return _peeled(tree)
+
+
+def _peeled(tree: Any) -> Any:
+    """A device's own replica, of arrays that have one as the first axis."""
+    return jax.tree.map(lambda x: jnp.squeeze(x, 0), tree)
+
+
+def _wrapped(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.expand_dims(x, 0), tree)
 
 
 def _param_specs(model: Any, mesh: Mesh) -> list[PartitionSpec]:

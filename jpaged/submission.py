@@ -113,13 +113,13 @@ def encode(
     automata: Sequence[int],
     *,
     seed: int,
-    first_arrival: int | None,
+    arrivals: Sequence[int],
     vocab_size: int | None,
     eos_token_ids: Sequence[int],
 ) -> tuple[Submission | None, list[list[int]]]:
     """Checked requests as arrays, and the places that their sequences get.
 
-    `automata`: of each request its index in the table's pool.
+    `arrivals`: of each request its number; `automata`: its index in the table's pool.
 
     Raises:
       ValueError: more sequences than empty places.
@@ -135,9 +135,6 @@ def encode(
             f"the request table, got {wanted}; run, collect and release first, or "
             "raise max_num_requests"
         )
-    if first_arrival is None:
-        arrivals = np.asarray(queue.arrivals)[status != scheduler.EMPTY]
-        first_arrival = int(arrivals.max()) + 1 if len(arrivals) else 0
     prefixes = _prefixes(table)
     places, entries = [], []
     for number, (prompt, param, one) in enumerate(
@@ -153,7 +150,7 @@ def encode(
             params=param,
             shape=one,
             places=mine,
-            arrival=first_arrival + number,
+            arrival=arrivals[number],
             seed=seed,
             stop_ids=stop_ids(param, eos_token_ids),
             source=source,
@@ -170,8 +167,7 @@ def encode_prefix(
     """A checked prefix to be computed and pinned, as arrays, and its place."""
     status = np.asarray(table.queue.status)
     place = int(np.flatnonzero(status == scheduler.EMPTY)[0])
-    arrivals = np.asarray(table.queue.arrivals)[status != scheduler.EMPTY]
-    arrival = int(arrivals.max()) + 1 if len(arrivals) else 0
+    arrival = next_arrival(table)
     request = _Request(
         prompt=list(tokens),
         params=SamplingParams(temperature=0.0),
@@ -190,6 +186,12 @@ def encode_prefix(
     mark = {"is_prefix": np.bool_(True), "outputs": np.int32(NO_OUTPUT)}
     entry = entry._replace(asked=entry.asked | mark)
     return _stack([entry], config), place
+
+
+def next_arrival(table: RequestTable) -> int:
+    """The number behind all that are in the table, or in those of all replicas."""
+    status, arrivals = jax.device_get((table.queue.status, table.queue.arrivals))
+    return int(arrivals.max(initial=-1, where=status != scheduler.EMPTY)) + 1
 
 
 class _Request(NamedTuple):

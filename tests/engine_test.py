@@ -386,7 +386,7 @@ def test_a_sample_never_joins_a_stranger_that_took_its_leaders_place(llama):
     state = engine.release(state, mask(ROOMY, [leader]))
     # Sooner than the waiting samples, so that it runs beside them.
     state, ((place,),) = engine.submit(
-        state, other, SamplingParams(seed=2, max_tokens=20), first_arrival=-1
+        state, other, SamplingParams(seed=2, max_tokens=20), arrivals=[-1]
     )
     assert place == leader
     state = engine.run(llama, state, STEPS(FOREVER))

@@ -58,7 +58,7 @@ class Walk:
             return
         arrival = self.num_arrived = getattr(self, "num_arrived", -1) + 1
         self.state, (places,) = engine.submit(
-            self.state, [prompt], params, first_arrival=arrival
+            self.state, [prompt], params, arrivals=[arrival]
         )
         self.going[arrival] = (prompt, params, places)
 

@@ -457,7 +457,7 @@ def _templates(config: EngineConfig, kinds: tuple[tuple[int, int], ...]) -> Subm
             [_params(kind, max_tokens=1)],
             [constraints.UNCONSTRAINED],
             seed=0,
-            first_arrival=0,
+            arrivals=[0],
             vocab_size=_VOCABULARY,
             eos_token_ids=(),
         )

@@ -116,6 +116,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_float("policy_parameters", [], "A weight each, of 'weighted'.")
     flags.DEFINE_integer("tensor", 1, "Devices that share each matrix.", lower_bound=1)
     flags.DEFINE_integer("expert", 1, "Devices that share the experts.", lower_bound=1)
+    flags.DEFINE_integer("data", 1, "Replicas of the model.", lower_bound=1)
     flags.DEFINE_bool(
         "prefix_caching", True, "Keep blocks of ended prompts for those that begin so."
     )
@@ -311,9 +312,9 @@ def make_llm(lines: list[Line]) -> LLM:
 
 def _mesh() -> Mesh | None:
     """The devices of the flags; None is one."""
-    if FLAGS.tensor == FLAGS.expert == 1:
+    if FLAGS.tensor == FLAGS.expert == FLAGS.data == 1:
         return None
-    return make_mesh(tensor=FLAGS.tensor, expert=FLAGS.expert)
+    return make_mesh(tensor=FLAGS.tensor, data=FLAGS.data, expert=FLAGS.expert)
 
 
 def _speculative_config() -> dict[str, Any] | None:

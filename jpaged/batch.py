@@ -18,7 +18,9 @@ import concurrent.futures
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 
-from jpaged import request_limits, request_table, scheduler
+import numpy as np
+
+from jpaged import request_limits, request_table, routing, scheduler
 from jpaged.config import EngineConfig
 from jpaged.jobs import Job, News, Sample, logprobs_at
 from jpaged.metrics import Event, Means
@@ -72,7 +74,7 @@ class Batch:
 
     def add(self, jobs: Sequence[Job]) -> None:
         """Opens requests; they run in the turns that follow."""
-        now, step = self.host.clock(), self.host.counters["num_steps"]
+        now, step = self.host.clock(), self.host.next_step()
         for job in jobs:
             job.happened.append(Event("queued", now, step))
             self._open[job.arrival] = job
@@ -195,32 +197,36 @@ class Batch:
         if not self._running:
             self.host.clean()
             self._compile_for_waiting()
-        jobs: list[Job] = []
+        placed: list[list[Job]] = [[] for _ in range(self.host.num_replicas)]
+        hits, loads = self._hits(), self.host.loads()
         while self._waiting:
             *_, job = self._waiting[0]
             # Others than the aborted are told here why they can never run.
             if job.arrival in self._open:
-                is_alone = not (self._running or jobs)
+                is_alone = not (self._running or any(placed))
                 # The engine cannot be compiled anew while others run; who waits behind
                 # them comes along then.
                 config = self.host.config
                 if self._grow(config, [job.params]) != config:
                     break
                 refusal = self.host.refusal(job)
-                has_room = self._has_room([*jobs, job])
-                if refusal is None and not has_room and not is_alone:
+                replica = self._replica(job, placed, hits.get(job.arrival), loads)
+                if refusal is None and replica is None and not is_alone:
                     break
                 if refusal is not None:
                     self._fail(job, ValueError(refusal))
-                elif not has_room:
+                elif replica is None:
                     self._fail(job, RuntimeError(_NO_PLACES))
                 else:
-                    jobs.append(job)
+                    placed[replica].append(job)
+                    loads[replica] += len(job.prompt_token_ids) * job.num_places
             heapq.heappop(self._waiting)
+        jobs = [job for mine in placed for job in mine]
         if jobs:
             self._running |= {job.arrival: job for job in jobs}
-            for job, placed in zip(jobs, self.host.submit(jobs), strict=True):
-                job.start(*placed)
+            found = [places for mine in self.host.submit(placed) for places in mine]
+            for job, places in zip(jobs, found, strict=True):
+                job.start(*places)
 
     def _compile_for_waiting(self) -> None:
         """Compiles what all waiting requests need, so that they run together."""
@@ -230,9 +236,35 @@ class Batch:
         if grown != config:
             self.host.reconfigure(grown)
 
-    def _has_room(self, jobs: Sequence[Job]) -> bool:
-        num_places = sum(job.num_places for job in jobs)
-        return num_places <= self.host.num_empty and self.host.has_room(jobs)
+    def _hits(self) -> dict[int, np.ndarray]:
+        """Of those who may have their turn now, by arrival, the tokens i32[D] that each
+        replica's prefix cache holds; of nobody where there is no choice."""
+        if self.host.num_replicas == 1:
+            return {}
+        first = heapq.nsmallest(self.host.num_empty, self._waiting)
+        jobs = [job for *_, job in first]
+        found = self.host.hits(jobs)
+        return {job.arrival: mine for job, mine in zip(jobs, found, strict=True)}
+
+    def _replica(
+        self,
+        job: Job,
+        placed: Sequence[Sequence[Job]],
+        hits: np.ndarray | None,
+        loads: np.ndarray,
+    ) -> int | None:
+        """The replica with room for a request beside those placed, by `routing`."""
+        has_room = [
+            self.host.has_room([*mine, job], replica)
+            for replica, mine in enumerate(placed)
+        ]
+        config = self.host.config
+        return routing.choose(
+            np.zeros_like(loads) if hits is None else hits,
+            loads,
+            np.array(has_room),
+            margin=routing.MARGIN * config.num_blocks * config.block_size,
+        )
 
     def _run_slice(self) -> None:
         progress = self.host.run(*self._slice())
@@ -308,7 +340,7 @@ class Batch:
 
     def _note_end(self, job: Job) -> None:
         """Notes that the host ended a sequence of a request, between two steps."""
-        step = self.host.counters["num_steps"]
+        step = self.host.next_step(job.places[0] if job.places else None)
         job.happened.append(Event("finished", self.host.clock(), step))
 
     def _tell(self, job: Job) -> None:

@@ -264,8 +264,8 @@ def pin(
     """The state in which a prefix will be computed once and kept, and its place.
 
     Requests that are submitted afterwards and begin like it map its blocks, the last
-    one copy-on-write, until `unpin`. Donates `state`; host code. `replica`: the one that
-    keeps it, where the mesh has several.
+    one copy-on-write, until `unpin`. Donates `state`; host code. Where the mesh has
+    several replicas, only `replica` keeps it.
 
     Raises:
       ValueError: too many prefixes, so long that requests already submitted could
@@ -398,11 +398,11 @@ def _host_violations(state: EngineState) -> list[str]:
 def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
     """The state in which the marked live sequences have ended.
 
-    `places` is bool[R], or of D replicas bool[D, R]; `reason` is an index of FINISH_REASONS. Their blocks are free again. Of a request
-    of an algorithm, mark all sequences or none.
+    `places` is bool[R], or of D replicas bool[D, R]; `reason` is an index of
+    FINISH_REASONS. Their blocks are free again. Of a request of an algorithm, mark all
+    sequences or none.
     """
-    replicas = jnp.full(places.shape[:-1], reason, jnp.int32)
-    return sharded.each(_end, state, places, replicas)
+    return sharded.each(_end, state, places, sharded.stacked(reason, state.mesh))
 
 
 def _end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:

@@ -94,8 +94,8 @@ class EngineState:
     timeline: Timeline
     knobs: Knobs  # of the scheduler; set them and not the config to sweep
     config: EngineConfig = dataclasses.field(metadata={"static": True})
-    # The devices that share it, of `make_mesh`; None is one device, whichever. Where its
-    # `data` is more than one, the replicas are the first axis of every array above.
+    # The devices that share it, of `make_mesh`; None is one device, whichever. Where
+    # its `data` is more than one, replicas are the first axis of every array above.
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 

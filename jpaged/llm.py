@@ -29,6 +29,7 @@ from jpaged import (
     conversations,
     intake,
     memory,
+    metrics,
     options,
     request_limits,
     scoring,
@@ -69,12 +70,12 @@ class LLM:
       kv_dtype: of keys and values in the pool; "auto" is the model's. "int8" and "fp8"
         hold them in 8 bits, with a float32 scale for each token and head.
       block_size: tokens per KV block.
-      num_blocks: blocks of the pool. None takes what `max_num_seqs` sequences of
-        `max_model_len` tokens can fill, as far as it fits into `memory_fraction` of
-        the device's free memory; on a CPU also at most 1 GiB, or the model's own size
-        where that is more.
+      num_blocks: blocks of the pool, of each replica's where there are several. None
+        takes what `max_num_seqs` sequences of `max_model_len` tokens can fill, as far
+        as it fits into `memory_fraction` of the device's free memory; on a CPU also at
+        most 1 GiB, or the model's own size where that is more.
       memory_fraction: see `num_blocks`.
-      max_num_seqs: sequences that run at the same time; others wait.
+      max_num_seqs: sequences that run at the same time, in each replica; others wait.
       max_model_len: tokens of prompt and output together. None is the model's
         longest, as far as one such sequence fits into the pool.
       max_num_batched_tokens: tokens of one step, prompt chunks and decode together.
@@ -92,8 +93,9 @@ class LLM:
       cascade: samples, beams and prompts with the same beginning read its keys and
         values together, where that pays; of the implementation "xla".
       mesh: of `jpaged.make_mesh`: the devices that share the model and the pages, by
-        the rules of `jpaged.parallel`; None is one device. Replicas over `data` are
-        not built yet.
+        the rules of `jpaged.parallel`; None is one device. Each replica over `data` has
+        a pool, a request table and a schedule of its own, as large as said here; who
+        gets a request, `jpaged.routing` says.
       seed: requests without a seed draw from this one and their number.
       speculative_config: guess tokens ahead, which changes no token, only how many come
         in a step. {"method": "ngram", "num_speculative_tokens": 4} takes guesses from
@@ -505,14 +507,15 @@ class LLM:
         engine's program. mean_queue_s and the other means: see `metrics.latencies`,
         over the num_finished_requests that ended by themselves. num_lost_events:
         happened in slices of so many that nobody saw them.
+
+        Of several replicas, blocks, bytes, steps and tokens are sums, and shares are of
+        the sums; `replica_stats` has them one by one.
         """
         host = self._open_host()
         with host.lock:
             self._batch.end_aborted()
-            num_free_blocks = host.num_free_blocks()
-            num_cached_blocks = host.num_cached_blocks()
-        counters = host.counters
-        num_steps = max(counters["num_steps"], 1)
+            num_free_blocks, num_cached_blocks = host.known_blocks()
+        num_blocks = self.config.num_blocks * host.num_replicas
         size = memory.block_bytes(
             self.model.config,
             self.config.block_size,
@@ -520,45 +523,61 @@ class LLM:
             self.config.attention,
         )
         return {
-            "num_blocks": self.config.num_blocks,
+            "num_replicas": host.num_replicas,
+            "num_blocks": num_blocks,
             "block_size": self.config.block_size,
-            "num_free_blocks": num_free_blocks,
-            "max_used_blocks": counters["max_used_blocks"],
-            "kv_bytes": size * self.config.num_blocks,
-            "kv_token_share": counters["token_share"] / num_steps,
-            "blocks_saved_by_sharing": counters["saved_share"] / num_steps,
-            "prefix_hit_ratio": counters["num_cached_tokens"]
-            / max(counters["num_prompt_tokens"], 1),
-            "num_cached_blocks": num_cached_blocks,
-            "num_block_copies": counters["num_block_copies"],
-            "num_preemptions": counters["num_preemptions"],
-            "num_swapped_blocks": counters["num_swapped_blocks"],
-            "draft_tokens": counters["num_drafts"],
-            "accepted_tokens": counters["num_accepted"],
-            "acceptance_rate": counters["num_accepted"]
-            / max(counters["num_drafts"], 1),
-            "num_steps": counters["num_steps"],
+            "kv_bytes": size * num_blocks,
+            "num_free_blocks": int(num_free_blocks.sum()),
+            "num_cached_blocks": int(num_cached_blocks.sum()),
+            **metrics.engine_stats(host.counters),
             "num_compilations": host.num_compilations,
             "compile_s": host.compile_s,
             "run_s": host.run_s,
             "prompt_tokens": self._num_prompt_tokens,
             "generated_tokens": self._batch.num_generated,
-            "computed_tokens": counters["num_tokens"],
             "tokens_per_s": self._tokens_per_s(),
             "num_finished_requests": self._batch.means.num_requests,
             **self._batch.means.means(),
             "num_lost_events": host.num_lost_events,
         }
 
-    def timeline(self) -> list[StepRecord]:
-        """The engine's last steps, oldest first: memory, queue and tokens of each.
+    def replica_stats(self) -> list[dict[str, int | float]]:
+        """Of each replica what `stats` has of its engine: blocks, steps, tokens.
 
-        Rows of a table: `csv.writer(file).writerows([StepRecord._fields, *rows])`.
-        At most 65,536 are kept.
+        One dict, where the mesh has no replicas.
         """
         host = self._open_host()
         with host.lock:
-            return host.step_records()
+            self._batch.end_aborted()
+            num_free_blocks, num_cached_blocks = host.known_blocks()
+        return [
+            {
+                "num_blocks": self.config.num_blocks,
+                "num_free_blocks": int(num_free_blocks[replica]),
+                "num_cached_blocks": int(num_cached_blocks[replica]),
+                **metrics.engine_stats(
+                    {n: c[replica].item() for n, c in host.counters_of_each.items()}
+                ),
+            }
+            for replica in range(host.num_replicas)
+        ]
+
+    def timeline(self, replica: int = 0) -> list[StepRecord]:
+        """The engine's last steps, oldest first: memory, queue and tokens of each.
+
+        Rows of a table: `csv.writer(file).writerows([StepRecord._fields, *rows])`.
+        At most 65,536 are kept. Replicas over `data` have steps of their own.
+
+        Raises:
+          ValueError: there is no such replica.
+        """
+        host = self._open_host()
+        if not 0 <= replica < host.num_replicas:
+            raise ValueError(
+                f"replica: wanted 0 to {host.num_replicas - 1}, got {replica!r}"
+            )
+        with host.lock:
+            return host.step_records(replica)
 
     def reset_prefix_cache(self) -> None:
         """Forgets what the blocks hold, as after a change of the model's weights.

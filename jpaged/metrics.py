@@ -11,7 +11,7 @@ of a slice took equally long. So a time is wrong by less than its slice, which i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,6 +141,26 @@ class Means:
             f"mean_{name}": total / max(self._counts[name], 1)
             for name, total in self._sums.items()
         }
+
+
+def engine_stats(counters: Mapping[str, Any]) -> dict[str, int | float]:
+    """What `LLM.stats` says of an engine's counters, or of the sums of several's."""
+    num_steps = max(counters["num_steps"], 1)
+    return {
+        "max_used_blocks": counters["max_used_blocks"],
+        "kv_token_share": counters["token_share"] / num_steps,
+        "blocks_saved_by_sharing": counters["saved_share"] / num_steps,
+        "prefix_hit_ratio": counters["num_cached_tokens"]
+        / max(counters["num_prompt_tokens"], 1),
+        "num_block_copies": counters["num_block_copies"],
+        "num_preemptions": counters["num_preemptions"],
+        "num_swapped_blocks": counters["num_swapped_blocks"],
+        "draft_tokens": counters["num_drafts"],
+        "accepted_tokens": counters["num_accepted"],
+        "acceptance_rate": counters["num_accepted"] / max(counters["num_drafts"], 1),
+        "num_steps": counters["num_steps"],
+        "computed_tokens": counters["num_tokens"],
+    }
 
 
 class Slice(NamedTuple):

@@ -99,11 +99,6 @@ def check_choices(
         )
     if mesh is not None:
         parallel.check_is_mesh(mesh)
-        if mesh.shape["data"] > 1:
-            raise ValueError(
-                "mesh: replicas over `data` are not built yet; wanted data=1, got "
-                f"data={mesh.shape['data']}; give those devices to `tensor` or `expert`"
-            )
     is_number = isinstance(memory_fraction, int | float)
     if not is_number or not 0 < memory_fraction <= 1:
         raise ValueError(

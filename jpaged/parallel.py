@@ -27,8 +27,8 @@ AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 AXES = ("data", "expert", "tensor")
 
 # Array, and the axis of the mesh that splits each of its axes; () is whole on every
-# device, as every weight is along `data`. Weights are [in, out], of experts [experts, in,
-# out]; biases and scales [out] go with the last axis of their weight.
+# device, as all of these are along `data`. Weights are [in, out], of experts [experts,
+# in, out]; biases and scales [out] go with the last axis of their weight.
 RULES: Mapping[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", None),  # [vocabulary, hidden]
     "output": (None, "tensor"),

@@ -60,16 +60,15 @@ def made(
     """
     if mesh is None:
         return make()
-    number = parallel.num_replicas(mesh)
 
     def make_all() -> State:
-        return make() if number == 1 else _stacked(make(), number)
+        return stacked(make(), mesh)
 
     specs = state_specs(jax.eval_shape(make_all), mesh)
     pages = _spec(mesh, parallel.PAGES)
 
     def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
-        is_host = path[0] == jax.tree_util.GetAttrKey(host_part) and spec == pages
+        is_host = spec == pages and jax.tree_util.keystr(path[:1]) == f".{host_part}"
         kind = "pinned_host" if is_host else None
         return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
 
@@ -77,7 +76,11 @@ def made(
     return jax.jit(make_all, out_shardings=shardings)()
 
 
-def _stacked(tree: Any, number: int) -> Any:
+def stacked(tree: Any, mesh: Mesh | None) -> Any:
+    """The arrays for each of a mesh's replicas; as they are, where there is one."""
+    number = parallel.num_replicas(mesh)
+    if number == 1:
+        return tree
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape)), tree)
 
 
@@ -108,7 +111,7 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
 
 
 def each(function: Callable[..., State], state: State, *parts: Any) -> State:
-    """The state in which `function(state, *part)`, a state, has happened to each replica.
+    """The state after `function(state, *part)`, a state, of each replica.
 
     Where there are several, `parts` have them as the first axis, as the state has.
     """
@@ -144,7 +147,7 @@ def _each(function, state, parts, out_specs) -> Any:
 def one(
     function: Callable[..., State], state: State, replica: jax.Array, *rest: Any
 ) -> State:
-    """The state in which `function(state, *rest)`, a state, has happened to a replica."""
+    """The state after `function(state, *rest)`, a state, of one replica alone."""
     number = parallel.num_replicas(state.mesh)
     if number == 1:
         return function(state, *rest)
@@ -158,7 +161,7 @@ def one(
         )
 
     is_mine = jnp.arange(number, dtype=jnp.int32) == replica
-    return each(if_mine, state, is_mine, *_stacked(rest, number))
+    return each(if_mine, state, is_mine, *stacked(rest, state.mesh))
 
 
 def part(tree: State, mesh: Mesh | None, replica: int) -> State:

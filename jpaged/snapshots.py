@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpaged import engine_state, request_limits, request_table, scheduler
+from jpaged import engine_state, parallel, request_limits, request_table, scheduler
 from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
@@ -45,9 +45,15 @@ def save(folder: str | os.PathLike[str], state: EngineState) -> None:
 
     Raises:
       FileExistsError: something is there already.
+      ValueError: the state is of several replicas.
     """
     import orbax.checkpoint as ocp
 
+    if (number := parallel.num_replicas(state.mesh)) > 1:
+        raise ValueError(
+            f"state: wanted that of one engine, got {number} replicas over `data` of "
+            "its mesh, which are not saved yet; let them end and collect their results"
+        )
     folder = pathlib.Path(folder).absolute()
     if folder.exists():
         raise FileExistsError(f"folder: wanted a new one, {folder} is there already")

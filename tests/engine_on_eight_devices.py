@@ -4,18 +4,29 @@ One process for everything, since the devices are chosen before jax starts. Run 
 empty folder; the last line of its output is one JSON object.
 """
 
+import asyncio
 import collections
+import dataclasses
 import json
 import pathlib
 import re
 import sys
+from unittest import mock
 
 import checkpoints
 import jax
 from families_test import write_case
 
-from jpaged import LLM, engine, load_model, make_mesh
-from jpaged.config import EngineConfig
+from jpaged import (
+    LLM,
+    engine,
+    forward,
+    load_model,
+    make_mesh,
+    shared_prefix,
+    snapshots,
+)
+from jpaged.config import EngineConfig, Speculation
 from jpaged.requests import BeamSearchParams, SamplingParams
 
 # 8 query heads read 2 kv heads: on 8 devices each is stored four times.
@@ -36,9 +47,12 @@ CONFIGS = {
     "beams": EngineConfig(
         **SIZES | {"num_blocks": 40, "max_num_requests": 16}, max_beam_width=3
     ),
+    "drafts": EngineConfig(**SIZES, speculation=Speculation("model", num_tokens=2)),
+    "cascade": EngineConfig(**SIZES, enable_prefix_caching=True, cascade=True),
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=18, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=5, n=2, max_tokens=14, ignore_eos=True)
+UNSEEDED = SamplingParams(temperature=1.0, max_tokens=9, ignore_eos=True)
 BEAMS = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
 PROMPTS = [[3, 5, 7, 9, 11, 2], [4, 6, 8], [3, 5, 7, 9, 11, 2, 8, 1], [12, 13]]
 CASES = {
@@ -48,6 +62,9 @@ CASES = {
     "4 devices, swapping": ("llama", "swap", {"tensor": 4}),
     "2 devices, beams": ("llama", "beams", {"tensor": 2}),
     "experts on 2 x 2": ("mixtral", "recompute", {"tensor": 2, "expert": 2}),
+    "2 replicas, swapping": ("llama", "swap", {"data": 2, "tensor": 2}),
+    "2 replicas, drafts": ("llama", "drafts", {"data": 2, "tensor": 2}),
+    "2 replicas, cascade": ("llama", "cascade", {"data": 2, "tensor": 2}),
 }
 
 
@@ -57,9 +74,15 @@ def requests(config: str) -> list:
 
 
 def run(model, config: str, mesh) -> tuple[list, engine.EngineState]:
-    """The tokens of everybody, and the state at the end."""
+    """The tokens of everybody, and the state at the end.
+
+    A second replica gets all requests but the last, so that it ends sooner.
+    """
     state = engine.init(model, CONFIGS[config], mesh=mesh)
     state, _ = engine.submit(state, PROMPTS, requests(config))
+    if mesh is not None and mesh.shape["data"] == 2:
+        short = PROMPTS[:-1], requests(config)[:-1]
+        state, _ = engine.submit(state, *short, replica=1)
     state = engine.run(model, state)
     return [result.token_ids for result in engine.collect(state)], state
 
@@ -68,25 +91,134 @@ def collectives(model, state) -> dict[str, int]:
     """How many of each kind the compiled step has, and its temporaries in bytes."""
     step = jax.jit(engine.step, donate_argnums=1)
     compiled = step.lower(model, state).compile()
-    kinds = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
-    found = collections.Counter(re.findall(kinds, compiled.as_text()))
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    sent = re.findall(rf" ({kinds})\(.*replica_groups=(\S+\}}\}}),", compiled.as_text())
     analysis = compiled.memory_analysis()
-    return dict(found) | {"temporaries": analysis.temp_size_in_bytes}
+    return {
+        "counts": collections.Counter(kind for kind, _ in sent),
+        "groups": sorted({group for _, group in sent}),
+        "temporaries": analysis.temp_size_in_bytes,
+    }
+
+
+def measure(path: pathlib.Path, case: str, tokens: list, draft: pathlib.Path) -> dict:
+    """What a case of CASES gives, beside the tokens of one device."""
+    _, config, sizes = CASES[case]
+    mesh = make_mesh(**sizes)
+    model = load_model(path, mesh=mesh)
+    if config == "drafts":
+        model = engine.DraftedModel(model, load_model(draft, mesh=mesh))
+    got, state = run(model, config, mesh)
+    if sizes.get("data") == 2:
+        tokens = tokens + tokens[:-1]
+    pages, counters = state.cache.k_pages, state.counters
+    found = {
+        "is_equal": got == tokens,
+        "num_tokens": sum(map(len, got)),
+        "preemptions": int(counters.num_preemptions.sum()),
+        "swapped": int(counters.num_swapped_blocks.sum()),
+        "drafts": [int(counters.num_drafts.sum()), int(counters.num_accepted.sum())],
+        "steps": counters.num_steps.tolist(),
+        "on_device": list(pages.addressable_shards[0].data.shape),
+        "violations": engine.violations(state),
+    }
+    if case in ("2 devices", "2 replicas, swapping"):
+        more = dataclasses.replace(CONFIGS["recompute"], num_blocks=512)
+        roomy = engine.init(model, more, mesh=mesh)
+        found["roomy_collectives"] = collectives(model, roomy)
+    if case == "2 devices":
+        found["collectives"] = collectives(model, state)
+    if case == "2 replicas, swapping":
+        found["refusals"] = [
+            refusal(engine.submit, state, PROMPTS, GREEDY, replica=2),
+            refusal(snapshots.save, path / "snapshot", state),
+        ]
+    return found
+
+
+def refusal(function, *args, **options) -> str:
+    try:
+        function(*args, **options)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def with_cascade(function, *args) -> dict:
+    """`function` where every shared block is read once, and whether there were any."""
+    find, most = shared_prefix.find, []
+
+    def find_all(*tables):
+        found = find(*tables, least_tokens=1, least_saved=1)
+        jax.debug.callback(lambda n: most.append(int(n)), found.num_blocks.max())
+        return found
+
+    with mock.patch.object(forward.shared_prefix, "find", find_all):
+        found = function(*args)
+    jax.effects_barrier()
+    return found | {"most_shared_blocks": max(most)}
 
 
 def with_llm(folder: pathlib.Path) -> dict:
-    """The host's shell on 4 devices and on one, and what it refuses."""
-    sizes = dict(num_blocks=16, block_size=4, max_num_seqs=1, max_model_len=48)
+    """The host's shell on 2 replicas of 2 devices, and on one device."""
+    sizes = dict(num_blocks=24, block_size=4, max_num_seqs=3, max_model_len=48)
+    sizes |= dict(max_num_batched_tokens=16, seed=7, check_invariants=True)
+    prompts = [*PROMPTS, [7, 7, 7], [3, 5, 7, 9, 11]]
+    params = [GREEDY, DRAWN, BEAMS, UNSEEDED, UNSEEDED, DRAWN]
     texts = []
-    for mesh in (None, make_mesh(tensor=4)):
-        llm = LLM(folder, mesh=mesh, max_num_batched_tokens=16, **sizes)
-        outputs = llm.generate(PROMPTS[0], GREEDY, progress=False)
-        texts.append(outputs[0].outputs[0].token_ids)
-    found = {"is_equal": texts[0] == texts[1], "num_tokens": len(texts[0])}
-    try:
-        LLM(folder, mesh=make_mesh(tensor=2, data=2), **sizes)
-    except ValueError as error:
-        found["refusal"] = str(error)
+    for mesh in (None, make_mesh(data=2, tensor=2)):
+        llm = LLM(folder, mesh=mesh, **sizes)
+        outputs = llm.generate(prompts, params, progress=False)
+        outputs += llm.generate(prompts, params, progress=False)
+        texts.append([[o.token_ids for o in out.outputs] for out in outputs])
+    found = {"is_equal": texts[0] == texts[1]}
+    found["num_outputs"] = sum(map(len, texts[1]))
+    each, total = llm.replica_stats(), llm.stats()
+    found["steps"] = [one["num_steps"] for one in each]
+    found["is_sum"] = all(
+        sum(one[name] for one in each) == total[name]
+        for name in ("num_blocks", "num_free_blocks", "num_steps", "computed_tokens")
+    )
+    found["timelines"] = [len(llm.timeline(replica)) for replica in range(2)]
+    found["refusal"] = refusal(llm.timeline, 2)
+    return found | live(llm, texts[1])
+
+
+def live(llm: LLM, texts: list) -> dict:
+    """Pinned prefixes and requests that come and go, on replicas."""
+    found = {}
+    # Twice its length in whole blocks: where it is cached, one block is computed.
+    long = list(range(20, 41))
+    llm.generate([long], GREEDY, progress=False)
+    outputs = llm.generate([[*long, n] for n in range(3)], GREEDY, progress=False)
+    found["cached"] = [out.metrics["num_cached_tokens"] for out in outputs]
+    with llm.pin(PROMPTS[0][:5]) as prefix:
+        places = llm._host.pinned[0].places
+        found["pinned_in"] = [n // llm.config.max_num_requests for n in places]
+        pinned = llm.generate([prefix.prompt([2])] * 2, GREEDY, progress=False)
+        found["is_pinned_equal"] = all(
+            out.outputs[0].token_ids == texts[0][0] for out in pinned
+        )
+    first, gone = (llm.submit(PROMPTS[0], GREEDY) for _ in range(2))
+    gone.abort()
+    found["reasons"] = [
+        request.output().outputs[0].finish_reason for request in (first, gone)
+    ]
+    found["is_live_equal"] = first.output().outputs[0].token_ids == texts[0][0]
+
+    async def follow() -> list[int]:
+        stream = llm.astream(PROMPTS[0], GREEDY)
+        return [token async for delta in stream for token in delta.token_ids]
+
+    async def follow_all() -> list[list[int]]:
+        return await asyncio.gather(*(follow() for _ in range(3)))
+
+    found["is_streamed_equal"] = asyncio.run(follow_all()) == [texts[0][0]] * 3
+    llm.reset_prefix_cache()
+    found["left"] = [
+        llm.stats()["num_blocks"] - llm.stats()["num_free_blocks"],
+        int((llm.config.max_num_requests - llm._host.empty_places).sum()),
+    ]
     return found
 
 
@@ -95,31 +227,17 @@ def main(folder: pathlib.Path) -> None:
         "llama": checkpoints.write_tiny_llama(folder / "llama", **GQA),
         "mixtral": write_case(folder, "mixtral"),
     }
+    # The target's first layer: it guesses well now and then.
+    draft = checkpoints.write_tiny_llama(folder / "draft", **GQA, num_hidden_layers=1)
     alone, found = {}, {}
-    for name, (family, config, sizes) in CASES.items():
-        if (family, config) not in alone:
-            alone[family, config] = run(load_model(paths[family]), config, None)
-        tokens, before = alone[family, config]
-        mesh = make_mesh(**sizes)
-        model = load_model(paths[family], mesh=mesh)
-        got, state = run(model, config, mesh)
-        pages = state.cache.k_pages
-        found[name] = {
-            "is_equal": got == tokens,
-            "num_tokens": sum(map(len, tokens)),
-            "preemptions": int(before.counters.num_preemptions),
-            "swapped": int(before.counters.num_swapped_blocks),
-            "on_device": list(pages.addressable_shards[0].data.shape),
-            "violations": engine.violations(state),
-        }
-        if name == "2 devices":
-            found[name]["collectives"] = collectives(model, state)
-            more = engine.init(
-                model,
-                EngineConfig(**SIZES | {"num_blocks": 512}, enable_prefix_caching=True),
-                mesh=mesh,
-            )
-            found[name]["roomy_collectives"] = collectives(model, more)
+    for name, (family, config, _) in CASES.items():
+        path, plain = paths[family], "beams" if config == "beams" else "recompute"
+        if (family, plain) not in alone:
+            alone[family, plain], _ = run(load_model(path), plain, None)
+        args = path, name, alone[family, plain], draft
+        found[name] = (
+            with_cascade(measure, *args) if config == "cascade" else measure(*args)
+        )
     found["LLM"] = with_llm(paths["llama"])
     print(json.dumps(found))
 

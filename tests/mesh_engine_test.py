@@ -24,11 +24,15 @@ def found(tmp_path_factory) -> dict:
         ("4 devices, swapping", 82),
         ("2 devices, beams", 88),
         ("experts on 2 x 2", 82),
+        ("2 replicas, swapping", 146),
+        ("2 replicas, drafts", 146),
+        ("2 replicas, cascade", 146),
     ],
 )
 def test_tokens_are_those_of_one_device(found, case, num_tokens):
     one = found[case]
-    # Greedy rows of 18 tokens, two samples of 14; three beams of 8, or another 18.
+    # Greedy rows of 18 tokens, two samples of 14; three beams of 8, or another 18. A
+    # second replica has all but the last row.
     assert one["num_tokens"] == num_tokens
     assert one["is_equal"]
     assert one["violations"] == []
@@ -36,30 +40,75 @@ def test_tokens_are_those_of_one_device(found, case, num_tokens):
     assert (one["swapped"] > 0) == ("swapping" in case)
 
 
+def test_replicas_end_in_their_own_time(found):
+    # A loop in each: who has ended takes no more steps.
+    for case in ("swapping", "drafts", "cascade"):
+        first, second = found[f"2 replicas, {case}"]["steps"]
+        assert first > second > 0
+
+
+def test_drafts_and_cascade_are_at_work_on_a_mesh(found):
+    guessed, stood = found["2 replicas, drafts"]["drafts"]
+    assert 0 < stood < guessed
+    assert found["2 replicas, cascade"]["most_shared_blocks"] > 0
+
+
 def test_each_device_holds_the_pages_of_its_own_heads(found):
     # [L, N, kv heads, P, D]: 2 heads on 8 devices are stored four times each.
     assert found["2 devices"]["on_device"] == [2, 14, 1, 4, 8]
     assert found["8 devices, 2 kv heads"]["on_device"] == [2, 14, 1, 4, 8]
+    # Of two replicas one, of its 2 heads one.
+    assert found["2 replicas, swapping"]["on_device"] == [1, 2, 14, 1, 4, 8]
 
 
 def test_a_step_sums_twice_a_layer_and_sends_no_pages_and_no_weights(found):
-    counts = found["2 devices"]["collectives"]
     # Two layers, two sums each, one of the embedding; compiled for steps of decodes and
     # of prompts. One gather, of the logits.
-    assert {k: v for k, v in counts.items() if k != "temporaries"} == {
-        "all-reduce": 2 * (2 * 2 + 1),
-        "all-gather": 1,
-    }
+    counts = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
+    assert found["2 devices"]["collectives"]["counts"] == counts
+    assert found["2 replicas, swapping"]["roomy_collectives"]["counts"] == counts
+
+
+def test_nothing_is_sent_from_one_replica_to_another(found):
+    assert found["2 devices"]["collectives"]["groups"] == ["{{0,1}}"]
+    assert found["2 replicas, swapping"]["roomy_collectives"]["groups"] == ["{{0,1},{2,3}}"]
 
 
 def test_temporaries_do_not_grow_with_the_pool(found):
     before = found["2 devices"]["collectives"]["temporaries"]
-    after = found["2 devices"]["roomy_collectives"]["temporaries"]
     # 37 times the blocks: a copy of the larger pool's pages would be 131 KB a device.
-    assert after - before < 20_000
+    for case in ("2 devices", "2 replicas, swapping"):
+        after = found[case]["roomy_collectives"]["temporaries"]
+        assert after - before < 20_000
 
 
-def test_the_llm_runs_on_a_mesh_and_refuses_replicas(found):
-    assert found["LLM"]["num_tokens"] == 18
-    assert found["LLM"]["is_equal"]
-    assert "replicas over `data` are not built yet" in found["LLM"]["refusal"]
+def test_the_llm_on_replicas_gives_the_tokens_of_one_device(found):
+    llm = found["LLM"]
+    assert llm["num_outputs"] == 2 * (1 + 2 + 3 + 1 + 1 + 2)
+    assert llm["is_equal"]
+    assert min(llm["steps"]) > 0
+    assert llm["timelines"] == llm["steps"]
+    assert llm["is_sum"]
+
+
+def test_requests_go_where_their_beginning_is_cached_while_loads_are_alike(found):
+    # Loads may differ by a quarter of 96 slots: two prompts of 22 tokens go where 20 of
+    # them are cached, the third would be behind 44.
+    assert found["LLM"]["cached"] == [20, 20, 0]
+
+
+def test_prefixes_and_live_requests_on_replicas(found):
+    llm = found["LLM"]
+    assert llm["pinned_in"] == [0, 1]
+    assert llm["is_pinned_equal"]
+    assert llm["reasons"] == ["length", "abort"]
+    assert llm["is_live_equal"]
+    assert llm["is_streamed_equal"]
+    assert llm["left"] == [0, 0]  # blocks and places
+
+
+def test_what_replicas_do_not_do_is_refused_by_name(found):
+    submit, save = found["2 replicas, swapping"]["refusals"]
+    assert submit == "replica: expected from 0 to 1, got 2"
+    assert "wanted that of one engine, got 2 replicas over `data`" in save
+    assert found["LLM"]["refusal"] == "replica: wanted 0 to 1, got 2"

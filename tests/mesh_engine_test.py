@@ -71,7 +71,9 @@ def test_a_step_sums_twice_a_layer_and_sends_no_pages_and_no_weights(found):
 
 def test_nothing_is_sent_from_one_replica_to_another(found):
     assert found["2 devices"]["collectives"]["groups"] == ["{{0,1}}"]
-    assert found["2 replicas, swapping"]["roomy_collectives"]["groups"] == ["{{0,1},{2,3}}"]
+    assert found["2 replicas, swapping"]["roomy_collectives"]["groups"] == [
+        "{{0,1},{2,3}}"
+    ]
 
 
 def test_temporaries_do_not_grow_with_the_pool(found):

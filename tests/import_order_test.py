@@ -88,8 +88,9 @@ ROOMS = {
                           "request_table", "groups", "forward", "next_tokens",
                           "speculation", "timeline", "engine_state"],
     "engine":            ["config", "parallel", "sharded", "block_manager",
-                          "prefix_cache", "scheduler", "request_table", "groups", "request_limits",
-                          "submission", "speculation", "engine_state", "iteration"],
+                          "prefix_cache", "scheduler", "request_table", "groups",
+                          "request_limits", "submission", "speculation",
+                          "engine_state", "iteration"],
     "snapshots":         ["config", "parallel", "scheduler", "decoding",
                           "request_table", "request_limits", "engine_state"],
     # the host shell: what users hand in, the clock, text; below the engine, then above

@@ -205,7 +205,8 @@ def submit(
         state = _load_automaton(state, replica, *load)
     if new is not None:
         state = _place(state, replica, new)
-    return state, [_numbers(state, replica, mine) for mine in places]
+    first = _first_place(state, replica)
+    return state, [[first + place for place in mine] for mine in places]
 
 
 def host_table(state: EngineState, replica: int = 0) -> RequestTable:
@@ -227,10 +228,9 @@ def host_table(state: EngineState, replica: int = 0) -> RequestTable:
     return dataclasses.replace(table, **sharded.part(read, state.mesh, replica))
 
 
-def _numbers(state: EngineState, replica: int, places: Sequence[int]) -> list[int]:
-    """The numbers of a replica's places among those of all replicas."""
-    first = replica * state.config.max_num_requests
-    return [first + place for place in places]
+def _first_place(state: EngineState, replica: int) -> int:
+    """The number of a replica's first place among those of all replicas."""
+    return replica * state.config.max_num_requests
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -283,7 +283,7 @@ def pin(
         vocab_size=vocab_size,
     )
     new, place = submission.encode_prefix(table, config, tokens)
-    return _place(state, replica, new), *_numbers(state, replica, [place])
+    return _place(state, replica, new), _first_place(state, replica) + place
 
 
 def unpin(state: EngineState, places: Sequence[int]) -> EngineState:
@@ -324,8 +324,8 @@ def collect(state: EngineState) -> list[Result]:
     found = []
     for replica in range(parallel.num_replicas(state.mesh)):
         results = submission.results(sharded.part(state.requests, state.mesh, replica))
-        numbers = _numbers(state, replica, [result.place for result in results])
-        found += [r._replace(place=n) for r, n in zip(results, numbers, strict=True)]
+        first = _first_place(state, replica)
+        found += [one._replace(place=first + one.place) for one in results]
     return sorted(found, key=lambda result: (result.arrival, result.sample))
 
 

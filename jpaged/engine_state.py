@@ -95,7 +95,7 @@ class EngineState:
     knobs: Knobs  # of the scheduler; set them and not the config to sweep
     config: EngineConfig = dataclasses.field(metadata={"static": True})
     # The devices that share it, of `make_mesh`; None is one device, whichever. Where
-    # its `data` is more than one, replicas are the first axis of every array above.
+    # its `data` is more than one, replicas are the first axis of all but the pages.
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -114,7 +114,8 @@ def init(
       kv_dtype: of the pages, a float's name, "int8" or "fp8"; None takes the model's.
       mesh: of `jpaged.make_mesh`, on which the model lies: pages are split over its
         devices, and `step` and `run` run on all of them. With `data` of more than one,
-        every array has the replicas as its first axis, each with what the config says.
+        each replica has what the config says: replicas are the first axis of every
+        array but the pages, where their blocks lie side by side.
 
     Raises:
       ValueError: the config's speculation needs a draft model and there is none, or
@@ -129,13 +130,15 @@ def _make(
     model: Model | None, config: EngineConfig, kv_dtype: str | None, mesh: Mesh | None
 ) -> EngineState:
     tensor = 1 if mesh is None else mesh.shape["tensor"]
+    replicas = parallel.num_replicas(mesh)
 
     def cache(sizes: ModelConfig | None, is_host: bool = False) -> KVCache | None:
         if sizes is None:
             return None
         return kv_cache.init_cache(
             num_layers=sizes.num_layers,
-            num_blocks=config.num_swap_blocks if is_host else config.num_blocks,
+            num_blocks=replicas
+            * (config.num_swap_blocks if is_host else config.num_blocks),
             memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
             num_kv_heads=parallel.stored_kv_heads(sizes.num_kv_heads, tensor),
             block_size=config.block_size,

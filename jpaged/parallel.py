@@ -58,10 +58,10 @@ RULES: Mapping[str, tuple[str | None, ...]] = {
 
 # The same of the engine's state and of what a step computes. What is split over
 # `tensor` or `expert` is never sent; a partial sum is summed over the axes named.
-# Where `data` is more than one, the state has the replicas as its first axis, split
-# over `data`: nothing is summed or sent from one to another.
+# Replicas' blocks lie side by side; of all else in the state, where `data` is more than
+# one, they are the first axis. Nothing is summed or sent from one to another.
 REPLICAS = "data"
-PAGES = (None, None, "tensor")  # [L, N, kv heads, P, D], swapped ones too
+PAGES = (None, "data", "tensor")  # [L, N, kv heads, P, D], swapped ones too
 STATE = ()  # block tables, requests, counters, ...
 LOGITS = (None, "tensor")  # [N, V], gathered for the sampler
 PARTIAL_SUMS: Mapping[str, tuple[str, ...]] = {

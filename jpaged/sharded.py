@@ -8,7 +8,8 @@ without asking. `parallel` says what is split, and what the decoder sums.
 
 Where `data` of the mesh is more than one, the state of D replicas is that of one with a
 first axis of length D, split over `data`. Here it is taken off and put on again: what
-runs on a device sees the state of one replica, its own.
+runs on a device sees the state of one replica, its own. Pages have no such axis, or
+some compilers would copy them: the replicas' blocks lie side by side.
 """
 
 from __future__ import annotations
@@ -29,11 +30,21 @@ WHOLE = PartitionSpec(*parallel.STATE)
 State = TypeVar("State")
 
 
-def _spec(mesh: Mesh, rule: tuple[str | None, ...]) -> PartitionSpec:
-    """A row of the rules for an array of the state, which may have replicas."""
-    if parallel.num_replicas(mesh) > 1:
-        rule = (parallel.REPLICAS, *rule)
-    return parallel.spec(parallel.cut(mesh), rule)
+def _but_pages(function: Callable[[Any], Any], tree: State, pages: Any = None) -> State:
+    """The tree with `function` of each array, and of pages `pages`, or as they are."""
+
+    def of(part: Any) -> Any:
+        if not isinstance(part, KVCache):
+            return function(part)
+        return part if pages is None else jax.tree.map(lambda _: pages, part)
+
+    return jax.tree.map(of, tree, is_leaf=lambda part: isinstance(part, KVCache))
+
+
+def _whole_or_each(mesh: Mesh) -> PartitionSpec:
+    """How all but the pages is split: by replicas, where there are several."""
+    is_many = parallel.num_replicas(mesh) > 1
+    return PartitionSpec(parallel.REPLICAS, *parallel.STATE) if is_many else WHOLE
 
 
 def state_specs(state: State, mesh: Mesh) -> State:
@@ -41,13 +52,8 @@ def state_specs(state: State, mesh: Mesh) -> State:
 
     All are split by replicas, where there are several.
     """
-    pages, others = _spec(mesh, parallel.PAGES), _spec(mesh, parallel.STATE)
-
-    def specs(part: Any) -> Any:
-        split = pages if isinstance(part, KVCache) else others
-        return jax.tree.map(lambda _: split, part)
-
-    return jax.tree.map(specs, state, is_leaf=lambda part: isinstance(part, KVCache))
+    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+    return _but_pages(lambda _: _whole_or_each(mesh), state, pages)
 
 
 def made(
@@ -55,8 +61,9 @@ def made(
 ) -> State:
     """The state that `make` makes, each device's part made where it is to lie.
 
-    Where there are several replicas, all get the same. What lies under the attribute
-    `host_part` keeps its pages in the host's memory.
+    Where there are several replicas, all get the same; only of pages `make` makes those
+    of all. What lies under the attribute `host_part` keeps its pages in the host's
+    memory.
     """
     if mesh is None:
         return make()
@@ -65,7 +72,7 @@ def made(
         return stacked(make(), mesh)
 
     specs = state_specs(jax.eval_shape(make_all), mesh)
-    pages = _spec(mesh, parallel.PAGES)
+    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
 
     def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
         is_host = spec == pages and jax.tree_util.keystr(path[:1]) == f".{host_part}"
@@ -81,7 +88,7 @@ def stacked(tree: Any, mesh: Mesh | None) -> Any:
     number = parallel.num_replicas(mesh)
     if number == 1:
         return tree
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape)), tree)
+    return _but_pages(lambda x: jnp.broadcast_to(x, (number, *x.shape)), tree)
 
 
 def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) -> Any:
@@ -110,7 +117,7 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
     return mapped(leaves, state, *rest)
 
 
-def each(function: Callable[..., State], state: State, *parts: Any) -> State:
+def each(function: Callable[..., State], state: Any, *parts: Any) -> State:
     """The state after `function(state, *part)`, a state, of each replica.
 
     Where there are several, `parts` have them as the first axis, as the state has.
@@ -123,7 +130,7 @@ def read(function: Callable[..., Any], state: Any, *parts: Any) -> Any:
 
     Where there are several, they are the first axis, here as in `parts` and the state.
     """
-    return _each(function, state, parts, lambda *_: _spec(state.mesh, parallel.STATE))
+    return _each(function, state, parts, lambda _, mesh: _whole_or_each(mesh))
 
 
 def _each(function, state, parts, out_specs) -> Any:
@@ -137,16 +144,14 @@ def _each(function, state, parts, out_specs) -> Any:
     mapped = jax.shard_map(
         on_each,
         mesh=parallel.cut(state.mesh),
-        in_specs=(specs, *(_spec(state.mesh, parallel.STATE) for _ in parts)),
+        in_specs=(specs, *(_whole_or_each(state.mesh) for _ in parts)),
         out_specs=out_specs(state, state.mesh),
         check_vma=False,
     )
     return mapped(state, *parts)
 
 
-def one(
-    function: Callable[..., State], state: State, replica: jax.Array, *rest: Any
-) -> State:
+def one(function: Callable[..., State], state: Any, replica: Any, *rest: Any) -> State:
     """The state after `function(state, *rest)`, a state, of one replica alone."""
     number = parallel.num_replicas(state.mesh)
     if number == 1:
@@ -189,11 +194,11 @@ def _first(tree: Any) -> Any:
 
 def _peeled(tree: Any) -> Any:
     """A device's own replica, of arrays that have one as the first axis."""
-    return jax.tree.map(lambda x: jnp.squeeze(x, 0), tree)
+    return _but_pages(lambda x: jnp.squeeze(x, 0), tree)
 
 
 def _wrapped(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.expand_dims(x, 0), tree)
+    return _but_pages(lambda x: jnp.expand_dims(x, 0), tree)
 
 
 def _param_specs(model: Any, mesh: Mesh) -> list[PartitionSpec]:

@@ -92,11 +92,11 @@ def collectives(model, state) -> dict[str, int]:
     step = jax.jit(engine.step, donate_argnums=1)
     compiled = step.lower(model, state).compile()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    sent = re.findall(rf" ({kinds})\(.*replica_groups=(\S+\}}\}}),", compiled.as_text())
+    sent = re.findall(rf" ({kinds})\(.*replica_groups=(.*?), \w+=", compiled.as_text())
     analysis = compiled.memory_analysis()
     return {
         "counts": collections.Counter(kind for kind, _ in sent),
-        "groups": sorted({group for _, group in sent}),
+        "groups": sorted({re.sub(r"^mesh\[.*\] ", "", group) for _, group in sent}),
         "temporaries": analysis.temp_size_in_bytes,
     }
 

@@ -58,7 +58,7 @@ def test_each_device_holds_the_pages_of_its_own_heads(found):
     assert found["2 devices"]["on_device"] == [2, 14, 1, 4, 8]
     assert found["8 devices, 2 kv heads"]["on_device"] == [2, 14, 1, 4, 8]
     # Of two replicas one, of its 2 heads one.
-    assert found["2 replicas, swapping"]["on_device"] == [1, 2, 14, 1, 4, 8]
+    assert found["2 replicas, swapping"]["on_device"] == [2, 14, 1, 4, 8]
 
 
 def test_a_step_sums_twice_a_layer_and_sends_no_pages_and_no_weights(found):
@@ -70,10 +70,11 @@ def test_a_step_sums_twice_a_layer_and_sends_no_pages_and_no_weights(found):
 
 
 def test_nothing_is_sent_from_one_replica_to_another(found):
-    assert found["2 devices"]["collectives"]["groups"] == ["{{0,1}}"]
-    assert found["2 replicas, swapping"]["roomy_collectives"]["groups"] == [
-        "{{0,1},{2,3}}"
-    ]
+    # By devices, and from jax 0.12 on by axes.
+    groups = found["2 devices"]["collectives"]["groups"]
+    assert groups in (["{{0,1}}"], ["{'tensor'}"])
+    groups = found["2 replicas, swapping"]["roomy_collectives"]["groups"]
+    assert groups in (["{{0,1},{2,3}}"], ["{'tensor'}"])
 
 
 def test_temporaries_do_not_grow_with_the_pool(found):

@@ -120,13 +120,20 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
 def each(function: Callable[..., State], state: Any, *parts: Any) -> State:
     """The state after `function(state, *part)`, a state, of each replica.
 
-    Where there are several, `parts` have them as the first axis, as the state has.
+    Where there are several, `parts` have them as the first axis, as the state has. The
+    function does not see pages, which stay as they are and where they are.
     """
-    return _each(function, state, parts, state_specs)
+    after = _each(function, state, parts, state_specs)
+    return jax.tree.map(
+        lambda old, new: old if isinstance(old, KVCache) else new,
+        state,
+        after,
+        is_leaf=lambda part: isinstance(part, KVCache),
+    )
 
 
 def read(function: Callable[..., Any], state: Any, *parts: Any) -> Any:
-    """What `function(state, *part)` gives of each replica, arrays.
+    """What `function(state, *part)` gives of each replica, arrays; not of pages.
 
     Where there are several, they are the first axis, here as in `parts` and the state.
     """
@@ -140,6 +147,11 @@ def _each(function, state, parts, out_specs) -> Any:
     def on_each(state, *parts):
         return _wrapped(function(_peeled(state), *_peeled(parts)))
 
+    state = jax.tree.map(
+        lambda part: None if isinstance(part, KVCache) else part,
+        state,
+        is_leaf=lambda part: isinstance(part, KVCache),
+    )
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
         on_each,
@@ -158,7 +170,7 @@ def one(function: Callable[..., State], state: Any, replica: Any, *rest: Any) ->
         return function(state, *rest)
 
     def if_mine(state, is_mine, *rest):
-        # What the function leaves as it is, such as pages, is no choice.
+        # What the function leaves as it is is no choice.
         return jax.tree.map(
             lambda new, old: old if new is old else jnp.where(is_mine, new, old),
             function(state, *rest),

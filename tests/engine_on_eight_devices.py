@@ -12,9 +12,10 @@ import sys
 
 import checkpoints
 import jax
+import numpy as np
 from families_test import write_case
 
-from jpaged import LLM, engine, load_model, make_mesh
+from jpaged import LLM, engine, load_model, make_mesh, snapshots
 from jpaged.config import EngineConfig
 from jpaged.requests import BeamSearchParams, SamplingParams
 
@@ -51,17 +52,49 @@ CASES = {
 }
 
 
+# Saved after 12 steps on one mesh and gone on with on another: (config, from, to).
+MOVES = {
+    "2 to one": ("recompute", {"tensor": 2}, None),
+    "one to 8": ("recompute", None, {"tensor": 8}),
+    "8 to 2": ("recompute", {"tensor": 8}, {"tensor": 2}),
+    "one to 4, swapping": ("swap", None, {"tensor": 4}),
+}
+SAVED_AFTER = np.int32(12)
+
+
 def requests(config: str) -> list:
     last = BEAMS if config == "beams" else GREEDY
     return [GREEDY, DRAWN, last, GREEDY]
 
 
-def run(model, config: str, mesh) -> tuple[list, engine.EngineState]:
-    """The tokens of everybody, and the state at the end."""
+def begun(model, config: str, mesh) -> engine.EngineState:
     state = engine.init(model, CONFIGS[config], mesh=mesh)
-    state, _ = engine.submit(state, PROMPTS, requests(config))
-    state = engine.run(model, state)
+    return engine.submit(state, PROMPTS, requests(config))[0]
+
+
+def run(model, state: engine.EngineState) -> tuple[list, engine.EngineState]:
+    """The tokens of everybody, and the state at the end."""
+    state = engine.run(model, state, np.iinfo(np.int32).max)
     return [result.token_ids for result in engine.collect(state)], state
+
+
+def moved(folder: pathlib.Path, models: list, move: tuple, alone: tuple) -> dict:
+    """A run that began with one model, on its mesh, and ended with another."""
+    config, *sizes = move
+    meshes = [size and make_mesh(**size) for size in sizes]
+    state = engine.run(models[0], begun(models[0], config, meshes[0]), SAVED_AFTER)
+    snapshots.save(folder, state)
+    loaded = snapshots.load(folder, models[1], mesh=meshes[1])
+    num_swapped = int(loaded.counters.num_swapped_blocks)
+    tokens, state = run(models[1], loaded)
+    return {
+        "is_equal": tokens == alone[0],
+        "num_swapped": num_swapped,
+        # What was not computed again.
+        "computed": int(state.counters.num_tokens),
+        "computed_alone": int(alone[1].counters.num_tokens),
+        "violations": engine.violations(state),
+    }
 
 
 def collectives(model, state) -> dict[str, int]:
@@ -96,13 +129,16 @@ def main(folder: pathlib.Path) -> None:
         "mixtral": write_case(folder, "mixtral"),
     }
     alone, found = {}, {}
+    models = {}
     for name, (family, config, sizes) in CASES.items():
         if (family, config) not in alone:
-            alone[family, config] = run(load_model(paths[family]), config, None)
+            model = models.setdefault((family, None), load_model(paths[family]))
+            alone[family, config] = run(model, begun(model, config, None))
         tokens, before = alone[family, config]
         mesh = make_mesh(**sizes)
         model = load_model(paths[family], mesh=mesh)
-        got, state = run(model, config, mesh)
+        models[family, mesh.shape["tensor"]] = model
+        got, state = run(model, begun(model, config, mesh))
         pages = state.cache.k_pages
         found[name] = {
             "is_equal": got == tokens,
@@ -120,6 +156,10 @@ def main(folder: pathlib.Path) -> None:
                 mesh=mesh,
             )
             found[name]["roomy_collectives"] = collectives(model, more)
+    for name, move in MOVES.items():
+        pair = [models["llama", size and size["tensor"]] for size in move[1:]]
+        one = alone["llama", move[0]]
+        found[name] = moved(folder / name.replace(" ", "_"), pair, move, one)
     found["LLM"] = with_llm(paths["llama"])
     print(json.dumps(found))
 

@@ -59,6 +59,18 @@ def test_temporaries_do_not_grow_with_the_pool(found):
     assert after - before < 20_000
 
 
+@pytest.mark.parametrize(
+    "move", ["2 to one", "one to 8", "8 to 2", "one to 4, swapping"]
+)
+def test_what_was_saved_on_a_mesh_goes_on_on_another(found, move):
+    one = found[move]
+    assert one["is_equal"]
+    assert one["violations"] == []
+    # No page was computed again, though 8 devices store four times the kv heads of one.
+    assert one["computed"] == one["computed_alone"]
+    assert (one["num_swapped"] > 0) == ("swapping" in move)
+
+
 def test_the_llm_runs_on_a_mesh_and_refuses_replicas(found):
     assert found["LLM"]["num_tokens"] == 18
     assert found["LLM"]["is_equal"]

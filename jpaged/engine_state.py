@@ -120,7 +120,7 @@ def init(
     """
     _check_draft(model, config)
     make = functools.partial(_make, model, config, kv_dtype, mesh)
-    return make() if mesh is None else sharded.made(make, mesh, host_part="host")
+    return make() if mesh is None else sharded.made(make, mesh)
 
 
 def _make(

@@ -21,6 +21,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.models.placing import placement
 
 WHOLE = PartitionSpec(*parallel.STATE)
+_HOST = jax.tree_util.GetAttrKey("host")  # of `EngineState`
 State = TypeVar("State")
 
 
@@ -35,20 +36,23 @@ def state_specs(state: State, mesh: Mesh) -> State:
     return jax.tree.map(specs, state, is_leaf=lambda part: isinstance(part, KVCache))
 
 
-def made(make: Callable[[], State], mesh: Mesh, host_part: str) -> State:
-    """The state that `make` makes, each device's part made where it is to lie.
+def shardings(state: State, mesh: Mesh) -> State:
+    """Where each array of an engine's state lies; it may be of shapes only.
 
-    What lies under the attribute `host_part` keeps its pages in the host's memory.
+    Pages of the state's `host` part lie in the memory of the devices' hosts.
     """
-    specs = state_specs(jax.eval_shape(make), mesh)
 
     def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
-        is_host = path[0] == jax.tree_util.GetAttrKey(host_part) and spec != WHOLE
+        is_host = path[0] == _HOST and spec != WHOLE
         kind = "pinned_host" if is_host else None
         return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
 
-    shardings = jax.tree_util.tree_map_with_path(sharding, specs)
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.tree_util.tree_map_with_path(sharding, state_specs(state, mesh))
+
+
+def made(make: Callable[[], State], mesh: Mesh) -> State:
+    """The state that `make` makes, each device's part made where it is to lie."""
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
 
 def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) -> Any:

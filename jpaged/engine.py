@@ -257,8 +257,10 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
     """
     if state.prefix_cache is None:
         return state
-    config = state.config
-    cache = prefix_cache.init_cache(config.num_blocks, config.block_size)
+    make = functools.partial(
+        prefix_cache.init_cache, state.config.num_blocks, state.config.block_size
+    )
+    cache = make() if state.mesh is None else sharded.made(make, state.mesh)
     return dataclasses.replace(state, prefix_cache=cache)
 
 

@@ -92,8 +92,9 @@ class LLM:
       cascade: samples, beams and prompts with the same beginning read its keys and
         values together, where that pays; of the implementation "xla".
       mesh: of `jpaged.make_mesh`: the devices that share the model and the pages, by
-        the rules of `jpaged.parallel`; None is one device. Replicas over `data` are
-        not built yet.
+        the rules of `jpaged.parallel`; None is one device. Where they are those of
+        several processes, each makes the same LLM and the same calls, in one order,
+        and gets all outputs (docs/hosts.md). Replicas over `data` are not built yet.
       seed: requests without a seed draw from this one and their number.
       speculative_config: guess tokens ahead, which changes no token, only how many come
         in a step. {"method": "ngram", "num_speculative_tokens": 4} takes guesses from
@@ -158,6 +159,7 @@ class LLM:
         quantization: str | None = None,
         cascade: bool = False,
     ):
+        arguments = dict(locals())
         options.check_sizes(
             block_size=block_size,
             num_blocks=num_blocks,
@@ -175,6 +177,7 @@ class LLM:
             mesh=mesh,
             memory_fraction=memory_fraction,
         )
+        options.check_alike(arguments)
         compilation_cache.turn_on()
         self.model, self.tokenizer, self._name = options.load(
             model, dtype, tokenizer, quantization, mesh

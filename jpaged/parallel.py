@@ -114,6 +114,14 @@ def check_is_mesh(mesh: Mesh) -> None:
             f"mesh: wanted one of jpaged.make_mesh, with the axes {AXES} (Auto), "
             f"got {mesh!r:.200}"
         )
+    owners = {device.process_index for device in mesh.devices.flat}
+    idle = sorted(set(range(jax.process_count())) - owners)
+    if idle and owners != {jax.process_index()}:
+        raise ValueError(
+            "mesh: wanted devices of every process, or this one's alone, got none of "
+            f"{', '.join(f'process {n}' for n in idle)}; a mesh of all "
+            f"{jax.device_count()} devices would work"
+        )
 
 
 def check_mesh(mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int) -> None:

@@ -16,8 +16,8 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from jpaged import (
     block_manager,
+    distributed,
     engine,
     engine_state,
     groups,
@@ -33,6 +34,7 @@ from jpaged import (
     prefix_cache,
     request_limits,
     request_table,
+    sharded,
     submission,
     timeline,
 )
@@ -49,6 +51,10 @@ _READ_PIECES = 64  # pieces per device call
 _FIRST_STEPS = 4  # steps of a slice while it is not known how long they take
 _MOST_STEPS = 1 << 30
 _MOST_RECORDS = 1 << 16  # of steps that the host keeps
+# What the processes that share a mesh must be asked alike: the engine's sizes, who is
+# put into the table, and who is ended or let go by the host.
+_ASKED = ("config", "prompts", "params", "ends")
+Arrays = TypeVar("Arrays")
 
 
 class Request(Protocol):
@@ -123,6 +129,11 @@ class EngineHost:
         self._seconds_per_step: float | None = None
         self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
         self._limits = config.limits(1, 1)
+        # Where several processes run this engine, each for itself.
+        is_shared = distributed.is_shared(mesh)
+        self._asked = distributed.Asked(*_ASKED) if is_shared else None
+        sizes = (model.config, None if draft is None else draft.config)
+        self._note("config", (sizes, config, kv_dtype, seed))
         self._num_events = 0  # of the state's timeline, as last seen
         self._events: list[tuple[int, Event]] = []  # with places, since `take_events`
         # Of step n the timeline's row, and when it ended, at n % _MOST_RECORDS.
@@ -131,6 +142,21 @@ class EngineHost:
         self._step_ends = np.zeros((_MOST_RECORDS,))
         self._state = self._new_state()
         self.look()
+
+    def _note(self, kind: str, what: Any) -> None:
+        if self._asked is not None:
+            self._asked.note(kind, what)
+
+    def _agreed(self, number: int) -> int:
+        """Process 0's number, where several processes were asked the same."""
+        if self._asked is None:
+            return number
+        self._asked.check()
+        return distributed.first(number)
+
+    def _made(self, make: Callable[[], Arrays]) -> Arrays:
+        """What `make` makes, on the devices that have the state."""
+        return make() if self._mesh is None else sharded.made(make, self._mesh)
 
     def _new_state(self) -> EngineState:
         """An empty engine whose counters go on where the last one's were seen."""
@@ -146,12 +172,9 @@ class EngineHost:
         self.num_empty = self.config.max_num_requests
         if not self.counters:
             return state
-        values = self.counters | {"is_stalled": False}
-        counters = jax.tree.map(
-            lambda new, value: jnp.asarray(value, new.dtype),
-            state.counters,
-            engine.Counters(**values),
-        )
+        values = engine.Counters(**self.counters | {"is_stalled": False})
+        kinds = jax.tree.map(lambda new: new.dtype, state.counters)
+        counters = self._made(lambda: jax.tree.map(jnp.asarray, values, kinds))
         return dataclasses.replace(state, counters=counters)
 
     def clean(self) -> None:
@@ -172,6 +195,7 @@ class EngineHost:
 
     def pin(self, tokens: Sequence[int]) -> Pinned:
         """A prefix that will be computed once and kept until `unpin`."""
+        self._note("prompts", list(tokens))
         self._state, place = engine.pin(
             self._state, tokens, vocab_size=self.model.config.vocab_size
         )
@@ -183,6 +207,7 @@ class EngineHost:
     def unpin(self, pinned: Pinned) -> None:
         """Lets a prefix go; one that is gone already stays so."""
         if pinned in self.pinned:
+            self._note("ends", pinned.place)
             self.pinned.remove(pinned)
             self._state = engine.unpin(self._state, [pinned.place])
             self.num_empty += 1
@@ -202,6 +227,7 @@ class EngineHost:
 
     def _reset(self) -> None:
         self.epoch += 1
+        self._note("ends", self.epoch)
         self._num_events = 0
         self._events.clear()
         self._state = self._new_state()
@@ -215,18 +241,17 @@ class EngineHost:
         self.clean()
         if self.pinned:
             self._state = engine.unpin(self._state, [one.place for one in self.pinned])
-        table = request_table.init_table(config)
+        self._note("config", config)
         self.config = config
+        table, states = self._made(
+            lambda: (request_table.init_table(config), groups.init_states(config))
+        )
         host = self._state.host
         if host is not None:  # its rows are the table's places; nobody is there now
-            blocks = engine_state.init_host_blocks(config)
+            blocks = self._made(lambda: engine_state.init_host_blocks(config))
             host = dataclasses.replace(host, blocks=blocks)
         self._state = dataclasses.replace(
-            self._state,
-            requests=table,
-            states=groups.init_states(config),
-            host=host,
-            config=config,
+            self._state, requests=table, states=states, host=host, config=config
         )
         self.num_empty = config.max_num_requests
         self._compiled.clear()
@@ -252,6 +277,9 @@ class EngineHost:
         Gives for each the places of all its sequences, and those of its outputs.
         """
         placed = []
+        for request in requests:
+            self._note("prompts", (request.arrival, request.prompt_token_ids))
+            self._note("params", (request.arrival, request.params))
         vocab_size = self.model.config.vocab_size
         # `engine.submit` numbers arrivals one after another.
         runs = itertools.groupby(
@@ -292,19 +320,14 @@ class EngineHost:
         Raises:
           RuntimeError: the engine stalled, or its state is found unsound, which is a
             bug.
+          ValueError: other processes that run this engine were asked something else.
         """
+        max_steps = self._agreed(self._num_steps(seconds, least_steps))
         self.look()
         self._choose_program()
-        max_steps = _FIRST_STEPS
-        if self._seconds_per_step is not None:
-            max_steps = int(seconds / self._seconds_per_step)
-        # The records of more steps would overwrite each other before they are seen.
-        most_steps = self.config.num_recorded_steps or _MOST_STEPS
         first = self.counters["num_steps"]
         start = self.clock()
-        if self._checks:
-            most_steps = 1
-        progress = self._run(min(max(max_steps, least_steps), most_steps))
+        progress = self._run(max_steps)
         ran = Slice(first, self.counters["num_steps"], start, self.clock())
         elapsed = ran.end_s - ran.start_s
         self.run_s += elapsed
@@ -316,6 +339,17 @@ class EngineHost:
         if self._checks and (found := engine.violations(self._state)):
             self._give_up(f"the engine's state is unsound: {'; '.join(found)}")
         return progress
+
+    def _num_steps(self, seconds: float, least_steps: int) -> int:
+        """Steps of about so many seconds, by this process's clock."""
+        if self._checks:
+            return 1
+        steps = _FIRST_STEPS
+        if self._seconds_per_step is not None:
+            steps = int(seconds / self._seconds_per_step)
+        # The records of more steps would overwrite each other before they are seen.
+        most = self.config.num_recorded_steps or _MOST_STEPS
+        return min(max(steps, least_steps), most)
 
     def _give_up(self, why: str) -> NoReturn:
         report = f"{self.config}, counters {self.counters}"
@@ -423,12 +457,14 @@ class EngineHost:
         """Ends the live sequences at `places`; their blocks are free again."""
         mask = self._mask(places)
         if mask.any():
+            self._note("ends", (np.flatnonzero(mask).tolist(), reason))
             self._state = engine.end(self._state, mask, np.int32(reason))
 
     def release(self, places: Iterable[int]) -> None:
         """Empties the places of finished sequences."""
         mask = self._mask(places)
         if mask.any():
+            self._note("ends", np.flatnonzero(mask).tolist())
             self._state = engine.release(self._state, mask)
             self.num_empty += int(mask.sum())
 

@@ -25,9 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jpaged import engine_state, parallel, request_limits, request_table, scheduler
+from jpaged import (
+    distributed,
+    engine_state,
+    parallel,
+    request_limits,
+    request_table,
+    scheduler,
+)
 from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
@@ -48,7 +56,8 @@ _PARTS = dict(rules=RuleSizes, automata=AutomataSizes, speculation=Speculation)
 def save(folder: str | os.PathLike[str], state: EngineState) -> None:
     """Writes the state to a new folder, which is there whole or not at all.
 
-    `state` is not donated, and can go on.
+    `state` is not donated, and can go on. Processes that share a mesh all call it, with
+    a folder that all of them see.
 
     Raises:
       FileExistsError: something is there already.
@@ -58,7 +67,9 @@ def save(folder: str | os.PathLike[str], state: EngineState) -> None:
     folder = pathlib.Path(folder).absolute()
     if folder.exists():
         raise FileExistsError(f"folder: wanted a new one, {folder} is there already")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    is_shared = distributed.is_shared(state.mesh)
+    number = distributed.first(os.getpid()) if is_shared else os.getpid()
+    partial = folder.with_name(f"{folder.name}.partial-{number}")
     requests, pool = _halves(state)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "requests", requests)
@@ -68,8 +79,11 @@ def save(folder: str | os.PathLike[str], state: EngineState) -> None:
         "tensor": _tensor(state.mesh),
         "config": _describe(state.config),
     }
-    (partial / "config.json").write_text(json.dumps(about, indent=2))
-    partial.rename(folder)
+    if not is_shared or jax.process_index() == 0:
+        (partial / "config.json").write_text(json.dumps(about, indent=2))
+        partial.rename(folder)
+    if is_shared:
+        multihost_utils.sync_global_devices(str(folder))
 
 
 def load(

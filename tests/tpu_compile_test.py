@@ -213,7 +213,8 @@ def test_the_runner_prints_what_a_device_needs():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["compiled"]
     assert result["fits"]
-    assert result["collectives"]["all-reduce"] == 2 * (2 * 1 + 1)
+    # Of one row the compiler gathers the logits by a sum of its parts.
+    assert result["collectives"] == {"all-reduce": 2 * (2 * 1 + 1) + 1}
     assert result["compile_s"] > 0
     # Half of the tied embedding of 151,936 by 896 in bfloat16, and little else.
     assert 136e6 < result["bytes_per_chip"] < 250e6

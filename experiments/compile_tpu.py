@@ -156,7 +156,7 @@ def compile_run(
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
     """How many of each kind the program has."""
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found = re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text())
+    found = re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text() or "")
     return dict(collections.Counter(found))
 
 

@@ -40,6 +40,7 @@ from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.engine_state import EngineState, Model
+from jpaged.models.config import ModelConfig
 from jpaged.request_table import RequestTable
 from jpaged.speculation import DraftedModel
 
@@ -142,7 +143,7 @@ def _tensor(mesh: Mesh | None) -> int:
 
 def _stored_heads(model: Model, tensor: int) -> dict[str | None, int]:
     """Kv heads in the pages of the model and its draft on so many devices."""
-    models = {None: model.config}
+    models: dict[str | None, ModelConfig] = {None: model.config}
     if isinstance(model, DraftedModel):
         models["draft_"] = model.draft.config
     return {
@@ -227,11 +228,11 @@ def _copied(pages: np.ndarray, like: jax.Array) -> jax.Array:
     saved, wanted = pages.shape[2], like.shape[2]
     # Copies of a head follow each other, so those of any number lie in proportion.
     heads = np.arange(wanted) * saved // wanted
-    return jax.make_array_from_callback(
-        like.shape,
-        like.sharding,
-        lambda index: pages[*index[:2], heads[index[2]], *index[3:]],
-    )
+
+    def part(index: Any) -> np.ndarray:
+        return pages[*index[:2], heads[index[2]], *index[3:]]
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _with_leaves(state: EngineState, arrays: dict[str, jax.Array]) -> EngineState:

@@ -90,8 +90,8 @@ ROOMS = {
     "engine":            ["config", "sharded", "block_manager", "prefix_cache",
                           "scheduler", "request_table", "groups", "request_limits",
                           "submission", "speculation", "engine_state", "iteration"],
-    "snapshots":         ["config", "parallel", "distributed", "scheduler", "decoding",
-                          "request_table", "request_limits", "speculation",
+    "snapshots":         ["config", "parallel", "distributed", "scheduler", "models",
+                          "decoding", "request_table", "request_limits", "speculation",
                           "engine_state"],
     # the host shell: what users hand in, the clock, text; below the engine, then above
     "memory":            ["config", "parallel", "distributed", "kv_cache", "models"],

@@ -1,24 +1,30 @@
-r"""Compiles the engine's step for TPUs, with no TPU present, and says what it takes.
+r"""Compiles the engine for TPUs, with no TPU present, and says what it takes.
 
     python -m experiments.compile_tpu --topology v5e:2x2 --model llama-3-8b \
         --tensor_parallel 4
 
 Nothing is computed and no weight exists: the TPU's own compiler (libtpu, of the extra
 `tpu`) gets shapes, and gives back a program for the named machine, or the reason why
-there is none. Weights lie as `jpaged.parallel` says, pages are split by heads.
+there is none. It is the program that `LLM(mesh=...)` runs, `engine.run` on a state of
+`engine.init(mesh=...)`, with weights and pages where `jpaged.parallel` wants them.
 
 Takes a minute or two on two cores, most of it for the decoder's layers; `--num_layers`
 compiles fewer. The last line of the output is one JSON object: compiled, bytes_per_chip
-(arguments, results and temporaries of a device), temporary_bytes, fits, compile_s.
+(arguments, results and temporaries of a device), temporary_bytes, collectives, fits,
+compile_s.
 
 Expected, by arithmetic: a Llama-3-8B shape has 16.1 GB of bfloat16 weights, so 4.0 GB a
-chip of four, and its pages 131 kB a token, so 33 kB a token and chip.
+chip of four, and its pages 131 kB a token, so 33 kB a token and chip. Two sums a layer
+and one of the embedding, for each of a step's two sizes (decodes; prompts too), and one
+gather, of the logits.
 """
 
+import collections
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -36,9 +42,9 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
-from jpaged import engine, parallel
+from jpaged import engine, parallel, sharded
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig
 from jpaged.models.decoder import Decoder
@@ -134,27 +140,28 @@ def abstract_engine(
         nnx.to_pure_dict(nnx.state(model)),
     )
     nnx.update(model, weights)
-    state = jax.eval_shape(lambda: engine.init(model, config))
-    whole = NamedSharding(mesh, PartitionSpec())
-    by_heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-    cache = jax.tree.map(lambda leaf: shaped(leaf, by_heads), state.cache)
-    state = jax.tree.map(lambda leaf: shaped(leaf, whole), state)
-    return model, dataclasses.replace(state, cache=cache)
+    state = jax.eval_shape(lambda: engine.init(model, config, mesh=mesh))
+    return model, jax.tree.map(shaped, state, sharded.shardings(state, mesh))
 
 
-def compile_step(
+def compile_run(
     model_config: ModelConfig, config: EngineConfig, mesh: Mesh
 ) -> jax.stages.Compiled:
-    """The engine's step, compiled for the mesh's devices; `state` is donated."""
+    """`engine.run`, as `LLM(mesh=...)` runs it, compiled for the mesh's devices."""
     model, state = abstract_engine(model_config, config, mesh)
-    step = jax.jit(engine.step, donate_argnames="state")
-    # The mesh says for which TPU a kernel is made, and over what it is split.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return step.lower(model, state).compile()
+    max_steps = jax.ShapeDtypeStruct((), "int32")
+    return engine.run.lower(model, state, max_steps).compile()
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """How many of each kind the program has."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text() or "")
+    return dict(collections.Counter(found))
 
 
 def report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
-    """Bytes of one device, and whether it has so many."""
+    """Bytes of one device, whether it has so many, and what is sent."""
     memory = compiled.memory_analysis()
     used = (
         memory.argument_size_in_bytes
@@ -168,6 +175,7 @@ def report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
         "compiled": True,
         "bytes_per_chip": used,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "collectives": collectives(compiled),
         "fits": used <= available,
         "available_bytes": available,
     }
@@ -204,7 +212,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(str(error)) from None
     start = time.perf_counter()
     try:
-        result = report(compile_step(model, config, mesh), options["topology"])
+        result = report(compile_run(model, config, mesh), options["topology"])
     except jax.errors.JaxRuntimeError as error:
         # The compiler itself refuses what does not fit into the device's memory.
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -217,7 +225,7 @@ def main(argv: list[str]) -> None:
             f"{options['model']} on {options['tensor_parallel']} of "
             f"{options['topology']}: {result['bytes_per_chip'] / 1e9:.2f} GB a device, "
             f"{result['temporary_bytes'] / 1e6:.1f} MB of it temporaries, of "
-            f"{result['available_bytes'] / 1e9:.0f} GB"
+            f"{result['available_bytes'] / 1e9:.0f} GB; {result['collectives']}"
         )
     print(json.dumps({**options, "jax": jax.__version__, **result}))
 

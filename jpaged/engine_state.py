@@ -123,7 +123,7 @@ def init(
     """
     _check_draft(model, config)
     make = functools.partial(_make, model, config, kv_dtype, mesh)
-    return sharded.made(make, mesh, host_part="host")
+    return sharded.made(make, mesh)
 
 
 def _make(

@@ -95,7 +95,9 @@ class LLM:
       mesh: of `jpaged.make_mesh`: the devices that share the model and the pages, by
         the rules of `jpaged.parallel`; None is one device. Each replica over `data` has
         a pool, a request table and a schedule of its own, as large as said here; who
-        gets a request, `jpaged.routing` says.
+        gets a request, `jpaged.routing` says. Where the devices are those of several
+        processes, each makes the same LLM and the same calls, in one order, and gets
+        all outputs (docs/hosts.md).
       seed: requests without a seed draw from this one and their number.
       speculative_config: guess tokens ahead, which changes no token, only how many come
         in a step. {"method": "ngram", "num_speculative_tokens": 4} takes guesses from
@@ -160,6 +162,7 @@ class LLM:
         quantization: str | None = None,
         cascade: bool = False,
     ):
+        arguments = dict(locals())
         options.check_sizes(
             block_size=block_size,
             num_blocks=num_blocks,
@@ -177,6 +180,7 @@ class LLM:
             mesh=mesh,
             memory_fraction=memory_fraction,
         )
+        options.check_alike(arguments)
         compilation_cache.turn_on()
         self.model, self.tokenizer, self._name = options.load(
             model, dtype, tokenizer, quantization, mesh

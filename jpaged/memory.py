@@ -11,7 +11,7 @@ import pathlib
 import jax
 from jax.sharding import Mesh
 
-from jpaged import kv_cache, parallel
+from jpaged import distributed, kv_cache, parallel
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 
@@ -79,6 +79,8 @@ def choose_sizes(
         tensor = 1 if mesh is None else mesh.shape["tensor"]
         if mesh is not None and mesh.devices.flat[0].platform == "cpu":
             budget //= mesh.size  # virtual devices share the machine's memory
+        if distributed.is_shared(mesh):
+            budget = distributed.least(budget)
         size = sum(
             block_bytes(each.config, block_size, kv_dtype, attention, tensor)
             for each in models
@@ -97,9 +99,9 @@ def choose_sizes(
 
 
 def pool_budget(model: Decoder, memory_fraction: float) -> int:
-    """Bytes that the pool may take on the model's device."""
+    """Bytes that the pool may take on the model's device, one of this process."""
     leaves = jax.tree.leaves(model)
-    device = next(iter(leaves[0].devices()))
+    device = leaves[0].addressable_shards[0].device
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)

@@ -7,6 +7,7 @@ replaced by something else.
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged import attention as attention_module
-from jpaged import implementations, parallel, sharded
+from jpaged import distributed, implementations, parallel, sharded
 from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
@@ -105,6 +106,20 @@ def check_choices(
             f"memory_fraction: wanted a share above 0 and up to 1, got "
             f"{memory_fraction!r}"
         )
+
+
+def check_alike(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where processes that share the mesh have other arguments.
+
+    A folder may lie elsewhere on another host, but its name is the same.
+    """
+    if not distributed.is_shared(arguments["mesh"]):
+        return
+    model = arguments["model"]
+    is_decoder = isinstance(model, Decoder)
+    name = model.config if is_decoder else pathlib.PurePath(str(model)).name
+    alike = {"self": None, "tokenizer": None, "model": name}
+    distributed.check_alike({**arguments, **alike})
 
 
 def load(

@@ -117,6 +117,20 @@ def check_is_mesh(mesh: Mesh) -> None:
             f"mesh: wanted one of jpaged.make_mesh, with the axes {AXES} (Auto), "
             f"got {mesh!r:.200}"
         )
+    owners = {device.process_index for device in mesh.devices.flat}
+    idle = sorted(set(range(jax.process_count())) - owners)
+    if idle and owners != {jax.process_index()}:
+        raise ValueError(
+            "mesh: wanted devices of every process, or this one's alone, got none of "
+            f"{', '.join(f'process {n}' for n in idle)}; a mesh of all "
+            f"{jax.device_count()} devices would work"
+        )
+    if len(owners) > 1 and mesh.shape["data"] > 1:
+        raise ValueError(
+            "mesh: wanted data=1 where several processes share it, got data="
+            f"{mesh.shape['data']}; replicas of several processes are not built: start "
+            "a script for each, on devices of its own"
+        )
 
 
 def check_mesh(mesh: Mesh, split_sizes: Mapping[str, int], num_experts: int) -> None:

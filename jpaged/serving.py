@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ from jax.sharding import Mesh
 
 from jpaged import (
     block_manager,
+    distributed,
     engine,
     engine_state,
     groups,
@@ -51,6 +53,9 @@ _FIRST_STEPS = 4  # steps of a slice while it is not known how long they take
 _MOST_STEPS = 1 << 30
 _MOST_RECORDS = 1 << 16  # of steps that the host keeps, of each replica
 _LOOK_UPS = 16  # prompts that are looked up in one device call
+# What the processes that share a mesh must be asked alike: the engine's sizes, who is
+# put into the table, and who is ended or let go by the host.
+_ASKED = ("config", "prompts", "params", "ends")
 
 
 class Request(Protocol):
@@ -133,6 +138,11 @@ class EngineHost:
         self._seconds_per_step: float | None = None
         self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
         self._limits = config.limits(1, 1)
+        # Where several processes run this engine, each for itself.
+        is_shared = distributed.is_shared(mesh)
+        self._asked = distributed.Asked(*_ASKED) if is_shared else None
+        sizes = (model.config, None if draft is None else draft.config)
+        self._note("config", (sizes, config, kv_dtype, seed))
         # Of the state's timelines, as last seen.
         self._num_events = np.zeros((self.num_replicas,), np.int64)
         self._events: list[tuple[int, Event]] = []  # with places, since `take_events`
@@ -143,6 +153,17 @@ class EngineHost:
         self._step_ends = np.zeros(shape)
         self._state = self._new_state()
         self.look()
+
+    def _note(self, kind: str, what: Any) -> None:
+        if self._asked is not None:
+            self._asked.note(kind, what)
+
+    def _agreed(self, number: int) -> int:
+        """Process 0's number, where several processes were asked the same."""
+        if self._asked is None:
+            return number
+        self._asked.check()
+        return distributed.first(number)
 
     def _new_state(self) -> EngineState:
         """An empty engine whose counters go on where the last one's were seen."""
@@ -158,16 +179,11 @@ class EngineHost:
         self.empty_places[:] = self.config.max_num_requests
         if not self.counters:
             return state
-        values = self.counters_of_each | {
-            "is_stalled": np.zeros((self.num_replicas,), np.bool_)
-        }
-        counters = jax.tree.map(
-            lambda new, value: jax.device_put(
-                value.astype(new.dtype).reshape(new.shape), new.sharding
-            ),
-            state.counters,
-            engine.Counters(**values),
+        values = engine.Counters(
+            **self.counters_of_each
+            | {"is_stalled": np.zeros((self.num_replicas,), np.bool_)}
         )
+        counters = jax.tree.map(_like, state.counters, values)
         return dataclasses.replace(state, counters=counters)
 
     @property
@@ -205,6 +221,7 @@ class EngineHost:
 
     def pin(self, tokens: Sequence[int]) -> Pinned:
         """A prefix that each replica will compute once and keep until `unpin`."""
+        self._note("prompts", list(tokens))
         places: list[int] = []
         try:
             for replica in range(self.num_replicas):
@@ -227,6 +244,7 @@ class EngineHost:
     def unpin(self, pinned: Pinned) -> None:
         """Lets a prefix go; one that is gone already stays so."""
         if pinned in self.pinned:
+            self._note("ends", pinned.places)
             self.pinned.remove(pinned)
             self._state = engine.unpin(self._state, pinned.places)
             self.empty_places += 1
@@ -249,6 +267,7 @@ class EngineHost:
 
     def _reset(self) -> None:
         self.epoch += 1
+        self._note("ends", self.epoch)
         self._num_events[:] = 0
         self._events.clear()
         self._state = self._new_state()
@@ -262,6 +281,7 @@ class EngineHost:
         self.clean()
         if self.pinned:
             self._state = engine.unpin(self._state, self._pinned_places())
+        self._note("config", config)
         self.config = config
         host = self._state.host
 
@@ -331,6 +351,9 @@ class EngineHost:
 
         Gives for each the places of all its sequences, and those of its outputs.
         """
+        for request in itertools.chain.from_iterable(requests):
+            self._note("prompts", (request.arrival, request.prompt_token_ids))
+            self._note("params", (request.arrival, request.params))
         vocab_size = self.model.config.vocab_size
         placed: list[list[tuple[list[int], list[int]]]] = [[] for _ in requests]
         for replica, group in enumerate(requests):
@@ -376,19 +399,14 @@ class EngineHost:
         Raises:
           RuntimeError: the engine stalled, or its state is found unsound, which is a
             bug.
+          ValueError: other processes that run this engine were asked something else.
         """
+        max_steps = self._agreed(self._num_steps(seconds, least_steps))
         self.look()
         self._choose_program()
-        max_steps = _FIRST_STEPS
-        if self._seconds_per_step is not None:
-            max_steps = int(seconds / self._seconds_per_step)
-        # The records of more steps would overwrite each other before they are seen.
-        most_steps = self.config.num_recorded_steps or _MOST_STEPS
         first = self.counters_of_each["num_steps"]
         start = self.clock()
-        if self._checks:
-            most_steps = 1
-        progress = self._run(min(max(max_steps, least_steps), most_steps))
+        progress = self._run(max_steps)
         end = self.clock()
         self.run_s += end - start
         last = self.counters_of_each["num_steps"]
@@ -401,6 +419,17 @@ class EngineHost:
         if self._checks and (found := engine.violations(self._state)):
             self._give_up(f"the engine's state is unsound: {'; '.join(found)}")
         return progress
+
+    def _num_steps(self, seconds: float, least_steps: int) -> int:
+        """Steps of about so many seconds, by this process's clock."""
+        if self._checks:
+            return 1
+        steps = _FIRST_STEPS
+        if self._seconds_per_step is not None:
+            steps = int(seconds / self._seconds_per_step)
+        # The records of more steps would overwrite each other before they are seen.
+        most = self.config.num_recorded_steps or _MOST_STEPS
+        return min(max(steps, least_steps), most)
 
     def _give_up(self, why: str) -> NoReturn:
         report = f"{self.config}, counters {self.counters}"
@@ -531,6 +560,7 @@ class EngineHost:
         """Ends the live sequences at `places`; their blocks are free again."""
         mask = self._mask(places)
         if mask.any():
+            self._note("ends", (np.flatnonzero(mask).tolist(), reason))
             mask = self._for_each(mask)
             self._state = engine.end(self._state, mask, np.int32(reason))
 
@@ -538,6 +568,7 @@ class EngineHost:
         """Empties the places of finished sequences."""
         mask = self._mask(places)
         if mask.any():
+            self._note("ends", np.flatnonzero(mask).tolist())
             self._state = engine.release(self._state, self._for_each(mask))
             self.empty_places += mask.sum(axis=1)
 
@@ -599,6 +630,14 @@ def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
 
     return sharded.read(summary, state)
+
+
+def _like(array: jax.Array, value: np.ndarray) -> jax.Array:
+    """`value` of the array's shape and type, where the array lies."""
+    value = np.asarray(value).astype(array.dtype).reshape(array.shape)
+    return jax.make_array_from_callback(
+        array.shape, array.sharding, lambda index: value[index]
+    )
 
 
 @jax.jit

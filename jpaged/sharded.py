@@ -27,6 +27,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.models.placing import placement
 
 WHOLE = PartitionSpec(*parallel.STATE)
+_HOST = jax.tree_util.GetAttrKey("host")  # of `EngineState`
 State = TypeVar("State")
 
 
@@ -56,14 +57,26 @@ def state_specs(state: State, mesh: Mesh) -> State:
     return _but_pages(lambda _: _whole_or_each(mesh), state, pages)
 
 
-def made(
-    make: Callable[[], State], mesh: Mesh | None, host_part: str | None = None
-) -> State:
+def shardings(state: State, mesh: Mesh) -> State:
+    """Where each array of an engine's state lies; it may be of shapes only.
+
+    Pages of the state's `host` part lie in the memory of the devices' hosts.
+    """
+    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+
+    def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
+        is_host = path[0] == _HOST and spec == pages
+        kind = "pinned_host" if is_host else None
+        return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
+
+    return jax.tree_util.tree_map_with_path(sharding, state_specs(state, mesh))
+
+
+def made(make: Callable[[], State], mesh: Mesh | None) -> State:
     """The state that `make` makes, each device's part made where it is to lie.
 
     Where there are several replicas, all get the same; only of pages `make` makes those
-    of all. What lies under the attribute `host_part` keeps its pages in the host's
-    memory.
+    of all.
     """
     if mesh is None:
         return make()
@@ -71,16 +84,7 @@ def made(
     def make_all() -> State:
         return stacked(make(), mesh)
 
-    specs = state_specs(jax.eval_shape(make_all), mesh)
-    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
-
-    def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
-        is_host = spec == pages and jax.tree_util.keystr(path[:1]) == f".{host_part}"
-        kind = "pinned_host" if is_host else None
-        return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
-
-    shardings = jax.tree_util.tree_map_with_path(sharding, specs)
-    return jax.jit(make_all, out_shardings=shardings)()
+    return jax.jit(make_all, out_shardings=shardings(jax.eval_shape(make_all), mesh))()
 
 
 def stacked(tree: Any, mesh: Mesh | None) -> Any:

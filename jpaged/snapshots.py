@@ -9,7 +9,8 @@ Place on the road: engine -> [snapshots] -> disk -> [snapshots] -> engine. Host 
 Into an engine of the same sizes everything comes back as it was, pages included. Into
 one with another pool (more blocks, other rows, no prefix cache, ...) the requests come
 back and what they had generated; their pages are computed again, as after a preemption.
-So one saved state can be forked into several policies, or moved to another machine.
+So one saved state can be forked into several policies, or moved to another machine:
+onto a mesh, onto another or off it, where each device takes the pages of its own heads.
 """
 
 from __future__ import annotations
@@ -18,22 +19,37 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from jpaged import engine_state, parallel, request_limits, request_table, scheduler
+from jpaged import (
+    distributed,
+    engine_state,
+    parallel,
+    request_limits,
+    request_table,
+    scheduler,
+)
 from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.engine_state import EngineState, Model
+from jpaged.models.config import ModelConfig
 from jpaged.request_table import RequestTable
+from jpaged.speculation import DraftedModel
 
 FORMAT = 1
 # What comes back into any engine, and what only into one with the same pool.
 _REQUESTS = (".requests", ".states", ".counters")
 _KNOBS = ".knobs"
+# Arrays in which kv heads, their axis 2, are stored as often as the mesh asks.
+_PAGES = re.compile(r"\.(draft_)?cache\.[kv]_(pages|scale)$")
 # Fields of the config that are dataclasses themselves.
 _PARTS = dict(rules=RuleSizes, automata=AutomataSizes, speculation=Speculation)
 
@@ -41,7 +57,8 @@ _PARTS = dict(rules=RuleSizes, automata=AutomataSizes, speculation=Speculation)
 def save(folder: str | os.PathLike[str], state: EngineState) -> None:
     """Writes the state to a new folder, which is there whole or not at all.
 
-    `state` is not donated, and can go on.
+    `state` is not donated, and can go on. Processes that share a mesh all call it, with
+    a folder that all of them see.
 
     Raises:
       FileExistsError: something is there already.
@@ -57,15 +74,23 @@ def save(folder: str | os.PathLike[str], state: EngineState) -> None:
     folder = pathlib.Path(folder).absolute()
     if folder.exists():
         raise FileExistsError(f"folder: wanted a new one, {folder} is there already")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    is_shared = distributed.is_shared(state.mesh)
+    number = distributed.first(os.getpid()) if is_shared else os.getpid()
+    partial = folder.with_name(f"{folder.name}.partial-{number}")
     requests, pool = _halves(state)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "requests", requests)
         checkpointer.save(partial / "pool", pool)
-    (partial / "config.json").write_text(
-        json.dumps({"format": FORMAT, "config": _describe(state.config)}, indent=2)
-    )
-    partial.rename(folder)
+    about = {
+        "format": FORMAT,
+        "tensor": _tensor(state.mesh),
+        "config": _describe(state.config),
+    }
+    if not is_shared or jax.process_index() == 0:
+        (partial / "config.json").write_text(json.dumps(about, indent=2))
+        partial.rename(folder)
+    if is_shared:
+        multihost_utils.sync_global_devices(str(folder))
 
 
 def load(
@@ -74,6 +99,7 @@ def load(
     config: EngineConfig | None = None,
     *,
     kv_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> EngineState:
     """The state that was saved, in an engine for `model`.
 
@@ -83,6 +109,8 @@ def load(
       config: None is the saved one. Another may change whatever is not about the
         request table's shapes: the pool, the rows, the policy, ... .
       kv_dtype: of the pages; None takes the model's.
+      mesh: on which the model lies; None is one device. Any, whatever the state was
+        saved on.
 
     Raises:
       FileNotFoundError: no snapshot there.
@@ -93,14 +121,41 @@ def load(
     saved = _read_config(folder)
     if config is None:
         config = _restore_config(saved)
-    empty = jax.jit(lambda: engine_state.init(model, config, kv_dtype=kv_dtype))()
+    empty = _empty(model, config, kv_dtype, mesh)
     requests, pool = _halves(empty)
     if not _fits(folder / "requests", requests):
         raise ValueError(_difference(saved, config))
     arrays = _restore(folder / "requests", requests)
-    if _fits(folder / "pool", pool):
-        return _with_leaves(empty, arrays | _restore(folder / "pool", pool))
+    # Snapshots of before there were meshes do not say.
+    stored = _stored_heads(model, saved.get("tensor", 1))
+    if _fits(folder / "pool", pool, stored):
+        return _with_leaves(empty, arrays | _restore(folder / "pool", pool, stored))
     return _relocated(_with_leaves(empty, arrays), config)
+
+
+def _empty(
+    model: Model, config: EngineConfig, kv_dtype: str | None, mesh: Mesh | None
+) -> EngineState:
+    def init() -> EngineState:
+        return engine_state.init(model, config, kv_dtype=kv_dtype, mesh=mesh)
+
+    # One program, and not one for each array; on a mesh it is one already.
+    return jax.jit(init)() if mesh is None else init()
+
+
+def _tensor(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape["tensor"]
+
+
+def _stored_heads(model: Model, tensor: int) -> dict[str | None, int]:
+    """Kv heads in the pages of the model and its draft on so many devices."""
+    models: dict[str | None, ModelConfig] = {None: model.config}
+    if isinstance(model, DraftedModel):
+        models["draft_"] = model.draft.config
+    return {
+        which: parallel.stored_kv_heads(sizes.num_kv_heads, tensor)
+        for which, sizes in models.items()
+    }
 
 
 def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -115,31 +170,75 @@ def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Arr
     return requests, {n: leaf for n, leaf in arrays.items() if n not in requests}
 
 
-def _fits(folder: pathlib.Path, wanted: dict[str, jax.Array]) -> bool:
-    """Whether the saved arrays have the names, shapes and types of `wanted`."""
+def _fits(
+    folder: pathlib.Path,
+    wanted: dict[str, jax.Array],
+    stored: dict[str | None, int] | None = None,
+) -> bool:
+    """Whether the saved arrays have the names, shapes and types of `wanted`.
+
+    But pages hold `stored` heads.
+    """
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
         known = checkpointer.metadata(folder).item_metadata.tree
     return known.keys() == wanted.keys() and all(
-        tuple(leaf.shape) == tuple(known[name].shape)
+        _saved_shape(name, leaf, stored) == tuple(known[name].shape)
         and leaf.dtype == known[name].dtype
         for name, leaf in wanted.items()
     )
 
 
-def _restore(folder: pathlib.Path, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The saved arrays, where those of `like` are, which make room for them."""
+def _saved_shape(
+    name: str, leaf: jax.Array, stored: dict[str | None, int] | None
+) -> tuple[int, ...]:
+    is_pages = _PAGES.search(name)
+    if stored is None or is_pages is None:
+        return leaf.shape
+    return (*leaf.shape[:2], stored[is_pages[1]], *leaf.shape[3:])
+
+
+def _restore(
+    folder: pathlib.Path,
+    like: dict[str, jax.Array],
+    stored: dict[str | None, int] | None = None,
+) -> dict[str, jax.Array]:
+    """The saved arrays, where those of `like` are, which make room for them.
+
+    Each device reads its own part; but pages with other than the `stored` heads come
+    by way of the host.
+    """
     import orbax.checkpoint as ocp
 
-    target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in like.items()
-    }
-    for leaf in like.values():
+    target: dict[str, Any] = {}
+    for name, leaf in like.items():
+        shape = _saved_shape(name, leaf, stored)
+        if shape == leaf.shape:
+            target[name] = jax.ShapeDtypeStruct(
+                shape, leaf.dtype, sharding=leaf.sharding
+            )
+        else:
+            target[name] = np.broadcast_to(np.zeros((), leaf.dtype), shape)
         leaf.delete()
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder, target)
+        arrays = checkpointer.restore(folder, target)
+    return {
+        name: _copied(array, like[name]) if isinstance(array, np.ndarray) else array
+        for name, array in arrays.items()
+    }
+
+
+def _copied(pages: np.ndarray, like: jax.Array) -> jax.Array:
+    """Pages with each head as often, and where, as `like` has it."""
+    saved, wanted = pages.shape[2], like.shape[2]
+    # Copies of a head follow each other, so those of any number lie in proportion.
+    heads = np.arange(wanted) * saved // wanted
+
+    def part(index: Any) -> np.ndarray:
+        return pages[*index[:2], heads[index[2]], *index[3:]]
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _with_leaves(state: EngineState, arrays: dict[str, jax.Array]) -> EngineState:

@@ -15,6 +15,7 @@ from unittest import mock
 
 import checkpoints
 import jax
+import numpy as np
 from families_test import write_case
 
 from jpaged import (
@@ -67,24 +68,54 @@ CASES = {
     "2 replicas, cascade": ("llama", "cascade", {"data": 2, "tensor": 2}),
 }
 
+# Saved after 12 steps on one mesh and gone on with on another: (config, from, to).
+MOVES = {
+    "2 to one": ("recompute", {"tensor": 2}, None),
+    "one to 8": ("recompute", None, {"tensor": 8}),
+    "8 to 2": ("recompute", {"tensor": 8}, {"tensor": 2}),
+    "one to 4, swapping": ("swap", None, {"tensor": 4}),
+}
+SAVED_AFTER = np.int32(12)
+
 
 def requests(config: str) -> list:
     last = BEAMS if config == "beams" else GREEDY
     return [GREEDY, DRAWN, last, GREEDY]
 
 
-def run(model, config: str, mesh) -> tuple[list, engine.EngineState]:
-    """The tokens of everybody, and the state at the end.
-
-    A second replica gets all requests but the last, so that it ends sooner.
-    """
+def begun(model, config: str, mesh) -> engine.EngineState:
+    """Everybody submitted. A second replica gets all but the last, and ends sooner."""
     state = engine.init(model, CONFIGS[config], mesh=mesh)
     state, _ = engine.submit(state, PROMPTS, requests(config))
     if mesh is not None and mesh.shape["data"] == 2:
         short = PROMPTS[:-1], requests(config)[:-1]
         state, _ = engine.submit(state, *short, replica=1)
-    state = engine.run(model, state)
+    return state
+
+
+def run(model, state: engine.EngineState) -> tuple[list, engine.EngineState]:
+    """The tokens of everybody, and the state at the end."""
+    state = engine.run(model, state, np.iinfo(np.int32).max)
     return [result.token_ids for result in engine.collect(state)], state
+
+
+def moved(folder: pathlib.Path, models: list, move: tuple, alone: tuple) -> dict:
+    """A run that began with one model, on its mesh, and ended with another."""
+    config, *sizes = move
+    meshes = [size and make_mesh(**size) for size in sizes]
+    state = engine.run(models[0], begun(models[0], config, meshes[0]), SAVED_AFTER)
+    snapshots.save(folder, state)
+    loaded = snapshots.load(folder, models[1], mesh=meshes[1])
+    num_swapped = int(loaded.counters.num_swapped_blocks)
+    tokens, state = run(models[1], loaded)
+    return {
+        "is_equal": tokens == alone[0],
+        "num_swapped": num_swapped,
+        # What was not computed again.
+        "computed": int(state.counters.num_tokens),
+        "computed_alone": int(alone[1].counters.num_tokens),
+        "violations": engine.violations(state),
+    }
 
 
 def collectives(model, state) -> dict[str, int]:
@@ -101,14 +132,13 @@ def collectives(model, state) -> dict[str, int]:
     }
 
 
-def measure(path: pathlib.Path, case: str, tokens: list, draft: pathlib.Path) -> dict:
+def measure(model, case: str, tokens: list, draft: pathlib.Path) -> dict:
     """What a case of CASES gives, beside the tokens of one device."""
     _, config, sizes = CASES[case]
     mesh = make_mesh(**sizes)
-    model = load_model(path, mesh=mesh)
     if config == "drafts":
         model = engine.DraftedModel(model, load_model(draft, mesh=mesh))
-    got, state = run(model, config, mesh)
+    got, state = run(model, begun(model, config, mesh))
     if sizes.get("data") == 2:
         tokens = tokens + tokens[:-1]
     pages, counters = state.cache.k_pages, state.counters
@@ -131,7 +161,7 @@ def measure(path: pathlib.Path, case: str, tokens: list, draft: pathlib.Path) ->
     if case == "2 replicas, swapping":
         found["refusals"] = [
             refusal(engine.submit, state, PROMPTS, GREEDY, replica=2),
-            refusal(snapshots.save, path / "snapshot", state),
+            refusal(snapshots.save, draft / "snapshot", state),
         ]
     return found
 
@@ -230,14 +260,26 @@ def main(folder: pathlib.Path) -> None:
     # The target's first layer: it guesses well now and then.
     draft = checkpoints.write_tiny_llama(folder / "draft", **GQA, num_hidden_layers=1)
     alone, found = {}, {}
-    for name, (family, config, _) in CASES.items():
-        path, plain = paths[family], "beams" if config == "beams" else "recompute"
+    models = {
+        "llama": load_model(paths["llama"]),
+        "mixtral": load_model(paths["mixtral"]),
+    }
+    for name, (family, config, sizes) in CASES.items():
+        # Neither drafts nor cascade attention change a token.
+        plain = "recompute" if config in ("drafts", "cascade") else config
         if (family, plain) not in alone:
-            alone[family, plain], _ = run(load_model(path), plain, None)
-        args = path, name, alone[family, plain], draft
+            model = models[family]
+            alone[family, plain] = run(model, begun(model, plain, None))
+        model = models[name] = load_model(paths[family], mesh=make_mesh(**sizes))
+        args = model, name, alone[family, plain][0], draft
         found[name] = (
             with_cascade(measure, *args) if config == "cascade" else measure(*args)
         )
+    of = {2: "2 devices", 8: "8 devices, 2 kv heads", 4: "4 devices, swapping"}
+    for name, move in MOVES.items():
+        pair = [models[of[size["tensor"]] if size else "llama"] for size in move[1:]]
+        one = alone["llama", move[0]]
+        found[name] = moved(folder / name.replace(" ", "_"), pair, move, one)
     found["LLM"] = with_llm(paths["llama"])
     print(json.dumps(found))
 

@@ -85,6 +85,18 @@ def test_temporaries_do_not_grow_with_the_pool(found):
         assert after - before < 20_000
 
 
+@pytest.mark.parametrize(
+    "move", ["2 to one", "one to 8", "8 to 2", "one to 4, swapping"]
+)
+def test_what_was_saved_on_a_mesh_goes_on_on_another(found, move):
+    one = found[move]
+    assert one["is_equal"]
+    assert one["violations"] == []
+    # No page was computed again, though 8 devices store four times the kv heads of one.
+    assert one["computed"] == one["computed_alone"]
+    assert (one["num_swapped"] > 0) == ("swapping" in move)
+
+
 def test_the_llm_on_replicas_gives_the_tokens_of_one_device(found):
     llm = found["LLM"]
     assert llm["num_outputs"] == 2 * (1 + 2 + 3 + 1 + 1 + 2)

@@ -1,4 +1,4 @@
-"""The TPU's kernels and an engine's step, compiled to TPU programs with no TPU present.
+"""The TPU's kernels and an engine, compiled to TPU programs with no TPU present.
 
 What is read off the programs: they exist, pools come back in the memory they came in,
 and temporaries have nothing of the pool's size.
@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import compile_tpu
-from jpaged import attention, kv_cache
+from jpaged import attention, memory
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig
 
@@ -42,15 +42,15 @@ SHAPES = {
 NUM_BLOCKS = (512, 4096)
 
 
-def compiled(topology: str, function, *args, donate=(), tensor=1):
-    """The program of `function` for one device, or for several that share the heads."""
-    mesh = compile_tpu.tpu_mesh(topology, tensor)
+def compiled(topology: str, function, *args, donate=()):
+    """The program of `function` for one device."""
+    mesh = compile_tpu.tpu_mesh(topology, 1)
+    whole = NamedSharding(mesh, PartitionSpec())
 
     def placed(leaf):
-        axes = {5: (None, None, "tensor"), 3: (None, "tensor")}.get(len(leaf.shape), ())
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
+    # The mesh says for which TPU a kernel is made.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function, donate_argnums=donate).lower(
             *jax.tree.map(placed, args)
@@ -68,7 +68,7 @@ def pool(name: str, num_blocks: int) -> jax.ShapeDtypeStruct:
     return array(*shape, dtype=dtype)
 
 
-def attend(name: str, topology: str, *, is_ragged: bool, num_blocks=512, tensor=1):
+def attend(name: str, topology: str, *, is_ragged: bool, num_blocks=512):
     (num_heads, _), head_dim, _, dtype, options = SHAPES[name]
     num_rows, num_queries = 16, 128 if is_ragged else 16
     pages = pool(name, num_blocks)
@@ -88,7 +88,6 @@ def attend(name: str, topology: str, *, is_ragged: bool, num_blocks=512, tensor=
         array(num_queries, num_heads, head_dim, dtype=dtype),
         *(pages, pages),
         *(array(num_rows, 64), array(num_rows), array(num_rows + 1), array()),
-        tensor=tensor,
     )
 
 
@@ -118,17 +117,6 @@ def test_attention_needs_no_memory_that_grows_with_the_pool():
     assert small == large
 
 
-def test_attention_of_four_devices_reads_only_their_own_heads():
-    program = attend("llama_3_8b", "v5e:2x2", is_ragged=True, tensor=4)
-    one = attend("llama_3_8b", "v5e:2x2", is_ragged=True)
-    text = program.as_text()
-    assert "bf16[2,512,2,16,128]" in text  # 2 of 8 heads
-    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert f" {collective}" not in text
-    arguments = [p.memory_analysis().argument_size_in_bytes for p in (program, one)]
-    assert arguments[0] < 0.3 * arguments[1]
-
-
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", ["llama_3_8b", "gemma_2_2b"])
 def test_page_updates_happen_in_the_pools_memory(name, topology):
@@ -154,7 +142,7 @@ def test_page_updates_happen_in_the_pools_memory(name, topology):
         assert temporaries(program) < 2**21 < size / 32
 
 
-# ---- the engine's step
+# ---- the engine's program, on one device and on four that share the heads
 
 MODEL = ModelConfig.from_hf(
     dict(
@@ -165,7 +153,7 @@ MODEL = ModelConfig.from_hf(
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=8,
-        num_key_value_heads=4,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=256,
         hidden_act="silu",
@@ -175,7 +163,7 @@ MODEL = ModelConfig.from_hf(
 )
 
 
-def step(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu"):
+def run(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu"):
     config = EngineConfig(
         num_blocks=num_blocks,
         max_num_seqs=2,
@@ -184,41 +172,36 @@ def step(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu"):
         attention=implementation,
     )
     mesh = compile_tpu.tpu_mesh("v5e:2x2", tensor)
-    return compile_tpu.compile_step(MODEL, config, mesh)
+    return compile_tpu.compile_run(MODEL, config, mesh)
 
 
-def pool_bytes(num_blocks: int, implementation: str = "mosaic_tpu") -> int:
-    return num_blocks * kv_cache.bytes_per_block(
-        num_layers=MODEL.num_layers,
-        num_kv_heads=MODEL.num_kv_heads,
-        block_size=16,
-        head_dim=MODEL.head_dim,
-        dtype="bfloat16",
-        implementation=implementation,
-    )
+def pool_bytes(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu") -> int:
+    """Of a device; four store 2 kv heads twice each."""
+    sizes = (16, "bfloat16", implementation, tensor)
+    return num_blocks * memory.block_bytes(MODEL, *sizes)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
-def test_a_step_updates_the_pool_in_place_on_one_device_and_on_four(tensor):
-    small, large = (step(n, tensor) for n in NUM_BLOCKS)
+def test_the_engine_updates_the_pool_in_place_and_sends_sums_alone(tensor):
+    small, large = (run(n, tensor) for n in NUM_BLOCKS)
     for program, num_blocks in ((small, NUM_BLOCKS[0]), (large, NUM_BLOCKS[1])):
-        aliased = program.memory_analysis().alias_size_in_bytes
-        assert aliased >= pool_bytes(num_blocks) // tensor
+        pool = pool_bytes(num_blocks, tensor)
+        assert program.memory_analysis().alias_size_in_bytes >= pool
+        # Of both sizes of a step: two sums a layer and one of the embedding.
+        wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1} if tensor > 1 else {}
+        assert compile_tpu.collectives(program) == wanted
+    heads = 2 if tensor == 1 else 1
+    assert f"bf16[2,{NUM_BLOCKS[1]},{heads},16,128]" in large.as_text()
     # The block manager's arrays have entries for each block; the pool's are kilobytes.
     grown = temporaries(large) - temporaries(small)
     assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
-    one_layer = pool_bytes(NUM_BLOCKS[1]) // (2 * MODEL.num_layers)
+    one_layer = pool_bytes(NUM_BLOCKS[1], tensor) // (2 * MODEL.num_layers)
     assert temporaries(large) < one_layer
 
 
-def test_the_step_in_plain_xla_would_be_found_to_copy_the_pool():
-    program = step(NUM_BLOCKS[1], 1, "xla")
-    assert temporaries(program) > pool_bytes(NUM_BLOCKS[1], "xla") // 2
-
-
-def test_heads_that_do_not_divide_over_the_mesh_raise():
-    with pytest.raises(ValueError, match=r"divides the 1 kv heads, got .* tensor=4"):
-        attend("one_key", "v5e:2x2", is_ragged=False, tensor=4)
+def test_the_engine_in_plain_xla_would_be_found_to_copy_the_pool():
+    program = run(NUM_BLOCKS[1], 1, "xla")
+    assert temporaries(program) > pool_bytes(NUM_BLOCKS[1], 1, "xla") // 2
 
 
 def test_the_runner_prints_what_a_device_needs():
@@ -230,9 +213,12 @@ def test_the_runner_prints_what_a_device_needs():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["compiled"]
     assert result["fits"]
+    # Of one row the compiler gathers the logits by a sum of its parts.
+    assert result["collectives"] == {"all-reduce": 2 * (2 * 1 + 1) + 1}
     assert result["compile_s"] > 0
-    # Half of the tied embedding of 151,936 by 896 in bfloat16, and little else.
-    assert 136e6 < result["bytes_per_chip"] < 250e6
+    # Half of the tied embedding of 151,936 by 896 in bfloat16, once as it is stored and
+    # once as the compiler wants it in the product, and little else.
+    assert 2 * 136e6 < result["bytes_per_chip"] < 330e6
 
 
 def test_machines_that_do_not_exist_raise():

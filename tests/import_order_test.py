@@ -116,7 +116,8 @@ ROOMS = {
                           "intake", "metrics", "serving", "prefix", "jobs", "batch",
                           "live"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
-    "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
+    "simulator":         ["compat", "policies", "config", "requests", "block_manager",
+                          "scheduler",
                           "kv_cache", "models", "decoding", "request_table", "groups",
                           "submission", "timeline", "engine_state", "iteration",
                           "engine"],

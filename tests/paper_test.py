@@ -22,6 +22,8 @@ from experiments import lib_paper_numbers as numbers
 from experiments.lib_paper_curves import Row
 from experiments.lib_paper_runs import Case, Run, run_all, workload_of
 
+pytestmark = pytest.mark.long
+
 KEYS = {"figure", "quantity", "paper", "here", "ci95", "ratio", "source", "remark"}
 
 

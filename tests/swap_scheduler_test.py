@@ -29,6 +29,8 @@ from jpaged.scheduler import (
     preemption,
 )
 
+pytestmark = pytest.mark.long
+
 # Room for all, for few, and for hardly anybody.
 NUM_SWAP_BLOCKS = {"all": 64, "few": 5, "one": 1}
 

@@ -94,7 +94,7 @@ def _backward(saved, cotangents):
     operands, out, lse = saved
     q, pools, tables, context_lens, starts = operands[:5]
     d_out, d_lse = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+        jnp.zeros(x.shape, jnp.float32) if isinstance(x, SymbolicZero) else x
         for x in cotangents
     )
     d_out = d_out.astype(jnp.float32)

@@ -2,7 +2,7 @@
 
     python -m experiments.bench_attention
     python -m experiments.bench_attention --rows 1,64 --contexts 8192 --dtype bfloat16
-    python -m experiments.bench_attention --contenders xla --kv_dtype int8
+    python -m experiments.bench_attention --contenders xla --kv_dtypes auto,int8
 
 First the bandwidth of reading and of copying is measured. Then every implementation
 that serves this machine, and every peer that is installed, each in a process of its
@@ -24,14 +24,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from experiments import lib_attention_contenders as contenders
@@ -39,7 +37,8 @@ from experiments import lib_limits, lib_page_updates
 from experiments.lib_attention_cases import Shape
 from experiments.lib_attention_contenders import CONTENDERS
 from experiments.lib_page_updates import UPDATES, Update
-from experiments.timing import Contender, environment, progress, time_in_turn
+from experiments.lib_processes import ask, tell
+from experiments.timing import environment, progress
 
 FLAGS = flags.FLAGS
 _SIZES = ("num_heads", "num_kv_heads", "head_dim")
@@ -47,7 +46,6 @@ _CPU = dict(num_heads=12, num_kv_heads=4, head_dim=64, dtype="float32")
 _ACCELERATOR = dict(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 _KINDS = ("float32", "float16", "bfloat16")
 NAMES = [*CONTENDERS, *UPDATES]
-_DONE = "measured: "
 
 
 def define_flags() -> None:
@@ -60,14 +58,16 @@ def define_flags() -> None:
     for name in _SIZES:
         flags.DEFINE_integer(name, None, "None: of the machine's shape.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, _KINDS, "None: the machine's.")
-    flags.DEFINE_enum("kv_dtype", None, ["int8", "fp8"], "Of pages; None: as dtype.")
+    flags.DEFINE_list("kv_dtypes", ["auto"], "Of pages: auto (as dtype), int8, fp8.")
     flags.DEFINE_list(
         "updates", None, "Tokens written, blocks copied; None: 256, or 256,8192."
     )
     flags.DEFINE_list("contenders", None, f"Some of {', '.join(NAMES)}; None: all.")
     flags.DEFINE_integer("repeats", 5, "Rounds; the median counts.", lower_bound=1)
     flags.DEFINE_float("round_s", 0.1, "Seconds of a round.", lower_bound=1e-3)
-    flags.DEFINE_float("read_gb", 1.0, "Array of the bandwidths.", lower_bound=1e-3)
+    flags.DEFINE_float(
+        "read_gb", None, "Array of the bandwidths; None: 1, or 8.", lower_bound=1e-3
+    )
     flags.DEFINE_float(
         "limit_s", 3600, "Seconds after which nothing is measured.", lower_bound=0
     )
@@ -103,13 +103,21 @@ def lines_of(name: str) -> list[Shape] | list[Update]:
             for p in blocks
             for number in numbers
         ]
-    sizes["kv_dtype"] = FLAGS.kv_dtype
+    kinds = {"auto": None, "int8": "int8", "fp8": "fp8"}
+    if unknown := [kind for kind in FLAGS.kv_dtypes if kind not in kinds]:
+        raise ValueError(f"--kv_dtypes: wanted auto, int8, fp8, got {unknown[0]!r}")
     return [
-        Shape(rows=n, context=c, block_size=p, **sizes)
+        Shape(rows=n, context=c, block_size=p, kv_dtype=kinds[kind], **sizes)
+        for kind in FLAGS.kv_dtypes
         for p in blocks
         for c in contexts
         for n in rows
     ]
+
+
+def read_gb() -> float:
+    """Size of the array that is read, and of the pools that are updated."""
+    return FLAGS.read_gb or lib_limits.bandwidth_gb()
 
 
 def _numbers(name: str, default: list[str]) -> list[int]:
@@ -119,21 +127,9 @@ def _numbers(name: str, default: list[str]) -> list[int]:
     return list(map(int, values))
 
 
-def bandwidths(size_gb: float) -> dict[str, float]:
-    """Bytes a second of reading one array, and of copying (read and written)."""
-    size = int(size_gb * 1e9) // 4 * 4
-    x = jax.block_until_ready(jnp.ones((size // 4,), jnp.float32))
-    copy = Contender(jax.jit(lambda x: x + 1), lambda: (x,))
-    times = time_in_turn({"read": lib_limits.read(size), "copy": copy}, FLAGS.repeats)
-    return {
-        "read_bytes_per_s": size / times["read"].median,
-        "copy_bytes_per_s": 2 * size / times["copy"].median,
-    }
-
-
 def run_alone(name: str) -> None:
     """Measures one contender, for the process that asked; a line for each shape."""
-    pool_bytes = int(FLAGS.read_gb * 1e9)  # what no cache holds
+    pool_bytes = int(read_gb() * 1e9)
     for line in lines_of(name):
         try:
             if isinstance(line, Update):
@@ -143,29 +139,7 @@ def run_alone(name: str) -> None:
                 found = contenders.measure(name, line, FLAGS.repeats, FLAGS.round_s)
         except Exception as error:  # whatever a peer raises: the others go on
             found = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        print(_DONE + json.dumps(found), flush=True)
-
-
-def ask(name: str, argv: list[str], limit_s: float) -> list[dict[str, Any]]:
-    """What a process of its own measures of the contender, for each shape."""
-    command = [sys.executable, "-m", "experiments.bench_attention", *argv[1:]]
-    process = subprocess.Popen(
-        [*command, f"--alone={name}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=limit_s)
-        last = (stderr.strip().splitlines() or ["no reason given"])[-1]
-        reason = f"the process ended with {process.returncode}: {last[:200]}"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        stdout, _ = process.communicate()
-        reason = "cut: no time was left"
-    lines = stdout.splitlines()
-    found = [json.loads(x[len(_DONE) :]) for x in lines if x.startswith(_DONE)]
-    return found + [{"failed": reason}] * (len(lines_of(name)) - len(found))
+        tell(found)
 
 
 def rows_of(
@@ -192,7 +166,8 @@ def rows_of(
 def show(row: dict[str, Any]) -> None:
     """Prints a row."""
     number = row.get("rows", row.get("number"))
-    name = f"{row['name']:<22}{number:>5}{row.get('context', ''):>8}"
+    name = f"{row['name']} {row.get('kv_dtype') or ''}"
+    name = f"{name:<22}{number:>5}{row.get('context', ''):>8}"
     name += f"{row['block_size']:>6}"
     if "failed" in row:
         print(f"{name}  {row['failed']}", flush=True)
@@ -252,7 +227,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.alone is not None:
         run_alone(FLAGS.alone)
         return 0
-    limits = bandwidths(FLAGS.read_gb)
+    limits = lib_limits.bandwidths(read_gb(), FLAGS.repeats)
     for name, value in limits.items():
         print(f"{name:<20}{value / 1e9:>8.1f} GB/s")
     print(
@@ -268,7 +243,8 @@ def main(argv: list[str]) -> int:
             left_out[name] = reason or "no time was left"
             continue
         progress(f"measuring {name}")
-        measured = ask(name, [sys.argv[0], *given_flags()], left_s)
+        arguments = [*given_flags(), f"--alone={name}"]
+        measured = ask("bench_attention", arguments, len(lines_of(name)), left_s)
         found = rows_of(name, measured, limits)
         rows += found
         for row in found:
@@ -289,7 +265,7 @@ def reasons() -> dict[str, Callable[[], str | None]]:
 
 def given_flags() -> list[str]:
     """The flags of this process that decide what is measured."""
-    names = ("rows", "contexts", "block_sizes", "updates", "dtype", "kv_dtype")
+    names = ("rows", "contexts", "block_sizes", "updates", "dtype", "kv_dtypes")
     names += ("repeats", "round_s", "read_gb", *_SIZES)
     found = []
     for name in names:

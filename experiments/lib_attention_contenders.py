@@ -87,14 +87,19 @@ CONTENDERS: dict[str, tuple[Callable[[Case], Built], Callable[[], str | None]]] 
 
 
 def measure(name: str, shape: Shape, repeats: int, least_s: float) -> dict[str, Any]:
+    """As `measure_case`, of the shape's own numbers."""
+    if shape.kv_dtype is not None and name not in implementations.IMPLEMENTATIONS:
+        raise ValueError(f"no pages of {shape.kv_dtype} here")
+    return measure_case(name, make_case(shape), repeats, least_s)
+
+
+def measure_case(name: str, case: Case, repeats: int, least_s: float) -> dict[str, Any]:
     """Seconds of one call, median over `repeats` rounds of at least `least_s` each.
 
     Raises:
       ValueError: it cannot serve the shape, or its numbers are wrong.
     """
-    if shape.kv_dtype is not None and name not in implementations.IMPLEMENTATIONS:
-        raise ValueError(f"no pages of {shape.kv_dtype} here")
-    case = make_case(shape)
+    shape = case.shape
     out, run = CONTENDERS[name][0](case)
     error, most = relative_error(case, out), TOLERANCES[shape.kv_dtype or shape.dtype]
     if not error <= most:

@@ -82,7 +82,7 @@ def lines_of(name: str) -> list[Shape] | list[Update]:
       ValueError: a flag that is no positive number, or heads that do not divide.
     """
     is_cpu = jax.default_backend() == "cpu"
-    sizes = {
+    sizes: dict[str, Any] = {
         name: FLAGS[name].value or value
         for name, value in (_CPU if is_cpu else _ACCELERATOR).items()
     }
@@ -172,7 +172,7 @@ def show(row: dict[str, Any]) -> None:
     if "failed" in row:
         print(f"{name}  {row['failed']}", flush=True)
         return
-    size = row.get("kv_bytes", row.get("moved_bytes"))
+    size = row["kv_bytes"] if "kv_bytes" in row else row["moved_bytes"]
     print(
         f"{name}{size / 1e6:>10.2f}"
         f"{1e6 * row['seconds']:>12.1f}{row['bytes_per_s'] / 1e9:>9.1f}"

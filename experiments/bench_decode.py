@@ -192,7 +192,8 @@ def main(argv: list[str]) -> int:
                 f"--contenders: wanted some of {', '.join(NAMES)}, got "
                 f"{(unknown or argv[1:])[0]!r}"
             )
-        batches(), model_config()
+        batches()
+        model_config()
         if FLAGS.alone is not None:
             run_alone(FLAGS.alone)
             return 0

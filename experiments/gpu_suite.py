@@ -158,7 +158,7 @@ def run_stage(stage: Stage, is_tiny: bool, limit_s: float) -> dict[str, Any]:
 
 def about() -> dict[str, Any]:
     """Date, device, versions, and the command."""
-    found = environment() | {"date": time.strftime("%Y-%m-%d")}
+    found: dict[str, Any] = environment() | {"date": time.strftime("%Y-%m-%d")}
     for name in _PACKAGES:
         try:
             found["versions"][name] = importlib.metadata.version(name)

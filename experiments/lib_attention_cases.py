@@ -131,7 +131,7 @@ def relative_error(case: Case, out: np.ndarray) -> float:
 Built = tuple[np.ndarray, Callable[[int], Any]]
 
 
-def jax_loop(attend: Callable[..., jax.Array], q: jax.Array, *arrays: Any) -> Built:
+def jax_loop(attend: Callable[..., Any], q: jax.Array, *arrays: Any) -> Built:
     """A contender of a function of q and arrays, looped within one program."""
 
     @jax.jit

@@ -116,7 +116,7 @@ def ejkernel(case: Case) -> Built:
 
     Rows are split into 16 segments where they are fewer than 128 / K, as in vLLM.
     """
-    from ejkernel.kernels._triton.unified_attention import unified_attention
+    from ejkernel.kernels._triton import unified_attention as ops  # pyright: ignore
 
     shape, kind = case.shape, case.shape.dtype
     pools = (
@@ -127,7 +127,7 @@ def ejkernel(case: Case) -> Built:
     starts = jnp.arange(shape.rows + 1, dtype=jnp.int32)
 
     def attend(q, k_pages, v_pages, tables, lens, starts):
-        return unified_attention(
+        return ops.unified_attention(
             q,
             k_pages,
             v_pages,
@@ -145,12 +145,12 @@ def ejkernel(case: Case) -> Built:
 def flashinfer(case: Case) -> Built:
     """FlashInfer's batch decode on paged memory."""
     import torch
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+    from flashinfer import decode  # pyright: ignore
 
     shape = case.shape
     pages = np.stack([case.pages(x) for x in (case.keys, case.values)], axis=1)
     q, pages = _torch_tensors(case, case.q, pages)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+    wrapper = decode.BatchDecodeWithPagedKVCacheWrapper(
         torch.empty(128 << 20, dtype=torch.uint8, device=q.device), "HND"
     )
     width = case.block_tables.shape[1]

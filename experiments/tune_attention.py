@@ -83,7 +83,7 @@ def seconds(name: str, given: list[Case], sizes: dict[str, int]) -> float:
       ValueError: it cannot serve them, or its numbers are wrong.
     """
     device = jax.devices()[0].device_kind
-    entry = tuned.Entry(name, device, None, None, None, None, sizes)
+    entry = tuned.Entry(name, device, sizes)
     tuned.TABLE.insert(0, entry)
     try:
         found = [
@@ -139,8 +139,9 @@ def row_of(name: str, shape: Shape, found: list[dict[str, Any]]) -> str:
         best = timed[0]
     device = jax.devices()[0].device_kind
     measured = f"{time.strftime('%Y-%m-%d')}, tune_attention, jax {jax.__version__}"
-    fields = (name, device, *key(shape, name), best["sizes"], measured)
-    return f"Entry({', '.join(json.dumps(field) for field in fields)}),"
+    fields = (name, device, best["sizes"], *key(shape, name))
+    fields = ", ".join(json.dumps(field) for field in fields)
+    return f"Entry({fields}, measured={json.dumps(measured)}),"
 
 
 def main(argv: list[str]) -> int:

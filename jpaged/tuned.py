@@ -27,37 +27,31 @@ class Entry(NamedTuple):
 
     implementation: str
     device: str  # how jax's name of its kind begins: "NVIDIA H200", "cpu"
-    head_dim: int | None  # of the pages
-    group: int | None  # query heads that share a key
-    block_size: int | None
-    itemsize: int | None  # bytes of a number of the pages
     sizes: Mapping[str, int]  # those that differ from the implementation's own
+    head_dim: int | None = None  # of the pages
+    group: int | None = None  # query heads that share a key
+    block_size: int | None = None
+    itemsize: int | None = None  # bytes of a number of the pages
     measured: str = ""  # when and with what; empty: not measured
 
 
+# What XLA's loops take on a GPU, not measured: a trip is a dozen kernels of some
+# microseconds each, and no second-level cache is to be stayed in; so few, large tiles.
+_FEW_TRIPS = dict(
+    decode_rows=256,
+    decode_tokens=32768,
+    decode_most=512,
+    ragged_queries=128,
+    ragged_tokens=1024,
+)
+_MEASURED = "2026-11-20, docs/decisions/attention.md"
+
 TABLE: list[Entry] = [
-    Entry("xla", "cpu", 64, 3, 16, 4, {}, "2026-11-20, docs/decisions/attention.md"),
-    # Not measured. A trip of a loop is a dozen kernels of some microseconds each and
-    # there is no second-level cache to stay in, so: few trips, large tiles.
-    Entry(
-        "xla",
-        "NVIDIA",
-        None,
-        None,
-        None,
-        None,
-        {
-            "decode_rows": 256,
-            "decode_tokens": 32768,
-            "decode_most": 512,
-            "ragged_queries": 128,
-            "ragged_tokens": 1024,
-        },
-    ),
-    # Not measured: the kernels' own sizes.
-    Entry("mosaic_gpu", "NVIDIA", None, None, None, None, {}),
-    Entry("triton", "NVIDIA", None, None, None, None, {}),
-    Entry("mosaic_tpu", "TPU", None, None, None, None, {}),
+    Entry("xla", "cpu", {}, 64, 3, 16, 4, measured=_MEASURED),
+    Entry("xla", "NVIDIA", _FEW_TRIPS),
+    Entry("mosaic_gpu", "NVIDIA", {}),  # nor the kernels' own sizes
+    Entry("triton", "NVIDIA", {}),
+    Entry("mosaic_tpu", "TPU", {}),
 ]
 
 
@@ -81,7 +75,7 @@ def find(implementation: str, device: str, *shape: int) -> Entry | None:
     """The first entry for head_dim, group, block_size and itemsize on the device."""
     for entry in TABLE:
         if entry.implementation == implementation and device.startswith(entry.device):
-            wanted = entry[2:6]
+            wanted = (entry.head_dim, entry.group, entry.block_size, entry.itemsize)
             if all(a in (None, b) for a, b in zip(wanted, shape, strict=True)):
                 return entry
     return None

@@ -24,9 +24,9 @@ SIZES = {
 
 
 def test_the_first_entry_that_fits_counts(monkeypatch):
-    exact = Entry("triton", "NVIDIA H200", 128, 4, 16, 2, {"tokens": 32}, "2026")
-    any_shape = Entry("triton", "NVIDIA", None, None, None, None, {"tokens": 16})
-    other = Entry("xla", "NVIDIA", None, None, None, None, {})
+    exact = Entry("triton", "NVIDIA H200", {"tokens": 32}, 128, 4, 16, 2, "2026")
+    any_shape = Entry("triton", "NVIDIA", {"tokens": 16})
+    other = Entry("xla", "NVIDIA", {})
     monkeypatch.setattr(tuned, "TABLE", [other, exact, any_shape])
     assert tuned.find("triton", "NVIDIA H200 SXM", 128, 4, 16, 2) is exact
     for shape in ((64, 4, 16, 2), (128, 8, 16, 2), (128, 4, 32, 2), (128, 4, 16, 4)):
@@ -35,7 +35,7 @@ def test_the_first_entry_that_fits_counts(monkeypatch):
 
 
 def test_sizes_of_an_entry_replace_those_that_serve_everywhere(monkeypatch):
-    entry = Entry("xla", "cpu", 64, 2, 16, 2, {"decode_rows": 5})
+    entry = Entry("xla", "cpu", {"decode_rows": 5}, 64, 2, 16, 2)
     monkeypatch.setattr(tuned, "TABLE", [entry])
     pages = jax.ShapeDtypeStruct((9, 4, 16, 64), "bfloat16")
     found = tuned.tiles("xla", chunks.TILES, 8, pages)
@@ -84,6 +84,7 @@ def test_the_runner_prints_tries_and_a_row_of_the_table():
     assert all(one["seconds"] > 0 for one in found["tries"]["xla"])
     (row,) = found["rows"]
     entry = eval(row.rstrip(","), {"Entry": Entry})
-    assert entry[:6] == ("xla", "cpu", 64, 3, 16, 4)
+    assert entry[:2] == ("xla", "cpu")
+    assert entry[3:7] == (64, 3, 16, 4)
     assert entry.sizes in tried
     assert "tune_attention" in entry.measured

@@ -116,7 +116,7 @@ def ejkernel(case: Case) -> Built:
 
     Rows are split into 16 segments where they are fewer than 128 / K, as in vLLM.
     """
-    from ejkernel.kernels._triton import unified_attention as ops  # pyright: ignore
+    from ejkernel.kernels._triton import unified_attention  # pyright: ignore
 
     shape, kind = case.shape, case.shape.dtype
     pools = (
@@ -127,7 +127,7 @@ def ejkernel(case: Case) -> Built:
     starts = jnp.arange(shape.rows + 1, dtype=jnp.int32)
 
     def attend(q, k_pages, v_pages, tables, lens, starts):
-        return ops.unified_attention(
+        return unified_attention(
             q,
             k_pages,
             v_pages,

@@ -244,7 +244,8 @@ def main(argv: list[str]) -> int:
             continue
         progress(f"measuring {name}")
         arguments = [*given_flags(), f"--alone={name}"]
-        measured = ask("bench_attention", arguments, len(lines_of(name)), left_s)
+        # Half of the time that is left: one that hangs must not cost all the others.
+        measured = ask("bench_attention", arguments, len(lines_of(name)), left_s / 2)
         found = rows_of(name, measured, limits)
         rows += found
         for row in found:

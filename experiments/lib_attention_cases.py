@@ -131,6 +131,26 @@ def relative_error(case: Case, out: np.ndarray) -> float:
 Built = tuple[np.ndarray, Callable[[int], Any]]
 
 
+_RUN = 16  # repetitions of which the number is known to the compiler
+
+
+def repeat(loops: jax.Array, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    """`state` after `body(index, state)` so many times, a number that is traced.
+
+    Most of them in runs of a known length: after each turn of another loop a GPU would
+    ask the host whether there is one more, which takes longer than some kernels.
+    """
+
+    def several(run, state):
+        return lax.fori_loop(
+            0, _RUN, lambda turn, state: body(run * _RUN + turn, state), state
+        )
+
+    runs = loops // _RUN
+    state = lax.fori_loop(0, runs, several, state)
+    return lax.fori_loop(runs * _RUN, loops, body, state)
+
+
 def jax_loop(attend: Callable[..., Any], q: jax.Array, *arrays: Any) -> Built:
     """A contender of a function of q and arrays, looped within one program."""
 
@@ -139,7 +159,7 @@ def jax_loop(attend: Callable[..., Any], q: jax.Array, *arrays: Any) -> Built:
         def again(_, x):
             return q + 1e-3 * attend(x, *arrays).astype(q.dtype)
 
-        return lax.fori_loop(0, loops, again, q)
+        return repeat(loops, again, q)
 
     out = np.asarray(jax.jit(attend)(q, *arrays).astype(jnp.float32))
     return out, lambda loops: jax.block_until_ready(run(loops, q, *arrays))

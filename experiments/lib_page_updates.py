@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from experiments.lib_attention_cases import median_seconds
+from experiments.lib_attention_cases import median_seconds, repeat
 from experiments.lib_attention_contenders import needs_backend
 from jpaged import attention, implementations
 
@@ -144,7 +143,7 @@ def measure(
     call = _call(update, implementation, num_blocks)
 
     def loop(loops, pools, *rest):
-        return lax.fori_loop(0, loops, lambda turn, p: call(turn, *p, *rest), pools)
+        return repeat(loops, lambda turn, pools: call(turn, *pools, *rest), pools)
 
     loop = jax.jit(loop, donate_argnums=1)
     state = [tuple(pools)]

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runners import run_experiment
@@ -138,3 +140,13 @@ def test_wrong_flags_are_refused_before_anything_is_measured(flag, message):
     assert status == 1
     assert stdout == ""
     assert re.search(message, stderr)
+
+
+def test_repetitions_are_as_many_as_asked_for_and_numbered():
+    def body(index, state):
+        count, total = state
+        return count + 1, total + index
+
+    run = jax.jit(lambda loops: cases.repeat(loops, body, (jnp.int32(0), jnp.int32(0))))
+    for loops in (0, 2, 16, 61):
+        assert [int(x) for x in run(loops)] == [loops, loops * (loops - 1) // 2]

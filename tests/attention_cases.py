@@ -50,7 +50,9 @@ SHAPES = {
         "bfloat16",
         dict(sinks=True, sliding_window=300, logits_soft_cap=2.0, scale=0.2),
     ),
-    # Shapes that every GPU's kernel serves, and heads of 256.
+}
+# Shapes that every GPU's kernel serves, and heads of 256: `gpu_test` has them too.
+GPU_SHAPES = SHAPES | {
     "one_group_64": ((8, 8), 64, 32, "bfloat16", {}),
     "groups_of_4_blocks_of_128": ((32, 8), 128, 128, "bfloat16", {}),
     "groups_of_7_window_of_1": ((28, 4), 128, 32, "bfloat16", {"sliding_window": 1}),
@@ -104,17 +106,17 @@ def check(case: Case, implementation: str, **options) -> None:
 
 def case_of(name: str, contexts: list[int], queries=None, **more) -> tuple[Case, dict]:
     """A case of the shape and its options."""
-    heads, head_dim, block_size, dtype, options = SHAPES[name]
+    heads, head_dim, block_size, dtype, options = GPU_SHAPES[name]
     sizes = dict(heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
     return make_case(contexts, queries, **sizes, **more), resolve(options, heads[0])
 
 
 def decode_case(name: str) -> tuple[Case, dict]:
-    return case_of(name, lengths_around(SHAPES[name][2]))
+    return case_of(name, lengths_around(GPU_SHAPES[name][2]))
 
 
 def ragged_case(name: str) -> tuple[Case, dict]:
-    size = SHAPES[name][2]
+    size = GPU_SHAPES[name][2]
     #          decode, chunk after context, empty, fresh prompt, decode, empty, 1, chunk
     contexts = [257, 2 * size + 9, 0, size + 1, size, 40, 1, 70]
     queries = [1, 9, 0, size + 1, 1, 0, 1, 37]

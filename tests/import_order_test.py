@@ -47,9 +47,11 @@ ROOMS = {
     # which of the three serves a call
     "implementations":   [],
     "quantised_pages":   [],
-    "xla":               ["compat", "quantised_pages", "shared_prefix"],
-    "pallas":            ["compat", "implementations"],
-    "triton":            ["compat"],
+    # tile sizes by device and shape
+    "tuned":             [],
+    "xla":               ["compat", "quantised_pages", "shared_prefix", "tuned"],
+    "pallas":            ["compat", "implementations", "tuned"],
+    "triton":            ["compat", "tuned"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
                           "implementations", "quantised_pages", "shared_prefix"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",

@@ -6,8 +6,11 @@
 Each line: rows, tokens of the prefix that they share, bytes of keys and values that a
 step reads in one layer without and with cascade attention, the medians of both times,
 and the largest difference of their outputs. Times of both ways are taken in turn in one
-process, so that other load on the machine falls on both. `ratio` above 1 is a gain.
-Two minutes on a CPU core. The last line on stdout is one JSON object.
+process, so that other load on the machine falls on both. `ratio` above 1 is a gain,
+and `model` what it would be if a call took what reading keys, values and partial
+results takes at the measured bandwidth, or the prefix's products at the measured rate
+where that is longer, and 3 us, a merge 4 us more. Two minutes on a CPU core. The last
+line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments import lib_limits
+from experiments.lib_limits import Limits
 from experiments.timing import Contender, environment, time_in_turn
 from jpaged import shared_prefix
 from jpaged.attention import paged_attention
 
 FLAGS = flags.FLAGS
+_CALL_S, _MERGE_S = 3e-6, 4e-6  # beside reading and multiplying; of a GPU, assumed
 
 
 def define_flags() -> None:
@@ -41,6 +47,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_kv_heads", 4, "Key/value heads.", lower_bound=1)
     flags.DEFINE_integer("head_dim", 64, "Size of a head.", lower_bound=1)
     flags.DEFINE_integer("block_size", 16, "Tokens of a block.", lower_bound=1)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "float16", "bfloat16"], "Of pages and q."
+    )
+    flags.DEFINE_float(
+        "read_gb", None, "Array of the bandwidth; None: 1, or 8.", lower_bound=1e-3
+    )
+    flags.DEFINE_integer("gemm_size", 1024, "Of the products' rate.", lower_bound=1)
     flags.DEFINE_integer("num_layers", 4, "Calls in one timed program.", lower_bound=1)
     flags.DEFINE_integer("repeats", 15, "Rounds; the median counts.", lower_bound=1)
 
@@ -63,9 +76,9 @@ def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
     sizes = (FLAGS.num_layers, num_blocks, FLAGS.num_kv_heads, size, FLAGS.head_dim)
     heads = (num_rows, FLAGS.num_heads, FLAGS.head_dim)
     return {
-        "q": jax.random.normal(keys[0], heads),
-        "k_pages": jax.random.normal(keys[1], sizes),
-        "v_pages": jax.random.normal(keys[2], sizes),
+        "q": jax.random.normal(keys[0], heads, FLAGS.dtype),
+        "k_pages": jax.random.normal(keys[1], sizes, FLAGS.dtype),
+        "v_pages": jax.random.normal(keys[2], sizes, FLAGS.dtype),
         "block_tables": jnp.asarray(tables),
         "context_lens": jnp.full(num_rows, shared * size + FLAGS.own_tokens, jnp.int32),
     }
@@ -91,7 +104,33 @@ def attend_layers(arguments: dict[str, jax.Array], is_cascade: bool) -> jax.Arra
     return jax.lax.fori_loop(0, FLAGS.num_layers, layer, arguments["q"])
 
 
-def measure(num_rows: int, prefix: int) -> dict[str, Any]:
+def measure_limits() -> Limits:
+    """The machine's, in the dtype of the flags."""
+    size, gemm = FLAGS.read_gb or lib_limits.bandwidth_gb(), FLAGS.gemm_size
+    read = lib_limits.bandwidths(size, FLAGS.repeats)["read_bytes_per_s"]
+    product = {"gemm": lib_limits.gemm(gemm, FLAGS.dtype)}
+    seconds = time_in_turn(product, FLAGS.repeats)["gemm"].median
+    return Limits(read, 2 * gemm**3 / seconds)
+
+
+def model_ratio(num_rows: int, prefix: int, limits: Limits) -> float:
+    """Plain time by cascade time, of one call, by the model above.
+
+    The queries of a prefix are read, and what they attend and its log-sum-exps written
+    and read: 18 bytes for each of their numbers.
+    """
+    heads = num_rows * FLAGS.num_heads * FLAGS.head_dim
+    itemsize = jnp.dtype(FLAGS.dtype).itemsize
+    token = 2 * FLAGS.num_kv_heads * FLAGS.head_dim * itemsize / limits.read_bytes_per_s
+    own = num_rows * FLAGS.own_tokens * token
+    plain = num_rows * prefix * token + own + _CALL_S
+    products = 4 * heads * prefix / limits.gemm_flops_per_s
+    partials = 18 * heads / limits.read_bytes_per_s
+    shared = max(prefix * token, products)
+    return plain / (shared + own + partials + _CALL_S + _MERGE_S)
+
+
+def measure(num_rows: int, prefix: int, limits: Limits) -> dict[str, Any]:
     """A row of the table."""
     arguments = make_step(num_rows, prefix)
     call = jax.jit(attend_layers, static_argnames="is_cascade")
@@ -118,6 +157,7 @@ def measure(num_rows: int, prefix: int) -> dict[str, Any]:
         "plain_s": plain_s,
         "cascade_s": cascade_s,
         "ratio": plain_s / cascade_s,
+        "model_ratio": model_ratio(num_rows, prefix, limits),
         "bytes_ratio": int(reads[0]) / int(reads[1]),
         "max_difference": float(jnp.max(jnp.abs(plain - cascade))),
     }
@@ -135,23 +175,25 @@ def main(argv: list[str]) -> int:
             for rows in FLAGS.num_rows
             for prefix in FLAGS.prefix_tokens
         ]
-        found = []
-        print("rows prefix  MB plain  cascade  ms plain  cascade  ratio  difference")
+        found, limits = [], measure_limits()
+        print("rows prefix MB, plain  cascade ms, plain  cascade  ratio  model  change")
         for rows, prefix in sizes:
-            row = measure(rows, prefix)
+            row = measure(rows, prefix, limits)
             found.append(row)
             print(
                 f"{rows:4} {prefix:6} {row['plain_bytes'] / 1e6:9.2f} "
                 f"{row['cascade_bytes'] / 1e6:8.2f} {1e3 * row['plain_s']:9.2f} "
-                f"{1e3 * row['cascade_s']:8.2f} {row['ratio']:6.2f}  "
+                f"{1e3 * row['cascade_s']:8.2f} {row['ratio']:6.2f} "
+                f"{row['model_ratio']:6.2f}  "
                 f"{row['max_difference']:.1e}",
                 flush=True,
             )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    flags_given = {name: FLAGS[name].value for name in ("own_tokens", "head_dim")}
-    print(json.dumps({"rows": found, "flags": flags_given} | environment()))
+    names = ("own_tokens", "num_heads", "num_kv_heads", "head_dim", "dtype")
+    result = {"rows": found, "flags": {name: FLAGS[name].value for name in names}}
+    print(json.dumps(result | limits._asdict() | environment()))
     return 0
 
 

@@ -44,7 +44,7 @@ def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], 
     """Kernel, pointers' types, static arguments and tiles of all calls of a shape."""
     (heads, kv_heads), head_dim, block_size, kind = SHAPES[name]
     group = heads // kv_heads
-    tile = tiles.choose("", head_dim, group, block_size, ITEMSIZE[kind])
+    tile = tiles.choose(head_dim, ITEMSIZE[kind])
     pools = dict.fromkeys(("k_in", "v_in", "k_pages_ptr", "v_pages_ptr"), kind)
     sizes = dict(HEADS=heads, HEAD_DIM=head_dim, HAS_SINKS=False)
     inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.timing import Contender
+from experiments.timing import Contender, time_in_turn
 from jpaged import attention
 from jpaged.models import Decoder, ModelConfig
 
@@ -36,10 +36,27 @@ def read(size_bytes: int) -> Contender:
     return Contender(jax.jit(jnp.sum), lambda: (x,))
 
 
-def gemm(size: int) -> Contender:
-    """One product of two square float32 matrices."""
+def bandwidths(size_gb: float, repeats: int) -> dict[str, float]:
+    """Bytes a second of reading one array, and of copying (read and written)."""
+    size = int(size_gb * 1e9) // 4 * 4
+    x = jax.block_until_ready(jnp.ones((size // 4,), jnp.float32))
+    copy = Contender(jax.jit(lambda x: x + 1), lambda: (x,))
+    times = time_in_turn({"read": read(size), "copy": copy}, repeats)
+    return {
+        "read_bytes_per_s": size / times["read"].median,
+        "copy_bytes_per_s": 2 * size / times["copy"].median,
+    }
+
+
+def bandwidth_gb() -> float:
+    """Size of an array that no cache holds and that is not read in microseconds."""
+    return 1.0 if jax.default_backend() == "cpu" else 8.0
+
+
+def gemm(size: int, dtype: str = "float32") -> Contender:
+    """One product of two square matrices."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((size, size), np.float32))
+    x = jnp.asarray(rng.standard_normal((size, size), np.float32), dtype)
     return Contender(jax.jit(jnp.matmul), lambda: (x, x))
 
 
@@ -50,9 +67,15 @@ def num_matrix_weights(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * layer, config.hidden_size * config.vocab_size
 
 
-def kv_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes of one token's keys and values in float32."""
-    return 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim
+def kv_bytes_per_token(config: ModelConfig, itemsize: int = 4) -> int:
+    """Bytes of one token's keys and values, by default in float32."""
+    return 2 * itemsize * config.num_layers * config.num_kv_heads * config.head_dim
+
+
+def step_bytes(config: ModelConfig, rows: int, context: int, itemsize: int = 4) -> int:
+    """Bytes that a decode step has to read: weights, keys and values."""
+    tokens = rows * context * kv_bytes_per_token(config, itemsize)
+    return itemsize * sum(num_matrix_weights(config)) + tokens
 
 
 def step_limit_s(config: ModelConfig, limits: Limits, rows: int, context: int) -> float:
@@ -60,7 +83,7 @@ def step_limit_s(config: ModelConfig, limits: Limits, rows: int, context: int) -
     weights = sum(num_matrix_weights(config))
     scores = 2 * config.num_layers * config.num_heads * config.head_dim * context
     flops = 2 * rows * (weights + scores)
-    size_bytes = 4 * weights + rows * context * kv_bytes_per_token(config)
+    size_bytes = step_bytes(config, rows, context)
     return max(size_bytes / limits.read_bytes_per_s, flops / limits.gemm_flops_per_s)
 
 

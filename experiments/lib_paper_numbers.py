@@ -109,6 +109,7 @@ PRINTED: dict[tuple[str, ...], Printed] = {
     ("fig17", "orca_oracle"): _one(2, "section 6.4 [T]"),
     ("fig17", "orca_pow2"): _one(2, "section 6.4 [T]"),
     ("fig17", "orca_max"): _one(2, "section 6.4 [T]"),
+    ("fig18a", "ratio"): Printed(1.20, 1.26, "section 7.1 [T]"),
     ("fig18b", "sharegpt"): _one(128, "section 7.2 [T]: best from 16 to 128"),
     ("fig18b", "alpaca"): _one(32, "section 7.2 [T]: good at 16 and 32"),
     ("fig19a", "recompute over swap"): Printed(0, 1.2, "section 7.3 [T]: at most 1.2"),

@@ -136,6 +136,11 @@ def main(argv: list[str]) -> None:
             transfers=Transfers.of(model, chip, 1),
             step_s=FLAGS.step_s,
         )
+        profile.check_range(
+            max_tokens=FLAGS.max_num_batched_tokens,
+            max_context=int(np.max(workload.prompt_lens + workload.output_lens)),
+            max_rows=min(FLAGS.max_num_seqs, len(workload)),
+        )
         outcome = predict(
             workload,
             profile,

@@ -39,8 +39,9 @@ from tqdm import tqdm
 from experiments.timing import environment
 from jpaged.simulator import traces
 from jpaged.simulator.chips import CHIPS, find_chip
+from jpaged.simulator.engine_system import EngineSystem
 from jpaged.simulator.lengths import BUILTIN_LENGTHS, Lengths
-from jpaged.simulator.optimum import alone_seconds
+from jpaged.simulator.optimum import MOST_ORDERED, alone_seconds, best_order
 from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
 from jpaged.simulator.served_models import (
     PAPER_SETTINGS,
@@ -196,11 +197,14 @@ def make_system(workload: Workload, num_slots: int) -> Any:
     return find_system(FLAGS.system, workload, num_slots, **sizes)
 
 
-def bounds(workload: Workload, cost_model: Roofline, outcome: Outcome) -> dict:
+def bounds(
+    system: Any, workload: Workload, cost_model: Roofline, outcome: Outcome
+) -> dict:
     """Lines to measure the normalized latency by, and the shares of them it reaches.
 
     `alone`: no schedule passes it. `unlimited_memory`: the engine with a row and memory
     for everybody, up to 1,024 rows: the best batching of those that let all in at once.
+    `best_order`, of an engine with few requests: the best of all orders of admission.
     """
     lens = workload.output_lens
     num_seqs = np.maximum(workload.num_samples, workload.beam_widths)
@@ -212,6 +216,9 @@ def bounds(workload: Workload, cost_model: Roofline, outcome: Outcome) -> dict:
         "alone": float(np.mean(alone_seconds(workload, cost_model) / lens)),
         "unlimited_memory": free,
     }
+    if isinstance(system, EngineSystem) and len(workload) <= MOST_ORDERED:
+        _, best = best_order(system, workload, cost_model)
+        lines["best_order"] = best.summary()["normalized_latency_s"]
     mine = outcome.summary()["normalized_latency_s"]
     return {
         name: {"normalized_latency_s": value, "share": value / mine}
@@ -273,7 +280,7 @@ def main(argv: list[str]) -> None:
     found = outcome.summary()
     print_table(found, outcome)
     if FLAGS.bounds:
-        found["bounds"] = bounds(workload, cost_model, outcome)
+        found["bounds"] = bounds(system, workload, cost_model, outcome)
         for name, line in found["bounds"].items():
             value, share = line["normalized_latency_s"], line["share"]
             print(f"{name:<26}{value:>12.4g} s/token, {share:.1%} of it reached")

@@ -10,6 +10,7 @@ Source: Kwon et al. 2023, section 4.1. https://arxiv.org/abs/2309.06180
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -315,7 +316,9 @@ def _reference(
 
     q_TKGD = q.astype(jnp.float32).reshape(num_queries, num_kv_heads, -1, head_dim)
     keys = gathered(pools.k, pools.k_scale)
-    scores = jnp.einsum("tkgd,tkcd->tkgc", q_TKGD, keys) * scale
+    # Not TF32, which GPUs would take for float32.
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    scores = product("tkgd,tkcd->tkgc", q_TKGD, keys) * scale
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
     scores = jnp.where(mask, scores, -jnp.inf)
@@ -327,7 +330,7 @@ def _reference(
     base = jnp.where(jnp.isneginf(lse), 0.0, lse)
     weights = jnp.where(mask, jnp.exp(scores - base[..., None]), 0.0)
     values = gathered(pools.v, pools.v_scale)
-    out = jnp.einsum("tkgc,tkcd->tkgd", weights, values)
+    out = product("tkgc,tkcd->tkgd", weights, values)
     shape = (num_queries, num_heads)
     return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
 

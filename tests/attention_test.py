@@ -12,105 +12,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import (
+    FAULTS,
+    LSE_TOLERANCE,
+    SHAPES,
+    TOLERANCES,
+    assert_bitwise,
+    attend,
+    check,
+    check_copies,
+    check_fault,
+    check_in_place,
+    check_writes,
+    decode_case,
+    many_lengths,
+    on_device,
+    ragged_case,
+    run,
+    some_pages,
+)
 from attention_oracle import Case, make_case, relative_errors
 
 from jpaged import attention
 from jpaged.attention import merge_states, paged_attention
 
-# Those that run everywhere; `tpu_kernel_test` has the TPU's.
+# Those that run everywhere; `tpu_kernel_test` has the TPU's, `gpu_test` the GPU's.
 IMPLEMENTATIONS = ("reference", "xla")
-
-# Of each query's and head's output vector, against the oracle on the stored values.
-# float32 sums of up to 2048 products err by 1e-6; float16 rounds the softmax weights
-# and the output by 2**-11 each, bfloat16 by 2**-8, and random errors add in quadrature.
-TOLERANCES = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
-# Log-sum-exps are float32 sums over exact products of the stored values, of size 10.
-LSE_TOLERANCE = 1e-4
-STATIC = (
-    "scale",
-    "sliding_window",
-    "logits_soft_cap",
-    "return_lse",
-    "implementation",
-)
-attend = jax.jit(paged_attention, static_argnames=STATIC)
-
-# heads, head_dim, block_size, dtype, options; groups of 1 to 16 heads.
-SHAPES = {
-    "one_group": ((8, 8), 64, 16, "float32", {}),
-    "groups_of_4": ((32, 8), 128, 16, "bfloat16", {}),
-    "groups_of_7": ((28, 4), 128, 64, "float16", {}),
-    "tokens_as_blocks": ((14, 2), 64, 1, "float32", {"sliding_window": 1}),
-    "groups_of_16": ((16, 1), 17, 16, "float32", {"logits_soft_cap": 5.0}),
-    "window_of_a_block": ((4, 4), 80, 64, "float32", {"sliding_window": 64}),
-    "window_300": ((14, 2), 64, 16, "float16", {"sliding_window": 300}),
-    "sinks": ((8, 2), 33, 16, "float32", {"sinks": True}),
-    "scaled": ((8, 2), 64, 3, "float32", {"scale": 0.31}),
-    "everything": (
-        (14, 2),
-        128,
-        16,
-        "bfloat16",
-        dict(sinks=True, sliding_window=300, logits_soft_cap=2.0, scale=0.2),
-    ),
-}
-
-
-def lengths_around(block_size: int) -> list[int]:
-    return [257, 0, 1, block_size - 1, block_size, block_size + 1, 2048, 3 * block_size]
-
-
-def many_lengths(block_size: int) -> list[int]:
-    """More rows than the product serves in one group, of mixed lengths."""
-    return [*lengths_around(block_size)[:6], *range(0, 150, 8)]
-
-
-def make_sinks(num_heads: int) -> np.ndarray:
-    return np.linspace(-2.0, 3.0, num_heads).astype(np.float32)
-
-
-def resolve(options: dict, num_heads: int) -> dict:
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = make_sinks(num_heads)
-    return options
-
-
-def on_device(case: Case) -> dict[str, jax.Array]:
-    return jax.tree.map(jnp.asarray, attention_oracle.arrays(case))
-
-
-def run(case: Case, implementation: str, **options):
-    if "sinks" in options:
-        options["sinks"] = jnp.asarray(options["sinks"])
-    return attend(
-        **on_device(case), implementation=implementation, return_lse=True, **options
-    )
-
-
-def check(case: Case, implementation: str, **options) -> None:
-    out, lse = run(case, implementation, **options)
-    want_out, want_lse = attention_oracle.attention(case, **options)
-    assert out.dtype == case.q.dtype
-    assert lse.dtype == jnp.float32
-    # `not <` and not `>`, which NaN would pass.
-    worst = relative_errors(out, want_out).max()
-    assert worst < TOLERANCES[case.q.dtype.name]
-    np.testing.assert_allclose(lse, want_lse, atol=LSE_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_decode_equals_the_oracle_at_every_length(name, implementation):
-    heads, head_dim, block_size, dtype, options = SHAPES[name]
-    case = make_case(
-        lengths_around(block_size),
-        heads=heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        dtype=dtype,
-    )
-    check(case, implementation, **resolve(options, heads[0]))
+    case, options = decode_case(name)
+    check(case, implementation, **options)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -118,21 +52,8 @@ def test_decode_equals_the_oracle_at_every_length(name, implementation):
 def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(
     name, implementation
 ):
-    heads, head_dim, block_size, dtype, options = SHAPES[name]
-    size = block_size
-    #          decode, chunk after context, empty, fresh prompt, decode, empty, 1, chunk
-    contexts = [257, 2 * size + 9, 0, size + 1, size, 40, 1, 70]
-    queries = [1, 9, 0, size + 1, 1, 0, 1, 37]
-    case = make_case(
-        contexts,
-        queries,
-        heads=heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        dtype=dtype,
-        num_padding=5,
-    )
-    check(case, implementation, **resolve(options, heads[0]))
+    case, options = ragged_case(name)
+    check(case, implementation, **options)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -279,34 +200,12 @@ def test_merged_states_equal_attention_over_the_union(dtype, implementation):
     np.testing.assert_allclose(lse, want_lse, atol=LSE_TOLERANCE, rtol=0)
 
 
-def one_key_less(case: Case) -> Case:
-    return dataclasses.replace(case, context_lens=case.context_lens - 1)
-
-
-def keys_for_values(case: Case) -> Case:
-    return dataclasses.replace(case, v_pages=case.k_pages)
-
-
-def one_wrong_block(case: Case) -> Case:
-    tables = case.block_tables.copy()
-    tables[:, 0] = np.roll(tables[:, 0], 1)
-    return dataclasses.replace(case, block_tables=tables)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(
-    "fault", [one_key_less, keys_for_values, one_wrong_block, "no_scale"]
-)
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("queries", [None, [1, 20, 1, 9, 2]])
 def test_a_planted_fault_breaks_the_tolerance(fault, dtype, queries):
     case = make_case([2048, 300, 17, 64, 33], queries, dtype=dtype)
-    options = {"scale": 1.0} if fault == "no_scale" else {}
-    faulty = case if fault == "no_scale" else fault(case)
-    got, _ = run(faulty, "xla", **options)
-    want, _ = attention_oracle.attention(case)
-    # In every row, so no length of context hides it.
-    errors = relative_errors(got, want).max(axis=-1)
-    assert (errors > 2 * TOLERANCES[dtype])[: 5 if queries is None else 33].all()
+    check_fault(case, fault, "xla", rows=5 if queries is None else 33)
 
 
 def decode_arguments(context: int, width: int, num_rows: int = 4) -> dict:
@@ -374,37 +273,10 @@ def test_work_of_ragged_follows_the_contexts_and_not_the_tables(monkeypatch):
 # ---- write_kv, copy_blocks: bitwise
 
 
-def some_pages(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
-    values = np.random.default_rng(seed).standard_normal(shape)
-    return values.astype(attention_oracle.DTYPES[dtype])
-
-
-def assert_bitwise(got: jax.Array, want: np.ndarray) -> None:
-    got = np.asarray(got)
-    assert got.dtype == want.dtype
-    assert got.tobytes() == want.tobytes()
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layer", [None, 0, 2])
 def test_write_kv_writes_exactly_the_named_slots(dtype, layer):
-    shape = (6, 2, 4, 8) if layer is None else (3, 6, 2, 4, 8)
-    k_pages, v_pages = (some_pages(*shape, seed=s, dtype=dtype) for s in (0, 1))
-    k, v = (some_pages(7, 2, 8, seed=s, dtype=dtype) for s in (2, 3))
-    k[0, 0, 0] = -0.0
-    slots = [23, -1, 0, 5, -7, 24, 9]  # 24 is past the pool
-    got = jax.jit(attention.write_kv, static_argnames="layer")(
-        *map(jnp.asarray, (k_pages, v_pages, k, v)),
-        jnp.array(slots, jnp.int32),
-        layer=layer,
-    )
-    for pages, values, result in zip((k_pages, v_pages), (k, v), got, strict=True):
-        one = pages if layer is None else pages[layer]
-        for token, slot in enumerate(slots):
-            if 0 <= slot < 24:
-                for head in range(2):
-                    one[slot // 4, head, slot % 4] = values[token, head]
-        assert_bitwise(result, pages)
+    check_writes(dtype, layer, None)
 
 
 def test_write_kv_casts_to_the_pages():
@@ -420,22 +292,12 @@ def test_write_kv_casts_to_the_pages():
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layer", [None, 1, "all"])
 def test_copy_blocks_copies_exactly_the_named_blocks(dtype, layer):
-    shape = (8, 2, 4, 6) if layer is None else (3, 8, 2, 4, 6)
-    k_pages, v_pages = (some_pages(*shape, seed=s, dtype=dtype) for s in (0, 1))
-    src, dst = [3, -1, 0, 3, 5, -1], [1, 2, 7, 6, -1, -1]
-    got = jax.jit(attention.copy_blocks, static_argnames="layer")(
-        jnp.asarray(k_pages),
-        jnp.asarray(v_pages),
-        jnp.array(src, jnp.int32),
-        jnp.array(dst, jnp.int32),
-        layer=None if layer == "all" else layer,
-    )
-    for pages, result in zip((k_pages, v_pages), got, strict=True):
-        layers = pages if layer == "all" else [pages if layer is None else pages[layer]]
-        for one in layers:
-            for source, target in ((3, 1), (0, 7), (3, 6)):
-                one[target] = one[source]
-        assert_bitwise(result, pages)
+    check_copies(dtype, layer, None)
+
+
+def test_pools_that_are_donated_come_back_in_their_own_memory():
+    # A CPU widens bfloat16 to write it.
+    check_in_place("xla", "float32")
 
 
 # ---- arguments that do not fit together

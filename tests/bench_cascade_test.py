@@ -10,6 +10,7 @@ pytestmark = pytest.mark.long
 
 def test_the_benchmark_counts_the_bytes_and_gives_both_times():
     small = ["--num_layers=1", "--head_dim=16", "--repeats=1", "--own_tokens=16"]
+    small += ["--read_gb=0.01", "--gemm_size=64"]
     status, stdout, stderr = run_experiment(
         "bench_cascade", "--num_rows=3", "--prefix_tokens=32", *small
     )
@@ -22,6 +23,13 @@ def test_the_benchmark_counts_the_bytes_and_gives_both_times():
     assert row["plain_s"] > 0
     assert row["cascade_s"] > 0
     assert row["max_difference"] < 1e-5
+    # Reading alone: 144 tokens' keys and values against 80 and the partial results.
+    read_s = token / result["read_bytes_per_s"]
+    shared_s = max(32 * read_s, 4 * 3 * 12 * 16 * 32 / result["gemm_flops_per_s"])
+    partials_s = 18 * 3 * 12 * 16 / result["read_bytes_per_s"]
+    cascade_s = shared_s + 48 * read_s + partials_s + 7e-6
+    wanted = (144 * read_s + 3e-6) / cascade_s
+    assert row["model_ratio"] == pytest.approx(wanted)
     assert {"device", "versions", "flags"} <= result.keys()
 
 

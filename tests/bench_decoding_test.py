@@ -25,6 +25,8 @@ from experiments.lib_decoding_loads import (
 from experiments.timing import once
 from jpaged.config import EngineConfig
 
+pytestmark = pytest.mark.long
+
 CONFIG = EngineConfig(
     num_blocks=32,
     block_size=4,

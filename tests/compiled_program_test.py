@@ -15,6 +15,8 @@ from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.models import ModelConfig, init_model
 
+pytestmark = pytest.mark.long
+
 SIZES = (4096, 16384)
 MODEL = ModelConfig.from_hf(
     dict(

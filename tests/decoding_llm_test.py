@@ -17,6 +17,8 @@ from jpaged import batch
 from jpaged.llm import LLM
 from jpaged.requests import AlgorithmParams, BeamSearchParams, SamplingParams
 
+pytestmark = pytest.mark.long
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
 PROMPT = [7, 30, 111, 222, 9]
 

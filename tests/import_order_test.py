@@ -47,9 +47,11 @@ ROOMS = {
     # which of the three serves a call
     "implementations":   [],
     "quantised_pages":   [],
-    "xla":               ["compat", "quantised_pages", "shared_prefix"],
-    "pallas":            ["compat", "implementations"],
-    "triton":            ["compat"],
+    # tile sizes by device and shape
+    "tuned":             [],
+    "xla":               ["compat", "quantised_pages", "shared_prefix", "tuned"],
+    "pallas":            ["compat", "implementations", "tuned"],
+    "triton":            ["compat", "tuned"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
                           "implementations", "quantised_pages", "shared_prefix"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",
@@ -121,7 +123,8 @@ ROOMS = {
                           "intake", "metrics", "serving", "prefix", "jobs", "batch",
                           "live"],
     # the same scheduler and block manager on a simulated clock: no model, no pages
-    "simulator":         ["compat", "config", "requests", "block_manager", "scheduler",
+    "simulator":         ["compat", "policies", "config", "requests", "block_manager",
+                          "scheduler",
                           "kv_cache", "models", "decoding", "request_table", "groups",
                           "submission", "timeline", "engine_state", "iteration",
                           "engine"],

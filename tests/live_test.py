@@ -34,6 +34,8 @@ from jpaged.models.checkpoint import load_model
 from jpaged.requests import BeamSearchParams, SamplingParams
 from jpaged.scheduler import FINISHED, RUNNING, SWAPPED
 
+pytestmark = pytest.mark.long
+
 LONG = dataclasses.replace(GREEDY, max_tokens=40)
 # Four rows and 32 blocks of 4 tokens: the long ones preempt each other.
 REQUESTS = [

@@ -13,6 +13,8 @@ from experiments import occupancy
 from jpaged.metrics import LATENCIES, StepRecord
 from jpaged.requests import RequestOutput
 
+pytestmark = pytest.mark.long
+
 run = functools.partial(run_experiment, "occupancy")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.prefix_cache import replay, synthetic_trace
 from jpaged.simulator.chips import find_chip
-from jpaged.simulator.optimum import alone_seconds, belady_hits
+from jpaged.simulator.optimum import alone_seconds, belady_hits, best_order
 from jpaged.simulator.roofline import Roofline
 from jpaged.simulator.served_models import served_model
 from jpaged.simulator.simulate import simulate
@@ -107,3 +107,22 @@ def test_of_a_prompt_that_may_be_cached_only_the_last_token_counts():
     ).times_to_first_token[0]
     assert mine == pytest.approx(other - prompt, abs=20e-6)
     assert mine < whole
+
+
+def test_where_one_runs_at_a_time_the_best_order_is_smiths():
+    # All wait from the start, each runs alone: the sum of weighted ends is least with
+    # the shortest time over weight first (Smith 1956); the weight is 1 / output length.
+    jobs = Workload(np.zeros(4), [8, 8, 8, 8], [12, 3, 20, 6])
+    ratio = alone_seconds(jobs, COST) * jobs.output_lens
+    engine = find_system("vllm", jobs, 1024, max_num_seqs=1)
+    order, outcome = best_order(engine, jobs, COST)
+    assert order == tuple(np.argsort(ratio))
+    fcfs = simulate(engine, jobs, COST)
+    assert outcome.normalized_latencies.mean() < 0.8 * fcfs.normalized_latencies.mean()
+
+
+def test_more_orders_than_can_be_tried_are_refused():
+    many = Workload(np.zeros(8), np.ones(8, int), np.ones(8, int))
+    engine = find_system("vllm", many, 1024, max_num_seqs=1)
+    with pytest.raises(ValueError, match=r"at most 7 requests, .* got 8"):
+        best_order(engine, many, COST)

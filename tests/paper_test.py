@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 from runners import run_experiment
 
-from experiments import lib_paper_blocks, lib_paper_curves, lib_paper_report, paper
+from experiments import (
+    lib_paper_blocks,
+    lib_paper_curves,
+    lib_paper_kernel,
+    lib_paper_report,
+    paper,
+)
 from experiments import lib_paper_numbers as numbers
 from experiments.lib_paper_curves import Row
 from experiments.lib_paper_runs import Case, Run, run_all, workload_of
+
+pytestmark = pytest.mark.long
 
 KEYS = {"figure", "quantity", "paper", "here", "ci95", "ratio", "source", "remark"}
 
@@ -60,6 +68,26 @@ def test_every_printed_number_has_a_row_of_its_figure():
     figures = {name.removesuffix("a").removesuffix("b") for name, *_ in numbers.PRINTED}
     assert figures <= set(paper.FIGURES)
     assert all(one.low <= one.high and one.source for one in numbers.PRINTED.values())
+
+
+def test_figure_18a_times_two_ways_to_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(lib_paper_kernel, "BATCHES", (2,))
+    monkeypatch.setattr(lib_paper_kernel, "CONTEXTS", (32,))
+    figure = lib_paper_kernel.FIGURES["fig18a"]
+    plan = paper.Plan(seeds=(0,), scale=1.0, files={})
+    assert figure.cases(plan) == []
+    (one,) = figure.show(plan, {}).rows
+    assert one.here > 0
+    assert one.paper == "1.2 to 1.26"
+    # A planted fault: pages of other sequences are no way to the same numbers.
+    honest = lib_paper_kernel.attention.paged_attention
+    monkeypatch.setattr(
+        lib_paper_kernel.attention,
+        "paged_attention",
+        lambda q, k, v, tables, lens: honest(q, k, v, tables[::-1], lens),
+    )
+    with pytest.raises(AssertionError):
+        figure.show(plan, {})
 
 
 def test_a_sustained_rate_lies_where_the_curve_passes_the_level():

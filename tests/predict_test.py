@@ -52,3 +52,10 @@ def test_a_table_of_another_run_is_refused(tmp_path):
     status, _, stderr = run(f"--measured={path}")
     assert status == 1
     assert "e2e_s" in stderr
+
+
+def test_a_profile_that_does_not_go_so_far_is_refused():
+    status, _, stderr = run("--max_num_batched_tokens=1000000")
+    assert status == 1
+    assert "was measured up to" in stderr
+    assert "tokens of a step, got 1000000" in stderr

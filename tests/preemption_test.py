@@ -12,6 +12,8 @@ from experiments import preemption
 from jpaged import block_manager
 from jpaged.models import ModelConfig
 
+pytestmark = pytest.mark.long
+
 TINY = {
     "block_sizes": "2",
     "contexts": "24",

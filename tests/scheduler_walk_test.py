@@ -5,7 +5,6 @@ two must decide alike in every step, and every walk must end within a bound of s
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_driver import OPERATIONS, Asked, Driver, jitted_operations
+from scheduler_driver import OPERATIONS, Asked, Driver, jitted_operations, plant
 from scheduler_model import SlowScheduler
 
-from jpaged import block_manager, scheduler
+from jpaged import block_manager
 from jpaged.config import EngineConfig
-from jpaged.scheduler import EMPTY, HELD, NO_REQUEST, RUNNING, WAITING
+from jpaged.scheduler import EMPTY, HELD, NO_REQUEST, RUNNING, WAITING, queue, step
 
 CONFIG = EngineConfig(
     num_blocks=8,
@@ -328,27 +327,25 @@ def no_promises(spare, queue, rows, blocks, needed, config):
 
 
 FAULTS = {
-    "lockstep rows that do not wait": (scheduler, "_keep_step", no_one_waits),
-    "rows that map one token": (scheduler, "_join_sources", one_token_mapped),
+    "lockstep rows that do not wait": (step, "_keep_step", no_one_waits),
+    "rows that map one token": (step, "_join_sources", one_token_mapped),
     "shared blocks that count as returned": (
         block_manager,
         "exclusive_blocks",
         shared_blocks_returned,
     ),
-    "rows in another order": (scheduler, "_ranks", order_of_rows),
-    "prefixes behind others": (scheduler, "_ranks", held_by_nobody),
-    "sources that have ended": (scheduler, "_mapped_tokens", any_source),
-    "rows preempted one by one": (scheduler, "_is_same", each_alone),
-    "ended rows that take part": (scheduler, "_is_idle", ended_take_part),
-    "promised blocks given away": (scheduler, "_spare_blocks", no_promises),
+    "rows in another order": (queue, "ranks", order_of_rows),
+    "prefixes behind others": (queue, "ranks", held_by_nobody),
+    "sources that have ended": (queue, "mapped_tokens", any_source),
+    "rows preempted one by one": (queue, "same_request", each_alone),
+    "ended rows that take part": (queue, "idle_rows", ended_take_part),
+    "promised blocks given away": (queue, "spare_blocks", no_promises),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_walks_find(name, monkeypatch):
-    module, function, fault = FAULTS[name]
-    faulty = functools.partial(fault, getattr(module, function))
-    monkeypatch.setattr(module, function, faulty)
+    plant(monkeypatch, *FAULTS[name])
     operations = jitted_operations()
     with pytest.raises(AssertionError):
         _walk_all(operations)

@@ -13,6 +13,8 @@ from experiments import sharing
 from jpaged import block_manager, engine
 from jpaged.config import EngineConfig
 
+pytestmark = pytest.mark.long
+
 SIZES = ("--num_requests=3", "--max_num_seqs=4", "--num_blocks=300")
 run = functools.partial(run_experiment, "sharing", *SIZES)
 

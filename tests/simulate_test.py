@@ -77,7 +77,9 @@ def test_a_trace_with_times_and_shared_prefixes_finds_them_again(tmp_path):
     ]  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = last_line("--trace", str(path), "--model", "llama-3-8b", "--gpu", "h100",
-                      "--max_num_seqs", "8")  # fmt: skip
+                      "--max_num_seqs", "8", "--bounds")  # fmt: skip
+    # Nobody waits for anybody here, so no order is better than another.
+    assert found["bounds"]["best_order"]["share"] == pytest.approx(1)
     # After the first, each request finds two pieces of 512 tokens of its 1,030.
     assert found["prefix_hit_ratio"] == pytest.approx(3 * 1024 / (4 * 1030))
     assert found["num_requests"] == 4

@@ -22,6 +22,8 @@ from jpaged.simulator.simulate import simulate, sweep
 from jpaged.simulator.systems import SYSTEMS, engine_system, find_system
 from jpaged.simulator.workloads import Workload
 
+pytestmark = pytest.mark.long
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

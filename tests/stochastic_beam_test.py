@@ -12,6 +12,8 @@ from sample_test import chi_square_z
 
 from jpaged.decoding import stochastic_beam, stochastic_beam_search
 
+pytestmark = pytest.mark.long
+
 NUM_DRAWS = 40_000
 STOP = (0,)
 

@@ -6,7 +6,6 @@ so a row that reads back its own history lost nothing on its way to the host and
 """
 
 import dataclasses
-import functools
 import types
 
 import jax
@@ -16,11 +15,21 @@ import pytest
 import scheduler_walk_test as walks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_driver import QUICKLY, Driver, share_again
+from scheduler_driver import QUICKLY, Driver, plant, share_again
 
 from jpaged import block_manager, scheduler, swap
 from jpaged.block_manager import NO_BLOCK
-from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RUNNING, SWAPPED, WAITING
+from jpaged.scheduler import (
+    EMPTY,
+    FINISHED,
+    NO_REQUEST,
+    RUNNING,
+    SWAPPED,
+    WAITING,
+    preemption,
+)
+
+pytestmark = pytest.mark.long
 
 # Room for all, for few, and for hardly anybody.
 NUM_SWAP_BLOCKS = {"all": 64, "few": 5, "one": 1}
@@ -272,7 +281,7 @@ def free_of_charge(demand, host, places):
 
 
 FAULTS = {
-    "swapped ones that are admitted": (scheduler, "_bring_back", as_if_waiting),
+    "swapped ones that are admitted": (preemption, "bring_back", as_if_waiting),
     "a host with room for all": (swap, "leaving", room_for_all),
     "blocks that are not asked for": (swap, "demand", free_of_charge),
 }
@@ -280,8 +289,6 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_walks_find(name, monkeypatch):
-    module, function, fault = FAULTS[name]
-    faulty = functools.partial(fault, getattr(module, function))
-    monkeypatch.setattr(module, function, faulty)
+    plant(monkeypatch, *FAULTS[name])
     with pytest.raises(AssertionError):
         walk_all(jitted_operations())

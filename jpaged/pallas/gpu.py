@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from jpaged import tuned
 from jpaged.pallas import gpu_attention, gpu_merge, gpu_work
 
 # A window that no context reaches; half of what i32 holds, so that sums stay inside.
@@ -55,7 +56,8 @@ def attend(
     """
     _check_one_device()
     is_ragged = query_start_loc is not None
-    plan = _plan(q, k_pages, block_tables, scale, logits_soft_cap, is_ragged)
+    sizes = tuned.tiles("mosaic_gpu", SIZES, q.shape[1], k_pages)
+    plan = _plan(q, k_pages, block_tables, scale, logits_soft_cap, is_ragged, sizes)
     num_rows, num_queries = block_tables.shape[0], q.shape[0]
     if query_start_loc is None:
         query_start_loc = jnp.arange(num_rows + 1, dtype=jnp.int32)
@@ -70,13 +72,13 @@ def attend(
         rows=gpu_attention.ROWS,
         max_tokens=plan.width * plan.block_size,
     )
-    num_full = max(SIZES.blocks // plan.num_kv_heads, 1)
+    num_full = max(sizes.blocks // plan.num_kv_heads, 1)
     items, first_items, num_items = gpu_work.items_of(
         tiles,
         num_items=tiles.row.shape[0] + num_full,
         unit=plan.unit,
         units=plan.units,
-        min_steps=max(SIZES.part_tokens // plan.tokens, 1),
+        min_steps=max(sizes.part_tokens // plan.tokens, 1),
     )
     outs, lses = gpu_attention.attend(
         _to_tiles(q.astype(k_pages.dtype), tiles, plan),
@@ -116,7 +118,7 @@ def _check_one_device() -> None:
         )
 
 
-def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged):
+def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged, sizes):
     num_heads = q.shape[1]
     num_blocks, num_kv_heads, block_size, head_dim = k_pages.shape[-4:]
     group = num_heads // num_kv_heads
@@ -129,8 +131,8 @@ def _plan(q, k_pages, block_tables, scale, soft_cap, is_ragged):
         num_blocks=num_blocks,
         width=block_tables.shape[1],
         tile_queries=gpu_attention.ROWS // group if is_ragged else 1,
-        tokens=SIZES.tokens,
-        stages=max(SIZES.shared_bytes // (2 * SIZES.tokens * bytes_of_token), 2),
+        tokens=sizes.tokens,
+        stages=max(sizes.shared_bytes // (2 * sizes.tokens * bytes_of_token), 2),
         scale=scale,
         soft_cap=soft_cap,
     )

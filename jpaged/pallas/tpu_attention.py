@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jpaged import tuned
 from jpaged.implementations import LANES
 from jpaged.pallas import tpu_segments
 from jpaged.pallas.tpu_segments import Segments
@@ -79,7 +80,7 @@ def attend(
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
     return_lse: bool,
-    tiles: Tiles = Tiles(),
+    tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H] if asked for.
@@ -97,9 +98,11 @@ def attend(
       logits_soft_cap: Python number or None.
       sinks: f32[H] or None.
       return_lse: whether to give the log-sum-exp.
-      tiles: sizes.
+      tiles: sizes; None takes those of `jpaged.tuned`.
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU.
     """
+    if tiles is None:
+        tiles = tuned.tiles("mosaic_tpu", Tiles(), q.shape[1], k_pages)
     plan = _plan(q, k_pages, block_tables, query_start_loc is not None, tiles)
     num_queries = q.shape[0]
     num_tiles = pl.cdiv(num_queries, plan.tile_queries)

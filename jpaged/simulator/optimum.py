@@ -5,17 +5,24 @@ Beside the road: host code on traces and workloads.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.policies import Waiting
+from jpaged.simulator.engine_system import EngineSystem
 from jpaged.simulator.load import CostModel, Load
+from jpaged.simulator.simulate import Outcome, sweep
 from jpaged.simulator.workloads import Workload
 
 _NEVER = np.iinfo(np.int64).max
+MOST_ORDERED = 7  # requests: 5,040 orders
+_SIDE_BY_SIDE = 720  # simulations of one program
 
 
 def belady_hits(prompts: Sequence[Sequence[int]], capacity: int) -> np.ndarray:
@@ -87,6 +94,55 @@ def alone_seconds(workload: Workload, cost_model: CostModel) -> np.ndarray:
     until = np.concatenate([[0.0], np.cumsum(decode)])
     ends = workload.prompt_lens + workload.output_lens - 1
     return prompt[workload.prompt_lens - 1] + until[ends] - until[workload.prompt_lens]
+
+
+def best_order(
+    system: EngineSystem, workload: Workload, cost_model: CostModel
+) -> tuple[tuple[int, ...], Outcome]:
+    """The order of admission with the least mean normalised latency, and its outcome.
+
+    All orders are simulated. A policy is an order of those that wait, and what fits is
+    admitted: no policy that keeps to one order batches this engine's requests better.
+
+    Args:
+      system: the engine, whose own policy is left out.
+      workload: at most `MOST_ORDERED` requests.
+      cost_model: seconds of a step.
+
+    Returns:
+      The requests' numbers, who comes first at the front, and what came of it.
+
+    Raises:
+      ValueError: more requests; or as `simulate`.
+    """
+    count = len(workload)
+    if count > MOST_ORDERED:
+        raise ValueError(
+            f"workload: expected at most {MOST_ORDERED} requests, for all orders are "
+            f"tried, got {count}"
+        )
+    orders = list(itertools.permutations(range(count)))
+    found: list[Outcome] = []
+    for first in range(0, len(orders), _SIDE_BY_SIDE):
+        some = [_in_order(system, one) for one in orders[first : first + _SIDE_BY_SIDE]]
+        found += sweep(some, workload, cost_model)
+    means = [np.mean(outcome.normalized_latencies) for outcome in found]
+    best = int(np.argmin(means))
+    return orders[best], found[best]
+
+
+def _in_order(system: EngineSystem, order: Sequence[int]) -> EngineSystem:
+    turns = tuple(np.argsort(order).astype(float).tolist())
+    config = dataclasses.replace(
+        system.config, policy=_by_turn, policy_parameters=turns
+    )
+    return dataclasses.replace(system, config=config)
+
+
+def _by_turn(waiting: Waiting) -> jax.Array:
+    """A policy: each request's turn is the parameter of its number."""
+    turns = waiting.parameters
+    return turns[jnp.clip(waiting.arrivals, 0, turns.shape[0] - 1)]
 
 
 def _paths(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

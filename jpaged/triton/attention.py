@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jpaged import tuned
 from jpaged.triton import tiles as tiles_module
 from jpaged.triton.launch import launch
 from jpaged.triton.tiles import Tiles
@@ -49,15 +50,15 @@ def attend(
     """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
 
     Arguments as of `jpaged.attention.paged_attention`; `tiles` None takes those of
-    `triton.tiles` for this device.
+    `tuned`, or `triton.tiles`.
     """
     num_queries, num_heads, head_dim = q.shape
     *_, num_blocks, num_kv_heads, block_size, _ = k_pages.shape
     num_rows, width = block_tables.shape
     group = num_heads // num_kv_heads
     if tiles is None:
-        kind, itemsize = jax.devices()[0].device_kind, k_pages.dtype.itemsize
-        tiles = tiles_module.choose(kind, head_dim, group, block_size, itemsize)
+        tiles = tiles_module.choose(head_dim, k_pages.dtype.itemsize)
+        tiles = tuned.tiles("triton", tiles, num_heads, k_pages)
     is_ragged = query_start_loc is not None
     queries = max(tiles.query_rows // group, 1) if is_ragged else 1
     window = _NO_WINDOW if sliding_window is None else sliding_window

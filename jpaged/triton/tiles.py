@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels, as data.
+"""Tile sizes of the Triton kernels that serve everywhere; `jpaged.tuned` has others.
 
 None is measured, for there was no GPU. What stands here is arithmetic and what the
 compiler reports: `docs/decisions/triton_kernel.md`.
@@ -21,16 +21,7 @@ class Tiles:
     least_chunk: int = 256  # tokens of a split, at least
 
 
-# (device kind, head_dim, heads of a key, block_size) -> Tiles that were measured there.
-MEASURED: dict[tuple[str, int, int, int], Tiles] = {}
-
-
-def choose(
-    device_kind: str, head_dim: int, group: int, block_size: int, itemsize: int
-) -> Tiles:
-    """The measured tiles, or else such as need at most 16 KiB for a tile of keys."""
-    measured = MEASURED.get((device_kind, head_dim, group, block_size))
-    if measured is not None:
-        return measured
+def choose(head_dim: int, itemsize: int) -> Tiles:
+    """Such as need at most 16 KiB for a tile of keys."""
     tokens = min(2**14 // (head_dim * itemsize), 128)
     return Tiles(tokens=max(tokens, 16), num_stages=2 if itemsize == 4 else 3)

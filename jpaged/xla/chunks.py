@@ -18,7 +18,10 @@ from jpaged.xla.pages import Pools
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tile sizes; `docs/decisions/attention.md` has the measurements behind them."""
+    """Tile sizes; `docs/decisions/attention.md` has the measurements behind them.
+
+    Those of a device are in `jpaged.tuned`.
+    """
 
     decode_rows: int = 16  # rows of a decode group
     decode_tokens: int = 768  # tokens of a decode tile, over all of its rows

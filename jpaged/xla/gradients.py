@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jpaged import tuned
 from jpaged.quantised_pages import is_quantised
 from jpaged.shared_prefix import SharedPrefix
 from jpaged.xla import attention, chunks, pages
@@ -48,6 +49,7 @@ def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
     fields: dict[str, Any] = operands._asdict()
     q, pools, tables, lens, starts = operands[:5]
     options = {name: fields[name] for name in Operands._fields[5:]}
+    options["tiles"] = tuned.tiles("xla", chunks.TILES, q.shape[1], pools.k)
     if starts is None:
         return attention.decode(q, pools, tables, lens, **options)
     return attention.ragged(q, pools, tables, lens, starts, **options)
@@ -94,7 +96,7 @@ def _backward(saved, cotangents):
     operands, out, lse = saved
     q, pools, tables, context_lens, starts = operands[:5]
     d_out, d_lse = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+        jnp.zeros(x.shape, jnp.float32) if isinstance(x, SymbolicZero) else x
         for x in cotangents
     )
     d_out = d_out.astype(jnp.float32)

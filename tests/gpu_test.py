@@ -1,0 +1,205 @@
+"""A real NVIDIA GPU: numbers against float64, pools in their own memory, an engine.
+
+    JAX_PLATFORMS=cuda python -m pytest -m gpu tests/gpu_test.py
+
+The cases are those of `attention_test`, of which each implementation takes all that it
+serves.
+"""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import attention_oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import (
+    FAULTS,
+    GPU_SHAPES,
+    TOLERANCES,
+    check,
+    check_copies,
+    check_fault,
+    check_in_place,
+    check_writes,
+    decode_case,
+    many_lengths,
+    ragged_case,
+)
+from attention_oracle import make_case, relative_errors
+from conftest import ROOT
+
+from jpaged import LLM, SamplingParams, attention, implementations
+
+pytestmark = pytest.mark.gpu
+
+IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu")
+
+
+def serves(implementation: str, name: str) -> bool:
+    (num_heads, num_kv_heads), head_dim, block_size, dtype, _ = GPU_SHAPES[name]
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    pages = array((1, num_kv_heads, block_size, head_dim))
+    q = array((1, num_heads, head_dim))
+    try:
+        implementations.choose(implementation, pages, q=q)
+    except ValueError:
+        return False
+    return True
+
+
+_PAIRS = itertools.product(IMPLEMENTATIONS, GPU_SHAPES)
+SERVED = [(one, name) for one, name in _PAIRS if serves(one, name)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip(
+            "needs an NVIDIA GPU that jax sees: this process computes on "
+            f"{jax.devices()[0].device_kind} (JAX_PLATFORMS="
+            f"{os.environ.get('JAX_PLATFORMS', '')})"
+        )
+
+
+@pytest.fixture(autouse=True)
+def _installed(request):
+    arguments = getattr(request.node, "callspec", None)
+    implementation = arguments and arguments.params.get("implementation")
+    if implementation == "triton":
+        pytest.importorskip("jax_triton", exc_type=ImportError)
+    if implementation == "mosaic_gpu":
+        capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+        if not 9 <= capability < 10:
+            pytest.skip(f"needs a Hopper GPU, got compute capability {capability}")
+
+
+@pytest.mark.parametrize(("implementation", "name"), SERVED)
+def test_decode_equals_the_oracle_at_every_length(implementation, name):
+    case, options = decode_case(name)
+    check(case, implementation, **options)
+
+
+@pytest.mark.parametrize(("implementation", "name"), SERVED)
+def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(
+    implementation, name
+):
+    case, options = ragged_case(name)
+    check(case, implementation, **options)
+
+
+SIZES = dict(heads=(8, 2), head_dim=64, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_many_rows_that_share_their_first_blocks_equal_the_oracle(implementation):
+    check(make_case(many_lengths(16), shared_blocks=4, **SIZES), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_long_row_beside_short_ones_equals_the_oracle(implementation):
+    check(make_case([20_000, 1, 0, 300, 17], **SIZES), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_breaks_the_tolerance(fault, implementation):
+    check_fault(make_case([2048, 300, 17, 64], **SIZES), fault, implementation, rows=4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("layer", [None, 1])
+def test_writes_are_exact(dtype, layer, implementation):
+    check_writes(dtype, layer, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layer", [None, 1, "all"])
+def test_copies_are_exact(layer, implementation):
+    check_copies("bfloat16", layer, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_pools_that_are_donated_come_back_in_their_own_memory(implementation):
+    check_in_place(implementation)
+
+
+def check_past(num_blocks: int, implementation: str) -> None:
+    """The last blocks of a pool, written and read there, in a program each."""
+    case = make_case([40, 33], heads=(8, 8), head_dim=128, dtype="bfloat16")
+    own = len(case.k_pages)
+    shape = (num_blocks, *case.k_pages.shape[1:])
+    pools = [jnp.full(shape, jnp.nan, jnp.bfloat16) for _ in range(2)]
+    slots = 16 * (num_blocks - own) + np.arange(16 * own, dtype=np.int32)
+    rows = (
+        jnp.asarray(pages.transpose(0, 2, 1, 3).reshape(16 * own, *shape[1::2]))
+        for pages in (case.k_pages, case.v_pages)
+    )
+    write = functools.partial(attention.write_kv, implementation=implementation)
+    write = jax.jit(write, donate_argnums=(0, 1))
+    pools = write(*pools, *rows, jnp.asarray(slots))
+    tables = np.where(
+        (case.block_tables >= 0) & (case.block_tables < own),
+        case.block_tables + num_blocks - own,
+        case.block_tables,
+    )
+    attend = functools.partial(attention.paged_attention, implementation=implementation)
+    lens = jnp.asarray(case.context_lens)
+    got = jax.jit(attend)(jnp.asarray(case.q), *pools, jnp.asarray(tables), lens)
+    want, _ = attention_oracle.attention(case)
+    assert relative_errors(got, want).max() < TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_slots_behind_2_to_the_31_elements_are_written_and_read(implementation):
+    check_past(2**31 // (8 * 16 * 128) + 64, implementation)
+
+
+def tokens(implementation: str, kv_dtype: str) -> list[list[int]]:
+    """Greedy tokens of an engine on this process's device."""
+    llm = LLM(
+        "tiny-python",
+        dtype="float32",
+        kv_dtype=kv_dtype,
+        num_blocks=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,  # so that the longer prompt comes in chunks
+        attention=implementation,
+    )
+    prompts = ["def main():", "import numpy as np\n" * 8, "class Queue:\n    "]
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    outputs = llm.generate(prompts, params, progress=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def tokens_on_cpu(kv_dtype: str) -> list[list[int]]:
+    code = (
+        "import json, sys, gpu_test; print(json.dumps(gpu_test.tokens(*sys.argv[1:])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "xla", kv_dtype],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_engine_writes_the_tokens_that_it_writes_on_a_cpu(implementation):
+    # Mosaic's kernel has pages of 16 bits only.
+    kv_dtype = "bfloat16" if implementation == "mosaic_gpu" else "float32"
+    assert tokens(implementation, kv_dtype) == tokens_on_cpu(kv_dtype)

@@ -65,7 +65,7 @@ def shardings(state: State, mesh: Mesh) -> State:
     pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
 
     def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
-        is_host = path[0] == _HOST and spec == pages
+        is_host = path[:1] == (_HOST,) and spec == pages
         kind = "pinned_host" if is_host else None
         return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
 

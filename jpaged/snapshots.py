@@ -109,14 +109,19 @@ def load(
       config: None is the saved one. Another may change whatever is not about the
         request table's shapes: the pool, the rows, the policy, ... .
       kv_dtype: of the pages; None takes the model's.
-      mesh: on which the model lies; None is one device. Any, whatever the state was
-        saved on.
+      mesh: on which the model lies; None is one device. Any without replicas,
+        whatever the state was saved on.
 
     Raises:
       FileNotFoundError: no snapshot there.
-      ValueError: the config's request table has other shapes; it has to be given, for
-        it holds functions; or a request would never fit into its pool.
+      ValueError: the mesh has replicas; the config's request table has other shapes;
+        it has to be given, for it holds functions; or a request would never fit into
+        its pool.
     """
+    if (number := parallel.num_replicas(mesh)) > 1:
+        raise ValueError(
+            f"mesh: wanted data=1, for the state of one engine, got data={number}"
+        )
     folder = pathlib.Path(folder).absolute()
     saved = _read_config(folder)
     if config is None:

@@ -162,6 +162,7 @@ def measure(model, case: str, tokens: list, draft: pathlib.Path) -> dict:
         found["refusals"] = [
             refusal(engine.submit, state, PROMPTS, GREEDY, replica=2),
             refusal(snapshots.save, draft / "snapshot", state),
+            refusal(snapshots.load, draft / "snapshot", model, mesh=mesh),
         ]
     return found
 

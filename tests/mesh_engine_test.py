@@ -123,7 +123,8 @@ def test_prefixes_and_live_requests_on_replicas(found):
 
 
 def test_what_replicas_do_not_do_is_refused_by_name(found):
-    submit, save = found["2 replicas, swapping"]["refusals"]
+    submit, save, load = found["2 replicas, swapping"]["refusals"]
     assert submit == "replica: expected from 0 to 1, got 2"
     assert "wanted that of one engine, got 2 replicas over `data`" in save
+    assert load == "mesh: wanted data=1, for the state of one engine, got data=2"
     assert found["LLM"]["refusal"] == "replica: wanted 0 to 1, got 2"

@@ -201,8 +201,13 @@ def axes(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[str, ...]:
 
 
 def spec(mesh: Mesh, rule: Sequence[str | None]) -> PartitionSpec:
-    """A row of the rules as JAX wants it, on a mesh of `cut`."""
-    return PartitionSpec(*(axes(mesh, axis) or None for axis in rule))
+    """A row of the rules as JAX wants it, on a mesh of `cut`.
+
+    Without axes of one device: XLA gives none of these back, and to JAX an array that
+    lies elsewhere is another program.
+    """
+    split = ([a for a in axes(mesh, name) if mesh.shape[a] > 1] for name in rule)
+    return PartitionSpec(*(tuple(names) or None for names in split))
 
 
 def stored_kv_heads(num_kv_heads: int, tensor: int) -> int:

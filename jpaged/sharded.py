@@ -64,12 +64,15 @@ def shardings(state: State, mesh: Mesh) -> State:
     """
     pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
 
-    def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
+    def sharding(path: Any, spec: PartitionSpec, array: Any) -> NamedSharding:
+        if not array.size:  # JAX splits none of these, whatever is asked for
+            spec = WHOLE
         is_host = path[:1] == (_HOST,) and spec == pages
         kind = "pinned_host" if is_host else None
         return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
 
-    return jax.tree_util.tree_map_with_path(sharding, state_specs(state, mesh))
+    specs = state_specs(state, mesh)
+    return jax.tree_util.tree_map_with_path(sharding, specs, state)
 
 
 def made(make: Callable[[], State], mesh: Mesh | None) -> State:

@@ -156,6 +156,10 @@ def measure(model, case: str, tokens: list, draft: pathlib.Path) -> dict:
         more = dataclasses.replace(CONFIGS["recompute"], num_blocks=512)
         roomy = engine.init(model, more, mesh=mesh)
         found["roomy_collectives"] = collectives(model, roomy)
+        # Else each program is compiled once more when a state comes back from one.
+        where = shardings(roomy)
+        roomy, _ = engine.submit(roomy, PROMPTS[:1], GREEDY)
+        found["stays"] = shardings(roomy) == where
     if case == "2 devices":
         found["collectives"] = collectives(model, state)
     if case == "2 replicas, swapping":
@@ -165,6 +169,10 @@ def measure(model, case: str, tokens: list, draft: pathlib.Path) -> dict:
             refusal(snapshots.load, draft / "snapshot", model, mesh=mesh),
         ]
     return found
+
+
+def shardings(state) -> list:
+    return [array.sharding for array in jax.tree.leaves(state)]
 
 
 def refusal(function, *args, **options) -> str:

@@ -122,6 +122,11 @@ def test_prefixes_and_live_requests_on_replicas(found):
     assert llm["left"] == [0, 0]  # blocks and places
 
 
+def test_where_arrays_lie_does_not_change(found):
+    assert found["2 devices"]["stays"]
+    assert found["2 replicas, swapping"]["stays"]
+
+
 def test_what_replicas_do_not_do_is_refused_by_name(found):
     submit, save, load = found["2 replicas, swapping"]["refusals"]
     assert submit == "replica: expected from 0 to 1, got 2"

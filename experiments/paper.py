@@ -15,9 +15,9 @@ output_tokens.
 --scale is the share of the paper's hour that requests arrive for; the report says what
 follows from a short one.
 
-Time: most of a short run is compiling, about 10 s for each of 80 curves, which the
-second run of a machine finds in the cache. Figures 14 to 19 and a panel of 12 took 6.6
-minutes at --scale 0.01 --seeds 0 --jobs 2, on two cores that others used as well.
+Time: half of a short run is compiling, about 10 s for each of 103 curves, which the
+second run of a machine finds in the cache. All figures took 23 minutes with --jobs 2,
+on two cores that others used as well.
 
 Expected: figure 13, ShareGPT: 7.00 requests for Orca (Max), as in the paper.
 """

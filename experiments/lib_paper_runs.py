@@ -13,6 +13,7 @@ import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from jpaged import compilation_cache
@@ -210,6 +211,13 @@ def run(case: Case) -> list[Run]:
     return sorted(found, key=lambda one: (one.rate, one.seed))
 
 
+def _run_and_forget(case: Case) -> list[Run]:
+    """`run`, without keeping its programs: hardly any other case has their shapes."""
+    found = run(case)
+    jax.clear_caches()
+    return found
+
+
 def run_all(
     cases: Sequence[Case],
     jobs: int = 1,
@@ -243,6 +251,6 @@ def _each(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, list[Run]]]:
     with concurrent.futures.ProcessPoolExecutor(
         jobs, mp_context=context, initializer=compilation_cache.turn_on
     ) as pool:
-        futures = {pool.submit(run, case): case for case in order}
+        futures = {pool.submit(_run_and_forget, case): case for case in order}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()

@@ -31,15 +31,19 @@ _HOST = jax.tree_util.GetAttrKey("host")  # of `EngineState`
 State = TypeVar("State")
 
 
+def _is_pages(part: Any) -> bool:
+    return isinstance(part, KVCache)
+
+
 def _but_pages(function: Callable[[Any], Any], tree: State, pages: Any = None) -> State:
     """The tree with `function` of each array, and of pages `pages`, or as they are."""
 
     def of(part: Any) -> Any:
-        if not isinstance(part, KVCache):
+        if not _is_pages(part):
             return function(part)
         return part if pages is None else jax.tree.map(lambda _: pages, part)
 
-    return jax.tree.map(of, tree, is_leaf=lambda part: isinstance(part, KVCache))
+    return jax.tree.map(of, tree, is_leaf=_is_pages)
 
 
 def _whole_or_each(mesh: Mesh) -> PartitionSpec:
@@ -132,10 +136,10 @@ def each(function: Callable[..., State], state: Any, *parts: Any) -> State:
     """
     after = _each(function, state, parts, state_specs)
     return jax.tree.map(
-        lambda old, new: old if isinstance(old, KVCache) else new,
+        lambda old, new: old if _is_pages(old) else new,
         state,
         after,
-        is_leaf=lambda part: isinstance(part, KVCache),
+        is_leaf=_is_pages,
     )
 
 
@@ -155,9 +159,7 @@ def _each(function, state, parts, out_specs) -> Any:
         return _wrapped(function(_peeled(state), *_peeled(parts)))
 
     state = jax.tree.map(
-        lambda part: None if isinstance(part, KVCache) else part,
-        state,
-        is_leaf=lambda part: isinstance(part, KVCache),
+        lambda part: None if _is_pages(part) else part, state, is_leaf=_is_pages
     )
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(

@@ -37,8 +37,8 @@ from experiments import lib_limits, lib_page_updates
 from experiments.lib_attention_cases import Shape
 from experiments.lib_attention_contenders import CONTENDERS
 from experiments.lib_page_updates import UPDATES, Update
-from experiments.lib_processes import ask, tell
-from experiments.timing import environment, progress
+from experiments.lib_processes import ask_each, chosen, tell
+from experiments.timing import environment
 
 FLAGS = flags.FLAGS
 _SIZES = ("num_heads", "num_kv_heads", "head_dim")
@@ -212,14 +212,8 @@ def main(argv: list[str]) -> int:
     # Each contender's process takes what it needs, and this one leaves it there.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        chosen = FLAGS.contenders or NAMES
-        unknown = [name for name in chosen if name not in NAMES]
-        if unknown or len(argv) > 1:
-            raise ValueError(
-                f"--contenders: wanted some of {', '.join(NAMES)}, got "
-                f"{(unknown or argv[1:])[0]!r}"
-            )
-        for name in chosen:
+        names = chosen("contenders", FLAGS.contenders, NAMES, argv)
+        for name in names:
             lines_of(name)
     except ValueError as error:
         print(f"bench_attention: {error}", file=sys.stderr)
@@ -236,16 +230,18 @@ def main(argv: list[str]) -> int:
         flush=True,
     )
     rows, left_out = [], {}
-    for name in chosen:
-        reason = reasons()[name]()
-        left_s = FLAGS.limit_s - (time.monotonic() - begin)
-        if reason or left_s < 1:
-            left_out[name] = reason or "no time was left"
+    for name, measured in ask_each(
+        "bench_attention",
+        names,
+        given_flags(),
+        reason_of=lambda name: reasons()[name](),
+        count_of=lambda name: len(lines_of(name)),
+        limit_s=FLAGS.limit_s - (time.monotonic() - begin),
+        share=0.5,  # one that hangs must not cost all the others
+    ):
+        if isinstance(measured, str):
+            left_out[name] = measured
             continue
-        progress(f"measuring {name}")
-        arguments = [*given_flags(), f"--alone={name}"]
-        # Half of the time that is left: one that hangs must not cost all the others.
-        measured = ask("bench_attention", arguments, len(lines_of(name)), left_s / 2)
         found = rows_of(name, measured, limits)
         rows += found
         for row in found:

@@ -29,8 +29,8 @@ from absl import app, flags
 from experiments import lib_limits
 from experiments.lib_attention_contenders import CONTENDERS, has
 from experiments.lib_engine_loads import decoding_state, engine_steps
-from experiments.lib_processes import ask, tell
-from experiments.timing import environment, progress, time_in_turn
+from experiments.lib_processes import ask_each, chosen, tell
+from experiments.timing import environment, time_in_turn
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig, checkpoint
 
@@ -185,13 +185,7 @@ def main(argv: list[str]) -> int:
     # Each contender's process takes what it needs, and this one leaves it there.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        chosen = FLAGS.contenders or list(NAMES)
-        unknown = [name for name in chosen if name not in NAMES]
-        if unknown or len(argv) > 1:
-            raise ValueError(
-                f"--contenders: wanted some of {', '.join(NAMES)}, got "
-                f"{(unknown or argv[1:])[0]!r}"
-            )
+        names = chosen("contenders", FLAGS.contenders, NAMES, argv)
         batches()
         model_config()
         if FLAGS.alone is not None:
@@ -209,14 +203,17 @@ def main(argv: list[str]) -> int:
         flush=True,
     )
     rows, left_out = [], {}
-    for name in chosen:
-        left_s = FLAGS.limit_s - (time.monotonic() - begin)
-        if (why := reason(name)) or left_s < 1:
-            left_out[name] = why or "no time was left"
+    for name, measured in ask_each(
+        "bench_decode",
+        names,
+        sys.argv[1:],
+        reason_of=reason,
+        count_of=lambda _: len(batches()),
+        limit_s=FLAGS.limit_s - (time.monotonic() - begin),
+    ):
+        if isinstance(measured, str):
+            left_out[name] = measured
             continue
-        progress(f"measuring {name}")
-        arguments = [*sys.argv[1:], f"--alone={name}"]
-        measured = ask("bench_decode", arguments, len(batches()), left_s)
         found = rows_of(name, measured, limits["read_bytes_per_s"])
         rows += found
         for row in found:

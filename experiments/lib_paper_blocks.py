@@ -10,7 +10,7 @@ import numpy as np
 from experiments import lib_paper_numbers as numbers
 from experiments.lib_paper_curves import row
 from experiments.lib_paper_figures import Drawing, Figure, Plan, Shown, by_seed
-from experiments.lib_paper_runs import Case, Run, cost_model_of
+from experiments.lib_paper_runs import Case, Run, roofline_of
 from jpaged.simulator.load import Load
 
 _X = "tokens of a block"
@@ -74,7 +74,7 @@ def _cases_19(plan: Plan) -> list[Case]:
 
 def recompute_and_swap_s(size: int) -> tuple[float, float]:
     """Seconds to compute a sequence of 256 tokens again, and to swap it out and in."""
-    model = cost_model_of("opt-13b")
+    model = roofline_of("opt-13b")
     none, one = jnp.zeros((1,), jnp.int32), jnp.full((1,), SWAPPED_TOKENS, jnp.int32)
     zero, blocks = jnp.int32(0), jnp.int32(-(-SWAPPED_TOKENS // size))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments import lib_paper_numbers as numbers
 from experiments.lib_paper_curves import Row, row
-from experiments.lib_paper_runs import Case, Run, workload_of
+from experiments.lib_paper_runs import PAPER_CLOCK, Case, Clock, Run, workload_of
 from jpaged.simulator.served_models import paper_setting
 from jpaged.simulator.simulate import COMPOSITION
 
@@ -28,6 +28,7 @@ class Plan:
     seeds: tuple[int, ...]
     scale: float  # share of the paper's hour
     files: Mapping[str, str | None]  # lengths by "sharegpt", "alpaca"
+    clock: Clock = PAPER_CLOCK
 
     def duration(self, name: str = "") -> float:
         """Seconds of arrivals of a figure or model: at most the paper's own."""
@@ -42,6 +43,7 @@ class Plan:
             "duration": self.duration(),
             "seeds": self.seeds,
             "lengths_file": self.files.get(source),
+            "clock": self.clock,
         }
         rates = tuple(map(float, rates))
         return Case(system=system, requests=requests, rates=rates, **(asked | other))

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from experiments.lib_paper_curves import LEVELS, Row
 from experiments.lib_paper_figures import Drawing, Figure, Plan, Shown
-from experiments.lib_paper_runs import WARMUP, Run, cost_model_of
+from experiments.lib_paper_runs import WARMUP, Clock, Run
+from jpaged.simulator.roofline import VLLM_2023_STEP_S
 from jpaged.simulator.served_models import PAPER_SETTINGS
 
 _RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
@@ -110,8 +111,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def constants(models: Sequence[str]) -> list[str]:
-    """The constants of the machines, as Markdown."""
+def constants(models: Sequence[str], clock: Clock) -> list[str]:
+    """The constants of the machines and of the clock, as Markdown."""
     lines = [
         "| model | machine | KV slots, tokens | source of the slots |",
         "| --- | --- | ---: | --- |",
@@ -134,13 +135,25 @@ def constants(models: Sequence[str]) -> list[str]:
             f"{chip.host_bytes_per_s / 1e9:g} GB/s ({chip.source}); {reached} "
             f"({source}).",
         ]
-    step_ms = cost_model_of("opt-13b").step_s * 1e3
-    lines += [
-        "",
-        f"A step costs the host {step_ms:g} ms (`roofline.VLLM_2023_STEP_S`), every "
-        "system the same.",
-    ]
+    lines += ["", _clock_line(clock)]
     return lines
+
+
+def _clock_line(clock: Clock) -> str:
+    text = (
+        f"A step costs the host {VLLM_2023_STEP_S * 1e3:g} ms "
+        "(`roofline.VLLM_2023_STEP_S`)"
+    )
+    if clock.step_fit is not None:
+        name = pathlib.Path(clock.step_fit).name
+        text = (
+            f"Steps take what {name} says of vLLM's, those that decode "
+            f"{clock.decoding:g} times that but for the host's "
+            f"{VLLM_2023_STEP_S * 1e3:g} ms; copies, swapping and figure 19a are the "
+            "roofline's"
+        )
+    together = "takes what two take" if clock.is_separate else "reads the weights once"
+    return f"{text}. A step of prompts and decodes {together}. All systems alike."
 
 
 def markdown(
@@ -177,7 +190,7 @@ def markdown(
         "",
         "## Constants",
         "",
-        *constants(list(PAPER_SETTINGS)),
+        *constants(list(PAPER_SETTINGS), plan.clock),
     ]
     for name, one in shown.items():
         lines += ["", f"## {figures[name].title}", ""]

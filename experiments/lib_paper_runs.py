@@ -19,9 +19,12 @@ import numpy as np
 from jpaged import compilation_cache
 from jpaged.simulator import traces
 from jpaged.simulator.lengths import PREFIX_TOKENS, Lengths
+from jpaged.simulator.load import CostModel
 from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
+from jpaged.simulator.separate import Separate
 from jpaged.simulator.served_models import paper_setting
 from jpaged.simulator.simulate import Outcome, simulate
+from jpaged.simulator.step_fits import read_step_fit
 from jpaged.simulator.system import System
 from jpaged.simulator.systems import ENGINES, find_system
 from jpaged.simulator.workloads import Workload, chat_rounds, paper_trace
@@ -33,6 +36,27 @@ CHAT = "chat"
 # less is compiled where memory holds few.
 _MAX_NUM_SEQS = {"sharegpt": 64, CHAT: 64}
 _MOST_NUM_SEQS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """What says how long a step takes.
+
+    Attributes:
+      step_fit: JSON of an engine's measured steps (`step_fits.read_step_fit`, of its
+        "vllm"); None: a roofline.
+      decoding: the measured decoding steps' times, without the host's share, are
+        multiplied by this, for other chips than those that were measured.
+      is_separate: prompts have steps of their own, as in the code that the paper's
+        figures were made with; else a step may have both, as in its section 4.3.
+    """
+
+    step_fit: str | None = None
+    decoding: float = 1.0
+    is_separate: bool = True
+
+
+PAPER_CLOCK = Clock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +75,7 @@ class Case:
       lengths_file: CSV of the lengths; None: the built-in ones.
       levels: normalised latencies (least, most) that the curve must lie on both sides
         of: further rates follow, each 1.25 times the last, until it does.
+      clock: of all systems alike.
     """
 
     system: str
@@ -65,6 +90,7 @@ class Case:
     preemption: str = "recompute"
     lengths_file: str | None = None
     levels: tuple[float, float] | None = None
+    clock: Clock = PAPER_CLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +171,29 @@ def system_of(case: Case, workload: Workload) -> System:
     return find_system(case.system, workload, slots, **sizes)
 
 
-def cost_model_of(model: str) -> Roofline:
-    """Seconds of a step on the paper's machine for a model, for all systems alike."""
+def roofline_of(model: str) -> Roofline:
+    """Seconds of a step on the paper's machine for a model, by arithmetic."""
     setting = paper_setting(model)
     return Roofline.of(*setting.sizes(), setting.num_chips, step_s=VLLM_2023_STEP_S)
+
+
+def cost_model_of(model: str, clock: Clock) -> CostModel:
+    """Seconds of a step by a clock, for all systems alike.
+
+    Raises:
+      FileNotFoundError: the clock's file is not there.
+      ValueError: the file is none of step fits, or has no such model on as many chips.
+    """
+    cost_model: CostModel = roofline_of(model)
+    if clock.step_fit is not None:
+        fit = read_step_fit(
+            clock.step_fit,
+            model=f"facebook/{model}",
+            tensor_parallel=paper_setting(model).num_chips,
+            transfers=cost_model.transfers,
+        )
+        cost_model = fit.scaled(decoding=clock.decoding, host_s=VLLM_2023_STEP_S)
+    return Separate(cost_model) if clock.is_separate else cost_model
 
 
 def simulate_one(case: Case, rate: float, seed: int) -> Run:
@@ -164,7 +209,8 @@ def simulate_one(case: Case, rate: float, seed: int) -> Run:
             f"scale: expected a duration in which requests arrive, got {case.duration} "
             f"s at {rate} requests a second; raise --scale"
         )
-    system, cost_model = system_of(case, workload), cost_model_of(case.model)
+    system = system_of(case, workload)
+    cost_model = cost_model_of(case.model, case.clock)
     outcome = simulate(system, workload, cost_model, warmup=WARMUP)
     return _run_of(case, rate, seed, outcome)
 

@@ -16,8 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from experiments.timing import progress
 
 _DONE = "measured: "
 
@@ -44,6 +46,52 @@ def ask(
     lines = ended.stdout.splitlines()
     found = [json.loads(x[len(_DONE) :]) for x in lines if x.startswith(_DONE)]
     return found + [{"failed": reason}] * (count - len(found))
+
+
+def chosen(
+    flag: str, given: Sequence[str] | None, names: Sequence[str], argv: list[str]
+) -> list[str]:
+    """The contenders that a flag names, all where it is None.
+
+    Raises:
+      ValueError: there is none of that name, or the command line has what no flag has.
+    """
+    unknown = [name for name in given or () if name not in names] + argv[1:]
+    if unknown:
+        raise ValueError(
+            f"--{flag}: wanted some of {', '.join(names)}, got {unknown[0]!r}"
+        )
+    return list(given or names)
+
+
+def ask_each(
+    runner: str,
+    names: Sequence[str],
+    arguments: list[str],
+    *,
+    reason_of: Callable[[str], str | None],
+    count_of: Callable[[str], int],
+    limit_s: float,
+    share: float = 1.0,
+) -> Iterator[tuple[str, list[dict[str, Any]] | str]]:
+    """Each contender with what it told, as `ask`, or why it was left out.
+
+    Args:
+      reason_of: what keeps a contender from this machine, or None.
+      count_of: how many findings it tells.
+      limit_s: for all of them together.
+      share: of the time that is left, for one.
+    """
+    end = time.monotonic() + limit_s
+    for name in names:
+        left_s = end - time.monotonic()
+        reason = reason_of(name) or ("no time was left" if left_s < 1 else None)
+        if reason is not None:
+            yield name, reason
+            continue
+        progress(f"measuring {name}")
+        own = [*arguments, f"--alone={name}"]
+        yield name, ask(runner, own, count_of(name), share * left_s)
 
 
 @dataclasses.dataclass(frozen=True)

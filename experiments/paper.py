@@ -42,7 +42,13 @@ from experiments import (
 from experiments.lib_paper_curves import Row
 from experiments.lib_paper_figures import Figure, Plan, Shown
 from experiments.lib_paper_report import file_name
-from experiments.lib_paper_runs import Case, Run, run_all
+from experiments.lib_paper_runs import (
+    Case,
+    Clock,
+    Run,
+    cost_model_of,
+    run_all,
+)
 from experiments.timing import progress
 from jpaged import compilation_cache
 
@@ -72,6 +78,15 @@ def define_flags() -> None:
     flags.DEFINE_string("sharegpt", None, "CSV of lengths; None: built-in ones.")
     flags.DEFINE_string("alpaca", None, "CSV of lengths; None: built-in ones.")
     flags.DEFINE_integer("jobs", 1, "Processes.", lower_bound=1)
+    flags.DEFINE_string(
+        "step_fit", None, "JSON of vLLM's measured steps; None: a roofline."
+    )
+    flags.DEFINE_float(
+        "decoding_factor", 1.0, "Times the measured decoding steps.", lower_bound=0.01
+    )
+    flags.DEFINE_bool(
+        "separate_prompts", True, "A step with prompts and decodes takes what two take."
+    )
 
 
 def chosen_figures(names: list[str]) -> dict[str, Figure]:
@@ -112,7 +127,29 @@ def make_plan() -> Plan:
     for name, path in files.items():
         if path is not None and not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"{name}: no such file: {path}")
-    return Plan(seeds=seeds, scale=FLAGS.scale, files=files)
+    clock = Clock(FLAGS.step_fit, FLAGS.decoding_factor, FLAGS.separate_prompts)
+    if clock.step_fit is None and clock.decoding != 1:
+        raise ValueError(
+            "decoding_factor: expected --step_fit beside it, whose decoding steps it "
+            f"multiplies, got {clock.decoding:g} alone"
+        )
+    return Plan(seeds=seeds, scale=FLAGS.scale, files=files, clock=clock)
+
+
+def check_clock(plan: Plan, figures: dict[str, Figure]) -> None:
+    """Before anything is simulated, that there is a time for all models.
+
+    Raises:
+      ValueError, OSError: the step fits lack one, or cannot be read.
+    """
+    cases = [case for figure in figures.values() for case in figure.cases(plan)]
+    for model in dict.fromkeys(case.model for case in cases):
+        try:
+            cost_model_of(model, plan.clock)
+        except ValueError as error:
+            raise ValueError(
+                f"step_fit: {error}; take --figure's without {model}, such as fig13"
+            ) from None
 
 
 def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list[Run]]:
@@ -176,6 +213,7 @@ def main(argv: list[str]) -> None:
     compilation_cache.turn_on()
     try:
         figures, plan = chosen_figures(FLAGS.figure), make_plan()
+        check_clock(plan, figures)
         runs = simulate(plan, figures)
         rows = write(pathlib.Path(FLAGS.out), plan, figures, runs)
     except (ValueError, OSError) as error:

@@ -17,7 +17,10 @@ Requests that the memory could never hold are skipped and counted.
 
 Seconds of a step come from a roofline of model and chips (`jpaged.simulator.roofline`):
 data sheets and measured shares of them, `--step_s` being the host's part. The memory is
-the paper's where it had that model on those chips, else what the parameters leave.
+what the parameters leave. In the paper's settings, its models on its chips, the memory
+is the paper's, and a step of prompts and decodes takes what two steps take, as in the
+code of its figures; with `--noseparate_prompts` it reads the weights once, as the
+engine does.
 
 Time: an hour of ShareGPT at 2 requests a second takes the engine about 17 s, a baseline
 2 s, after compiling (10 s), on one core. Expected: Orca (Max) batches 7.00 requests of
@@ -41,8 +44,10 @@ from jpaged.simulator import traces
 from jpaged.simulator.chips import CHIPS, find_chip
 from jpaged.simulator.engine_system import EngineSystem
 from jpaged.simulator.lengths import BUILTIN_LENGTHS, Lengths
+from jpaged.simulator.load import CostModel
 from jpaged.simulator.optimum import MOST_ORDERED, alone_seconds, best_order
 from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
+from jpaged.simulator.separate import Separate
 from jpaged.simulator.served_models import (
     PAPER_SETTINGS,
     kv_slots,
@@ -80,6 +85,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_float(
         "step_s", VLLM_2023_STEP_S, "Seconds of a step on the host.", lower_bound=0.0
+    )
+    flags.DEFINE_bool(
+        "separate_prompts",
+        None,
+        "A step of prompts and decodes takes what two take; None: in the paper's "
+        "settings.",
     )
     flags.DEFINE_integer("n", 1, "Samples of each request.", lower_bound=1)
     flags.DEFINE_integer("beam_width", 0, "0: sampling.", lower_bound=0)
@@ -143,7 +154,7 @@ def max_num_seqs(workload: Workload, num_slots: int) -> int:
     return min(1 << math.ceil(math.log2(wanted)), 256)
 
 
-def make_machine() -> tuple[Roofline, int, dict[str, Any]]:
+def make_machine() -> tuple[CostModel, int, dict[str, Any]]:
     """The cost model, the slots of the memory, and what to say of them."""
     setting = PAPER_SETTINGS.get(FLAGS.model.lower())
     chip_name = FLAGS.gpu or (setting.chip if setting else "a100-80g")
@@ -156,9 +167,15 @@ def make_machine() -> tuple[Roofline, int, dict[str, Any]]:
         slots, source = setting.kv_slots, setting.source
     elif slots is None:
         slots, source = kv_slots(model, chip, num_chips), "what parameters leave of 0.9"
-    cost_model = Roofline.of(model, chip, num_chips, step_s=FLAGS.step_s)
+    cost_model: CostModel = Roofline.of(model, chip, num_chips, step_s=FLAGS.step_s)
+    is_separate = FLAGS.separate_prompts
+    if is_separate is None:
+        is_separate = is_papers
+    if is_separate:
+        cost_model = Separate(cost_model)
     said = {"gpu": chip_name, "num_chips": num_chips, "num_slots": slots}
-    return cost_model, slots, said | {"num_slots_source": source}
+    said |= {"num_slots_source": source, "separate_prompts": is_separate}
+    return cost_model, slots, said
 
 
 def make_system(workload: Workload, num_slots: int) -> Any:
@@ -198,7 +215,7 @@ def make_system(workload: Workload, num_slots: int) -> Any:
 
 
 def bounds(
-    system: Any, workload: Workload, cost_model: Roofline, outcome: Outcome
+    system: Any, workload: Workload, cost_model: CostModel, outcome: Outcome
 ) -> dict:
     """Lines to measure the normalized latency by, and the shares of them it reaches.
 

@@ -31,8 +31,8 @@ from absl import app, flags
 from experiments import bench_attention
 from experiments import lib_attention_contenders as contenders
 from experiments.lib_attention_cases import Case, Shape, make_case
-from experiments.lib_processes import ask, tell
-from experiments.timing import environment, progress
+from experiments.lib_processes import ask_each, chosen, tell
+from experiments.timing import environment
 from jpaged import implementations, tuned
 
 FLAGS = flags.FLAGS
@@ -161,13 +161,7 @@ def main(argv: list[str]) -> int:
     # Each implementation's process takes what it needs, and this one leaves it there.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        chosen = FLAGS.implementations or list(CANDIDATES)
-        unknown = [name for name in chosen if name not in CANDIDATES]
-        if unknown or len(argv) > 1:
-            raise ValueError(
-                f"--implementations: wanted some of {', '.join(CANDIDATES)}, got "
-                f"{(unknown or argv[1:])[0]!r}"
-            )
+        names = chosen("implementations", FLAGS.implementations, [*CANDIDATES], argv)
         lines = bench_attention.lines_of("xla")
         if len(FLAGS.block_sizes) > 1 or FLAGS.kv_dtypes != ["auto"]:
             raise ValueError(
@@ -183,13 +177,17 @@ def main(argv: list[str]) -> int:
         return 0
     shape, rows, left_out, everything = lines[0], [], {}, {}
     assert isinstance(shape, Shape)
-    for name in chosen:
-        if reason := contenders.CONTENDERS[name][1]():
-            left_out[name] = reason
+    for name, found in ask_each(
+        "tune_attention",
+        names,
+        bench_attention.given_flags(),
+        reason_of=lambda name: contenders.CONTENDERS[name][1](),
+        count_of=lambda _: 1,
+        limit_s=FLAGS.limit_s,
+    ):
+        if isinstance(found, str):
+            left_out[name] = found
             continue
-        progress(f"tuning {name}")
-        arguments = [*bench_attention.given_flags(), f"--alone={name}"]
-        found = ask("tune_attention", arguments, 1, FLAGS.limit_s)
         everything[name] = found
         show(name, found)
         if any("seconds" in one for one in found):

@@ -15,6 +15,7 @@ from step_loads import shared_profile, step_load
 from jpaged.simulator.chips import CHIPS, find_chip
 from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
 from jpaged.simulator.scaled import scale
+from jpaged.simulator.separate import Separate
 from jpaged.simulator.served_models import (
     PAPER_SETTINGS,
     kv_slots,
@@ -336,6 +337,42 @@ def test_the_phases_of_a_step_fit_are_scaled_apart(fits):
     assert float(scaled(prompt)) == pytest.approx(float(fit(prompt)))
     with pytest.raises(ValueError, match="prompts: expected more than 0"):
         fit.scaled(prompts=-1.0)
+
+
+def test_the_hosts_share_of_a_decoding_step_is_not_scaled(fits):
+    scaled = read(fits).scaled(decoding=2.0, host_s=4e-3)
+    for rows, ms in (([(1, 10)], 24 + 10e-3 + 0.5), ([(1, 10)] * 3, 15 + 60e-3 + 1.8)):
+        assert float(scaled(step_load(*rows))) * 1e3 == pytest.approx(2 * ms - 4)
+    with pytest.raises(ValueError, match=r"host_s: expected from 0 to 0\.015, got"):
+        read(fits).scaled(host_s=0.016)
+
+
+MOVES = ("num_copied_tokens", "num_swapped_tokens", "num_swap_copies")
+
+
+@pytest.mark.parametrize("kind", ["fit", "roofline"])
+def test_prompts_apart_take_what_two_steps_take(kind, fits):
+    model = Roofline.of(OPT, find_chip("a100-80g"), step_s=2e-3)
+    if kind == "fit":
+        model = read_step_fit(fits, model="opt", transfers=model.transfers)
+    apart = Separate(model)
+    prompts, decodes = [(100, 300), (2, 2)], [(1, 10), (1, 20)]
+    moved = dict.fromkeys(MOVES, jnp.int32(7))
+
+    def load(*rows, logits, **moves):
+        moves = {name: moves.get(name, jnp.int32(0)) for name in MOVES}
+        return dataclasses.replace(
+            step_load(*rows), num_logits=jnp.int32(logits), **moves
+        )
+
+    both = load(*prompts, *decodes, logits=3, **moved)
+    two = float(model(load(*prompts, logits=1)))
+    two += float(model(load(*decodes, logits=2, **moved)))
+    assert float(apart(both)) == pytest.approx(two, rel=1e-6)
+    assert float(apart(both)) > 1.2 * float(model(both))
+    for rows, logits in ((prompts, 2), (decodes, 2), (decodes, 1), ([], 0)):
+        one = load(*rows, logits=logits, **moved)
+        assert float(apart(one)) == pytest.approx(float(model(one)), rel=1e-6)
 
 
 def test_a_fit_that_is_not_there_lists_those_that_are(fits, tmp_path):

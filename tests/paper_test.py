@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 from runners import run_experiment
+from step_loads import shared_profile
 
 from experiments import (
     lib_paper_blocks,
@@ -20,7 +21,7 @@ from experiments import (
 )
 from experiments import lib_paper_numbers as numbers
 from experiments.lib_paper_curves import Row
-from experiments.lib_paper_runs import Case, Run, run_all, workload_of
+from experiments.lib_paper_runs import Case, Clock, Run, run_all, workload_of
 
 pytestmark = pytest.mark.long
 
@@ -236,10 +237,75 @@ def test_the_same_seeds_give_the_same_bytes(figure_2, tmp_path):
         ("--seeds=0,0", "seeds: expected different whole numbers, got '0,0'"),
         ("--seeds=x", "seeds: expected different whole numbers, got 'x'"),
         ("--sharegpt=/nowhere.csv", "sharegpt: no such file: /nowhere.csv"),
+        ("--decoding_factor=2", "decoding_factor: expected --step_fit beside it"),
+        ("--figure=fig13 --step_fit=/nowhere.json", "/nowhere.json"),
     ],
 )
 def test_a_wrong_flag_is_told_before_anything_runs(argument, said, tmp_path):
-    status, out, err = run("--figure=fig01", argument, f"--out={tmp_path / 'none'}")
+    out = f"--out={tmp_path / 'none'}"
+    status, out, err = run("--figure=fig01", *argument.split(), out)
     assert (status, out) == (1, "")
     assert said in err
     assert not (tmp_path / "none").exists()
+
+
+# A step of prompts takes 2 ms, one of decodes 11.2, whoever is in it.
+FITS = {
+    "facebook/opt-13b": {
+        "1": {
+            "prefill": [2.0, 0.0, 0.0],
+            "decoding_smallbs": [11.2, 0.0, 0.0],
+            "decoding_largebs": [11.2, 0.0, 0.0],
+            "decoding_large_small_bs_threshold": 1000,
+        }
+    }
+}
+
+
+def test_measured_steps_replace_the_roofline(tmp_path):
+    path = tmp_path / "fits.json"
+    path.write_text(json.dumps({"vllm": FITS}))
+    # 6 ms of a decoding step are the device's, and become 3: with the host's, 8.2.
+    clock = Clock(str(path), decoding=0.5)
+    case = Case("vllm", "opt-13b", "alpaca", (0.01,), 900.0, (0,), clock=clock)
+    (alone,) = run_all([case])[case]
+    workload = workload_of(case, 0.01, 0)
+    outputs = workload.output_lens
+    apart = np.mean((2e-3 + 8.2e-3 * (outputs - 1)) / outputs)
+    assert alone.normalized_latency_s == pytest.approx(apart, rel=1e-3)
+    status, out, err = run(
+        "--figure=fig12:sharegpt:opt-175b", f"--step_fit={path}", f"--out={tmp_path}"
+    )
+    assert (status, out) == (1, "")
+    assert "step_fit: model: " in err
+    assert "has facebook/opt-13b, got 'facebook/opt-175b'" in err
+    said = "\n".join(lib_paper_report.constants(["opt-13b"], clock))
+    assert "Steps take what fits.json says of vLLM's" in said
+    assert "takes what two take" in said
+
+
+@pytest.mark.slow
+def test_figure_13_is_the_papers_by_measured_steps():
+    """No number was fitted to the paper: vLLM's steps on A100-80GB, by DistServe's
+    published fit, and the two chips' bandwidths, 2,039 and 1,555 GB/s."""
+    clock = Clock(
+        str(shared_profile("a100_80g_opt_fitted_step_times.json")), 2039 / 1555
+    )
+    cases = {
+        (requests, system): Case(
+            system,
+            "opt-13b",
+            requests,
+            (rate,),
+            900.0,
+            (0, 1),
+            lengths_file=str(shared_profile(f"../{requests}_lengths.csv")),
+            clock=clock,
+        )
+        for requests, rate in (("sharegpt", 2.0), ("alpaca", 30.0))
+        for system in ("vllm", "orca_max", "orca_pow2", "orca_oracle")
+    }
+    found = run_all(list(cases.values()), jobs=2)
+    for key, case in cases.items():
+        here = np.mean([one.mean_batched_requests for one in found[case]])
+        assert here == pytest.approx(printed("fig13", *key), rel=0.1), key

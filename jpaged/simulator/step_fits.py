@@ -65,24 +65,30 @@ class StepFit:
         grows = per_context * work.decode_contexts + per_row * work.decode_rows
         return jnp.asarray(base, jnp.float32), grows
 
-    def scaled(self, *, prompts: float = 1.0, decoding: float = 1.0) -> StepFit:
+    def scaled(
+        self, *, prompts: float = 1.0, decoding: float = 1.0, host_s: float = 0.0
+    ) -> StepFit:
         """Each phase's times multiplied, such as for another chip of the same kind.
 
-        Decoding reads memory, so A100-40GB takes 2,039 / 1,555 of A100-80GB's time;
-        that scales the host's share of a step as well, which does not change. Prompts
-        compute, and both have the same FLOP/s.
+        Decoding reads memory, so A100-40GB takes 2,039 / 1,555 of A100-80GB's time.
+        Prompts compute, and both have the same FLOP/s. The host's share of a step that
+        decodes, `host_s` of its a, stays as it is.
 
         Raises:
-          ValueError: a factor is not above 0.
+          ValueError: a factor is not above 0, or the host's share is more than there
+            is.
         """
         for name, factor in (("prompts", prompts), ("decoding", decoding)):
             if not 0 < factor < math.inf:
                 raise ValueError(f"{name}: expected more than 0, got {factor}")
+        most = min(float(self.few_rows[0]), float(self.many_rows[0]))
+        if not 0 <= host_s <= most:
+            raise ValueError(f"host_s: expected from 0 to {most:g}, got {host_s}")
         return dataclasses.replace(
             self,
             prompts=_times(self.prompts, prompts),
-            few_rows=_times(self.few_rows, decoding),
-            many_rows=_times(self.many_rows, decoding),
+            few_rows=_times(self.few_rows, decoding, host_s),
+            many_rows=_times(self.many_rows, decoding, host_s),
         )
 
 
@@ -147,6 +153,6 @@ def _line(path: str | os.PathLike[str], entry: Any, name: str) -> Line:
     return a, b, c
 
 
-def _times(line: Line, factor: float) -> Line:
+def _times(line: Line, factor: float, host_s: float = 0.0) -> Line:
     a, b, c = line
-    return a * factor, b * factor, c * factor
+    return (a - host_s) * factor + host_s, b * factor, c * factor

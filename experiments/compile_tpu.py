@@ -187,7 +187,7 @@ def _asked(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, Mesh]
     Raises:
       ValueError: a flag's value is none of those that work.
     """
-    model = random_config(options["model"])
+    model = dataclasses.replace(random_config(options["model"]), vocab_first=True)
     if options["num_layers"] is not None:
         model = dataclasses.replace(model, num_layers=options["num_layers"])
     config = EngineConfig(

@@ -32,6 +32,7 @@ AXES = ("data", "expert", "tensor")
 RULES: Mapping[str, tuple[str | None, ...]] = {
     "embedding": ("tensor", None),  # [vocabulary, hidden]
     "output": (None, "tensor"),
+    "output.rows": ("tensor", None),  # the same, [vocabulary, hidden]
     "attention.query": (None, "tensor"),  # out: heads
     "attention.key": (None, "tensor"),  # out: kv heads, see `param_sharding`
     "attention.value": (None, "tensor"),

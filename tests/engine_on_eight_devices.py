@@ -6,6 +6,7 @@ empty folder; the last line of its output is one JSON object.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -28,6 +29,7 @@ from jpaged import (
     snapshots,
 )
 from jpaged.config import EngineConfig, Speculation
+from jpaged.models import checkpoint
 from jpaged.requests import BeamSearchParams, SamplingParams
 
 # 8 query heads read 2 kv heads: on 8 devices each is stored four times.
@@ -63,6 +65,7 @@ CASES = {
     "4 devices, swapping": ("llama", "swap", {"tensor": 4}),
     "2 devices, beams": ("llama", "beams", {"tensor": 2}),
     "experts on 2 x 2": ("mixtral", "recompute", {"tensor": 2, "expert": 2}),
+    "4 devices, words first": ("tied", "recompute", {"tensor": 4}),
     "2 replicas, swapping": ("llama", "swap", {"data": 2, "tensor": 2}),
     "2 replicas, drafts": ("llama", "drafts", {"data": 2, "tensor": 2}),
     "2 replicas, cascade": ("llama", "cascade", {"data": 2, "tensor": 2}),
@@ -261,25 +264,40 @@ def live(llm: LLM, texts: list) -> dict:
     return found
 
 
+@contextlib.contextmanager
+def as_on_tpus(is_wanted: bool):
+    """Models are loaded with the output's weights in a TPU's order."""
+
+    def words_first(config):
+        return dataclasses.replace(config, vocab_first=True)
+
+    if not is_wanted:
+        yield
+        return
+    with mock.patch.object(checkpoint, "as_stored", words_first):
+        yield
+
+
 def main(folder: pathlib.Path) -> None:
     paths = {
         "llama": checkpoints.write_tiny_llama(folder / "llama", **GQA),
         "mixtral": write_case(folder, "mixtral"),
+        "tied": checkpoints.write_tiny_llama(
+            folder / "tied", **GQA, tie_word_embeddings=True
+        ),
     }
     # The target's first layer: it guesses well now and then.
     draft = checkpoints.write_tiny_llama(folder / "draft", **GQA, num_hidden_layers=1)
     alone, found = {}, {}
-    models = {
-        "llama": load_model(paths["llama"]),
-        "mixtral": load_model(paths["mixtral"]),
-    }
+    models = {name: load_model(path) for name, path in paths.items()}
     for name, (family, config, sizes) in CASES.items():
         # Neither drafts nor cascade attention change a token.
         plain = "recompute" if config in ("drafts", "cascade") else config
         if (family, plain) not in alone:
             model = models[family]
             alone[family, plain] = run(model, begun(model, plain, None))
-        model = models[name] = load_model(paths[family], mesh=make_mesh(**sizes))
+        with as_on_tpus("words first" in name):
+            model = models[name] = load_model(paths[family], mesh=make_mesh(**sizes))
         args = model, name, alone[family, plain][0], draft
         found[name] = (
             with_cascade(measure, *args) if config == "cascade" else measure(*args)

@@ -4,6 +4,7 @@ The weights are made by numpy here and were made so there; see golden/make_famil
 `model(tokens)` recomputes everything; the engine chunks prompts and decodes from pages.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,7 +18,7 @@ import pytest
 from paged_greedy import LENGTH, PAGED, QUICK, served
 from reference_models import relative_error
 
-from jpaged.models import Decoder, load_model, save_model
+from jpaged.models import Decoder, checkpoint, load_model, save_model
 from jpaged.models.checkpoint import load_config
 
 # Float32 errs by 2e-6 at most; the planted faults below by 1e-2 and more.
@@ -101,6 +102,28 @@ def test_a_saved_model_is_stored_tensor_for_tensor_as_it_was(name, load, tmp_pat
         np.testing.assert_array_equal(got[key], array, err_msg=key)
     # Written in the style before transformers 5, read from that since.
     assert load_config(tmp_path / "saved") == model.config
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_output_weights_in_a_tpus_order_are_the_same_model(
+    name, load, tmp_path, monkeypatch
+):
+    def words_first(config):
+        return dataclasses.replace(config, vocab_first=True)
+
+    monkeypatch.setattr(checkpoint, "as_stored", words_first)
+    model, plain = load_model(write_case(tmp_path / "first", name)), load(name)
+    assert model.output.weight is None
+    np.testing.assert_array_equal(model.output.rows[...].T, plain.output.weight[...])
+    tokens = GOLDEN[name]["prompts"][0]
+    error = relative_error(logits_of(model, tokens), logits_of(plain, tokens))
+    assert error < 1e-6  # float32 sums in another order
+    save_model(model, tmp_path / "saved")
+    want = checkpoints.read_tensors(tmp_path / "first")
+    got = checkpoints.read_tensors(tmp_path / "saved")
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        np.testing.assert_array_equal(got[key], array, err_msg=key)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_window", "gpt_oss"])

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jpaged.models import families, placing, shapes, sources, stored, weights
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
-from jpaged.models.decoder import Decoder, init_model
+from jpaged.models.decoder import Decoder, as_stored, init_model
 from jpaged.models.stored import Stored
 from jpaged.models.weights import Target
 
@@ -90,6 +90,7 @@ def load_model(
     config = load_config(path)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+    config = as_stored(config)
     config = dataclasses.replace(config, dtype=dtype, quantization=quantization)
     sharding_of = placing.placement(config, mesh)
     if sources.is_random(path):

@@ -107,6 +107,7 @@ class ModelConfig:
     pad_token_id: int | None = None
     dtype: str = "float32"  # of the parameters and activations
     quantization: str | None = None  # "int8": weights of the layers' products
+    vocab_first: bool = False  # the output's weights are stored [V, E], for TPUs
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:

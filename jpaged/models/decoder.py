@@ -28,6 +28,7 @@ from jpaged.models.layers import (
     Cache,
     Linear,
     Mlp,
+    Output,
     causal_attention,
     make_norm,
     random_param,
@@ -144,8 +145,7 @@ class Decoder(nnx.Module):
         """Random weights; see `init_model`, and `load_model` for a checkpoint's."""
         self.config = config
         width, hidden, vocab = config.input_size, config.hidden_size, config.vocab_size
-        # Tied: the one array is the output's, [E, V], since a product with a
-        # [V, E] array costs more than looking tokens up by columns.
+        # Tied: the one array is the output's.
         self.embedding = (
             None
             if config.tie_word_embeddings
@@ -157,7 +157,7 @@ class Decoder(nnx.Module):
             "rngs": rngs,
             "may_be_quantized": False,
         }
-        self.output = Linear(width, vocab, **plain)
+        self.output = Output(width, vocab, config, rngs)
         self.position_embedding = (
             random_param(
                 (config.max_position_embeddings + config.position_offset, hidden),
@@ -321,12 +321,18 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [T, E] of tokens i32[T], in the width of the layers."""
         tied = self.embedding is None
-        table = self.output.weight[...].T if tied else self.embedding[...]
+        table = self.output.table if tied else self.embedding[...]
         x = parallel.look_up(table, tokens, self.config.vocab_size)
         if self.config.scaled_embedding:
             # Rounded to the dtype first, as transformers does.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return x if self.project_in is None else self.project_in(x)
+
+
+def as_stored(config: ModelConfig) -> ModelConfig:
+    """The config with weights in the order that this process's backend wants."""
+    is_tpu = jax.default_backend() == "tpu"
+    return dataclasses.replace(config, vocab_first=config.vocab_first or is_tpu)
 
 
 def init_model(
@@ -344,6 +350,7 @@ def init_model(
     Raises:
       ValueError: the model does not divide over the mesh.
     """
+    config = as_stored(config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
 

@@ -106,19 +106,24 @@ def write(fields: Fields) -> dict[str, Any]:
 
 
 def tensors(
-    architecture: str, *, num_layers: int, num_experts: int, is_tied: bool
+    architecture: str,
+    *,
+    num_layers: int,
+    num_experts: int,
+    is_tied: bool,
+    vocab_first: bool,
 ) -> Iterator[Tensor]:
     """Every tensor that a checkpoint of the architecture may have.
 
     Biases, projections and experts come too, whether or not this decoder has them.
     """
     family = FAMILIES[architecture]
-    if is_tied:
-        # One array serves both uses, in the layout of the output product.
-        yield Tensor(family.embedding, (("output", "weight"),), transposed=True)
-    else:
+    if not is_tied:
         yield Tensor(family.embedding, (("embedding",),))
-        yield Tensor("lm_head.weight", (("output", "weight"),), transposed=True)
+    # Tied: one array serves both uses, in the layout of the output product.
+    name = family.embedding if is_tied else "lm_head.weight"
+    weights: Path = ("output", "rows" if vocab_first else "weight")
+    yield Tensor(name, (weights,), transposed=not vocab_first)
     for paths, name in family.modules.items():
         yield from _module(family, (), paths, name)
     for layer in range(num_layers):

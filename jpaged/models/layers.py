@@ -97,6 +97,40 @@ class Linear(nnx.Module):
         return out + _as_last_axis(self.bias[...], out.ndim)
 
 
+class Output(nnx.Module):
+    """x [..., E] -> [..., V], the product that gives logits.
+
+    Its weight is [E, V], or where `config.vocab_first` in its place `rows` [V, E]: a
+    TPU keeps a [E, V] array in the other order where V is no multiple of 128, and
+    copies it for each product; and tied words are looked up in rows.
+    """
+
+    def __init__(
+        self, in_size: int, vocab_size: int, config: ModelConfig, rngs: nnx.Rngs
+    ) -> None:
+        weight = random_param((in_size, vocab_size), config, rngs)
+        self.weight = None if config.vocab_first else weight
+        self.rows = nnx.Param(weight[...].T) if config.vocab_first else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The product [..., V], in the dtype of the weights."""
+        if self.rows is None:
+            return matmul(x, self.weight[...])
+        rows = self.rows[...]
+        is_full = rows.dtype == jnp.float32
+        return jax.lax.dot_general(
+            x,
+            rows,
+            (((x.ndim - 1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if is_full else None,
+        )
+
+    @property
+    def table(self) -> jax.Array:
+        """The words' rows, [V, E]."""
+        return self.weight[...].T if self.rows is None else self.rows[...]
+
+
 class RMSNorm(nnx.Module):
     """x [..., E] over its root mean square, times a weight; statistics in float32."""
 

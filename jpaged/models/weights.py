@@ -52,6 +52,7 @@ def targets(model: Decoder) -> list[Target]:
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         is_tied=config.tie_word_embeddings,
+        vocab_first=config.vocab_first,
     ):
         owners = [_owner(model, path) for path in tensor.paths]
         names = tuple(str(path[-1]) for path in tensor.paths)

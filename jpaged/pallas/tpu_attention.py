@@ -182,7 +182,7 @@ def _call(
         ),
         interpret=interpret,
         name="paged_attention",
-    )(settings, block_tables.reshape(-1), *segments, q_tiles, *arrays)
+    )(settings, block_tables.reshape(-1), *segments, q_tiles, *_left_in_place(arrays))
 
 
 def _kernel(
@@ -317,6 +317,20 @@ def _kernel(
             if lse_ref is not None:
                 lse = max_ref[head] + jnp.log(total)
                 lse_ref[0, head] = jnp.where(is_empty, -jnp.inf, lse)
+
+
+def _left_in_place(arrays):
+    """The arrays, which XLA is to leave where they are.
+
+    In a program's loop it would else move a pool that is small enough beside the core
+    first, and back in the end: two copies of it in every step.
+    """
+    return [
+        pltpu.with_memory_space_constraint(array, pltpu.HBM)
+        if isinstance(array, jax.core.Tracer)
+        else array  # called outside of any program
+        for array in arrays
+    ]
 
 
 def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:

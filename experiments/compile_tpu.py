@@ -14,7 +14,8 @@ compiles fewer. The last line of the output is one JSON object: compiled, bytes_
 compile_s.
 
 Expected, by arithmetic: a Llama-3-8B shape has 16.1 GB of bfloat16 weights, so 4.0 GB a
-chip of four, and its pages 131 kB a token, so 33 kB a token and chip. Two sums a layer
+chip of four, and its pages 131 kB a token, so 33 kB a token and chip; with `--kv_dtype
+int8 --block_size 128` 68 kB, so 17 kB. Two sums a layer
 and one of the embedding, for each of a step's two sizes (decodes; prompts too), and one
 gather, of the logits.
 """
@@ -47,9 +48,11 @@ from jax.sharding import AxisType, Mesh
 from jpaged import engine, parallel, sharded
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig
+from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
 from jpaged.models.placing import placement
 from jpaged.models.shapes import random_config
+from jpaged.quantised_pages import PAGE_DTYPES
 from jpaged.simulator.chips import CHIPS, GIB
 
 # Memory of a device by the name of its machine. A chip of tpu7x is two devices; the
@@ -68,6 +71,7 @@ _OPTIONS = (
     "num_layers",
     "num_blocks",
     "block_size",
+    "kv_dtype",
     "max_num_seqs",
     "max_model_len",
     "max_num_batched_tokens",
@@ -82,6 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_layers", None, "Compile only so many layers.")
     flags.DEFINE_integer("num_blocks", 2048, "KV blocks.")
     flags.DEFINE_integer("block_size", 16, "Tokens of a block.")
+    flags.DEFINE_string("kv_dtype", None, "Of the pages, as int8; None: the model's.")
     flags.DEFINE_integer("max_num_seqs", 4, "Rows of a step.")
     flags.DEFINE_integer("max_model_len", 2048, "Tokens of the longest sequence.")
     flags.DEFINE_integer("max_num_batched_tokens", 32, "Tokens of a step.")
@@ -120,9 +125,14 @@ def tpu_mesh(topology: str, tensor_parallel: int) -> Mesh:
 
 
 def abstract_engine(
-    model_config: ModelConfig, config: EngineConfig, mesh: Mesh
+    model_config: ModelConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    kv_dtype: str | None = None,
 ) -> tuple[Decoder, engine.EngineState]:
     """Model and engine state of shapes only, each where it lies on the mesh.
+
+    `kv_dtype`: as in `engine.init`.
 
     Raises:
       ValueError: the model does not divide over the mesh.
@@ -140,15 +150,20 @@ def abstract_engine(
         nnx.to_pure_dict(nnx.state(model)),
     )
     nnx.update(model, weights)
-    state = jax.eval_shape(lambda: engine.init(model, config, mesh=mesh))
+    state = jax.eval_shape(
+        lambda: engine.init(model, config, kv_dtype=kv_dtype, mesh=mesh)
+    )
     return model, jax.tree.map(shaped, state, sharded.shardings(state, mesh))
 
 
 def compile_run(
-    model_config: ModelConfig, config: EngineConfig, mesh: Mesh
+    model_config: ModelConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    kv_dtype: str | None = None,
 ) -> jax.stages.Compiled:
     """`engine.run`, as `LLM(mesh=...)` runs it, compiled for the mesh's devices."""
-    model, state = abstract_engine(model_config, config, mesh)
+    model, state = abstract_engine(model_config, config, mesh, kv_dtype)
     max_steps = jax.ShapeDtypeStruct((), "int32")
     return engine.run.lower(model, state, max_steps).compile()
 
@@ -201,6 +216,13 @@ def _asked(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, Mesh]
     return model, config, tpu_mesh(options["topology"], options["tensor_parallel"])
 
 
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """Raises ValueError for a `kv_dtype` that does not exist."""
+    wanted = (None, *DTYPES, *PAGE_DTYPES)
+    if kv_dtype not in wanted:
+        raise ValueError(f"kv_dtype: wanted one of {wanted}, got {kv_dtype!r}")
+
+
 def main(argv: list[str]) -> None:
     """Reads flags, compiles, prints."""
     del argv
@@ -208,11 +230,13 @@ def main(argv: list[str]) -> None:
     try:
         model, config, mesh = _asked(options)
         placement(model, mesh)
+        check_kv_dtype(options["kv_dtype"])
     except ValueError as error:
         raise SystemExit(str(error)) from None
     start = time.perf_counter()
     try:
-        result = report(compile_run(model, config, mesh), options["topology"])
+        compiled = compile_run(model, config, mesh, options["kv_dtype"])
+        result = report(compiled, options["topology"])
     except jax.errors.JaxRuntimeError as error:
         # The compiler itself refuses what does not fit into the device's memory.
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
-from jpaged.implementations import choose, page_head_dim, without_gradient
+from jpaged.implementations import choose, page_head_dim, scale_width, without_gradient
 from jpaged.pallas import tpu
 from jpaged.quantised_pages import check_scales, decode, encode, is_quantised
 from jpaged.shared_prefix import SharedPrefix, find
@@ -76,20 +76,23 @@ def paged_attention(
         denominator and has no value.
       k_scale, v_scale: of quantised pages (int8, float8_e4m3fn or its bits as uint8):
         a key or value is the page's number times its scale. f32`[N, K, P]`, or `[L, N,
-        K, P]` with `layer`, or what broadcasts to that. `write_kv` makes them.
+        K, P]` with `layer`, or what broadcasts to that. `write_kv` makes them. Their P
+        may be rounded up to a multiple of 128, as TPUs want it
+        (`implementations.scale_width`): "mosaic_tpu" copies others to be so.
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
       shared_prefix: groups of rows whose blocks are read once, of `shared_prefix.find`;
         True finds them here. For rows with one query; "xla" serves it.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
         (`-inf` where nothing is visible), for `merge_states`.
       implementation: None takes the best for the backend that serves the arguments. A
-        name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
-        float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
-        `logits_soft_cap` are Python numbers; "mosaic_gpu" (a Hopper GPU) unless pages
-        are bfloat16 or float16, P is 16, 32 or a multiple of 64, D 64 or 128, and those
-        are numbers; "triton" (an NVIDIA GPU) needs a pages' D of 16, 32, 64, 128 or
-        256, and numbers too; "reference" and "xla" serve everything, and alone have
-        gradients.
+        name is never replaced: "mosaic_tpu" raises unless q is bfloat16 or float32,
+        pages are that or quantised, P is a multiple of 16 and the pages' D one of 128,
+        and `scale` and `logits_soft_cap` are Python numbers; of quantised pages P must
+        be 16, 32, 64 or a multiple of 128, and K 1, 2, 4 or a multiple of 8;
+        "mosaic_gpu" (a Hopper GPU) unless pages are bfloat16 or float16, P is 16, 32 or
+        a multiple of 64, D 64 or 128, and those are numbers; "triton" (an NVIDIA GPU)
+        needs floats, a pages' D of 16, 32, 64, 128 or 256, and numbers too; "reference"
+        and "xla" serve everything, and alone have gradients.
 
     Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
     rows share a block, it gets the sum. Slots that nobody sees get zeros.
@@ -116,7 +119,7 @@ def paged_attention(
             f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
             "take implementation='xla', or None for plain attention"
         )
-    k_scale, v_scale = check_scales(k_pages, k_scale, v_scale)
+    k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
         raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
@@ -134,6 +137,9 @@ def paged_attention(
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
         static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
+
+        if chosen == "mosaic_tpu":
+            arrays |= dict(k_scale=k_scale, v_scale=v_scale)
 
         def call(args, arrays):
             if chosen == "mosaic_tpu":
@@ -179,7 +185,8 @@ def write_kv(
       k, v: `[T, K, D]`, cast to the pages' dtype, or quantised.
       slot_mapping: i32`[T]`, `block * block_size + offset`; below 0 is skipped.
       k_scale, v_scale: of quantised pages, f32`[N, K, P]`, or `[L, N, K, P]` with
-        `layer`: each token and head gets a scale of its own.
+        `layer`: each token and head gets a scale of its own. Their P may be rounded up
+        as in `paged_attention`; "mosaic_tpu" updates only such in place.
 
     Returns:
       k_pages, v_pages, and of quantised pages k_scale, v_scale.
@@ -200,18 +207,18 @@ def write_kv(
             )
     _check_int("slot_mapping", slot_mapping, 1)
     pools, values = [k_pages, v_pages], [k, v]
-    scales = check_scales(k_pages, k_scale, v_scale, is_whole=True)
+    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
     if is_quantised(k_pages.dtype):
         pools += scales
         (k, new_k_scale), (v, new_v_scale) = (encode(x, k_pages.dtype) for x in (k, v))
         values = [k, v, new_k_scale, new_v_scale]
     values[:2] = (_padded(x.astype(k_pages.dtype), head_dim) for x in values[:2])
     if chosen == "mosaic_tpu":
-        return tpu.write(k_pages, v_pages, *values, slot_mapping, layer)
+        return tpu.write(k_pages, v_pages, *scales, tuple(values), slot_mapping, layer)
     if chosen == "triton":
         return triton_pages.write(k_pages, v_pages, *values, slot_mapping, layer)
     return tuple(
-        xla_pages.write(pool, value, slot_mapping, layer)
+        xla_pages.write(pool, value, slot_mapping, layer, k_pages.shape[-2])
         for pool, value in zip(pools, values, strict=True)
     )
 
@@ -249,11 +256,11 @@ def copy_blocks(
     _check_int("dst", dst, 1)
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
+    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
     if chosen == "mosaic_tpu":
-        return tpu.copy(k_pages, v_pages, src, dst, layer)
+        return tpu.copy(k_pages, v_pages, *scales, src, dst, layer)
     if chosen == "triton":
         return triton_pages.copy(k_pages, v_pages, src, dst, layer)
-    scales = check_scales(k_pages, k_scale, v_scale, is_whole=True)
     pools = (k_pages, v_pages, *(scale for scale in scales if scale is not None))
     return xla_pages.copy(pools, src, dst, layer, is_stacked=k_pages.ndim == 5)
 
@@ -309,7 +316,7 @@ def _reference(
     def gathered(pages, scale):  # [T, K, M * P, D]
         rows = decode(pages[blocks]).astype(jnp.float32)
         if scale is not None:
-            rows *= scale[blocks][..., None]
+            rows *= scale[blocks][..., :block_size, None]
         rows = rows.transpose(0, 2, 1, 3, 4)
         rows = rows.reshape(num_queries, num_kv_heads, -1, head_dim)
         return jnp.where(mask[:, 0, 0, :][:, None, :, None], rows, 0.0)
@@ -374,6 +381,11 @@ def _one_pool(pools, block_tables, layer) -> tuple[Pools, jax.Array]:
     offset = jnp.asarray(layer, jnp.int32) * num_blocks
     tables = jnp.where(inside, block_tables + offset, 0)
     return jax.tree.map(flat, pools), tables
+
+
+def _scales(k_pages, k_scale, v_scale, *, is_whole=False):
+    width = scale_width(k_pages.shape[-2], "mosaic_tpu")
+    return check_scales(k_pages, k_scale, v_scale, width=width, is_whole=is_whole)
 
 
 def _check_pages(k_pages, v_pages, layer) -> None:

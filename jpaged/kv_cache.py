@@ -20,7 +20,7 @@ from jax import lax
 from jpaged import attention
 from jpaged.block_manager import NO_BLOCK
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
-from jpaged.implementations import choose, page_head_dim
+from jpaged.implementations import choose, page_head_dim, scale_width
 from jpaged.quantised_pages import is_quantised, page_dtype
 
 
@@ -34,8 +34,8 @@ class KVCache:
 
     k_pages: jax.Array  # [L, N, K, P, D]
     v_pages: jax.Array  # [L, N, K, P, D]
-    k_scale: jax.Array | None = None  # f32[L, N, K, P], of quantised pages
-    v_scale: jax.Array | None = None  # f32[L, N, K, P]
+    k_scale: jax.Array | None = None  # f32[L, N, K, P'], of quantised pages
+    v_scale: jax.Array | None = None  # f32[L, N, K, P'], P' of `scale_width`
 
 
 def init_cache(
@@ -51,20 +51,22 @@ def init_cache(
 ) -> KVCache:
     """A cache of zeros; `memory` is `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`.
 
-    Heads are stored as the `implementation` of attention wants them. `dtype` is a
-    float's name, "int8" or "fp8".
+    Heads and scales are stored as the `implementation` of attention wants them. `dtype`
+    is a float's name, "int8" or "fp8".
 
     Raises:
-      ValueError: the implementation does not serve quantised pages.
+      ValueError: the implementation does not serve quantised pages of these sizes.
     """
     head_dim = page_head_dim(head_dim, implementation)
     shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
     dtype = page_dtype(dtype)
     if not is_quantised(dtype):
         return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
-    choose(implementation, jax.ShapeDtypeStruct(shape, dtype))
-    kinds = ((shape, dtype), (shape, dtype), (shape[:-1], "float32"))
-    arrays = [zeros(*kind, memory) for kind in (*kinds, kinds[-1])]
+    # Of one head: how many a device has, a mesh decides.
+    choose(implementation, jax.ShapeDtypeStruct((1, 1, 1, *shape[3:]), dtype))
+    scales = (*shape[:3], scale_width(block_size, implementation))
+    kinds = ((shape, dtype), (shape, dtype), (scales, "float32"), (scales, "float32"))
+    arrays = [zeros(*kind, memory) for kind in kinds]
     return KVCache(*arrays)
 
 
@@ -83,9 +85,10 @@ def bytes_per_block(
     """
     dtype = page_dtype(dtype)
     vector = page_head_dim(head_dim, implementation) * jnp.dtype(dtype).itemsize
+    head = block_size * vector
     if is_quantised(dtype):
-        vector += jnp.dtype("float32").itemsize
-    return 2 * num_layers * num_kv_heads * block_size * vector
+        head += scale_width(block_size, implementation) * jnp.dtype("float32").itemsize
+    return 2 * num_layers * num_kv_heads * head
 
 
 def write(

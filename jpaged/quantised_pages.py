@@ -67,11 +67,13 @@ def check_scales(
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
     *,
+    width: int,
     is_whole: bool = False,
 ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-    """The scales of `pages` [..., D] as f32 [...]; None twice where it needs none.
+    """The scales of `pages` [..., P, D] as f32[..., P]; None twice where it needs none.
 
-    `is_whole`: they must have that shape already, to be written.
+    Those of f32[..., width] keep their shape: what is behind P nobody reads.
+    `is_whole`: they must have one of the two shapes already, to be written.
 
     Raises:
       ValueError: quantised pages without scales, other pages with some, or scales whose
@@ -90,14 +92,15 @@ def check_scales(
     whole = []
     for name, scale in given.items():
         scale = jnp.asarray(scale)
-        fits = scale.shape == shape or (not is_whole and _broadcasts(scale, shape))
+        own = (*shape[:-1], width) if scale.shape == (*shape[:-1], width) else shape
+        fits = scale.shape == own or (not is_whole and _broadcasts(scale, shape))
         if not fits or not jnp.issubdtype(scale.dtype, jnp.floating):
             kind = "floats of shape" if is_whole else "floats that broadcast to"
             raise ValueError(
                 f"{name}: expected {kind} {shape} (pages {pages.shape}), got "
                 f"{scale.dtype}{list(scale.shape)}"
             )
-        whole.append(jnp.broadcast_to(scale, shape).astype(jnp.float32))
+        whole.append(jnp.broadcast_to(scale, own).astype(jnp.float32))
     return whole[0], whole[1]
 
 

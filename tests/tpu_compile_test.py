@@ -208,6 +208,7 @@ def test_the_runner_prints_what_a_device_needs():
     command = [sys.executable, "-m", "experiments.compile_tpu", "--num_layers=1"]
     command += ["--model=qwen2.5-0.5b", "--tensor_parallel=2", "--max_num_seqs=1"]
     command += ["--max_num_batched_tokens=8", "--num_blocks=64", "--max_model_len=64"]
+    command += ["--kv_dtype=int8", "--block_size=32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

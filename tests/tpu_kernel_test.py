@@ -15,10 +15,10 @@ import pytest
 from attention_oracle import Case, make_case, relative_errors
 from jax.experimental.pallas import tpu as pltpu
 
-from jpaged import LLM, attention, engine, kv_cache
+from jpaged import LLM, attention, engine, kv_cache, tuned
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig, init_model
-from jpaged.pallas import tpu_attention, tpu_pages
+from jpaged.pallas import tpu_attention, tpu_windows
 from jpaged.requests import SamplingParams
 
 # As in `attention_test`.
@@ -36,8 +36,7 @@ def _interpreted():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    plan = tpu_attention._plan
-    monkeypatch.setattr(tpu_attention, "_plan", lambda *args: plan(*args[:-1], SMALL))
+    monkeypatch.setattr(tuned, "tiles", lambda *_: SMALL)
 
 
 def stored(case: Case) -> Case:
@@ -178,7 +177,7 @@ def mosaic(function, **options):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("chunk_bytes", [2**20, 8 * 4 * 256])
 def test_write_kv_writes_exactly_the_named_slots(dtype, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(tpu_pages, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(tpu_windows, "_CHUNK_BYTES", chunk_bytes)
     pages = [some(2, 6, 2, 32, 128, seed=s, dtype=dtype) for s in (0, 1)]
     new = [some(40, 2, 128, seed=s, dtype=dtype) for s in (2, 3)]
     new[0][0, 0, 0] = -0.0
@@ -223,7 +222,7 @@ def test_copy_blocks_copies_exactly_the_named_blocks(layer):
 # ---- what it does not serve
 
 WRONG = {
-    "k_pages: expected bfloat16 or float32, got float16": {"dtype": "float16"},
+    "k_pages: expected bfloat16, float32, int8, .* got float16": {"dtype": "float16"},
     "k_pages: expected a block_size of a multiple of 16, got 8": {"block_size": 8},
     "k_pages: expected a head_dim of a multiple of 128 .* got 64": {"head_dim": 64},
 }

@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged.implementations import scale_width
 from jpaged.pallas import tpu_attention, tpu_pages
 from jpaged.pallas.tpu_segments import EVERYTHING
 
 Layer = jax.Array | int | None
-Pages = tuple[jax.Array, jax.Array]
+Arrays = tuple[jax.Array, ...]
+Scale = jax.Array | None
 
 
 def attend(
@@ -28,6 +30,8 @@ def attend(
     context_lens: jax.Array,
     query_start_loc: jax.Array | None,
     *,
+    k_scale: Scale,
+    v_scale: Scale,
     layer: Layer,
     sliding_window: jax.Array | int | None,
     sinks: jax.Array | None,
@@ -35,12 +39,14 @@ def attend(
 ) -> tuple[jax.Array, jax.Array | None]:
     """As `tpu_attention.attend`, whose `static` options are passed on."""
     window = EVERYTHING if sliding_window is None else sliding_window
+    has_layers = k_pages.ndim == 5
     return tpu_attention.attend(
         q,
-        *_stacked(k_pages, v_pages),
+        *_stacked((k_pages, v_pages), has_layers),
         block_tables,
         context_lens,
         query_start_loc,
+        scales=_stacked(_wide(k_pages, k_scale, v_scale), has_layers),
         layer=_index(layer),
         window=jnp.minimum(jnp.asarray(window, jnp.int32), EVERYTHING),
         sinks=sinks,
@@ -51,35 +57,75 @@ def attend(
 def write(
     k_pages: jax.Array,
     v_pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k_scale: Scale,
+    v_scale: Scale,
+    values: Arrays,
     slots: jax.Array,
     layer: Layer,
-) -> Pages:
-    """As `tpu_pages.write`."""
-    pools = tpu_pages.write(*_stacked(k_pages, v_pages), k, v, slots, _index(layer))
-    return pools[0].reshape(k_pages.shape), pools[1].reshape(v_pages.shape)
+) -> Arrays:
+    """As `tpu_pages.write`, and of the scales, where there are some, `write_scales`.
+
+    `values`: of each of the arrays [T, K, D] or [T, K].
+    """
+    given = _given(k_pages, v_pages, k_scale, v_scale)
+    stacked = _stacked(
+        (k_pages, v_pages, *_wide(k_pages, k_scale, v_scale)), k_pages.ndim == 5
+    )
+    written = tpu_pages.write(stacked[:2], values[:2], slots, _index(layer))
+    if scales := stacked[2:]:
+        block_size = k_pages.shape[-2]
+        written += tpu_pages.write_scales(
+            scales, values[2:], slots, _index(layer), block_size
+        )
+    return _as_given(written, given)
 
 
 def copy(
-    k_pages: jax.Array, v_pages: jax.Array, src: jax.Array, dst: jax.Array, layer: Layer
-) -> Pages:
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k_scale: Scale,
+    v_scale: Scale,
+    src: jax.Array,
+    dst: jax.Array,
+    layer: Layer,
+) -> Arrays:
     """As `tpu_pages.copy`; without `layer`, in every layer."""
-    pools = tpu_pages.copy(
-        *_stacked(k_pages, v_pages),
+    given = _given(k_pages, v_pages, k_scale, v_scale)
+    arrays = (k_pages, v_pages, *_wide(k_pages, k_scale, v_scale))
+    copied = tpu_pages.copy(
+        _stacked(arrays, k_pages.ndim == 5),
         src,
         dst,
         _index(layer),
         is_one_layer=layer is not None,
     )
-    return pools[0].reshape(k_pages.shape), pools[1].reshape(v_pages.shape)
+    return _as_given(copied, given)
 
 
-def _stacked(k_pages: jax.Array, v_pages: jax.Array) -> Pages:
-    """[L, N, K, P, D] of pages with or without layers."""
-    if k_pages.ndim == 5:
-        return k_pages, v_pages
-    return k_pages[None], v_pages[None]
+def _given(*arrays: jax.Array | None) -> Arrays:
+    return tuple(array for array in arrays if array is not None)
+
+
+def _wide(pages: jax.Array, *scales: Scale) -> Arrays:
+    """Scales as wide as a memory tile; those that are not are copied."""
+    width = scale_width(pages.shape[-2], "mosaic_tpu")
+    return tuple(
+        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+        for x in _given(*scales)
+    )
+
+
+def _stacked(arrays: Arrays, has_layers: bool) -> Arrays:
+    """[L, N, ...] of arrays with or without layers."""
+    return arrays if has_layers else tuple(array[None] for array in arrays)
+
+
+def _as_given(arrays: Arrays, given: Arrays) -> Arrays:
+    """The results in the shapes of the arguments."""
+    return tuple(
+        array[..., : one.shape[-1]].reshape(one.shape)
+        for array, one in zip(arrays, given, strict=True)
+    )
 
 
 def _index(layer: Layer) -> jax.Array:

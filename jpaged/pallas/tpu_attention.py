@@ -4,9 +4,9 @@ Place on the road: attention -> pallas.tpu -> [pallas.tpu_attention].
 
 One kernel serves prompt chunks and decode rows. It walks segments of queries (see
 `tpu_segments`); of each it reads the blocks that the segment's queries see, a tile of
-tokens at a time, into one of two buffers, while the tile in the other is computed. The
-next segment's first tile is under way before this one's last is done, so the memory
-never waits. The online softmax is that of Milakov and Gimelshein 2018.
+tokens at a time, into one of two buffers (`tpu_key_tiles`), while the tile in the other
+is computed. The next segment's first tile is under way before this one's last is done,
+so the memory never waits. The online softmax is that of Milakov and Gimelshein 2018.
 
 Letters as in `jpaged.attention`; R rows of a tile of queries (query by query, and of
 each the G heads that share a key), C tokens of a tile of keys, I segments.
@@ -14,7 +14,6 @@ each the G heads that share a key), C tokens of a tile of keys, I segments.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -26,44 +25,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jpaged import tuned
 from jpaged.implementations import LANES
-from jpaged.pallas import tpu_segments
+from jpaged.pallas import tpu_key_tiles, tpu_segments
+from jpaged.pallas.tpu_key_tiles import KeyTiles
+from jpaged.pallas.tpu_numbers import product_dtype
+from jpaged.pallas.tpu_plan import ROWS, Plan, Tiles, from_tiles, plan_of, to_tiles
 from jpaged.pallas.tpu_segments import Segments
 
 # Below every score that a float32 model gives, and finite: -inf - -inf is NaN.
 _LOWEST = -1e30
-# Rows of queries are a multiple of this: a bfloat16 tile has 16 rows.
-_ROWS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Tile sizes; none is measured, for there was no TPU: the arithmetic is in
-    `docs/decisions/tpu_kernel.md`."""
-
-    query_rows: int = 128  # rows of a tile of queries: queries times heads of a key
-    buffer_bytes: int = 2**20  # of one of the four buffers of keys and values
-    tokens: int = 512  # of a tile of keys, at most
-    kv_heads: int = 8  # served by one walk over the segments, at most
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Sizes of one call, all static."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    width: int  # of the block tables
-    tile_queries: int
-    rows: int  # of a tile of queries, R
-    few_rows: int  # of a tile that a single query needs; R where that is no less
-    walk_heads: int  # kv heads of one walk
-    tokens: int  # of a tile of keys, C
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
 
 
 def attend(
@@ -74,6 +43,7 @@ def attend(
     context_lens: jax.Array,
     query_start_loc: jax.Array | None,
     *,
+    scales: tuple[jax.Array, ...],
     layer: jax.Array,
     scale: float,
     window: jax.Array,
@@ -89,6 +59,8 @@ def attend(
       q: [T, H, D].
       k_pages, v_pages: [L, N, K, P, D'] with D' a multiple of 128, at least D; what is
         behind D of a head must be zeros.
+      scales: of pages of 8 bits those of keys and of values, f32[L, N, K, P'] with P'
+        the next multiple of 128; else ().
       block_tables: i32[S, M].
       context_lens: i32[S].
       query_start_loc: i32[S + 1], or None where each row has one query.
@@ -103,7 +75,8 @@ def attend(
     """
     if tiles is None:
         tiles = tuned.tiles("mosaic_tpu", Tiles(), q.shape[1], k_pages)
-    plan = _plan(q, k_pages, block_tables, query_start_loc is not None, tiles)
+    is_ragged = query_start_loc is not None
+    plan = plan_of(q, k_pages, block_tables, is_ragged=is_ragged, tiles=tiles)
     num_queries = q.shape[0]
     num_tiles = pl.cdiv(num_queries, plan.tile_queries)
     max_tokens = plan.width * plan.block_size
@@ -120,9 +93,8 @@ def attend(
         )
     has_lse = return_lse or sinks is not None
     out, *lses = _call(
-        _to_tiles(q.astype(k_pages.dtype), plan, num_tiles),
-        k_pages,
-        v_pages,
+        to_tiles(q.astype(product_dtype(k_pages.dtype, q.dtype)), plan, num_tiles),
+        (k_pages, v_pages, *scales),
         block_tables,
         segments,
         window,
@@ -135,10 +107,10 @@ def attend(
         has_lse=has_lse,
         interpret=interpret,
     )
-    out = _from_tiles(out, plan, num_queries)[..., : q.shape[-1]]
+    out = from_tiles(out, plan, num_queries)[..., : q.shape[-1]]
     if not has_lse:
         return out, None
-    lse = _from_tiles(lses[0], plan, num_queries)[..., 0]
+    lse = from_tiles(lses[0], plan, num_queries)[..., 0]
     if sinks is not None:
         is_empty = jnp.isneginf(lse)
         with_sink = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, :])
@@ -148,67 +120,15 @@ def attend(
     return out, lse
 
 
-def _plan(q, k_pages, block_tables, is_ragged: bool, tiles: Tiles) -> _Plan:
-    num_queries, num_heads, _ = q.shape
-    _, _, num_kv_heads, block_size, head_dim = k_pages.shape
-    width = block_tables.shape[1]
-    group = num_heads // num_kv_heads
-    tile_queries = 1
-    if is_ragged:
-        most = min(max(tiles.query_rows // group, 1), pl.next_power_of_2(num_queries))
-        tile_queries = 1 << (most.bit_length() - 1)
-    rows = pl.cdiv(tile_queries * group, _ROWS) * _ROWS
-    # A query's rows lie within so many, counted from a multiple of _ROWS.
-    few_rows = pl.cdiv(group, _ROWS) * _ROWS
-    if _ROWS % group:
-        few_rows += _ROWS
-    heads = next(n for n in range(tiles.kv_heads, 0, -1) if num_kv_heads % n == 0)
-    bytes_of_token = heads * head_dim * k_pages.dtype.itemsize
-    tokens = min(tiles.buffer_bytes // bytes_of_token, tiles.tokens, width * block_size)
-    return _Plan(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        width=width,
-        tile_queries=tile_queries,
-        rows=rows,
-        few_rows=min(few_rows, rows),
-        walk_heads=heads,
-        tokens=max(tokens // block_size, 1) * block_size,
-    )
-
-
-def _to_tiles(q: jax.Array, plan: _Plan, num_tiles: int) -> jax.Array:
-    """[tiles, K, R, D'] of q [T, H, D]."""
-    num_queries, _, head_dim = q.shape
-    pad = num_tiles * plan.tile_queries - num_queries
-    q = jnp.pad(q, ((0, pad), (0, 0), (0, plan.head_dim - head_dim)))
-    q = q.reshape(num_tiles, plan.tile_queries, plan.num_kv_heads, plan.group, -1)
-    q = q.transpose(0, 2, 1, 3, 4)
-    q = q.reshape(num_tiles, plan.num_kv_heads, -1, plan.head_dim)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - q.shape[2]), (0, 0)))
-
-
-def _from_tiles(tiles: jax.Array, plan: _Plan, num_queries: int) -> jax.Array:
-    """[T, H, D] of [tiles, K, R, D]."""
-    num_tiles, _, _, size = tiles.shape
-    tiles = tiles[:, :, : plan.tile_queries * plan.group]
-    shape = (num_tiles, plan.num_kv_heads, plan.tile_queries, plan.group, size)
-    queries = tiles.reshape(shape).transpose(0, 2, 1, 3, 4)
-    return queries.reshape(-1, plan.num_heads, size)[:num_queries]
-
-
 def _call(
     q_tiles,
-    k_pages,
-    v_pages,
+    arrays,
     block_tables,
     segments: Segments,
     window,
     layer,
     *,
-    plan: _Plan,
+    plan: Plan,
     scale: float,
     soft_cap: float | None,
     out_dtype,
@@ -218,6 +138,7 @@ def _call(
     num_tiles = q_tiles.shape[0]
     num_segments = segments.tile.shape[0]
     heads, rows, head_dim = plan.walk_heads, plan.rows, plan.head_dim
+    width = arrays[-1].shape[-1] if len(arrays) > 2 else None
 
     def at_tile(walk, segment, _settings, _tables, tile, *_):
         return tile[segment], walk, 0, 0
@@ -231,30 +152,28 @@ def _call(
     if has_lse:
         out_shape.append(jax.ShapeDtypeStruct((*shape, LANES), jnp.float32))
         out_specs.append(spec(LANES))
-    buffer = pltpu.VMEM((2, heads, plan.tokens, head_dim), k_pages.dtype)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2 + len(segments),
         grid=(plan.num_kv_heads // heads, num_segments),
-        in_specs=[
-            spec(head_dim),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
+        in_specs=[spec(head_dim), *(pl.BlockSpec(memory_space=pl.ANY) for _ in arrays)],
         out_specs=out_specs,
         scratch_shapes=[
-            buffer,
-            buffer,
-            pltpu.SemaphoreType.DMA((2,)),
             pltpu.VMEM((heads, rows, LANES), jnp.float32),
             pltpu.VMEM((heads, rows, LANES), jnp.float32),
             pltpu.VMEM((heads, rows, head_dim), jnp.float32),
             pltpu.SMEM((1,), jnp.int32),
+            *tpu_key_tiles.scratch(plan, arrays[0].dtype, width),
         ],
     )
     settings = jnp.stack([layer, window])
     return pl.pallas_call(
         functools.partial(
-            _kernel, plan=plan, scale=scale, soft_cap=soft_cap, has_lse=has_lse
+            _kernel,
+            plan=plan,
+            scale=scale,
+            soft_cap=soft_cap,
+            num_arrays=len(arrays),
+            has_lse=has_lse,
         ),
         grid_spec=grid_spec,
         out_shape=out_shape,
@@ -263,104 +182,46 @@ def _call(
         ),
         interpret=interpret,
         name="paged_attention",
-    )(settings, block_tables.reshape(-1), *segments, q_tiles, k_pages, v_pages)
+    )(settings, block_tables.reshape(-1), *segments, q_tiles, *_left_in_place(arrays))
 
 
 def _kernel(
     settings_ref,  # i32[2]: layer, window
     tables_ref,  # i32[S * M]
-    tile_ref,  # i32[I], and so on: `Segments`
-    row_ref,
-    first_ref,
-    end_ref,
-    shift_ref,
-    first_token_ref,
-    end_token_ref,
-    next_live_ref,
-    q_ref,  # [1, Kw, R, D], Kw heads of a walk
-    k_hbm,  # [L, N, K, P, D]
-    v_hbm,  # [L, N, K, P, D]
-    out_ref,  # [1, Kw, R, D]
-    *refs,  # f32[1, Kw, R, LANES] log-sum-exp if asked for, and scratch
-    plan: _Plan,
+    *refs,  # `Segments`, i32[I] each, and the rest in the order of `_call`
+    plan: Plan,
     scale: float,
     soft_cap: float | None,
+    num_arrays: int,
     has_lse: bool,
 ):
-    lse_ref = refs[0] if has_lse else None
-    # [2, Kw, C, D] twice, DMA[2], f32[Kw, R, LANES] twice, f32[Kw, R, D], i32[1]
-    k_buffer, v_buffer, semaphores, max_ref, sum_ref, acc_ref, slot_ref = refs[-7:]
+    segments, refs = (
+        Segments(*refs[: len(Segments._fields)]),
+        refs[len(Segments._fields) :],
+    )
+    # [1, Kw, R, D], Kw heads of a walk; pages [L, N, K, P, D] twice, and scales
+    q_ref, arrays, refs = refs[0], refs[1 : 1 + num_arrays], refs[1 + num_arrays :]
+    # [1, Kw, R, D], and f32[1, Kw, R, LANES] if asked for
+    out_ref, lse_ref, refs = refs[0], refs[1] if has_lse else None, refs[1 + has_lse :]
+    # f32[Kw, R, LANES] twice, f32[Kw, R, D], i32[1]
+    (max_ref, sum_ref, acc_ref, slot_ref), buffers = refs[:4], refs[4:]
     walk, segment = pl.program_id(0), pl.program_id(1)
     num_segments = pl.num_programs(1)
     layer, window = settings_ref[0], settings_ref[1]
-    block_size, tokens = plan.block_size, plan.tokens
-    blocks = tokens // block_size
-    tile = tile_ref[segment]
-    first_token, end_token = first_token_ref[segment], end_token_ref[segment]
+    tiles = KeyTiles(plan, walk, layer, tables_ref, segments, arrays, *buffers)
+    tokens = plan.tokens
+    tile = segments.tile[segment]
 
     @pl.when(segment == 0)
     def _():
         slot_ref[0] = 0
-        # What is never fetched must be finite, for its weight is 0 and 0 * NaN is NaN.
-        v_buffer[...] = jnp.zeros_like(v_buffer)
+        tiles.clear()
 
-    @pl.when((segment == 0) | (tile_ref[jnp.maximum(segment - 1, 0)] != tile))
+    @pl.when((segment == 0) | (segments.tile[jnp.maximum(segment - 1, 0)] != tile))
     def _():
         max_ref[...] = jnp.full_like(max_ref, _LOWEST)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
-
-    def copies(block, column, slot):
-        """The copies of one block to its place among a tile's columns."""
-        place = pl.ds(pl.multiple_of(column * block_size, block_size), block_size)
-        heads = pl.ds(walk * plan.walk_heads, plan.walk_heads)
-        return [
-            pltpu.make_async_copy(
-                pages.at[layer, block, heads],
-                buffer.at[slot, :, place],
-                semaphores.at[slot],
-            )
-            for pages, buffer in ((k_hbm, k_buffer), (v_hbm, v_buffer))
-        ]
-
-    def columns(of, number):
-        """First and last + 1 of the table's columns that `of` needs of a tile."""
-        begin = jnp.maximum(first_token_ref[of] // block_size, number * blocks)
-        end = pl.cdiv(end_token_ref[of], block_size)
-        return begin, jnp.minimum(end, (number + 1) * blocks)
-
-    def fetch(of, number, slot):
-        def start(column, _):
-            block = tables_ref[row_ref[of] * plan.width + column]
-            block = jnp.clip(block, 0, k_hbm.shape[1] - 1)
-            for copy in copies(block, column - number * blocks, slot):
-                copy.start()
-
-        lax.fori_loop(*columns(of, number), start, None)
-
-    def wait(number, slot):
-        def done(column, _):
-            for copy in copies(0, column - number * blocks, slot):
-                copy.wait()
-
-        lax.fori_loop(*columns(segment, number), done, None)
-
-    def clear_unseen(number, slot):
-        """Zeros for values in the tile's fetched blocks that no query sees."""
-        begin, end = columns(segment, number)
-        for column, token in ((begin, first_token), (end - 1, end_token)):
-            first = column * block_size
-
-            @pl.when((token > first) & (token < first + block_size))
-            def _(column=column):
-                start = (column - number * blocks) * block_size
-                place = pl.ds(pl.multiple_of(start, block_size), block_size)
-                values = v_buffer[slot, :, place].astype(jnp.float32)
-                position = lax.broadcasted_iota(jnp.int32, values.shape, 1)
-                position += column * block_size
-                is_seen = (position >= first_token) & (position < end_token)
-                values = jnp.where(is_seen, values, 0.0)
-                v_buffer[slot, :, place] = values.astype(v_buffer.dtype)
 
     def compute(number, slot, start, num_rows):
         """The online softmax of the rows from `start` on over a tile of tokens."""
@@ -370,13 +231,16 @@ def _kernel(
         # Integer division of vectors by any number; the half makes it exact.
         query = (row.astype(jnp.float32) + 0.5) * (1.0 / plan.group)
         query = tile * plan.tile_queries + query.astype(jnp.int32)
-        seen = query + shift_ref[segment]
+        seen = query + segments.shift[segment]
         position = number * tokens + lax.broadcasted_iota(jnp.int32, shape, 1)
         mask = (position < seen) & (position >= seen - window)
-        mask &= (query >= first_ref[segment]) & (query < end_ref[segment])
+        mask &= (query >= segments.first[segment]) & (query < segments.end[segment])
         for head in range(plan.walk_heads):
-            keys, values = k_buffer[slot, head], v_buffer[slot, head]
-            scores = _product(q_ref[0, head, place], keys, (1, 1)) * scale
+            queries = q_ref[0, head, place]
+            keys, values = tiles.numbers_of(head, slot, queries.dtype)
+            scores = _product(queries, keys, (1, 1))
+            k_row, v_row = tiles.scales_of(head)
+            scores *= scale if k_row is None else scale * k_row
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
             scores = jnp.where(mask, scores, _LOWEST)
@@ -388,19 +252,23 @@ def _kernel(
             sum_ref[head, place] = sum_ref[head, place] * keep + jnp.sum(
                 weights, axis=1, keepdims=True
             )
+            if v_row is not None:
+                # Scales of unseen tokens may be NaN.
+                weights = jnp.where(mask, weights * v_row, 0.0)
             update = _product(weights.astype(values.dtype), values, (1, 0))
             acc_ref[head, place] = acc_ref[head, place] * keep[:, :1] + update
 
-    begin, end = first_token // tokens, pl.cdiv(end_token, tokens)
+    begin = segments.first_token[segment] // tokens
+    end = pl.cdiv(segments.end_token[segment], tokens)
 
-    @pl.when(next_live_ref[0] == segment)
+    @pl.when(segments.next_live[0] == segment)
     def _():
-        fetch(segment, begin, slot_ref[0])
+        tiles.fetch(segment, begin, slot_ref[0])
 
-    following = next_live_ref[segment + 1]
-    in_tile = (first_ref[segment] - tile * plan.tile_queries) * plan.group
-    few_start = in_tile // _ROWS * _ROWS
-    rows_end = (end_ref[segment] - tile * plan.tile_queries) * plan.group
+    following = segments.next_live[segment + 1]
+    in_tile = (segments.first[segment] - tile * plan.tile_queries) * plan.group
+    few_start = in_tile // ROWS * ROWS
+    rows_end = (segments.end[segment] - tile * plan.tile_queries) * plan.group
     is_few = rows_end <= few_start + plan.few_rows
     # The last tile's few rows may not begin so late that they reach behind its end.
     few_start = jnp.minimum(few_start, plan.rows - plan.few_rows)
@@ -410,19 +278,21 @@ def _kernel(
 
         @pl.when(number + 1 < end)
         def _():
-            fetch(segment, number + 1, 1 - slot)
+            tiles.fetch(segment, number + 1, 1 - slot)
 
         @pl.when((number + 1 == end) & (following < num_segments))
         def _():
-            fetch(following, first_token_ref[following] // tokens, 1 - slot)
+            first = segments.first_token[following] // tokens
+            tiles.fetch(following, first, 1 - slot)
 
-        wait(number, slot)
-        clear_unseen(number, slot)
+        tiles.wait(segment, number, slot)
+        tiles.clear_unseen(segment, number, slot)
+        tiles.spread_scales(slot)
         if plan.few_rows < plan.rows:
 
             @pl.when(is_few)
             def _():
-                start = pl.multiple_of(few_start, _ROWS)
+                start = pl.multiple_of(few_start, ROWS)
                 compute(number, slot, start, plan.few_rows)
 
             @pl.when(~is_few)
@@ -435,7 +305,7 @@ def _kernel(
 
     lax.fori_loop(begin, end, step, None)
 
-    following_tile = tile_ref[jnp.minimum(segment + 1, num_segments - 1)]
+    following_tile = segments.tile[jnp.minimum(segment + 1, num_segments - 1)]
 
     @pl.when((segment == num_segments - 1) | (following_tile != tile))
     def _():
@@ -447,6 +317,20 @@ def _kernel(
             if lse_ref is not None:
                 lse = max_ref[head] + jnp.log(total)
                 lse_ref[0, head] = jnp.where(is_empty, -jnp.inf, lse)
+
+
+def _left_in_place(arrays):
+    """The arrays, which XLA is to leave where they are.
+
+    In a program's loop it would else move a pool that is small enough beside the core
+    first, and back in the end: two copies of it in every step.
+    """
+    return [
+        pltpu.with_memory_space_constraint(array, pltpu.HBM)
+        if isinstance(array, jax.core.Tracer)
+        else array  # called outside of any program
+        for array in arrays
+    ]
 
 
 def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Place on the road: attention -> [xla.pages].
 
-Scales of quantised pages, [L, N, K, P], go wherever the pages [L, N, K, P, D] go.
+Scales of quantised pages, [L, N, K, P'], go wherever the pages [L, N, K, P, D] go. P'
+is P, or more, as TPUs want it; nobody reads what is behind P.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Pools(NamedTuple):
 
     k: jax.Array  # [N, K, P, D]
     v: jax.Array  # [N, K, P, D]
-    k_scale: jax.Array | None = None  # f32[N, K, P], of quantised pages
+    k_scale: jax.Array | None = None  # f32[N, K, P'], of quantised pages
     v_scale: jax.Array | None = None
 
 
@@ -40,38 +41,46 @@ class Tokens(NamedTuple):
 
 def gather(pools: Pools, columns: jax.Array) -> Tokens:
     """The blocks `columns` i32[R, C]; numbers of 8 bits come in float32."""
+    block_size = pools.k.shape[2]
     scales = [
-        None if scale is None else _gather(scale[..., None], columns)[..., 0]
+        None
+        if scale is None
+        else _gather(scale[..., None], columns, block_size)[..., 0]
         for scale in (pools.k_scale, pools.v_scale)
     ]
-    k, v = (decode(_gather(pages, columns)) for pages in (pools.k, pools.v))
+    k, v = (decode(_gather(pages, columns, block_size)) for pages in (pools.k, pools.v))
     return Tokens(k, v, *scales)
 
 
-def _gather(pages: jax.Array, columns: jax.Array) -> jax.Array:
-    """[R * K, C * P, D]: the blocks `columns` i32[R, C] of `pages` [N, K, P, D].
+def _gather(pages: jax.Array, columns: jax.Array, block_size: int) -> jax.Array:
+    """[R * K, C * P, D]: the blocks `columns` i32[R, C] of `pages` [N, K, P', D].
 
     Gathers (block, head) slabs, so that the result needs no transpose, as flat rows
     behind a barrier: fused into the product, the CPU of jax 0.12 gathers it slower.
     """
-    num_blocks, num_kv_heads, block_size, head_dim = pages.shape
+    num_blocks, num_kv_heads, width, head_dim = pages.shape
     num_rows, blocks = columns.shape
     head = jnp.arange(num_kv_heads, dtype=columns.dtype)
     slab = columns[:, None, :] * num_kv_heads + head[None, :, None]
-    flat = pages.reshape(num_blocks * num_kv_heads, block_size * head_dim)
+    flat = pages.reshape(num_blocks * num_kv_heads, width * head_dim)
     tile = flat.at[slab.reshape(-1)].get(mode="promise_in_bounds")
     tile = lax.optimization_barrier(tile)
+    tile = tile[:, : block_size * head_dim]
     return tile.reshape(num_rows * num_kv_heads, blocks * block_size, head_dim)
 
 
 def write(
-    pages: jax.Array, values: jax.Array, slots: jax.Array, layer: jax.Array | int | None
+    pages: jax.Array,
+    values: jax.Array,
+    slots: jax.Array,
+    layer: jax.Array | int | None,
+    block_size: int,
 ) -> jax.Array:
     """`pages` ([L,] N, K, P, D) with `values` [T, K, D] at `slots` i32[T].
 
-    Or scales ([L,] N, K, P) and [T, K]. Slots below 0 or past the pool are skipped.
+    Or scales ([L,] N, K, P') and [T, K]. Slots below 0 or past the pool are skipped.
     """
-    num_blocks, _, block_size = pages.shape[0 if layer is None else 1 :][:3]
+    num_blocks = pages.shape[0 if layer is None else 1]
     # -1 would wrap around to the last block; past the end, mode="drop" discards it.
     blocks = jnp.where(slots < 0, num_blocks, slots // block_size)
     offsets = slots % block_size

@@ -87,9 +87,9 @@ def paged_attention(
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
         `logits_soft_cap` are Python numbers; "mosaic_gpu" (a Hopper GPU) unless pages
         are bfloat16 or float16, P is 16, 32 or a multiple of 64, D 64 or 128, and those
-        are numbers; "triton" (an NVIDIA GPU) needs a pages' D of 16, 32, 64, 128 or
-        256, and numbers too; "reference" and "xla" serve everything, and alone have
-        gradients.
+        are numbers; "triton" (an NVIDIA GPU; pages of 8 bits too) needs a pages' D of
+        16, 32, 64, 128 or 256, and numbers too; "reference" and "xla" serve everything,
+        and alone have gradients.
 
     Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
     rows share a block, it gets the sum. Slots that nobody sees get zeros.
@@ -132,6 +132,8 @@ def paged_attention(
     q = _padded(q, k_pages.shape[-1])
     if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
+        if chosen == "triton":
+            arrays |= dict(k_scale=k_scale, v_scale=v_scale)
         static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
 
@@ -209,7 +211,7 @@ def write_kv(
     if chosen == "mosaic_tpu":
         return tpu.write(k_pages, v_pages, *values, slot_mapping, layer)
     if chosen == "triton":
-        return triton_pages.write(k_pages, v_pages, *values, slot_mapping, layer)
+        return triton_pages.write(pools, values, slot_mapping, layer)
     return tuple(
         xla_pages.write(pool, value, slot_mapping, layer)
         for pool, value in zip(pools, values, strict=True)
@@ -251,10 +253,10 @@ def copy_blocks(
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
     if chosen == "mosaic_tpu":
         return tpu.copy(k_pages, v_pages, src, dst, layer)
-    if chosen == "triton":
-        return triton_pages.copy(k_pages, v_pages, src, dst, layer)
     scales = check_scales(k_pages, k_scale, v_scale, is_whole=True)
     pools = (k_pages, v_pages, *(scale for scale in scales if scale is not None))
+    if chosen == "triton":
+        return triton_pages.copy(pools, src, dst, layer)
     return xla_pages.copy(pools, src, dst, layer, is_stacked=k_pages.ndim == 5)
 
 

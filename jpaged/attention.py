@@ -86,10 +86,10 @@ def paged_attention(
         name is never replaced: "mosaic_tpu" raises unless pages and q are bfloat16 or
         float32, P is a multiple of 16 and the pages' D one of 128, and `scale` and
         `logits_soft_cap` are Python numbers; "mosaic_gpu" (a Hopper GPU) unless pages
-        are bfloat16 or float16, P is 16, 32 or a multiple of 64, D 64 or 128, and those
-        are numbers; "triton" (an NVIDIA GPU; pages of 8 bits too) needs a pages' D of
-        16, 32, 64, 128 or 256, and numbers too; "reference" and "xla" serve everything,
-        and alone have gradients.
+        are bfloat16 or float16, P is 16, 32 or a multiple of 64, D 64, 128 or 256, and
+        those are numbers; "triton" (an NVIDIA GPU; pages of 8 bits too) needs a pages'
+        D of 16, 32, 64, 128 or 256, and numbers too; "reference" and "xla" serve
+        everything, and alone have gradients.
 
     Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
     rows share a block, it gets the sum. Slots that nobody sees get zeros.

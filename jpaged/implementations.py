@@ -113,8 +113,8 @@ def _unserved_by_mosaic_gpu(k_pages: Any, attention: dict[str, Any]) -> str | No
     *_, num_kv_heads, block_size, head_dim = k_pages.shape
     if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
         return f"k_pages: expected bfloat16 or float16, got {k_pages.dtype}"
-    if head_dim not in (64, 128):
-        return f"k_pages: expected a head_dim of 64 or 128, got {head_dim}"
+    if head_dim not in (64, 128, 256):
+        return f"k_pages: expected a head_dim of 64, 128 or 256, got {head_dim}"
     if block_size not in (16, 32) and block_size % 64:
         return (
             "k_pages: expected a block_size of 16, 32 or a multiple of 64, got "

@@ -100,7 +100,7 @@ STAGES = (
     Stage(
         "pages of 8 bits",
         "experiments.bench_attention",
-        "--contenders=xla --kv_dtypes=auto,int8,fp8 --rows=16 --contexts=8192",
+        "--contenders=triton,xla --kv_dtypes=auto,int8,fp8 --rows=16 --contexts=8192",
         f"--contenders=xla --kv_dtypes=int8,fp8 {_TINY}",
         limit_s=40,
     ),

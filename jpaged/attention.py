@@ -90,9 +90,9 @@ def paged_attention(
         and `scale` and `logits_soft_cap` are Python numbers; of quantised pages P must
         be 16, 32, 64 or a multiple of 128, and K 1, 2, 4 or a multiple of 8;
         "mosaic_gpu" (a Hopper GPU) unless pages are bfloat16 or float16, P is 16, 32 or
-        a multiple of 64, D 64 or 128, and those are numbers; "triton" (an NVIDIA GPU)
-        needs floats, a pages' D of 16, 32, 64, 128 or 256, and numbers too; "reference"
-        and "xla" serve everything, and alone have gradients.
+        a multiple of 64, D 64, 128 or 256, and those are numbers; "triton" (an NVIDIA
+        GPU; quantised pages too) needs a pages' D of 16, 32, 64, 128 or 256, and
+        numbers too; "reference" and "xla" serve everything, and alone have gradients.
 
     Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
     rows share a block, it gets the sum. Slots that nobody sees get zeros.
@@ -119,7 +119,7 @@ def paged_attention(
             f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
             "take implementation='xla', or None for plain attention"
         )
-    k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
+    k_scale, v_scale = _scales(chosen, k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
         raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
@@ -135,11 +135,10 @@ def paged_attention(
     q = _padded(q, k_pages.shape[-1])
     if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
+        if chosen != "mosaic_gpu":
+            arrays |= dict(k_scale=k_scale, v_scale=v_scale)
         static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
         args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
-
-        if chosen == "mosaic_tpu":
-            arrays |= dict(k_scale=k_scale, v_scale=v_scale)
 
         def call(args, arrays):
             if chosen == "mosaic_tpu":
@@ -207,7 +206,7 @@ def write_kv(
             )
     _check_int("slot_mapping", slot_mapping, 1)
     pools, values = [k_pages, v_pages], [k, v]
-    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
+    scales = _scales(chosen, k_pages, k_scale, v_scale, is_whole=True)
     if is_quantised(k_pages.dtype):
         pools += scales
         (k, new_k_scale), (v, new_v_scale) = (encode(x, k_pages.dtype) for x in (k, v))
@@ -216,7 +215,7 @@ def write_kv(
     if chosen == "mosaic_tpu":
         return tpu.write(k_pages, v_pages, *scales, tuple(values), slot_mapping, layer)
     if chosen == "triton":
-        return triton_pages.write(k_pages, v_pages, *values, slot_mapping, layer)
+        return triton_pages.write(pools, values, slot_mapping, layer)
     return tuple(
         xla_pages.write(pool, value, slot_mapping, layer, k_pages.shape[-2])
         for pool, value in zip(pools, values, strict=True)
@@ -256,12 +255,12 @@ def copy_blocks(
     _check_int("dst", dst, 1)
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
-    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
+    scales = _scales(chosen, k_pages, k_scale, v_scale, is_whole=True)
     if chosen == "mosaic_tpu":
         return tpu.copy(k_pages, v_pages, *scales, src, dst, layer)
-    if chosen == "triton":
-        return triton_pages.copy(k_pages, v_pages, src, dst, layer)
     pools = (k_pages, v_pages, *(scale for scale in scales if scale is not None))
+    if chosen == "triton":
+        return triton_pages.copy(pools, src, dst, layer)
     return xla_pages.copy(pools, src, dst, layer, is_stacked=k_pages.ndim == 5)
 
 
@@ -383,8 +382,11 @@ def _one_pool(pools, block_tables, layer) -> tuple[Pools, jax.Array]:
     return jax.tree.map(flat, pools), tables
 
 
-def _scales(k_pages, k_scale, v_scale, *, is_whole=False):
-    width = scale_width(k_pages.shape[-2], "mosaic_tpu")
+def _scales(chosen, k_pages, k_scale, v_scale, *, is_whole=False):
+    """Checked by `check_scales`; all but "triton" read those of a TPU's width too."""
+    width = k_pages.shape[-2]
+    if chosen != "triton":
+        width = scale_width(width, "mosaic_tpu")
     return check_scales(k_pages, k_scale, v_scale, width=width, is_whole=is_whole)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged.quantised_pages import is_quantised
+
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
 
 # The first choice by backend; "xla" elsewhere. No GPU's kernel was measured yet, so
@@ -135,8 +137,8 @@ def _unserved_by_mosaic_gpu(k_pages: Any, attention: dict[str, Any]) -> str | No
     *_, num_kv_heads, block_size, head_dim = k_pages.shape
     if k_pages.dtype not in (jnp.bfloat16, jnp.float16):
         return f"k_pages: expected bfloat16 or float16, got {k_pages.dtype}"
-    if head_dim not in (64, 128):
-        return f"k_pages: expected a head_dim of 64 or 128, got {head_dim}"
+    if head_dim not in (64, 128, 256):
+        return f"k_pages: expected a head_dim of 64, 128 or 256, got {head_dim}"
     if block_size not in (16, 32) and block_size % 64:
         return (
             "k_pages: expected a block_size of 16, 32 or a multiple of 64, got "
@@ -157,8 +159,12 @@ def _unserved_by_any_kernel(attention: dict[str, Any]) -> str | None:
 
 def _unserved_by_triton(k_pages: Any, attention: dict[str, Any]) -> str | None:
     head_dim = k_pages.shape[-1]
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"k_pages: expected bfloat16, float16 or float32, got {k_pages.dtype}"
+    floats = (jnp.bfloat16, jnp.float16, jnp.float32)
+    if k_pages.dtype not in floats and not is_quantised(k_pages.dtype):
+        return (
+            "k_pages: expected bfloat16, float16, float32, int8 or the bits of "
+            f"float8_e4m3fn, got {k_pages.dtype}"
+        )
     if not 16 <= head_dim <= 256 or head_dim & (head_dim - 1):
         return f"k_pages: expected a head_dim of 16, 32, 64, 128 or 256, got {head_dim}"
     if "tensor" in jax.sharding.get_abstract_mesh().axis_names:

@@ -45,9 +45,7 @@ def encode(values: jax.Array, dtype: jnp.dtype | str) -> tuple[jax.Array, jax.Ar
     if name == "int8":
         return jnp.round(numbers).astype(dtype), scale
     numbers = numbers.astype(jnp.float8_e4m3fn)
-    if name == "uint8":
-        numbers = lax.bitcast_convert_type(numbers, jnp.uint8)
-    return numbers, scale
+    return bits(numbers) if name == "uint8" else numbers, scale
 
 
 def decode(numbers: jax.Array) -> jax.Array:
@@ -60,6 +58,13 @@ def decode(numbers: jax.Array) -> jax.Array:
     if numbers.dtype == jnp.uint8:
         numbers = lax.bitcast_convert_type(numbers, jnp.float8_e4m3fn)
     return numbers.astype(jnp.float32)
+
+
+def bits(numbers: jax.Array) -> jax.Array:
+    """`numbers` of float8_e4m3fn as uint8, others as they are; nothing is copied."""
+    if numbers.dtype == jnp.float8_e4m3fn:
+        return lax.bitcast_convert_type(numbers, jnp.uint8)
+    return numbers
 
 
 def check_scales(

@@ -72,6 +72,8 @@ SHAPES = {
     "llama_2_7b": ((32, 32), 128, 32, "float16", {}),
     "llama_3_2_1b": ((32, 8), 64, 16, "bfloat16", {"logits_soft_cap": 50.0}),
     "one_key": ((16, 1), 128, 128, "bfloat16", {"sliding_window": 100}),
+    "gemma_2_2b": ((8, 4), 256, 16, "bfloat16", {"logits_soft_cap": 50.0}),
+    "gemma_2b": ((8, 1), 256, 64, "float16", {}),
 }
 NUM_BLOCKS = (512, 4096)
 
@@ -134,8 +136,10 @@ def test_attention_compiles_and_spills_no_register(name, is_ragged, monkeypatch,
     kernels = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
     assert ("paged_attention_mosaic_gpu_kernel", "sm_90a") in kernels
     assert {int(n) for n in re.findall(r"(\d+) bytes spill", report)} == {0}
-    registers = re.findall(r"Used (\d+) registers", report)
-    assert str(gpu_attention._COMPUTE_REGISTERS) in registers
+    registers = {int(n) for n in re.findall(r"Used (\d+) registers", report)}
+    # Of three warpgroups ptxas names what a thread begins with, a third of a core's.
+    is_wide = SHAPES[name][1] > 128
+    assert (168 if is_wide else gpu_attention._COMPUTE_REGISTERS) in registers
 
 
 def test_attention_needs_no_memory_that_grows_with_the_pool():

@@ -7,6 +7,9 @@ read. The work list, which is plain arrays, is held against lists of Python.
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import attention_oracle
 import jax
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import Case, make_case, relative_errors
+from conftest import ROOT
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jpaged import LLM, attention
@@ -146,6 +150,69 @@ def test_a_planted_fault_breaks_the_tolerance(fault, small_sizes):
     assert not (errors < TOLERANCES["bfloat16"]).all(axis=1).any()
 
 
+# ---- heads of 256, of two warpgroups that multiply
+
+
+def with_threads(function) -> None:
+    """Calls a function of this module in a process where all threads can wait.
+
+    Each thread of a kernel that waits has one of XLA's, of which there are as many as
+    cores: three warpgroups would wait for ever on two.
+    """
+    code = f"import conftest, gpu_kernel_test as test; test.{function.__name__}()"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"NPROC": "8", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def heads_of_256(contexts, queries=None, **more) -> Case:
+    sizes = dict(heads=(4, 2), head_dim=256, dtype="bfloat16")
+    return make_case(contexts, queries, **sizes, **more)
+
+
+def check_heads_of_256() -> None:
+    gpu.SIZES = SMALL
+    check(heads_of_256([0, 1, 16, 150]), logits_soft_cap=3.0)
+    case = heads_of_256([67, 0, 40], [2, 0, 35], block_size=128, num_padding=2)
+    check(case, sinks=SINKS, sliding_window=37)
+
+
+def check_faults() -> None:
+    gpu.SIZES = SMALL
+    wait, put = plgpu.barrier_wait, gpu_attention._put
+
+    def others_columns(acc, total, out, role, *rest, **scratch):
+        put(acc, total, out, 1 - role, *rest, **scratch)
+
+    gpu_attention._put = others_columns
+    case = heads_of_256([33])
+    got, _ = run(case)
+    want, _ = attention_oracle.attention(case)
+    assert (relative_errors(got, want) > TOLERANCES["bfloat16"]).all()
+
+    def without_its_turn(*args, **scratch):
+        plgpu.barrier_wait = lambda barrier: None
+        put(*args, **scratch)
+        plgpu.barrier_wait = wait
+
+    gpu_attention._put = without_its_turn
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        run(case)
+
+
+@interpreted
+@pytest.mark.parametrize("checked", [check_heads_of_256, check_faults])
+def test_heads_of_256_equal_the_oracle_and_faults_are_found(checked):
+    with_threads(checked)
+
+
 # ---- the work list
 
 
@@ -209,7 +276,7 @@ def test_each_query_finds_its_tile():
 WRONG = {
     "k_pages: expected bfloat16 or float16, got float32": {"dtype": "float32"},
     "k_pages: expected a block_size of 16, 32 or .* got 48": {"block_size": 48},
-    "k_pages: expected a head_dim of 64 or 128, got 256": {"head_dim": 256},
+    "k_pages: expected a head_dim of 64, 128 or 256, got 192": {"head_dim": 192},
     "q: expected at most 64 heads to a key/value head, got 65": {"heads": (65, 1)},
 }
 

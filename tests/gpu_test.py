@@ -28,11 +28,13 @@ from attention_cases import (
     check_in_place,
     check_writes,
     decode_case,
+    lengths_around,
     many_lengths,
     ragged_case,
 )
 from attention_oracle import make_case, relative_errors
 from conftest import ROOT
+from quantised_cases import KERNEL_TOLERANCES, case_of
 
 from jpaged import LLM, SamplingParams, attention, implementations
 
@@ -128,6 +130,88 @@ def test_copies_are_exact(layer, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_pools_that_are_donated_come_back_in_their_own_memory(implementation):
     check_in_place(implementation)
+
+
+# ---- pages of 8 bits
+
+OF_8_BITS = ("xla", "triton")
+QUANTISED = [
+    ("groups_of_4", "int8"),
+    ("groups_of_4", "uint8"),
+    ("groups_of_4", "float8_e4m3fn"),
+    ("groups_of_7", "uint8"),
+    ("one_group_64", "int8"),
+    ("one_group_64", "uint8"),
+    ("heads_of_256", "int8"),
+    ("heads_of_256", "uint8"),
+    ("one_group", "int8"),
+    ("groups_of_16_float16", "int8"),
+    ("groups_of_7_window_of_1", "int8"),
+    ("everything", "int8"),
+    ("everything", "uint8"),
+]
+
+
+def attended(arguments, case, implementation, **options):
+    """Each vector's error; of pages that are dequantised, as float64 says."""
+    call = functools.partial(
+        attention.paged_attention, implementation=implementation, **options
+    )
+    want, _ = attention_oracle.attention(case, **options)
+    return relative_errors(jax.jit(call)(**arguments), want)
+
+
+@pytest.mark.parametrize("implementation", OF_8_BITS)
+@pytest.mark.parametrize(("name", "dtype"), QUANTISED)
+def test_pages_of_8_bits_give_what_their_values_give(name, dtype, implementation):
+    shape = GPU_SHAPES[name]
+    size, tolerance = shape[2], KERNEL_TOLERANCES[shape[3]]
+    chunks = [257, 2 * size + 9, 0, size + 1, size, 40, 1, 70]
+    queries = [1, 9, 0, size + 1, 1, 0, 1, 37]
+    for contexts, lens in ((lengths_around(size), None), (chunks, queries)):
+        arguments, case, options = case_of(shape, contexts, lens, dtype=dtype)
+        error = attended(arguments, case, implementation, **options).max()
+        assert error < tolerance, (contexts, error)
+
+
+@pytest.mark.parametrize("implementation", OF_8_BITS)
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_scale_of_another_token_breaks_the_tolerance(axis, name, implementation):
+    shape = GPU_SHAPES["groups_of_4"]
+    arguments, case, _ = case_of(shape, [2048, 300, 17, 64], dtype="int8")
+    arguments[name] = jnp.roll(arguments[name], 1, axis=axis)
+    errors = attended(arguments, case, implementation).max(axis=-1)
+    assert not (errors < 2 * KERNEL_TOLERANCES["bfloat16"]).any()
+
+
+@pytest.mark.parametrize("implementation", ["triton"])
+@pytest.mark.parametrize("name", ["write_kv", "copy_blocks"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_updates_of_8_bits_are_those_of_xla_in_the_pools_memory(
+    dtype, name, implementation
+):
+    shape, numbers = (2, 256, 2, 16, 64), jnp.arange(8, dtype=jnp.int32)
+    k = jax.random.normal(jax.random.key(0), (8, 2, 64), "bfloat16")
+    rest = {
+        "write_kv": (k, 2 * k, 3 * numbers - 3),
+        "copy_blocks": (numbers, 8 + numbers),
+    }
+    scale = jnp.arange(np.prod(shape[:-1]), dtype=jnp.float32).reshape(shape[:-1])
+    pages = jnp.broadcast_to(scale[..., None] % 128, shape).astype(dtype)
+    pools = [pages, pages + 1, scale, scale + 1]
+
+    def update(k_pages, v_pages, k_scale, v_scale, implementation):
+        options = dict(k_scale=k_scale, v_scale=v_scale, layer=1)
+        call = functools.partial(getattr(attention, name), **options)
+        return call(k_pages, v_pages, *rest[name], implementation=implementation)
+
+    want = [np.asarray(pool).tobytes() for pool in update(*pools, "xla")]
+    places = [pool.unsafe_buffer_pointer() for pool in pools]
+    update = functools.partial(update, implementation=implementation)
+    after = jax.jit(update, donate_argnums=(0, 1, 2, 3))(*pools)
+    assert [np.asarray(pool).tobytes() for pool in after] == want
+    assert [pool.unsafe_buffer_pointer() for pool in after] == places
 
 
 def check_past(num_blocks: int, implementation: str) -> None:

@@ -44,14 +44,14 @@ ROOMS = {
     # the whole contract between that half and the next
     "step_inputs":       ["compat", "config", "block_manager", "shared_prefix"],
     # memory and arithmetic: pages and activations, no requests
-    # which of the three serves a call
-    "implementations":   [],
     "quantised_pages":   [],
+    # which of the three serves a call
+    "implementations":   ["quantised_pages"],
     # tile sizes by device and shape
     "tuned":             [],
     "xla":               ["compat", "quantised_pages", "shared_prefix", "tuned"],
     "pallas":            ["compat", "implementations", "tuned"],
-    "triton":            ["compat", "tuned"],
+    "triton":            ["compat", "quantised_pages", "tuned"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
                           "implementations", "quantised_pages", "shared_prefix"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",

@@ -4,7 +4,6 @@ Attention is compared with the float64 oracle on the dequantised values, which n
 computes here from the numbers and the scales, in its own way for each format.
 """
 
-import dataclasses
 import functools
 
 import attention_oracle
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from attention_oracle import make_case, relative_errors
+from attention_oracle import relative_errors
+from quantised_cases import dequantised, numpy_of, quantised_case
 
 from jpaged import attention, kv_cache
 from jpaged.attention import copy_blocks, paged_attention, write_kv
@@ -32,53 +32,6 @@ attend = jax.jit(
     paged_attention,
     static_argnames=("implementation", "sliding_window", "logits_soft_cap"),
 )
-
-
-def dequantised(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Float64 values; the 8 bits of uint8 are read by the definition of e4m3fn."""
-    if numbers.dtype == np.uint8:
-        bits = numbers.astype(np.int64)
-        exponent, mantissa = (bits >> 3) & 15, bits & 7
-        normal = 2.0 ** (exponent - 7) * (1 + mantissa / 8)
-        values = np.where(exponent == 0, 2.0**-6 * mantissa / 8, normal)
-        values = np.where(exponent * 8 + mantissa == 127, np.nan, values)
-        values = np.where(bits >> 7 == 1, -values, values)
-    else:
-        values = numbers.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinite scales, of what was not finite
-        return values * scale.astype(np.float64)[..., None]
-
-
-def numpy_of(array: jax.Array) -> np.ndarray:
-    return np.asarray(array)
-
-
-def quantised_case(context_lens, query_lens=None, *, dtype, q_dtype="float32", **sizes):
-    """Arguments of `paged_attention`, and the case of the dequantised values.
-
-    Slots that nobody owns have NaN for scales, and any number.
-    """
-    case = make_case(context_lens, query_lens, **sizes)
-    rng = np.random.default_rng(1)
-    arguments, exact = {}, {}
-    for name in ("k", "v"):
-        pages = getattr(case, f"{name}_pages")
-        # Tokens of very different size: a scale for all would lose the small ones.
-        sizes_of = 10.0 ** rng.uniform(-3, 1, pages.shape[:-1])
-        values = pages * sizes_of[..., None].astype(np.float32)
-        if name == "k":
-            values = pages
-        numbers, scale = map(numpy_of, encode(jnp.nan_to_num(values), dtype))
-        scale = np.where(np.isnan(pages[..., 0]), np.nan, scale)
-        arguments |= {f"{name}_pages": numbers, f"{name}_scale": scale}
-        exact[f"{name}_pages"] = dequantised(numbers, scale)
-    q = case.q.astype(attention_oracle.DTYPES[q_dtype])
-    case = dataclasses.replace(case, q=q, **exact)
-    arguments |= {"q": q, "block_tables": case.block_tables}
-    arguments |= {"context_lens": case.context_lens}
-    if query_lens is not None:
-        arguments["query_start_loc"] = case.query_start_loc
-    return {name: jnp.asarray(value) for name, value in arguments.items()}, case
 
 
 LENGTHS = [257, 0, 1, 15, 16, 17, 300, 48]

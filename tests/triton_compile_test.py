@@ -17,9 +17,21 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("shape", ["llama_3_8b", "llama_3_2_1b"])
-def test_kernels_compile_without_spills_and_fetch_ahead(shape):
-    command = [sys.executable, "-m", "experiments.compile_triton", f"--shapes={shape}"]
+FLOATS = ("llama_3_8b", "llama_3_2_1b")
+OF_8_BITS = (
+    "llama_3_8b_int8",
+    "llama_3_8b_fp8",
+    "llama_3_2_1b_int8",
+    "llama_3_2_1b_fp8",
+    "gemma_2_2b_int8",
+    "gemma_2_2b_fp8",
+)
+
+
+@pytest.mark.parametrize("shapes", [FLOATS, OF_8_BITS])
+def test_kernels_compile_without_spills_and_fetch_ahead(shapes):
+    flags = [f"--shapes={','.join(shapes)}"]
+    command = [sys.executable, "-m", "experiments.compile_triton", *flags]
     # `triton_kernel_test` sets it for its own process.
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
@@ -27,7 +39,8 @@ def test_kernels_compile_without_spills_and_fetch_ahead(shape):
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert {row["arch"] for row in rows} == {80, 90}
+    found = {(row["shape"], row["arch"]) for row in rows}
+    assert found == {(shape, arch) for shape in shapes for arch in (80, 90)}
     for row in rows:
         assert row["spilled_bytes"] == 0, row
         assert row["shared_bytes"] <= 166912, row  # of a program on an A100

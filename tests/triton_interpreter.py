@@ -36,8 +36,9 @@ _cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def _cast_to_nearest(self, x, kind):
-    """The interpreter's cast, which cuts bfloat16 off where GPUs round to nearest."""
-    if (x.dtype.scalar, kind.scalar) != (tl.float32, tl.bfloat16):
+    """The interpreter's cast, which cuts bfloat16 off where GPUs round to nearest, and
+    takes integers for its bits."""
+    if kind.scalar != tl.bfloat16 or x.dtype.scalar not in (tl.float32, tl.int8):
         return _cast(self, x, kind)
     values = x.data.astype(ml_dtypes.bfloat16).view(np.uint16)
     return interpreter.TensorHandle(values, tl.bfloat16)
@@ -75,7 +76,9 @@ def launch(
             else _tensor(np.full(s.shape, np.nan, s.dtype))
             for i, s in enumerate(out_shapes)
         ]
-        getattr(kernels, name)[grid](*inputs, *outputs, **static)
+        # Sums and products that are not finite are no error on a GPU.
+        with np.errstate(invalid="ignore"):
+            getattr(kernels, name)[grid](*inputs, *outputs, **static)
         return [_array(o, s.dtype) for o, s in zip(outputs, out_shapes, strict=True)]
 
     return jax.pure_callback(run, list(out_shapes), *arrays)

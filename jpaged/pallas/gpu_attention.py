@@ -3,13 +3,14 @@
 Place on the road: attention -> pallas.gpu -> [pallas.gpu_attention].
 
 One block of threads serves an item (see `gpu_work`) of one key/value head. One of its
-two warpgroups keeps the tensor memory accelerator busy: `stages` tiles of keys and of
+warpgroups keeps the tensor memory accelerator busy: `stages` tiles of keys and of
 values are on their way at once, a copy for each block, into swizzled shared memory. The
-other multiplies, 64 rows at a time as `wgmma` wants them, and keeps the online softmax.
-What the items of a query found is merged by `gpu_merge`.
+others multiply, 64 rows at a time as `wgmma` wants them, and keep the online softmax:
+one for up to 128 columns of the output, for more do not fit in its registers. Each
+computes all scores. What the items of a query found is merged by `gpu_merge`.
 
 Letters as in `jpaged.attention`; R = 64 rows of a tile of queries, C tokens of a tile
-of keys, Q tiles, I items.
+of keys, Q tiles, I items, W warpgroups that multiply.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from jpaged.pallas.gpu_work import Items
 
 ROWS = 64  # of one wgmma
 LOG2E = math.log2(math.e)
-# Of a thread of the warpgroup that computes, and of the one that fetches.
+# Columns of the output that a warpgroup's registers hold.
+_COLUMNS = 128
+# Of a thread of a warpgroup that computes, and of the one that fetches.
 _COMPUTE_REGISTERS, _FETCH_REGISTERS = 232, 40
 # Numbers that a warpgroup reads at once, at least, and what an output is filled up to.
 _WIDTH = 128
@@ -66,6 +69,16 @@ class Plan:
         return self.tokens // self.unit
 
     @property
+    def warpgroups(self) -> int:
+        """That compute, W; one more fetches."""
+        return max(self.head_dim // _COLUMNS, 1)
+
+    @property
+    def columns(self) -> int:
+        """Of the output, of one of them."""
+        return self.head_dim // self.warpgroups
+
+    @property
     def rows(self) -> int:
         """Of a tile that hold queries."""
         return self.tile_queries * self.group
@@ -96,7 +109,11 @@ def attend(
     """
     num_items = items.tile.shape[0]
     shape = (num_items, plan.num_kv_heads)
-    dtype, buffer = k_pages.dtype, (plan.stages, plan.tokens, plan.head_dim)
+    dtype, number = k_pages.dtype, plan.warpgroups
+    k_shape = (plan.stages, plan.tokens, plan.head_dim)
+    v_shape = (plan.stages, number, plan.tokens, plan.columns)
+    weights_shape = (number, ROWS, plan.tokens)
+    barriers = functools.partial(plgpu.Barrier, num_barriers=plan.stages)
     out_width = max(plan.head_dim, _WIDTH)
     call = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
@@ -106,19 +123,20 @@ def attend(
         ],
         scratch_types=dict(
             q_smem=plgpu.SMEM((ROWS, plan.head_dim), dtype, transforms=_SWIZZLE),
-            k_smem=plgpu.SMEM(buffer, dtype, transforms=_SWIZZLE),
-            v_smem=plgpu.SMEM(buffer, dtype, transforms=_SWIZZLE),
-            weights_smem=plgpu.SMEM((ROWS, plan.tokens), dtype, transforms=_SWIZZLE),
-            out_smem=plgpu.SMEM((ROWS, plan.head_dim), jnp.float32),
+            k_smem=plgpu.SMEM(k_shape, dtype, transforms=_SWIZZLE),
+            v_smem=plgpu.SMEM(v_shape, dtype, transforms=_SWIZZLE),
+            weights_smem=plgpu.SMEM(weights_shape, dtype, transforms=_SWIZZLE),
+            out_smem=plgpu.SMEM((ROWS, plan.columns), jnp.float32),
             q_full=plgpu.Barrier(),
-            k_full=plgpu.Barrier(num_arrivals=plan.units, num_barriers=plan.stages),
-            v_full=plgpu.Barrier(num_arrivals=plan.units, num_barriers=plan.stages),
-            k_free=plgpu.Barrier(num_barriers=plan.stages),
-            v_free=plgpu.Barrier(num_barriers=plan.stages),
+            k_full=barriers(num_arrivals=plan.units),
+            v_full=barriers(num_arrivals=plan.units * number),
+            k_free=barriers(num_arrivals=number),
+            v_free=barriers(num_arrivals=number),
+            out_free=plgpu.Barrier(),
         ),
         grid=(num_items, plan.num_kv_heads),
         grid_names=("item", "kv_head"),
-        num_threads=2,
+        num_threads=number + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
@@ -148,21 +166,25 @@ def _kernel(
     item = Items(*(fields[number, i] for i in range(len(Items._fields))))
     role = lax.axis_index("warpgroup")
 
-    @pl.when((role == 1) & (item.steps > 0))
+    @pl.when((role == plan.warpgroups) & (item.steps > 0))
     def _():
         plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
         pages = functools.partial(_pages, tables, layer[0], item, kv_head, plan)
         _fetch(k_gmem, v_gmem, pages, item.steps, plan, **scratch)
 
-    @pl.when((role == 0) & (item.steps > 0))
+    @pl.when((role < plan.warpgroups) & (item.steps > 0))
     def _():
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         out = out_gmem.at[number, kv_head]
         q = q_gmem.at[item.tile, kv_head]
         sight = [load_from_gpu_memory(x.at[item.tile]) for x in (seen, lowest)]
-        acc, total, highest = _attend(q, item, sight, plan, **scratch)
-        lse_gmem[number, kv_head] = highest + jnp.log2(jnp.maximum(total, 1e-30))
-        _put(acc, total, out, item, plan, scratch["out_smem"])
+        acc, total, highest = _attend(q, role, item, sight, plan, **scratch)
+
+        @pl.when(role == 0)
+        def _():
+            lse_gmem[number, kv_head] = highest + jnp.log2(jnp.maximum(total, 1e-30))
+
+        _put(acc, total, out, role, item, plan, **scratch)
 
 
 # ---- the warpgroup that fetches
@@ -188,27 +210,33 @@ def _pages(tables, layer, item: Items, kv_head, plan: Plan, step):
 
 def _fetch(k_gmem, v_gmem, pages, steps, plan: Plan, **scratch):
     """Copies the item's blocks, each step's as soon as its buffers are free."""
+    k_smem, v_smem = scratch["k_smem"], scratch["v_smem"]
+
+    def copy_keys(place, slot, lines, full):
+        plgpu.copy_gmem_to_smem(k_gmem.at[place], k_smem.at[slot, lines], full)
+
+    def copy_values(place, slot, lines, full):
+        for i in range(plan.warpgroups):
+            values = v_gmem.at[place, :, pl.ds(i * plan.columns, plan.columns)]
+            plgpu.copy_gmem_to_smem(values, v_smem.at[slot, i, lines], full)
+
     pools = [
-        (k_gmem, scratch["k_smem"], scratch["k_full"], scratch["k_free"]),
-        (v_gmem, scratch["v_smem"], scratch["v_full"], scratch["v_free"]),
+        (copy_keys, scratch["k_full"], scratch["k_free"]),
+        (copy_values, scratch["v_full"], scratch["v_free"]),
     ]
 
     def fetch(step, found):
         slot = lax.rem(step, jnp.int32(plan.stages))
         # The next step's block numbers are on their way while this one waits.
         following = pages(step + 1)
-        for gmem, smem, full, free in pools:
+        for copy, full, free in pools:
 
             @pl.when(step >= plan.stages)
             def _(free=free):
                 plgpu.barrier_wait(free.at[slot])
 
             for i, place in enumerate(found):
-                plgpu.copy_gmem_to_smem(
-                    gmem.at[place],
-                    smem.at[slot, pl.ds(i * plan.unit, plan.unit)],
-                    full.at[slot],
-                )
+                copy(place, slot, pl.ds(i * plan.unit, plan.unit), full.at[slot])
         return following
 
     lax.fori_loop(0, steps, fetch, pages(0))
@@ -225,6 +253,7 @@ def _fetch(k_gmem, v_gmem, pages, steps, plan: Plan, **scratch):
 
 def _attend(
     q,
+    role,
     item: Items,
     sight,
     plan: Plan,
@@ -240,8 +269,16 @@ def _attend(
     v_free,
     **_,
 ):
-    """Sums of weighted values, f32[R, D], of weights, f32[R], and maxima, f32[R]."""
-    plgpu.copy_gmem_to_smem(q, q_smem, q_full)
+    """Sums of weighted values, f32[R, columns], of weights, f32[R], and maxima, f32[R].
+
+    Of a warpgroup's columns, which are those of its `role`.
+    """
+
+    @pl.when(role == 0)
+    def _():
+        plgpu.copy_gmem_to_smem(q, q_smem, q_full)
+
+    weights_smem = weights_smem.at[role]
     seen, lowest = (_over_columns(x, plan.tokens) for x in sight)
     plgpu.barrier_wait(q_full)
 
@@ -264,19 +301,19 @@ def _attend(
         weights_smem[...] = weights.astype(weights_smem.dtype)
 
         plgpu.barrier_wait(v_full.at[slot])
-        values = v_smem.at[slot]
+        values = v_smem.at[slot, role]
 
         @pl.when((start < item.first_token) | (start + plan.tokens > item.end_token))
         def _():
             _clear_unseen(values, start, item)
 
         plgpu.commit_smem()
-        update = _product(weights_smem, values, plan.head_dim)
+        update = _product(weights_smem, values, plan.columns)
         plgpu.barrier_arrive(v_free.at[slot])
-        return acc * _over_columns(keep, plan.head_dim) + update, total, highest
+        return acc * _over_columns(keep, plan.columns) + update, total, highest
 
     start = (
-        jnp.zeros((ROWS, plan.head_dim), jnp.float32),
+        jnp.zeros((ROWS, plan.columns), jnp.float32),
         jnp.zeros((ROWS,), jnp.float32),
         jnp.full((ROWS,), _LOWEST, jnp.float32),
     )
@@ -314,15 +351,17 @@ def _over_columns(rows, columns: int):
     return lax.broadcast_in_dim(rows, (ROWS, columns), (0,))
 
 
-def _put(acc, total, out, item: Items, plan: Plan, out_smem):
-    """The item's output, divided by its weights, to its place."""
+def _put(acc, total, out, role, item: Items, plan: Plan, *, out_smem, out_free, **_):
+    """A warpgroup's columns of the item's output, divided by its weights."""
     share = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
-    out_smem[...] = acc * _over_columns(share, plan.head_dim)
+    if plan.warpgroups > 1:  # shared memory holds the columns of one: they take turns
+        pl.when(role > 0)(lambda: plgpu.barrier_wait(out_free))
+    out_smem[...] = acc * _over_columns(share, plan.columns)
     plgpu.commit_smem()
 
     def put(rows):
         lines = pl.ds(0, rows)
-        place = out.at[lines, pl.ds(0, plan.head_dim)]
+        place = out.at[lines, pl.ds(role * plan.columns, plan.columns)]
         plgpu.copy_smem_to_gmem(out_smem.at[lines], place)
 
     if plan.tile_queries == 1:
@@ -331,3 +370,5 @@ def _put(acc, total, out, item: Items, plan: Plan, out_smem):
         pl.when(item.queries == 1)(lambda: put(plan.group))
         pl.when(item.queries > 1)(lambda: put(plan.rows))
     plgpu.wait_smem_to_gmem(0)
+    if plan.warpgroups > 1:
+        pl.when(role < plan.warpgroups - 1)(lambda: plgpu.barrier_arrive(out_free))

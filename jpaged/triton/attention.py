@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged import tuned
+from jpaged.quantised_pages import bits
 from jpaged.triton import tiles as tiles_module
 from jpaged.triton.launch import launch
 from jpaged.triton.tiles import Tiles
@@ -45,6 +46,8 @@ def attend(
     sliding_window: jax.Array | int | None,
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
@@ -77,6 +80,10 @@ def attend(
     has_sinks = sinks is not None
     sinks = jnp.zeros(num_heads) if sinks is None else sinks
     sinks = sinks.astype(jnp.float32)
+    has_scales = k_scale is not None
+    kind = q.dtype if has_scales else k_pages.dtype  # of the products
+    if k_scale is None or v_scale is None:
+        k_scale = v_scale = sinks  # any array: it is not read
     lens = context_lens.astype(jnp.int32)
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -84,10 +91,12 @@ def attend(
 
     results = (array(*q.shape, dtype=q.dtype), array(num_queries, num_heads))
     partial = (array(num_parts, num_heads, head_dim), array(num_parts, num_heads))
+    # Compilers for Ampere refuse float8_e4m3fn.
+    pools = (bits(k_pages), bits(v_pages), k_scale, v_scale)
     out, lse, *parts = launch(
         "attend",
         (num_items, num_kv_heads),
-        (q, k_pages, v_pages, block_tables, lens, *plan[:3], settings, sinks),
+        (q, *pools, block_tables, lens, *plan[:3], settings, sinks),
         (*results, *partial),
         # A prompt's tile has four times the rows of a decode row's.
         num_warps=tiles.num_warps * (2 if is_ragged else 1),
@@ -102,8 +111,9 @@ def attend(
         SCALE=float(scale),
         SOFT_CAP=float(logits_soft_cap or 0.0),
         HAS_SINKS=has_sinks,
+        HAS_SCALES=has_scales,
         # TF32 would round float32 keys to 10 bits.
-        PRECISION="ieee" if k_pages.dtype == jnp.float32 else "tf32",
+        PRECISION="ieee" if kind == jnp.float32 else "tf32",
     )
     if has_parts:
         out, lse = launch(

@@ -8,11 +8,14 @@ results. `settings` is i32[6]: layer, window, chunk, rows, width of a table, blo
 """
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
 
 import triton
 import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
+FP8_UNIT = tl.constexpr(256.0)  # see `_numbers`
 # Below every score that a float32 model gives, and finite: -inf - -inf is NaN.
 LOWEST = tl.constexpr(-1e30)
 PARTS = tl.constexpr(16)  # partial results that a merge reads at once
@@ -23,6 +26,8 @@ def attend(
     q_ptr,  # [T, H, D]
     k_ptr,  # [L, N, K, P, D]
     v_ptr,  # [L, N, K, P, D]
+    k_scale_ptr,  # f32[L, N, K, P], of pages of 8 bits; otherwise not read
+    v_scale_ptr,
     tables_ptr,  # i32[S, M]
     lens_ptr,  # i32[S]
     starts_ptr,  # i32[S + 1], first query of each row
@@ -44,6 +49,7 @@ def attend(
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,  # 0 for none
     HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile of queries over the tokens it sees; rows with parts leave partials."""
@@ -85,12 +91,15 @@ def attend(
     d = tl.arange(0, HEAD_DIM)
     place = ((first_query + query).to(tl.int64) * HEADS + head) * HEAD_DIM
     q = tl.load(q_ptr + place[:, None] + d[None, :], mask=is_row[:, None], other=0.0)
-    q = q.to(k_ptr.dtype.element_ty)
+    if not HAS_SCALES:
+        q = q.to(k_ptr.dtype.element_ty)
     # 64 bits: a pool may have more than 2**31 elements.
-    size: tl.constexpr = KV_HEADS * BLOCK * HEAD_DIM
+    size: tl.constexpr = KV_HEADS * BLOCK
     pool = tl.load(settings_ptr).to(tl.int64) * tl.load(settings_ptr + 5) * size
-    pool += kv_head * (BLOCK * HEAD_DIM)
+    pool += kv_head * BLOCK
     table_ptr = tables_ptr + row.to(tl.int64) * width
+    # A weight times a value's scale has float32's range, which float16 has not.
+    WEIGHTS: tl.constexpr = tl.bfloat16 if q.dtype == tl.float16 else q.dtype
     highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -101,16 +110,20 @@ def attend(
     for start in range(begin, end, TOKENS):
         token = start + n
         is_token = token < end
-        slot = pool + block.to(tl.int64) * size + (token % BLOCK) * HEAD_DIM
-        k = tl.load(
-            k_ptr + slot[None, :] + d[:, None], mask=is_token[None, :], other=0.0
-        )
-        v = tl.load(
-            v_ptr + slot[:, None] + d[None, :], mask=is_token[:, None], other=0.0
-        )
+        slot = pool + block.to(tl.int64) * size + token % BLOCK
+        spot = slot * HEAD_DIM
+        k = tl.load(k_ptr + spot[None, :] + d[:, None], mask=is_token[None, :], other=0)
+        v = tl.load(v_ptr + spot[:, None] + d[None, :], mask=is_token[:, None], other=0)
+        if HAS_SCALES:
+            k_scale = tl.load(k_scale_ptr + slot, mask=is_token, other=0.0)
+            v_scale = tl.load(v_scale_ptr + slot, mask=is_token, other=0.0)
         ahead = token + TOKENS
         block = tl.load(table_ptr + ahead // BLOCK, mask=ahead < end, other=0)
+        if HAS_SCALES:
+            k, v = _numbers(k, q.dtype), _numbers(v, WEIGHTS)
         scores = tl.dot(q, k, input_precision=PRECISION) * SCALE
+        if HAS_SCALES:
+            scores *= _scales(k_scale, k_ptr)[None, :]
         if SOFT_CAP > 0:
             scores = SOFT_CAP * _tanh(scores / SOFT_CAP)
         scores = scores / LN_2
@@ -122,6 +135,8 @@ def attend(
         weights = tl.where(seen, tl.exp2(scores - new[:, None]), 0.0)
         decay = tl.exp2(highest - new)
         total = total * decay + tl.sum(weights, 1)
+        if HAS_SCALES:
+            weights *= _scales(v_scale, v_ptr)[None, :]
         acc = acc * decay[:, None]
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         highest = new
@@ -149,6 +164,29 @@ def attend(
         lse = tl.where(total > 0, (highest + tl.log2(some)) * LN_2, float("-inf"))
         index = (first_query + query).to(tl.int64) * HEADS + head
         tl.store(lse_ptr + index, lse, mask=is_row)
+
+
+@triton.jit
+def _numbers(bits, dtype: tl.constexpr):
+    """Numbers of pages of 8 bits, exact in every `dtype`: int8's own; of fp8 a 256th.
+
+    Shifted by 7, e4m3fn is float16 with a bias of 15 in place of 7, subnormal numbers
+    too. It serves GPUs that convert no fp8. NaN alone is lost, and reads as 480.
+    """
+    if bits.dtype != tl.int8:
+        wide = bits.to(tl.uint16)
+        wide = ((wide << 8) & 0x8000) | ((wide << 7) & 0x3F80)
+        bits = wide.to(tl.float16, bitcast=True)
+    return bits.to(dtype)
+
+
+@triton.jit
+def _scales(scale, pages_ptr):
+    """f32 scales of what `_numbers` gives; one that is infinite as NaN."""
+    if pages_ptr.dtype.element_ty != tl.int8:
+        scale *= FP8_UNIT
+    # A key that is not finite must show, and a score of -inf would not.
+    return scale + 0.0 * scale
 
 
 @triton.jit
@@ -228,15 +266,44 @@ def write(
     slot = tl.load(slots_ptr + token)
     num_blocks = tl.load(settings_ptr + 1)
     block = slot // BLOCK
-    if (slot < 0) | (block >= num_blocks):
-        return
     i = tl.arange(0, SIZE)
-    mask = i < KV_HEADS * HEAD_DIM
+    mask = (slot >= 0) & (block < num_blocks) & (i < KV_HEADS * HEAD_DIM)
     place = (tl.load(settings_ptr).to(tl.int64) * num_blocks + block) * KV_HEADS
     place = ((place + i // HEAD_DIM) * BLOCK + slot % BLOCK) * HEAD_DIM + i % HEAD_DIM
     from_ = token * (KV_HEADS * HEAD_DIM) + i
     tl.store(k_pages_ptr + place, tl.load(k_ptr + from_, mask=mask), mask=mask)
     tl.store(v_pages_ptr + place, tl.load(v_ptr + from_, mask=mask), mask=mask)
+
+
+@triton.jit
+def write_quantised(
+    k_ptr,  # [T, K, D]
+    v_ptr,  # [T, K, D]
+    k_scale_ptr,  # f32[T, K]
+    v_scale_ptr,  # f32[T, K]
+    slots_ptr,  # i32[T]
+    settings_ptr,  # i32[2]: layer, blocks
+    k_in,  # the same memory as k_pages_ptr
+    v_in,
+    k_scales_in,
+    v_scales_in,
+    k_pages_ptr,  # [L, N, K, P, D]
+    v_pages_ptr,
+    k_scales_ptr,  # f32[L, N, K, P]
+    v_scales_ptr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,  # K * D, filled up to a power of two
+):
+    """One token's keys and values, and their scales, into its slot."""
+    where = slots_ptr, settings_ptr
+    numbers = k_in, v_in, k_pages_ptr, v_pages_ptr
+    write(k_ptr, v_ptr, *where, *numbers, KV_HEADS, HEAD_DIM, BLOCK, SIZE)
+    # Scales are vectors of one number.
+    scales = k_scales_in, v_scales_in, k_scales_ptr, v_scales_ptr
+    rest: tl.constexpr = SIZE // HEAD_DIM
+    write(k_scale_ptr, v_scale_ptr, *where, *scales, KV_HEADS, 1, BLOCK, rest)
 
 
 @triton.jit
@@ -248,19 +315,46 @@ def copy(
     v_in,
     k_pages_ptr,  # [L, N, K, P, D]
     v_pages_ptr,
-    BLOCK_SIZE: tl.constexpr,  # elements of a block, K * P * D
-    SIZE: tl.constexpr,  # elements of one program
+    BLOCK_SIZE: tl.constexpr,  # numbers of a block, K * P * D
+    HEAD_DIM: tl.constexpr,
+    SIZE: tl.constexpr,  # numbers of one program
 ):
     """A piece of one block of one layer, keys and values."""
     pair = tl.program_id(0)
     layer = tl.load(settings_ptr) + tl.program_id(1)
     num_blocks = tl.load(settings_ptr + 1)
     src, dst = tl.load(src_ptr + pair), tl.load(dst_ptr + pair)
-    if (src < 0) | (dst < 0) | (src >= num_blocks) | (dst >= num_blocks):
-        return
+    is_pair = (src >= 0) & (dst >= 0) & (src < num_blocks) & (dst < num_blocks)
     i = tl.program_id(2) * SIZE + tl.arange(0, SIZE)
-    mask = i < BLOCK_SIZE
+    mask = is_pair & (i < BLOCK_SIZE)
     base = layer.to(tl.int64) * num_blocks
     from_, to = (base + src) * BLOCK_SIZE + i, (base + dst) * BLOCK_SIZE + i
     tl.store(k_pages_ptr + to, tl.load(k_pages_ptr + from_, mask=mask), mask=mask)
     tl.store(v_pages_ptr + to, tl.load(v_pages_ptr + from_, mask=mask), mask=mask)
+
+
+@triton.jit
+def copy_quantised(
+    src_ptr,  # i32[C]
+    dst_ptr,  # i32[C]
+    settings_ptr,  # i32[2]: first layer, blocks
+    k_in,  # the same memory as k_pages_ptr
+    v_in,
+    k_scales_in,
+    v_scales_in,
+    k_pages_ptr,  # [L, N, K, P, D]
+    v_pages_ptr,
+    k_scales_ptr,  # f32[L, N, K, P]
+    v_scales_ptr,
+    BLOCK_SIZE: tl.constexpr,  # numbers of a block, K * P * D
+    HEAD_DIM: tl.constexpr,
+    SIZE: tl.constexpr,  # numbers of one program
+):
+    """A piece of one block of one layer, keys, values and their scales."""
+    where = src_ptr, dst_ptr, settings_ptr
+    numbers = k_in, v_in, k_pages_ptr, v_pages_ptr
+    copy(*where, *numbers, BLOCK_SIZE, HEAD_DIM, SIZE)
+    # A block has fewer scales, so the last pieces are empty.
+    scales = k_scales_in, v_scales_in, k_scales_ptr, v_scales_ptr
+    rest: tl.constexpr = BLOCK_SIZE // HEAD_DIM
+    copy(*where, *scales, rest, 1, SIZE)

@@ -6,73 +6,89 @@ Place on the road: attention -> [triton.pages] -> triton.launch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from jpaged.quantised_pages import bits
 from jpaged.triton.launch import launch
 
 _COPY_SIZE = 4096  # elements that one program copies of the keys, and of the values
 
 Layer = jax.Array | int | None
-Pages = tuple[jax.Array, jax.Array]
+# Keys and values; of quantised pages their numbers and their scales.
+Pools = Sequence[jax.Array]
 
 
 def write(
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    slots: jax.Array,
-    layer: Layer,
-) -> Pages:
-    """The pages ([L,] N, K, P, D) with `k`, `v` [T, K, D] at `slots` i32[T].
+    pools: Pools, values: Sequence[jax.Array], slots: jax.Array, layer: Layer
+) -> tuple[jax.Array, ...]:
+    """The pools with a vector or scale of each token and head at `slots` i32[T].
 
     Slots below 0 or past the pool are skipped.
+
+    Args:
+      pools: keys and values ([L,] N, K, P, D), and of quantised pages their scales
+        ([L,] N, K, P).
+      values: as many, [T, K, D] and [T, K].
     """
-    num_tokens, num_kv_heads, head_dim = k.shape
-    arrays = (k, v, slots.astype(jnp.int32), _settings(k_pages, layer))
-    k_pages, v_pages = launch(
+    num_tokens, num_kv_heads, head_dim = values[0].shape
+    arrays = (*values, slots.astype(jnp.int32), _settings(pools, layer))
+    return _update(
         "write",
         (num_tokens,),
-        (*arrays, k_pages, v_pages),
-        _like(k_pages, v_pages),
-        aliases={4: 0, 5: 1},
+        arrays,
+        pools,
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
-        BLOCK=k_pages.shape[-2],
+        BLOCK=pools[0].shape[-2],
         SIZE=1 << (num_kv_heads * head_dim - 1).bit_length(),
     )
-    return k_pages, v_pages
 
 
 def copy(
-    k_pages: jax.Array, v_pages: jax.Array, src: jax.Array, dst: jax.Array, layer: Layer
-) -> Pages:
-    """The pages with block `dst[i]` as `src[i]` was, of one layer or of all.
+    pools: Pools, src: jax.Array, dst: jax.Array, layer: Layer
+) -> tuple[jax.Array, ...]:
+    """The pools with block `dst[i]` as `src[i]` was, of one layer or of all.
 
-    Pairs with a block outside the pool are skipped; no block is in both.
+    Pairs with a block outside the pool are skipped; no block is in both. `pools` as in
+    `write`.
     """
-    is_all = layer is None and k_pages.ndim == 5
-    block_size = math.prod(k_pages.shape[-3:])
+    pages = pools[0]
+    is_all = layer is None and pages.ndim == 5
+    block_size = math.prod(pages.shape[-3:])
     pieces = -(-block_size // _COPY_SIZE)
-    arrays = (src.astype(jnp.int32), dst.astype(jnp.int32), _settings(k_pages, layer))
-    k_pages, v_pages = launch(
+    arrays = (src.astype(jnp.int32), dst.astype(jnp.int32), _settings(pools, layer))
+    return _update(
         "copy",
-        (src.shape[0], k_pages.shape[0] if is_all else 1, pieces),
-        (*arrays, k_pages, v_pages),
-        _like(k_pages, v_pages),
-        aliases={3: 0, 4: 1},
+        (src.shape[0], pages.shape[0] if is_all else 1, pieces),
+        arrays,
+        pools,
         BLOCK_SIZE=block_size,
+        HEAD_DIM=pages.shape[-1],
         SIZE=_COPY_SIZE,
     )
-    return k_pages, v_pages
 
 
-def _settings(k_pages: jax.Array, layer: Layer) -> jax.Array:
+def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]:
+    """The pools, in their own memory, after the kernel for so many of them."""
+    arrays, own = (*map(bits, arrays),), (*map(bits, pools),)
+    found = launch(
+        name if len(pools) == 2 else f"{name}_quantised",
+        grid,
+        (*arrays, *own),
+        [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in own],
+        aliases={len(arrays) + i: i for i in range(len(own))},
+        **static,
+    )
+    return tuple(
+        lax.bitcast_convert_type(new, pool.dtype)
+        for new, pool in zip(found, pools, strict=True)
+    )
+
+
+def _settings(pools: Pools, layer: Layer) -> jax.Array:
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    return jnp.stack([layer, jnp.int32(k_pages.shape[-4])])
-
-
-def _like(*pages: jax.Array) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in pages]
+    return jnp.stack([layer, jnp.int32(pools[0].shape[-4])])

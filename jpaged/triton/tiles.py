@@ -22,6 +22,8 @@ class Tiles:
 
 
 def choose(head_dim: int, itemsize: int) -> Tiles:
-    """Such as need at most 16 KiB for a tile of keys."""
+    """Such as need at most 16 KiB for a tile of keys, or as much once it is widened."""
+    if itemsize == 1:  # each stage is half as large, so one more is under way
+        return Tiles(tokens=max(min(2**13 // head_dim, 64), 16), num_stages=4)
     tokens = min(2**14 // (head_dim * itemsize), 128)
     return Tiles(tokens=max(tokens, 16), num_stages=2 if itemsize == 4 else 3)

@@ -27,7 +27,6 @@ LANES = 128
 # Block tables lie in a TPU core's scalar memory of 1 MiB, with some room for the rest.
 _TABLE_BYTES = 896 * 1024
 _ROWS = 16  # rows of a memory tile of bfloat16
-_NARROW = (jnp.int8, jnp.uint8, jnp.float8_e4m3fn)  # dtypes of quantised pages
 
 
 def best() -> str:
@@ -93,19 +92,20 @@ def _complaint(
 
 def _unserved_by_mosaic_tpu(k_pages: Any, attention: dict[str, Any]) -> str | None:
     *_, num_kv_heads, block_size, head_dim = k_pages.shape
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float32, *_NARROW):
+    is_narrow = is_quantised(k_pages.dtype)
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float32) and not is_narrow:
         return (
             "k_pages: expected bfloat16, float32, int8, float8_e4m3fn or its bits as "
             f"uint8, got {k_pages.dtype}"
         )
     if block_size % _ROWS:
         return f"k_pages: expected a block_size of a multiple of 16, got {block_size}"
-    if k_pages.dtype in _NARROW and LANES % block_size and block_size % LANES:
+    if is_narrow and LANES % block_size and block_size % LANES:
         return (
             "k_pages: expected a block_size of 16, 32, 64 or a multiple of 128 for "
             f"pages of {k_pages.dtype}, got {block_size}"
         )
-    if k_pages.dtype in _NARROW and num_kv_heads not in (1, 2, 4) and num_kv_heads % 8:
+    if is_narrow and num_kv_heads not in (1, 2, 4) and num_kv_heads % 8:
         return (
             "k_pages: expected 1, 2, 4 or a multiple of 8 key/value heads on a device "
             f"for pages of {k_pages.dtype}, got {num_kv_heads}"

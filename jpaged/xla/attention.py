@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.compat import when
 from jpaged.shared_prefix import SharedPrefix
 from jpaged.xla import cascade
 from jpaged.xla.chunks import TILES, Tiles, chunks
@@ -52,8 +53,11 @@ def decode(
     # Every row has tokens of its own, so that its sink counts once, there.
     args = (q, pools, parts.own_tables, parts.own_lens)
     own = _rows(*args, sinks=sinks, dtype=jnp.float32, **options)
-    prefix = cascade.attend(q, pools, block_tables, parts, **options)
-    out, lse = merge(*own, *prefix)
+
+    def with_prefix(own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return merge(*own, *cascade.attend(q, pools, block_tables, parts, **options))
+
+    out, lse = when(jnp.any(parts.sizes > 0), with_prefix, own)
     return out.astype(q.dtype), lse
 
 

@@ -52,8 +52,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
 
-    Arguments as of `jpaged.attention.paged_attention`; `tiles` None takes those of
-    `tuned`, or `triton.tiles`.
+    Arguments as of `jpaged.attention.paged_attention`, with scales ([L,] N, K, P or
+    more); `tiles` None takes those of `tuned`, or `triton.tiles`.
     """
     num_queries, num_heads, head_dim = q.shape
     *_, num_blocks, num_kv_heads, block_size, _ = k_pages.shape
@@ -80,10 +80,11 @@ def attend(
     has_sinks = sinks is not None
     sinks = jnp.zeros(num_heads) if sinks is None else sinks
     sinks = sinks.astype(jnp.float32)
-    has_scales = k_scale is not None
-    kind = q.dtype if has_scales else k_pages.dtype  # of the products
+    kind, scales = k_pages.dtype, 0  # of the products; of a block and head
     if k_scale is None or v_scale is None:
         k_scale = v_scale = sinks  # any array: it is not read
+    else:
+        kind, scales = q.dtype, k_scale.shape[-1]
     lens = context_lens.astype(jnp.int32)
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -111,7 +112,7 @@ def attend(
         SCALE=float(scale),
         SOFT_CAP=float(logits_soft_cap or 0.0),
         HAS_SINKS=has_sinks,
-        HAS_SCALES=has_scales,
+        SCALES=scales,
         # TF32 would round float32 keys to 10 bits.
         PRECISION="ieee" if kind == jnp.float32 else "tf32",
     )

@@ -17,7 +17,7 @@ from attention_oracle import relative_errors
 from quantised_cases import KERNEL_TOLERANCES, case_of
 from triton_kernel_test import LSE_TOLERANCE, SHAPES, SMALL, triton_interpreter
 
-from jpaged import attention
+from jpaged import attention, kv_cache
 from jpaged.quantised_pages import encode
 from jpaged.triton import attention as triton_attention
 from jpaged.triton import pages as triton_pages
@@ -239,6 +239,13 @@ def test_copies_equal_those_of_xla_bit_for_bit(layer, dtype):
     )
     assert_same(got, want)
     np.testing.assert_array_equal(got[2][1, 5], scales["k_scale"][1, 3])
+
+
+def test_a_cache_of_8_bits_is_made_for_it():
+    sizes = dict(num_layers=1, num_kv_heads=1, block_size=16, head_dim=64)
+    options = dict(dtype="fp8", implementation="triton")
+    cache = kv_cache.init_cache(num_blocks=2, **sizes, **options)
+    assert (cache.k_pages.dtype, cache.v_scale.shape) == (jnp.uint8, (1, 2, 1, 16))
 
 
 def test_updates_find_scales_that_lie_further_apart():

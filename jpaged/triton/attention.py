@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged import tuned
+from jpaged import defaults, tuned
 from jpaged.quantised_pages import bits
 from jpaged.triton import tiles as tiles_module
 from jpaged.triton.launch import launch
 from jpaged.triton.tiles import Tiles
-
-_NO_WINDOW = 2**30  # half of what i32 holds, so that sums stay inside
 
 
 class Plan(NamedTuple):
@@ -64,19 +62,17 @@ def attend(
         tiles = tuned.tiles("triton", tiles, num_heads, k_pages)
     is_ragged = query_start_loc is not None
     queries = max(tiles.query_rows // group, 1) if is_ragged else 1
-    window = _NO_WINDOW if sliding_window is None else sliding_window
-    window = jnp.minimum(jnp.asarray(window, jnp.int32), _NO_WINDOW)
-    if query_start_loc is None:
-        query_start_loc = jnp.arange(num_rows + 1, dtype=jnp.int32)
+    window = defaults.window(sliding_window)
+    starts = defaults.starts(query_start_loc, num_rows)
     # Rows split into at most so many items more than there are rows.
     more = max(tiles.programs // num_kv_heads, 1)
     has_parts = width * block_size > tiles.least_chunk
-    plan = make_plan(context_lens, query_start_loc, window, queries, more, tiles)
+    plan = make_plan(context_lens, starts, window, queries, more, tiles)
     num_items = num_rows + (num_queries // queries if is_ragged else 0) + more
     num_parts = num_rows + more if has_parts else 1
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     sizes = jnp.array([num_rows, width, num_blocks], jnp.int32)
-    settings = jnp.concatenate([jnp.stack([layer, window, plan.chunk]), sizes])
+    settings = jnp.stack([defaults.layer(layer), window, plan.chunk])
+    settings = jnp.concatenate([settings, sizes])
     has_sinks = sinks is not None
     sinks = jnp.zeros(num_heads) if sinks is None else sinks
     sinks = sinks.astype(jnp.float32)
@@ -143,7 +139,6 @@ def make_plan(
 ) -> Plan:
     """Splits rows of one query so that all together have at most `more` splits more
     than rows, and rows of several into tiles of `queries`."""
-    starts = starts.astype(jnp.int32)
     num_queries = starts[1:] - starts[:-1]
     is_one = num_queries == 1
     spans = jnp.where(is_one, jnp.minimum(context_lens, window), 0).astype(jnp.int32)

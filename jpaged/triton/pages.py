@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged import defaults
 from jpaged.quantised_pages import bits
 from jpaged.triton.launch import launch
 
@@ -86,5 +87,4 @@ def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]
 
 
 def _settings(pools: Pools, layer: Layer) -> jax.Array:
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    return jnp.stack([layer, jnp.int32(pools[0].shape[-4])])
+    return jnp.stack([defaults.layer(layer), jnp.int32(pools[0].shape[-4])])

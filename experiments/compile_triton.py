@@ -71,7 +71,7 @@ def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], 
             TOKENS=tile.tokens,
             SCALE=head_dim**-0.5,
             SOFT_CAP=0.0,
-            HAS_SCALES=is_quantised,
+            SCALES=block_size if is_quantised else 0,
             PRECISION="ieee" if kind == "fp32" else "tf32",
         )
         warps = tile.num_warps * (2 if call == "prompt" else 1)
@@ -96,9 +96,11 @@ def page_updates(name: str) -> dict[str, tuple[str, dict[str, str], dict, Any]]:
         pools |= dict.fromkeys(names, "fp32")
         new |= dict(k_scale_ptr="fp32", v_scale_ptr="fp32")
     static = dict(KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK=block_size)
-    static["SIZE"] = 1 << (size - 1).bit_length()
+    static |= dict(STRIDE=block_size, SIZE=1 << (size - 1).bit_length())
     pairs = dict(src_ptr="i32", dst_ptr="i32", settings_ptr="i32") | pools
-    sizes = dict(BLOCK_SIZE=size * block_size, HEAD_DIM=head_dim, SIZE=4096)
+    sizes = dict(BLOCK_SIZE=size * block_size, SIZE=4096)
+    if is_quantised:
+        sizes["SCALES"] = kv_heads * block_size
     return {
         "write": (f"write{ending}", new | pools, static, tiles.Tiles()),
         "copy": (f"copy{ending}", pairs, sizes, tiles.Tiles()),

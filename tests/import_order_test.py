@@ -47,11 +47,13 @@ ROOMS = {
     "quantised_pages":   [],
     # which of the three serves a call
     "implementations":   ["quantised_pages"],
+    # what kernels take in place of None
+    "defaults":          [],
     # tile sizes by device and shape
     "tuned":             [],
     "xla":               ["compat", "quantised_pages", "shared_prefix", "tuned"],
-    "pallas":            ["compat", "implementations", "tuned"],
-    "triton":            ["compat", "quantised_pages", "tuned"],
+    "pallas":            ["compat", "defaults", "implementations", "tuned"],
+    "triton":            ["compat", "defaults", "quantised_pages", "tuned"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
                           "implementations", "quantised_pages", "shared_prefix"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",

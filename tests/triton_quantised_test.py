@@ -17,7 +17,7 @@ from attention_oracle import relative_errors
 from quantised_cases import KERNEL_TOLERANCES, case_of
 from triton_kernel_test import LSE_TOLERANCE, SHAPES, SMALL, triton_interpreter
 
-from jpaged import attention
+from jpaged import attention, kv_cache
 from jpaged.quantised_pages import encode
 from jpaged.triton import attention as triton_attention
 from jpaged.triton import pages as triton_pages
@@ -163,6 +163,29 @@ def test_a_planted_fault_is_found(fault):
     assert not (errors < 2 * KERNEL_TOLERANCES["bfloat16"]).any()
 
 
+def wide(scale):
+    """As TPUs want it stored: 128 to a block, those behind its last token NaN."""
+    room = [(0, 0)] * (scale.ndim - 1) + [(0, 128 - scale.shape[-1])]
+    return jnp.pad(scale, room, constant_values=jnp.nan)
+
+
+def test_scales_that_lie_further_apart_are_found():
+    arguments, case, _ = case_of(SHAPES["window"], [70, 3, 0, 16], dtype="int8")
+    names = ("q", "k_pages", "v_pages", "block_tables", "context_lens")
+    options = dict(sliding_window=None, logits_soft_cap=None, sinks=None)
+    out, _ = triton_attention.attend(
+        *(arguments[name] for name in names),
+        None,
+        layer=None,
+        scale=case.q.shape[-1] ** -0.5,
+        k_scale=wide(arguments["k_scale"]),
+        v_scale=wide(arguments["v_scale"]),
+        **options,
+    )
+    want, _ = attention_oracle.attention(case)
+    assert relative_errors(out, want).max() < KERNEL_TOLERANCES["float32"]
+
+
 # ---- page updates
 
 
@@ -216,3 +239,25 @@ def test_copies_equal_those_of_xla_bit_for_bit(layer, dtype):
     )
     assert_same(got, want)
     np.testing.assert_array_equal(got[2][1, 5], scales["k_scale"][1, 3])
+
+
+def test_a_cache_of_8_bits_is_made_for_it():
+    sizes = dict(num_layers=1, num_kv_heads=1, block_size=16, head_dim=64)
+    options = dict(dtype="fp8", implementation="triton")
+    cache = kv_cache.init_cache(num_blocks=2, **sizes, **options)
+    assert (cache.k_pages.dtype, cache.v_scale.shape) == (jnp.uint8, (1, 2, 1, 16))
+
+
+def test_updates_find_scales_that_lie_further_apart():
+    pools, scales = pools_of("int8", 2, 6, 3, 16, 16)
+    k, v = jnp.asarray(np.random.default_rng(1).standard_normal((2, 1, 3, 16)))
+    slot, src, dst = (jnp.array([one], jnp.int32) for one in (17, 1, 4))
+    want = attention.write_kv(*pools, k, v, slot, layer=1, **scales)
+    options = dict(k_scale=want[2], v_scale=want[3], implementation="xla")
+    want = attention.copy_blocks(*want[:2], src, dst, **options)
+    values = zip(*(encode(x, "int8") for x in (k, v)), strict=True)
+    got = (*pools, *map(wide, scales.values()))
+    got = triton_pages.write(got, [x for pair in values for x in pair], slot, 1)
+    got = triton_pages.copy(got, src, dst, None)
+    assert np.isnan(got[2][..., 16:]).all()
+    assert_same([*got[:2], *(one[..., :16] for one in got[2:])], want)

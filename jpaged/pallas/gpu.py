@@ -14,11 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jpaged import tuned
+from jpaged import defaults, tuned
 from jpaged.pallas import gpu_attention, gpu_merge, gpu_work
-
-# A window that no context reaches; half of what i32 holds, so that sums stay inside.
-EVERYTHING = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +56,11 @@ def attend(
     sizes = tuned.tiles("mosaic_gpu", SIZES, q.shape[1], k_pages)
     plan = _plan(q, k_pages, block_tables, scale, logits_soft_cap, is_ragged, sizes)
     num_rows, num_queries = block_tables.shape[0], q.shape[0]
-    if query_start_loc is None:
-        query_start_loc = jnp.arange(num_rows + 1, dtype=jnp.int32)
-    window = EVERYTHING if sliding_window is None else sliding_window
+    starts = defaults.starts(query_start_loc, num_rows)
     tiles = gpu_work.tiles_of(
-        query_start_loc,
+        starts,
         context_lens,
-        jnp.minimum(jnp.asarray(window, jnp.int32), EVERYTHING),
+        defaults.window(sliding_window),
         num_tiles=gpu_work.max_tiles(num_queries, num_rows, plan.tile_queries),
         tile_queries=plan.tile_queries,
         group=plan.group,
@@ -88,13 +83,13 @@ def attend(
         items,
         tiles.seen,
         tiles.lowest,
-        jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
+        defaults.layer(layer).reshape(1),
         plan,
     )
-    tile = gpu_work.tile_of_queries(query_start_loc, num_queries, plan.tile_queries)
+    tile = gpu_work.tile_of_queries(starts, num_queries, plan.tile_queries)
     tile = jnp.minimum(tile, tiles.row.shape[0] - 1)
     query = jnp.arange(num_queries, dtype=jnp.int32)
-    is_live = query < query_start_loc[-1]
+    is_live = query < starts[-1]
     parts = gpu_work.Parts(
         item=first_items[tile],
         count=jnp.where(is_live, num_items[tile], 0),

@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged import tuned
+from jpaged import defaults, tuned
 from jpaged.quantised_pages import bits
 from jpaged.triton import tiles as tiles_module
 from jpaged.triton.launch import launch
 from jpaged.triton.tiles import Tiles
-
-_NO_WINDOW = 2**30  # half of what i32 holds, so that sums stay inside
 
 
 class Plan(NamedTuple):
@@ -52,8 +50,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
 
-    Arguments as of `jpaged.attention.paged_attention`; `tiles` None takes those of
-    `tuned`, or `triton.tiles`.
+    Arguments as of `jpaged.attention.paged_attention`, with scales ([L,] N, K, P or
+    more); `tiles` None takes those of `tuned`, or `triton.tiles`.
     """
     num_queries, num_heads, head_dim = q.shape
     *_, num_blocks, num_kv_heads, block_size, _ = k_pages.shape
@@ -64,26 +62,25 @@ def attend(
         tiles = tuned.tiles("triton", tiles, num_heads, k_pages)
     is_ragged = query_start_loc is not None
     queries = max(tiles.query_rows // group, 1) if is_ragged else 1
-    window = _NO_WINDOW if sliding_window is None else sliding_window
-    window = jnp.minimum(jnp.asarray(window, jnp.int32), _NO_WINDOW)
-    if query_start_loc is None:
-        query_start_loc = jnp.arange(num_rows + 1, dtype=jnp.int32)
+    window = defaults.window(sliding_window)
+    starts = defaults.starts(query_start_loc, num_rows)
     # Rows split into at most so many items more than there are rows.
     more = max(tiles.programs // num_kv_heads, 1)
     has_parts = width * block_size > tiles.least_chunk
-    plan = make_plan(context_lens, query_start_loc, window, queries, more, tiles)
+    plan = make_plan(context_lens, starts, window, queries, more, tiles)
     num_items = num_rows + (num_queries // queries if is_ragged else 0) + more
     num_parts = num_rows + more if has_parts else 1
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     sizes = jnp.array([num_rows, width, num_blocks], jnp.int32)
-    settings = jnp.concatenate([jnp.stack([layer, window, plan.chunk]), sizes])
+    settings = jnp.stack([defaults.layer(layer), window, plan.chunk])
+    settings = jnp.concatenate([settings, sizes])
     has_sinks = sinks is not None
     sinks = jnp.zeros(num_heads) if sinks is None else sinks
     sinks = sinks.astype(jnp.float32)
-    has_scales = k_scale is not None
-    kind = q.dtype if has_scales else k_pages.dtype  # of the products
+    kind, scales = k_pages.dtype, 0  # of the products; of a block and head
     if k_scale is None or v_scale is None:
         k_scale = v_scale = sinks  # any array: it is not read
+    else:
+        kind, scales = q.dtype, k_scale.shape[-1]
     lens = context_lens.astype(jnp.int32)
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -111,7 +108,7 @@ def attend(
         SCALE=float(scale),
         SOFT_CAP=float(logits_soft_cap or 0.0),
         HAS_SINKS=has_sinks,
-        HAS_SCALES=has_scales,
+        SCALES=scales,
         # TF32 would round float32 keys to 10 bits.
         PRECISION="ieee" if kind == jnp.float32 else "tf32",
     )
@@ -142,7 +139,6 @@ def make_plan(
 ) -> Plan:
     """Splits rows of one query so that all together have at most `more` splits more
     than rows, and rows of several into tiles of `queries`."""
-    starts = starts.astype(jnp.int32)
     num_queries = starts[1:] - starts[:-1]
     is_one = num_queries == 1
     spans = jnp.where(is_one, jnp.minimum(context_lens, window), 0).astype(jnp.int32)

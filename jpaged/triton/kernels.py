@@ -26,7 +26,7 @@ def attend(
     q_ptr,  # [T, H, D]
     k_ptr,  # [L, N, K, P, D]
     v_ptr,  # [L, N, K, P, D]
-    k_scale_ptr,  # f32[L, N, K, P], of pages of 8 bits; otherwise not read
+    k_scale_ptr,  # f32[L, N, K, SCALES], of pages of 8 bits; otherwise not read
     v_scale_ptr,
     tables_ptr,  # i32[S, M]
     lens_ptr,  # i32[S]
@@ -49,7 +49,7 @@ def attend(
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,  # 0 for none
     HAS_SINKS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
+    SCALES: tl.constexpr,  # of a block and head, P or more; 0 of pages without
     PRECISION: tl.constexpr,
 ):
     """A tile of queries over the tokens it sees; rows with parts leave partials."""
@@ -91,7 +91,7 @@ def attend(
     d = tl.arange(0, HEAD_DIM)
     place = ((first_query + query).to(tl.int64) * HEADS + head) * HEAD_DIM
     q = tl.load(q_ptr + place[:, None] + d[None, :], mask=is_row[:, None], other=0.0)
-    if not HAS_SCALES:
+    if SCALES == 0:
         q = q.to(k_ptr.dtype.element_ty)
     # 64 bits: a pool may have more than 2**31 elements.
     size: tl.constexpr = KV_HEADS * BLOCK
@@ -114,15 +114,16 @@ def attend(
         spot = slot * HEAD_DIM
         k = tl.load(k_ptr + spot[None, :] + d[:, None], mask=is_token[None, :], other=0)
         v = tl.load(v_ptr + spot[:, None] + d[None, :], mask=is_token[:, None], other=0)
-        if HAS_SCALES:
+        if SCALES > 0:
+            slot += slot // BLOCK * (SCALES - BLOCK)
             k_scale = tl.load(k_scale_ptr + slot, mask=is_token, other=0.0)
             v_scale = tl.load(v_scale_ptr + slot, mask=is_token, other=0.0)
         ahead = token + TOKENS
         block = tl.load(table_ptr + ahead // BLOCK, mask=ahead < end, other=0)
-        if HAS_SCALES:
+        if SCALES > 0:
             k, v = _numbers(k, q.dtype), _numbers(v, WEIGHTS)
         scores = tl.dot(q, k, input_precision=PRECISION) * SCALE
-        if HAS_SCALES:
+        if SCALES > 0:
             scores *= _scales(k_scale, k_ptr)[None, :]
         if SOFT_CAP > 0:
             scores = SOFT_CAP * _tanh(scores / SOFT_CAP)
@@ -135,7 +136,7 @@ def attend(
         weights = tl.where(seen, tl.exp2(scores - new[:, None]), 0.0)
         decay = tl.exp2(highest - new)
         total = total * decay + tl.sum(weights, 1)
-        if HAS_SCALES:
+        if SCALES > 0:
             weights *= _scales(v_scale, v_ptr)[None, :]
         acc = acc * decay[:, None]
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -259,6 +260,7 @@ def write(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,  # tokens from head to head, P or more
     SIZE: tl.constexpr,  # K * D, filled up to a power of two
 ):
     """One token's keys and values into its slot."""
@@ -269,7 +271,7 @@ def write(
     i = tl.arange(0, SIZE)
     mask = (slot >= 0) & (block < num_blocks) & (i < KV_HEADS * HEAD_DIM)
     place = (tl.load(settings_ptr).to(tl.int64) * num_blocks + block) * KV_HEADS
-    place = ((place + i // HEAD_DIM) * BLOCK + slot % BLOCK) * HEAD_DIM + i % HEAD_DIM
+    place = ((place + i // HEAD_DIM) * STRIDE + slot % BLOCK) * HEAD_DIM + i % HEAD_DIM
     from_ = token * (KV_HEADS * HEAD_DIM) + i
     tl.store(k_pages_ptr + place, tl.load(k_ptr + from_, mask=mask), mask=mask)
     tl.store(v_pages_ptr + place, tl.load(v_ptr + from_, mask=mask), mask=mask)
@@ -289,21 +291,22 @@ def write_quantised(
     v_scales_in,
     k_pages_ptr,  # [L, N, K, P, D]
     v_pages_ptr,
-    k_scales_ptr,  # f32[L, N, K, P]
+    k_scales_ptr,  # f32[L, N, K, STRIDE]
     v_scales_ptr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,  # scales from head to head, P or more
     SIZE: tl.constexpr,  # K * D, filled up to a power of two
 ):
     """One token's keys and values, and their scales, into its slot."""
     where = slots_ptr, settings_ptr
     numbers = k_in, v_in, k_pages_ptr, v_pages_ptr
-    write(k_ptr, v_ptr, *where, *numbers, KV_HEADS, HEAD_DIM, BLOCK, SIZE)
+    write(k_ptr, v_ptr, *where, *numbers, KV_HEADS, HEAD_DIM, BLOCK, BLOCK, SIZE)
     # Scales are vectors of one number.
     scales = k_scales_in, v_scales_in, k_scales_ptr, v_scales_ptr
     rest: tl.constexpr = SIZE // HEAD_DIM
-    write(k_scale_ptr, v_scale_ptr, *where, *scales, KV_HEADS, 1, BLOCK, rest)
+    write(k_scale_ptr, v_scale_ptr, *where, *scales, KV_HEADS, 1, BLOCK, STRIDE, rest)
 
 
 @triton.jit
@@ -316,7 +319,6 @@ def copy(
     k_pages_ptr,  # [L, N, K, P, D]
     v_pages_ptr,
     BLOCK_SIZE: tl.constexpr,  # numbers of a block, K * P * D
-    HEAD_DIM: tl.constexpr,
     SIZE: tl.constexpr,  # numbers of one program
 ):
     """A piece of one block of one layer, keys and values."""
@@ -344,17 +346,14 @@ def copy_quantised(
     v_scales_in,
     k_pages_ptr,  # [L, N, K, P, D]
     v_pages_ptr,
-    k_scales_ptr,  # f32[L, N, K, P]
+    k_scales_ptr,  # f32[L, N, scales of a block]
     v_scales_ptr,
     BLOCK_SIZE: tl.constexpr,  # numbers of a block, K * P * D
-    HEAD_DIM: tl.constexpr,
+    SCALES: tl.constexpr,  # of a block
     SIZE: tl.constexpr,  # numbers of one program
 ):
     """A piece of one block of one layer, keys, values and their scales."""
     where = src_ptr, dst_ptr, settings_ptr
-    numbers = k_in, v_in, k_pages_ptr, v_pages_ptr
-    copy(*where, *numbers, BLOCK_SIZE, HEAD_DIM, SIZE)
-    # A block has fewer scales, so the last pieces are empty.
-    scales = k_scales_in, v_scales_in, k_scales_ptr, v_scales_ptr
-    rest: tl.constexpr = BLOCK_SIZE // HEAD_DIM
-    copy(*where, *scales, rest, 1, SIZE)
+    copy(*where, k_in, v_in, k_pages_ptr, v_pages_ptr, BLOCK_SIZE, SIZE)
+    # A block has fewer scales than numbers, so the last pieces are empty.
+    copy(*where, k_scales_in, v_scales_in, k_scales_ptr, v_scales_ptr, SCALES, SIZE)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged import defaults
 from jpaged.quantised_pages import bits
 from jpaged.triton.launch import launch
 
@@ -31,7 +32,7 @@ def write(
 
     Args:
       pools: keys and values ([L,] N, K, P, D), and of quantised pages their scales
-        ([L,] N, K, P).
+        ([L,] N, K, P or more).
       values: as many, [T, K, D] and [T, K].
     """
     num_tokens, num_kv_heads, head_dim = values[0].shape
@@ -44,6 +45,7 @@ def write(
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK=pools[0].shape[-2],
+        STRIDE=pools[-1].shape[-1] if len(pools) > 2 else pools[0].shape[-2],
         SIZE=1 << (num_kv_heads * head_dim - 1).bit_length(),
     )
 
@@ -58,18 +60,13 @@ def copy(
     """
     pages = pools[0]
     is_all = layer is None and pages.ndim == 5
-    block_size = math.prod(pages.shape[-3:])
-    pieces = -(-block_size // _COPY_SIZE)
+    sizes = dict(BLOCK_SIZE=math.prod(pages.shape[-3:]), SIZE=_COPY_SIZE)
+    if len(pools) > 2:
+        sizes["SCALES"] = math.prod(pools[-1].shape[-2:])
+    pieces = -(-max(sizes.values()) // _COPY_SIZE)
     arrays = (src.astype(jnp.int32), dst.astype(jnp.int32), _settings(pools, layer))
-    return _update(
-        "copy",
-        (src.shape[0], pages.shape[0] if is_all else 1, pieces),
-        arrays,
-        pools,
-        BLOCK_SIZE=block_size,
-        HEAD_DIM=pages.shape[-1],
-        SIZE=_COPY_SIZE,
-    )
+    grid = (src.shape[0], pages.shape[0] if is_all else 1, pieces)
+    return _update("copy", grid, arrays, pools, **sizes)
 
 
 def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]:
@@ -90,5 +87,4 @@ def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]
 
 
 def _settings(pools: Pools, layer: Layer) -> jax.Array:
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    return jnp.stack([layer, jnp.int32(pools[0].shape[-4])])
+    return jnp.stack([defaults.layer(layer), jnp.int32(pools[0].shape[-4])])

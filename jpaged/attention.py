@@ -119,7 +119,7 @@ def paged_attention(
             f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
             "take implementation='xla', or None for plain attention"
         )
-    k_scale, v_scale = _scales(chosen, k_pages, k_scale, v_scale)
+    k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
         raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
@@ -206,7 +206,7 @@ def write_kv(
             )
     _check_int("slot_mapping", slot_mapping, 1)
     pools, values = [k_pages, v_pages], [k, v]
-    scales = _scales(chosen, k_pages, k_scale, v_scale, is_whole=True)
+    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
     if is_quantised(k_pages.dtype):
         pools += scales
         (k, new_k_scale), (v, new_v_scale) = (encode(x, k_pages.dtype) for x in (k, v))
@@ -255,7 +255,7 @@ def copy_blocks(
     _check_int("dst", dst, 1)
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
-    scales = _scales(chosen, k_pages, k_scale, v_scale, is_whole=True)
+    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
     if chosen == "mosaic_tpu":
         return tpu.copy(k_pages, v_pages, *scales, src, dst, layer)
     pools = (k_pages, v_pages, *(scale for scale in scales if scale is not None))
@@ -382,11 +382,9 @@ def _one_pool(pools, block_tables, layer) -> tuple[Pools, jax.Array]:
     return jax.tree.map(flat, pools), tables
 
 
-def _scales(chosen, k_pages, k_scale, v_scale, *, is_whole=False):
-    """Checked by `check_scales`; all but "triton" read those of a TPU's width too."""
-    width = k_pages.shape[-2]
-    if chosen != "triton":
-        width = scale_width(width, "mosaic_tpu")
+def _scales(k_pages, k_scale, v_scale, *, is_whole=False):
+    """Checked by `check_scales`; they may be as wide as TPUs want them."""
+    width = scale_width(k_pages.shape[-2], "mosaic_tpu")
     return check_scales(k_pages, k_scale, v_scale, width=width, is_whole=is_whole)
 
 

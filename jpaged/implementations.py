@@ -131,8 +131,8 @@ def _unserved_by_mosaic_tpu(k_pages: Any, attention: dict[str, Any]) -> str | No
 
 
 def _unserved_by_mosaic_gpu(k_pages: Any, attention: dict[str, Any]) -> str | None:
-    """What 'mosaic_gpu' cannot serve, or None. Page updates are XLA's: everything."""
-    if not attention:
+    """What 'mosaic_gpu' cannot serve, or None. Page updates are XLA's: all floats."""
+    if not attention and not is_quantised(k_pages.dtype):
         return None
     *_, num_kv_heads, block_size, head_dim = k_pages.shape
     if k_pages.dtype not in (jnp.bfloat16, jnp.float16):

@@ -174,8 +174,8 @@ WRONG = {
         "k_scale": jnp.ones(3)
     },
     r"v_scale: expected floats .* got int32\[\]": {"v_scale": jnp.int32(1)},
-    r"'triton' cannot serve this \('xla' can\): k_pages: .* got int8": {
-        "implementation": "triton"
+    r"'mosaic_gpu' cannot serve this \('xla' can\): k_pages: .* got int8": {
+        "implementation": "mosaic_gpu"
     },
 }
 
@@ -214,9 +214,9 @@ def test_a_block_takes_its_numbers_and_its_scales(name):
 
 def test_pages_of_8_bits_are_refused_where_nobody_serves_them():
     sizes = dict(num_layers=1, num_kv_heads=1, block_size=16, head_dim=128)
-    with pytest.raises(ValueError, match=r"'triton' cannot serve .*'xla' can"):
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' cannot serve .*'xla' can"):
         kv_cache.init_cache(
-            num_blocks=2, dtype="int8", implementation="triton", **sizes
+            num_blocks=2, dtype="int8", implementation="mosaic_gpu", **sizes
         )
 
 

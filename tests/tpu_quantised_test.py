@@ -295,11 +295,11 @@ def test_write_kv_writes_exactly_the_named_slots(
 def test_a_lane_too_far_is_found(monkeypatch):
     put = tpu_pages._Lanes.put
 
-    def fault(self, buffer, new, walk):
+    def fault(self, buffer, new, walk, scratch):
         def shifted(one, start):
             return walk(lambda token, slot, result: one(token, slot + 1, result), start)
 
-        put(self, buffer, new, shifted)
+        put(self, buffer, new, shifted, scratch)
 
     monkeypatch.setattr(tpu_pages._Lanes, "put", fault)
     with pytest.raises(AssertionError):

@@ -40,9 +40,11 @@ def attend(
     """As `tpu_attention.attend`, whose `static` options are passed on."""
     window = EVERYTHING if sliding_window is None else sliding_window
     has_layers = k_pages.ndim == 5
+    stacked_k, stacked_v = _stacked((k_pages, v_pages), has_layers)
     return tpu_attention.attend(
         q,
-        *_stacked((k_pages, v_pages), has_layers),
+        stacked_k,
+        stacked_v,
         block_tables,
         context_lens,
         query_start_loc,

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -327,7 +328,7 @@ def _left_in_place(arrays):
     """
     return [
         pltpu.with_memory_space_constraint(array, pltpu.HBM)
-        if isinstance(array, jax.core.Tracer)
+        if isinstance(array, Tracer)
         else array  # called outside of any program
         for array in arrays
     ]

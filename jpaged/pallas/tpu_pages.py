@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.pallas import tpu_windows
 from jpaged.pallas.tpu_numbers import bits, of_bits
+from jpaged.pallas.tpu_windows import Walk
 
 Arrays = tuple[jax.Array, ...]
 # Rows of a memory tile: of bfloat16, and two tiles of float32; of 8 bits.
@@ -34,18 +35,19 @@ class _Rows:
 
     num_slots: int
     block_size: int
-    shape: tuple[int, int, int]  # [K, W, D]
+    shape: tuple[int, ...]  # [K, W, D]
     wide: Any  # the dtype in which any row can be changed: of 32 bits
 
     def scratch(self) -> list[Any]:
         return [pltpu.VMEM(self.shape, self.wide)]
 
-    def place(self, pages, layer, slot):
+    def place(self, array: Any, layer: Any, slot: Any) -> Any:
         start = slot % self.block_size // self.num_slots * self.num_slots
         rows = pl.ds(pl.multiple_of(start, self.num_slots), self.num_slots)
-        return pages.at[layer, slot // self.block_size, :, rows]
+        return array.at[layer, slot // self.block_size, :, rows]
 
-    def put(self, buffer, new, walk, window) -> None:
+    def put(self, buffer: Any, new: Any, walk: Walk, scratch: Any) -> None:
+        (window,) = scratch
         num_heads, _, head_dim = self.shape
         window[...] = bits(buffer[...]).astype(self.wide)
 
@@ -65,15 +67,16 @@ class _Lanes:
 
     num_slots: int  # P
     block_size: int  # P
-    shape: tuple[int, int]  # [K, P']
+    shape: tuple[int, ...]  # [K, P']
 
     def scratch(self) -> list[Any]:
         return []
 
-    def place(self, scales, layer, slot):
-        return scales.at[layer, slot // self.block_size]
+    def place(self, array: Any, layer: Any, slot: Any) -> Any:
+        return array.at[layer, slot // self.block_size]
 
-    def put(self, buffer, new, walk) -> None:
+    def put(self, buffer: Any, new: Any, walk: Walk, scratch: Any) -> None:
+        del scratch
         lane = lax.broadcasted_iota(jnp.int32, self.shape, 1)
 
         def one(token, slot, scales):

@@ -59,7 +59,7 @@ class Window(Protocol):
         """The ref of the window of `slot` in an array's ref."""
         ...
 
-    def put(self, buffer: Any, new: Any, walk: Walk, *scratch: Any) -> None:
+    def put(self, buffer: Any, new: Any, walk: Walk, scratch: Any) -> None:
         """Puts `new[token]` at `slot` into the window in `buffer`, of each token."""
         ...
 
@@ -208,7 +208,7 @@ def _kernel(
         for copy in copies(at, is_read=True):
             copy.wait()
         for buffer, new_ref in zip(buffers, new_refs, strict=True):
-            window.put(buffer.at[at % _BUFFERS], new_ref, walk, *scratch)
+            window.put(buffer.at[at % _BUFFERS], new_ref, walk, scratch)
         for copy in copies(at, is_read=False):
             copy.start()
 

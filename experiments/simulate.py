@@ -22,7 +22,7 @@ is the paper's, and a step of prompts and decodes takes what two steps take, as 
 code of its figures; with `--noseparate_prompts` it reads the weights once, as the
 engine does.
 
-Time: an hour of ShareGPT at 2 requests a second takes the engine about 17 s, a baseline
+Time: an hour of ShareGPT at 2 requests a second takes the engine about 13 s, a baseline
 2 s, after compiling (10 s), on one core. Expected: Orca (Max) batches 7.00 requests of
 OPT-13B on an A100 with 40 GB (figure 13), the engine about four times as many.
 """

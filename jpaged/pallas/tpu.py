@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged import defaults
 from jpaged.implementations import scale_width
 from jpaged.pallas import tpu_attention, tpu_pages
-from jpaged.pallas.tpu_segments import EVERYTHING
 
 Layer = jax.Array | int | None
 Arrays = tuple[jax.Array, ...]
@@ -38,7 +38,6 @@ def attend(
     **static: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
     """As `tpu_attention.attend`, whose `static` options are passed on."""
-    window = EVERYTHING if sliding_window is None else sliding_window
     has_layers = k_pages.ndim == 5
     stacked_k, stacked_v = _stacked((k_pages, v_pages), has_layers)
     return tpu_attention.attend(
@@ -49,8 +48,8 @@ def attend(
         context_lens,
         query_start_loc,
         scales=_stacked(_wide(k_pages, k_scale, v_scale), has_layers),
-        layer=_index(layer),
-        window=jnp.minimum(jnp.asarray(window, jnp.int32), EVERYTHING),
+        layer=defaults.layer(layer),
+        window=defaults.window(sliding_window),
         sinks=sinks,
         **static,
     )
@@ -73,11 +72,11 @@ def write(
     stacked = _stacked(
         (k_pages, v_pages, *_wide(k_pages, k_scale, v_scale)), k_pages.ndim == 5
     )
-    written = tpu_pages.write(stacked[:2], values[:2], slots, _index(layer))
+    written = tpu_pages.write(stacked[:2], values[:2], slots, defaults.layer(layer))
     if scales := stacked[2:]:
         block_size = k_pages.shape[-2]
         written += tpu_pages.write_scales(
-            scales, values[2:], slots, _index(layer), block_size
+            scales, values[2:], slots, defaults.layer(layer), block_size
         )
     return _as_given(written, given)
 
@@ -98,7 +97,7 @@ def copy(
         _stacked(arrays, k_pages.ndim == 5),
         src,
         dst,
-        _index(layer),
+        defaults.layer(layer),
         is_one_layer=layer is not None,
     )
     return _as_given(copied, given)
@@ -128,7 +127,3 @@ def _as_given(arrays: Arrays, given: Arrays) -> Arrays:
         array[..., : one.shape[-1]].reshape(one.shape)
         for array, one in zip(arrays, given, strict=True)
     )
-
-
-def _index(layer: Layer) -> jax.Array:
-    return jnp.asarray(0 if layer is None else layer, jnp.int32)

@@ -67,7 +67,7 @@ def attend(
       query_start_loc: i32[S + 1], or None where each row has one query.
       layer: i32[], which of L.
       scale: Python number.
-      window: i32[], at most EVERYTHING.
+      window: i32[], at most `defaults.EVERYTHING`.
       logits_soft_cap: Python number or None.
       sinks: f32[H] or None.
       return_lse: whether to give the log-sum-exp.

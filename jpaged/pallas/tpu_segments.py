@@ -15,9 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# A window that no context reaches; half of what i32 holds, so that sums stay inside.
-EVERYTHING = 2**30
-
 
 class Segments(NamedTuple):
     """Segments in the order of the queries; tiles never fall.

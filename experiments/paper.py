@@ -124,7 +124,7 @@ def make_plan() -> Plan:
             f"seeds: expected different whole numbers, got {','.join(FLAGS.seeds)!r}"
         )
     files = {"sharegpt": FLAGS.sharegpt, "alpaca": FLAGS.alpaca}
-    for name, path in files.items():
+    for name, path in [*files.items(), ("step_fit", FLAGS.step_fit)]:
         if path is not None and not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"{name}: no such file: {path}")
     clock = Clock(FLAGS.step_fit, FLAGS.decoding_factor, FLAGS.separate_prompts)

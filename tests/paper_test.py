@@ -238,7 +238,7 @@ def test_the_same_seeds_give_the_same_bytes(figure_2, tmp_path):
         ("--seeds=x", "seeds: expected different whole numbers, got 'x'"),
         ("--sharegpt=/nowhere.csv", "sharegpt: no such file: /nowhere.csv"),
         ("--decoding_factor=2", "decoding_factor: expected --step_fit beside it"),
-        ("--figure=fig13 --step_fit=/nowhere.json", "/nowhere.json"),
+        ("--step_fit=/nowhere.json", "step_fit: no such file: /nowhere.json"),
     ],
 )
 def test_a_wrong_flag_is_told_before_anything_runs(argument, said, tmp_path):

@@ -42,13 +42,7 @@ from experiments import (
 from experiments.lib_paper_curves import Row
 from experiments.lib_paper_figures import Figure, Plan, Shown
 from experiments.lib_paper_report import file_name
-from experiments.lib_paper_runs import (
-    Case,
-    Clock,
-    Run,
-    cost_model_of,
-    run_all,
-)
+from experiments.lib_paper_runs import Case, Clock, Run, cost_model_of, run_all
 from experiments.timing import progress
 from jpaged import compilation_cache
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from attention_oracle import relative_errors
 from jax.experimental.pallas import tpu as pltpu
-from quantised_pages_test import quantised_case
+from quantised_cases import quantised_case
 from tpu_kernel_test import SINKS, SMALL, TINY
 
 from jpaged import attention, engine, kv_cache, tuned

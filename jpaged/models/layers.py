@@ -114,16 +114,7 @@ class Output(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product [..., V], in the dtype of the weights."""
-        if self.rows is None:
-            return matmul(x, self.weight[...])
-        rows = self.rows[...]
-        is_full = rows.dtype == jnp.float32
-        return jax.lax.dot_general(
-            x,
-            rows,
-            (((x.ndim - 1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if is_full else None,
-        )
+        return matmul(x, self.weight[...] if self.rows is None else self.rows[...].T)
 
     @property
     def table(self) -> jax.Array:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from attention_oracle import relative_errors
 from jax.experimental.pallas import tpu as pltpu
-from quantised_cases import quantised_case
-from tpu_kernel_test import SINKS, SMALL, TINY
+from quantised_cases import KERNEL_TOLERANCES, quantised_case
+from tpu_kernel_test import LSE_TOLERANCE, SINKS, SMALL, TINY
 
 from jpaged import attention, engine, kv_cache, tuned
 from jpaged.config import EngineConfig
@@ -28,11 +28,6 @@ from jpaged.requests import SamplingParams
 
 pytestmark = pytest.mark.long
 
-# Numbers are exact in both dtypes of q, sums are float32. bfloat16 rounds the weights,
-# times their scales, and the output by 2**-9 each, and values differ in size so much
-# that the roundings of few tokens remain.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3}
-LSE_TOLERANCE = 1e-4
 NAN = {"uint8": 0x7F, "float8_e4m3fn": np.nan, "int8": 127}
 
 
@@ -87,7 +82,7 @@ def check(arguments, case, **options) -> None:
     if "sinks" in options:
         device["sinks"] = jnp.asarray(options["sinks"])
     out, lse = run(stored(arguments), **device)
-    tolerance = TOLERANCES[case.q.dtype.name]
+    tolerance = KERNEL_TOLERANCES[case.q.dtype.name]
     attention_oracle.check_result(case, out, lse, tolerance, LSE_TOLERANCE, **options)
 
 
@@ -162,7 +157,9 @@ def test_a_traced_layer_is_that_layer_alone_whatever_the_scales_width(small_tile
         got = attention.paged_attention(
             **arguments | pools, **options, implementation=implementation
         )
-        assert relative_errors(got, np.asarray(want)).max() < TOLERANCES["float32"]
+        assert (
+            relative_errors(got, np.asarray(want)).max() < KERNEL_TOLERANCES["float32"]
+        )
 
 
 def test_a_visible_number_or_scale_that_is_none_shows():
@@ -233,7 +230,7 @@ def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
     got, _ = run(stored(arguments))
     want, _ = attention_oracle.attention(case)
     errors = relative_errors(got, want).max(axis=-1)
-    assert not (errors < 5 * TOLERANCES["bfloat16"]).any()
+    assert not (errors < 5 * KERNEL_TOLERANCES["bfloat16"]).any()
 
 
 # ---- write_kv, copy_blocks: bitwise

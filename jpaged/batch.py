@@ -24,9 +24,10 @@ from jpaged import request_limits, request_table, routing, scheduler
 from jpaged.config import EngineConfig
 from jpaged.jobs import Job, News, Sample, logprobs_at
 from jpaged.metrics import Event, Means
+from jpaged.readout import Progress, Wanted
 from jpaged.request_limits import Params
 from jpaged.requests import SamplingParams
-from jpaged.serving import EngineHost, Progress
+from jpaged.serving import EngineHost
 from jpaged.submission import FINISH_REASONS
 
 # Slices are as short as what they serve needs: text that someone reads, text that may
@@ -301,9 +302,10 @@ class Batch:
 
     def _read(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Reads what these samples have that is new, and ends those that it ends."""
+        ends = [int(progress.num_tokens[sample.place]) for sample in samples]
         wanted = [
-            (sample.place, sample.num_read, int(progress.num_tokens[sample.place]))
-            for sample in samples
+            Wanted(sample.place, sample.num_read, end)
+            for sample, end in zip(samples, ends, strict=True)
         ]
         stopped = []
         for sample, tokens in zip(samples, self.host.read(wanted), strict=True):
@@ -330,7 +332,7 @@ class Batch:
             job.prompt_logprobs = [None]
         # The first token has none, and a prompt may have no other.
         jobs = [job for job in jobs if len(job.prompt_token_ids) > 1]
-        wanted = [(job.places[0], 1, len(job.prompt_token_ids)) for job in jobs]
+        wanted = [Wanted(job.places[0], 1, len(job.prompt_token_ids)) for job in jobs]
         for job, tokens in zip(jobs, self.host.read(wanted), strict=True):
             count = job.params.prompt_logprobs
             job.prompt_logprobs += [

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from jpaged import metrics, request_limits, request_table
 from jpaged.metrics import Event
+from jpaged.readout import Tokens
 from jpaged.request_limits import Params
 from jpaged.requests import (
     BeamSearchParams,
@@ -22,7 +23,6 @@ from jpaged.requests import (
     RequestOutput,
     SamplingParams,
 )
-from jpaged.serving import Tokens
 from jpaged.text import OutputText, Tokenizer
 
 

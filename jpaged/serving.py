@@ -18,41 +18,35 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jpaged import (
-    block_manager,
     distributed,
     engine,
     engine_state,
     groups,
-    metrics,
     parallel,
-    prefix_cache,
+    readout,
     request_limits,
     request_table,
     sharded,
     submission,
-    timeline,
 )
 from jpaged.config import EngineConfig
 from jpaged.engine import DraftedModel, EngineState
 from jpaged.metrics import Event, Slice, StepRecord
 from jpaged.models.decoder import Decoder
+from jpaged.readout import Progress, Tokens, Wanted
 from jpaged.request_limits import Params
 from jpaged.scheduler import RUNNING, SWAPPED, WAITING
+from jpaged.step_log import StepLog
 
-READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
-_READ_PIECES = 64  # pieces per device call
 _FIRST_STEPS = 4  # steps of a slice while it is not known how long they take
 _MOST_STEPS = 1 << 30
-_MOST_RECORDS = 1 << 16  # of steps that the host keeps, of each replica
-_LOOK_UPS = 16  # prompts that are looked up in one device call
 # What the processes that share a mesh must be asked alike: the engine's sizes, who is
 # put into the table, and who is ended or let go by the host.
 _ASKED = ("config", "prompts", "params", "ends")
@@ -65,31 +59,6 @@ class Request(Protocol):
     num_places: int
     prompt_token_ids: list[int]
     params: Params
-
-
-class Progress(NamedTuple):
-    """How far the sequences in the table are, as numpy arrays i32[R].
-
-    In those of all replicas: i32[D * R].
-    """
-
-    status: np.ndarray
-    num_tokens: np.ndarray
-    finish_reasons: np.ndarray
-    first_steps: np.ndarray
-    last_steps: np.ndarray
-    num_preemptions: np.ndarray
-    num_cached: np.ndarray
-
-
-class Tokens(NamedTuple):
-    """Generated tokens of one sequence, in order."""
-
-    ids: list[int]
-    logprobs: np.ndarray  # f32[n]
-    ranks: np.ndarray  # i32[n], or i32[n, 0] where none are kept
-    top_ids: np.ndarray  # i32[n, C]
-    top_logprobs: np.ndarray  # f32[n, C]
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,7 +92,6 @@ class EngineHost:
         self.num_replicas = parallel.num_replicas(mesh)
         # i64[D], places of the replicas' request tables
         self.empty_places = np.zeros((self.num_replicas,), np.int64)
-        self.num_lost_events = 0  # overwritten before the host saw them
         self.pinned: list[Pinned] = []  # prefixes
         # Of the engine, as last seen: of each replica [D], and their sums.
         self.counters_of_each: dict[str, np.ndarray] = {}
@@ -143,14 +111,7 @@ class EngineHost:
         self._asked = distributed.Asked(*_ASKED) if is_shared else None
         sizes = (model.config, None if draft is None else draft.config)
         self._note("config", (sizes, config, kv_dtype, seed))
-        # Of the state's timelines, as last seen.
-        self._num_events = np.zeros((self.num_replicas,), np.int64)
-        self._events: list[tuple[int, Event]] = []  # with places, since `take_events`
-        # Of step n the timeline's row, and when it ended, at n % _MOST_RECORDS.
-        shape = (self.num_replicas, _MOST_RECORDS)
-        num_columns = len(timeline.StepRow._fields)
-        self._step_rows = np.full((*shape, num_columns), -1, np.int32)
-        self._step_ends = np.zeros(shape)
+        self._log = StepLog(self.num_replicas)
         self._state = self._new_state()
         self.look()
 
@@ -268,8 +229,7 @@ class EngineHost:
     def _reset(self) -> None:
         self.epoch += 1
         self._note("ends", self.epoch)
-        self._num_events[:] = 0
-        self._events.clear()
+        self._log.forget_events()
         self._state = self._new_state()
         self._pin_again()
 
@@ -327,22 +287,12 @@ class EngineHost:
 
     def hits(self, requests: Sequence[Request]) -> np.ndarray:
         """i32[n, D], tokens of each prompt that each replica's prefix cache holds."""
-        found = np.zeros((len(requests), self.num_replicas), np.int32)
-        if self._state.prefix_cache is None:
-            return found
-        for at in range(0, len(requests), _LOOK_UPS):
-            chunk = requests[at : at + _LOOK_UPS]
-            tokens = np.zeros((_LOOK_UPS, self.config.max_model_len), np.int32)
-            most = np.zeros((_LOOK_UPS,), np.int32)
-            for i, request in enumerate(chunk):
-                prompt = request.prompt_token_ids
-                tokens[i, : len(prompt)] = prompt
-                if not request_limits.rates_prompt(request.params):
-                    most[i] = len(prompt) - 1
-            lens = jax.device_get(_cached_lens(self._state, tokens, most))
-            lens = lens.reshape(self.num_replicas, _LOOK_UPS)
-            found[at : at + len(chunk)] = lens[:, : len(chunk)].T
-        return found
+        prompts = [request.prompt_token_ids for request in requests]
+        most = [
+            0 if request_limits.rates_prompt(request.params) else len(prompt) - 1
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
+        return readout.cached_lens(self._state, prompts, most)
 
     def submit(
         self, requests: Sequence[Sequence[Request]]
@@ -413,7 +363,9 @@ class EngineHost:
         if num_steps := int((last - first).max()):
             self._seconds_per_step = (end - start) / num_steps
             steps = zip(first.tolist(), last.tolist(), strict=True)
-            self._take_records([Slice(*pair, start, end) for pair in steps])
+            ran = [Slice(*pair, start, end) for pair in steps]
+            recorded = readout.records(self._state)
+            self._log.take(ran, recorded, self.config.max_num_requests)
         if self.counters["is_stalled"]:
             self._give_up("the engine found work and could do none of it")
         if self._checks and (found := engine.violations(self._state)):
@@ -455,64 +407,26 @@ class EngineHost:
 
     def look(self) -> Progress:
         """How far the sequences are; the counters are fresh then too."""
-        columns, integers, floats = map(self._of_each, _summary(self._state))
-        names = [field.name for field in dataclasses.fields(engine.Counters)]
-        counters = jax.tree.leaves(self._state.counters)
-        integers, floats = iter(integers.T), iter(floats.T)
-        self.counters_of_each = {
-            name: next(floats if counter.dtype == jnp.float32 else integers)
-            for name, counter in zip(names, counters, strict=True)
-        }
+        self._progress, self.counters_of_each = readout.progress(self._state)
         self.counters = {
             name: counter.sum().item()
             for name, counter in self.counters_of_each.items()
         }
-        self._progress = Progress(
-            *(column.reshape(-1) for column in columns.swapaxes(0, 1))
-        )
         return self._progress
-
-    def _of_each(self, array: jax.Array) -> np.ndarray:
-        """An array of `sharded.read` with the replicas as first axis, even of one."""
-        found = jax.device_get(array)
-        return found if self.num_replicas > 1 else found[None]
-
-    def _take_records(self, ran: Sequence[Slice]) -> None:
-        """Takes over what a slice left on the timeline of each replica."""
-        recorded = map(self._of_each, _recorded(self._state))
-        for replica, (one, *mine) in enumerate(zip(ran, *recorded, strict=True)):
-            if one.last > one.first:
-                self._take_records_of(replica, one, *mine)
-
-    def _take_records_of(
-        self, replica: int, ran: Slice, num_events, events, rows
-    ) -> None:
-        num_new = int(num_events - self._num_events[replica])
-        self._num_events[replica] = num_events
-        self.num_lost_events += max(num_new - len(events), 0)
-        first = replica * self.config.max_num_requests
-        for step, kind, place in events[max(len(events) - num_new, 0) :].tolist():
-            is_late = kind >= timeline.NUM_BEFORE_DECODER
-            time_s = ran.end_of(step) if is_late else ran.begin_of(step)
-            event = Event(timeline.EVENTS[kind], time_s, step)
-            self._events.append((first + place, event))
-        rows = rows[len(rows) - min(ran.last - ran.first, len(rows)) :]
-        steps = rows[:, 0]
-        self._step_rows[replica, steps % _MOST_RECORDS] = rows
-        self._step_ends[replica, steps % _MOST_RECORDS] = ran.end_of(steps)
 
     def take_events(self) -> list[tuple[int, Event]]:
         """What happened since the last time, in order, each with its place."""
-        events, self._events = self._events, []
-        return events
+        return self._log.take_events()
 
     def step_records(self, replica: int = 0) -> list[StepRecord]:
         """The last steps of a replica, oldest first."""
         last = int(self.counters_of_each["num_steps"][replica])
-        rows, ends = self._step_rows[replica], self._step_ends[replica]
-        steps = np.arange(max(last - _MOST_RECORDS, 0), last)
-        at = steps[rows[steps % _MOST_RECORDS, 0] == steps] % _MOST_RECORDS
-        return metrics.step_records(rows[at], ends[at], self.config.block_size)
+        return self._log.records(replica, last, self.config.block_size)
+
+    @property
+    def num_lost_events(self) -> int:
+        """Events that the timeline's ring overwrote before the host saw them."""
+        return self._log.num_lost_events
 
     def refusal(self, request: Request) -> str | None:
         """Why the engine cannot run a request as it is now, or None."""
@@ -529,39 +443,16 @@ class EngineHost:
             return str(error)
         return None
 
-    def read(self, wanted: Sequence[tuple[int, int, int]]) -> list[Tokens]:
-        """The tokens of each (place, start, end), positions in the table's rows."""
-        pieces: list[list[tuple[int, int, int]]] = [[] for _ in self.empty_places]
-        for number, (place, start, end) in enumerate(wanted):
-            replica, own = divmod(place, self.config.max_num_requests)
-            # Nothing to read is a piece too, of no tokens.
-            for first in range(start, max(end, start + 1), READ_WIDTH):
-                pieces[replica].append((number, own, first))
-        parts: list[list[Any]] = [[] for _ in wanted]
-        for at in range(0, max(map(len, pieces)), _READ_PIECES):
-            chunks = [mine[at : at + _READ_PIECES] for mine in pieces]
-            index = np.zeros((2, self.num_replicas, _READ_PIECES), np.int32)
-            for replica, chunk in enumerate(chunks):
-                for i, (_, own, first) in enumerate(chunk):
-                    index[:, replica, i] = own, first
-            columns = _read(self._state, *(self._for_each(side) for side in index))
-            columns = [self._of_each(column) for column in columns]
-            for replica, chunk in enumerate(chunks):
-                for i, (number, _, first) in enumerate(chunk):
-                    size = min(READ_WIDTH, wanted[number][2] - first)
-                    parts[number].append([c[replica, i, :size] for c in columns])
-        found = []
-        for mine in parts:
-            ids, *rest = (np.concatenate(column) for column in zip(*mine, strict=True))
-            found.append(Tokens(ids.tolist(), *rest))
-        return found
+    def read(self, wanted: Sequence[Wanted]) -> list[Tokens]:
+        """The tokens of each that is wanted."""
+        return readout.tokens(self._state, wanted)
 
     def finish(self, places: Iterable[int], reason: int) -> None:
         """Ends the live sequences at `places`; their blocks are free again."""
         mask = self._mask(places)
         if mask.any():
             self._note("ends", (np.flatnonzero(mask).tolist(), reason))
-            mask = self._for_each(mask)
+            mask = readout.for_each(mask, self._state)
             self._state = engine.end(self._state, mask, np.int32(reason))
 
     def release(self, places: Iterable[int]) -> None:
@@ -569,7 +460,8 @@ class EngineHost:
         mask = self._mask(places)
         if mask.any():
             self._note("ends", np.flatnonzero(mask).tolist())
-            self._state = engine.release(self._state, self._for_each(mask))
+            each = readout.for_each(mask, self._state)
+            self._state = engine.release(self._state, each)
             self.empty_places += mask.sum(axis=1)
 
     def drop(self, places: Iterable[int]) -> None:
@@ -584,15 +476,9 @@ class EngineHost:
         mask.flat[list(places)] = True
         return mask
 
-    def _for_each(self, array: np.ndarray) -> np.ndarray:
-        """What has the replicas as first axis, as the state wants it."""
-        return array if self.num_replicas > 1 else array[0]
-
     def known_blocks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each replica the blocks that hold nothing now, and those whose contents
-        its prefix cache knows; i32[D]."""
-        num_free, num_cached = map(self._of_each, _known_blocks(self._state))
-        return num_free, num_cached
+        """As `readout.known_blocks`."""
+        return readout.known_blocks(self._state)
 
     def reset_prefix_cache(self) -> None:
         """Forgets what blocks hold; computes pinned prefixes again."""
@@ -608,95 +494,9 @@ class EngineHost:
         del self._state, self.model, self._models
 
 
-@jax.jit
-def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Progress as i32[7, R], and the counters: new arrays, few transfers."""
-
-    def summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        table, queue = state.requests, state.requests.queue
-        columns = (
-            queue.status,
-            queue.num_tokens,
-            table.finish_reasons,
-            table.first_steps,
-            table.last_steps,
-            queue.num_preemptions,
-            queue.num_cached,
-        )
-        counters = jax.tree.leaves(state.counters)
-        floats = [counter for counter in counters if counter.dtype == jnp.float32]
-        others = [counter for counter in counters if counter.dtype != jnp.float32]
-        integers = [counter.astype(jnp.int32) for counter in others]
-        return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
-
-    return sharded.read(summary, state)
-
-
 def _like(array: jax.Array, value: np.ndarray) -> jax.Array:
     """`value` of the array's shape and type, where the array lies."""
     value = np.asarray(value).astype(array.dtype).reshape(array.shape)
     return jax.make_array_from_callback(
         array.shape, array.sharding, lambda index: value[index]
     )
-
-
-@jax.jit
-def _recorded(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The timeline in order, as new arrays; the state's own are donated later."""
-
-    def recorded(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        ordered = timeline.in_order(state.timeline, state.counters.num_steps)
-        return state.timeline.num_events, *ordered
-
-    return sharded.read(recorded, state)
-
-
-@jax.jit
-def _known_blocks(state: EngineState) -> tuple[jax.Array, jax.Array]:
-    """i32[] blocks that are free, and i32[] those that the prefix cache knows."""
-
-    def known(state: EngineState) -> tuple[jax.Array, jax.Array]:
-        cache, num_cached = state.prefix_cache, jnp.int32(0)
-        if cache is not None:
-            num_cached = jnp.sum(prefix_cache.is_cached(cache), dtype=jnp.int32)
-        return block_manager.num_free_blocks(state.blocks), num_cached
-
-    return sharded.read(known, state)
-
-
-@jax.jit
-def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.Array:
-    """i32[B], of prompts [B, L] the tokens that are cached, of the first `most`."""
-
-    def match(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.Array:
-        return prefix_cache.match(state.prefix_cache, tokens, most)[1]
-
-    return sharded.read(match, state, *sharded.stacked((tokens, most), state.mesh))
-
-
-@jax.jit
-def _read(
-    state: EngineState, places: jax.Array, starts: jax.Array
-) -> tuple[jax.Array, ...]:
-    """[B, READ_WIDTH] (and [B, READ_WIDTH, C]) of each column, zeros behind it."""
-
-    def read(state: EngineState, places: jax.Array, starts: jax.Array):
-        table = state.requests
-        offsets = jnp.arange(READ_WIDTH, dtype=jnp.int32)
-        positions = starts[:, None] + offsets[None, :]
-
-        def window(column: jax.Array) -> jax.Array:
-            if 0 in column.shape:
-                return jnp.zeros((*positions.shape, 0), column.dtype)
-            at = column.at[places[:, None], positions]
-            return at.get(mode="fill", fill_value=0)
-
-        return (
-            window(table.tokens),
-            window(table.logprobs),
-            window(table.ranks),
-            window(table.top_ids),
-            window(table.top_logprobs),
-        )
-
-    return sharded.read(read, state, places, starts)

@@ -4,8 +4,7 @@
 
 Prints for each kernel, shape and compute capability the registers of a thread, the
 bytes that are spilled, and the shared memory of a program; the last line is one JSON
-object. Needs the extra `triton`; takes about a second for each. Expected: no spills but
-of float32 on sm_80.
+object. Needs the extra `triton`; takes about a second for each. Expected: no spills.
 """
 
 import dataclasses
@@ -39,6 +38,8 @@ SHAPES = {
     "gemma_2_2b_fp8": ((8, 4), 256, 16, "bf16", "u8"),
     "qwen_2_5_7b_int8": ((28, 4), 128, 64, "fp16", "i8"),
     "qwen_2_5_7b_fp8": ((28, 4), 128, 64, "fp16", "u8"),
+    "float32_int8": ((32, 8), 128, 16, "fp32", "i8"),
+    "float32_fp8": ((32, 8), 64, 16, "fp32", "u8"),
 }
 ITEMSIZE = {"i8": 1, "u8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -53,7 +54,7 @@ def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], 
     """Kernel, pointers' types, static arguments and tiles of all calls of a shape."""
     (heads, kv_heads), head_dim, block_size, kind, page_kind = SHAPES[name]
     group, is_quantised = heads // kv_heads, ITEMSIZE[page_kind] == 1
-    tile = tiles.choose(head_dim, ITEMSIZE[page_kind])
+    tile = tiles.choose(head_dim, ITEMSIZE[page_kind], ITEMSIZE[kind])
     sizes = dict(HEADS=heads, HEAD_DIM=head_dim, HAS_SINKS=False)
     inputs = dict(q_ptr=kind, k_ptr=page_kind, v_ptr=page_kind)
     inputs |= dict(k_scale_ptr="fp32", v_scale_ptr="fp32")

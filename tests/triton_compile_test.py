@@ -26,9 +26,10 @@ OF_8_BITS = (
     "gemma_2_2b_int8",
     "gemma_2_2b_fp8",
 )
+FLOAT32 = ("one_key_float32", "float32_int8", "float32_fp8")
 
 
-@pytest.mark.parametrize("shapes", [FLOATS, OF_8_BITS])
+@pytest.mark.parametrize("shapes", [FLOATS, OF_8_BITS, FLOAT32])
 def test_kernels_compile_without_spills_and_fetch_ahead(shapes):
     flags = [f"--shapes={','.join(shapes)}"]
     command = [sys.executable, "-m", "experiments.compile_triton", *flags]

@@ -58,7 +58,8 @@ def attend(
     num_rows, width = block_tables.shape
     group = num_heads // num_kv_heads
     if tiles is None:
-        tiles = tiles_module.choose(head_dim, k_pages.dtype.itemsize)
+        itemsizes = k_pages.dtype.itemsize, q.dtype.itemsize
+        tiles = tiles_module.choose(head_dim, *itemsizes)
         tiles = tuned.tiles("triton", tiles, num_heads, k_pages)
     is_ragged = query_start_loc is not None
     queries = max(tiles.query_rows // group, 1) if is_ragged else 1

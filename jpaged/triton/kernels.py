@@ -98,8 +98,10 @@ def attend(
     pool = tl.load(settings_ptr).to(tl.int64) * tl.load(settings_ptr + 5) * size
     pool += kv_head * BLOCK
     table_ptr = tables_ptr + row.to(tl.int64) * width
-    # A weight times a value's scale has float32's range, which float16 has not.
-    WEIGHTS: tl.constexpr = tl.bfloat16 if q.dtype == tl.float16 else q.dtype
+    # Numbers of 8 bits are exact in these. Not float16 for values: a weight times a
+    # value's scale has float32's range. For float32 see `_product`.
+    KEYS: tl.constexpr = tl.float16 if q.dtype == tl.float16 else tl.bfloat16
+    VALUES: tl.constexpr = tl.bfloat16
     highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -121,8 +123,8 @@ def attend(
         ahead = token + TOKENS
         block = tl.load(table_ptr + ahead // BLOCK, mask=ahead < end, other=0)
         if SCALES > 0:
-            k, v = _numbers(k, q.dtype), _numbers(v, WEIGHTS)
-        scores = tl.dot(q, k, input_precision=PRECISION) * SCALE
+            k, v = _numbers(k, KEYS), _numbers(v, VALUES)
+        scores = _product(q, k, PRECISION) * SCALE
         if SCALES > 0:
             scores *= _scales(k_scale, k_ptr)[None, :]
         if SOFT_CAP > 0:
@@ -139,7 +141,9 @@ def attend(
         if SCALES > 0:
             weights *= _scales(v_scale, v_ptr)[None, :]
         acc = acc * decay[:, None]
-        acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        if q.dtype != tl.float32:
+            weights = weights.to(v.dtype)
+        acc += _product(weights, v, PRECISION)
         highest = new
 
     if is_split:
@@ -165,6 +169,23 @@ def attend(
         lse = tl.where(total > 0, (highest + tl.log2(some)) * LN_2, float("-inf"))
         index = (first_query + query).to(tl.int64) * HEADS + head
         tl.store(lse_ptr + index, lse, mask=is_row)
+
+
+@triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """a @ b in float32.
+
+    A float32 `a` meets numbers of 8 bits, which bfloat16 holds, as the three bfloat16
+    that it is the sum of: each product is exact then, and the tensor cores' own. (As
+    float32 both, such tiles spilled up to 9 KB of a thread's registers.)
+    """
+    if a.dtype == b.dtype:
+        return tl.dot(a, b, input_precision=PRECISION)
+    high = a.to(b.dtype)
+    rest = a - high.to(tl.float32)
+    middle = rest.to(b.dtype)
+    low = (rest - middle.to(tl.float32)).to(b.dtype)
+    return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b)))
 
 
 @triton.jit

@@ -21,9 +21,15 @@ class Tiles:
     least_chunk: int = 256  # tokens of a split, at least
 
 
-def choose(head_dim: int, itemsize: int) -> Tiles:
-    """Such as need at most 16 KiB for a tile of keys, or as much once it is widened."""
+def choose(head_dim: int, itemsize: int, q_itemsize: int) -> Tiles:
+    """Such as need at most 16 KiB for a tile of keys, or as much once it is widened.
+
+    Bytes of a number of the pages and of q. A tile of 64 float32 queries spills.
+    """
+    rows = 32 if q_itemsize == 4 else 64
     if itemsize == 1:  # each stage is half as large, so one more is under way
-        return Tiles(tokens=max(min(2**13 // head_dim, 64), 16), num_stages=4)
-    tokens = min(2**14 // (head_dim * itemsize), 128)
-    return Tiles(tokens=max(tokens, 16), num_stages=2 if itemsize == 4 else 3)
+        tokens = max(min(2**13 // head_dim, 64), 16)
+        return Tiles(query_rows=rows, tokens=tokens, num_stages=4)
+    tokens = max(min(2**14 // (head_dim * itemsize), 128), 16)
+    stages = 2 if itemsize == 4 else 3
+    return Tiles(query_rows=rows, tokens=tokens, num_stages=stages)

@@ -54,7 +54,7 @@ class Stage:
 
 _TINY = "--rows=2 --contexts=40 --updates=4 --repeats=1 --round_s=0.01 --read_gb=0.01"
 _FIRST = "mosaic_gpu,triton,write_kv/triton,copy_blocks/triton,flashinfer,torch_sdpa"
-_OTHERS = "jax_contiguous,ejkernel,jax_deprecated,torch_flex"
+_OTHERS = "jax_contiguous,ejkernel,jax_deprecated,torch_flex,transformers_paged"
 STAGES = (
     Stage(
         "tests",

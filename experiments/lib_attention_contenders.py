@@ -78,6 +78,10 @@ CONTENDERS: dict[str, tuple[Callable[[Case], Built], Callable[[], str | None]]] 
     "jax_deprecated": (peers.jax_deprecated, lambda: needs_backend("gpu")),
     "torch_sdpa": (peers.torch_sdpa, lambda: has("torch")),
     "torch_flex": (peers.torch_flex, lambda: has("torch")),
+    "transformers_paged": (
+        peers.transformers_paged,
+        lambda: has("torch", "transformers"),
+    ),
     "flashinfer": (
         peers.flashinfer,
         lambda: needs_backend("gpu", "flashinfer", "torch"),

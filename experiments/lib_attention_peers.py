@@ -111,6 +111,37 @@ def torch_flex(case: Case) -> Built:
     return _torch_loop(attend, q)
 
 
+def transformers_paged(case: Case) -> Built:
+    """What transformers' continuous batching does for `sdpa`: all rows' keys and values
+    are gathered one behind the other, and a mask says whose they are."""
+    import types
+
+    import torch
+    from transformers.integrations import sdpa_attention
+
+    shape = case.shape
+    # Its cache has tokens first: [slots, K, D].
+    pools = (case.pages(x).transpose(0, 2, 1, 3) for x in (case.keys, case.values))
+    pools = (x.reshape(-1, *x.shape[2:]) for x in pools)
+    q, keys, values = _torch_tensors(case, case.q, *pools)
+    slots = case.block_tables[..., None] * shape.block_size
+    slots = (slots + np.arange(shape.block_size)).reshape(shape.rows, -1)
+    index = torch.from_numpy(slots[:, : shape.context].reshape(-1)).to(q.device)
+    row = torch.arange(shape.rows, device=q.device)
+    mask = row[:, None] == row.repeat_interleave(shape.context)[None, :]
+    groups = shape.num_heads // shape.num_kv_heads
+    module: Any = types.SimpleNamespace(num_key_value_groups=groups)
+
+    def attend(x):
+        gathered = (pool[index].transpose(0, 1)[None] for pool in (keys, values))
+        out, _ = sdpa_attention.sdpa_attention_forward(
+            module, x.transpose(0, 1)[None], *gathered, mask[None, None]
+        )
+        return out[0]
+
+    return _torch_loop(attend, q)
+
+
 def ejkernel(case: Case) -> Built:
     """EasyDeL's port to JAX of vLLM's Triton kernel for paged memory.
 

@@ -29,7 +29,15 @@ SHAPE = Shape(
 
 
 @pytest.mark.parametrize(
-    "name", ["reference", "xla", "jax_contiguous", "torch_sdpa", "torch_flex"]
+    "name",
+    [
+        "reference",
+        "xla",
+        "jax_contiguous",
+        "torch_sdpa",
+        "torch_flex",
+        "transformers_paged",
+    ],
 )
 @pytest.mark.filterwarnings("default")  # torch's own
 def test_contenders_give_the_same_numbers_from_the_same_case(name):

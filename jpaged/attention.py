@@ -19,7 +19,13 @@ import jax.numpy as jnp
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jpaged.implementations import choose, page_head_dim, scale_width, without_gradient
 from jpaged.pallas import tpu
-from jpaged.quantised_pages import check_scales, decode, encode, is_quantised
+from jpaged.quantised_pages import (
+    check_scales,
+    decode,
+    encode,
+    is_quantised,
+    stored,
+)
 from jpaged.shared_prefix import SharedPrefix, find
 from jpaged.triton import attention as triton_attention
 from jpaged.triton import pages as triton_pages
@@ -57,7 +63,8 @@ def paged_attention(
       q: `[S, H, D]`, one query per sequence (decode); or with `query_start_loc`
         `[T, H, D]`, prompt chunks and decode tokens of all sequences one after
         another, causal within each sequence.
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`. Their D may
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`; uint16 is
+        taken as the bits of bfloat16 (`implementations.stored_dtype`). Their D may
         be that of q rounded up to a multiple of 128, with zeros behind, as TPUs want
         it (`implementations.page_head_dim`).
       block_tables: i32`[S, M]`. Entries past a sequence's length are never used,
@@ -211,7 +218,7 @@ def write_kv(
         pools += scales
         (k, new_k_scale), (v, new_v_scale) = (encode(x, k_pages.dtype) for x in (k, v))
         values = [k, v, new_k_scale, new_v_scale]
-    values[:2] = (_padded(x.astype(k_pages.dtype), head_dim) for x in values[:2])
+    values[:2] = (_padded(stored(x, k_pages.dtype), head_dim) for x in values[:2])
     if chosen == "mosaic_tpu":
         return tpu.write(k_pages, v_pages, *scales, tuple(values), slot_mapping, layer)
     if chosen == "triton":

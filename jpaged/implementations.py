@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpaged.quantised_pages import is_quantised
+from jpaged.quantised_pages import BITS_OF_BFLOAT16, is_quantised, page_dtype
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
 
@@ -43,6 +43,20 @@ def page_head_dim(head_dim: int, implementation: str | None) -> int:
     if (implementation or best()) != "mosaic_tpu":
         return head_dim
     return -(-head_dim // LANES) * LANES
+
+
+def stored_dtype(kv_dtype: str, implementation: str | None) -> str:
+    """The dtype with which an implementation wants pages stored.
+
+    `kv_dtype` is "int8", "fp8" or a float's name. On a CPU XLA (that of jax 0.10) copies
+    a whole pool of bfloat16, widened, to gather from it or to write a token into it; one
+    of its bits it does not.
+    """
+    dtype = page_dtype(kv_dtype)
+    is_xla = (implementation or best()) in ("xla", "reference")
+    if dtype == "bfloat16" and is_xla and jax.default_backend() == "cpu":
+        return BITS_OF_BFLOAT16
+    return dtype
 
 
 def scale_width(block_size: int, implementation: str | None) -> int:

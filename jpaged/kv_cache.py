@@ -20,8 +20,8 @@ from jax import lax
 from jpaged import attention
 from jpaged.block_manager import NO_BLOCK
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
-from jpaged.implementations import choose, page_head_dim, scale_width
-from jpaged.quantised_pages import is_quantised, page_dtype
+from jpaged.implementations import choose, page_head_dim, scale_width, stored_dtype
+from jpaged.quantised_pages import is_quantised
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,7 @@ def init_cache(
     """
     head_dim = page_head_dim(head_dim, implementation)
     shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
-    dtype = page_dtype(dtype)
+    dtype = stored_dtype(dtype, implementation)
     if not is_quantised(dtype):
         return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
     # Of one head: how many a device has, a mesh decides.
@@ -83,7 +83,7 @@ def bytes_per_block(
 
     With the scales where `dtype` is "int8" or "fp8".
     """
-    dtype = page_dtype(dtype)
+    dtype = stored_dtype(dtype, implementation)
     vector = page_head_dim(head_dim, implementation) * jnp.dtype(dtype).itemsize
     head = block_size * vector
     if is_quantised(dtype):

@@ -17,6 +17,9 @@ from jax import lax
 # widens a whole array of float8 to update a slice of it on a CPU, and not one of bytes.
 PAGE_DTYPES = {"int8": "int8", "fp8": "uint8"}
 
+# Pages of bfloat16 as bits, for a CPU: see `implementations.stored_dtype`.
+BITS_OF_BFLOAT16 = "uint16"
+
 _LARGEST = {"int8": 127.0, "uint8": 448.0, "float8_e4m3fn": 448.0}
 
 
@@ -51,13 +54,23 @@ def encode(values: jax.Array, dtype: jnp.dtype | str) -> tuple[jax.Array, jax.Ar
 def decode(numbers: jax.Array) -> jax.Array:
     """`numbers` of quantised pages in float32, still without their scales.
 
-    Numbers of other pages stay as they are.
+    Bits of bfloat16 become that; numbers of other pages stay as they are.
     """
+    if numbers.dtype == BITS_OF_BFLOAT16:
+        numbers = lax.bitcast_convert_type(numbers, jnp.bfloat16)
+        return numbers.astype(jnp.float32)
     if not is_quantised(numbers.dtype):
         return numbers
     if numbers.dtype == jnp.uint8:
         numbers = lax.bitcast_convert_type(numbers, jnp.float8_e4m3fn)
     return numbers.astype(jnp.float32)
+
+
+def stored(values: jax.Array, dtype: jnp.dtype | str) -> jax.Array:
+    """`values` as pages of `dtype` hold them: cast, or the bits of their bfloat16."""
+    if dtype == BITS_OF_BFLOAT16:
+        return lax.bitcast_convert_type(values.astype(jnp.bfloat16), dtype)
+    return values.astype(dtype)
 
 
 def bits(numbers: jax.Array) -> jax.Array:

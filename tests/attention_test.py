@@ -295,9 +295,28 @@ def test_copy_blocks_copies_exactly_the_named_blocks(dtype, layer):
     check_copies(dtype, layer, None)
 
 
-def test_pools_that_are_donated_come_back_in_their_own_memory():
-    # A CPU widens bfloat16 to write it.
-    check_in_place("xla", "float32")
+# A CPU widens bfloat16 to write it (jax 0.10), so caches hold its bits there.
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16"])
+def test_pools_that_are_donated_come_back_in_their_own_memory(dtype):
+    check_in_place("xla", dtype)
+
+
+def test_pages_of_bits_are_those_of_bfloat16():
+    case = make_case([40, 7], dtype="bfloat16")
+    bits = {name: getattr(case, name).view(np.uint16) for name in ("k_pages", "v_pages")}
+    out, _ = run(dataclasses.replace(case, **bits), None)
+    want, _ = attention_oracle.attention(case)
+    assert relative_errors(out, want).max() < TOLERANCES["bfloat16"]
+
+    pages = jnp.zeros((2, 1, 2, 3), jnp.uint16)
+    values = some_pages(1, 1, 3)
+    written = jnp.asarray(values)
+    k_pages, _ = attention.write_kv(
+        pages, pages, written, written, jnp.array([3], jnp.int32)
+    )
+    wanted = values[0, 0].astype(jnp.bfloat16).view(np.uint16)
+    assert_bitwise(k_pages[1, 0, 1], wanted)
+    assert not k_pages[0].any()
 
 
 # ---- arguments that do not fit together

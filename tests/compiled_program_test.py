@@ -55,13 +55,13 @@ def engine_config(num_blocks: int) -> EngineConfig:
     )
 
 
-def bytes_of_blocks(num_blocks: int) -> int:
+def bytes_of_blocks(num_blocks: int, dtype: str = "float32") -> int:
     return num_blocks * kv_cache.bytes_per_block(
         num_layers=MODEL.num_layers,
         num_kv_heads=MODEL.num_kv_heads,
         block_size=16,
         head_dim=MODEL.head_dim,
-        dtype="float32",
+        dtype=dtype,
     )
 
 
@@ -95,6 +95,15 @@ def test_no_temporary_is_as_large_as_the_pages_of_one_layer(case, programs):
     memory = programs[case].memory_analysis()
     one_array = bytes_of_blocks(case[1]) // (2 * MODEL.num_layers)
     assert memory.temp_size_in_bytes < one_array
+
+
+def test_a_pool_of_bfloat16_is_not_copied_either():
+    model = init_model(MODEL, dtype="bfloat16")
+    state = jax.eval_shape(lambda: engine.init(model, engine_config(SIZES[1])))
+    memory = engine.run.lower(model, state).compile().memory_analysis()
+    pool = bytes_of_blocks(SIZES[1], "bfloat16")
+    assert memory.alias_size_in_bytes >= pool
+    assert memory.temp_size_in_bytes < pool // (2 * MODEL.num_layers)
 
 
 def test_temporaries_grow_with_the_pool_by_bookkeeping_only(programs):

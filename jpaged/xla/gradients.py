@@ -130,8 +130,8 @@ def _backward(saved, cotangents):
     sums = _Sums(zeros(padded[0].shape), zeros(pools.k.shape), zeros(pools.v.shape))
     sums = lax.fori_loop(0, num_tiles, tile, sums)
     d_pools = None
-    if not is_quantised(pools.k.dtype):
-        kind = pools.k.dtype
+    kind = pools.k.dtype
+    if jnp.issubdtype(kind, jnp.floating) and not is_quantised(kind):
         d_pools = Pools(sums.k.astype(kind), sums.v.astype(kind), None, None)
     d_q = sums.q[: q.shape[0]].astype(q.dtype)
     given: dict[str, Any] = dict.fromkeys(Operands._fields)

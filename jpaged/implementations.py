@@ -48,9 +48,9 @@ def page_head_dim(head_dim: int, implementation: str | None) -> int:
 def stored_dtype(kv_dtype: str, implementation: str | None) -> str:
     """The dtype with which an implementation wants pages stored.
 
-    `kv_dtype` is "int8", "fp8" or a float's name. On a CPU XLA (that of jax 0.10) copies
-    a whole pool of bfloat16, widened, to gather from it or to write a token into it; one
-    of its bits it does not.
+    `kv_dtype` is "int8", "fp8" or a float's name. On a CPU the XLA of jax 0.10 copies
+    a whole pool of bfloat16, widened, to gather from it or to write a token into it;
+    one of its bits it does not.
     """
     dtype = page_dtype(kv_dtype)
     is_xla = (implementation or best()) in ("xla", "reference")

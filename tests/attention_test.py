@@ -303,7 +303,9 @@ def test_pools_that_are_donated_come_back_in_their_own_memory(dtype):
 
 def test_pages_of_bits_are_those_of_bfloat16():
     case = make_case([40, 7], dtype="bfloat16")
-    bits = {name: getattr(case, name).view(np.uint16) for name in ("k_pages", "v_pages")}
+    bits = {
+        name: getattr(case, name).view(np.uint16) for name in ("k_pages", "v_pages")
+    }
     out, _ = run(dataclasses.replace(case, **bits), None)
     want, _ = attention_oracle.attention(case)
     assert relative_errors(out, want).max() < TOLERANCES["bfloat16"]

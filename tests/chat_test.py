@@ -14,6 +14,8 @@ from jpaged.bundled import bundled_path
 from jpaged.chat import ChatTemplates, render
 from jpaged.text import Tokenizer
 
+pytestmark = pytest.mark.long
+
 MESSAGES = [
     {"role": "system", "content": "Be <brief>."},
     {"role": "user", "content": "Say “hé”\n\tand 'so'.  "},

@@ -23,6 +23,8 @@ from jpaged.requests import (
 )
 from jpaged.text import Tokenizer
 
+pytestmark = pytest.mark.long
+
 VOCAB_SIZE = 300
 MAX_LEN = 64
 EOS = (1, 40, 80, 120, 160, 200)  # several, so that greedy outputs do meet one

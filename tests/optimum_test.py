@@ -17,6 +17,8 @@ from jpaged.simulator.simulate import simulate
 from jpaged.simulator.systems import find_system
 from jpaged.simulator.workloads import Workload
 
+pytestmark = pytest.mark.long
+
 
 def most_hits(prompts, capacity: int) -> int:
     """The most blocks known in all, over every choice of what to keep after each."""

@@ -13,6 +13,8 @@ from runners import on_eight_devices
 from jpaged import make_mesh, parallel
 from jpaged.models import Decoder, ModelConfig
 
+pytestmark = pytest.mark.long
+
 # Sums over devices in another order than over one matrix, in float32: up to 1.3e-6 of
 # the largest logit was seen. The planted fault below is off by more than all of it.
 SUMS = 1e-5

@@ -13,9 +13,12 @@ RUN = DATA / "vllm_runs"
 WORKLOAD = RUN / "workload_sharegpt300_llama31.jsonl.gz"
 MEASURED = RUN / "rtxpro6000_llama31_8b_requests.csv"
 
-pytestmark = pytest.mark.skipif(
-    not WORKLOAD.exists(), reason="the measured run is not in the repository"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not WORKLOAD.exists(), reason="the measured run is not in the repository"
+    ),
+]
 
 
 run = functools.partial(

@@ -13,6 +13,8 @@ from runners import run_experiment
 from experiments import prefix_cache as runner
 from jpaged.simulator.traces import read_prompts
 
+pytestmark = pytest.mark.long
+
 TRACE = pathlib.Path("data", "mooncake_synthetic.jsonl.gz")
 # The folder `shared` lies beside the checkout where there is one.
 SHARED = ROOT.parent / "shared" / TRACE

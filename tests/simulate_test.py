@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from runners import run_experiment
 
+pytestmark = pytest.mark.long
+
 KEYS = {
     "mean_batched_requests",
     "normalized_latency_s",

@@ -17,6 +17,8 @@ from jpaged.decoding import DecodingAlgorithm, smc, token_keys
 from jpaged.decoding.smc import systematic
 from jpaged.requests import AlgorithmParams, SamplingParams
 
+pytestmark = pytest.mark.long
+
 NUM_RUNS, NUM_ROWS, NUM_STEPS = 20_000, 4, 4
 STOP = (2,)
 

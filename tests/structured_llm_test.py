@@ -34,6 +34,8 @@ from jpaged.requests import (
     StructuredOutputsParams,
 )
 
+pytestmark = pytest.mark.long
+
 PROMPTS = [[7, 30, 111], [9], [222, 3, 14, 15, 92, 65, 35, 89, 79]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=50)
 

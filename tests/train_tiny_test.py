@@ -16,6 +16,8 @@ from jpaged.bundled import bundled_models, bundled_path
 from jpaged.models import init_model, load_model
 from jpaged.text import Tokenizer
 
+pytestmark = pytest.mark.long
+
 # Stated in docs/tiny_model.md, for the library of Python 3.11.7. Other versions share
 # most of the held-out text: on that of 3.12.1 it is 3.552.
 HELD_OUT_NATS, MARGIN = 3.545, 0.05

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
-from jpaged.implementations import choose, page_head_dim, scale_width, without_gradient
+from jpaged.implementations import choose, scale_width, without_gradient
+from jpaged.packed_pages import LANES, plain, plain_shape
 from jpaged.pallas import tpu
 from jpaged.quantised_pages import check_scales, decode, encode, is_quantised
 from jpaged.shared_prefix import SharedPrefix, find
@@ -109,6 +110,7 @@ def paged_attention(
     chosen = choose(
         implementation,
         k_pages,
+        q.shape[-1],
         q=q,
         block_tables=block_tables,
         scale=scale,
@@ -119,6 +121,8 @@ def paged_attention(
             f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
             "take implementation='xla', or None for plain attention"
         )
+    if chosen != "mosaic_tpu":
+        k_pages, v_pages = (plain(pages, q.shape[-1]) for pages in (k_pages, v_pages))
     k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
@@ -132,7 +136,8 @@ def paged_attention(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
     )
-    q = _padded(q, k_pages.shape[-1])
+    if chosen != "mosaic_tpu":  # which does that itself
+        q = _padded(q, k_pages.shape[-1])
     if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
         if chosen != "mosaic_gpu":
@@ -194,8 +199,9 @@ def write_kv(
       ValueError: for shapes that do not fit together.
     """
     _check_pages(k_pages, v_pages, layer)
-    chosen = choose(implementation, k_pages)
-    *_, num_kv_heads, _, head_dim = k_pages.shape
+    chosen = choose(implementation, k_pages, k.shape[-1])
+    shape = k_pages.shape
+    *_, num_kv_heads, block_size, head_dim = plain_shape(k_pages, k.shape[-1])
     own_dim = k.shape[-1] if _is_padded(k.shape[-1], head_dim) else head_dim
     wanted = (*slot_mapping.shape[:1], num_kv_heads, own_dim)
     for name, value in (("k", k), ("v", v)):
@@ -214,12 +220,15 @@ def write_kv(
     values[:2] = (_padded(x.astype(k_pages.dtype), head_dim) for x in values[:2])
     if chosen == "mosaic_tpu":
         return tpu.write(k_pages, v_pages, *scales, tuple(values), slot_mapping, layer)
+    pools[:2] = (plain(pages, head_dim) for pages in pools[:2])
     if chosen == "triton":
-        return triton_pages.write(pools, values, slot_mapping, layer)
-    return tuple(
-        xla_pages.write(pool, value, slot_mapping, layer, k_pages.shape[-2])
-        for pool, value in zip(pools, values, strict=True)
-    )
+        written = triton_pages.write(pools, values, slot_mapping, layer)
+    else:
+        written = tuple(
+            xla_pages.write(pool, value, slot_mapping, layer, block_size)
+            for pool, value in zip(pools, values, strict=True)
+        )
+    return (*(pages.reshape(shape) for pages in written[:2]), *written[2:])
 
 
 def copy_blocks(
@@ -359,7 +368,7 @@ def _groups(shared_prefix, block_tables, context_lens, k_pages) -> SharedPrefix 
 
 def _is_padded(head_dim: int, page_dim: int) -> bool:
     """Whether pages of `page_dim` are those of `head_dim` as TPUs want them stored."""
-    return page_dim == page_head_dim(head_dim, "mosaic_tpu")
+    return page_dim == -(-head_dim // LANES) * LANES
 
 
 def _padded(heads: jax.Array, page_dim: int) -> jax.Array:

@@ -40,12 +40,19 @@ def small_tiles(monkeypatch):
 
 
 def stored(case: Case) -> Case:
-    """The case with pages as TPUs want them: zeros behind small heads."""
-    *_, head_dim = case.k_pages.shape
-    fill = -head_dim % 128
+    """The case with pages as TPUs want them.
+
+    Tokens of small heads side by side, zeros behind heads that do not divide 128.
+    """
+    *first, _, head_dim = case.k_pages.shape
+    fill = 0 if 128 % head_dim == 0 else -head_dim % 128
     width = ((0, 0),) * 3 + ((0, fill),)
+
+    def page(pages):
+        return np.pad(pages, width).reshape(*first, -1, max(head_dim + fill, 128))
+
     return dataclasses.replace(
-        case, k_pages=np.pad(case.k_pages, width), v_pages=np.pad(case.v_pages, width)
+        case, k_pages=page(case.k_pages), v_pages=page(case.v_pages)
     )
 
 

@@ -26,9 +26,8 @@ def per_row(head_dim: int, dtype: Any) -> int:
 
     Those of 8 bits are not, whose scales are a token's.
     """
-    if head_dim not in _HEAD_DIMS or dtype not in (jnp.bfloat16, jnp.float32):
-        return 1
-    return LANES // head_dim
+    is_packed = jnp.dtype(dtype).name in ("bfloat16", "float32")
+    return LANES // head_dim if is_packed and head_dim in _HEAD_DIMS else 1
 
 
 def fits(block_size: int, per_row: int) -> bool:

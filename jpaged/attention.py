@@ -58,9 +58,11 @@ def paged_attention(
       q: `[S, H, D]`, one query per sequence (decode); or with `query_start_loc`
         `[T, H, D]`, prompt chunks and decode tokens of all sequences one after
         another, causal within each sequence.
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`. Their D may
-        be that of q rounded up to a multiple of 128, with zeros behind, as TPUs want
-        it (`implementations.page_head_dim`).
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`. Their last
+        two axes may be as TPUs want them (`implementations.page_shape`): of D 16, 32 or
+        64, bfloat16 or float32, `[P * D // 128, 128]`, the same numbers in the same
+        order; of other D `[P, D']`, D' the next multiple of 128, with zeros behind. On
+        a TPU all but "mosaic_tpu" copy the former, and "mosaic_tpu" plain ones.
       block_tables: i32`[S, M]`. Entries past a sequence's length are never used,
         whatever they hold.
       context_lens: i32`[S]`, tokens visible to the row's last query, those that are
@@ -87,9 +89,11 @@ def paged_attention(
         (`-inf` where nothing is visible), for `merge_states`.
       implementation: None takes the best for the backend that serves the arguments. A
         name is never replaced: "mosaic_tpu" raises unless q is bfloat16 or float32,
-        pages are that or quantised, P is a multiple of 16 and the pages' D one of 128,
+        pages are that or quantised, P is a multiple of 16 (of D 32 16 or one of 32, of
+        D 16 16, 32 or one of 64) and D 16, 32, 64 or the pages' D a multiple of 128,
         and `scale` and `logits_soft_cap` are Python numbers; of quantised pages P must
-        be 16, 32, 64 or a multiple of 128, and K 1, 2, 4 or a multiple of 8;
+        be 16, 32, 64 or a multiple of 128, their D one of 128, and K 1, 2, 4 or a
+        multiple of 8;
         "mosaic_gpu" (a Hopper GPU) unless pages are bfloat16 or float16, P is 16, 32 or
         a multiple of 64, D 64, 128 or 256, and those are numbers; "triton" (an NVIDIA
         GPU; quantised pages too) needs a pages' D of 16, 32, 64, 128 or 256, and
@@ -184,8 +188,8 @@ def write_kv(
     """The pages with `k[t]`, `v[t]` written to slot `slot_mapping[t]`.
 
     Args:
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`; updated in
-        place when the caller donates them.
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`, stored as in
+        `paged_attention`; updated in place when the caller donates them.
       k, v: `[T, K, D]`, cast to the pages' dtype, or quantised.
       slot_mapping: i32`[T]`, `block * block_size + offset`; below 0 is skipped.
       k_scale, v_scale: of quantised pages, f32`[N, K, P]`, or `[L, N, K, P]` with
@@ -246,7 +250,7 @@ def copy_blocks(
 
     Args:
       k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer` (without it a
-        stacked pool copies the block in every layer).
+        stacked pool copies the block in every layer), stored as in `paged_attention`.
       src, dst: i32`[C]`, `NO_BLOCK` (-1) padding in either skips the pair; no block
         may be both a source and a destination.
       k_scale, v_scale: of quantised pages, as in `write_kv`; they follow their blocks.

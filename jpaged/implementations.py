@@ -84,8 +84,8 @@ def choose(
     """
     if implementation is None and best() == "mosaic_tpu" and k_pages.shape[-1] % LANES:
         return "xla"  # "mosaic_tpu" would copy them, to be packed, if at all
-    # Whole blocks are rows, whatever is in one.
-    head_dim = packed_pages.SMALLEST if head_dim is None else head_dim
+    if head_dim is None:
+        head_dim = packed_pages.head_dim_of_rows(k_pages)
     shape = packed_pages.plain_shape(k_pages, head_dim)
     k_pages = jax.ShapeDtypeStruct(shape, k_pages.dtype)
     if implementation is None:
@@ -139,10 +139,10 @@ def _unserved_by_mosaic_tpu(k_pages: Any, attention: dict[str, Any]) -> str | No
             f"{head_dim}"
         )
     if per_row > 1 and not packed_pages.fits(block_size, per_row):
+        few = ", ".join(str(size) for size in (16, 32) if size < 8 * per_row)
         return (
-            f"k_pages: expected a block_size of {8 * per_row} or a multiple of it, or "
-            f"less than that and a power of two, for a head_dim of {head_dim}, got "
-            f"{block_size}"
+            f"k_pages: expected a block_size of {few} or a multiple of {8 * per_row} "
+            f"for a head_dim of {head_dim}, got {block_size}"
         )
     if not attention:
         return None

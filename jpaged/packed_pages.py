@@ -18,7 +18,6 @@ import jax.numpy as jnp
 LANES = 128
 # Of 16 tokens even the smallest fill two rows, the least that a tile of bfloat16 has.
 _HEAD_DIMS = (16, 32, 64)
-SMALLEST = _HEAD_DIMS[0]
 
 
 def per_row(head_dim: int, dtype: Any) -> int:
@@ -43,6 +42,16 @@ def tokens_of_row(pages: Any, head_dim: int) -> int:
     """
     is_wide = pages.shape[-1] == LANES != head_dim
     return per_row(head_dim, pages.dtype) if is_wide else 1
+
+
+def head_dim_of_rows(pages: Any) -> int:
+    """A head_dim for pages [..., R, 128] or others, of which whole blocks are moved.
+
+    What is in a row is no matter then: where blocks of R rows may be packed, the least.
+    """
+    *_, rows, width = pages.shape
+    least = _HEAD_DIMS[0]
+    return least if fits(rows * LANES // least, LANES // least) else width
 
 
 def plain_shape(pages: Any, head_dim: int) -> tuple[int, ...]:

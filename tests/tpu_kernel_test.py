@@ -232,7 +232,7 @@ WRONG = {
     "k_pages: expected bfloat16, float32, int8, .* got float16": {"dtype": "float16"},
     "k_pages: expected a block_size of a multiple of 16, got 8": {"block_size": 8},
     "k_pages: expected a head_dim of 16, 32 or 64 .* got 80": {"head_dim": 80},
-    "k_pages: expected a block_size of 32 or .*, for a head_dim of 32, got 48": {
+    "k_pages: .* block_size of 16 or a multiple of 32 for a head_dim of 32, got 48": {
         "head_dim": 32,
         "block_size": 48,
     },

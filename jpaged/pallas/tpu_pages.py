@@ -56,15 +56,17 @@ class _Rows:
         (window,) = scratch
         num_heads, _, head_dim = self.shape
         window[...] = bits(buffer[...]).astype(self.wide)
-        lanes = tpu_packed.place_of_lane((1, head_dim), self.tokens_of_row)
+        tokens = self.tokens_of_row
 
         def one(token, slot, _):
             row = new[pl.ds(token, 1)]  # [1, K * D]
-            place = pl.ds(slot % self.num_slots // self.tokens_of_row, 1)
+            at = slot % self.num_slots
+            place = pl.ds(at if tokens == 1 else at // tokens, 1)
             for head in range(num_heads):
                 one_head = row[:, head * head_dim : (head + 1) * head_dim]
-                if self.tokens_of_row > 1:
-                    is_own = lanes == slot % self.tokens_of_row
+                if tokens > 1:
+                    lane_of = tpu_packed.place_of_lane(one_head.shape, tokens)
+                    is_own = lane_of == slot % tokens
                     one_head = jnp.where(is_own, one_head, window[head, place])
                 window[head, place] = one_head
 
@@ -130,7 +132,9 @@ def write(
 
     def of_tokens(values):
         """One row of numbers to a token, so that any row can be read."""
-        wide = jnp.tile(bits(values).astype(window.wide), (1, 1, tokens_of_row))
+        wide = bits(values).astype(window.wide)
+        if tokens_of_row > 1:
+            wide = jnp.tile(wide, (1, 1, tokens_of_row))
         return wide.reshape(-1, num_kv_heads * width)
 
     return tpu_windows.update(

@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key."""
+        """Query heads that share a row of keys; of packed pages one for each token."""
         return self.num_heads // self.num_kv_heads
 
     @property

@@ -114,7 +114,6 @@ def paged_attention(
     chosen = choose(
         implementation,
         k_pages,
-        q.shape[-1],
         q=q,
         block_tables=block_tables,
         scale=scale,

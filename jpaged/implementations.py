@@ -75,7 +75,7 @@ def choose(
     Args:
       implementation: a name, or None for the best that serves.
       k_pages: the pages, `[..., P, D]`, or packed for heads of `head_dim`.
-      head_dim: of q, or of what is written; None where whole blocks are moved.
+      head_dim: of what is written; None where whole blocks are moved, or for q's.
       **attention: of a call of `paged_attention` its `q`, `block_tables`, `scale` and
         `logits_soft_cap`; of a page update nothing.
 
@@ -84,7 +84,9 @@ def choose(
     """
     if implementation is None and best() == "mosaic_tpu" and k_pages.shape[-1] % LANES:
         return "xla"  # "mosaic_tpu" would copy them, to be packed, if at all
-    if head_dim is None:
+    if "q" in attention:
+        head_dim = attention["q"].shape[-1]
+    elif head_dim is None:
         head_dim = packed_pages.head_dim_of_rows(k_pages)
     shape = packed_pages.plain_shape(k_pages, head_dim)
     k_pages = jax.ShapeDtypeStruct(shape, k_pages.dtype)

@@ -31,14 +31,17 @@ from jpaged import attention, implementations, quantised_pages
 def _paged(implementation: str) -> Callable[[Case], Built]:
     def build(case: Case) -> Built:
         shape = case.shape
-        dim = implementations.page_head_dim(shape.head_dim, implementation)
-        room = ((0, 0), (0, 0), (0, 0), (0, dim - shape.head_dim))
+        page = quantised_pages.page_dtype(shape.kv_dtype or shape.dtype)
+        sizes = (shape.block_size, shape.head_dim, page, implementation)
+        rows, width = implementations.page_shape(*sizes)
+        is_packed = rows < shape.block_size
+        room = ((0, 0),) * 3 + ((0, 0 if is_packed else width - shape.head_dim),)
         kind = shape.dtype if shape.kv_dtype is None else "float32"
         pools, scales = [], {}
         for name, values in (("k_scale", case.keys), ("v_scale", case.values)):
-            pages = jnp.asarray(np.pad(case.pages(values), room), kind)
+            pages = np.pad(case.pages(values), room)
+            pages = jnp.asarray(pages.reshape(*pages.shape[:2], rows, width), kind)
             if shape.kv_dtype is not None:
-                page = quantised_pages.page_dtype(shape.kv_dtype)
                 pages, scales[name] = quantised_pages.encode(pages, page)
             pools.append(pages)
         lens = jnp.full(shape.rows, shape.context, jnp.int32)

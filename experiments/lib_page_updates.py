@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.lib_attention_cases import median_seconds, repeat
 from experiments.lib_attention_contenders import needs_backend
-from jpaged import attention, implementations
+from jpaged import attention, implementations, packed_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,9 @@ def _call(update: Update, implementation: str, num_blocks: int) -> Call:
 
 def _arrays(update: Update, implementation: str, num_blocks: int) -> list[jax.Array]:
     """Pools, the places of the first turn, and keys and values to write."""
-    dim = implementations.page_head_dim(update.head_dim, implementation)
+    sizes = (update.block_size, update.head_dim, update.dtype, implementation)
     keys = jax.random.split(jax.random.key(0), 4)
-    pool = (num_blocks, update.num_kv_heads, update.block_size, dim)
+    pool = (num_blocks, update.num_kv_heads, *implementations.page_shape(*sizes))
     new = (update.number, update.num_kv_heads, update.head_dim)
     shapes = (pool, pool, new, new)
     k_pages, v_pages, k, v = (
@@ -118,8 +118,9 @@ def _check(update: Update, implementation: str) -> None:
             pages[len(pages) - 1 - order] = pages[order]
         else:
             size, dim = update.block_size, update.head_dim
-            pages[order // size, :, order % size, :dim] = new
-            pages[order // size, :, order % size, dim:] = 0
+            slots = pages.reshape(packed_pages.plain_shape(pages, dim))
+            slots[order // size, :, order % size, :dim] = new
+            slots[order // size, :, order % size, dim:] = 0
         if np.asarray(result).tobytes() != pages.tobytes():
             raise ValueError("wrong pages: not timed")
 

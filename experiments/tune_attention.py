@@ -33,7 +33,7 @@ from experiments import lib_attention_contenders as contenders
 from experiments.lib_attention_cases import Case, Shape, make_case
 from experiments.lib_processes import ask_each, chosen, tell
 from experiments.timing import environment
-from jpaged import implementations, tuned
+from jpaged import implementations, packed_pages, tuned
 
 FLAGS = flags.FLAGS
 # What is tried, of each implementation and in this order; a size alone after another.
@@ -134,7 +134,9 @@ def current(shape: Shape, name: str) -> dict[str, int]:
 def key(shape: Shape, name: str) -> tuple[int, int, int, int]:
     """head_dim, group, block_size and itemsize, as the table has them."""
     itemsize = {"float32": 4}.get(shape.dtype, 2)
-    head_dim = implementations.page_head_dim(shape.head_dim, name)
+    sizes = (shape.block_size, shape.head_dim, shape.dtype, name)
+    pages = jax.ShapeDtypeStruct(implementations.page_shape(*sizes), shape.dtype)
+    head_dim = packed_pages.plain_shape(pages, shape.head_dim)[-1]
     group = shape.num_heads // shape.num_kv_heads
     return head_dim, group, shape.block_size, itemsize
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
-from jpaged.implementations import choose, page_head_dim, scale_width, without_gradient
+from jpaged.implementations import choose, scale_width, without_gradient
+from jpaged.packed_pages import LANES, plain, plain_shape
 from jpaged.pallas import tpu
 from jpaged.quantised_pages import (
     check_scales,
@@ -64,9 +65,11 @@ def paged_attention(
         `[T, H, D]`, prompt chunks and decode tokens of all sequences one after
         another, causal within each sequence.
       k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`; uint16 is
-        taken as the bits of bfloat16 (`implementations.stored_dtype`). Their D may
-        be that of q rounded up to a multiple of 128, with zeros behind, as TPUs want
-        it (`implementations.page_head_dim`).
+        taken as the bits of bfloat16 (`implementations.stored_dtype`). Their last two
+        axes may be as TPUs want them (`implementations.page_shape`): of D 16, 32 or
+        64, bfloat16 or float32, `[P * D // 128, 128]`, the same numbers in the same
+        order; of other D `[P, D']`, D' the next multiple of 128, with zeros behind. On
+        a TPU all but "mosaic_tpu" copy the former, and "mosaic_tpu" plain ones.
       block_tables: i32`[S, M]`. Entries past a sequence's length are never used,
         whatever they hold.
       context_lens: i32`[S]`, tokens visible to the row's last query, those that are
@@ -93,9 +96,11 @@ def paged_attention(
         (`-inf` where nothing is visible), for `merge_states`.
       implementation: None takes the best for the backend that serves the arguments. A
         name is never replaced: "mosaic_tpu" raises unless q is bfloat16 or float32,
-        pages are that or quantised, P is a multiple of 16 and the pages' D one of 128,
+        pages are that or quantised, P is a multiple of 16 (of D 32 16 or one of 32, of
+        D 16 16, 32 or one of 64) and D 16, 32, 64 or the pages' D a multiple of 128,
         and `scale` and `logits_soft_cap` are Python numbers; of quantised pages P must
-        be 16, 32, 64 or a multiple of 128, and K 1, 2, 4 or a multiple of 8;
+        be 16, 32, 64 or a multiple of 128, their D one of 128, and K 1, 2, 4 or a
+        multiple of 8;
         "mosaic_gpu" (a Hopper GPU) unless pages are bfloat16 or float16, P is 16, 32 or
         a multiple of 64, D 64, 128 or 256, and those are numbers; "triton" (an NVIDIA
         GPU; quantised pages too) needs a pages' D of 16, 32, 64, 128 or 256, and
@@ -126,6 +131,8 @@ def paged_attention(
             f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
             "take implementation='xla', or None for plain attention"
         )
+    if chosen != "mosaic_tpu":
+        k_pages, v_pages = (plain(pages, q.shape[-1]) for pages in (k_pages, v_pages))
     k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
@@ -139,7 +146,8 @@ def paged_attention(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
     )
-    q = _padded(q, k_pages.shape[-1])
+    if chosen != "mosaic_tpu":  # which does that itself
+        q = _padded(q, k_pages.shape[-1])
     if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
         if chosen != "mosaic_gpu":
@@ -186,8 +194,8 @@ def write_kv(
     """The pages with `k[t]`, `v[t]` written to slot `slot_mapping[t]`.
 
     Args:
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`; updated in
-        place when the caller donates them.
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`, stored as in
+        `paged_attention`; updated in place when the caller donates them.
       k, v: `[T, K, D]`, cast to the pages' dtype, or quantised.
       slot_mapping: i32`[T]`, `block * block_size + offset`; below 0 is skipped.
       k_scale, v_scale: of quantised pages, f32`[N, K, P]`, or `[L, N, K, P]` with
@@ -201,8 +209,9 @@ def write_kv(
       ValueError: for shapes that do not fit together.
     """
     _check_pages(k_pages, v_pages, layer)
-    chosen = choose(implementation, k_pages)
-    *_, num_kv_heads, _, head_dim = k_pages.shape
+    chosen = choose(implementation, k_pages, k.shape[-1])
+    shape = k_pages.shape
+    *_, num_kv_heads, block_size, head_dim = plain_shape(k_pages, k.shape[-1])
     own_dim = k.shape[-1] if _is_padded(k.shape[-1], head_dim) else head_dim
     wanted = (*slot_mapping.shape[:1], num_kv_heads, own_dim)
     for name, value in (("k", k), ("v", v)):
@@ -221,12 +230,15 @@ def write_kv(
     values[:2] = (_padded(stored(x, k_pages.dtype), head_dim) for x in values[:2])
     if chosen == "mosaic_tpu":
         return tpu.write(k_pages, v_pages, *scales, tuple(values), slot_mapping, layer)
+    pools[:2] = (plain(pages, head_dim) for pages in pools[:2])
     if chosen == "triton":
-        return triton_pages.write(pools, values, slot_mapping, layer)
-    return tuple(
-        xla_pages.write(pool, value, slot_mapping, layer, k_pages.shape[-2])
-        for pool, value in zip(pools, values, strict=True)
-    )
+        written = triton_pages.write(pools, values, slot_mapping, layer)
+    else:
+        written = tuple(
+            xla_pages.write(pool, value, slot_mapping, layer, block_size)
+            for pool, value in zip(pools, values, strict=True)
+        )
+    return (*(pages.reshape(shape) for pages in written[:2]), *written[2:])
 
 
 def copy_blocks(
@@ -244,7 +256,7 @@ def copy_blocks(
 
     Args:
       k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer` (without it a
-        stacked pool copies the block in every layer).
+        stacked pool copies the block in every layer), stored as in `paged_attention`.
       src, dst: i32`[C]`, `NO_BLOCK` (-1) padding in either skips the pair; no block
         may be both a source and a destination.
       k_scale, v_scale: of quantised pages, as in `write_kv`; they follow their blocks.
@@ -366,7 +378,7 @@ def _groups(shared_prefix, block_tables, context_lens, k_pages) -> SharedPrefix 
 
 def _is_padded(head_dim: int, page_dim: int) -> bool:
     """Whether pages of `page_dim` are those of `head_dim` as TPUs want them stored."""
-    return page_dim == page_head_dim(head_dim, "mosaic_tpu")
+    return page_dim == -(-head_dim // LANES) * LANES
 
 
 def _padded(heads: jax.Array, page_dim: int) -> jax.Array:

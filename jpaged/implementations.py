@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged import packed_pages
+from jpaged.packed_pages import LANES
 from jpaged.quantised_pages import BITS_OF_BFLOAT16, is_quantised, page_dtype
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
@@ -22,8 +24,6 @@ IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
 # none is chosen there unasked.
 _FIRST = {"tpu": "mosaic_tpu"}
 
-# Numbers in a row of a TPU's memory tile: an array's last axis is padded to a multiple.
-LANES = 128
 # Block tables lie in a TPU core's scalar memory of 1 MiB, with some room for the rest.
 _TABLE_BYTES = 896 * 1024
 _ROWS = 16  # rows of a memory tile of bfloat16
@@ -34,15 +34,24 @@ def best() -> str:
     return _FIRST.get(jax.default_backend(), "xla")
 
 
-def page_head_dim(head_dim: int, implementation: str | None) -> int:
-    """The head_dim with which an implementation wants its pages stored.
+def page_shape(
+    block_size: int, head_dim: int, dtype: Any, implementation: str | None
+) -> tuple[int, int]:
+    """The last two axes with which an implementation wants its pages stored.
 
-    On TPUs a multiple of 128, filled up with zeros: of smaller heads XLA would order
-    the axes otherwise, and a kernel's view of the pages would be a copy of the pool.
+    On TPUs the last is a multiple of 128: of smaller heads XLA would order the axes
+    otherwise, and a kernel's view of the pages would be a copy of the pool. Floats of
+    16, 32 or 64 are packed, others filled up with zeros. Small heads whose blocks no
+    packed rows fit are stored as they are, for "xla".
     """
     if (implementation or best()) != "mosaic_tpu":
-        return head_dim
-    return -(-head_dim // LANES) * LANES
+        return block_size, head_dim
+    per_row = packed_pages.per_row(head_dim, dtype)
+    if per_row == 1:
+        return block_size, -(-head_dim // LANES) * LANES
+    if not packed_pages.fits(block_size, per_row):
+        return block_size, head_dim
+    return block_size // per_row, LANES
 
 
 def stored_dtype(kv_dtype: str, implementation: str | None) -> str:
@@ -62,25 +71,39 @@ def stored_dtype(kv_dtype: str, implementation: str | None) -> str:
 def scale_width(block_size: int, implementation: str | None) -> int:
     """The last axis with which an implementation wants quantised pages' scales stored.
 
-    On TPUs a multiple of 128, for the reason that `page_head_dim` gives.
+    On TPUs a multiple of 128, for the reason that `page_shape` gives.
     """
     if (implementation or best()) != "mosaic_tpu":
         return block_size
     return -(-block_size // LANES) * LANES
 
 
-def choose(implementation: str | None, k_pages: Any, **attention: Any) -> str:
+def choose(
+    implementation: str | None,
+    k_pages: Any,
+    head_dim: int | None = None,
+    **attention: Any,
+) -> str:
     """The implementation that serves a call.
 
     Args:
       implementation: a name, or None for the best that serves.
-      k_pages: the pages, `[..., P, D]`.
+      k_pages: the pages, `[..., P, D]`, or packed for heads of `head_dim`.
+      head_dim: of what is written; None where whole blocks are moved, or for q's.
       **attention: of a call of `paged_attention` its `q`, `block_tables`, `scale` and
         `logits_soft_cap`; of a page update nothing.
 
     Raises:
       ValueError: there is no such implementation, or it cannot serve the arguments.
     """
+    if implementation is None and best() == "mosaic_tpu" and k_pages.shape[-1] % LANES:
+        return "xla"  # "mosaic_tpu" would copy them, to be packed, if at all
+    if "q" in attention:
+        head_dim = attention["q"].shape[-1]
+    elif head_dim is None:
+        head_dim = packed_pages.head_dim_of_rows(k_pages)
+    shape = packed_pages.plain_shape(k_pages, head_dim)
+    k_pages = jax.ShapeDtypeStruct(shape, k_pages.dtype)
     if implementation is None:
         return "xla" if _complaint(best(), k_pages, attention) else best()
     if implementation not in IMPLEMENTATIONS:
@@ -124,10 +147,18 @@ def _unserved_by_mosaic_tpu(k_pages: Any, attention: dict[str, Any]) -> str | No
             "k_pages: expected 1, 2, 4 or a multiple of 8 key/value heads on a device "
             f"for pages of {k_pages.dtype}, got {num_kv_heads}"
         )
-    if head_dim % LANES:
+    per_row = packed_pages.per_row(head_dim, k_pages.dtype)
+    if head_dim % LANES and per_row == 1:
         return (
-            "k_pages: expected a head_dim of a multiple of 128 (pages of smaller heads "
-            f"are stored with zeros behind them, q is not), got {head_dim}"
+            "k_pages: expected a head_dim of 16, 32 or 64 of floats, or a multiple of "
+            "128 (other pages are stored with zeros behind each head, q is not), got "
+            f"{head_dim}"
+        )
+    if per_row > 1 and not packed_pages.fits(block_size, per_row):
+        few = ", ".join(str(size) for size in (16, 32) if size < 8 * per_row)
+        return (
+            f"k_pages: expected a block_size of {few} or a multiple of {8 * per_row} "
+            f"for a head_dim of {head_dim}, got {block_size}"
         )
     if not attention:
         return None

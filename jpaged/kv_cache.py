@@ -11,6 +11,7 @@ Source: Kwon et al. 2023, section 4.1.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax import lax
 from jpaged import attention
 from jpaged.block_manager import NO_BLOCK
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
-from jpaged.implementations import choose, page_head_dim, scale_width, stored_dtype
+from jpaged.implementations import choose, page_shape, scale_width, stored_dtype
 from jpaged.quantised_pages import is_quantised
 
 
@@ -32,7 +33,7 @@ class KVCache:
     The blocks are the second axis of every leaf, so what moves blocks maps over leaves.
     """
 
-    k_pages: jax.Array  # [L, N, K, P, D]
+    k_pages: jax.Array  # [L, N, K, P, D], the last two those of `page_shape`
     v_pages: jax.Array  # [L, N, K, P, D]
     k_scale: jax.Array | None = None  # f32[L, N, K, P'], of quantised pages
     v_scale: jax.Array | None = None  # f32[L, N, K, P'], P' of `scale_width`
@@ -57,9 +58,9 @@ def init_cache(
     Raises:
       ValueError: the implementation does not serve quantised pages of these sizes.
     """
-    head_dim = page_head_dim(head_dim, implementation)
-    shape = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
     dtype = stored_dtype(dtype, implementation)
+    page = page_shape(block_size, head_dim, dtype, implementation)
+    shape = (num_layers, num_blocks, num_kv_heads, *page)
     if not is_quantised(dtype):
         return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
     # Of one head: how many a device has, a mesh decides.
@@ -84,8 +85,8 @@ def bytes_per_block(
     With the scales where `dtype` is "int8" or "fp8".
     """
     dtype = stored_dtype(dtype, implementation)
-    vector = page_head_dim(head_dim, implementation) * jnp.dtype(dtype).itemsize
-    head = block_size * vector
+    page = page_shape(block_size, head_dim, dtype, implementation)
+    head = math.prod(page) * jnp.dtype(dtype).itemsize
     if is_quantised(dtype):
         head += scale_width(block_size, implementation) * jnp.dtype("float32").itemsize
     return 2 * num_layers * num_kv_heads * head

@@ -45,17 +45,20 @@ ROOMS = {
     "step_inputs":       ["compat", "config", "block_manager", "shared_prefix"],
     # memory and arithmetic: pages and activations, no requests
     "quantised_pages":   [],
+    "packed_pages":      [],
     # which of the three serves a call
-    "implementations":   ["quantised_pages"],
+    "implementations":   ["packed_pages", "quantised_pages"],
     # what kernels take in place of None
     "defaults":          [],
     # tile sizes by device and shape
     "tuned":             [],
     "xla":               ["compat", "quantised_pages", "shared_prefix", "tuned"],
-    "pallas":            ["compat", "defaults", "implementations", "tuned"],
+    "pallas":            ["compat", "defaults", "implementations", "packed_pages",
+                          "tuned"],
     "triton":            ["compat", "defaults", "quantised_pages", "tuned"],
     "attention":         ["compat", "config", "xla", "pallas", "triton",
-                          "implementations", "quantised_pages", "shared_prefix"],
+                          "implementations", "packed_pages", "quantised_pages",
+                          "shared_prefix"],
     "kv_cache":          ["compat", "config", "block_manager", "implementations",
                           "quantised_pages", "attention"],
     "models":            ["compat", "config", "bundled", "parallel", "step_inputs",

@@ -40,12 +40,19 @@ def small_tiles(monkeypatch):
 
 
 def stored(case: Case) -> Case:
-    """The case with pages as TPUs want them: zeros behind small heads."""
-    *_, head_dim = case.k_pages.shape
-    fill = -head_dim % 128
+    """The case with pages as TPUs want them.
+
+    Tokens of small heads side by side, zeros behind heads that do not divide 128.
+    """
+    *first, _, head_dim = case.k_pages.shape
+    fill = 0 if 128 % head_dim == 0 else -head_dim % 128
     width = ((0, 0),) * 3 + ((0, fill),)
+
+    def page(pages):
+        return np.pad(pages, width).reshape(*first, -1, max(head_dim + fill, 128))
+
     return dataclasses.replace(
-        case, k_pages=np.pad(case.k_pages, width), v_pages=np.pad(case.v_pages, width)
+        case, k_pages=page(case.k_pages), v_pages=page(case.v_pages)
     )
 
 
@@ -73,7 +80,7 @@ def check(case: Case, **options) -> None:
 SINKS = np.linspace(-2.0, 3.0, 14).astype(np.float32)
 # heads, head_dim, block_size, dtype, options
 SHAPES = {
-    "one_group": ((3, 3), 64, 16, "float32", {}),
+    "one_group": ((3, 3), 80, 16, "float32", {}),
     "groups_of_4": ((8, 2), 128, 16, "bfloat16", {}),
     "one_key": ((16, 1), 256, 64, "bfloat16", {"sliding_window": 50}),
     "blocks_of_128": ((4, 2), 128, 128, "float32", {"logits_soft_cap": 2.0}),
@@ -193,12 +200,12 @@ def test_write_kv_writes_exactly_the_named_slots(dtype, chunk_bytes, monkeypatch
         assert np.asarray(result).tobytes() == want.tobytes()
 
 
-def test_write_kv_fills_small_heads_up():
+def test_write_kv_fills_heads_up_that_do_not_divide_128():
     pages = jnp.ones((2, 1, 16, 128), jnp.bfloat16)
-    new = jnp.asarray(some(1, 1, 64, seed=0, dtype="float32"))
+    new = jnp.asarray(some(1, 1, 80, seed=0, dtype="float32"))
     got, _ = mosaic(attention.write_kv)(pages, pages, new, new, jnp.array([17]))
-    np.testing.assert_array_equal(got[1, 0, 1, :64], new[0, 0].astype(jnp.bfloat16))
-    assert (np.asarray(got[1, 0, 1, 64:]) == 0).all()
+    np.testing.assert_array_equal(got[1, 0, 1, :80], new[0, 0].astype(jnp.bfloat16))
+    assert (np.asarray(got[1, 0, 1, 80:]) == 0).all()
     assert (
         np.asarray(got).sum(dtype=np.float64)
         - np.asarray(got[1, 0, 1]).sum(dtype=np.float64)
@@ -224,7 +231,11 @@ def test_copy_blocks_copies_exactly_the_named_blocks(layer):
 WRONG = {
     "k_pages: expected bfloat16, float32, int8, .* got float16": {"dtype": "float16"},
     "k_pages: expected a block_size of a multiple of 16, got 8": {"block_size": 8},
-    "k_pages: expected a head_dim of a multiple of 128 .* got 64": {"head_dim": 64},
+    "k_pages: expected a head_dim of 16, 32 or 64 .* got 80": {"head_dim": 80},
+    "k_pages: .* block_size of 16 or a multiple of 32 for a head_dim of 32, got 48": {
+        "head_dim": 32,
+        "block_size": 48,
+    },
 }
 
 
@@ -276,7 +287,7 @@ def test_an_engine_on_these_kernels_gives_the_models_own_greedy_tokens():
     prompts = [[1, 2, 3], list(range(5, 40)), [7] * 17]
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     state, _ = engine.submit(engine.init(model, config), prompts, params)
-    assert state.cache.k_pages.shape[-1] == 128
+    assert state.cache.k_pages.shape == (2, 12, 2, 8, 128)  # two tokens in a row
     results = engine.collect(engine.run(model, state))
     assert [len(result.token_ids) for result in results] == [4, 4, 4]
     for prompt, result in zip(prompts, results, strict=True):
@@ -288,7 +299,7 @@ def test_an_engine_on_these_kernels_gives_the_models_own_greedy_tokens():
 
 def test_bytes_of_a_block_count_what_heads_are_filled_up_with():
     sizes = dict(num_layers=2, num_kv_heads=3, block_size=16, dtype="bfloat16")
-    for head_dim, bytes_per_head in ((64, 256), (128, 256), (130, 512)):
+    for head_dim, bytes_per_head in ((64, 128), (80, 256), (128, 256), (130, 512)):
         size = kv_cache.bytes_per_block(
             head_dim=head_dim, implementation="mosaic_tpu", **sizes
         )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jpaged import defaults
 from jpaged.implementations import scale_width
+from jpaged.packed_pages import packed
 from jpaged.pallas import tpu_attention, tpu_pages
 
 Layer = jax.Array | int | None
@@ -37,8 +38,12 @@ def attend(
     sinks: jax.Array | None,
     **static: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tpu_attention.attend`, whose `static` options are passed on."""
+    """As `tpu_attention.attend`, whose `static` options are passed on.
+
+    Here and below, pages of small heads may come as [..., P, D]; they are copied then.
+    """
     has_layers = k_pages.ndim == 5
+    k_pages, v_pages = packed(k_pages), packed(v_pages)
     stacked_k, stacked_v = _stacked((k_pages, v_pages), has_layers)
     return tpu_attention.attend(
         q,
@@ -69,9 +74,8 @@ def write(
     `values`: of each of the arrays [T, K, D] or [T, K].
     """
     given = _given(k_pages, v_pages, k_scale, v_scale)
-    stacked = _stacked(
-        (k_pages, v_pages, *_wide(k_pages, k_scale, v_scale)), k_pages.ndim == 5
-    )
+    arrays = (packed(k_pages), packed(v_pages), *_wide(k_pages, k_scale, v_scale))
+    stacked = _stacked(arrays, k_pages.ndim == 5)
     written = tpu_pages.write(stacked[:2], values[:2], slots, defaults.layer(layer))
     if scales := stacked[2:]:
         block_size = k_pages.shape[-2]
@@ -92,7 +96,7 @@ def copy(
 ) -> Arrays:
     """As `tpu_pages.copy`; without `layer`, in every layer."""
     given = _given(k_pages, v_pages, k_scale, v_scale)
-    arrays = (k_pages, v_pages, *_wide(k_pages, k_scale, v_scale))
+    arrays = (packed(k_pages), packed(v_pages), *_wide(k_pages, k_scale, v_scale))
     copied = tpu_pages.copy(
         _stacked(arrays, k_pages.ndim == 5),
         src,
@@ -123,7 +127,9 @@ def _stacked(arrays: Arrays, has_layers: bool) -> Arrays:
 
 def _as_given(arrays: Arrays, given: Arrays) -> Arrays:
     """The results in the shapes of the arguments."""
-    return tuple(
-        array[..., : one.shape[-1]].reshape(one.shape)
-        for array, one in zip(arrays, given, strict=True)
-    )
+
+    def like(array, one):
+        is_wide = array.size > one.size
+        return (array[..., : one.shape[-1]] if is_wide else array).reshape(one.shape)
+
+    return tuple(map(like, arrays, given))

@@ -9,7 +9,8 @@ is computed. The next segment's first tile is under way before this one's last i
 so the memory never waits. The online softmax is that of Milakov and Gimelshein 2018.
 
 Letters as in `jpaged.attention`; R rows of a tile of queries (query by query, and of
-each the G heads that share a key), C tokens of a tile of keys, I segments.
+each the G heads that share a key), C rows of a tile of keys, I segments. A row of keys
+is a token, or of packed pages several: see `tpu_packed`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jpaged import tuned
+from jpaged import packed_pages, tuned
 from jpaged.implementations import LANES
-from jpaged.pallas import tpu_key_tiles, tpu_segments
+from jpaged.pallas import tpu_key_tiles, tpu_packed, tpu_segments
 from jpaged.pallas.tpu_key_tiles import KeyTiles
 from jpaged.pallas.tpu_numbers import product_dtype
 from jpaged.pallas.tpu_plan import ROWS, Plan, Tiles, from_tiles, plan_of, to_tiles
@@ -59,7 +60,7 @@ def attend(
     Args:
       q: [T, H, D].
       k_pages, v_pages: [L, N, K, P, D'] with D' a multiple of 128, at least D; what is
-        behind D of a head must be zeros.
+        behind D of a head must be zeros. Or packed, [L, N, K, P * D // 128, 128].
       scales: of pages of 8 bits those of keys and of values, f32[L, N, K, P'] with P'
         the next multiple of 128; else ().
       block_tables: i32[S, M].
@@ -74,11 +75,22 @@ def attend(
       tiles: sizes; None takes those of `jpaged.tuned`.
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU.
     """
+    num_queries, num_heads, head_dim = q.shape
+    tokens_of_row = packed_pages.tokens_of_row(k_pages, head_dim)
     if tiles is None:
-        tiles = tuned.tiles("mosaic_tpu", Tiles(), q.shape[1], k_pages)
-    is_ragged = query_start_loc is not None
-    plan = plan_of(q, k_pages, block_tables, is_ragged=is_ragged, tiles=tiles)
-    num_queries = q.shape[0]
+        shape = packed_pages.plain_shape(k_pages, head_dim)
+        pages = jax.ShapeDtypeStruct(shape, k_pages.dtype)
+        tiles = tuned.tiles("mosaic_tpu", Tiles(), num_heads, pages)
+    if tokens_of_row > 1:
+        q = tpu_packed.spread(q, tokens_of_row)
+    plan = plan_of(
+        q,
+        k_pages,
+        block_tables,
+        is_ragged=query_start_loc is not None,
+        tiles=tiles,
+        tokens_of_row=tokens_of_row,
+    )
     num_tiles = pl.cdiv(num_queries, plan.tile_queries)
     max_tokens = plan.width * plan.block_size
     if query_start_loc is None:
@@ -108,10 +120,11 @@ def attend(
         has_lse=has_lse,
         interpret=interpret,
     )
-    out = from_tiles(out, plan, num_queries)[..., : q.shape[-1]]
+    # The rows of a query over packed pages all have its result.
+    out = from_tiles(out, plan, num_queries)[:, ::tokens_of_row, :head_dim]
     if not has_lse:
         return out, None
-    lse = from_tiles(lses[0], plan, num_queries)[..., 0]
+    lse = from_tiles(lses[0], plan, num_queries)[:, ::tokens_of_row, 0]
     if sinks is not None:
         is_empty = jnp.isneginf(lse)
         with_sink = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, :])
@@ -200,7 +213,7 @@ def _kernel(
         Segments(*refs[: len(Segments._fields)]),
         refs[len(Segments._fields) :],
     )
-    # [1, Kw, R, D], Kw heads of a walk; pages [L, N, K, P, D] twice, and scales
+    # [1, Kw, R, D], Kw heads of a walk; pages [L, N, K, ., D] twice, and scales
     q_ref, arrays, refs = refs[0], refs[1 : 1 + num_arrays], refs[1 + num_arrays :]
     # [1, Kw, R, D], and f32[1, Kw, R, LANES] if asked for
     out_ref, lse_ref, refs = refs[0], refs[1] if has_lse else None, refs[1 + has_lse :]
@@ -210,7 +223,7 @@ def _kernel(
     num_segments = pl.num_programs(1)
     layer, window = settings_ref[0], settings_ref[1]
     tiles = KeyTiles(plan, walk, layer, tables_ref, segments, arrays, *buffers)
-    tokens = plan.tokens
+    tokens, tokens_of_row = plan.tokens, plan.tokens_of_row
     tile = segments.tile[segment]
 
     @pl.when(segment == 0)
@@ -227,13 +240,17 @@ def _kernel(
     def compute(number, slot, start, num_rows):
         """The online softmax of the rows from `start` on over a tile of tokens."""
         place = pl.ds(start, num_rows)
-        shape = (num_rows, tokens)
+        shape = (num_rows, plan.columns)
         row = start + lax.broadcasted_iota(jnp.int32, shape, 0)
         # Integer division of vectors by any number; the half makes it exact.
         query = (row.astype(jnp.float32) + 0.5) * (1.0 / plan.group)
         query = tile * plan.tile_queries + query.astype(jnp.int32)
         seen = query + segments.shift[segment]
-        position = number * tokens + lax.broadcasted_iota(jnp.int32, shape, 1)
+        position = lax.broadcasted_iota(jnp.int32, shape, 1)
+        if tokens_of_row > 1:
+            position *= tokens_of_row
+            position += tpu_packed.place_of_row(row, tokens_of_row)
+        position += number * tokens
         mask = (position < seen) & (position >= seen - window)
         mask &= (query >= segments.first[segment]) & (query < segments.end[segment])
         for head in range(plan.walk_heads):
@@ -311,12 +328,16 @@ def _kernel(
     @pl.when((segment == num_segments - 1) | (following_tile != tile))
     def _():
         for head in range(plan.walk_heads):
-            total = sum_ref[head]
+            highest, total, acc = max_ref[head], sum_ref[head], acc_ref[head]
+            if tokens_of_row > 1:
+                highest, total, acc = tpu_packed.merged(
+                    highest, total, acc, tokens_of_row
+                )
             is_empty = total == 0
             total = jnp.where(is_empty, 1.0, total)
-            out_ref[0, head] = (acc_ref[head] / total[:, :1]).astype(out_ref.dtype)
+            out_ref[0, head] = (acc / total[:, :1]).astype(out_ref.dtype)
             if lse_ref is not None:
-                lse = max_ref[head] + jnp.log(total)
+                lse = highest + jnp.log(total)
                 lse_ref[0, head] = jnp.where(is_empty, -jnp.inf, lse)
 
 

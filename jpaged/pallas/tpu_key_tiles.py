@@ -5,8 +5,9 @@ Place on the road: pallas.tpu_attention -> [pallas.tpu_key_tiles].
 A tile is copied block by block from where the pages lie. Of pages of 8 bits the scales
 come along, and are put side by side, for a score is multiplied by its key's.
 
-Letters as in `jpaged.attention`; C tokens of a tile, B = C // P its blocks, Kw heads of
-a walk, Ks heads whose scales it fetches.
+Letters as in `jpaged.attention`; R rows of a page, of a token each or of packed pages
+of several; C rows of a tile, B = C // R its blocks, Kw heads of a walk, Ks heads whose
+scales it fetches.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.implementations import LANES
+from jpaged.pallas import tpu_packed
 from jpaged.pallas.tpu_numbers import bits, of_bits, widened
 from jpaged.pallas.tpu_plan import Plan
 from jpaged.pallas.tpu_segments import Segments
@@ -28,7 +30,7 @@ from jpaged.pallas.tpu_segments import Segments
 
 def scratch(plan: Plan, dtype: Any, scale_width: int | None) -> list[Any]:
     """What a kernel allocates for `KeyTiles`: its last fields, in their order."""
-    block = (plan.block_size, plan.head_dim)
+    block = (plan.block_rows, plan.head_dim)
     pages = pltpu.VMEM((2, plan.walk_heads, plan.blocks, *block), dtype)
     semaphores = pltpu.SemaphoreType.DMA((2,))
     if scale_width is None:
@@ -48,9 +50,9 @@ class KeyTiles:
     layer: Any  # i32[]
     tables: Any  # i32[S * M]
     segments: Segments  # of refs
-    arrays: tuple[Any, ...]  # pages [L, N, K, P, D] twice, scales f32[L, N, K, P'] too
+    arrays: tuple[Any, ...]  # pages [L, N, K, R, D] twice, scales f32[L, N, K, P'] too
     semaphores: Any  # DMA[2]
-    keys: Any  # [2, Kw, B, P, D]
+    keys: Any  # [2, Kw, B, R, D]
     values: Any
     k_scales: Any = None  # f32[2, B, Ks, P'], of pages of 8 bits
     v_scales: Any = None
@@ -87,9 +89,14 @@ class KeyTiles:
         lax.fori_loop(*self._columns(of, number), done, None)
 
     def clear_unseen(self, of, number, slot) -> None:
-        """Zeros for values in a tile's fetched blocks that no query of `of` sees."""
+        """Zeros for values in a tile's fetched blocks that no query of `of` sees.
+
+        In packed pages for keys too, which share their row with some that are seen.
+        """
         if self.values.dtype == jnp.int8:
             return  # none is NaN
+        is_packed = self.plan.tokens_of_row > 1
+        buffers = (self.keys, self.values) if is_packed else (self.values,)
         block_size = self.plan.block_size
         first_token = self.segments.first_token[of]
         end_token = self.segments.end_token[of]
@@ -101,13 +108,12 @@ class KeyTiles:
             @pl.when((token > first) & (token < first + block_size))
             def _(column=column):
                 place = column - number * self.plan.blocks
-                values = self.values[slot, :, place]  # [Kw, P, D]
-                position = lax.broadcasted_iota(jnp.int32, values.shape, 1)
-                position += column * block_size
+                position = column * block_size + self._tokens()
                 is_seen = (position >= first_token) & (position < end_token)
-                values = jnp.where(is_seen, bits(values).astype(wide), wide(0))
-                values = of_bits(values, self.values.dtype)
-                self.values[slot, :, place] = values
+                for buffer in buffers:
+                    numbers = bits(buffer[slot, :, place]).astype(wide)
+                    numbers = jnp.where(is_seen, numbers, wide(0))
+                    buffer[slot, :, place] = of_bits(numbers, buffer.dtype)
 
     def spread_scales(self, slot) -> None:
         """Makes `k_rows` and `v_rows`; what was not fetched may be NaN."""
@@ -125,7 +131,7 @@ class KeyTiles:
     def numbers_of(self, head: int, slot, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """[C, D] twice, keys and values of a head of the walk, without their scales."""
         keys, values = (
-            widened(pages[slot, head], dtype).reshape(self.plan.tokens, -1)
+            widened(pages[slot, head], dtype).reshape(self.plan.columns, -1)
             for pages in (self.keys, self.values)
         )
         return keys, values
@@ -139,6 +145,16 @@ class KeyTiles:
         return tuple(
             rows[pl.ds(first + head, 1)] for rows in (self.k_rows, self.v_rows)
         )
+
+    def _tokens(self) -> jax.Array:
+        """Which of a block's tokens each number is of, i32[Kw, R, D]."""
+        plan = self.plan
+        shape = (plan.walk_heads, plan.block_rows, plan.head_dim)
+        row = lax.broadcasted_iota(jnp.int32, shape, 1)
+        if plan.tokens_of_row == 1:
+            return row
+        place = tpu_packed.place_of_lane(shape, plan.tokens_of_row)
+        return row * plan.tokens_of_row + place
 
     def _copies(self, block, column, slot):
         """The copies of one block to its place among a tile's columns."""

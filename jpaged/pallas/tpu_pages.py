@@ -2,10 +2,10 @@
 
 Place on the road: attention -> pallas.tpu -> [pallas.tpu_pages].
 
-A slot is one row of its head's memory tiles, and its scale, where the page has some,
-one lane of the block's row of scales.
+A slot is one row of its head's memory tiles, of packed pages some lanes of a row. Its
+scale, where the page has some, is one lane of the block's row of scales.
 
-Letters as in `jpaged.attention`; W slots of a window.
+Letters as in `jpaged.attention`; R rows of a page, W of a window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jpaged.pallas import tpu_windows
+from jpaged import packed_pages
+from jpaged.pallas import tpu_packed, tpu_windows
 from jpaged.pallas.tpu_numbers import bits, of_bits
 from jpaged.pallas.tpu_windows import Walk
 
@@ -31,31 +32,43 @@ _ROWS, _NARROW_ROWS = 16, 32
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Windows of W rows of every head's page; new tokens are [T, K * D]."""
+    """Windows of W rows of every head's page; new tokens are [T, K * D].
+
+    Where a row has several tokens, a new one's numbers stand in the lanes of each.
+    """
 
     num_slots: int
     block_size: int
     shape: tuple[int, ...]  # [K, W, D]
     wide: Any  # the dtype in which any row can be changed: of 32 bits
+    tokens_of_row: int
 
     def scratch(self) -> list[Any]:
         return [pltpu.VMEM(self.shape, self.wide)]
 
     def place(self, array: Any, layer: Any, slot: Any) -> Any:
-        start = slot % self.block_size // self.num_slots * self.num_slots
-        rows = pl.ds(pl.multiple_of(start, self.num_slots), self.num_slots)
+        num_rows = self.shape[1]
+        start = slot % self.block_size // self.num_slots * num_rows
+        rows = pl.ds(pl.multiple_of(start, num_rows), num_rows)
         return array.at[layer, slot // self.block_size, :, rows]
 
     def put(self, buffer: Any, new: Any, walk: Walk, scratch: Any) -> None:
         (window,) = scratch
         num_heads, _, head_dim = self.shape
         window[...] = bits(buffer[...]).astype(self.wide)
+        tokens = self.tokens_of_row
 
         def one(token, slot, _):
             row = new[pl.ds(token, 1)]  # [1, K * D]
+            at = slot % self.num_slots
+            place = pl.ds(at if tokens == 1 else at // tokens, 1)
             for head in range(num_heads):
                 one_head = row[:, head * head_dim : (head + 1) * head_dim]
-                window[head, pl.ds(slot % self.num_slots, 1)] = one_head
+                if tokens > 1:
+                    lane_of = tpu_packed.place_of_lane(one_head.shape, tokens)
+                    is_own = lane_of == slot % tokens
+                    one_head = jnp.where(is_own, one_head, window[head, place])
+                window[head, place] = one_head
 
         walk(one, None)
         buffer[...] = of_bits(window[...], buffer.dtype)
@@ -97,23 +110,36 @@ def write(
     Slots below 0 or past the pool are skipped. In place where the pages are donated.
 
     Args:
-      pages: two [L, N, K, P, D], P a multiple of 16 and D of 128.
-      values: two [T, K, D] in the pages' dtype.
+      pages: two [L, N, K, P, D'], P a multiple of 16 and D' of 128; or packed ones of
+        R rows, which are 2, 4 or a multiple of 8.
+      values: two [T, K, D] in the pages' dtype, D = D' unless pages are packed.
       slots: i32[T].
       layer: i32[], which of L.
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU.
     """
-    _, _, num_kv_heads, block_size, head_dim = pages[0].shape
+    _, _, num_kv_heads, block_rows, width = pages[0].shape
+    tokens_of_row = packed_pages.tokens_of_row(pages[0], values[0].shape[-1])
     is_narrow = pages[0].dtype.itemsize == 1
-    rows = _NARROW_ROWS if is_narrow and block_size % _NARROW_ROWS == 0 else _ROWS
-    wide = jnp.int32 if is_narrow else jnp.float32
-    window = _Rows(rows, block_size, (num_kv_heads, rows, head_dim), wide)
+    most = _NARROW_ROWS if is_narrow else _ROWS
+    rows = next(n for n in (most, 16, 8, 4, 2) if block_rows % n == 0)
+    window = _Rows(
+        num_slots=rows * tokens_of_row,
+        block_size=block_rows * tokens_of_row,
+        shape=(num_kv_heads, rows, width),
+        wide=jnp.int32 if is_narrow else jnp.float32,
+        tokens_of_row=tokens_of_row,
+    )
+
+    def of_tokens(values):
+        """One row of numbers to a token, so that any row can be read."""
+        wide = bits(values).astype(window.wide)
+        if tokens_of_row > 1:
+            wide = jnp.tile(wide, (1, 1, tokens_of_row))
+        return wide.reshape(-1, num_kv_heads * width)
+
     return tpu_windows.update(
         pages,
-        # One row of numbers to a token, so that any row can be read.
-        tuple(
-            bits(x).astype(wide).reshape(-1, num_kv_heads * head_dim) for x in values
-        ),
+        tuple(map(of_tokens, values)),
         slots,
         layer,
         window,

@@ -26,7 +26,7 @@ class Tiles:
 
     query_rows: int = 128  # rows of a tile of queries: queries times heads of a key
     buffer_bytes: int = 2**20  # of one of the four buffers of keys and values
-    tokens: int = 512  # of a tile of keys, at most
+    tokens: int = 512  # of a tile of keys, at most; of packed pages so many rows
     kv_heads: int = 8  # served by one walk over the segments, at most
 
 
@@ -43,12 +43,23 @@ class Plan:
     rows: int  # of a tile of queries, R
     few_rows: int  # of a tile that a single query needs; R where that is no less
     walk_heads: int  # kv heads of one walk, Kw
-    tokens: int  # of a tile of keys, C
+    tokens: int  # of a tile of keys
+    tokens_of_row: int = 1  # of a page; more where it is packed
 
     @property
     def group(self) -> int:
-        """Query heads that share a key."""
+        """Query heads that share a row of keys; of packed pages one for each token."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block's page."""
+        return self.block_size // self.tokens_of_row
+
+    @property
+    def columns(self) -> int:
+        """Rows of a tile of keys, C."""
+        return self.tokens // self.tokens_of_row
 
     @property
     def blocks(self) -> int:
@@ -68,10 +79,15 @@ def plan_of(
     *,
     is_ragged: bool,
     tiles: Tiles,
+    tokens_of_row: int = 1,
 ) -> Plan:
-    """The sizes for arguments of these shapes; `is_ragged`: rows have chunks."""
+    """The sizes for arguments of these shapes; `is_ragged`: rows have chunks.
+
+    `tokens_of_row`: of a page, each with query heads of its own in q.
+    """
     num_queries, num_heads, _ = q.shape
-    _, _, num_kv_heads, block_size, head_dim = k_pages.shape
+    _, _, num_kv_heads, block_rows, head_dim = k_pages.shape
+    block_size = block_rows * tokens_of_row
     width = block_tables.shape[1]
     group = num_heads // num_kv_heads
     tile_queries = 1
@@ -84,8 +100,9 @@ def plan_of(
     if ROWS % group:
         few_rows += ROWS
     heads = next(n for n in range(tiles.kv_heads, 0, -1) if num_kv_heads % n == 0)
-    bytes_of_token = heads * head_dim * k_pages.dtype.itemsize
-    tokens = min(tiles.buffer_bytes // bytes_of_token, tiles.tokens, width * block_size)
+    bytes_of_row = heads * head_dim * k_pages.dtype.itemsize
+    rows_of_keys = min(tiles.buffer_bytes // bytes_of_row, tiles.tokens)
+    tokens = min(rows_of_keys * tokens_of_row, width * block_size)
     return Plan(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -97,6 +114,7 @@ def plan_of(
         few_rows=min(few_rows, rows),
         walk_heads=heads,
         tokens=max(tokens // block_size, 1) * block_size,
+        tokens_of_row=tokens_of_row,
     )
 
 

@@ -1,6 +1,6 @@
 """Paged attention: the front doors, their checks, and the plain reference.
 
-Place on the road: models -> [attention] -> xla | pallas | triton.
+Place on the road: models -> [attention] -> xla, cascade | pallas | triton.
 
 Letters: S sequences, T query tokens of the step, N blocks, M blocks per sequence,
 P tokens per block, H query heads, K key/value heads, G = H // K, D head_dim, L layers.
@@ -11,11 +11,13 @@ Source: Kwon et al. 2023, section 4.1. https://arxiv.org/abs/2309.06180
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jpaged import cascade
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jpaged.implementations import choose, page_head_dim, scale_width, without_gradient
 from jpaged.pallas import tpu
@@ -81,7 +83,8 @@ def paged_attention(
         (`implementations.scale_width`): "mosaic_tpu" copies others to be so.
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
       shared_prefix: groups of rows whose blocks are read once, of `shared_prefix.find`;
-        True finds them here. For rows with one query; "xla" serves it.
+        True finds them here. For rows with one query. "reference" reads each row alone
+        all the same.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
         (`-inf` where nothing is visible), for `merge_states`.
       implementation: None takes the best for the backend that serves the arguments. A
@@ -114,11 +117,6 @@ def paged_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
-    if shared_prefix is not None and chosen != "xla":
-        raise ValueError(
-            f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
-            "take implementation='xla', or None for plain attention"
-        )
     k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
     _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
@@ -133,33 +131,41 @@ def paged_attention(
         sinks=sinks,
     )
     q = _padded(q, k_pages.shape[-1])
+    shared = _groups(shared_prefix, block_tables, context_lens, k_pages)
+    rows = (block_tables, context_lens, query_start_loc)
     if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
         if chosen != "mosaic_gpu":
             arrays |= dict(k_scale=k_scale, v_scale=v_scale)
+        kernel = _kernel(chosen, return_lse=return_lse or shared is not None)
         static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
-        args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
 
-        def call(args, arrays):
-            if chosen == "mosaic_tpu":
-                return tpu.attend(*args, return_lse=return_lse, **arrays, **static)
-            if chosen == "triton":
-                return triton_attention.attend(*args, **arrays, **static)
-            # Here, for the import takes a second and most processes have no such GPU.
-            from jpaged.pallas import gpu
+        def call(q, pages, rows, arrays, shared):
+            def plain(q, *rows, **changed):
+                return kernel(q, *pages, *rows, **(arrays | static | changed))
 
-            return gpu.attend(*args, **arrays, **static)
+            if shared is None:
+                return plain(q, *rows)
+            return cascade.attend(
+                plain,
+                *(q, *rows),
+                shared=shared,
+                block_size=k_pages.shape[-2],
+                num_kv_heads=k_pages.shape[-3],
+                sliding_window=arrays["sliding_window"],
+                # A GPU would wait for its host at every branch.
+                skips=chosen == "mosaic_tpu",
+            )
 
-        out, lse = without_gradient(call, chosen)(args, arrays)
+        args = (q, (k_pages, v_pages), rows, arrays, shared)
+        out, lse = without_gradient(call, chosen)(*args)
     else:
         pools = Pools(k_pages, v_pages, k_scale, v_scale)
-        args = (q, *_one_pool(pools, block_tables, layer), context_lens)
-        if chosen == "reference":
-            out, lse = _reference(*args, query_start_loc, **options)
+        args = (q, *_one_pool(pools, block_tables, layer), *rows[1:])
+        if chosen == "reference":  # each row alone: what groups must give too
+            out, lse = _reference(*args, **options)
         else:
-            shared = _groups(shared_prefix, block_tables, context_lens, k_pages)
-            args = (*args, query_start_loc, shared)
-            out, lse = gradients.attend(Operands(*args, **options))
+            out, lse = gradients.attend(Operands(*args, shared, **options))
     out = out[..., :head_dim]
     return (out, lse) if return_lse else out
 
@@ -339,6 +345,18 @@ def _reference(
     out = product("tkgc,tkcd->tkgd", weights, values)
     shape = (num_queries, num_heads)
     return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
+
+
+def _kernel(name: str, *, return_lse: bool) -> Callable[..., Any]:
+    """Plain attention of a kernel."""
+    if name == "mosaic_tpu":
+        return functools.partial(tpu.attend, return_lse=return_lse)
+    if name == "triton":
+        return triton_attention.attend
+    # Here, for the import takes a second and most processes have no such GPU.
+    from jpaged.pallas import gpu
+
+    return gpu.attend
 
 
 def _groups(shared_prefix, block_tables, context_lens, k_pages) -> SharedPrefix | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from attention_oracle import Case, make_case, relative_errors
 from jax.experimental.pallas import tpu as pltpu
+from prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
 
 from jpaged import LLM, attention, engine, kv_cache, tuned
 from jpaged.config import EngineConfig
@@ -160,6 +161,38 @@ def test_a_planted_fault_breaks_the_tolerance(fault):
     want, _ = attention_oracle.attention(case)
     errors = relative_errors(got, want)
     assert not (errors < TOLERANCES["bfloat16"]).all(axis=1).any()
+
+
+# ---- beginnings that are read once
+
+SHARED = {
+    "decode": ((32, 2), "bfloat16", None, {}),
+    "chunks": (
+        (14, 2),
+        "float32",
+        QUERIES,
+        dict(sinks=SINKS, sliding_window=50, logits_soft_cap=2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_beginnings_equal_the_oracle(name, small_tiles):
+    heads, dtype, queries, options = SHARED[name]
+    sizes = dict(heads=heads, dtype=dtype, queries=queries)
+    case, shared = group_case(GROUPS, OWN_TOKENS, **sizes)
+    device = {k: jnp.asarray(v) if k == "sinks" else v for k, v in options.items()}
+    out, lse = run(case, shared_prefix=shared, **device)
+    want = case, out, lse, TOLERANCES[dtype], LSE_TOLERANCE
+    attention_oracle.check_result(*want, **options)
+    if name == "decode":
+        wrong = dataclasses.replace(
+            shared, num_blocks=jnp.minimum(shared.num_blocks, 1)
+        )
+        wrong = dataclasses.replace(wrong, leaders=jnp.roll(wrong.leaders, 1))
+        out, _ = run(case, shared_prefix=wrong)
+        want, _ = attention_oracle.attention(case)
+        assert not (relative_errors(out, want) < 2 * TOLERANCES[dtype]).all()
 
 
 # ---- write_kv, copy_blocks: bitwise

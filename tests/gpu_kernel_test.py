@@ -110,6 +110,7 @@ def test_a_traced_layer_and_window_equal_that_layer_alone(small_sizes):
     assert relative_errors(got, want).max() < TOLERANCES["bfloat16"]
 
 
+@pytest.mark.long
 @interpreted
 def test_shared_beginnings_equal_the_oracle(small_sizes):
     # Virtual rows of two rows of 32 heads: of a group of three there are two. A chunk

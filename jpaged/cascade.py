@@ -148,15 +148,19 @@ def make_plan(
     virtual = jnp.max(jnp.where(is_opener, opened[None, :], 0), axis=1)
     place = jnp.where(joins, virtual * size + slot, num_virtual * size)
 
-    free = jnp.zeros((num_virtual * size,), jnp.int32)
-    members = free.at[place].set(row, mode="drop").reshape(num_virtual, size)
-    lens = free.at[place].set(num_blocks * block_size, mode="drop")
+    # No scatter: on a GPU this is a launch less in each layer.
+    places = jnp.arange(num_virtual * size, dtype=jnp.int32)
+    is_at = place[None, :] == places[:, None]
+    members = jnp.max(jnp.where(is_at, row[None, :], 0), axis=1)
+    members = members.reshape(num_virtual, size)
+    first = members[:, 0]
+    is_used = jnp.arange(num_virtual, dtype=jnp.int32) <= opened[-1]
     return Plan(
         own_tables=behind(block_tables, num_blocks),
         own_lens=context_lens - num_blocks * block_size,
         members=members,
-        tables=block_tables[members[:, 0]],
-        lens=lens.reshape(num_virtual, size)[:, 0],
+        tables=block_tables[first],
+        lens=jnp.where(is_used, num_blocks[first] * block_size, 0),
         place=place,
     )
 

@@ -90,7 +90,7 @@ def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
 
 
 def attend_layers(
-    arguments: dict[str, jax.Array], implementation: str, is_cascade: bool
+    arguments: dict[str, Any], implementation: Any, is_cascade: bool
 ) -> jax.Array:
     """q after all layers' attention, each reading what the last one gave."""
     shared = None
@@ -189,14 +189,14 @@ def show(row: dict[str, Any]) -> None:
 
 def rows_of(limits: Limits) -> Iterator[dict[str, Any]]:
     """The rows of all sizes and implementations."""
-    for rows, prefix, name in itertools.product(
-        map(int, FLAGS.num_rows), map(int, FLAGS.prefix_tokens), FLAGS.implementations
-    ):
-        row = {"name": name, "num_rows": rows, "prefix_tokens": prefix}
-        try:
-            yield row | measure(name, rows, prefix, limits)
-        except Exception as error:  # whatever one raises: the others go on
-            yield row | {"failed": f"{type(error).__name__}: {error}"[:300]}
+    sizes = itertools.product(FLAGS.num_rows, FLAGS.prefix_tokens)
+    for rows, prefix in [(int(rows), int(prefix)) for rows, prefix in sizes]:
+        for name in FLAGS.implementations:
+            row = {"name": name, "num_rows": rows, "prefix_tokens": prefix}
+            try:
+                yield row | measure(name, rows, prefix, limits)
+            except Exception as error:  # whatever one raises: the others go on
+                yield row | {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 def main(argv: list[str]) -> int:

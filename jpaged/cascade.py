@@ -90,16 +90,15 @@ def attend(
     is_member = plan.place < plan.members.size
 
     def with_prefix(state: State) -> State:
+        out, lse = state
         if query_start_loc is None:
-            return merge(*state, *_prefix(plain, q, plan, num_kv_heads))
+            return merge(out, lse, *_prefix(plain, q, plan, num_kv_heads))
         at = jnp.clip(query_start_loc[:-1], 0, num_queries - 1)
         prefix = _prefix(plain, q[at], plan, num_kv_heads)
-        out, lse = merge(*(part[at] for part in state), *prefix)
+        new_out, new_lse = merge(out[at], lse[at], *prefix)
         at = jnp.where(is_member, at, num_queries)
-        return tuple(
-            whole.at[at].set(new, mode="drop")
-            for whole, new in zip(state, (out, lse), strict=True)
-        )
+        out = out.at[at].set(new_out, mode="drop")
+        return out, lse.at[at].set(new_lse, mode="drop")
 
     if skips:
         out, lse = when(jnp.any(is_member), with_prefix, own)

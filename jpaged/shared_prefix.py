@@ -30,7 +30,7 @@ class Least(NamedTuple):
 LEAST = (
     Least("cpu", 128, 1024, measured="2026-11-28, docs/decisions/cascade.md"),
     Least("TPU", 512, 8192),
-    Least("", 512, 98304),
+    Least("", 512, 49152),
 )
 
 

@@ -2,23 +2,27 @@
 
     python -m experiments.bench_cascade
     python -m experiments.bench_cascade --num_rows 4,16,64 --prefix_tokens 128,1024
+    python -m experiments.bench_cascade --implementations=triton,mosaic_gpu ...
 
-Each line: rows, tokens of the prefix that they share, bytes of keys and values that a
-step reads in one layer without and with cascade attention, the medians of both times,
-and the largest difference of their outputs. Times of both ways are taken in turn in one
-process, so that other load on the machine falls on both. `ratio` above 1 is a gain,
-and `model` what it would be if a call took what reading keys, values and partial
-results takes at the measured bandwidth, or the prefix's products at the measured rate
-where that is longer, and 3 us, a merge 4 us more. Two minutes on a CPU core. The last
-line on stdout is one JSON object.
+Each line: implementation, rows, tokens of the prefix that they share, bytes of keys and
+values that a step reads in one layer without and with cascade attention, the medians of
+both times, and the largest difference of their outputs. Times of both ways are taken in
+turn in one process, so that other load on the machine falls on both. `ratio` above 1 is
+a gain, and `model` what it would be if a call took what reading keys, values and
+partial results takes at the measured bandwidth, or the prefix's products at the
+measured rate where that is longer, and 3 us, a merge 4 us more. An implementation that
+fails says why, and the others go on. Two minutes on a CPU core. The last line on stdout
+is one JSON object.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -38,6 +42,7 @@ _CALL_S, _MERGE_S = 3e-6, 4e-6  # beside reading and multiplying; of a GPU, assu
 
 def define_flags() -> None:
     """The runner's flags; only its own process has them, so runners can be imported."""
+    flags.DEFINE_list("implementations", ["xla"], "Of paged_attention.")
     flags.DEFINE_list("num_rows", ["2", "4", "8", "16", "32"], "Rows that share.")
     flags.DEFINE_list(
         "prefix_tokens", ["64", "128", "256", "1024"], "They share these."
@@ -84,7 +89,9 @@ def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
     }
 
 
-def attend_layers(arguments: dict[str, jax.Array], is_cascade: bool) -> jax.Array:
+def attend_layers(
+    arguments: dict[str, Any], implementation: Any, is_cascade: bool
+) -> jax.Array:
     """q after all layers' attention, each reading what the last one gave."""
     shared = None
     if is_cascade:  # found once for all layers, as a decoder would
@@ -98,7 +105,7 @@ def attend_layers(arguments: dict[str, jax.Array], is_cascade: bool) -> jax.Arra
             **(arguments | {"q": q}),
             layer=index,
             shared_prefix=shared,
-            implementation="xla",
+            implementation=implementation,
         )
 
     return jax.lax.fori_loop(0, FLAGS.num_layers, layer, arguments["q"])
@@ -130,14 +137,19 @@ def model_ratio(num_rows: int, prefix: int, limits: Limits) -> float:
     return plain / (shared + own + partials + _CALL_S + _MERGE_S)
 
 
-def measure(num_rows: int, prefix: int, limits: Limits) -> dict[str, Any]:
-    """A row of the table."""
+def measure(
+    implementation: str, num_rows: int, prefix: int, limits: Limits
+) -> dict[str, Any]:
+    """A row of the table, behind what names it."""
     arguments = make_step(num_rows, prefix)
-    call = jax.jit(attend_layers, static_argnames="is_cascade")
-    plain, cascade = (call(arguments, way) for way in (False, True))  # compiles
+    call = jax.jit(attend_layers, static_argnums=(1, 2))
+    ways = (False, True)
+    plain, cascade = (call(arguments, implementation, way) for way in ways)  # compiles
     times = time_in_turn(
         {
-            way: Contender(functools.partial(call, arguments, is_cascade))
+            way: Contender(
+                functools.partial(call, arguments, implementation, is_cascade)
+            )
             for way, is_cascade in (("plain", False), ("cascade", True))
         },
         FLAGS.repeats,
@@ -150,8 +162,6 @@ def measure(num_rows: int, prefix: int, limits: Limits) -> dict[str, Any]:
     token_bytes = 2 * FLAGS.num_kv_heads * FLAGS.head_dim * plain.dtype.itemsize
     plain_s, cascade_s = times["plain"].median, times["cascade"].median
     return {
-        "num_rows": num_rows,
-        "prefix_tokens": prefix,
         "plain_bytes": int(reads[0]) * token_bytes,
         "cascade_bytes": int(reads[1]) * token_bytes,
         "plain_s": plain_s,
@@ -163,6 +173,32 @@ def measure(num_rows: int, prefix: int, limits: Limits) -> dict[str, Any]:
     }
 
 
+def show(row: dict[str, Any]) -> None:
+    """Prints a row."""
+    name = f"{row['name']:<10} {row['num_rows']:4} {row['prefix_tokens']:6} "
+    if "failed" in row:
+        print(f"{name} {row['failed']}", flush=True)
+        return
+    print(
+        f"{name}{row['plain_bytes'] / 1e6:9.2f} {row['cascade_bytes'] / 1e6:8.2f} "
+        f"{1e3 * row['plain_s']:9.2f} {1e3 * row['cascade_s']:8.2f} "
+        f"{row['ratio']:6.2f} {row['model_ratio']:6.2f}  {row['max_difference']:.1e}",
+        flush=True,
+    )
+
+
+def rows_of(limits: Limits) -> Iterator[dict[str, Any]]:
+    """The rows of all sizes and implementations."""
+    sizes = itertools.product(FLAGS.num_rows, FLAGS.prefix_tokens)
+    for rows, prefix in [(int(rows), int(prefix)) for rows, prefix in sizes]:
+        for name in FLAGS.implementations:
+            row = {"name": name, "num_rows": rows, "prefix_tokens": prefix}
+            try:
+                yield row | measure(name, rows, prefix, limits)
+            except Exception as error:  # whatever one raises: the others go on
+                yield row | {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
 def main(argv: list[str]) -> int:
     """Reads flags, prints."""
     # jax tells at this level which accelerators it did not find.
@@ -170,31 +206,21 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument: {argv[1]!r}")
     try:
-        sizes = [
-            (int(rows), int(prefix))
-            for rows in FLAGS.num_rows
-            for prefix in FLAGS.prefix_tokens
-        ]
         found, limits = [], measure_limits()
-        print("rows prefix MB, plain  cascade ms, plain  cascade  ratio  model  change")
-        for rows, prefix in sizes:
-            row = measure(rows, prefix, limits)
+        print(
+            "           rows prefix MB, plain  cascade ms, plain  cascade  ratio  "
+            "model  change"
+        )
+        for row in rows_of(limits):
             found.append(row)
-            print(
-                f"{rows:4} {prefix:6} {row['plain_bytes'] / 1e6:9.2f} "
-                f"{row['cascade_bytes'] / 1e6:8.2f} {1e3 * row['plain_s']:9.2f} "
-                f"{1e3 * row['cascade_s']:8.2f} {row['ratio']:6.2f} "
-                f"{row['model_ratio']:6.2f}  "
-                f"{row['max_difference']:.1e}",
-                flush=True,
-            )
+            show(row)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     names = ("own_tokens", "num_heads", "num_kv_heads", "head_dim", "dtype")
     result = {"rows": found, "flags": {name: FLAGS[name].value for name in names}}
     print(json.dumps(result | limits._asdict() | environment()))
-    return 0
+    return int(all("failed" in row for row in found))
 
 
 if __name__ == "__main__":

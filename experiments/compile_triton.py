@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
+from jpaged.cascade import num_members
 from jpaged.triton import tiles
 
 FLAGS = flags.FLAGS
@@ -55,7 +56,7 @@ def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], 
     (heads, kv_heads), head_dim, block_size, kind, page_kind = SHAPES[name]
     group, is_quantised = heads // kv_heads, ITEMSIZE[page_kind] == 1
     tile = tiles.choose(head_dim, ITEMSIZE[page_kind], ITEMSIZE[kind])
-    sizes = dict(HEADS=heads, HEAD_DIM=head_dim, HAS_SINKS=False)
+    sizes = dict(HEAD_DIM=head_dim, HAS_SINKS=False)
     inputs = dict(q_ptr=kind, k_ptr=page_kind, v_ptr=page_kind)
     inputs |= dict(k_scale_ptr="fp32", v_scale_ptr="fp32")
     numbers = ("tables", "lens", "starts", "items", "parts", "settings")
@@ -63,25 +64,32 @@ def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], 
     floats = dict(lse_ptr="fp32", part_out_ptr="fp32", part_lse_ptr="fp32")
     inputs |= {"sinks_ptr": "fp32", "out_ptr": kind, **floats}
     found = {}
-    for call, queries in (("decode", 1), ("prompt", tile.query_rows // group)):
+    calls = {
+        "decode": (1, 1),
+        "prompt": (tile.query_rows // group, 1),
+        "prefix": (1, num_members(heads, kv_heads, 64)),
+    }
+    for call, (queries, members) in calls.items():
+        rows = queries * members * group
         static = dict(
+            HEADS=members * heads,
             KV_HEADS=kv_heads,
             BLOCK=block_size,
             QUERIES=queries,
-            ROWS=max(1 << (queries * group - 1).bit_length(), 16),
+            ROWS=max(1 << (rows - 1).bit_length(), 16),
             TOKENS=tile.tokens,
             SCALE=head_dim**-0.5,
             SOFT_CAP=0.0,
             SCALES=block_size if is_quantised else 0,
             PRECISION="ieee" if kind == "fp32" else "tf32",
         )
-        warps = tile.num_warps * (2 if call == "prompt" else 1)
+        warps = tile.num_warps * (1 if call == "decode" else 2)
         tile_ = dataclasses.replace(tile, num_warps=warps)
         found[call] = "attend", inputs, sizes | static, tile_
     partial = dict(part_out_ptr="fp32", part_lse_ptr="fp32", starts_ptr="i32")
     partial |= dict(parts_ptr="i32", sinks_ptr="fp32", out_in=kind, lse_in="fp32")
     partial |= dict(out_ptr=kind, lse_ptr="fp32")
-    found["merge"] = "merge", partial, sizes, tiles.Tiles()
+    found["merge"] = "merge", partial, sizes | dict(HEADS=heads), tiles.Tiles()
     return found | page_updates(name)
 
 

@@ -90,9 +90,9 @@ STAGES = (
     Stage(
         "cascade",
         "experiments.bench_cascade",
-        "--num_rows=4,16,64 --prefix_tokens=1024,4096,16384 --own_tokens=256 "
-        "--num_heads=32 --num_kv_heads=8 --head_dim=128 --dtype=bfloat16 "
-        "--gemm_size=8192 --num_layers=32 --repeats=7",
+        "--implementations=triton,mosaic_gpu --num_rows=4,16,64 "
+        "--prefix_tokens=4096,16384 --own_tokens=256 --num_heads=32 --num_kv_heads=8 "
+        "--head_dim=128 --dtype=bfloat16 --gemm_size=8192 --num_layers=32 --repeats=7",
         "--num_rows=2 --prefix_tokens=32 --own_tokens=16 --head_dim=16 --num_layers=1 "
         "--read_gb=0.01 --gemm_size=64 --repeats=1",
         limit_s=60,

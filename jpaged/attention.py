@@ -1,6 +1,6 @@
-"""Paged attention: the front doors, their checks, and the plain reference.
+"""Paged attention: the front doors.
 
-Place on the road: models -> [attention] -> xla | pallas | triton.
+Place on the road: models -> [attention] -> xla, cascade | pallas | triton | reference.
 
 Letters: S sequences, T query tokens of the step, N blocks, M blocks per sequence,
 P tokens per block, H query heads, K key/value heads, G = H // K, D head_dim, L layers.
@@ -11,18 +11,25 @@ Source: Kwon et al. 2023, section 4.1. https://arxiv.org/abs/2309.06180
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jpaged import cascade, reference
+from jpaged.attention_checks import (
+    check_attention,
+    check_int,
+    check_pages,
+    is_padded,
+)
 from jpaged.implementations import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jpaged.implementations import choose, scale_width, without_gradient
-from jpaged.packed_pages import LANES, plain, plain_shape
+from jpaged.packed_pages import plain, plain_shape
 from jpaged.pallas import tpu
 from jpaged.quantised_pages import (
     check_scales,
-    decode,
     encode,
     is_quantised,
     stored,
@@ -91,7 +98,8 @@ def paged_attention(
         (`implementations.scale_width`): "mosaic_tpu" copies others to be so.
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
       shared_prefix: groups of rows whose blocks are read once, of `shared_prefix.find`;
-        True finds them here. For rows with one query; "xla" serves it.
+        True finds them here. For rows with one query. "reference" reads each row alone
+        all the same.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
         (`-inf` where nothing is visible), for `merge_states`.
       implementation: None takes the best for the backend that serves the arguments. A
@@ -117,7 +125,7 @@ def paged_attention(
       ValueError: for shapes or dtypes that do not fit together, or an implementation
         that does not exist or cannot serve the arguments.
     """
-    _check_pages(k_pages, v_pages, layer)
+    check_pages(k_pages, v_pages, layer)
     chosen = choose(
         implementation,
         k_pages,
@@ -126,15 +134,11 @@ def paged_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
     )
-    if shared_prefix is not None and chosen != "xla":
-        raise ValueError(
-            f"shared_prefix: implementation {chosen!r} does not serve it ('xla' does); "
-            "take implementation='xla', or None for plain attention"
-        )
+    block_size = plain_shape(k_pages, q.shape[-1])[-2]
     if chosen != "mosaic_tpu":
         k_pages, v_pages = (plain(pages, q.shape[-1]) for pages in (k_pages, v_pages))
     k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
-    _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
+    check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
     if isinstance(sliding_window, int) and sliding_window < 1:
         raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
@@ -148,33 +152,41 @@ def paged_attention(
     )
     if chosen != "mosaic_tpu":  # which does that itself
         q = _padded(q, k_pages.shape[-1])
+    shared = _groups(shared_prefix, block_tables, context_lens, block_size)
+    rows = (block_tables, context_lens, query_start_loc)
     if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
         arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
         if chosen != "mosaic_gpu":
             arrays |= dict(k_scale=k_scale, v_scale=v_scale)
+        kernel = _kernel(chosen, return_lse=return_lse or shared is not None)
         static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
-        args = (q, k_pages, v_pages, block_tables, context_lens, query_start_loc)
 
-        def call(args, arrays):
-            if chosen == "mosaic_tpu":
-                return tpu.attend(*args, return_lse=return_lse, **arrays, **static)
-            if chosen == "triton":
-                return triton_attention.attend(*args, **arrays, **static)
-            # Here, for the import takes a second and most processes have no such GPU.
-            from jpaged.pallas import gpu
+        def call(q, pages, rows, arrays, shared):
+            def alone(q, *rows, **changed):
+                return kernel(q, *pages, *rows, **(arrays | static | changed))
 
-            return gpu.attend(*args, **arrays, **static)
+            if shared is None:
+                return alone(q, *rows)
+            return cascade.attend(
+                alone,
+                *(q, *rows),
+                shared=shared,
+                block_size=block_size,
+                num_kv_heads=k_pages.shape[-3],
+                sliding_window=arrays["sliding_window"],
+                # A GPU would wait for its host at every branch.
+                skips=chosen == "mosaic_tpu",
+            )
 
-        out, lse = without_gradient(call, chosen)(args, arrays)
+        args = (q, (k_pages, v_pages), rows, arrays, shared)
+        out, lse = without_gradient(call, chosen)(*args)
     else:
         pools = Pools(k_pages, v_pages, k_scale, v_scale)
-        args = (q, *_one_pool(pools, block_tables, layer), context_lens)
-        if chosen == "reference":
-            out, lse = _reference(*args, query_start_loc, **options)
+        args = (q, *_one_pool(pools, block_tables, layer), *rows[1:])
+        if chosen == "reference":  # each row alone: what groups must give too
+            out, lse = reference.attend(*args, **options)
         else:
-            shared = _groups(shared_prefix, block_tables, context_lens, k_pages)
-            args = (*args, query_start_loc, shared)
-            out, lse = gradients.attend(Operands(*args, **options))
+            out, lse = gradients.attend(Operands(*args, shared, **options))
     out = out[..., :head_dim]
     return (out, lse) if return_lse else out
 
@@ -208,11 +220,11 @@ def write_kv(
     Raises:
       ValueError: for shapes that do not fit together.
     """
-    _check_pages(k_pages, v_pages, layer)
+    check_pages(k_pages, v_pages, layer)
     chosen = choose(implementation, k_pages, k.shape[-1])
     shape = k_pages.shape
     *_, num_kv_heads, block_size, head_dim = plain_shape(k_pages, k.shape[-1])
-    own_dim = k.shape[-1] if _is_padded(k.shape[-1], head_dim) else head_dim
+    own_dim = k.shape[-1] if is_padded(k.shape[-1], head_dim) else head_dim
     wanted = (*slot_mapping.shape[:1], num_kv_heads, own_dim)
     for name, value in (("k", k), ("v", v)):
         if value.shape != wanted:
@@ -220,7 +232,7 @@ def write_kv(
                 f"{name}: expected shape {wanted} (slot_mapping {slot_mapping.shape}, "
                 f"pages {k_pages.shape}), got {value.shape}"
             )
-    _check_int("slot_mapping", slot_mapping, 1)
+    check_int("slot_mapping", slot_mapping, 1)
     pools, values = [k_pages, v_pages], [k, v]
     scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
     if is_quantised(k_pages.dtype):
@@ -268,10 +280,10 @@ def copy_blocks(
       ValueError: for shapes that do not fit together.
     """
     is_stacked = k_pages.ndim == 5 and layer is None
-    _check_pages(k_pages, v_pages, 0 if is_stacked else layer)
+    check_pages(k_pages, v_pages, 0 if is_stacked else layer)
     chosen = choose(implementation, k_pages)
-    _check_int("src", src, 1)
-    _check_int("dst", dst, 1)
+    check_int("src", src, 1)
+    check_int("dst", dst, 1)
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
     scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
@@ -298,73 +310,25 @@ def merge_states(
     return merge(out_a, lse_a, out_b, lse_b)
 
 
-def _reference(
-    q,
-    pools,
-    block_tables,
-    context_lens,
-    query_start_loc,
-    *,
-    scale,
-    sliding_window,
-    logits_soft_cap,
-    sinks,
-):
-    """Plain attention: gather each query's whole table, mask, softmax in float32."""
-    num_queries, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, block_size, _ = pools.k.shape
-    num_seqs, max_blocks = block_tables.shape
-    if query_start_loc is None:
-        query_start_loc = jnp.arange(num_seqs + 1, dtype=jnp.int32)
-    query = jnp.arange(num_queries, dtype=jnp.int32)
-    row = jnp.searchsorted(query_start_loc[1:], query, side="right")
-    row = jnp.minimum(row, num_seqs - 1).astype(jnp.int32)
-    # The last query of a row sees context_lens tokens, the one before it one less.
-    visible = context_lens[row] - (query_start_loc[row + 1] - 1 - query)
-    visible = jnp.where(query < query_start_loc[-1], visible, 0)
+def _kernel(name: str, *, return_lse: bool) -> Callable[..., Any]:
+    """Plain attention of a kernel."""
+    if name == "mosaic_tpu":
+        return functools.partial(tpu.attend, return_lse=return_lse)
+    if name == "triton":
+        return triton_attention.attend
+    # Here, for the import takes a second and most processes have no such GPU.
+    from jpaged.pallas import gpu
 
-    blocks = jnp.clip(block_tables, 0, num_blocks - 1)[row]  # [T, M]
-    position = jnp.arange(max_blocks * block_size, dtype=jnp.int32)
-    position, visible = position[None, :], visible[:, None]
-    mask = position < visible
-    if sliding_window is not None:
-        mask &= position >= visible - sliding_window
-    mask = mask[:, None, None, :]
-
-    def gathered(pages, scale):  # [T, K, M * P, D]
-        rows = decode(pages[blocks]).astype(jnp.float32)
-        if scale is not None:
-            rows *= scale[blocks][..., :block_size, None]
-        rows = rows.transpose(0, 2, 1, 3, 4)
-        rows = rows.reshape(num_queries, num_kv_heads, -1, head_dim)
-        return jnp.where(mask[:, 0, 0, :][:, None, :, None], rows, 0.0)
-
-    q_TKGD = q.astype(jnp.float32).reshape(num_queries, num_kv_heads, -1, head_dim)
-    keys = gathered(pools.k, pools.k_scale)
-    # Not TF32, which GPUs would take for float32.
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    scores = product("tkgd,tkcd->tkgc", q_TKGD, keys) * scale
-    if logits_soft_cap is not None:
-        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    scores = jnp.where(mask, scores, -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=-1)  # [T, K, G]
-    if sinks is not None:
-        sink_KG = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1)
-        # A row that sees nothing stays empty, sink or not.
-        lse = jnp.where(visible[:, None] > 0, jnp.logaddexp(lse, sink_KG), lse)
-    base = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    weights = jnp.where(mask, jnp.exp(scores - base[..., None]), 0.0)
-    values = gathered(pools.v, pools.v_scale)
-    out = product("tkgc,tkcd->tkgd", weights, values)
-    shape = (num_queries, num_heads)
-    return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
+    return gpu.attend
 
 
-def _groups(shared_prefix, block_tables, context_lens, k_pages) -> SharedPrefix | None:
+def _groups(
+    shared_prefix, block_tables, context_lens, block_size
+) -> SharedPrefix | None:
     if shared_prefix is None or shared_prefix is False:
         return None
     if shared_prefix is True:
-        return find(block_tables, context_lens, k_pages.shape[-2])
+        return find(block_tables, context_lens, block_size)
     shape = context_lens.shape
     if not isinstance(shared_prefix, SharedPrefix) or shape != (
         *shared_prefix.leaders.shape,
@@ -374,11 +338,6 @@ def _groups(shared_prefix, block_tables, context_lens, k_pages) -> SharedPrefix 
             f"{shape[0]} rows, got {shared_prefix!r:.200}"
         )
     return shared_prefix
-
-
-def _is_padded(head_dim: int, page_dim: int) -> bool:
-    """Whether pages of `page_dim` are those of `head_dim` as TPUs want them stored."""
-    return page_dim == -(-head_dim // LANES) * LANES
 
 
 def _padded(heads: jax.Array, page_dim: int) -> jax.Array:
@@ -405,65 +364,3 @@ def _scales(k_pages, k_scale, v_scale, *, is_whole=False):
     """Checked by `check_scales`; they may be as wide as TPUs want them."""
     width = scale_width(k_pages.shape[-2], "mosaic_tpu")
     return check_scales(k_pages, k_scale, v_scale, width=width, is_whole=is_whole)
-
-
-def _check_pages(k_pages, v_pages, layer) -> None:
-    rank, shape = (4, "[N, K, P, D]") if layer is None else (5, "[L, N, K, P, D]")
-    if k_pages.ndim != rank:
-        hint = "without layer=" if layer is None else "with layer="
-        raise ValueError(
-            f"k_pages: expected rank {rank} {shape} {hint}, got shape {k_pages.shape}"
-        )
-    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
-        raise ValueError(
-            f"v_pages: expected {k_pages.dtype}{list(k_pages.shape)} like k_pages, "
-            f"got {v_pages.dtype}{list(v_pages.shape)}"
-        )
-
-
-def _check_int(name: str, value: jax.Array, rank: int) -> None:
-    if value.ndim != rank or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(
-            f"{name}: expected integers of rank {rank}, "
-            f"got {value.dtype}{list(value.shape)}"
-        )
-
-
-def _check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks):
-    if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(
-            f"q: expected floating [S, H, D] or [T, H, D], got {q.dtype}{list(q.shape)}"
-        )
-    _check_int("block_tables", block_tables, 2)
-    _check_int("context_lens", context_lens, 1)
-    num_queries, num_heads, head_dim = q.shape
-    num_seqs = block_tables.shape[0]
-    *_, num_kv_heads, _, page_dim = k_pages.shape
-    if head_dim != page_dim and not _is_padded(head_dim, page_dim):
-        raise ValueError(
-            f"q: expected head_dim {page_dim} as in k_pages, got {head_dim}"
-        )
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"q: expected a number of heads that is a multiple of the pages' "
-            f"{num_kv_heads} key/value heads, got {num_heads}"
-        )
-    if context_lens.shape != (num_seqs,):
-        raise ValueError(
-            f"context_lens: expected shape ({num_seqs},) as block_tables has rows, "
-            f"got {context_lens.shape}"
-        )
-    if query_start_loc is None and num_queries != num_seqs:
-        raise ValueError(
-            f"q: expected one query for each of the {num_seqs} rows of block_tables, "
-            f"got {num_queries}; pass query_start_loc for prompt chunks"
-        )
-    if query_start_loc is not None:
-        _check_int("query_start_loc", query_start_loc, 1)
-        if query_start_loc.shape != (num_seqs + 1,):
-            raise ValueError(
-                f"query_start_loc: expected shape ({num_seqs + 1},), "
-                f"got {query_start_loc.shape}"
-            )
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise ValueError(f"sinks: expected shape ({num_heads},), got {sinks.shape}")

@@ -92,7 +92,7 @@ class EngineConfig:
         for others that begin alike (`prefix_cache`).
       attention: implementation of paged attention; None is the backend's best.
       cascade: rows that begin with the same blocks read them together, where that pays
-        (`jpaged.shared_prefix`); "xla" serves it.
+        (`jpaged.shared_prefix`).
       max_num_prefixes: pinned prefixes at the same time; each takes a row beside
         `max_num_seqs`, and its blocks.
       max_beam_width: rows of the widest beam search; 0 compiles none.

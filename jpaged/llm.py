@@ -91,7 +91,7 @@ class LLM:
         its prompt cached; or a function, see `jpaged.policies`.
       attention: implementation of paged attention; None is the backend's best.
       cascade: samples, beams and prompts with the same beginning read its keys and
-        values together, where that pays; of the implementation "xla".
+        values together, where that pays.
       mesh: of `jpaged.make_mesh`: the devices that share the model and the pages, by
         the rules of `jpaged.parallel`; None is one device. Each replica over `data` has
         a pool, a request table and a schedule of its own, as large as said here; who

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged import attention as attention_module
-from jpaged import distributed, implementations, parallel, sharded
+from jpaged import distributed, parallel, sharded
 from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.models import sources
 from jpaged.models.checkpoint import load_model
@@ -93,11 +93,6 @@ def check_choices(
         )
     if not isinstance(cascade, bool):
         raise ValueError(f"cascade: wanted True or False, got {cascade!r}")
-    if cascade and (attention or implementations.best()) != "xla":
-        raise ValueError(
-            "cascade: wanted attention='xla', which alone serves it, got "
-            f"{attention!r} on {jax.default_backend()!r}"
-        )
     if mesh is not None:
         parallel.check_is_mesh(mesh)
     is_number = isinstance(memory_fraction, int | float)

@@ -10,13 +10,28 @@ The tables alone say so: nobody has to hand down who forked from whom.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Where reading once begins to pay on a CPU, `docs/decisions/cascade.md`.
-LEAST_TOKENS = 128
-LEAST_SAVED = 1024
+
+class Least(NamedTuple):
+    """Where reading once begins to pay on a device."""
+
+    device: str  # how jax's name of its kind begins; "" is any other
+    tokens: int  # of a prefix
+    saved: int  # tokens that a group need not read again, (rows - 1) times the prefix
+    measured: str = ""  # when and with what; empty: arithmetic, not measured
+
+
+# Those without a measurement are of Llama-3-8B's keys and values, 4 KiB a token and
+# layer: `docs/decisions/cascade.md`.
+LEAST = (
+    Least("cpu", 128, 1024, measured="2026-11-28, docs/decisions/cascade.md"),
+    Least("TPU", 512, 8192),
+    Least("", 512, 49152),
+)
 
 
 @jax.tree_util.register_dataclass
@@ -37,8 +52,8 @@ def find(
     context_lens: jax.Array,
     block_size: int,
     *,
-    least_tokens: int = LEAST_TOKENS,
-    least_saved: int = LEAST_SAVED,
+    least_tokens: int | None = None,
+    least_saved: int | None = None,
 ) -> SharedPrefix:
     """The groups that save most reads, in one level; jittable.
 
@@ -50,9 +65,12 @@ def find(
       block_tables: i32[S, M], entries past a row's length may hold anything.
       context_lens: i32[S], tokens.
       block_size: tokens of a block.
-      least_tokens: shorter prefixes are left alone.
+      least_tokens: shorter prefixes are left alone; None: by `LEAST`, for the device.
       least_saved: so are groups that would save fewer tokens than this in all.
     """
+    least = least_of(jax.devices()[0].device_kind)
+    least_tokens = least.tokens if least_tokens is None else least_tokens
+    least_saved = least.saved if least_saved is None else least_saved
     num_rows, width = block_tables.shape
     column = jnp.arange(width, dtype=jnp.int32)
     differ = block_tables[:, None, :] != block_tables[None, :, :]
@@ -74,6 +92,35 @@ def find(
     return SharedPrefix(
         jnp.where(pays, leaders, row), jnp.where(pays, depth, 0).astype(jnp.int32)
     )
+
+
+def least_of(device_kind: str) -> Least:
+    """The first entry of `LEAST` that fits."""
+    return next(least for least in LEAST if device_kind.startswith(least.device))
+
+
+def joined(
+    shared: SharedPrefix,
+    context_lens: jax.Array,
+    sliding_window: int | jax.Array | None,
+) -> jax.Array:
+    """i32[S]: leading blocks that each row reads with its group; 0 where it is alone.
+
+    A row whose window begins after the prefix does would see it in part: it reads
+    alone. An idle row does too.
+    """
+    joins = context_lens > 0
+    if sliding_window is not None:
+        joins &= context_lens <= sliding_window
+    return jnp.where(joins, shared.num_blocks, 0)
+
+
+def behind(block_tables: jax.Array, num_blocks: jax.Array) -> jax.Array:
+    """i32[S, M]: the tables without each row's first `num_blocks`, i32[S]."""
+    width = block_tables.shape[1]
+    column = jnp.arange(width, dtype=jnp.int32)[None, :] + num_blocks[:, None]
+    column = jnp.minimum(column, width - 1)
+    return jnp.take_along_axis(block_tables, column, axis=1)
 
 
 def num_tokens_read(

@@ -11,12 +11,20 @@ pytestmark = pytest.mark.long
 def test_the_benchmark_counts_the_bytes_and_gives_both_times():
     small = ["--num_layers=1", "--head_dim=16", "--repeats=1", "--own_tokens=16"]
     small += ["--read_gb=0.01", "--gemm_size=64"]
+    small += ["--num_rows=3", "--prefix_tokens=32"]
     status, stdout, stderr = run_experiment(
-        "bench_cascade", "--num_rows=3", "--prefix_tokens=32", *small
+        "bench_cascade", "--implementations=xla,triton,reference", *small
     )
     assert status == 0, stderr
     result = json.loads(stdout.splitlines()[-1])
-    (row,) = result["rows"]
+    row, failed, other = result["rows"]
+    assert (row["name"], failed["name"], other["name"]) == (
+        "xla",
+        "triton",
+        "reference",
+    )
+    assert failed["failed"]  # there is no GPU: it says so, and the others go on
+    assert other["max_difference"] == 0
     token = 2 * 4 * 16 * 4  # keys and values, kv heads, head_dim, float32
     assert row["plain_bytes"] == 3 * (32 + 16) * token
     assert row["cascade_bytes"] == (32 + 3 * 16) * token

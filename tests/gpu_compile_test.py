@@ -102,7 +102,7 @@ def pool(name: str, num_blocks: int = NUM_BLOCKS[0]) -> jax.ShapeDtypeStruct:
     return array(2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
 
 
-def attend(name: str, *, is_ragged: bool, num_blocks: int = NUM_BLOCKS[0]):
+def attend(name: str, *, is_ragged: bool, num_blocks: int = NUM_BLOCKS[0], **more):
     (num_heads, _), head_dim, _, dtype, options = SHAPES[name]
     num_rows, num_queries = 16, 128 if is_ragged else 16
     pages = pool(name, num_blocks)
@@ -114,7 +114,7 @@ def attend(name: str, *, is_ragged: bool, num_blocks: int = NUM_BLOCKS[0]):
             layer=layer,
             implementation="mosaic_gpu",
             return_lse=True,
-            **options,
+            **(options | more),
         )
 
     return compiled(
@@ -142,10 +142,11 @@ def test_attention_compiles_and_spills_no_register(name, is_ragged, monkeypatch,
     assert (168 if is_wide else gpu_attention._COMPUTE_REGISTERS) in registers
 
 
-def test_attention_needs_no_memory_that_grows_with_the_pool():
+@pytest.mark.parametrize("shared_prefix", [None, True])
+def test_attention_needs_no_memory_that_grows_with_the_pool(shared_prefix):
+    more = dict(is_ragged=True, shared_prefix=shared_prefix)
     small, large = (
-        attend("llama_3_8b", is_ragged=True, num_blocks=n).memory_analysis()
-        for n in NUM_BLOCKS
+        attend("llama_3_8b", num_blocks=n, **more).memory_analysis() for n in NUM_BLOCKS
     )
     assert small.temp_size_in_bytes == large.temp_size_in_bytes
 

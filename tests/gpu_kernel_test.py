@@ -19,6 +19,7 @@ import pytest
 from attention_oracle import Case, make_case, relative_errors
 from conftest import ROOT
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from prefix_cases import group_case
 
 from jpaged import LLM, attention
 from jpaged.pallas import gpu, gpu_attention, gpu_work
@@ -107,6 +108,24 @@ def test_a_traced_layer_and_window_equal_that_layer_alone(small_sizes):
     got, _ = run(all_layers, **options)
     want, _ = attention_oracle.attention(case, sliding_window=9)
     assert relative_errors(got, want).max() < TOLERANCES["bfloat16"]
+
+
+@pytest.mark.long
+@interpreted
+def test_shared_beginnings_equal_the_oracle(small_sizes):
+    # Virtual rows of two rows of 32 heads: of a group of three there are two. A chunk
+    # of one row of the group of two, so that nobody shares it.
+    groups = {1: (2, 1, 2, 4), 5: (1, 5, 6)}
+    sizes = dict(heads=(32, 1), head_dim=64, dtype="bfloat16")
+    case, shared = group_case(
+        groups, [20, 3, 17, 0, 1, 5, 2], queries=[1, 1, 1, 0, 1, 1, 2], **sizes
+    )
+    sinks = np.linspace(-2.0, 3.0, 32).astype(np.float32)
+    options = dict(sliding_window=50, sinks=sinks)
+    device = options | {"sinks": jnp.asarray(sinks)}
+    out, lse = run(case, shared_prefix=shared, **device)
+    want = case, out, lse, TOLERANCES["bfloat16"], LSE_TOLERANCE
+    attention_oracle.check_result(*want, **options)
 
 
 @interpreted

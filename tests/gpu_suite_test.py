@@ -79,8 +79,14 @@ def test_aims_are_read_off_the_rows_that_count():
     ]
     blocks = [attention_row("triton", s, block_size=b) for s, b in ((1, 16), (1.2, 64))]
     cascade = [
-        dict(num_rows=4, prefix_tokens=1024, ratio=0.1, model_ratio=0.9),
-        dict(num_rows=16, prefix_tokens=4096, ratio=3.0, model_ratio=4.0),
+        dict(name=name, num_rows=rows, prefix_tokens=prefix, ratio=here, model_ratio=to)
+        for name, rows, prefix, here, to in (
+            ("triton", 4, 1024, 0.1, 0.9),
+            ("triton", 16, 4096, 3.0, 4.0),
+            ("triton", 64, 4096, 8.0, 8.0),
+            ("mosaic_gpu", 16, 4096, 4.0, 4.0),
+            ("mosaic_gpu", 64, 4096, 4.0, 8.0),
+        )
     ]
     stages = [
         {"name": "attention", "result": {"rows": rows}},
@@ -93,7 +99,7 @@ def test_aims_are_read_off_the_rows_that_count():
         ("1.00", "mosaic_gpu, 500 MB"),
         ("0.80", "mosaic_gpu, 1 rows of 8192"),
         ("1.20", "triton"),
-        ("0.75", "16 rows, prefix 4096"),
+        ("0.75", "triton, 16 rows, prefix 4096"),
         ("0.70", "write_kv/triton, 1 MB"),
         ("not measured", ""),
         ("not measured", ""),

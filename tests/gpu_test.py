@@ -21,6 +21,7 @@ import pytest
 from attention_cases import (
     FAULTS,
     GPU_SHAPES,
+    LSE_TOLERANCE,
     TOLERANCES,
     check,
     check_copies,
@@ -34,6 +35,7 @@ from attention_cases import (
 )
 from attention_oracle import make_case, relative_errors
 from conftest import ROOT
+from prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
 from quantised_cases import KERNEL_TOLERANCES, case_of
 
 from jpaged import LLM, SamplingParams, attention, implementations
@@ -106,6 +108,23 @@ def test_many_rows_that_share_their_first_blocks_equal_the_oracle(implementation
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_long_row_beside_short_ones_equals_the_oracle(implementation):
     check(make_case([20_000, 1, 0, 300, 17], **SIZES), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("heads", [(8, 2), (32, 2), (8, 8)])
+@pytest.mark.parametrize("queries", [None, QUERIES], ids=["decode", "chunks"])
+def test_beginnings_that_are_read_once_equal_the_oracle(queries, heads, implementation):
+    sizes = SIZES | dict(heads=heads, queries=queries)
+    case, shared = group_case(GROUPS, OWN_TOKENS, **sizes)
+    call = functools.partial(
+        attention.paged_attention, implementation=implementation, return_lse=True
+    )
+    arrays = jax.tree.map(jnp.asarray, attention_oracle.arrays(case))
+    for options in ({}, dict(sliding_window=50, logits_soft_cap=2.0)):
+        attend = jax.jit(functools.partial(call, **options))
+        out, lse = attend(**arrays, shared_prefix=shared)
+        tolerances = TOLERANCES["bfloat16"], LSE_TOLERANCE
+        attention_oracle.check_result(case, out, lse, *tolerances, **options)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import Case, relative_errors
+from prefix_cases import filled_case
 
+from jpaged import shared_prefix
 from jpaged.attention import paged_attention
-from jpaged.shared_prefix import SharedPrefix, find, num_tokens_read
+from jpaged.shared_prefix import SharedPrefix, find, least_of, num_tokens_read
 from jpaged.xla import cascade, online_softmax
 
 pytestmark = pytest.mark.long
@@ -29,11 +31,7 @@ WIDTH = 14
 
 
 def tree_case(seed: int, *, num_rows: int = 12, dtype: str = "float32", queries=None):
-    """Rows that begin like an earlier one up to some block, then have their own.
-
-    Entries past a row's length are garbage, often equal to those of other rows; slots
-    and blocks that nobody owns hold NaN.
-    """
+    """Rows that begin like an earlier one up to some block, then have their own."""
     rng = np.random.default_rng(seed)
     blocks = iter(rng.permutation(num_rows * WIDTH).tolist())
     own: list[list[int]] = []
@@ -48,31 +46,17 @@ def tree_case(seed: int, *, num_rows: int = 12, dtype: str = "float32", queries=
         # A shared last block is full, or written by its last owner alone.
         spare = int(rng.integers(0, BLOCK_SIZE))
         lens.append(max(0, num_blocks * BLOCK_SIZE - spare))
-    tables = rng.integers(0, 4, (num_rows, WIDTH))
-    for row, mine in enumerate(own):
-        tables[row, : len(mine)] = mine
-    shape = (num_rows * WIDTH, 2, BLOCK_SIZE, 8)
-    k_pages, v_pages = np.full((2, *shape), np.nan)
-    for row, (mine, length) in enumerate(zip(own, lens, strict=True)):
-        for position in range(length):
-            at = mine[position // BLOCK_SIZE], slice(None), position % BLOCK_SIZE
-            if np.isnan(k_pages[at]).any():
-                k_pages[at] = rng.standard_normal((2, 8))
-                v_pages[at] = rng.standard_normal((2, 8))
-        assert row < num_rows
-    starts, num_queries = None, num_rows
-    if queries is not None:
-        lengths = [min(n, length) for n, length in zip(queries, lens, strict=True)]
-        starts = np.cumsum([0, *lengths]).astype(np.int32)
-        num_queries = int(starts[-1]) + 3
-    kind = attention_oracle.DTYPES[dtype]
-    return Case(
-        q=rng.standard_normal((num_queries, 4, 8)).astype(kind),
-        k_pages=k_pages.astype(kind),
-        v_pages=v_pages.astype(kind),
-        block_tables=tables.astype(np.int32),
-        context_lens=np.array(lens, np.int32),
-        query_start_loc=starts,
+    return filled_case(
+        own,
+        lens,
+        rng=rng,
+        width=WIDTH,
+        num_blocks=num_rows * WIDTH,
+        queries=queries,
+        heads=(4, 2),
+        head_dim=8,
+        block_size=BLOCK_SIZE,
+        dtype=dtype,
     )
 
 
@@ -163,6 +147,23 @@ def test_small_groups_and_short_prefixes_are_left_alone():
         and (len(members) - 1) * depth * BLOCK_SIZE >= saved
     }
     assert set(np.flatnonzero(found.num_blocks).tolist()) == kept
+
+
+def test_the_rule_is_that_of_the_device(monkeypatch):
+    assert least_of("cpu").measured
+    assert least_of("TPU v5 lite").device == "TPU"
+    for kind in ("NVIDIA H200", "TPU v6 lite", "something else"):
+        # Arithmetic asks for more than where it was measured.
+        assert least_of(kind).saved > least_of("cpu").saved
+        assert not least_of(kind).measured
+    tables = jnp.tile(jnp.arange(300, dtype=jnp.int32), (3, 1))
+    lens = jnp.full(3, 300 * BLOCK_SIZE, jnp.int32)
+    assert find(tables, lens, BLOCK_SIZE).num_blocks.tolist() == [299] * 3
+    # Of 4784 tokens that are saved.
+    monkeypatch.setattr(
+        shared_prefix, "LEAST", [least_of("TPU v5 lite")._replace(device="")]
+    )
+    assert find(tables, lens, BLOCK_SIZE).num_blocks.tolist() == [0] * 3
 
 
 attend = jax.jit(
@@ -310,8 +311,6 @@ def test_wrong_groups_are_refused():
     for wrong in (few, jnp.zeros(12, jnp.int32), 3):
         with pytest.raises(ValueError, match="shared_prefix: expected True, or what"):
             paged_attention(**arguments, shared_prefix=wrong)
-    with pytest.raises(ValueError, match=r"'reference' does not serve it \('xla' doe"):
-        paged_attention(**arguments, shared_prefix=True, implementation="reference")
 
 
 def test_split_leaves_rows_alone_whose_window_begins_inside_the_prefix():

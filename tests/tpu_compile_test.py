@@ -169,14 +169,9 @@ MODEL = ModelConfig.from_hf(
 )
 
 
-def run(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu"):
-    config = EngineConfig(
-        num_blocks=num_blocks,
-        max_num_seqs=2,
-        max_model_len=256,
-        max_num_batched_tokens=16,
-        attention=implementation,
-    )
+def run(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu", **more):
+    sizes = dict(max_num_seqs=2, max_model_len=256, max_num_batched_tokens=16) | more
+    config = EngineConfig(num_blocks=num_blocks, attention=implementation, **sizes)
     mesh = compile_tpu.tpu_mesh("v5e:2x2", tensor)
     return compile_tpu.compile_run(MODEL, config, mesh)
 
@@ -203,6 +198,16 @@ def test_the_engine_updates_the_pool_in_place_and_sends_sums_alone(tensor):
     grown = temporaries(large) - temporaries(small)
     assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
     assert temporaries(large) < pool_bytes(NUM_BLOCKS[1], tensor) // 2
+
+
+def test_beginnings_read_once_copy_no_pool_and_send_nothing():
+    small, large = (run(n, 4, max_num_seqs=4, cascade=True) for n in NUM_BLOCKS)
+    grown = temporaries(large) - temporaries(small)
+    assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
+    one_layer = pool_bytes(NUM_BLOCKS[1], 4) // (2 * MODEL.num_layers)
+    assert temporaries(large) < one_layer
+    wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
+    assert compile_tpu.collectives(large) == wanted
 
 
 def test_the_engine_in_plain_xla_would_be_found_to_copy_the_pool():

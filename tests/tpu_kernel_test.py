@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from attention_oracle import Case, make_case, relative_errors
 from jax.experimental.pallas import tpu as pltpu
+from prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
 
-from jpaged import LLM, attention, engine, kv_cache, tuned
+from jpaged import LLM, attention, engine, forward, kv_cache, shared_prefix, tuned
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig, init_model
 from jpaged.pallas import tpu_attention, tpu_windows
 from jpaged.requests import SamplingParams
+
+pytestmark = pytest.mark.long
 
 # As in `attention_test`.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3}
@@ -169,6 +172,30 @@ def test_a_planted_fault_breaks_the_tolerance(fault):
     assert not (errors < TOLERANCES["bfloat16"]).all(axis=1).any()
 
 
+# ---- beginnings that are read once
+
+SHARED = {
+    "decode": ((32, 2), "bfloat16", None, {}),
+    "chunks": (
+        (14, 2),
+        "float32",
+        QUERIES,
+        dict(sinks=SINKS, sliding_window=50, logits_soft_cap=2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_beginnings_equal_the_oracle(name, small_tiles):
+    heads, dtype, queries, options = SHARED[name]
+    sizes = dict(heads=heads, dtype=dtype, queries=queries)
+    case, shared = group_case(GROUPS, OWN_TOKENS, **sizes)
+    device = {k: jnp.asarray(v) if k == "sinks" else v for k, v in options.items()}
+    out, lse = run(case, shared_prefix=shared, **device)
+    want = case, out, lse, TOLERANCES[dtype], LSE_TOLERANCE
+    attention_oracle.check_result(*want, **options)
+
+
 # ---- write_kv, copy_blocks: bitwise
 
 
@@ -274,27 +301,48 @@ TINY = dict(
 )
 
 
-def test_an_engine_on_these_kernels_gives_the_models_own_greedy_tokens():
+def check_engine(prompts, max_tokens, **sizes) -> engine.EngineState:
+    """An engine's greedy tokens are the model's own; the state at the end."""
     model = init_model(ModelConfig.from_hf(TINY))
-    config = EngineConfig(
-        num_blocks=12,
-        max_num_seqs=2,
-        max_model_len=64,
-        max_num_batched_tokens=16,
-        max_num_requests=8,
-        attention="mosaic_tpu",
-    )
-    prompts = [[1, 2, 3], list(range(5, 40)), [7] * 17]
-    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    fixed = dict(max_model_len=64, max_num_requests=8, attention="mosaic_tpu")
+    config = EngineConfig(**fixed, **sizes)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     state, _ = engine.submit(engine.init(model, config), prompts, params)
-    assert state.cache.k_pages.shape == (2, 12, 2, 8, 128)  # two tokens in a row
-    results = engine.collect(engine.run(model, state))
-    assert [len(result.token_ids) for result in results] == [4, 4, 4]
-    for prompt, result in zip(prompts, results, strict=True):
+    assert state.cache.k_pages.shape[2:] == (2, 8, 128)  # two tokens in a row
+    state = engine.run(model, state)
+    results = engine.collect(state)
+    assert [len(result.token_ids) for result in results] == [max_tokens] * len(prompts)
+    for result in results:
+        prompt = prompts[result.arrival]
         tokens = [*prompt, *result.token_ids]
         logits = model(jnp.array([tokens + [0] * (64 - len(tokens))]))[0]
         best = np.asarray(jnp.argmax(logits, axis=-1))
         assert best[len(prompt) - 1 : len(tokens) - 1].tolist() == result.token_ids
+    return state
+
+
+def test_an_engine_on_these_kernels_gives_the_models_own_greedy_tokens():
+    prompts = [[1, 2, 3], list(range(5, 40)), [7] * 17]
+    sizes = dict(num_blocks=12, max_num_seqs=2, max_num_batched_tokens=16)
+    state = check_engine(prompts, 4, **sizes)
+    assert state.cache.k_pages.shape[-1] == 128
+
+
+@pytest.mark.long
+def test_an_engine_that_reads_beginnings_once_gives_the_same(monkeypatch):
+    find, shared = shared_prefix.find, []
+
+    def find_all(*tables):
+        found = find(*tables, least_tokens=1, least_saved=1)
+        jax.debug.callback(lambda n: shared.append(int(n)), found.num_blocks.max())
+        return found
+
+    monkeypatch.setattr(forward.shared_prefix, "find", find_all)
+    prompts = [list(range(5, 40)), [*range(5, 39), 1, 2], [3, 4]]
+    sizes = dict(num_blocks=16, max_num_seqs=3, max_num_batched_tokens=64)
+    check_engine(prompts, 3, cascade=True, enable_prefix_caching=True, **sizes)
+    jax.effects_barrier()
+    assert 2 in shared
 
 
 def test_bytes_of_a_block_count_what_heads_are_filled_up_with():

@@ -20,6 +20,8 @@ from tpu_kernel_test import LSE_TOLERANCE, SINKS, TOLERANCES, check, run, some, 
 from jpaged import attention, implementations, kv_cache, tuned
 from jpaged.pallas import tpu_attention, tpu_key_tiles, tpu_packed
 
+pytestmark = pytest.mark.long
+
 # Tiles of 16 tokens, where heads are 64, so that few tokens need several.
 SMALL = tpu_attention.Tiles(query_rows=32, tokens=8, kv_heads=2)
 

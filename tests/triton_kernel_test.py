@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import make_case, relative_errors
+from prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
 
 from jpaged import attention
 from jpaged.triton import attention as triton_attention
@@ -60,6 +61,7 @@ def errors(case, **options):
         attention.paged_attention, implementation="triton", return_lse=True, **options
     )
     out, lse = jax.jit(call)(**arrays)
+    options.pop("shared_prefix", None)
     want_out, want_lse = attention_oracle.attention(case, **options)
     assert out.dtype == case.q.dtype
     same = np.where(np.isneginf(want_lse), np.isneginf(lse), True)
@@ -95,6 +97,24 @@ def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name):
 
 def test_a_long_row_is_split_and_shared_blocks_are_read():
     check("groups_of_4", [2048, 100, 300, 5], shared_blocks=4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "options"),
+    [
+        (None, {}),
+        (QUERIES, dict(sinks=True, sliding_window=50, logits_soft_cap=2.0)),
+    ],
+)
+def test_shared_beginnings_equal_the_oracle(queries, options):
+    if options.get("sinks"):
+        options = options | {"sinks": np.linspace(-2, 3, 16).astype(np.float32)}
+    dtype = "bfloat16" if queries is None else "float32"
+    sizes = dict(heads=(16, 1), head_dim=16, dtype=dtype, queries=queries)
+    case, shared = group_case(GROUPS, OWN_TOKENS, **sizes)
+    error, lse_error = errors(case, shared_prefix=shared, **options)
+    assert error < TOLERANCES[dtype]
+    assert lse_error < LSE_TOLERANCE
 
 
 def test_the_plan_splits_by_actual_lengths_within_its_bounds():

@@ -9,6 +9,7 @@ tables, a query or as many as fill the tensor core's 64 rows.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,12 @@ def attend(
     sliding_window: jax.Array | int | None,
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
+    dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
+    """Output [T, H, D], and log-sum-exp f32[T, H].
 
     Args: as `jpaged.attention.paged_attention`; `scale` and `logits_soft_cap` are
-    Python numbers.
+    Python numbers. `dtype` is the output's; None takes that of q.
     """
     _check_one_device()
     is_ragged = query_start_loc is not None
@@ -96,11 +98,12 @@ def attend(
         row=jnp.where(is_live, (query - tiles.first[tile]) * plan.group, 0),
     )
     # Sinks are applied to the output, which is rounded once, behind them.
-    dtype = jnp.float32 if sinks is not None else q.dtype
-    out, lse = gpu_merge.merge(outs, lses, parts, plan.group, dtype)
+    dtype = q.dtype if dtype is None else dtype
+    merged = jnp.float32 if sinks is not None else dtype
+    out, lse = gpu_merge.merge(outs, lses, parts, plan.group, merged)
     out = out[..., : q.shape[-1]]
     lse = jnp.where(lse < -1e28, -jnp.inf, lse / gpu_attention.LOG2E)
-    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks, q.dtype)
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks, dtype)
 
 
 def _check_one_device() -> None:

@@ -2,9 +2,9 @@
 
 Place on the road: pallas.gpu -> [pallas.gpu_merge].
 
-One block of threads serves a query and a key/value head: it walks the items that read
-that query's keys, and keeps a running maximum as attention itself does. The order is
-fixed, so the same lengths give the same bits.
+One block of threads serves a query and a key/value head, or some of many heads that
+share a key: it walks the items that read that query's keys, and keeps a running maximum
+as attention itself does. The order is fixed, so the same lengths give the same bits.
 
 Letters as in `jpaged.attention`; I items, D' at least 128.
 """
@@ -24,6 +24,8 @@ from jpaged.pallas.gpu_work import Parts
 _LOWEST = -1e29
 # Parts of which the loads are under way at once.
 _AHEAD = 4
+# Heads that a block of threads serves, one after another, at most.
+_HEADS = 8
 
 
 def merge(
@@ -45,14 +47,15 @@ def merge(
     """
     num_queries, num_kv_heads, width = parts.item.shape[0], outs.shape[1], outs.shape[3]
     num_heads = num_kv_heads * group
+    heads = next(n for n in range(_HEADS, 0, -1) if group % n == 0)
     call = plgpu.kernel(
-        functools.partial(_kernel, group=group),
+        functools.partial(_kernel, group=group, heads=heads),
         out_type=[
             jax.ShapeDtypeStruct((num_queries, num_heads, width), dtype),
             jax.ShapeDtypeStruct((num_queries, num_heads), jnp.float32),
         ],
-        grid=(num_queries, num_kv_heads),
-        grid_names=("query", "kv_head"),
+        grid=(num_queries, num_kv_heads, group // heads),
+        grid_names=("query", "kv_head", "some"),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
@@ -69,14 +72,17 @@ def _kernel(
     lse,  # f32[T, H]
     *,
     group: int,
+    heads: int,
 ):
     query, kv_head = lax.axis_index("query"), lax.axis_index("kv_head")
+    first_head = lax.axis_index("some") * heads
     parts = Parts(*(fields[query, i] for i in range(len(Parts._fields))))
     last = parts.item + parts.count - 1
     width = outs.shape[-1]
 
-    for member in range(group):
-        row = parts.row + member
+    for i in range(heads):
+        head = first_head + i  # of those of the key
+        row = parts.row + head
 
         def step(number, carry, row=row):
             acc, total, highest = carry
@@ -97,6 +103,6 @@ def _kernel(
         trips = lax.div(parts.count + (_AHEAD - 1), jnp.int32(_AHEAD))
         acc, total, highest = lax.fori_loop(0, trips, step, start)
         total = jnp.maximum(total, 1e-30)
-        head = kv_head * group + member
+        head += kv_head * group
         out[query, head] = (acc / total).astype(out.dtype)
         lse[query, head] = highest + jnp.log2(total)

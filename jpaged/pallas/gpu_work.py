@@ -105,8 +105,8 @@ def tile_of_queries(
     counts = pl.cdiv(query_start_loc[1:] - starts, tile_queries)
     before = jnp.cumsum(counts, dtype=jnp.int32) - counts
     query = jnp.arange(num_queries, dtype=jnp.int32)
-    row = jnp.searchsorted(query_start_loc[1:], query, side="right")
-    row = jnp.minimum(row, starts.shape[0] - 1).astype(jnp.int32)
+    row = _num_before(query_start_loc[1:], query)
+    row = jnp.minimum(row, starts.shape[0] - 1)
     return before[row] + (query - starts[row]) // tile_queries
 
 
@@ -154,7 +154,17 @@ def _owners(counts: jax.Array, number: int) -> tuple[jax.Array, jax.Array, jax.A
     the how manieth of that owner's, and whether it is anybody's."""
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     place = jnp.arange(number, dtype=jnp.int32)
-    owner = jnp.searchsorted(ends, place, side="right").astype(jnp.int32)
+    owner = _num_before(ends, place)
     is_live = place < ends[-1]
     owner = jnp.minimum(owner, counts.shape[0] - 1)
     return owner, place - (ends - counts)[owner], is_live
+
+
+def _num_before(rising: jax.Array, values: jax.Array) -> jax.Array:
+    """i32, of each of `values` how many of `rising` are no larger.
+
+    By comparing all: a binary search is a loop, whose steps are launches, and all that
+    depends on it stays in the loop over layers.
+    """
+    found = jnp.searchsorted(rising, values, side="right", method="compare_all")
+    return found.astype(jnp.int32)

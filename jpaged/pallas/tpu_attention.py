@@ -52,10 +52,11 @@ def attend(
     logits_soft_cap: float | None,
     sinks: jax.Array | None,
     return_lse: bool,
+    dtype: Any = None,
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H] if asked for.
+    """Output [T, H, D], and log-sum-exp f32[T, H] if asked for.
 
     Args:
       q: [T, H, D].
@@ -72,6 +73,7 @@ def attend(
       logits_soft_cap: Python number or None.
       sinks: f32[H] or None.
       return_lse: whether to give the log-sum-exp.
+      dtype: of the output; None takes that of q.
       tiles: sizes; None takes those of `jpaged.tuned`.
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU.
     """
@@ -105,6 +107,7 @@ def attend(
             num_tiles=num_tiles,
         )
     has_lse = return_lse or sinks is not None
+    dtype = q.dtype if dtype is None else dtype
     out, *lses = _call(
         to_tiles(q.astype(product_dtype(k_pages.dtype, q.dtype)), plan, num_tiles),
         (k_pages, v_pages, *scales),
@@ -116,7 +119,7 @@ def attend(
         scale=scale,
         soft_cap=logits_soft_cap,
         # Sinks are applied to the output, which is rounded once, behind them.
-        out_dtype=jnp.float32 if sinks is not None else q.dtype,
+        out_dtype=jnp.float32 if sinks is not None else dtype,
         has_lse=has_lse,
         interpret=interpret,
     )
@@ -129,7 +132,7 @@ def attend(
         is_empty = jnp.isneginf(lse)
         with_sink = jnp.logaddexp(lse, sinks.astype(jnp.float32)[None, :])
         share = jnp.where(is_empty, 0.0, jnp.exp(lse - with_sink))
-        out = (out * share[..., None]).astype(q.dtype)
+        out = (out * share[..., None]).astype(dtype)
         lse = jnp.where(is_empty, -jnp.inf, with_sink)
     return out, lse
 

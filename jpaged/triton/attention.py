@@ -46,12 +46,14 @@ def attend(
     sinks: jax.Array | None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    dtype: Any = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
+    """Output [T, H, D], and log-sum-exp f32[T, H].
 
     Arguments as of `jpaged.attention.paged_attention`, with scales ([L,] N, K, P or
-    more); `tiles` None takes those of `tuned`, or `triton.tiles`.
+    more); `dtype` is the output's, None takes that of q; `tiles` None takes those of
+    `tuned`, or `triton.tiles`.
     """
     num_queries, num_heads, head_dim = q.shape
     *_, num_blocks, num_kv_heads, block_size, _ = k_pages.shape
@@ -87,7 +89,8 @@ def attend(
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    results = (array(*q.shape, dtype=q.dtype), array(num_queries, num_heads))
+    dtype = q.dtype if dtype is None else dtype
+    results = (array(*q.shape, dtype=dtype), array(num_queries, num_heads))
     partial = (array(num_parts, num_heads, head_dim), array(num_parts, num_heads))
     # Compilers for Ampere refuse float8_e4m3fn.
     pools = (bits(k_pages), bits(v_pages), k_scale, v_scale)
@@ -96,8 +99,8 @@ def attend(
         (num_items, num_kv_heads),
         (q, *pools, block_tables, lens, *plan[:3], settings, sinks),
         (*results, *partial),
-        # A prompt's tile has four times the rows of a decode row's.
-        num_warps=tiles.num_warps * (2 if is_ragged else 1),
+        # A prompt's tile has four times the rows of most decode rows'.
+        num_warps=tiles.num_warps * (2 if is_ragged or group > 32 else 1),
         num_stages=tiles.num_stages,
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,

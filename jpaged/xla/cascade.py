@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged.shared_prefix import SharedPrefix
+from jpaged.shared_prefix import SharedPrefix, behind, joined
 from jpaged.xla.chunks import chunks
 from jpaged.xla.pages import Pools
 
@@ -37,29 +37,19 @@ def split(
     block_size: int,
     sliding_window: int | jax.Array | None,
 ) -> Parts:
-    """The parts of all rows.
-
-    A row whose window begins after the prefix does would see it in part: it reads
-    alone. An idle row does too.
-    """
-    num_rows, width = block_tables.shape
-    joins = (shared.num_blocks > 0) & (context_lens > 0)
-    if sliding_window is not None:
-        joins &= context_lens <= sliding_window
-    num_blocks = jnp.where(joins, shared.num_blocks, 0)
+    """The parts of all rows."""
+    num_rows = context_lens.shape[0]
+    num_blocks = joined(shared, context_lens, sliding_window)
     num_tokens = num_blocks * block_size
-    group = jnp.where(joins, shared.leaders, num_rows)
+    group = jnp.where(num_blocks > 0, shared.leaders, num_rows)
     nobody = jnp.zeros((num_rows,), jnp.int32)
     sizes = nobody.at[group].add(1, mode="drop")
-    column = jnp.arange(width, dtype=jnp.int32)[None, :] + num_blocks[:, None]
     return Parts(
         order=jnp.argsort(group, stable=True),
         starts=jnp.cumsum(sizes) - sizes,
         sizes=sizes,
         shared_lens=nobody.at[group].max(num_tokens, mode="drop"),
-        own_tables=jnp.take_along_axis(
-            block_tables, jnp.minimum(column, width - 1), axis=1
-        ),
+        own_tables=behind(block_tables, num_blocks),
         own_lens=context_lens - num_tokens,
     )
 

@@ -67,7 +67,7 @@ def programs(name: str) -> dict[str, tuple[str, dict[str, str], dict[str, Any], 
     calls = {
         "decode": (1, 1),
         "prompt": (tile.query_rows // group, 1),
-        "prefix": (1, num_members(heads, kv_heads, 64)),
+        "prefix": (1, num_members(heads, kv_heads, 64, tile.query_rows)),
     }
     for call, (queries, members) in calls.items():
         rows = queries * members * group

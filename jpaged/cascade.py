@@ -43,9 +43,12 @@ class Plan(NamedTuple):
     place: jax.Array  # i32[S], of the row among V * R members; V * R where it is alone
 
 
-def num_members(num_heads: int, num_kv_heads: int, num_rows: int) -> int:
+def num_members(
+    num_heads: int, num_kv_heads: int, num_rows: int, rows: int | None = None
+) -> int:
     """R. Below 2, where one row's heads of a key fill a tile, nobody shares."""
-    return min(ROWS // (num_heads // num_kv_heads), num_rows)
+    rows = ROWS if rows is None else rows
+    return min(rows // (num_heads // num_kv_heads), num_rows)
 
 
 def attend(
@@ -60,6 +63,7 @@ def attend(
     num_kv_heads: int,
     sliding_window: jax.Array | int | None,
     skips: bool,
+    rows: int | None = None,
 ) -> State:
     """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
 
@@ -71,9 +75,10 @@ def attend(
       sliding_window: as `paged_attention`; `plain` has it too.
       skips: a step in which nothing is shared passes over the prefixes' part, by a
         branch that the device takes. Without, it reads no key, and costs its launches.
+      rows: of a kernel's tile that a virtual row fills; None: `ROWS`.
     """
     num_rows, num_queries = context_lens.shape[0], q.shape[0]
-    size = num_members(q.shape[1], num_kv_heads, num_rows)
+    size = num_members(q.shape[1], num_kv_heads, num_rows, rows)
     if size < 2:
         return plain(q, block_tables, context_lens, query_start_loc)
     plan = make_plan(

@@ -37,6 +37,7 @@ from jpaged.quantised_pages import (
 from jpaged.shared_prefix import SharedPrefix, find
 from jpaged.triton import attention as triton_attention
 from jpaged.triton import pages as triton_pages
+from jpaged.triton.tiles import query_rows
 from jpaged.xla import gradients
 from jpaged.xla import pages as xla_pages
 from jpaged.xla.gradients import Operands
@@ -176,8 +177,7 @@ def paged_attention(
                 sliding_window=arrays["sliding_window"],
                 # A GPU would wait for its host at every branch.
                 skips=chosen == "mosaic_tpu",
-                # Triton's tiles of more float32 queries spill.
-                rows=32 if chosen == "triton" and q.dtype == jnp.float32 else None,
+                rows=query_rows(q.dtype.itemsize) if chosen == "triton" else None,
             )
 
         args = (q, (k_pages, v_pages), rows, arrays, shared)

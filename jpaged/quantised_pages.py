@@ -54,7 +54,7 @@ def encode(values: jax.Array, dtype: jnp.dtype | str) -> tuple[jax.Array, jax.Ar
 def decode(numbers: jax.Array) -> jax.Array:
     """`numbers` of quantised pages in float32, still without their scales.
 
-    Bits of bfloat16 become that; numbers of other pages stay as they are.
+    Bits of bfloat16 become float32 too; numbers of other pages stay as they are.
     """
     if numbers.dtype == BITS_OF_BFLOAT16:
         numbers = lax.bitcast_convert_type(numbers, jnp.bfloat16)

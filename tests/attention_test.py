@@ -279,14 +279,16 @@ def test_write_kv_writes_exactly_the_named_slots(dtype, layer):
     check_writes(dtype, layer, None)
 
 
-def test_write_kv_casts_to_the_pages():
-    pages = jnp.zeros((2, 1, 2, 3), jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint16])  # and to its bits
+def test_write_kv_casts_to_the_pages(dtype):
+    pages = jnp.zeros((2, 1, 2, 3), dtype)
     values = some_pages(1, 1, 3)
     written = jnp.asarray(values)
     k_pages, _ = attention.write_kv(
         pages, pages, written, written, jnp.array([3], jnp.int32)
     )
-    assert_bitwise(k_pages[1, 0, 1], values[0, 0].astype(jnp.bfloat16))
+    assert_bitwise(k_pages[1, 0, 1], values[0, 0].astype(jnp.bfloat16).view(dtype))
+    assert not k_pages[0].any()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -309,16 +311,6 @@ def test_pages_of_bits_are_those_of_bfloat16():
     out, _ = run(dataclasses.replace(case, **bits), None)
     want, _ = attention_oracle.attention(case)
     assert relative_errors(out, want).max() < TOLERANCES["bfloat16"]
-
-    pages = jnp.zeros((2, 1, 2, 3), jnp.uint16)
-    values = some_pages(1, 1, 3)
-    written = jnp.asarray(values)
-    k_pages, _ = attention.write_kv(
-        pages, pages, written, written, jnp.array([3], jnp.int32)
-    )
-    wanted = values[0, 0].astype(jnp.bfloat16).view(np.uint16)
-    assert_bitwise(k_pages[1, 0, 1], wanted)
-    assert not k_pages[0].any()
 
 
 # ---- arguments that do not fit together

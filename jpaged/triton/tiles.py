@@ -21,12 +21,17 @@ class Tiles:
     least_chunk: int = 256  # tokens of a split, at least
 
 
+def query_rows(q_itemsize: int) -> int:
+    """Rows of a tile of queries; 64 of float32 spill registers."""
+    return 32 if q_itemsize == 4 else 64
+
+
 def choose(head_dim: int, itemsize: int, q_itemsize: int) -> Tiles:
     """Such as need at most 16 KiB for a tile of keys, or as much once it is widened.
 
-    Bytes of a number of the pages and of q. A tile of 64 float32 queries spills.
+    Bytes of a number of the pages and of q.
     """
-    rows = 32 if q_itemsize == 4 else 64
+    rows = query_rows(q_itemsize)
     if itemsize == 1:  # each stage is half as large, so one more is under way
         tokens = max(min(2**13 // head_dim, 64), 16)
         return Tiles(query_rows=rows, tokens=tokens, num_stages=4)

@@ -32,13 +32,14 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import lib_attention_contenders as contenders
-from experiments import lib_limits, lib_page_updates
-from experiments.lib_attention_cases import Shape
-from experiments.lib_attention_contenders import CONTENDERS
-from experiments.lib_page_updates import UPDATES, Update
-from experiments.lib_processes import ask_each, chosen, tell
-from experiments.timing import environment
+from experiments.lib import limits as lib_limits
+from experiments.lib.attention import contenders as contenders
+from experiments.lib.attention import page_updates
+from experiments.lib.attention.cases import Shape
+from experiments.lib.attention.contenders import CONTENDERS
+from experiments.lib.attention.page_updates import UPDATES, Update
+from experiments.lib.processes import ask_each, chosen, tell
+from experiments.lib.timing import environment
 
 FLAGS = flags.FLAGS
 _SIZES = ("num_heads", "num_kv_heads", "head_dim")
@@ -134,7 +135,7 @@ def run_alone(name: str) -> None:
         try:
             if isinstance(line, Update):
                 rounds = (pool_bytes, FLAGS.repeats, FLAGS.round_s)
-                found = lib_page_updates.measure(name, line, *rounds)
+                found = page_updates.measure(name, line, *rounds)
             else:
                 found = contenders.measure(name, line, FLAGS.repeats, FLAGS.round_s)
         except Exception as error:  # whatever a peer raises: the others go on

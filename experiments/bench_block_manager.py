@@ -36,8 +36,8 @@ import numpy as np
 from absl import app, flags
 from jax import lax
 
-from jpaged import block_manager
-from jpaged.block_manager import NO_BLOCK, BlockState
+from jpaged.kv import block_manager
+from jpaged.kv.block_manager import NO_BLOCK, BlockState
 
 FLAGS = flags.FLAGS
 

@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import lib_limits
-from experiments.lib_limits import Limits
-from experiments.timing import Contender, environment, time_in_turn
-from jpaged import shared_prefix
+from experiments.lib import limits as lib_limits
+from experiments.lib.limits import Limits
+from experiments.lib.timing import Contender, environment, time_in_turn
 from jpaged.attention import paged_attention
+from jpaged.kv import shared_prefix
 
 FLAGS = flags.FLAGS
 _CALL_S, _MERGE_S = 3e-6, 4e-6  # beside reading and multiplying; of a GPU, assumed

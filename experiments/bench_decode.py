@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import lib_limits
-from experiments.lib_attention_contenders import CONTENDERS, has
-from experiments.lib_engine_loads import decoding_state, engine_steps
-from experiments.lib_processes import ask_each, chosen, tell
-from experiments.timing import environment, time_in_turn
+from experiments.lib import limits as lib_limits
+from experiments.lib.attention.contenders import CONTENDERS, has
+from experiments.lib.engine_loads import decoding_state, engine_steps
+from experiments.lib.processes import ask_each, chosen, tell
+from experiments.lib.timing import environment, time_in_turn
 from jpaged.config import EngineConfig
-from jpaged.models import ModelConfig, checkpoint
+from jpaged.models import ModelConfig
+from jpaged.models.loading import checkpoint
 
 FLAGS = flags.FLAGS
 # "mosaic_gpu" before "triton": what serves fewer machines first.
@@ -113,7 +114,7 @@ def run_alone(name: str) -> None:
     """Measures one contender, for the process that asked; a line for each batch."""
     sizes = dict(context=FLAGS.context, steps=FLAGS.steps)
     if name == "transformers":
-        from experiments import lib_transformers_decode as peer
+        from experiments.lib import transformers_decode as peer
 
         torch_model = peer.make_model(FLAGS.model, model_config().dtype)
         for rows in batches():

@@ -7,7 +7,7 @@ run, each figure a median, and what is compared run in turn. Parts (`--parts`):
   beams      beam search of width 4 from a prompt of 256 tokens, 64 tokens out: first
              the matrix products of a step at as many rows, the limit; then whole calls
              of jpaged's engine, of Hugging Face `generate` and of plain JAX with a
-             contiguous cache (`experiments/baseline_decoding.py`), whose tokens are
+             contiguous cache (`experiments/lib/decoding/baseline.py`), whose tokens are
              compared first. Aims: 3 times Hugging Face's steps/s, 1.5 times plain JAX's
   samples    8 samples of the same prompt, the same way. Aim: 4 times Hugging Face's
              tokens/s
@@ -27,9 +27,9 @@ from collections.abc import Mapping
 import numpy as np
 from absl import app, flags
 
-from experiments import lib_decoding_costs as costs
-from experiments import lib_limits as limits_of
-from experiments.lib_decoding_loads import (
+from experiments.lib import limits as limits_of
+from experiments.lib.decoding import costs as costs
+from experiments.lib.decoding.loads import (
     HAS_HUGGING_FACE,
     EngineDecoding,
     HuggingFaceDecoding,
@@ -37,9 +37,9 @@ from experiments.lib_decoding_loads import (
     PlainDecoding,
     decoding_engine,
 )
-from experiments.lib_decoding_programs import every_method, programs_of_passes
-from experiments.lib_engine_loads import decoding_state, engine_steps, random_prompts
-from experiments.timing import (
+from experiments.lib.decoding.programs import every_method, programs_of_passes
+from experiments.lib.engine_loads import decoding_state, engine_steps, random_prompts
+from experiments.lib.timing import (
     Contender,
     Report,
     Times,
@@ -47,7 +47,7 @@ from experiments.timing import (
     progress,
     time_in_turn,
 )
-from jpaged import kv_cache
+from jpaged.attention import kv_cache
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
 

@@ -29,12 +29,13 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from experiments.timing import Contender, Times, environment, progress, time_in_turn
-from jpaged import bundled, engine, load_model
+from experiments.lib.timing import Contender, Times, environment, progress, time_in_turn
+from jpaged import engine, load_model
 from jpaged.config import EngineConfig, Speculation
 from jpaged.models import Decoder
-from jpaged.requests import SamplingParams
-from jpaged.text import Tokenizer
+from jpaged.models.loading import bundled
+from jpaged.params import SamplingParams
+from jpaged.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 MODEL = "tiny-python"

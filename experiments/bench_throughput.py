@@ -7,7 +7,7 @@ run, each figure a median, and what is compared run in turn. Parts (`--parts`):
   limits     read bandwidth, and float32 GEMM: the machine's
   step       a decode step at batch 1, 8, 32 and context 96: its matrix products alone,
              jpaged's `engine.run`, and the baseline, the researcher's afternoon of
-             `experiments/baseline.py`. Aims: at most 1.15 times the products at batch
+             `lib/baseline.py`. Aims: at most 1.15 times the products at batch
              1 and 1.3 times at 32; 3 times the baseline's tokens/s at 32
   attention  all layers' attention over pages, and on contiguous memory. Aim: the
              difference is at most 10 % of a step
@@ -22,8 +22,8 @@ figures but `compile`; docs/results.md has the figures of one machine.
 
 from absl import app, flags
 
-from experiments import lib_limits as limits_of
-from experiments.lib_engine_loads import (
+from experiments.lib import limits as limits_of
+from experiments.lib.engine_loads import (
     BaselineRun,
     EngineRun,
     Workload,
@@ -34,8 +34,8 @@ from experiments.lib_engine_loads import (
     lognormal_workload,
     random_prompts,
 )
-from experiments.lib_limits import Limits
-from experiments.timing import Contender, Report, progress, time_in_turn
+from experiments.lib.limits import Limits
+from experiments.lib.timing import Contender, Report, progress, time_in_turn
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
 

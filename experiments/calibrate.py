@@ -20,11 +20,11 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from experiments import lib_calibration as calibration
-from experiments.timing import Report, progress
+from experiments.lib import calibration as calibration
+from experiments.lib.timing import Report, progress
 from jpaged.models import load_model
-from jpaged.simulator.engine_system import EngineSystem
 from jpaged.simulator.simulate import simulate
+from jpaged.simulator.systems.engine_system import EngineSystem
 
 FLAGS = flags.FLAGS
 

@@ -45,15 +45,16 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from jpaged import engine, parallel, sharded
+from jpaged import engine, parallel
 from jpaged.config import EngineConfig
+from jpaged.engine import replicas
 from jpaged.models import ModelConfig
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
-from jpaged.models.placing import placement
+from jpaged.models.loading.placing import placement
 from jpaged.models.shapes import random_config
-from jpaged.quantised_pages import PAGE_DTYPES
-from jpaged.simulator.chips import CHIPS, GIB
+from jpaged.pages.quantised import PAGE_DTYPES
+from jpaged.simulator.costs.chips import CHIPS, GIB
 
 # Memory of a device by the name of its machine. A chip of tpu7x is two devices; the
 # simulator has no v4, whose 32 GiB Google's page on it states.
@@ -153,7 +154,7 @@ def abstract_engine(
     state = jax.eval_shape(
         lambda: engine.init(model, config, kv_dtype=kv_dtype, mesh=mesh)
     )
-    return model, jax.tree.map(shaped, state, sharded.shardings(state, mesh))
+    return model, jax.tree.map(shaped, state, replicas.shardings(state, mesh))
 
 
 def compile_run(

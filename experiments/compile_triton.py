@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from jpaged.cascade import num_members
+from jpaged.attention.cascade import num_members
 from jpaged.triton import tiles
 
 FLAGS = flags.FLAGS

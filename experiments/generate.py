@@ -42,17 +42,12 @@ from absl import app, flags  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from jpaged.config import PREEMPTIONS  # noqa: E402
+from jpaged.engine.limits import Params, num_rows  # noqa: E402
 from jpaged.llm import LLM, Delta  # noqa: E402
-from jpaged.parallel import make_mesh  # noqa: E402
+from jpaged.outputs import CompletionOutput, RequestOutput  # noqa: E402
+from jpaged.parallel.mesh import make_mesh  # noqa: E402
+from jpaged.params import BeamSearchParams, SamplingParams, StructuredOutputsParams  # noqa: E402
 from jpaged.policies import POLICIES  # noqa: E402
-from jpaged.request_limits import Params, num_rows  # noqa: E402
-from jpaged.requests import (  # noqa: E402
-    BeamSearchParams,
-    CompletionOutput,
-    RequestOutput,
-    SamplingParams,
-    StructuredOutputsParams,
-)
 
 FLAGS = flags.FLAGS
 _PARAMS = (SamplingParams, BeamSearchParams)

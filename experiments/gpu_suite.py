@@ -32,9 +32,9 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import lib_gpu_aims
-from experiments.lib_processes import run_limited
-from experiments.timing import environment
+from experiments.lib import gpu_aims
+from experiments.lib.processes import run_limited
+from experiments.lib.timing import environment
 
 FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
             continue
         record = run_stage(stage, is_tiny, min(stage.limit_s, left_s))
         found["stages"].append(record)
-        found["aims"] = lib_gpu_aims.aims(found["stages"])
+        found["aims"] = gpu_aims.aims(found["stages"])
         write(found)
     print(f"\n{'aim':<48}{'wanted':>8}{'here':>14}  of")
     for aim in found["aims"]:

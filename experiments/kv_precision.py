@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import lib_python_text
-from experiments.timing import environment
-from jpaged import memory
+from experiments.lib import python_text
+from experiments.lib.timing import environment
 from jpaged.llm import LLM
 from jpaged.models.layers import causal_attention
-from jpaged.requests import SamplingParams
+from jpaged.params import SamplingParams
+from jpaged.serving import memory
 
 FLAGS = flags.FLAGS
 KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
@@ -57,7 +57,7 @@ def texts(llm: LLM) -> list[list[int]]:
         rng = np.random.default_rng(0)
         shape = (FLAGS.num_texts, FLAGS.length)
         return rng.integers(0, llm.model.config.vocab_size, shape).tolist()
-    _, held_out = lib_python_text.split_files(lib_python_text.library_files())
+    _, held_out = python_text.split_files(python_text.library_files())
     tokens = (llm.tokenizer.encode(text)[: FLAGS.length] for text in held_out)
     long = [one for one in tokens if len(one) == FLAGS.length]
     return long[: FLAGS.num_texts]

@@ -35,10 +35,11 @@ import numpy as np
 from absl import app, flags
 
 from experiments import sharing
-from experiments.timing import Report, progress
+from experiments.lib.timing import Report, progress
 from jpaged.llm import LLM
-from jpaged.metrics import LATENCIES, StepRecord
-from jpaged.requests import RequestOutput, SamplingParams
+from jpaged.outputs import RequestOutput
+from jpaged.params import SamplingParams
+from jpaged.serving.metrics import LATENCIES, StepRecord
 
 FLAGS = flags.FLAGS
 PERCENTILES = (50, 90, 99)

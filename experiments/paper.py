@@ -32,29 +32,25 @@ import time
 
 from absl import app, flags
 
-from experiments import (
-    lib_paper_blocks,
-    lib_paper_figures,
-    lib_paper_kernel,
-    lib_paper_rates,
-    lib_paper_report,
+from experiments.lib.paper import (
+    blocks,
+    kernel,
+    rates,
+    report,
 )
-from experiments.lib_paper_curves import Row
-from experiments.lib_paper_figures import Figure, Plan, Shown
-from experiments.lib_paper_report import file_name
-from experiments.lib_paper_runs import Case, Clock, Run, cost_model_of, run_all
-from experiments.timing import progress
+from experiments.lib.paper import (
+    figures as lib_paper_figures,
+)
+from experiments.lib.paper.curves import Row
+from experiments.lib.paper.figures import Figure, Plan, Shown
+from experiments.lib.paper.report import file_name
+from experiments.lib.paper.runs import Case, Clock, Run, cost_model_of, run_all
+from experiments.lib.timing import progress
 from jpaged import compilation_cache
 
 FLAGS = flags.FLAGS
 FIGURES: dict[str, Figure] = dict(
-    sorted(
-        (
-            lib_paper_figures.FIGURES
-            | lib_paper_rates.FIGURES
-            | lib_paper_blocks.FIGURES
-        ).items()
-    )
+    sorted((lib_paper_figures.FIGURES | rates.FIGURES | blocks.FIGURES).items())
 )
 # Figures of the paper whose number says more: 18b is all of 18 that is simulated.
 ALIASES = {"fig18b": "fig18", "fig19a": "fig19", "fig19b": "fig19"}
@@ -89,7 +85,7 @@ def chosen_figures(names: list[str]) -> dict[str, Figure]:
     Raises:
       ValueError: there is none of a name.
     """
-    known = FIGURES | lib_paper_kernel.FIGURES | lib_paper_rates.PANEL_FIGURES
+    known = FIGURES | kernel.FIGURES | rates.PANEL_FIGURES
     found: dict[str, Figure] = {}
     for name in names:
         if name == ALL:
@@ -187,15 +183,15 @@ def write(
     for name, figure in figures.items():
         mine = [run for case in figure.cases(plan) for run in runs[case]]
         shown[name] = one = with_skipped(figure.show(plan, runs), mine)
-        lib_paper_report.write_csv(folder, file_name(name), one, mine)
+        report.write_csv(folder, file_name(name), one, mine)
         try:
             path = folder / f"{file_name(name)}.png"
-            lib_paper_report.draw(path, figure.title, one.drawings)
+            report.draw(path, figure.title, one.drawings)
         except ImportError:
             has_plots = False
     if not has_plots:
         progress("no PNG: matplotlib is missing; pip install 'jpaged[plot]'")
-    text = lib_paper_report.markdown(plan, figures, shown, has_plots)
+    text = report.markdown(plan, figures, shown, has_plots)
     (folder / "REPORT.md").write_text(text, "utf-8")
     return [row for one in shown.values() for row in one.rows]
 
@@ -216,7 +212,7 @@ def main(argv: list[str]) -> None:
     for name in dict.fromkeys(row.figure for row in rows):
         print(f"\n{name}")
         mine = [row for row in rows if row.figure == name]
-        print("\n".join(lib_paper_report.table(mine)))
+        print("\n".join(report.table(mine)))
     print(f"\nwritten: {pathlib.Path(FLAGS.out) / 'REPORT.md'} and a table per figure")
     print(json.dumps([dataclasses.asdict(row) for row in rows]), flush=True)
 

@@ -26,10 +26,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from experiments import lib_python_text
-from jpaged import scoring
+from experiments.lib import python_text
 from jpaged.llm import LLM
-from jpaged.requests import SamplingParams
+from jpaged.models import scoring
+from jpaged.params import SamplingParams
 
 FLAGS = flags.FLAGS
 _PROMPT = [1, 2, 3]
@@ -59,7 +59,7 @@ def texts(llm: LLM) -> list[str | list[int]]:
     if llm.tokenizer is None:
         rng = np.random.default_rng(0)
         return [rng.integers(0, llm.model.config.vocab_size, 256).tolist()]
-    _, held_out = lib_python_text.split_files(lib_python_text.library_files())
+    _, held_out = python_text.split_files(python_text.library_files())
     return list(held_out[: FLAGS.max_files])
 
 

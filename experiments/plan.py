@@ -27,15 +27,17 @@ from absl import app, flags
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from jpaged import memory, parallel
-from jpaged.models import ModelConfig, checkpoint
+from jpaged import parallel
+from jpaged.models import ModelConfig
 from jpaged.models.decoder import Decoder
-from jpaged.models.placing import split_sizes
+from jpaged.models.loading import checkpoint
+from jpaged.models.loading.placing import split_sizes
 from jpaged.models.shapes import random_config
-from jpaged.simulator.chips import Chip, find_chip
-from jpaged.simulator.load import Load
-from jpaged.simulator.roofline import Roofline
-from jpaged.simulator.served_models import ServedModel
+from jpaged.serving import memory
+from jpaged.simulator.costs.chips import Chip, find_chip
+from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.roofline import Roofline
+from jpaged.simulator.costs.served_models import ServedModel
 
 FLAGS = flags.FLAGS
 

@@ -26,21 +26,21 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.timing import environment
-from jpaged.simulator import traces
-from jpaged.simulator.chips import CHIPS, find_chip
-from jpaged.simulator.profile_files import (
+from experiments.lib.timing import environment
+from jpaged.simulator.costs.chips import CHIPS, find_chip
+from jpaged.simulator.costs.profile_files import (
     read_attention,
     read_dense,
     read_per_sequence,
     read_table,
 )
-from jpaged.simulator.profiles import Profile
-from jpaged.simulator.served_models import kv_slots, served_model
+from jpaged.simulator.costs.profiles import Profile
+from jpaged.simulator.costs.served_models import kv_slots, served_model
+from jpaged.simulator.costs.transfers import Transfers
 from jpaged.simulator.simulate import Outcome, simulate
-from jpaged.simulator.systems import engine_system
-from jpaged.simulator.transfers import Transfers
-from jpaged.simulator.workloads import Workload
+from jpaged.simulator.systems.registry import engine_system
+from jpaged.simulator.workloads import traces
+from jpaged.simulator.workloads.workload import Workload
 
 FLAGS = flags.FLAGS
 _COLUMNS = ("ttft_s", "tpot_s", "e2e_s")

@@ -42,12 +42,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.timing import Contender, Report, Times, progress, time_in_turn
-from jpaged import block_manager, engine, kv_cache, swap
+from experiments.lib.timing import Contender, Report, Times, progress, time_in_turn
+from jpaged import engine
+from jpaged.attention import kv_cache
 from jpaged.compat import HOST_MEMORY
 from jpaged.config import EngineConfig
+from jpaged.kv import block_manager, swap
 from jpaged.models import Decoder, ModelConfig, init_model
-from jpaged.requests import SamplingParams
+from jpaged.params import SamplingParams
 
 PARTS = ("one", "load")
 ENOUGH = "no_preemption"

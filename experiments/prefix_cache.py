@@ -43,12 +43,12 @@ from absl import app, flags
 from jax import lax
 from tqdm import tqdm
 
-from experiments.timing import environment
-from jpaged import block_manager, prefix_cache
-from jpaged.block_manager import NO_BLOCK, BlockState
-from jpaged.prefix_cache import PrefixCache
+from experiments.lib.timing import environment
+from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv.block_manager import NO_BLOCK, BlockState
+from jpaged.kv.prefix_cache import PrefixCache
 from jpaged.simulator.optimum import belady_hits
-from jpaged.simulator.traces import Prompt, read_prompts
+from jpaged.simulator.workloads.traces import Prompt, read_prompts
 
 REQUESTS_PER_CALL = 256
 MOST_BLOCKS = 10_000_000

@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import lib_calibration as calibration
-from experiments.timing import Report, progress
+from experiments.lib import calibration as calibration
+from experiments.lib.timing import Report, progress
 from jpaged.config import EngineConfig
 from jpaged.models import load_model
 from jpaged.policies import WEIGHTED
-from jpaged.simulator.engine_system import EngineSystem
 from jpaged.simulator.simulate import sweep
+from jpaged.simulator.systems.engine_system import EngineSystem
 
 FLAGS = flags.FLAGS
 OBJECTIVES = ("normalized_latency_s", "latency_s", "ttft_s")

@@ -44,11 +44,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.timing import Report, progress
+from experiments.lib.timing import Report, progress
 from jpaged import engine, scheduler
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
-from jpaged.requests import BeamSearchParams, SamplingParams
+from jpaged.params import BeamSearchParams, SamplingParams
 
 # Ten groups of equally many requests by input length: the mean input, and of five
 # groups of its requests by output length the mean output.

@@ -39,23 +39,19 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.timing import environment
-from jpaged.simulator import traces
-from jpaged.simulator.chips import CHIPS, find_chip
-from jpaged.simulator.engine_system import EngineSystem
-from jpaged.simulator.lengths import BUILTIN_LENGTHS, Lengths
-from jpaged.simulator.load import CostModel
+from experiments.lib.timing import environment
+from jpaged.simulator.costs.chips import CHIPS, find_chip
+from jpaged.simulator.costs.load import CostModel
+from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
+from jpaged.simulator.costs.separate import Separate
+from jpaged.simulator.costs.served_models import PAPER_SETTINGS, kv_slots, served_model
 from jpaged.simulator.optimum import MOST_ORDERED, alone_seconds, best_order
-from jpaged.simulator.roofline import VLLM_2023_STEP_S, Roofline
-from jpaged.simulator.separate import Separate
-from jpaged.simulator.served_models import (
-    PAPER_SETTINGS,
-    kv_slots,
-    served_model,
-)
 from jpaged.simulator.simulate import Outcome, simulate
-from jpaged.simulator.systems import ENGINES, SYSTEMS, find_system
-from jpaged.simulator.workloads import Workload, paper_trace
+from jpaged.simulator.systems.engine_system import EngineSystem
+from jpaged.simulator.systems.registry import ENGINES, SYSTEMS, find_system
+from jpaged.simulator.workloads import traces
+from jpaged.simulator.workloads.lengths import BUILTIN_LENGTHS, Lengths
+from jpaged.simulator.workloads.workload import Workload, paper_trace
 
 FLAGS = flags.FLAGS
 BASELINE_MAX_LEN = 2048  # tokens of a baseline's longest sequence (the paper's)

@@ -36,14 +36,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.timing import Report, progress
-from jpaged import bundled, engine
+from experiments.lib.timing import Report, progress
+from jpaged import engine
 from jpaged.config import EngineConfig
 from jpaged.decoding import DecodingAlgorithm, smc
 from jpaged.decoding.smc import Potential, SMCState
 from jpaged.models import Decoder, load_model
-from jpaged.requests import AlgorithmParams
-from jpaged.text import Tokenizer
+from jpaged.models.loading import bundled
+from jpaged.params import AlgorithmParams
+from jpaged.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 

@@ -31,11 +31,11 @@ import tokenizers
 import tqdm
 from absl import app, flags
 
-from experiments import lib_python_text as text
-from experiments import lib_training as training
-from jpaged.bundled import bundled_path
+from experiments.lib import python_text as text
+from experiments.lib import training as training
 from jpaged.models import ModelConfig, init_model, load_model, save_model
-from jpaged.text import Tokenizer
+from jpaged.models.loading.bundled import bundled_path
+from jpaged.text.tokenizer import Tokenizer
 
 MODEL = "tiny-python"
 PROMPTS = ("def ", "import ", "class ", "for i in range(")

@@ -29,11 +29,12 @@ import numpy as np
 from absl import app, flags
 
 from experiments import bench_attention
-from experiments import lib_attention_contenders as contenders
-from experiments.lib_attention_cases import Case, Shape, make_case
-from experiments.lib_processes import ask_each, chosen, tell
-from experiments.timing import environment
-from jpaged import implementations, packed_pages, tuned
+from experiments.lib.attention import contenders as contenders
+from experiments.lib.attention.cases import Case, Shape, make_case
+from experiments.lib.processes import ask_each, chosen, tell
+from experiments.lib.timing import environment
+from jpaged.pages import backends, tuned
+from jpaged.pages import packed as packed_pages
 
 FLAGS = flags.FLAGS
 # What is tried, of each implementation and in this order; a size alone after another.
@@ -135,7 +136,7 @@ def key(shape: Shape, name: str) -> tuple[int, int, int, int]:
     """head_dim, group, block_size and itemsize, as the table has them."""
     itemsize = {"float32": 4}.get(shape.dtype, 2)
     sizes = (shape.block_size, shape.head_dim, shape.dtype, name)
-    pages = jax.ShapeDtypeStruct(implementations.page_shape(*sizes), shape.dtype)
+    pages = jax.ShapeDtypeStruct(backends.page_shape(*sizes), shape.dtype)
     head_dim = packed_pages.plain_shape(pages, shape.head_dim)[-1]
     group = shape.num_heads // shape.num_kv_heads
     return head_dim, group, shape.block_size, itemsize

@@ -15,24 +15,24 @@ Source: Kwon et al. 2023. https://arxiv.org/abs/2309.06180
 """
 
 from jpaged.config import EngineConfig as EngineConfig
-from jpaged.jobs import Delta as Delta
-from jpaged.live import Request as Request
 from jpaged.llm import LLM as LLM
-from jpaged.metrics import Event as Event
-from jpaged.metrics import StepRecord as StepRecord
-from jpaged.models.checkpoint import load_model as load_model
-from jpaged.models.checkpoint import save_model as save_model
-from jpaged.parallel import make_mesh as make_mesh
-from jpaged.prefix import Prefix as Prefix
-from jpaged.requests import AlgorithmParams as AlgorithmParams
-from jpaged.requests import BeamSearchParams as BeamSearchParams
-from jpaged.requests import CompletionOutput as CompletionOutput
-from jpaged.requests import Logprob as Logprob
-from jpaged.requests import RequestOutput as RequestOutput
-from jpaged.requests import SamplingParams as SamplingParams
-from jpaged.requests import StructuredOutputsParams as StructuredOutputsParams
-from jpaged.scoring import Perplexity as Perplexity
-from jpaged.scoring import Score as Score
+from jpaged.models.loading.checkpoint import load_model as load_model
+from jpaged.models.loading.checkpoint import save_model as save_model
+from jpaged.models.scoring import Perplexity as Perplexity
+from jpaged.models.scoring import Score as Score
+from jpaged.outputs import CompletionOutput as CompletionOutput
+from jpaged.outputs import Logprob as Logprob
+from jpaged.outputs import RequestOutput as RequestOutput
+from jpaged.parallel.mesh import make_mesh as make_mesh
+from jpaged.params import AlgorithmParams as AlgorithmParams
+from jpaged.params import BeamSearchParams as BeamSearchParams
+from jpaged.params import SamplingParams as SamplingParams
+from jpaged.params import StructuredOutputsParams as StructuredOutputsParams
+from jpaged.serving.jobs import Delta as Delta
+from jpaged.serving.live import Request as Request
+from jpaged.serving.metrics import Event as Event
+from jpaged.serving.metrics import StepRecord as StepRecord
+from jpaged.serving.prefix import Prefix as Prefix
 
 __all__ = [
     "LLM",

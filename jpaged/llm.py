@@ -24,30 +24,26 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from jpaged import (
-    compilation_cache,
-    conversations,
-    intake,
-    memory,
-    metrics,
-    options,
-    request_limits,
-    scoring,
-)
-from jpaged.batch import Batch
+from jpaged import compilation_cache
 from jpaged.config import EngineConfig
-from jpaged.jobs import Delta as Delta
-from jpaged.jobs import Job, News
-from jpaged.live import Request
-from jpaged.metrics import StepRecord
+from jpaged.engine import limits
+from jpaged.engine.limits import Params
+from jpaged.models import scoring
 from jpaged.models.decoder import Decoder
+from jpaged.models.scoring import Perplexity, Score
+from jpaged.outputs import RequestOutput
+from jpaged.params import BeamSearchParams, SamplingParams
 from jpaged.policies import Policy
-from jpaged.prefix import Prefix
-from jpaged.request_limits import Params
-from jpaged.requests import BeamSearchParams, RequestOutput, SamplingParams
-from jpaged.scoring import Perplexity, Score
-from jpaged.serving import EngineHost
-from jpaged.text import Tokenizer
+from jpaged.serving import intake, memory, metrics, options
+from jpaged.serving.batcher import Batch
+from jpaged.serving.engine_host import EngineHost
+from jpaged.serving.jobs import Delta as Delta
+from jpaged.serving.jobs import Job, News
+from jpaged.serving.live import Request
+from jpaged.serving.metrics import StepRecord
+from jpaged.serving.prefix import Prefix
+from jpaged.text import chat as conversations
+from jpaged.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -696,7 +692,7 @@ class LLM:
             return RequestOutput(arrival, text, token_ids, [], error=error)
         vocab_size = self.model.config.vocab_size
         config = intake.grow(self.config, [params], vocab_size)
-        shape = request_limits.shape(params, config, vocab_size)
+        shape = limits.shape(params, config, vocab_size)
         num_outputs = len(shape.outputs(shape.numbers))
         if isinstance(params, BeamSearchParams) and params.num_return is not None:
             num_outputs = params.num_return

@@ -48,7 +48,7 @@ hypothesis.settings.load_profile("jpaged")
 
 # A helper of tests that need these; collecting it for doctests would import it.
 collect_ignore = [
-    "triton_interpreter.py"
+    "support/attention/triton_interpreter.py"
     for name in ("torch", "triton")
     if importlib.util.find_spec(name) is None
 ]

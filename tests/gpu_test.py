@@ -13,12 +13,15 @@ import os
 import subprocess
 import sys
 
-import attention_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import (
+
+from jpaged import LLM, SamplingParams, attention
+from jpaged.pages import backends
+from tests.support.attention import oracle
+from tests.support.attention.cases import (
     FAULTS,
     GPU_SHAPES,
     LSE_TOLERANCE,
@@ -33,12 +36,10 @@ from attention_cases import (
     many_lengths,
     ragged_case,
 )
-from attention_oracle import make_case, relative_errors
-from conftest import ROOT
-from prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
-from quantised_cases import KERNEL_TOLERANCES, case_of
-
-from jpaged import LLM, SamplingParams, attention, implementations
+from tests.support.attention.oracle import make_case, relative_errors
+from tests.support.attention.prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
+from tests.support.attention.quantised_cases import KERNEL_TOLERANCES, case_of
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +52,7 @@ def serves(implementation: str, name: str) -> bool:
     pages = array((1, num_kv_heads, block_size, head_dim))
     q = array((1, num_heads, head_dim))
     try:
-        implementations.choose(implementation, pages, q=q)
+        backends.choose(implementation, pages, q=q)
     except ValueError:
         return False
     return True
@@ -119,12 +120,12 @@ def test_beginnings_that_are_read_once_equal_the_oracle(queries, heads, implemen
     call = functools.partial(
         attention.paged_attention, implementation=implementation, return_lse=True
     )
-    arrays = jax.tree.map(jnp.asarray, attention_oracle.arrays(case))
+    arrays = jax.tree.map(jnp.asarray, oracle.arrays(case))
     for options in ({}, dict(sliding_window=50, logits_soft_cap=2.0)):
         attend = jax.jit(functools.partial(call, **options))
         out, lse = attend(**arrays, shared_prefix=shared)
         tolerances = TOLERANCES["bfloat16"], LSE_TOLERANCE
-        attention_oracle.check_result(case, out, lse, *tolerances, **options)
+        oracle.check_result(case, out, lse, *tolerances, **options)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -176,7 +177,7 @@ def attended(arguments, case, implementation, **options):
     call = functools.partial(
         attention.paged_attention, implementation=implementation, **options
     )
-    want, _ = attention_oracle.attention(case, **options)
+    want, _ = oracle.attention(case, **options)
     return relative_errors(jax.jit(call)(**arguments), want)
 
 
@@ -255,7 +256,7 @@ def check_past(num_blocks: int, implementation: str) -> None:
     attend = functools.partial(attention.paged_attention, implementation=implementation)
     lens = jnp.asarray(case.context_lens)
     got = jax.jit(attend)(jnp.asarray(case.q), *pools, jnp.asarray(tables), lens)
-    want, _ = attention_oracle.attention(case)
+    want, _ = oracle.attention(case)
     assert relative_errors(got, want).max() < TOLERANCES["bfloat16"]
 
 

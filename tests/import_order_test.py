@@ -14,132 +14,54 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# The map, from the ground up: each room, and the rooms below it whose doors it may
-# open. A package (models, decoding, ...) is one room. `jpaged/__init__.py` may import
-# all.
+# The map, lowest layer first: each folder (or module) of `jpaged/`, and the layers
+# below it that it may import. `jpaged/__init__.py` may import all.
 # fmt: off
-ROOMS = {
-    # room:              what it may import
+LAYERS = {
+    # layer:             what it may import
     "compat":            [],
-    # who is admitted first: scores of arrays, no room below
+    "compilation_cache": ["compat"],
+    # scores of arrays: who is admitted first
     "policies":          [],
     "config":            ["compat", "policies"],
-    "requests":          ["compat", "config"],
-    "compilation_cache": ["compat"],
-    "bundled":           ["compat"],
-    "text":              ["compat", "config", "requests"],
-    "chat":              [],
-    "conversations":     ["text", "chat"],
+    "params":            ["compat", "config"],
+    "outputs":           [],
+    # meshes and processes
     "parallel":          ["compat", "config"],
-    # the processes of several hosts
-    "distributed":       [],
-    # which tokens live where, and who runs: lengths and tables, no activations
-    "block_manager":     ["compat", "config"],
-    "prefix_cache":      ["compat", "block_manager"],
-    # rows that go to the host's memory and come back
-    "swap":              ["compat", "block_manager"],
-    "scheduler":         ["compat", "config", "policies", "block_manager", "swap"],
-    # which rows begin with the same blocks, by the tables alone
-    "shared_prefix":     [],
-    # the whole contract between that half and the next
-    "step_inputs":       ["compat", "config", "block_manager", "shared_prefix"],
-    # memory and arithmetic: pages and activations, no requests
-    "quantised_pages":   [],
-    "packed_pages":      [],
-    # which of the three serves a call
-    "implementations":   ["packed_pages", "quantised_pages"],
-    # what kernels take in place of None
-    "defaults":          [],
-    # tile sizes by device and shape
-    "tuned":             [],
-    "xla":               ["compat", "quantised_pages", "shared_prefix", "tuned"],
-    "pallas":            ["compat", "defaults", "implementations", "packed_pages",
-                          "tuned"],
-    "triton":            ["compat", "defaults", "quantised_pages", "tuned"],
-    # shared beginnings read once, by any kernel's plain attention
-    "cascade":           ["compat", "shared_prefix", "xla"],
-    "reference":         ["quantised_pages", "xla"],
-    "attention_checks":  ["packed_pages"],
-    "attention":         ["compat", "config", "xla", "pallas", "triton", "cascade",
-                          "reference", "attention_checks", "implementations",
-                          "packed_pages", "quantised_pages", "shared_prefix"],
-    "kv_cache":          ["compat", "config", "block_manager", "implementations",
-                          "quantised_pages", "attention"],
-    "models":            ["compat", "config", "bundled", "parallel", "step_inputs",
-                          "attention", "kv_cache"],
+    # tokenizers and chat templates; host only
+    "text":              ["compat", "config", "params"],
+    # which tokens live where: block tables and lengths, no activations
+    "kv":                ["compat", "config"],
+    # the public name of kv.block_manager
+    "block_manager":     ["kv"],
+    # which requests run in a step, with how many tokens
+    "scheduler":         ["compat", "config", "policies", "kv"],
+    # page layouts, the names of backends and their tile sizes
+    "pages":             [],
+    # kernels
+    "xla":               ["compat", "kv", "pages"],
+    "pallas":            ["compat", "pages"],
+    "triton":            ["compat", "pages"],
+    # the public attention functions over all kernels
+    "attention":         ["compat", "config", "kv", "pages", "xla", "pallas", "triton"],
+    "models":            ["compat", "config", "parallel", "kv", "attention"],
     # logits in, tokens and parents out: never sees a block
     "decoding":          ["compat"],
-    # what a text must be, as a table that the decoder reads; host only
-    "structured":        ["compat", "config", "requests", "text", "decoding"],
-    # the halves meet: sequences as arrays, a step's arithmetic, the step and its loop
-    "request_table":     ["compat", "config", "block_manager", "scheduler", "decoding"],
-    "groups":            ["compat", "config", "block_manager", "scheduler", "decoding",
-                          "request_table"],
-    "request_limits":    ["config", "requests", "scheduler", "decoding",
-                          "request_table", "groups"],
-    "submission":        ["config", "requests", "scheduler", "decoding",
-                          "request_table", "groups", "request_limits"],
-    "forward":           ["compat", "config", "parallel", "block_manager",
-                          "shared_prefix", "step_inputs", "attention", "kv_cache",
-                          "models", "request_table"],
-    "next_tokens":       ["compat", "config", "models", "decoding", "request_table",
-                          "forward"],
-    "speculation":       ["compat", "config", "block_manager", "scheduler", "kv_cache",
-                          "models", "decoding", "request_table", "forward",
-                          "next_tokens"],
-    "timeline":          ["compat", "config", "block_manager", "scheduler",
-                          "request_table"],
-    "sharded":           ["parallel", "kv_cache", "models"],
-    "engine_state":      ["compat", "policies", "config", "parallel", "sharded",
-                          "block_manager", "prefix_cache", "scheduler", "kv_cache",
-                          "models", "request_table", "groups", "speculation",
-                          "timeline"],
-    "iteration":         ["compat", "config", "parallel", "block_manager",
-                          "prefix_cache", "swap", "scheduler", "kv_cache", "models",
-                          "request_table", "groups", "forward", "next_tokens",
-                          "speculation", "timeline", "engine_state"],
-    "engine":            ["config", "parallel", "sharded", "block_manager",
-                          "prefix_cache", "scheduler", "request_table", "groups",
-                          "request_limits", "submission", "speculation",
-                          "engine_state", "iteration"],
-    "snapshots":         ["config", "parallel", "distributed", "scheduler", "models",
-                          "decoding", "request_table", "request_limits", "speculation",
-                          "engine_state"],
-    # the host shell: what users hand in, the clock, text; below the engine, then above
-    "memory":            ["config", "parallel", "distributed", "kv_cache", "models"],
-    "scoring":           ["models"],
-    "options":           ["config", "parallel", "distributed", "sharded", "text",
-                          "attention", "models", "quantised_pages"],
-    "intake":            ["config", "requests", "text", "models", "decoding", "groups",
-                          "request_limits", "structured", "engine"],
-    "metrics":           [],
-    # what the host sees of the state, and keeps of its timelines
-    "readout":           ["parallel", "sharded", "block_manager", "prefix_cache",
-                          "timeline", "engine"],
-    "step_log":          ["timeline", "metrics"],
-    "serving":           ["config", "parallel", "distributed", "sharded", "models",
-                          "scheduler", "request_table", "groups", "request_limits",
-                          "submission", "engine_state", "engine", "metrics",
-                          "readout", "step_log"],
-    "routing":           [],
-    "prefix":            ["text", "serving"],
-    "jobs":              ["requests", "text", "request_table", "request_limits",
-                          "metrics", "readout"],
-    "batch":             ["config", "requests", "scheduler", "request_table",
-                          "request_limits", "submission", "metrics", "routing",
-                          "readout", "serving", "jobs"],
-    "live":              ["requests", "jobs", "batch"],
-    "llm":               ["config", "policies", "requests", "compilation_cache",
-                          "bundled", "text", "parallel", "models", "conversations",
-                          "scoring", "request_limits", "engine", "memory", "options",
-                          "intake", "metrics", "serving", "prefix", "jobs", "batch",
-                          "live"],
-    # the same scheduler and block manager on a simulated clock: no model, no pages
-    "simulator":         ["compat", "policies", "config", "requests", "block_manager",
-                          "scheduler",
-                          "kv_cache", "models", "decoding", "request_table", "groups",
-                          "submission", "timeline", "engine_state", "iteration",
-                          "engine"],
+    # regexes and schemas as automata over tokens; host only
+    "structured":        ["compat", "config", "params", "text", "decoding"],
+    # the engine's state, its step and its loop: pure functions
+    "engine":            ["compat", "policies", "config", "params", "parallel", "kv",
+                          "scheduler", "attention", "models", "decoding"],
+    # the host side: requests of all callers, clock, statistics
+    "serving":           ["config", "params", "outputs", "parallel", "text", "kv",
+                          "scheduler", "pages", "attention", "models", "decoding",
+                          "structured", "engine"],
+    "llm":               ["config", "policies", "params", "outputs",
+                          "compilation_cache", "text", "parallel", "models", "engine",
+                          "serving"],
+    # the engine's step on a virtual clock: no model, no pages
+    "simulator":         ["compat", "policies", "config", "params", "kv", "scheduler",
+                          "attention", "models", "decoding", "engine"],
 }
 # fmt: on
 
@@ -189,7 +111,7 @@ IMPORTS = {
 }
 
 
-def room(module: str) -> str | None:
+def layer(module: str) -> str | None:
     """ "jpaged.models.config" -> "models"; None for `jpaged` itself."""
     return module.split(".")[1] if "." in module else None
 
@@ -198,27 +120,27 @@ def complaints(imports: dict[str, set[str]]) -> list[str]:
     """One sentence for each import that the map does not allow."""
     wrong = []
     for module, targets in imports.items():
-        here = room(module)
-        if here is not None and here not in ROOMS:
+        here = layer(module)
+        if here is not None and here not in LAYERS:
             wrong.append(
-                f"{module}: not on the map. Add a row `{here!r}: [rooms below it]` "
-                "to ROOMS in tests/import_order_test.py, at its height."
+                f"{module}: not on the map. Add a row `{here!r}: [layers below it]` "
+                "to LAYERS in tests/import_order_test.py, at its height."
             )
         for target in sorted(targets):
-            top, there = target.split(".")[0], room(target)
+            top, there = target.split(".")[0], layer(target)
             if top in ("experiments", "tests"):
                 wrong.append(f"{module} imports {target}: jpaged stands on its own")
-            if top != "jpaged" or here is None or here not in ROOMS:
+            if top != "jpaged" or here is None or here not in LAYERS:
                 continue
             if there is None:
                 wrong.append(
                     f"{module} imports the package jpaged, which imports everything: "
                     "import the module that defines the name"
                 )
-            elif there != here and there not in ROOMS[here]:
+            elif there != here and there not in LAYERS[here]:
                 wrong.append(
                     f"{module} imports {target}, but {here!r} may import only "
-                    f"{ROOMS[here]}"
+                    f"{LAYERS[here]}"
                 )
     return wrong
 
@@ -227,9 +149,9 @@ def test_every_module_imports_only_what_lies_below_it():
     assert complaints(IMPORTS) == []
 
 
-def test_each_room_on_the_map_opens_only_doors_of_rooms_above_it_in_the_list():
-    order = list(ROOMS)
-    for here, below in ROOMS.items():
+def test_each_layer_lists_only_layers_above_it_in_the_map():
+    order = list(LAYERS)
+    for here, below in LAYERS.items():
         assert set(below) <= set(order[: order.index(here)]), here
 
 
@@ -249,6 +171,7 @@ def test_no_two_modules_import_each_other_even_inside_a_package():
         ("jpaged.scheduler", "from .engine import step", "'scheduler' may import"),
         ("jpaged.models.decoder", "from ..llm import LLM", "'models' may import"),
         ("jpaged.config", "def f():\n    import jpaged.llm", "'config' may import"),
+        ("jpaged.kv.swap", "from jpaged.engine import state", "'kv' may import"),
         ("jpaged.decoding.beam", "from jpaged import LLM", "imports everything"),
         ("jpaged.engine", "import experiments.generate", "stands on its own"),
         ("jpaged.attic", "import jax", "Add a row `'attic'"),

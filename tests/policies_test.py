@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import block_manager, policies, scheduler
+from jpaged import policies, scheduler
 from jpaged.config import EngineConfig
+from jpaged.kv import block_manager
 from jpaged.scheduler import RUNNING, WAITING
 
 CONFIG = EngineConfig(

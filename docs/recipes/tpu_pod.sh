@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs script.py on every host of a TPU pod; JAX reads the processes from the pod.
 # Usage: tpu_pod.sh NAME ZONE
-# script.py, on every host, calls jpaged.distributed.initialize() first.
+# script.py, on every host, calls jpaged.parallel.distributed.initialize() first.
 set -euo pipefail
 gcloud compute tpus tpu-vm ssh "$1" --zone "$2" --worker=all \
     --command="cd jpaged && python3 script.py"

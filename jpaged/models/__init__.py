@@ -3,9 +3,9 @@
 Place on the road: StepInputs -> [models] -> attention -> logits.
 """
 
-from jpaged.models.checkpoint import load_model, save_model
 from jpaged.models.config import ModelConfig, RopeScaling
 from jpaged.models.decoder import Decoder, init_model
+from jpaged.models.loading.checkpoint import load_model, save_model
 
 __all__ = [
     "Decoder",

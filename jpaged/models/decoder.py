@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged import parallel
-from jpaged.models import placing, rotary
+from jpaged.models import rotary
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import (
     Attend,
@@ -34,6 +34,7 @@ from jpaged.models.layers import (
     random_param,
     soft_cap,
 )
+from jpaged.models.loading import placing
 from jpaged.models.moe import Experts
 
 # Cosines and sines of the step's positions; None for learned positions.

@@ -2,7 +2,7 @@
 
 Place on the road: "random:NAME" -> [models.shapes] -> ModelConfig -> decoder.
 
-Each entry is what the published config.json says about sizes; `tests/shapes_test.py`
+Each entry is what the published config.json says about sizes; the tests
 holds their numbers of parameters against the published ones.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpaged.models.config import ModelConfig
-from jpaged.models.sources import RANDOM
+from jpaged.models.loading.sources import RANDOM
 
 
 def _sizes(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged import block_manager, policies
+from jpaged import policies
+from jpaged.kv import block_manager
 from jpaged.policies import Knobs
 from jpaged.scheduler.queue import (
     BEFORE_ALL,

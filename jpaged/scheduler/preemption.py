@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged import block_manager, swap
+from jpaged.kv import block_manager, swap
 from jpaged.policies import Knobs
 from jpaged.scheduler.queue import (
     BEFORE_ALL,

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jpaged import block_manager
+from jpaged.kv import block_manager
 from jpaged.policies import Knobs
 
 # Status of a place in the request table. HELD takes no part, and keeps what it has:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged import block_manager
-from jpaged.block_manager import BlockState
 from jpaged.compat import when
 from jpaged.config import EngineConfig
+from jpaged.kv import block_manager
+from jpaged.kv.block_manager import BlockState
 from jpaged.policies import Knobs
 from jpaged.scheduler.admission import admit, can_admit
 from jpaged.scheduler.preemption import Swaps, bring_back, preempt

@@ -22,9 +22,9 @@ from jax import lax
 
 from jpaged.compat import when
 from jpaged.simulator.clock import Clock
-from jpaged.simulator.load import CostModel, Load
-from jpaged.simulator.system import Progress, Request, System, Usage
-from jpaged.simulator.workloads import NO_CONTENT, Workload
+from jpaged.simulator.costs.load import CostModel, Load
+from jpaged.simulator.systems.base import Progress, Request, System, Usage
+from jpaged.simulator.workloads.workload import NO_CONTENT, Workload
 
 _NEVER = -1  # seconds of a moment that has not come
 

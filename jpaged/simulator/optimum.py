@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.policies import Waiting
-from jpaged.simulator.engine_system import EngineSystem
-from jpaged.simulator.load import CostModel, Load
+from jpaged.simulator.costs.load import CostModel, Load
 from jpaged.simulator.simulate import Outcome, sweep
-from jpaged.simulator.workloads import Workload
+from jpaged.simulator.systems.engine_system import EngineSystem
+from jpaged.simulator.workloads.workload import Workload
 
 _NEVER = np.iinfo(np.int64).max
 MOST_ORDERED = 7  # requests: 5,040 orders

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.simulator import loop
-from jpaged.simulator.load import CostModel
+from jpaged.simulator.costs.load import CostModel
 from jpaged.simulator.loop import Simulation, Totals, Trace
-from jpaged.simulator.system import System
-from jpaged.simulator.workloads import Workload
+from jpaged.simulator.systems.base import System
+from jpaged.simulator.workloads.workload import Workload
 
 _STEPS_PER_CALL = 4096
 # What a step's slots are, by the paper's figure 2; together with `free` they are all.

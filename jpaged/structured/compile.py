@@ -9,12 +9,12 @@ import json
 from collections.abc import Sequence
 
 from jpaged.decoding.automaton import TokenAutomaton, shortest, token_automaton
-from jpaged.requests import StructuredOutputsParams
+from jpaged.params import StructuredOutputsParams
 from jpaged.structured.byte_automata import TokenText, from_choices, over_tokens
 from jpaged.structured.json_schema import to_regex
 from jpaged.structured.regex import from_regex
 from jpaged.structured.token_bytes import token_bytes
-from jpaged.text import Tokenizer
+from jpaged.text.tokenizer import Tokenizer
 
 _NUM_KEPT = 64  # compiled constraints that are kept for the next request
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged import defaults, tuned
-from jpaged.quantised_pages import bits
+from jpaged.pages import defaults, tuned
+from jpaged.pages.quantised import bits
 from jpaged.triton import tiles as tiles_module
 from jpaged.triton.launch import launch
 from jpaged.triton.tiles import Tiles

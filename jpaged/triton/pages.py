@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged import defaults
-from jpaged.quantised_pages import bits
+from jpaged.pages import defaults
+from jpaged.pages.quantised import bits
 from jpaged.triton.launch import launch
 
 _COPY_SIZE = 4096  # elements that one program copies of the keys, and of the values

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.compat import when
-from jpaged.shared_prefix import SharedPrefix
+from jpaged.kv.shared_prefix import SharedPrefix
 from jpaged.xla import cascade
 from jpaged.xla.chunks import TILES, Tiles, chunks
 from jpaged.xla.online_softmax import finish, merge, walk

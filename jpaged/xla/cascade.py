@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged.shared_prefix import SharedPrefix, behind, joined
+from jpaged.kv.shared_prefix import SharedPrefix, behind, joined
 from jpaged.xla.chunks import chunks
 from jpaged.xla.pages import Pools
 

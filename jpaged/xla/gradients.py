@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jpaged import tuned
-from jpaged.quantised_pages import is_quantised
-from jpaged.shared_prefix import SharedPrefix
+from jpaged.kv.shared_prefix import SharedPrefix
+from jpaged.pages import tuned
+from jpaged.pages.quantised import is_quantised
 from jpaged.xla import attention, chunks, pages
 from jpaged.xla.pages import Pools
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.compat import switch_in_place
-from jpaged.quantised_pages import decode
+from jpaged.pages.quantised import decode
 
 _FEW_PAIRS = 4
 

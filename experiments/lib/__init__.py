@@ -1,0 +1,1 @@
+"""What runners share: timing, limits of the machine, loads, peers and baselines."""

@@ -1,0 +1,1 @@
+"""What the attention benchmarks share: cases, contenders, peers and page updates."""

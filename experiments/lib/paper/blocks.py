@@ -1,0 +1,128 @@
+"""Figures of block size and preemption: 18 and 19."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lib.paper import numbers as numbers
+from experiments.lib.paper.curves import row
+from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown, by_seed
+from experiments.lib.paper.runs import Case, Run, roofline_of
+from jpaged.simulator.costs.load import Load
+
+_X = "tokens of a block"
+_LATENCY = "normalized_latency_s"
+SWAPPED_TOKENS = 256  # of figure 19's sequence
+GOOD = 0.05  # of the least latency: a block size that works well
+PREEMPTIONS = ("recompute", "swap")
+
+
+def _cases_18(plan: Plan) -> list[Case]:
+    duration = plan.duration("fig18")
+    return [
+        plan.case("vllm", requests, [rate], duration=duration, block_size=size)
+        for requests, rate in numbers.RATES_18.items()
+        for size in numbers.BLOCK_SIZES
+    ]
+
+
+def _show_18(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+    rows, lines = [], {}
+    cases = _cases_18(plan)
+    for requests in numbers.RATES_18:
+        mine = [case for case in cases if case.requests == requests]
+        latencies = np.array([by_seed(found[case], _LATENCY) for case in mine])
+        sizes = [case.block_size for case in mine]
+        is_good = latencies <= (1 + GOOD) * latencies.min(axis=0)
+        best = [float(max(np.array(sizes)[good])) for good in is_good.T]
+        text = f"{requests}: largest block size within {GOOD:.0%} of the least latency"
+        rows.append(row("fig18b", text, best, ("fig18b", requests)))
+        sixteen = latencies[sizes.index(16)]
+        for size, latency in zip(sizes, latencies, strict=True):
+            text = f"{requests}, block size {size}: latency over that of 16"
+            rows.append(row("fig18b", text, (latency / sixteen).tolist()))
+        lines[requests] = (sizes, latencies.mean(axis=1).tolist())
+    remarks = [
+        "18a, the kernel's latency, is measured and not simulated: --figure fig18a.",
+        "The cost model does not see the block size, so small blocks cost nothing here "
+        "that they cost a kernel, and the least of the paper's good sizes does not "
+        "come out; what is seen is the memory that large ones waste.",
+    ]
+    title = "Latency by block size, OPT-13B"
+    drawing = Drawing(title, _X, "s/token", lines, log_x=True)
+    return Shown(rows, [drawing], remarks)
+
+
+def _cases_19(plan: Plan) -> list[Case]:
+    duration = plan.duration("fig19")
+    return [
+        plan.case(
+            "vllm",
+            "sharegpt",
+            [numbers.RATE_19],
+            duration=duration,
+            block_size=size,
+            preemption=how,
+        )
+        for how in PREEMPTIONS
+        for size in numbers.BLOCK_SIZES
+    ]
+
+
+def recompute_and_swap_s(size: int) -> tuple[float, float]:
+    """Seconds to compute a sequence of 256 tokens again, and to swap it out and in."""
+    model = roofline_of("opt-13b")
+    none, one = jnp.zeros((1,), jnp.int32), jnp.full((1,), SWAPPED_TOKENS, jnp.int32)
+    zero, blocks = jnp.int32(0), jnp.int32(-(-SWAPPED_TOKENS // size))
+
+    def seconds(lens, swapped, pieces) -> float:
+        load = Load(lens, lens, zero, zero, jnp.int32(swapped), jnp.int32(pieces))
+        return float(model(load)) - model.step_s
+
+    moved = blocks * size
+    return seconds(one, 0, 0), seconds(none, 2 * moved, 2 * blocks)
+
+
+def _show_19(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+    rows, micro = [], {how: ([], []) for how in PREEMPTIONS}
+    for size in numbers.BLOCK_SIZES:
+        both = recompute_and_swap_s(size)
+        for how, seconds in zip(PREEMPTIONS, both, strict=True):
+            micro[how][0].append(size)
+            micro[how][1].append(seconds * 1e3)
+        printed = ("fig19a", "recompute over swap") if 16 <= size else None
+        text = f"256 tokens, block size {size}: recomputing over swapping"
+        rows.append(row("fig19a", text, [both[0] / both[1]], printed))
+    cases = _cases_19(plan)
+    load = {how: ([], []) for how in PREEMPTIONS}
+    latencies = {}
+    for case in cases:
+        values = by_seed(found[case], _LATENCY)
+        latencies[case.preemption, case.block_size] = np.array(values)
+        load[case.preemption][0].append(case.block_size)
+        load[case.preemption][1].append(float(np.mean(values)))
+    for size in numbers.BLOCK_SIZES:
+        ratio = latencies["recompute", size] / latencies["swap", size]
+        printed = ("fig19b", "recompute over swap") if 16 <= size <= 64 else None
+        text = f"ShareGPT, block size {size}: latency, recomputing over swapping"
+        rows.append(row("fig19b", text, ratio.tolist(), printed))
+    counts = [sum(by_seed(found[case], "num_preemptions")) for case in cases]
+    remarks = [
+        f"Preemptions in a case's runs: {min(counts):g} to {max(counts):g}.",
+        "Swapping is a copy for each layer, keys and values, of a block, at a call's "
+        "cost and the host link's bytes (`simulator.transfers`).",
+    ]
+    drawings = [
+        Drawing("Overhead, 256 tokens", _X, "ms", micro, log_x=True),
+        Drawing("ShareGPT end to end", _X, "s/token", load, log_x=True),
+    ]
+    return Shown(rows, drawings, remarks)
+
+
+FIGURES = {
+    "fig18": Figure("Figure 18: block size", _cases_18, _show_18),
+    "fig19": Figure("Figure 19: recomputing or swapping", _cases_19, _show_19),
+}

@@ -1,0 +1,244 @@
+"""Figures: which simulations each figure of the paper needs, and what it says of them.
+
+A `Figure` has its cases, and a function from their runs to rows and drawings.
+`lib_paper_rates` has those of latency against rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.lib.paper import numbers as numbers
+from experiments.lib.paper.curves import Row, row
+from experiments.lib.paper.runs import PAPER_CLOCK, Case, Clock, Run, workload_of
+from jpaged.simulator.costs.served_models import paper_setting
+from jpaged.simulator.simulate import COMPOSITION
+
+FOUR = ("orca_max", "orca_pow2", "orca_oracle", "vllm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What flags decide for all figures."""
+
+    seeds: tuple[int, ...]
+    scale: float  # share of the paper's hour
+    files: Mapping[str, str | None]  # lengths by "sharegpt", "alpaca"
+    clock: Clock = PAPER_CLOCK
+
+    def duration(self, name: str = "") -> float:
+        """Seconds of arrivals of a figure or model: at most the paper's own."""
+        own = numbers.DURATIONS.get(name, numbers.HOUR)
+        return round(min(own, numbers.HOUR * self.scale), 2)
+
+    def case(self, system: str, requests: str, rates: Sequence[float], **other) -> Case:
+        """A case of OPT-13B with the plan's seeds and files, unless told otherwise."""
+        source = "sharegpt" if requests == "chat" else requests
+        asked: dict[str, Any] = {
+            "model": "opt-13b",
+            "duration": self.duration(),
+            "seeds": self.seeds,
+            "lengths_file": self.files.get(source),
+            "clock": self.clock,
+        }
+        rates = tuple(map(float, rates))
+        return Case(system=system, requests=requests, rates=rates, **(asked | other))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A panel: bars (`x` are names), or lines over numbers."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, tuple[Sequence[Any], Sequence[float]]]  # x and y, by legend
+    kind: str = "lines"  # or "bars", "stacked"
+    y_max: float | None = None
+    log_x: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a figure says: rows, drawings, remarks for the report."""
+
+    rows: list[Row]
+    drawings: list[Drawing]
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure of the paper."""
+
+    title: str
+    cases: Callable[[Plan], list[Case]]
+    show: Callable[[Plan, Mapping[Case, list[Run]]], Shown]
+
+
+def by_seed(runs: Sequence[Run], field: str, factor: float = 1.0) -> list[float]:
+    """A field of the runs, one for each."""
+    return [getattr(one, field) * factor for one in runs]
+
+
+def _none(plan: Plan) -> list[Case]:
+    del plan
+    return []
+
+
+def _show_1(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+    del plan, found
+    setting = paper_setting("opt-13b")
+    model, chip = setting.sizes()
+    kv = setting.kv_slots * model.kv_bytes_per_token
+    here = {
+        "parameters, GB": model.param_bytes / 1e9,
+        "parameters, % of memory": 100 * model.param_bytes / chip.memory_bytes,
+        "keys and values, % of memory": 100 * kv / chip.memory_bytes,
+        "a token's keys and values, KB": model.kv_bytes_per_token / 1024,
+        "a request of 2,048 tokens, GB": 2048 * model.kv_bytes_per_token / 2**30,
+    }
+    rows = [
+        row("fig01", name, [value], ("fig01", name)) for name, value in here.items()
+    ]
+    shares = {
+        "parameters": here["parameters, % of memory"],
+        "keys and values": here["keys and values, % of memory"],
+    }
+    shares["others"] = 100 - sum(shares.values())
+    series = {name: (["OPT-13B, A100-40GB"], [share]) for name, share in shares.items()}
+    drawing = Drawing("Memory", "", "% of memory", series, kind="stacked")
+    remark = (
+        "By arithmetic, without a simulation. The paper's 65 % are 26 of 40 GB; here "
+        "the 40 GB of the data sheet are 2**30 bytes each, as the 12 for keys and "
+        "values must be."
+    )
+    return Shown(rows, [drawing], [remark])
+
+
+def _cases_2(plan: Plan) -> list[Case]:
+    duration = plan.duration("fig02")
+    return [
+        plan.case(system, "sharegpt", [numbers.RATE_2], duration=duration)
+        for system in FOUR
+    ]
+
+
+def _show_2(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+    rows, bars = [], {part: ([], []) for part in COMPOSITION}
+    for case in _cases_2(plan):
+        for part in COMPOSITION:
+            values = by_seed(found[case], part, 100)
+            title = numbers.TITLES[case.system]
+            key = ("fig02", case.system, part)
+            rows.append(row("fig02", f"{title}: {part}, %", values, key))
+            bars[part][0].append(title)
+            bars[part][1].append(float(np.mean(values)))
+    title = "Share of KV memory, OPT-13B, ShareGPT"
+    remark = (
+        "Shares are of the slots in use or lost, over time, up to the last arrival. "
+        "The engine's reservation and internal parts have no counterpart in the paper."
+    )
+    return Shown(rows, [Drawing(title, "", "%", bars, kind="stacked")], [remark])
+
+
+def _show_11(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+    del found
+    rows, drawings = [], []
+    for requests in ("sharegpt", "alpaca"):
+        case = plan.case("vllm", requests, [10.0], duration=2000.0)
+        works = [workload_of(case, 10.0, seed) for seed in plan.seeds]
+        for name, field in (("input", "prompt_lens"), ("output", "output_lens")):
+            values = [float(np.mean(getattr(one, field))) for one in works]
+            quantity = f"{requests}: mean {name}, tokens"
+            rows.append(row("fig11", quantity, values, ("fig11", requests, name)))
+        most = 2048 if requests == "sharegpt" else 512
+        edges = np.linspace(0, most, 33)
+        series = {}
+        for name, field in (("input", "prompt_lens"), ("output", "output_lens")):
+            counts, _ = np.histogram(getattr(works[0], field), edges, density=True)
+            series[name] = (edges[:-1].tolist(), counts.tolist())
+        drawings.append(Drawing(requests, "tokens", "density", series))
+    remark = "Of some 20,000 requests a seed, those of fewer than 2,048 tokens in all."
+    return Shown(rows, drawings, [remark])
+
+
+def _cases_13(plan: Plan) -> list[Case]:
+    duration = plan.duration("fig13")
+    return [
+        plan.case(system, requests, [rate], duration=duration)
+        for requests, rate in numbers.RATES_13.items()
+        for system in FOUR
+    ]
+
+
+def _show_13(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+    rows, bars = [], {requests: ([], []) for requests in numbers.RATES_13}
+    for case in _cases_13(plan):
+        values = by_seed(found[case], "mean_batched_requests")
+        title = numbers.TITLES[case.system]
+        waiting = np.mean(by_seed(found[case], "mean_waiting_requests"))
+        rows.append(
+            row(
+                "fig13",
+                f"{case.requests} at {case.rates[0]:g} req/s: {title}, requests",
+                values,
+                ("fig13", case.requests, case.system),
+                remark="" if waiting >= 1 else "nobody waits: load, not memory, limits",
+            )
+        )
+        bars[case.requests][0].append(title)
+        bars[case.requests][1].append(float(np.mean(values)))
+    title = "Requests batched at a time, OPT-13B"
+    return Shown(rows, [Drawing(title, "", "requests", bars, kind="bars")])
+
+
+def _cases_15(plan: Plan) -> list[Case]:
+    found = []
+    for requests in ("alpaca", "sharegpt"):
+        for width in (2, 4, 6):
+            # The artifact's rate is Alpaca's for one sequence a request; at it memory
+            # is full with any more, as it is with a twentieth of it on ShareGPT.
+            rate = numbers.RATE_15 if requests == "alpaca" else numbers.RATE_15 / 20
+            duration = plan.duration("fig15") / 3
+            for kind in ("num_samples", "beam_width"):
+                other = {kind: width, "duration": round(duration, 2)}
+                found.append(plan.case("vllm", requests, [rate], **other))
+    return found
+
+
+def _show_15(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+    rows, lines = [], {}
+    for case in _cases_15(plan):
+        kind = "beams" if case.beam_width else "samples"
+        width = max(case.beam_width, case.num_samples)
+        values = by_seed(found[case], "saved_share", 100)
+        key = ("fig15", case.requests, kind, str(width))
+        rows.append(
+            row("fig15", f"{case.requests}, {width} {kind}: saved, %", values, key)
+        )
+        x, y = lines.setdefault(f"{case.requests}, {kind}", ([], []))
+        x.append(width)
+        y.append(float(np.mean(values)))
+    title = "Blocks saved by sharing, of those without, OPT-13B"
+    remarks = [
+        "Which beams survive is a model of this simulator (`EngineSystem`'s "
+        "`beam_concentration`, its default) and not OPT-13B's; the numbers of beams "
+        "are the model's as much as the engine's. Those of samples depend on lengths "
+        "alone.",
+        "A third of the duration of other figures.",
+    ]
+    return Shown(rows, [Drawing(title, "sequences of a request", "%", lines)], remarks)
+
+
+FIGURES = {
+    "fig01": Figure("Figure 1: memory of OPT-13B on an A100-40GB", _none, _show_1),
+    "fig02": Figure("Figure 2: what KV memory holds", _cases_2, _show_2),
+    "fig11": Figure("Figure 11: lengths of requests", _none, _show_11),
+    "fig13": Figure("Figure 13: batched requests", _cases_13, _show_13),
+    "fig15": Figure("Figure 15: memory saved by sharing", _cases_15, _show_15),
+}

@@ -1,0 +1,302 @@
+"""Runs: the simulations behind the paper's figures, each told by a few plain words.
+
+A `Case` is a system on a model's machine under one kind of requests; `run` simulates it
+at each rate and seed. Beside the road: it calls `jpaged.simulator` and adds nothing to
+a result.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jpaged import compilation_cache
+from jpaged.simulator.costs.load import CostModel
+from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
+from jpaged.simulator.costs.separate import Separate
+from jpaged.simulator.costs.served_models import paper_setting
+from jpaged.simulator.costs.step_fits import read_step_fit
+from jpaged.simulator.simulate import Outcome, simulate
+from jpaged.simulator.systems.base import System
+from jpaged.simulator.systems.registry import ENGINES, find_system
+from jpaged.simulator.workloads import traces
+from jpaged.simulator.workloads.lengths import PREFIX_TOKENS, Lengths
+from jpaged.simulator.workloads.workload import Workload, chat_rounds, paper_trace
+
+WARMUP = 0.1  # share of a run that means over time leave out
+MAX_EXTRA_RATES = 6  # below the authors' rates, and as many above
+CHAT = "chat"
+# Rows of the engine and sequences of a baseline at once: more than ever run, but that
+# less is compiled where memory holds few.
+_MAX_NUM_SEQS = {"sharegpt": 64, CHAT: 64}
+_MOST_NUM_SEQS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """What says how long a step takes.
+
+    Attributes:
+      step_fit: JSON of an engine's measured steps (`step_fits.read_step_fit`, of its
+        "vllm"); None: a roofline.
+      decoding: the measured decoding steps' times, without the host's share, are
+        multiplied by this, for other chips than those that were measured.
+      is_separate: prompts have steps of their own, as in the code that the paper's
+        figures were made with; else a step may have both, as in its section 4.3.
+    """
+
+    step_fit: str | None = None
+    decoding: float = 1.0
+    is_separate: bool = True
+
+
+PAPER_CLOCK = Clock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is simulated, at some rates, once for each seed.
+
+    Attributes:
+      system: a name of `systems.SYSTEMS`.
+      model: of `served_models.PAPER_SETTINGS`, with its chips and memory.
+      requests: "sharegpt", "alpaca", "wmt16-1shot", "wmt16-5shot" or "chat".
+      rates: requests per second.
+      duration: seconds of arrivals.
+      seeds: of arrivals, lengths and their order.
+      num_samples, beam_width: of each request; a width of 0 is sampling.
+      block_size, preemption: of the engine.
+      lengths_file: CSV of the lengths; None: the built-in ones.
+      levels: normalised latencies (least, most) that the curve must lie on both sides
+        of: further rates follow, each 1.25 times the last, until it does.
+      clock: of all systems alike.
+    """
+
+    system: str
+    model: str
+    requests: str
+    rates: tuple[float, ...]
+    duration: float
+    seeds: tuple[int, ...]
+    num_samples: int = 1
+    beam_width: int = 0
+    block_size: int = 16
+    preemption: str = "recompute"
+    lengths_file: str | None = None
+    levels: tuple[float, float] | None = None
+    clock: Clock = PAPER_CLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came of one simulation; fields as `Outcome.summary` has them."""
+
+    system: str
+    model: str
+    requests: str
+    num_samples: int
+    beam_width: int
+    block_size: int
+    preemption: str
+    rate: float
+    seed: int
+    duration_s: float
+    num_requests: int
+    num_skipped: int
+    normalized_latency_s: float
+    mean_batched_requests: float
+    mean_waiting_requests: float
+    token_states: float
+    reservation: float
+    internal: float
+    external: float
+    saved_share: float
+    num_preemptions: int
+    makespan_s: float
+
+
+def max_num_seqs(case: Case) -> int:
+    """Sequences that may run at once in a case."""
+    most = _MAX_NUM_SEQS.get(case.requests, _MOST_NUM_SEQS)
+    if case.model == "opt-175b":  # memory for four times as many
+        most *= 4 if most < _MOST_NUM_SEQS else 2
+    if max(case.num_samples, case.beam_width) > 1:
+        most = max(most, _MOST_NUM_SEQS)
+    return most
+
+
+@functools.lru_cache(maxsize=4)
+def _lengths_of(path: str) -> Lengths:
+    # Alpaca has answers of no tokens, which nobody can serve; they are counted.
+    return traces.read_lengths(path, skip_empty=True)
+
+
+def workload_of(case: Case, rate: float, seed: int) -> Workload:
+    """The requests of one run."""
+    is_chat = case.requests == CHAT
+    lengths: Lengths | str = "sharegpt" if is_chat else case.requests
+    if case.lengths_file is not None:
+        lengths = _lengths_of(case.lengths_file)
+    if is_chat:
+        return chat_rounds(lengths, rate, case.duration, seed)
+    workload = paper_trace(lengths, rate, case.duration, seed)
+    if case.requests in PREFIX_TOKENS and case.system in ENGINES:
+        workload = workload.with_shared_prefix(PREFIX_TOKENS[case.requests])
+    if case.beam_width:
+        return workload.with_beams(case.beam_width)
+    return workload.with_samples(case.num_samples)
+
+
+def system_of(case: Case, workload: Workload) -> System:
+    """The system of a case, in shapes that all its runs share."""
+    slots = paper_setting(case.model).kv_slots
+    sizes = {"max_num_seqs": max_num_seqs(case)}
+    if case.system not in ENGINES:
+        return find_system(case.system, workload, slots, **sizes)
+    longest = int(np.max(workload.prompt_lens + workload.output_lens))
+    sizes |= {
+        "block_size": case.block_size,
+        "max_model_len": 1024 if longest <= 1024 else 2048,
+        "enable_prefix_caching": workload.contents is not None,
+        "preemption": case.preemption,
+    }
+    if case.preemption == "swap":
+        sizes["num_swap_blocks"] = slots // case.block_size
+    return find_system(case.system, workload, slots, **sizes)
+
+
+def roofline_of(model: str) -> Roofline:
+    """Seconds of a step on the paper's machine for a model, by arithmetic."""
+    setting = paper_setting(model)
+    return Roofline.of(*setting.sizes(), setting.num_chips, step_s=VLLM_2023_STEP_S)
+
+
+def cost_model_of(model: str, clock: Clock) -> CostModel:
+    """Seconds of a step by a clock, for all systems alike.
+
+    Raises:
+      FileNotFoundError: the clock's file is not there.
+      ValueError: the file is none of step fits, or has no such model on as many chips.
+    """
+    cost_model: CostModel = roofline_of(model)
+    if clock.step_fit is not None:
+        fit = read_step_fit(
+            clock.step_fit,
+            model=f"facebook/{model}",
+            tensor_parallel=paper_setting(model).num_chips,
+            transfers=cost_model.transfers,
+        )
+        cost_model = fit.scaled(decoding=clock.decoding, host_s=VLLM_2023_STEP_S)
+    return Separate(cost_model) if clock.is_separate else cost_model
+
+
+def simulate_one(case: Case, rate: float, seed: int) -> Run:
+    """One simulation.
+
+    Raises:
+      ValueError: nothing arrives, or a request that the system cannot serve.
+      RuntimeError: requests that wait are never served.
+    """
+    workload = workload_of(case, rate, seed)
+    if not len(workload):
+        raise ValueError(
+            f"scale: expected a duration in which requests arrive, got {case.duration} "
+            f"s at {rate} requests a second; raise --scale"
+        )
+    system = system_of(case, workload)
+    cost_model = cost_model_of(case.model, case.clock)
+    outcome = simulate(system, workload, cost_model, warmup=WARMUP)
+    return _run_of(case, rate, seed, outcome)
+
+
+def _run_of(case: Case, rate: float, seed: int, outcome: Outcome) -> Run:
+    found = outcome.summary()
+    names = {field.name for field in dataclasses.fields(Run)}
+    shared = {name: value for name, value in vars(case).items() if name in names}
+    return Run(
+        **shared,
+        **{name: value for name, value in found.items() if name in names},
+        **found["kv_composition"],
+        rate=rate,
+        seed=seed,
+        duration_s=case.duration,
+        saved_share=found["kv_saved_share"],
+    )
+
+
+def run(case: Case) -> list[Run]:
+    """All runs of a case: its rates, and those that its levels ask for besides."""
+    found = [
+        simulate_one(case, rate, seed) for rate in case.rates for seed in case.seeds
+    ]
+    if case.levels is None:
+        return found
+    least, most = case.levels
+    rate, latency = max(case.rates), -1.0
+    for _ in range(MAX_EXTRA_RATES):
+        latency = min(one.normalized_latency_s for one in found if one.rate == rate)
+        if latency > most:
+            break
+        rate = float(f"{rate * 1.25:.4g}")
+        found += [simulate_one(case, rate, seed) for seed in case.seeds]
+    rate = min(case.rates)
+    for _ in range(MAX_EXTRA_RATES):
+        latency = max(one.normalized_latency_s for one in found if one.rate == rate)
+        if latency <= least:
+            break
+        rate = float(f"{rate / 1.25:.4g}")
+        if rate * case.duration < 20:  # too few requests to say anything
+            break
+        found += [simulate_one(case, rate, seed) for seed in case.seeds]
+    return sorted(found, key=lambda one: (one.rate, one.seed))
+
+
+def _run_and_forget(case: Case) -> list[Run]:
+    """`run`, without keeping its programs: hardly any other case has their shapes."""
+    found = run(case)
+    jax.clear_caches()
+    return found
+
+
+def run_all(
+    cases: Sequence[Case],
+    jobs: int = 1,
+    on_done: Callable[[Case], None] | None = None,
+) -> dict[Case, list[Run]]:
+    """The runs of each case, in `jobs` processes; what comes out does not depend on it.
+
+    Args:
+      cases: each is simulated once, however often it is there.
+      jobs: 1 stays in this process.
+      on_done: called with a case when it is done.
+    """
+    cases = list(dict.fromkeys(cases))
+    found: dict[Case, list[Run]] = {}
+    for case, runs in _each(cases, jobs):
+        found[case] = runs
+        if on_done is not None:
+            on_done(case)
+    return {case: found[case] for case in cases}
+
+
+def _each(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, list[Run]]]:
+    if jobs == 1 or len(cases) < 2:
+        for case in cases:
+            yield case, run(case)
+        return
+    # Spawned, for a fork would copy jax's threads in mid-air.
+    context = multiprocessing.get_context("spawn")
+    # The long ones first: the engine's.
+    order = sorted(cases, key=lambda case: case.system not in ENGINES)
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=compilation_cache.turn_on
+    ) as pool:
+        futures = {pool.submit(_run_and_forget, case): case for case in order}
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.result()

@@ -1,0 +1,327 @@
+"""Groups: requests whose sequences decode together, by an algorithm of their own.
+
+Place on the road: logits -> [groups] -> request table, and parents for one fork.
+
+A decoding algorithm is written for one request. Here it is run for all requests of its
+kind whose rows have logits in this step, its states are kept, and its decisions are
+carried out: histories move as `parents` say, tokens are added, sequences and requests
+end. What is left to the engine is the fork of the blocks.
+
+Letters: R places, S rows, W rows and Q sequences of one request, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jpaged import scheduler
+from jpaged.compat import when
+from jpaged.config import EngineConfig
+from jpaged.decoding import beam
+from jpaged.decoding.base import Decision, DecodingAlgorithm
+from jpaged.decoding.sample import token_keys
+from jpaged.engine import request_table
+from jpaged.engine.request_table import NewTokens, RequestTable
+from jpaged.kv.block_manager import NO_BLOCK
+from jpaged.scheduler import FINISHED, HELD, RUNNING
+
+# Of each algorithm its state for every request, at its leader's place: [R, ...].
+States = tuple[Any, ...]
+
+
+def num_sequences(algorithm: DecodingAlgorithm, num_rows: int, vocab_size: int) -> int:
+    """Q: the rows of a request, and the sequences that the algorithm only holds.
+
+    Raises:
+      ValueError: the algorithm's step gives what does not fit together.
+    """
+    return _num_sequences(algorithm, num_rows, vocab_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _num_sequences(algorithm, num_rows, vocab_size) -> int:
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
+    logits = jax.ShapeDtypeStruct((num_rows, vocab_size), jnp.float32)
+    before = jax.eval_shape(lambda: _as_arrays(algorithm.init(num_rows)))
+    after, decision = jax.eval_shape(algorithm.step, keys, logits, before)
+    _check_state(before, after)
+    if not isinstance(decision, Decision):
+        raise ValueError(f"algorithm.step: wanted a Decision second, got {decision!r}")
+    shape = jnp.shape(decision.tokens)
+    count = shape[0] if len(shape) == 1 else 0  # 0: refused below
+    wanted = {"tokens": "int32", "parents": "int32", "logprobs": "float32"}
+    for name, dtype in (wanted | {"finished": "bool"}).items():
+        got = getattr(decision, name)
+        if got.shape != (count,) or got.dtype != dtype or count < num_rows:
+            raise ValueError(
+                f"algorithm.step: wanted Decision.{name} of {dtype} and one shape [Q], "
+                f"Q at least {num_rows} (its rows), got {got.dtype} of {got.shape}"
+            )
+    return count
+
+
+def _check_state(before: Any, after: Any) -> None:
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise ValueError(
+            "algorithm.step: wanted a state of the structure that init gave, "
+            f"{jax.tree.structure(before)}, got {jax.tree.structure(after)}"
+        )
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise ValueError(
+                f"algorithm.step: wanted a state like the one that init gave, "
+                f"{old.dtype} of {old.shape}, got {new.dtype} of {new.shape}"
+            )
+
+
+def _as_arrays(state: Any) -> Any:
+    return jax.tree.map(jnp.asarray, state)
+
+
+def kinds(config: EngineConfig) -> tuple[tuple[DecodingAlgorithm, int], ...]:
+    """The algorithms that the config compiles, with their rows; beams come first."""
+    if not config.max_beam_width:
+        return config.algorithms
+    beams = _beam_search(config.max_num_stop_ids)
+    return ((beams, config.max_beam_width), *config.algorithms)
+
+
+@functools.cache
+def _beam_search(num_stop_ids: int) -> DecodingAlgorithm:
+    """Beam search whose parameters come with each request: one for all of them."""
+
+    def init(num_rows: int) -> beam.BeamState:
+        return beam.beam_state(
+            num_rows,
+            width=num_rows,
+            max_tokens=1,
+            length_penalty=1.0,
+            early_stopping=False,
+            stop_ids=(),
+            num_stop_ids=num_stop_ids,
+        )
+
+    return DecodingAlgorithm(init, beam.step)
+
+
+def init_states(config: EngineConfig) -> States:
+    """The states of no request at all."""
+
+    def empty(algorithm: DecodingAlgorithm, num_rows: int) -> Any:
+        one = jax.eval_shape(lambda: _as_arrays(algorithm.init(num_rows)))
+        places = config.max_num_requests
+        return jax.tree.map(lambda x: jnp.zeros((places, *x.shape), x.dtype), one)
+
+    return tuple(empty(*pair) for pair in kinds(config))
+
+
+def place_states(states: States, new: request_table.Submission) -> States:
+    """The states with those of new requests, at their leaders' places."""
+
+    def put(kind: int, column: jax.Array, values: jax.Array) -> jax.Array:
+        is_mine = (new.asked.algorithms == kind) & (new.asked.sampling.sample == 0)
+        places = jnp.where(is_mine, new.places, column.shape[0])
+        return column.at[places].set(values, mode="drop")
+
+    return tuple(
+        jax.tree.map(functools.partial(put, kind), old, fresh)
+        for kind, (old, fresh) in enumerate(zip(states, new.states, strict=True))
+    )
+
+
+class Logits(NamedTuple):
+    """The logits of a step and whose they are."""
+
+    values: jax.Array  # f32[S, V]
+    places: jax.Array  # i32[S], the sequence of each; R where there is none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """What deciding for one request after the other changes."""
+
+    table: RequestTable
+    states: States
+    parents: jax.Array  # i32[S], of the rows
+    num_tokens: jax.Array  # i32[], that rows got
+
+
+def decide(
+    table: RequestTable,
+    states: States,
+    rows: jax.Array,
+    logits: Logits,
+    step: jax.Array,
+    config: EngineConfig,
+) -> tuple[RequestTable, States, jax.Array, jax.Array]:
+    """The table and the states after this step's decisions, and what they mean.
+
+    Returns also parents i32[S], the row that each row continues, NO_BLOCK where it has
+    ended; and the number of tokens that rows got, i32[].
+    """
+    own = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    carry = _Carry(table, states, own, jnp.int32(0))
+    for kind in range(len(kinds(config))):
+        leaders, count = _leaders(table, logits.places, kind)
+
+        def body(i, carry, kind=kind, leaders=leaders):
+            return _decide_one(carry, leaders[i], rows, logits, step, kind, config)
+
+        def run(carry, count=count, body=body):
+            return lax.fori_loop(0, count, body, carry)
+
+        carry = when(count > 0, run, carry)
+    return carry.table, carry.states, carry.parents, carry.num_tokens
+
+
+def _leaders(table, places, kind) -> tuple[jax.Array, jax.Array]:
+    """The leaders of this kind's requests with logits, packed: i32[S]; how many."""
+    num_places = table.queue.status.shape[0]
+    safe = jnp.minimum(places, num_places - 1)
+    is_mine = (places < num_places) & (table.asked.algorithms[safe] == kind)
+    leaders = jnp.where(is_mine, table.queue.leaders[safe], num_places)
+    has_logits = jnp.zeros((num_places,), jnp.bool_).at[leaders].set(True, mode="drop")
+    (found,) = jnp.nonzero(has_logits, size=places.shape[0], fill_value=num_places)
+    return found.astype(jnp.int32), jnp.sum(has_logits, dtype=jnp.int32)
+
+
+def _members(table: RequestTable, leader: jax.Array, count: int) -> jax.Array:
+    """The places of a request's sequences by their number, i32[Q]; R: not used."""
+    num_places = table.queue.status.shape[0]
+    status = table.queue.status
+    is_mine = (table.queue.leaders == leader) & ((status == RUNNING) | (status == HELD))
+    at = jnp.where(is_mine, table.asked.sampling.sample, count)
+    members = jnp.full((count,), num_places, jnp.int32)
+    return members.at[at].set(jnp.arange(num_places, dtype=jnp.int32), mode="drop")
+
+
+def _decide_one(carry, leader, rows, logits, step, kind, config) -> _Carry:
+    """One request's decision, made and carried out."""
+    table, num_places = carry.table, config.max_num_requests
+    algorithm, num_rows = kinds(config)[kind]
+    vocab_size = logits.values.shape[1]
+    members = _members(table, leader, num_sequences(algorithm, num_rows, vocab_size))
+    state = jax.tree.map(lambda column: column[leader], carry.states[kind])
+    keys, scores = _inputs(table, members[:num_rows], logits)
+    state, decision = algorithm.step(keys, scores, state)
+    decision = dataclasses.replace(
+        decision, parents=jnp.clip(decision.parents, 0, len(members) - 1)
+    )
+    table, gets_token = _apply(table, members, decision, step)
+    table, has_ended = _finish(table, members, num_rows)
+
+    row_of = _row_of(rows, num_places)
+    sources = row_of[members[decision.parents[:num_rows]]]
+    own_rows = row_of[members[:num_rows]]
+    states = list(carry.states)
+    states[kind] = jax.tree.map(
+        lambda column, value: column.at[leader].set(value), states[kind], state
+    )
+    return _Carry(
+        table=table,
+        states=tuple(states),
+        parents=carry.parents.at[own_rows].set(
+            jnp.where(has_ended, NO_BLOCK, sources), mode="drop"
+        ),
+        num_tokens=carry.num_tokens + jnp.sum(gets_token[:num_rows], dtype=jnp.int32),
+    )
+
+
+def _finish(
+    table: RequestTable, members: jax.Array, num_rows: int
+) -> tuple[RequestTable, jax.Array]:
+    """The table in which the request has finished if no row goes on, and which rows
+    have ended, bool[W].
+
+    A sequence that the algorithm was to hold and that never came to be, because no
+    token was allowed, has a reason too.
+    """
+    num_places = table.queue.status.shape[0]
+    places = members[:num_rows]
+    is_used = places < num_places
+    has_ended = ~is_used | table.queue.has_ended[jnp.where(is_used, places, 0)]
+    at = jnp.where(jnp.all(has_ended), members, num_places)
+    status = table.queue.status.at[at].set(FINISHED, mode="drop")
+    queue = dataclasses.replace(table.queue, status=status)
+    reasons = table.finish_reasons
+    is_nothing = reasons.at[at].get(mode="fill", fill_value=request_table.STOP)
+    is_nothing = is_nothing == request_table.NOT_FINISHED
+    at = jnp.where(is_nothing, at, num_places)
+    reasons = reasons.at[at].set(request_table.DEAD_END, mode="drop")
+    table = dataclasses.replace(table, queue=queue, finish_reasons=reasons)
+    return table, has_ended
+
+
+def _row_of(rows: jax.Array, num_places: int) -> jax.Array:
+    """The row that runs each place, i32[R + 1]; S where none does."""
+    (num_rows,) = rows.shape
+    places = jnp.where(rows == scheduler.NO_REQUEST, num_places, rows)
+    row_of = jnp.full((num_places + 1,), num_rows, jnp.int32)
+    row_of = row_of.at[places].set(jnp.arange(num_rows, dtype=jnp.int32))
+    return row_of.at[num_places].set(num_rows)
+
+
+def _inputs(
+    table: RequestTable, places: jax.Array, logits: Logits
+) -> tuple[jax.Array, jax.Array]:
+    """key[W] and log-probabilities f32[W, V] of a request's rows.
+
+    A row without logits in this step gets another's.
+    """
+    num_places = table.queue.status.shape[0]
+    order = jnp.arange(logits.places.shape[0], dtype=jnp.int32)
+    index = jnp.zeros((num_places + 1,), jnp.int32).at[logits.places].set(order)
+    values = logits.values[index[places]]
+    values = values - jax.nn.logsumexp(values, axis=1, keepdims=True)
+    is_used = places < num_places
+    known = jnp.where(is_used, places, 0)
+    states = table.automaton_states[known]
+    values = request_table.constrain(table, known, states, is_used, values)
+
+    leader = places[0]
+    number = jnp.arange(places.shape[0], dtype=jnp.int32)
+    seeds = jnp.full(number.shape, table.asked.sampling.seed[leader])
+    # All rows that go on are equally long; those that have ended get new keys too, for
+    # they may go on from another row.
+    length = jnp.max(jnp.where(is_used, table.queue.num_tokens[known], 0))
+    return token_keys(seeds, number, jnp.full(number.shape, length)), values
+
+
+def _apply(
+    table: RequestTable, members: jax.Array, decision: Decision, step: jax.Array
+) -> tuple[RequestTable, jax.Array]:
+    """The table after a decision, and which sequences got a token, bool[Q]."""
+    num_places = table.queue.status.shape[0]
+    parents = members[decision.parents]
+    is_known = (members < num_places) & (parents < num_places)
+    places = jnp.where(is_known, members, num_places)
+    parents = jnp.where(is_known, parents, 0)
+    had_ended = table.queue.has_ended[parents]
+    is_moved = jnp.any(is_known & (places != parents))
+    table = when(
+        is_moved,
+        lambda table: request_table.inherit(table, places, parents),
+        table,
+    )
+    gets_token = is_known & ~had_ended
+    new = NewTokens.zeros(
+        jnp.where(gets_token, places, num_places), table.top_ids.shape[2]
+    )
+    new = dataclasses.replace(new, tokens=decision.tokens, logprobs=decision.logprobs)
+    table, ended = request_table.extend(table, new, step)
+    # What the algorithm ends, it ends for a reason of its own.
+    by_itself = jnp.where(decision.finished & ~ended & gets_token, places, num_places)
+    reasons = table.finish_reasons.at[by_itself].set(request_table.STOP, mode="drop")
+    at_end = jnp.where(decision.finished, members, num_places)
+    queue = dataclasses.replace(
+        table.queue,
+        has_ended=table.queue.has_ended.at[at_end].set(True, mode="drop"),
+    )
+    return dataclasses.replace(table, queue=queue, finish_reasons=reasons), gets_token

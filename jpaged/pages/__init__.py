@@ -1,0 +1,1 @@
+"""Page layouts (plain, packed, quantised), attention backends and their tuned sizes."""

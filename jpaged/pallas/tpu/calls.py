@@ -1,0 +1,136 @@
+"""The TPU's kernels as attention calls them: pages with or without layers.
+
+Place on the road: attention -> [pallas.tpu] -> pallas.tpu_attention, pallas.tpu_pages.
+
+XLA cannot split a kernel over devices by itself: on a mesh they run inside of the
+`shard_map` of `sharded`, on the heads of one device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.pages import defaults
+from jpaged.pages.backends import scale_width
+from jpaged.pages.packed import packed
+from jpaged.pallas.tpu import attention as tpu_attention
+from jpaged.pallas.tpu import pages as tpu_pages
+
+Layer = jax.Array | int | None
+Arrays = tuple[jax.Array, ...]
+Scale = jax.Array | None
+
+
+def attend(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_tables: jax.Array,
+    context_lens: jax.Array,
+    query_start_loc: jax.Array | None,
+    *,
+    k_scale: Scale,
+    v_scale: Scale,
+    layer: Layer,
+    sliding_window: jax.Array | int | None,
+    sinks: jax.Array | None,
+    **static: Any,
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `tpu_attention.attend`, whose `static` options are passed on.
+
+    Here and below, pages of small heads may come as [..., P, D]; they are copied then.
+    """
+    has_layers = k_pages.ndim == 5
+    k_pages, v_pages = packed(k_pages), packed(v_pages)
+    stacked_k, stacked_v = _stacked((k_pages, v_pages), has_layers)
+    return tpu_attention.attend(
+        q,
+        stacked_k,
+        stacked_v,
+        block_tables,
+        context_lens,
+        query_start_loc,
+        scales=_stacked(_wide(k_pages, k_scale, v_scale), has_layers),
+        layer=defaults.layer(layer),
+        window=defaults.window(sliding_window),
+        sinks=sinks,
+        **static,
+    )
+
+
+def write(
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k_scale: Scale,
+    v_scale: Scale,
+    values: Arrays,
+    slots: jax.Array,
+    layer: Layer,
+) -> Arrays:
+    """As `tpu_pages.write`, and of the scales, where there are some, `write_scales`.
+
+    `values`: of each of the arrays [T, K, D] or [T, K].
+    """
+    given = _given(k_pages, v_pages, k_scale, v_scale)
+    arrays = (packed(k_pages), packed(v_pages), *_wide(k_pages, k_scale, v_scale))
+    stacked = _stacked(arrays, k_pages.ndim == 5)
+    written = tpu_pages.write(stacked[:2], values[:2], slots, defaults.layer(layer))
+    if scales := stacked[2:]:
+        block_size = k_pages.shape[-2]
+        written += tpu_pages.write_scales(
+            scales, values[2:], slots, defaults.layer(layer), block_size
+        )
+    return _as_given(written, given)
+
+
+def copy(
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k_scale: Scale,
+    v_scale: Scale,
+    src: jax.Array,
+    dst: jax.Array,
+    layer: Layer,
+) -> Arrays:
+    """As `tpu_pages.copy`; without `layer`, in every layer."""
+    given = _given(k_pages, v_pages, k_scale, v_scale)
+    arrays = (packed(k_pages), packed(v_pages), *_wide(k_pages, k_scale, v_scale))
+    copied = tpu_pages.copy(
+        _stacked(arrays, k_pages.ndim == 5),
+        src,
+        dst,
+        defaults.layer(layer),
+        is_one_layer=layer is not None,
+    )
+    return _as_given(copied, given)
+
+
+def _given(*arrays: jax.Array | None) -> Arrays:
+    return tuple(array for array in arrays if array is not None)
+
+
+def _wide(pages: jax.Array, *scales: Scale) -> Arrays:
+    """Scales as wide as a memory tile; those that are not are copied."""
+    width = scale_width(pages.shape[-2], "mosaic_tpu")
+    return tuple(
+        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+        for x in _given(*scales)
+    )
+
+
+def _stacked(arrays: Arrays, has_layers: bool) -> Arrays:
+    """[L, N, ...] of arrays with or without layers."""
+    return arrays if has_layers else tuple(array[None] for array in arrays)
+
+
+def _as_given(arrays: Arrays, given: Arrays) -> Arrays:
+    """The results in the shapes of the arguments."""
+
+    def like(array, one):
+        is_wide = array.size > one.size
+        return (array[..., : one.shape[-1]] if is_wide else array).reshape(one.shape)
+
+    return tuple(map(like, arrays, given))

@@ -1,0 +1,1 @@
+"""Serving systems on the virtual clock: the engine and the paper's baselines."""

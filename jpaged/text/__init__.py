@@ -1,0 +1,1 @@
+"""Text: tokenizers, streaming detokenisation and chat templates."""

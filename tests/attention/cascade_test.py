@@ -1,0 +1,197 @@
+"""Cascade attention around any plain attention: who reads what, and the same output.
+
+The plain attention is the reference here; the kernels' own tests have the same cases.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged import attention
+from jpaged.attention import cascade
+from jpaged.attention.cascade import make_plan, num_members
+from jpaged.kv.shared_prefix import SharedPrefix
+from tests.support.attention import oracle
+from tests.support.attention.oracle import check_result, relative_errors
+from tests.support.attention.prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
+
+# As in `attention_test`.
+TOLERANCE, LSE_TOLERANCE = 1e-5, 1e-4
+BLOCK_SIZE = 4
+
+
+def some_groups(rng: np.random.Generator, num_rows: int):
+    """Leaders, blocks and queries of rows in groups of any sizes, and their windows."""
+    group = rng.integers(0, rng.integers(1, num_rows + 1), num_rows)
+    leaders = np.array([np.flatnonzero(group == one)[0] for one in group])
+    blocks = rng.integers(0, 4, num_rows)[leaders]
+    queries = rng.choice([0, 1, 1, 1, 1, 3], num_rows)
+    own = rng.integers(1, 9, num_rows)
+    return leaders, blocks, queries, blocks * BLOCK_SIZE + own
+
+
+plan_of = jax.jit(
+    make_plan, static_argnames=("block_size", "sliding_window", "num_members")
+)
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 7, 16])
+def test_every_row_reads_all_its_blocks_once_in_a_virtual_row_or_alone(num_rows):
+    rng = np.random.default_rng(num_rows)
+    together = 0
+    for _ in range(12):
+        leaders, blocks, queries, lens = some_groups(rng, num_rows)
+        tables = np.arange(num_rows * 8).reshape(num_rows, 8)
+        starts = np.cumsum([0, *queries])
+        size = min(int(rng.integers(2, 6)), num_rows)
+        arrays = (
+            jnp.asarray(x, jnp.int32) for x in (leaders, blocks, tables, lens, starts)
+        )
+        one, two, *rest = arrays
+        plan = jax.tree.map(
+            np.asarray,
+            plan_of(
+                SharedPrefix(one, two),
+                *rest,
+                block_size=BLOCK_SIZE,
+                sliding_window=14,
+                num_members=size,
+            ),
+        )
+        joins = (blocks > 0) & (queries == 1) & (lens <= 14)
+        joins &= np.array([(joins & (leaders == one)).sum() > 1 for one in leaders])
+        together += int(joins.sum())
+        places = plan.place[joins].tolist()
+        assert len(set(places)) == len(places)
+        assert (plan.place[~joins] == plan.members.size).all()
+        used = {place // size for place in places}
+        # As few as can be: each group's rows over R, rounded up.
+        counts = [int((joins & (leaders == one)).sum()) for one in set(leaders)]
+        assert len(used) == sum(-(-n // size) for n in counts)
+        assert (
+            plan.lens[[v for v in range(len(plan.lens)) if v not in used]] == 0
+        ).all()
+        for row in range(num_rows):
+            read = blocks[row] if joins[row] else 0
+            assert plan.own_lens[row] == lens[row] - read * BLOCK_SIZE
+            assert plan.own_tables[row, 0] == tables[row, read]
+            if not joins[row]:
+                continue
+            virtual, slot = divmod(plan.place[row], size)
+            assert plan.members[virtual, slot] == row
+            assert plan.lens[virtual] == read * BLOCK_SIZE
+            reader = plan.tables[virtual, 0] // 8
+            assert joins[reader]
+            assert leaders[reader] == leaders[row]
+    assert together > 0
+
+
+def test_so_many_rows_fill_a_tile():
+    assert num_members(32, 8, 100) == 16
+    assert num_members(32, 8, 5) == 5
+    assert num_members(64, 2, 100) == 2
+    assert num_members(71, 1, 100) == 0
+
+
+def attend(case, shared, *, seen=None, **options):
+    """Of the transform around the reference; `seen` gets the lengths of its calls."""
+    fixed = {"logits_soft_cap": options.pop("logits_soft_cap", None)}
+    window, sinks = options.get("sliding_window"), options.get("sinks")
+
+    def plain(q, tables, lens, starts, *, dtype=None, **changed):
+        if seen is not None:
+            jax.debug.callback(lambda lens: seen.append(lens.tolist()), lens)
+        settings = fixed | dict(sliding_window=window, sinks=sinks) | changed
+        out, lse = attention.paged_attention(
+            q.astype(q.dtype if dtype is None else dtype),
+            *(k_pages, v_pages, tables, lens),
+            query_start_loc=starts,
+            return_lse=True,
+            implementation="reference",
+            **settings,
+        )
+        return out, lse
+
+    arrays = jax.tree.map(jnp.asarray, oracle.arrays(case))
+    k_pages, v_pages = arrays.pop("k_pages"), arrays.pop("v_pages")
+    call = functools.partial(
+        cascade.attend,
+        plain,
+        shared=shared,
+        block_size=k_pages.shape[2],
+        num_kv_heads=k_pages.shape[1],
+        sliding_window=window,
+        skips=True,
+    )
+    names = ("q", "block_tables", "context_lens", "query_start_loc")
+    found = jax.jit(call)(*(arrays.get(name) for name in names))
+    jax.effects_barrier()
+    return found
+
+
+SINKS = np.linspace(-2.0, 3.0, 4).astype(np.float32)
+OPTIONS = {
+    "plain": {},
+    "everything": dict(sliding_window=50, logits_soft_cap=2.0, sinks=SINKS),
+}
+small_case = functools.partial(group_case, GROUPS, OWN_TOKENS, head_dim=8)
+
+
+@pytest.mark.parametrize("queries", [None, QUERIES], ids=["decode", "chunks"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_groups_of_any_size_equal_the_oracle(name, queries, monkeypatch):
+    monkeypatch.setattr(cascade, "ROWS", 6)  # three rows of two heads
+    case, shared = small_case(queries=queries)
+    options = OPTIONS[name]
+    device = {k: jnp.asarray(v) if k == "sinks" else v for k, v in options.items()}
+    out, lse = attend(case, shared, **device)
+    check_result(case, out, lse, TOLERANCE, LSE_TOLERANCE, **options)
+
+
+def test_what_is_shared_is_read_once_and_nothing_where_nothing_is():
+    case, shared = small_case()
+    seen = []
+    attend(case, shared, seen=seen)
+    # 16 tokens of the five, 48 of the seven and 32 of the two; then no others.
+    wanted = [32, 16, 48, *[0] * 5]
+    assert sorted(seen, key=len) == [wanted, OWN_TOKENS]
+    nobody = dataclasses.replace(shared, num_blocks=shared.num_blocks * 0)
+    seen = []
+    attend(case, nobody, seen=seen)
+    assert seen == [case.context_lens.tolist()]
+
+
+def test_where_one_row_fills_a_tile_each_reads_alone(monkeypatch):
+    monkeypatch.setattr(cascade, "ROWS", 3)
+    case, shared = small_case()
+    seen = []
+    out, lse = attend(case, shared, seen=seen)
+    assert seen == [case.context_lens.tolist()]
+    check_result(case, out, lse, TOLERANCE, LSE_TOLERANCE)
+
+
+def one_place_on(plan):
+    place = jnp.where(plan.place < plan.members.size - 1, plan.place + 1, plan.place)
+    return plan._replace(place=place)
+
+
+def prefix_twice(plan):
+    return plan._replace(own_lens=plan.own_lens + 1)
+
+
+def other_tables(plan):
+    return plan._replace(tables=jnp.roll(plan.tables, 1, axis=0))
+
+
+@pytest.mark.parametrize("fault", [one_place_on, prefix_twice, other_tables])
+def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
+    case, shared = small_case()
+    make = cascade.make_plan
+    monkeypatch.setattr(cascade, "make_plan", lambda *a, **k: fault(make(*a, **k)))
+    out, _ = attend(case, shared)
+    want, _ = oracle.attention(case)
+    assert not (relative_errors(out, want) < 1e-2).all()

@@ -1,0 +1,375 @@
+"""Sequential Monte Carlo against the enumeration of sequences, and in the engine."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged import engine, load_model
+from jpaged.config import EngineConfig
+from jpaged.decoding import DecodingAlgorithm, smc, token_keys
+from jpaged.decoding.smc import systematic
+from jpaged.kv import block_manager
+from jpaged.params import AlgorithmParams, SamplingParams
+from tests.support import beam_oracle as oracle
+from tests.support.engine.oracle import FOREVER, all_logprobs
+from tests.support.models import checkpoints
+
+pytestmark = pytest.mark.long
+
+NUM_RUNS, NUM_ROWS, NUM_STEPS = 20_000, 4, 4
+STOP = (2,)
+
+
+@functools.lru_cache
+def table_model(forbidden: float = 0.0):
+    """f32[T, V, V], probabilities with some removed and nothing put in their place."""
+    table = oracle.normalised(oracle.random_table(3, num_steps=NUM_STEPS, vocab_size=3))
+    is_removed = np.random.default_rng(4).random(table.shape) < forbidden
+    return np.where(is_removed, -np.inf, table).astype(np.float32)
+
+
+# Of token t after token s: far apart, so that weights are uneven.
+LOG_POTENTIALS = np.array(
+    [[0.0, -3.0, -1.0], [-4.0, 0.5, -2.0], [0.0, 0.0, 0.0]], np.float32
+)
+
+
+def potential(last, token):
+    return token, jnp.asarray(LOG_POTENTIALS)[last, token]
+
+
+@functools.lru_cache
+def exact(forbidden: float = 0.0) -> dict[tuple[int, ...], float]:
+    """Of every sequence its probability times its potentials."""
+    logits_of = oracle.table_logits(table_model(forbidden))
+    found = {}
+    for logprob, tokens in oracle.every_sequence(logits_of, STOP, NUM_STEPS):
+        pairs = zip((0, *tokens), tokens, strict=False)
+        total = logprob + sum(float(LOG_POTENTIALS[pair]) for pair in pairs)
+        found[tokens] = float(np.exp(total))
+    return found
+
+
+def rollout(algorithm, table, key):
+    """Tokens i32[S, T] (-1 behind the end), parents i32[T, S] and the last state.
+
+    As the engine does it: the key of a row depends on its number of tokens, a row that
+    has finished gets NaN for logits, and its heirs get no token.
+    """
+    table, rows = jnp.asarray(table), jnp.arange(NUM_ROWS)
+
+    def body(carry, t):
+        tokens, lengths, finished, state = carry
+        keys = jax.vmap(
+            lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n)
+        )
+        last = jnp.where(t > 0, tokens[:, t - 1], 0)
+        logits = jnp.where(finished[:, None], jnp.nan, table[t, last])
+        state, decision = algorithm.step(keys(rows, lengths), logits, state)
+        tokens, lengths = tokens[decision.parents], lengths[decision.parents]
+        grows = ~finished[decision.parents]
+        tokens = tokens.at[:, t].set(jnp.where(grows, decision.tokens, -1))
+        lengths = lengths + grows.astype(jnp.int32)
+        return (tokens, lengths, decision.finished, state), decision.parents
+
+    start = (
+        jnp.full((NUM_ROWS, NUM_STEPS), -1),
+        jnp.zeros(NUM_ROWS, jnp.int32),
+        jnp.zeros(NUM_ROWS, bool),
+        algorithm.init(NUM_ROWS),
+    )
+    carry, parents = jax.lax.scan(body, start, jnp.arange(NUM_STEPS))
+    return carry[0], parents, carry[3]
+
+
+def run(algorithm, forbidden=0.0, num_runs=NUM_RUNS):
+    keys = jax.random.split(jax.random.key(1), num_runs)
+    each = functools.partial(rollout, algorithm, table_model(forbidden))
+    tokens, parents, state = jax.device_get(jax.jit(jax.vmap(each))(keys))
+    return tokens, parents, state
+
+
+def estimates(state) -> tuple[np.ndarray, np.ndarray]:
+    """Of each run the normaliser f64[runs] and the particles' weights f64[runs, S]."""
+    log_weights = state.log_weights.astype(np.float64)
+    scale = np.exp(state.log_mean_weight.astype(np.float64))
+    return scale * np.exp(log_weights).mean(axis=1), np.exp(log_weights) * scale[
+        :, None
+    ]
+
+
+def deviations(samples: np.ndarray, wanted: np.ndarray | float) -> np.ndarray:
+    """How many standard errors the mean of independent runs is off."""
+    error = samples.std(axis=0) / np.sqrt(len(samples))
+    return (samples.mean(axis=0) - wanted) / error
+
+
+def per_sequence(tokens, weights, forbidden=0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Of each run the weight that each sequence got, [runs, sequences]; the exact."""
+    wanted = exact(forbidden)
+    number = {sequence: at for at, sequence in enumerate(wanted)}
+    found = np.zeros((len(tokens), len(wanted)))
+    flat = [
+        tuple(t for t in row if t >= 0)
+        for row in tokens.reshape(-1, NUM_STEPS).tolist()
+    ]
+    for at, sequence in enumerate(flat):
+        weight = weights.reshape(-1)[at]
+        if weight > 0:  # an impossible particle may have any tokens
+            found[at // NUM_ROWS, number[sequence]] += weight / NUM_ROWS
+    return found, np.array(list(wanted.values()))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "forbidden"), [(0.0, 0.25), (0.5, 0.0), (0.5, 0.25), (1.0, 0.0)]
+)
+def test_normaliser_and_posterior_are_unbiased(threshold, forbidden):
+    algorithm = smc(potential, 0, threshold=threshold, stop_token_ids=STOP)
+    tokens, _, state = run(algorithm, forbidden)
+    normaliser = sum(exact(forbidden).values())
+    assert len(exact(forbidden)) > 8
+    found, weights = estimates(state)
+    # 4 standard errors: with fixed keys this passes or fails for ever. The error itself
+    # is below 1 %, so that a bias of 4 % would show.
+    assert found.std() / np.sqrt(NUM_RUNS) < 0.01 * normaliser
+    assert abs(deviations(found, normaliser)) < 4
+    own = jax.vmap(lambda one: one.log_normaliser)(state)
+    np.testing.assert_allclose(np.exp(own), found, rtol=1e-4)
+    posterior, wanted = per_sequence(tokens, weights, forbidden)
+    is_common = wanted > 0.002 * normaliser  # for others the error is not normal
+    assert is_common.sum() > 5
+    assert np.abs(deviations(posterior[:, is_common], wanted[is_common])).max() < 4
+    assert (state.num_resamplings.max() > 0) == (threshold > 0)
+
+
+def test_without_a_threshold_it_is_importance_sampling():
+    tokens, parents, state = run(smc(potential, 0, threshold=0.0, stop_token_ids=STOP))
+    assert np.all(parents == np.arange(NUM_ROWS))
+    assert np.all(state.log_mean_weight == 0)
+    before = np.concatenate([np.zeros_like(tokens[..., :1]), tokens[..., :-1]], axis=-1)
+    each = np.where(tokens >= 0, LOG_POTENTIALS[before, tokens], 0.0)
+    np.testing.assert_allclose(
+        state.log_weights, each.sum(axis=-1), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_parents_are_rows_and_resampled_weights_begin_anew():
+    algorithm = smc(potential, 0, threshold=1.0, stop_token_ids=STOP)
+    _, parents, state = run(algorithm, num_runs=500)
+    assert np.all((parents >= 0) & (parents < NUM_ROWS))
+    assert np.any(parents != np.arange(NUM_ROWS))
+    # Particles differ by what they earned in the last step, and by no more.
+    spread = state.log_weights.max(axis=1) - state.log_weights.min(axis=1)
+    assert 0 < spread.max() <= np.ptp(LOG_POTENTIALS) + 1e-5
+
+
+def test_systematic_resampling_rounds_the_expected_numbers_up_or_down():
+    rng = np.random.default_rng(0)
+    weights = rng.exponential(size=(4000, 7)) ** 3 * (rng.random((4000, 7)) < 0.7)
+    weights = weights[weights.sum(axis=1) > 0].astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    keys = jax.random.split(jax.random.key(0), len(weights))
+    parents = np.asarray(jax.jit(jax.vmap(systematic))(keys, weights))
+    counts = np.stack([(parents == row).sum(axis=1) for row in range(7)], axis=1)
+    assert np.all(counts.sum(axis=1) == 7)
+    assert np.all(np.abs(counts - 7 * weights) < 1 + 1e-5)
+    assert np.all(counts[weights == 0] == 0)
+    assert np.abs(deviations(counts - 7 * weights, 0.0)).max() < 4
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
+def test_no_rounding_carries_resampling_to_a_row_without_weight(number, monkeypatch):
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(number))
+    for weights in ([0, 1, 0, 0], [0, 0.3, 0.7, 0], [0, 0.1, 0.1, 0.8, 0, 0, 0, 0]):
+        parents = systematic(jax.random.key(0), jnp.array(weights, jnp.float32))
+        assert np.all(np.array(weights)[parents] > 0)
+
+
+def test_particles_that_have_all_become_impossible_end():
+    def never(count, token):
+        del token
+        return count + 1, jnp.where(count == 1, -jnp.inf, 0.0)
+
+    algorithm = smc(never, jnp.int32(0))
+    step, state = jax.jit(algorithm.step), algorithm.init(3)
+    logits = jnp.log(jnp.full((3, 4), 0.25))
+    keys = jax.random.split(jax.random.key(0), 3)
+    state, decision = step(keys, logits, state)
+    assert not decision.finished.any()
+    np.testing.assert_allclose(state.weights, 1 / 3, rtol=1e-6)
+    state, decision = step(keys, logits, state)
+    assert decision.finished.all()
+    assert state.log_normaliser == -jnp.inf
+    assert state.weights.tolist() == [0, 0, 0]
+
+
+def keeps_weights(before, after, decision):
+    """Weights that are not begun anew after resampling."""
+    resampled = after.num_resamplings > before.num_resamplings
+    kept = before.log_weights[decision.parents]
+    return dataclasses.replace(
+        after, log_weights=after.log_weights + jnp.where(resampled, kept, 0.0)
+    )
+
+
+def keeps_potential_states(before, after, decision):
+    """What the potential keeps does not follow the parents."""
+    states = before.potential_states
+    _, good = jax.vmap(potential)(states[decision.parents], decision.tokens)
+    _, wrong = jax.vmap(potential)(states, decision.tokens)
+    change = jnp.where(before.is_finished[decision.parents], 0.0, wrong - good)
+    return dataclasses.replace(after, log_weights=after.log_weights + change)
+
+
+def forgets_the_mean(before, after, decision):
+    """Resampling does not enter the normaliser."""
+    del before, decision
+    return dataclasses.replace(after, log_mean_weight=jnp.float32(0.0))
+
+
+def forgives(before, after, decision):
+    """A particle that is impossible counts as one that was welcome."""
+    del before, decision
+    log_weights = jnp.maximum(after.log_weights, -3.0)
+    return dataclasses.replace(after, log_weights=log_weights)
+
+
+@pytest.mark.parametrize(
+    "fault", [keeps_weights, keeps_potential_states, forgets_the_mean, forgives]
+)
+def test_a_planted_fault_shows_in_the_normaliser(fault):
+    init, step = smc(potential, 0, stop_token_ids=STOP)
+
+    def faulty(keys, logits, state):
+        after, decision = step(keys, logits, state)
+        return fault(state, after, decision), decision
+
+    _, _, state = run(DecodingAlgorithm(init, faulty))
+    assert abs(deviations(estimates(state)[0], sum(exact().values()))) > 8
+
+
+def test_a_planted_fault_in_the_parents_shows_in_the_posterior():
+    init, step = smc(potential, 0, stop_token_ids=STOP)
+
+    def faulty(keys, logits, state):
+        state, decision = step(keys, logits, state)
+        own = jnp.arange(NUM_ROWS, dtype=jnp.int32)
+        return state, dataclasses.replace(decision, parents=own)
+
+    tokens, _, state = run(DecodingAlgorithm(init, faulty))
+    tokens = np.where(tokens == -1, 0, tokens)
+    tokens = np.where(np.cumsum(tokens == 2, axis=-1) - (tokens == 2) > 0, -1, tokens)
+    posterior, wanted = per_sequence(tokens, estimates(state)[1])
+    is_common = wanted > 0.002 * wanted.sum()
+    assert np.abs(deviations(posterior[:, is_common], wanted[is_common])).max() > 8
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return load_model(checkpoints.write_tiny_llama(folder))
+
+
+def by_hand(model, algorithm, num_rows, prompt, params):
+    """Tokens of each row by the plain forward on lists, the state, and some facts."""
+    rows = [list(prompt) for _ in range(num_rows)]
+    finished = np.zeros(num_rows, bool)
+    step, state = jax.jit(algorithm.step), algorithm.init(num_rows)
+    revived = 0
+    while not finished.all():
+        lens = np.array([len(row) for row in rows])
+        padded = np.zeros((num_rows, len(prompt) + params.max_tokens), np.int32)
+        for at, row in enumerate(rows):
+            padded[at, : len(row)] = row
+        logits = all_logprobs(model, jnp.asarray(padded))[np.arange(num_rows), lens - 1]
+        logits = jnp.where(jnp.asarray(finished)[:, None], jnp.nan, logits)
+        seeds = jnp.full(num_rows, params.seed)
+        keys = token_keys(seeds, jnp.arange(num_rows), jnp.full(num_rows, lens.max()))
+        state, decision = step(keys, logits, state)
+        decision = jax.device_get(decision)
+        grows = ~finished[decision.parents]
+        revived += int(np.sum(finished & grows))
+        rows = [
+            rows[parent] + [int(token)] * bool(grow)
+            for parent, token, grow in zip(
+                decision.parents, decision.tokens, grows, strict=True
+            )
+        ]
+        lens = np.array([len(row) - len(prompt) for row in rows])
+        finished = decision.finished | (lens == params.max_tokens)
+    return [row[len(prompt) :] for row in rows], state, revived
+
+
+def test_the_engine_does_what_plain_forwards_do_by_hand(llama, monkeypatch):
+    vocab_size = checkpoints.LLAMA["vocab_size"]
+    rng = np.random.default_rng(2)
+    gains = jnp.asarray(rng.normal(size=vocab_size) * 2, jnp.float32)
+    # Whoever ends early loses by it, so that others take its row.
+    stop = tuple(np.argsort(gains)[: vocab_size // 8].tolist())
+
+    def likes_some(num_tokens, token):
+        return num_tokens + 1, gains[token]
+
+    algorithm = smc(likes_some, jnp.int32(0), threshold=0.7, stop_token_ids=stop)
+    prompts = [rng.integers(0, vocab_size, n).tolist() for n in (9, 5)]
+    params = [
+        AlgorithmParams(
+            algorithm, num_rows=5, max_tokens=12, ignore_eos=True, seed=s,
+            stop_token_ids=stop,
+        )
+        for s in (3, 4)
+    ]  # fmt: skip
+    config = EngineConfig(
+        num_blocks=32,
+        block_size=4,
+        max_num_seqs=11,
+        max_model_len=24,
+        max_num_batched_tokens=16,
+        max_num_requests=16,
+        max_num_stop_ids=len(stop),
+        algorithms=((algorithm, 5),),
+    )
+    # One shape for decode steps and one for prompts: it compiles sooner.
+    monkeypatch.setattr(EngineConfig, "row_buckets", (config.max_num_seqs,))
+    monkeypatch.setattr(EngineConfig, "token_buckets", (16,))
+    state = engine.init(llama, config)
+    state, places = engine.submit(
+        state,
+        [*prompts, prompts[0]],
+        [*params, SamplingParams(temperature=0.0, max_tokens=8)],
+    )
+    state = engine.run(llama, state, jnp.int32(FOREVER))
+    assert block_manager.violations(state.blocks) == []
+    assert int(block_manager.num_free_blocks(state.blocks)) == 32
+    results = engine.collect(state)
+    total_revived = 0
+    for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+        rows, wanted, revived = by_hand(llama, algorithm, 5, prompt, param)
+        got = [r.token_ids for r in results if r.arrival == number]
+        assert got == rows
+        leader = places[number][0]
+        mine = jax.tree.map(lambda column, at=leader: column[at], state.states[0])
+        np.testing.assert_allclose(
+            mine.log_normaliser, wanted.log_normaliser, rtol=1e-4
+        )
+        np.testing.assert_allclose(mine.weights, wanted.weights, rtol=1e-3, atol=1e-6)
+        assert int(mine.num_resamplings) == int(wanted.num_resamplings) > 2
+        total_revived += revived
+    assert total_revived > 0, "no row that had finished was continued from another"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threshold": 1.5}, "threshold: wanted a share from 0 to 1, got 1.5"),
+        ({"threshold": float("nan")}, "threshold: wanted a share from 0 to 1, got nan"),
+        ({"stop_token_ids": (3, -1)}, r"stop_token_ids: .*got \(3, -1\)"),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        smc(potential, 0, **change)

@@ -1,0 +1,230 @@
+"""docs/road.md: its tables are what the engine does.
+
+The engine's own step runs, with a table of letters in place of decoder and sampler.
+`python -m tests.docs.life_of_a_request_test` prints the tables as the page has them.
+"""
+
+import dataclasses
+import pathlib
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged import engine
+from jpaged.config import EngineConfig
+from jpaged.engine import forward, iteration, sampling
+from jpaged.engine.request_table import NewTokens
+from jpaged.kv import block_manager
+from jpaged.kv.block_manager import NO_BLOCK
+from jpaged.params import SamplingParams
+from jpaged.scheduler import NO_REQUEST, WAITING
+
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "road.md"
+
+# Name, prompt, and what each sample will be given: a letter is a token.
+REQUESTS = (
+    ("A", "Four_score_", ["and_s"]),
+    ("B", "To_", ["be_or_"]),
+    ("C", "All_th", ["at_is", "e_wor"]),
+    ("D", "Call_me_", ["Ish"]),
+)
+SAMPLES = [
+    (f"{name}.{number}" if len(texts) > 1 else name, prompt + text)
+    for name, prompt, texts in REQUESTS
+    for number, text in enumerate(texts)
+]
+CONFIG = EngineConfig(
+    num_blocks=11,
+    block_size=4,
+    max_num_seqs=5,
+    max_model_len=16,
+    max_num_batched_tokens=12,
+    max_num_requests=5,
+)
+HEADS = (
+    *("row", "sequence", "tokens", "positions", "slot_mapping"),
+    *("block_table", "context_len", "gets"),
+)
+
+
+# All that `engine.init` asks of a model.
+SHAPE = types.SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=1, dtype="int8")
+
+
+def start() -> engine.EngineState:
+    """The engine with the four requests waiting."""
+    state = engine.init(types.SimpleNamespace(config=SHAPE), CONFIG)
+    prompts = [list(map(ord, prompt)) for _, prompt, _ in REQUESTS]
+    params = [
+        SamplingParams(n=len(texts), max_tokens=len(texts[0]))
+        for _, _, texts in REQUESTS
+    ]
+    state, places = engine.submit(state, prompts, params)
+    assert [place for mine in places for place in mine] == list(range(len(SAMPLES)))
+    return state
+
+
+class Recorder:
+    """Stands in for decoder and sampler: keeps a step's inputs, and gives letters."""
+
+    def hidden_states(self, model, cache, table, blocks, batch, hidden, config):
+        """What `forward.hidden_states` computes with, at the step's exact size."""
+        num_rows = int((batch.num_tokens > 0).sum())
+        num_tokens = int(batch.num_tokens.sum())
+        self.table, self.blocks = table, blocks
+        self.rows = np.asarray(batch.rows[:num_rows])
+        self.is_decode = num_rows == num_tokens
+        make = forward._decode_inputs if self.is_decode else forward._ragged_inputs
+        size = num_rows if self.is_decode else num_tokens
+        self.inputs = make(table, blocks, batch, size)
+        self.starts = [0, *np.cumsum(batch.num_tokens[:num_rows]).tolist()]
+        return cache, hidden
+
+    def sample_tokens(self, table, entries, logits, config):
+        """The next letter for each row whose known tokens are all computed."""
+        places = np.asarray(entries.places)
+        letters = [
+            ord(SAMPLES[place][1][int(table.queue.num_tokens[place])])
+            if place < len(SAMPLES)
+            else 0
+            for place in places
+        ]
+        row_of = {int(place): row for row, place in enumerate(self.scheduled_rows)}
+        self.given = {
+            row_of[int(place)]: chr(letter)
+            for place, letter in zip(places, letters, strict=True)
+            if letter
+        }
+        new = NewTokens.zeros(jnp.asarray(places), 0)
+        return dataclasses.replace(new, tokens=jnp.asarray(letters, jnp.int32))
+
+
+def span(numbers) -> str:
+    """4 5 6 7 -> "4-7"; runs apart are listed: "4-7 0-2"."""
+    runs = []
+    for number in map(int, numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def names(mask) -> str:
+    """The sequences at the marked places."""
+    return ", ".join(SAMPLES[place][0] for place in np.flatnonzero(mask)) or "none"
+
+
+def describe(recorder: Recorder, before, after, copies) -> str:
+    """A step as the page shows it."""
+    inputs, lines = recorder.inputs, [HEADS]
+    sequences = recorder.scheduled_rows
+    for i, row in enumerate(recorder.rows.tolist()):
+        mine = slice(recorder.starts[i], recorder.starts[i + 1])
+        table = np.asarray(inputs.block_tables[i])
+        lines.append(
+            (
+                str(row),
+                SAMPLES[int(sequences[row])][0],
+                "".join(map(chr, np.asarray(inputs.tokens[mine]))),
+                span(inputs.positions[mine]),
+                span(inputs.slot_mapping[mine]),
+                " ".join(map(str, table[table != NO_BLOCK])),
+                str(int(inputs.context_lens[i])),
+                recorder.given.get(row, ""),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    counts = np.asarray(recorder.blocks.ref_counts)
+    text.append("")
+    if not recorder.is_decode:
+        starts = " ".join(map(str, recorder.starts))
+        text.append(f"query_start_loc  {starts}")
+    text.append(f"ref_counts       {' '.join(map(str, counts))}")
+    for src, dst in copies:
+        text.append(f"copied first     block {src} -> block {dst}")
+    preempted = np.asarray(after.requests.queue.num_preemptions) > np.asarray(
+        before.num_preemptions
+    )
+    if preempted.any():
+        text.append(f"preempted        {names(preempted)}")
+    waiting = np.asarray(after.requests.queue.status) == WAITING
+    if waiting.any():
+        text.append(f"waiting          {names(waiting)}")
+    gone = set(sequences[sequences != NO_REQUEST]) - set(np.asarray(after.rows))
+    ended = np.isin(np.arange(len(SAMPLES)), list(gone))
+    if ended.any():
+        free = int(block_manager.num_free_blocks(after.blocks))
+        text.append(f"ended            {names(ended)}; {free} blocks are free now")
+    return "\n".join(line.rstrip() for line in text) + "\n"
+
+
+NOTHING = iteration.WorkingMemory(None, None)
+
+
+def walk(patch: pytest.MonkeyPatch) -> list[str]:
+    """Every step of the run, as the page shows it."""
+    recorder = Recorder()
+    patch.setattr(forward, "hidden_states", recorder.hidden_states)
+    patch.setattr(sampling, "sample_tokens", recorder.sample_tokens)
+    patch.setattr(sampling, "next_logits", lambda *arguments: jnp.zeros((1, 1)))
+    # Between the compiled parts every value is there to be read.
+    schedule = jax.jit(engine.scheduler.schedule, static_argnums=3)
+    append = jax.jit(block_manager.append)
+    copies = []
+
+    def recorded_schedule(*arguments):
+        result = schedule(*arguments)
+        recorder.scheduled_rows = np.asarray(result[1])
+        return result
+
+    def recorded_append(*arguments):
+        blocks, appended = append(*arguments)
+        pairs = np.stack([appended.copy_src, appended.copy_dst], axis=1)
+        copies[:] = pairs[pairs[:, 0] != NO_BLOCK].tolist()
+        return blocks, appended
+
+    patch.setattr(iteration.scheduler, "schedule", recorded_schedule)
+    patch.setattr(block_manager, "append", recorded_append)
+    patch.setattr(block_manager, "fork", jax.jit(block_manager.fork))
+    patch.setattr(
+        iteration.request_table, "extend", jax.jit(iteration.request_table.extend)
+    )
+    patch.setattr(
+        iteration, "when", lambda holds, f, carry: f(carry) if holds else carry
+    )
+    patch.setattr(
+        iteration.engine_state, "count", jax.jit(iteration.engine_state.count)
+    )
+    state = start()
+    steps = []
+    while engine.has_work(state):
+        before = state.requests.queue
+        state, _ = iteration.iterate(None, state, NOTHING, CONFIG)
+        assert block_manager.violations(state.blocks) == []
+        steps.append(describe(recorder, before, state, copies))
+    for result, (_, text) in zip(engine.collect(state), SAMPLES, strict=True):
+        tokens = result.prompt_token_ids + result.token_ids
+        assert "".join(map(chr, tokens)) == text
+    return steps
+
+
+def test_the_tables_of_the_road_are_what_the_engine_does(monkeypatch):
+    shown = re.findall(
+        r"^```text step\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S
+    )
+    assert shown == walk(monkeypatch)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        for number, step in enumerate(walk(patch)):
+            print(f"step {number}\n{step}")

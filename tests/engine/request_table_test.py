@@ -1,0 +1,288 @@
+"""The request table's functions beside slow ones in Python, place by place."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged import scheduler
+from jpaged.config import EngineConfig
+from jpaged.engine import request_table
+from jpaged.engine.request_table import (
+    DEAD_END,
+    LENGTH,
+    NO_ALGORITHM,
+    STOP,
+    NewTokens,
+    RequestTable,
+)
+from tests.support import scheduler_driver
+
+PLACES, LENGTH_LIMIT, STOP_IDS = 10, 8, 2
+CONFIG = EngineConfig(
+    num_blocks=8,
+    block_size=4,
+    max_num_seqs=4,
+    max_model_len=LENGTH_LIMIT,
+    max_num_batched_tokens=8,
+    max_num_requests=PLACES,
+    max_num_stop_ids=STOP_IDS,
+    num_logprobs=2,
+)
+SEEDS = range(30)
+share_again = jax.jit(functools.partial(request_table.share_again))
+inherit = jax.jit(functools.partial(request_table.inherit))
+extend = jax.jit(functools.partial(request_table.extend))
+COLUMNS = ("tokens", "logprobs", "ranks", "top_ids", "top_logprobs")
+NUMBERS = ("finish_reasons", "first_steps", "last_steps")
+
+
+def random_table(rng: np.random.Generator, num_logprobs: int = 2) -> RequestTable:
+    """Sequences of two tokens of vocabulary, with anything behind their ends."""
+    config = dataclasses.replace(CONFIG, num_logprobs=num_logprobs)
+    empty = request_table.init_table(config)
+
+    def some(column: jax.Array) -> jax.Array:
+        return jnp.asarray(rng.integers(0, 9, column.shape).astype(column.dtype))
+
+    leaders = np.sort(rng.integers(0, 3, PLACES)) * 3
+    lens = rng.integers(1, LENGTH_LIMIT, PLACES)
+    prompt_lens = np.minimum(rng.integers(1, 5, PLACES), lens)
+    queue = dataclasses.replace(
+        empty.queue,
+        status=jnp.full((PLACES,), scheduler.RUNNING, jnp.int32),
+        leaders=jnp.asarray(leaders, jnp.int32),
+        num_tokens=jnp.asarray(lens, jnp.int32),
+        prompt_lens=jnp.asarray(prompt_lens, jnp.int32),
+        sources=jnp.asarray(rng.integers(0, PLACES, PLACES), jnp.int32),
+        shared_lens=jnp.asarray(rng.integers(0, 3, PLACES), jnp.int32),
+        has_ended=jnp.asarray(rng.random(PLACES) < 0.2),
+    )
+    stop_ids = np.where(rng.random((PLACES, STOP_IDS)) < 0.5, -1, 1)
+    limits = lens + rng.integers(1, 3, PLACES)
+    asked = dataclasses.replace(
+        empty.asked,
+        token_limits=jnp.asarray(np.minimum(limits, LENGTH_LIMIT), jnp.int32),
+        stop_ids=jnp.asarray(stop_ids, jnp.int32),
+        algorithms=jnp.asarray(rng.integers(-1, 2, PLACES), jnp.int32),
+    )
+    tokens = rng.integers(0, 2, (PLACES, LENGTH_LIMIT))
+    columns = {name: some(getattr(empty, name)) for name in COLUMNS + NUMBERS}
+    columns["tokens"] = jnp.asarray(tokens, jnp.int32)
+    return dataclasses.replace(empty, queue=queue, asked=asked, **columns)
+
+
+def as_lists(table: RequestTable) -> dict[str, np.ndarray]:
+    """All that may change, by name, to be changed in place."""
+    found = {name: np.array(getattr(table, name)) for name in COLUMNS + NUMBERS}
+    for field in dataclasses.fields(table.queue):
+        found[f"queue.{field.name}"] = np.array(getattr(table.queue, field.name))
+    return found
+
+
+def assert_equal(table: RequestTable, wanted: dict[str, np.ndarray]) -> None:
+    got = as_lists(table)
+    for name, column in wanted.items():
+        np.testing.assert_array_equal(got[name], column, err_msg=name)
+
+
+def some_places(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Places in any order, and padding between them."""
+    places = rng.permutation(PLACES)[:size]
+    return np.where(rng.random(size) < 0.3, PLACES, places).astype(np.int32)
+
+
+def table_of(histories: list[list[int]], leaders: list[int], **columns) -> RequestTable:
+    """A table of these sequences; whoever is not named has nobody's blocks."""
+    table = request_table.init_table(CONFIG)
+    tokens = np.full((PLACES, LENGTH_LIMIT), 7, np.int32)
+    for place, history in enumerate(histories):
+        tokens[place, : len(history)] = history
+    lens = np.ones(PLACES, np.int32)
+    lens[: len(histories)] = [len(history) for history in histories]
+    columns = dict(leaders=leaders, **columns)
+    changed = {name: np.array(getattr(table.queue, name)) for name in columns}
+    for name, values in columns.items():
+        changed[name][: len(values)] = values
+    queue = dataclasses.replace(table.queue, num_tokens=lens, **changed)
+    return dataclasses.replace(table, queue=queue, tokens=tokens)
+
+
+def shared_again(table: RequestTable, *lost: int) -> list[tuple[int, int]]:
+    """Source and tokens to map of the sequences that lost their blocks."""
+    places = np.full(4, PLACES, np.int32)
+    places[: len(lost)] = lost
+    queue = share_again(table, places).queue
+    pairs = zip(queue.sources.tolist(), queue.shared_lens.tolist(), strict=True)
+    pairs = list(pairs)
+    return [pairs[place] for place in lost]
+
+
+# ---- share_again
+
+
+def test_each_sequence_maps_the_lower_one_with_which_it_has_most_in_common():
+    histories = [[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 5, 8], [1, 9, 5, 8]]
+    table = table_of(histories, [0, 0, 0, 0])
+    assert shared_again(table, 3, 0, 2, 1) == [(0, 1), (0, 0), (1, 3), (0, 2)]
+
+
+def test_one_token_is_left_to_compute():
+    histories = [[1, 2, 3], [1, 2, 3], [1, 2, 3, 4, 5]]
+    table = table_of(histories, [0, 0, 0])
+    assert shared_again(table, 0, 1, 2) == [(0, 0), (0, 2), (0, 2)]
+
+
+def test_the_first_keeps_its_source_and_others_lose_theirs_without_a_common_token():
+    table = table_of(
+        [[1, 2, 3], [1, 2, 3], [4, 2, 3]],
+        [0, 0, 0],
+        sources=[9, 0, 1],
+        shared_lens=[2, 2, 2],
+    )
+    assert shared_again(table, 0, 1, 2) == [(9, 2), (0, 2), (1, 0)]
+
+
+def test_a_sequence_that_has_ended_gives_nothing():
+    histories = [[1, 2, 3], [1, 2, 3], [1, 2, 3]]
+    table = table_of(
+        histories,
+        [0, 0, 0],
+        sources=[0, 0, 0],
+        shared_lens=[0, 2, 2],
+        has_ended=[True, False, False],
+    )
+    assert shared_again(table, 0, 1, 2) == [(0, 0), (0, 0), (1, 2)]
+
+
+def test_sequences_of_two_requests_share_nothing():
+    table = table_of([[1, 2, 3]] * 4, [0, 0, 2, 2], sources=[0, 0, 2, 2])
+    assert shared_again(table, 0, 1, 2, 3) == [(0, 0), (0, 2), (2, 0), (2, 2)]
+
+
+def test_who_keeps_its_blocks_is_not_a_source():
+    table = table_of([[1, 2, 3]] * 3, [0, 0, 0], sources=[0, 0, 0], shared_lens=[0, 1])
+    assert shared_again(table, 1, 2) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sharing_again_is_comparing_token_by_token(seed):
+    rng = np.random.default_rng(seed)
+    table, places = random_table(rng), some_places(rng, 8)
+    wanted = as_lists(table)
+    queue = {name[6:]: column for name, column in wanted.items() if "queue." in name}
+    lens, tokens = queue["num_tokens"], wanted["tokens"]
+    histories = [tokens[p, : lens[p]].tolist() for p in range(PLACES)]
+    lost = {int(place) for place in places if place < PLACES}
+    for place, pair in scheduler_driver.share_again(lost, histories, queue):
+        queue["sources"][place], queue["shared_lens"][place] = pair
+    assert_equal(share_again(table, places), wanted)
+
+
+# ---- inherit
+
+
+def test_two_sequences_change_places_at_once():
+    table = table_of([[1, 2, 3], [4, 5]], [0, 0], has_ended=[True, False])
+    places, parents = np.array([1, 0, PLACES]), np.array([0, 1, 0])
+    table = inherit(table, places.astype(np.int32), parents.astype(np.int32))
+    assert table.tokens[0, :2].tolist() == [4, 5]
+    assert table.tokens[1, :3].tolist() == [1, 2, 3]
+    assert table.queue.num_tokens[:2].tolist() == [2, 3]
+    assert table.queue.has_ended[:2].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_inheriting_moves_all_that_was_generated_and_nothing_else(seed):
+    rng = np.random.default_rng(seed)
+    table, places = random_table(rng), some_places(rng, 6)
+    parents = rng.integers(0, PLACES, 6).astype(np.int32)
+    before, wanted = as_lists(table), as_lists(table)
+    moved = (*COLUMNS, *NUMBERS, "queue.num_tokens", "queue.has_ended")
+    for place, parent in zip(places, parents, strict=True):
+        for name in moved:
+            if place < PLACES:
+                wanted[name][place] = before[name][parent]
+    assert_equal(inherit(table, places, parents), wanted)
+
+
+# ---- extend
+
+
+def slow_extend(
+    table: RequestTable, new: NewTokens, step: int
+) -> tuple[dict[str, np.ndarray], list[bool]]:
+    """One sequence after the other gets its token, or ends without."""
+    found, asked, ended = as_lists(table), table.asked, []
+    for number, place in enumerate(np.asarray(new.places).tolist()):
+        if place == PLACES:
+            ended.append(False)
+            continue
+        token, length = int(new.tokens[number]), int(found["queue.num_tokens"][place])
+        reason = None
+        if bool(new.is_dead_end[number]):
+            reason = DEAD_END
+        else:
+            given = zip(
+                COLUMNS,
+                (new.tokens, new.logprobs, new.ranks, new.top_ids, new.top_logprobs),
+                strict=True,
+            )
+            for name, values in given:
+                if found[name].shape[1] and values[number].size:
+                    found[name][place, length] = values[number]
+            found["queue.num_tokens"][place] += 1
+            found["last_steps"][place] = step
+            if length == found["queue.prompt_lens"][place]:
+                found["first_steps"][place] = step
+            if token in asked.stop_ids[place].tolist():
+                reason = STOP
+            elif length + 1 >= int(asked.token_limits[place]):
+                reason = LENGTH
+        ended.append(reason is not None)
+        if reason is not None:
+            found["finish_reasons"][place] = reason
+            found["queue.has_ended"][place] = True
+            # Sequences of an algorithm finish together, and that is not decided here.
+            if int(asked.algorithms[place]) == NO_ALGORITHM:
+                found["queue.status"][place] = scheduler.FINISHED
+    return found, ended
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tokens_are_added_and_end_sequences_one_after_the_other(seed):
+    rng = np.random.default_rng(seed)
+    kept = 2 * (seed % 2)
+    table, places = random_table(rng, kept), some_places(rng, 6)
+    new = NewTokens(
+        places=jnp.asarray(places),
+        tokens=jnp.asarray(rng.integers(0, 3, 6), jnp.int32),
+        logprobs=jnp.asarray(-rng.random(6), jnp.float32),
+        ranks=jnp.asarray(rng.integers(1, 9, 6), jnp.int32),
+        top_ids=jnp.asarray(rng.integers(0, 9, (6, kept)), jnp.int32),
+        top_logprobs=jnp.asarray(-rng.random((6, kept)), jnp.float32),
+        is_dead_end=jnp.asarray(rng.random(6) < 0.2),
+    )
+    wanted, ended = slow_extend(table, new, step=5)
+    table, got = extend(table, new, jnp.int32(5))
+    assert got.tolist() == ended
+    assert_equal(table, wanted)
+
+
+def test_the_last_of_a_sampled_request_finishes_and_of_an_algorithm_ends():
+    table = table_of([[1], [1]], [0, 1])
+    limits = table.asked.token_limits.at[:2].set(2)
+    algorithms = table.asked.algorithms.at[:2].set(jnp.array([NO_ALGORITHM, 0]))
+    asked = dataclasses.replace(table.asked, token_limits=limits, algorithms=algorithms)
+    status = table.queue.status.at[:2].set(scheduler.RUNNING)
+    queue = dataclasses.replace(table.queue, status=status)
+    table = dataclasses.replace(table, asked=asked, queue=queue)
+    new = NewTokens.zeros(jnp.arange(2, dtype=jnp.int32), CONFIG.num_logprobs)
+    table, ended = extend(table, new, jnp.int32(0))
+    assert ended.tolist() == [True, True]
+    assert table.queue.has_ended[:2].tolist() == [True, True]
+    assert table.queue.status[:2].tolist() == [scheduler.FINISHED, scheduler.RUNNING]
+    assert table.finish_reasons[:2].tolist() == [LENGTH, LENGTH]

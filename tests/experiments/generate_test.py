@@ -1,0 +1,209 @@
+"""The runner `generate`: what it prints, and what it says of wrong lines and flags."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import generate
+from experiments.generate import read_lines
+from jpaged.params import BeamSearchParams, StructuredOutputsParams
+from tests.llm.llm_test import SIZES, write_folder
+from tests.support.paths import ROOT
+
+FLAGS = flags.FLAGS
+generate.define_flags()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Runs the runner in this process: (exit status, stdout, its JSON, stderr)."""
+
+    def run(*arguments):
+        sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+        with flagsaver.flagsaver():
+            FLAGS(["generate", f"--model={folder}", *sizes, *arguments])
+            status = generate.main(["generate"])
+        out, err = capsys.readouterr()
+        lines = out.rstrip("\n").split("\n")
+        record = json.loads(lines[-1]) if status != 1 or "{" in lines[-1] else None
+        return status, "\n".join(lines[:-1]), record, err
+
+    return run
+
+
+def test_prompts_are_printed_with_what_follows_and_the_last_line_is_json(run):
+    status, text, record, err = run(
+        "--prompt=abc", "--prompt=hello", "--max_tokens=6", "--ignore_eos"
+    )
+    assert (status, err) == (0, "")
+    first, second = sorted(text.strip().split("\n\n"))
+    assert first.startswith("--- 1/2\nabc")
+    assert second.startswith("--- 2/2\nhello")
+    assert first.endswith("\n--- length, 6 tokens")
+    assert record["prompt_tokens"] == 8
+    assert record["generated_tokens"] == 12
+    assert record["tokens_per_s"] > 0
+    assert record["stats"]["num_free_blocks"] == 32
+    assert 0 < record["first_token_s"] <= record["total_s"]
+    assert record["num_requests"] == 2
+
+
+def test_how_memory_is_kept_changes_no_text(run):
+    arguments = ("--prompt=abcdefgh", "--prompt=ijkl", "--temperature=0")
+    arguments += ("--max_tokens=40", "--ignore_eos")
+    _, text, record, _ = run(*arguments, "--noprefix_caching")
+    assert record["stats"]["num_cached_blocks"] == 0
+    swap = ("--num_blocks=16", "--preemption=swap", "--num_swap_blocks=16")
+    status, again, record, _ = run(*arguments, *swap, "--policy=shortest_prompt")
+    assert (status, sorted(again.split("\n"))) == (0, sorted(text.split("\n")))
+    assert record["stats"]["num_swapped_blocks"] > 0
+    assert record["stats"]["num_cached_blocks"] > 0
+
+
+def test_a_stream_prints_the_same_as_a_whole_in_the_order_of_prompts(run):
+    arguments = (
+        *("--prompt=abc", "--prompt=de", "--n=3", "--temperature=1", "--seed=3"),
+        *("--max_tokens=9", "--stop=e", "--stop_token_id=50"),
+    )
+    _, whole, _, _ = run(*arguments)
+    _, stream, record, _ = run(*arguments, "--stream")
+    assert sorted(whole.split("\n\n")) == sorted(stream.split("\n\n"))
+    heads = [line for line in stream.split("\n") if "sample" in line]
+    assert heads == [f"--- {i}/2, sample {j}/3" for i in (1, 2) for j in (1, 2, 3)]
+    assert record["stats"]["blocks_saved_by_sharing"] >= 0
+
+
+def test_a_file_with_wrong_lines_reports_them_and_generates_the_others(run, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        '{"prompt": "abc", "max_tokens": 3, "ignore_eos": true}',
+        '{"prompt": "abc"',
+        "",
+        '{"prompt": [5, 6, 7], "max_tokens": 2, "ignore_eos": true}',
+        '{"prompt": "abc", "max_token": 3}',
+        '{"prompt": "abc", "temperature": -1}',
+        '{"text": "abc"}',
+        '{"prompt": ""}',
+        '{"prompt": [300]}',
+        '{"prompt": "abc", "allowed_token_ids": [300]}',
+    ]
+    path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff"}\n')
+    status, text, record, err = run(f"--prompt_file={path}")
+    assert status == 1
+    assert record["generated_tokens"] == 5
+    assert (record["num_requests"], record["num_wrong"]) == (2, 8)
+    assert "5 6 7 -> " in text
+    reports = err.strip().split("\n")
+    expected = {
+        2: "delimiter",
+        5: "max_token: no such parameter; wanted some of n, temperature",
+        6: "temperature: wanted a finite number of at least 0, got -1",
+        7: 'wanted a JSON object with "prompt"',
+        8: "expected at least one token",
+        9: "got 300",
+        10: "allowed_token_ids: wanted token ids below the model's vocab_size (300)",
+        11: "can't decode byte 0xff",
+    }
+    for report, (number, reason) in zip(reports, expected.items(), strict=True):
+        assert report.startswith(f"{path}:{number}: ")
+        assert reason in report
+
+
+def test_a_text_file_has_a_prompt_on_each_line(run, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("abc\r\n\n" + "x" * 70 + "\nde\n", "utf-8")
+    status, text, record, err = run(f"--prompt_file={path}", "--max_tokens=2")
+    assert status == 1
+    assert record["num_requests"] == 2
+    assert "\nabc" in text
+    assert err.startswith(f"{path}:3: prompt: expected fewer than max_model_len (64)")
+
+
+def test_logprobs_are_printed(run):
+    _, text, _, _ = run("--prompt=abc", "--max_tokens=3", "--logprobs=3")
+    lines = text.strip().split("\n")[-3:]
+    assert all(line.count(", ") >= 1 and "-" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature=-1"], "temperature: wanted"),
+        (["--n=2", "--temperature=0"], "n: wanted 1 with greedy decoding"),
+        (["--block_size=0"], "block_size: wanted"),
+        (["--max_model_len=1000"], "max_model_len: expected at most"),
+        (["--model=nowhere"], "model: nowhere: no such folder"),
+        (["--prompt_file=nowhere.txt"], "nowhere.txt"),
+        (["--stream", "--logprobs=1"], "logprobs: not printed with --stream"),
+    ],
+)
+def test_what_cannot_run_is_said_in_one_line(run, arguments, message):
+    status, text, record, err = run(*arguments)
+    assert status == 1
+    assert text == ""
+    assert record is None
+    assert err.startswith("generate: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temprature=1"], "Unknown command line flag 'temprature'"),
+        (["--max_tokens=many"], "flag --max_tokens=many"),
+        (["abc"], "a prompt needs its flag: --prompt 'abc'"),
+    ],
+)
+def test_wrong_flags_give_a_message_and_no_traceback(arguments, message):
+    command = [sys.executable, "-m", "experiments.generate", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ
+    )
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_the_help_explains_files_and_exit_status(capsys):
+    text = generate.__doc__ + FLAGS.module_help("experiments.generate")
+    for word in (".jsonl", "Exit status", "first token", "--prompt", "--stream"):
+        assert word in text
+
+
+def test_lines_may_ask_for_beams_and_structured_output(tmp_path):
+    fields = {
+        "n": 1,
+        "temperature": 0.5,
+        "max_tokens": 9,
+        "beam_width": 0,
+        "length_penalty": 1.0,
+    }
+    path = tmp_path / "lines.jsonl"
+    path.write_text(
+        '{"prompt": "a", "beam_width": 2, "early_stopping": "never"}\n'
+        '{"prompt": "b", "structured_outputs": {"choice": ["x", "y"]}}\n'
+        '{"prompt": "c", "logit_bias": {"7": 1.5}}\n'
+        '{"prompt": "d", "beam_width": 2, "top_k": 3}\n'
+        '{"prompt": "e", "structured_outputs": {"regex": "x", "choice": ["x"]}}\n'
+    )
+    beams, choice, bias, mixed, both = read_lines(path, fields)
+    assert beams.params == BeamSearchParams(2, 9, early_stopping="never")
+    assert choice.params.structured_outputs == StructuredOutputsParams(
+        choice=["x", "y"]
+    )
+    assert choice.params.max_tokens == 9
+    assert bias.params.logit_bias == {7: 1.5}
+    assert "top_k: no such parameter of beam search" in mixed.error
+    assert "exactly one of regex, choice and json" in both.error

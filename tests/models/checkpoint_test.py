@@ -1,0 +1,426 @@
+"""Configs and weights from Hugging Face folders: what is read, written and refused."""
+
+import dataclasses
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jpaged.models import ModelConfig, RopeScaling, load_model, save_model
+from jpaged.models.loading import placing
+from jpaged.models.loading.checkpoint import load_config
+from tests.support.models import checkpoints
+
+
+def edit_json(file, **changes) -> None:
+    contents = json.loads(file.read_text("utf-8")) | changes
+    file.write_text(json.dumps(contents), "utf-8")
+
+
+def llama(**changes) -> ModelConfig:
+    """ModelConfig of the tiny Llama's config.json with some values changed or, where
+    the value is None, left out."""
+    changed = checkpoints.LLAMA | changes
+    return ModelConfig.from_hf({k: v for k, v in changed.items() if v is not None})
+
+
+def opt(**changes) -> ModelConfig:
+    return ModelConfig.from_hf(checkpoints.OPT | changes)
+
+
+def leaves(model) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
+
+
+# config.json
+
+
+def test_both_styles_of_rope_and_dtype_give_the_same_config():
+    scaling = checkpoints.LLAMA3_SCALING
+    before = llama(rope_theta=5e5, rope_scaling=scaling, torch_dtype="bfloat16")
+    since = llama(
+        rope_theta=None,
+        rope_scaling=None,
+        rope_parameters=scaling | {"rope_theta": 5e5},
+        dtype="bfloat16",
+    )
+    assert before == since
+    assert before.rope_theta == 5e5
+    assert before.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    assert before.dtype == "bfloat16"
+
+
+def test_a_default_rope_type_is_no_scaling_in_either_style():
+    plain = llama()
+    assert plain.rope_scaling is None
+    assert llama(rope_scaling={"type": "default"}) == plain
+    parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    assert llama(rope_theta=None, rope_parameters=parameters) == plain
+
+
+def test_the_older_name_of_a_rope_type_is_read():
+    got = llama(rope_scaling={"type": "linear", "factor": 4.0}).rope_scaling
+    assert got == RopeScaling("linear", 4.0)
+
+
+def test_values_that_old_configs_leave_out_are_those_of_transformers():
+    config = llama(num_key_value_heads=None, head_dim=None, rms_norm_eps=None)
+    assert config.num_kv_heads == config.num_heads == 4
+    assert config.head_dim == 16
+    assert config.norm_eps == 1e-6
+    assert config.dtype == "float32"
+    silent = llama(eos_token_id=None, bos_token_id=None)
+    assert (silent.bos_token_id, silent.eos_token_ids) == (1, (2,))
+    by_type = llama(architectures=None)
+    assert by_type.architecture == "LlamaForCausalLM"
+
+
+def test_opt_is_read_with_its_learned_positions_and_its_350m_shape():
+    plain = opt()
+    assert (plain.positions, plain.position_offset) == ("learned", 2)
+    assert (plain.norm, plain.activation, plain.gated_mlp) == ("layer", "relu", False)
+    assert (plain.qkv_bias, plain.out_bias, plain.mlp_bias) == (True, True, True)
+    assert (plain.tie_word_embeddings, plain.final_norm) == (True, True)
+    assert plain.input_size == plain.hidden_size == 64
+    shape = opt(do_layer_norm_before=False, word_embed_proj_dim=32)
+    assert (shape.norm_first, shape.final_norm) == (False, False)
+    assert (shape.input_size, shape.hidden_size) == (32, 64)
+    assert not opt(_remove_final_layer_norm=True).final_norm
+
+
+@pytest.mark.parametrize("eos", [7, [7, 9]])
+def test_eos_of_the_generation_config_comes_before_the_configs(eos, tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    assert load_config(folder).eos_token_ids == (2,)
+    generation = {"eos_token_id": eos}
+    (folder / "generation_config.json").write_text(json.dumps(generation), "utf-8")
+    assert load_config(folder).eos_token_ids == ((7,) if eos == 7 else (7, 9))
+    edit_json(folder / "generation_config.json", eos_token_id=None)
+    assert load_config(folder).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("name", checkpoints.CASES)
+def test_to_hf_is_read_back_as_the_same_config(name, tmp_path):
+    config = load_config(checkpoints.write_case(tmp_path, name))
+    config = dataclasses.replace(config, eos_token_ids=(2, 5), dtype="bfloat16")
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    without = dataclasses.replace(config, eos_token_ids=())
+    assert ModelConfig.from_hf(without.to_hf()) == without
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["BertModel"]},
+            r"architectures: expected one of \['GPT2LMHeadModel', .*'LlamaForCausalLM'"
+            r", .*, got \['BertModel'\]",
+        ),
+        (
+            {"architectures": None, "model_type": "bert"},
+            "expected one of .*, got 'bert'",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: expected none, got 'gptq'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+            "rope type: expected 'default' or one of .*, got 'proportional'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            r"rope type 'llama3': expected values for \['low_freq_factor', "
+            r"'high_freq_factor', 'original_max_position_embeddings'\]",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0.0}},
+            "rope factor: expected more than 0, got 0.0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor: expected 1, got 0.5",
+        ),
+        ({"hidden_act": "mish"}, r"activation: expected one of .*, got 'mish'"),
+        ({"hidden_size": None}, "config.json: expected a value for 'hidden_size'"),
+        (
+            {"head_dim": None, "num_attention_heads": 6, "num_key_value_heads": 6},
+            r"hidden_size: expected a multiple of num_attention_heads \(6\), got 64",
+        ),
+        (
+            {"hidden_size": "64", "head_dim": None},
+            "hidden_size: expected an integer above 0, got '64'",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected an object, got 'linear'"),
+        ({"vocab_size": -5}, "vocab_size: expected an integer above 0, got -5"),
+        ({"vocab_size": "8"}, "vocab_size: expected an integer above 0, got '8'"),
+        (
+            {"num_key_value_heads": 3},
+            r"num_kv_heads: expected a divisor of num_heads \(4\), got 3",
+        ),
+        ({"head_dim": 15}, "head_dim: rotary positions need an even number, got 15"),
+        ({"torch_dtype": "int8"}, "dtype: expected one of .*, got 'int8'"),
+    ],
+)
+def test_a_config_that_cannot_be_served_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        llama(**changes)
+
+
+def test_opt_without_weights_in_its_norms_is_refused():
+    with pytest.raises(ValueError, match="layer_norm_elementwise_affine: expected"):
+        opt(layer_norm_elementwise_affine=False)
+
+
+# weights in
+
+
+def test_every_tensor_arrives_in_its_place(tmp_path):
+    # Orientation of square matrices is checked by the logits in decoder_test.
+    folder = checkpoints.write_tiny_llama(tmp_path, attention_bias=True)
+    model, stored = load_model(folder), checkpoints.read_tensors(folder)
+    layer, name = model.layers[1], "model.layers.1."
+    for got, key in (
+        (model.embedding[...], "model.embed_tokens.weight"),
+        (model.output.weight[...].T, "lm_head.weight"),
+        (model.final_norm.weight[...], "model.norm.weight"),
+        (layer.attention_norm.weight[...], name + "input_layernorm.weight"),
+        (layer.attention.query.weight[...].T, name + "self_attn.q_proj.weight"),
+        (layer.attention.key.bias[...], name + "self_attn.k_proj.bias"),
+        (layer.mlp.down.weight[...].T, name + "mlp.down_proj.weight"),
+    ):
+        np.testing.assert_array_equal(got, stored[key], err_msg=key)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_weights_are_cast_from_what_is_stored_to_what_is_wanted(
+    stored, wanted, tmp_path
+):
+    folder = checkpoints.write_tiny_llama(tmp_path, dtype=stored)
+    model = load_model(folder, dtype=wanted)
+    assert model.config.dtype == wanted
+    kept = checkpoints.read_tensors(folder)["model.embed_tokens.weight"]
+    want = kept.astype(jnp.dtype(wanted))
+    assert model.embedding[...].dtype == want.dtype
+    np.testing.assert_array_equal(np.asarray(model.embedding[...]), want)
+
+
+def test_dtype_auto_is_float32_on_cpu_and_the_checkpoints_elsewhere(
+    tmp_path, monkeypatch
+):
+    folder = checkpoints.write_tiny_llama(tmp_path, dtype="bfloat16")
+    assert load_model(folder).config.dtype == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = load_model(folder)
+    assert model.config.dtype == "bfloat16"
+    assert model.output.weight[...].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama", "opt_350m_shape"])
+def test_sharded_weights_are_read_like_one_file(name, tmp_path):
+    folder = checkpoints.write_case(tmp_path, name)
+    want = leaves(load_model(folder))
+    checkpoints.shard(folder, 3)
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    for got, expected in zip(leaves(load_model(folder)), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_names_of_the_bare_opt_model_are_understood(tmp_path):
+    folder = checkpoints.write_tiny_opt(tmp_path)
+    want, tensors = leaves(load_model(folder)), checkpoints.read_tensors(folder)
+    bare = {name.removeprefix("model."): array for name, array in tensors.items()}
+    checkpoints.write_tensors(folder, bare)
+    for got, expected in zip(leaves(load_model(folder)), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_tensors_that_repeat_the_config_are_ignored(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path, tie_word_embeddings=True)
+    tensors = checkpoints.read_tensors(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    frequencies = np.ones(8, np.float32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = frequencies
+    want = leaves(load_model(folder))
+    checkpoints.write_tensors(folder, tensors)
+    for got, expected in zip(leaves(load_model(folder)), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_loading_holds_no_second_copy_of_the_model(tmp_path):
+    folder = checkpoints.write_tiny_llama(
+        tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=6
+    )
+    load_model(folder)  # imports and caches are not what is measured
+    sizes = [array.nbytes for array in checkpoints.read_tensors(folder).values()]
+    tracemalloc.start()
+    model = load_model(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(leaf.nbytes for leaf in leaves(model)) == sum(sizes)
+    # Python's memory; JAX's arrays are not counted. One piece as it is read, the one
+    # before of which JAX lets go meanwhile, and 400 KB of names and shapes.
+    assert max(sizes) < 4 * placing.PIECE
+    assert peak < 2 * max(sizes) + 400_000 < sum(sizes) / 2
+
+
+# weights refused
+
+
+def test_a_name_that_is_no_folder_says_that_hub_ids_need_a_download(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"meta-llama/L: no such .*hf downl"):
+        load_model("meta-llama/L")
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_model(file)
+
+
+def test_a_folder_without_config_or_weights_says_what_a_checkpoint_needs(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json; a checkpoint is"):
+        load_model(tmp_path)
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors and no"):
+        load_model(folder)
+
+
+def test_pickled_weights_are_never_read_and_the_way_to_convert_is_named(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = r"pytorch_model.bin is pickle, which is never read: convert .*save_pretr"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("contents", ["{", "[1, 2]", "\x00\x01"])
+def test_a_config_that_is_no_json_object_is_refused(contents, tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    (folder / "config.json").write_text(contents, "utf-8")
+    with pytest.raises(ValueError, match=r"config.json: expected (a )?JSON"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -10])
+def test_truncated_weights_are_refused(kept, tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="truncated or corrupt safetensors"):
+        load_model(folder)
+
+
+def test_garbage_in_the_header_is_refused(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(b"\xff" * 16 + file.read_bytes()[16:])
+    with pytest.raises(ValueError, match="truncated or corrupt safetensors"):
+        load_model(folder)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    tensors = checkpoints.read_tensors(folder)
+    tensors["model.layers.7.stranger"] = tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"] = np.zeros((127, 64), np.float32)
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((64, 96), np.float32)
+    checkpoints.write_tensors(folder, tensors)
+    with pytest.raises(ValueError, match=r"do not fit config.json") as raised:
+        load_model(folder)
+    for part in (
+        "missing model.norm.weight",
+        "unknown model.layers.7.stranger",
+        "lm_head.weight: expected shape (128, 64), got (127, 64)",
+        "model.layers.0.mlp.up_proj.weight: expected shape (96, 64), got (64, 96)",
+    ):
+        assert part in str(raised.value)
+
+
+def test_a_long_list_of_problems_is_cut_and_counted(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    edit_json(folder / "config.json", num_hidden_layers=4)
+    # 9 tensors for each of 2 layers that are not there, 8 of them named.
+    with pytest.raises(ValueError, match=r"missing model.layers.2.*; and 10 more$"):
+        load_model(folder)
+
+
+def test_a_bias_that_the_config_denies_is_refused(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path, attention_bias=True)
+    edit_json(folder / "config.json", attention_bias=False)
+    with pytest.raises(ValueError, match=r"unknown model.*0.self_attn.k_proj.bias"):
+        load_model(folder)
+
+
+def test_weights_of_integers_are_refused(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    tensors = checkpoints.read_tensors(folder)
+    tensors["lm_head.weight"] = np.zeros((128, 64), np.int8)
+    checkpoints.write_tensors(folder, tensors)
+    with pytest.raises(ValueError, match=r"lm_head.weight: expected one of .*got I8"):
+        load_model(folder)
+
+
+def test_an_index_whose_shard_is_missing_or_elsewhere_is_refused(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path / "model")
+    checkpoints.shard(folder, 2)
+    index = folder / "model.safetensors.index.json"
+    (folder / "model-00002-of-00002.safetensors").rename(tmp_path / "outside")
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.*named in mode"):
+        load_model(folder)
+    edit_json(index, weight_map={"lm_head.weight": "../outside"})
+    with pytest.raises(
+        ValueError, match=r"expected plain file names, got '../outside'"
+    ):
+        load_model(folder)
+    edit_json(index, weight_map={})
+    with pytest.raises(ValueError, match="expected a 'weight_map'"):
+        load_model(folder)
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"dtype: expected 'auto' or one .*'int4'"):
+        load_model(tmp_path, dtype="int4")
+
+
+# weights out
+
+
+@pytest.mark.parametrize("name", checkpoints.CASES)
+def test_a_saved_model_is_stored_tensor_for_tensor_as_it_was(name, tmp_path):
+    folder = checkpoints.write_case(tmp_path / "first", name)
+    model = load_model(folder)
+    save_model(model, tmp_path / "second" / "deeper")
+    want = checkpoints.read_tensors(folder)
+    got = checkpoints.read_tensors(tmp_path / "second" / "deeper")
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        np.testing.assert_array_equal(got[key], array, err_msg=key)
+    assert load_config(tmp_path / "second" / "deeper") == model.config
+
+
+def test_a_model_can_be_saved_in_bfloat16(tmp_path):
+    model = load_model(checkpoints.write_tiny_llama(tmp_path / "wide"))
+    save_model(model, tmp_path / "narrow", dtype="bfloat16")
+    stored = checkpoints.read_tensors(tmp_path / "narrow")
+    assert {array.dtype for array in stored.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert load_config(tmp_path / "narrow").dtype == "bfloat16"
+    assert model.config.dtype == "float32"
+    with pytest.raises(ValueError, match=r"dtype: expected one of .*, got 'int4'"):
+        save_model(model, tmp_path / "narrow", dtype="int4")
+
+
+def test_saving_replaces_an_older_checkpoint_and_leaves_no_partial_file(tmp_path):
+    first = load_model(checkpoints.write_tiny_llama(tmp_path / "a", seed=1))
+    folder = checkpoints.write_tiny_llama(tmp_path / "b", seed=2)
+    save_model(first, folder)
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+    for got, want in zip(leaves(load_model(folder)), leaves(first), strict=True):
+        np.testing.assert_array_equal(got, want)

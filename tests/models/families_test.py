@@ -1,0 +1,178 @@
+"""Every family against what transformers computed, stored, in every way of serving.
+
+The weights are made by numpy here and were made so there; see golden/make_families.py.
+`model(tokens)` recomputes everything; the engine chunks prompts and decodes from pages.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged.models import Decoder, load_model, save_model
+from jpaged.models.loading import checkpoint
+from jpaged.models.loading.checkpoint import load_config
+from tests.support.models import checkpoints, families
+from tests.support.models.paged_greedy import LENGTH, PAGED, QUICK, served
+from tests.support.models.reference_models import relative_error
+from tests.support.paths import ROOT
+
+# Float32 errs by 2e-6 at most; the planted faults below by 1e-2 and more.
+TOLERANCE = 1e-4
+STRIDE = 4  # of the stored logits, as in golden/make_families.py
+GOLDEN = json.loads(
+    (ROOT / "tests" / "support" / "golden" / "families.json").read_text("utf-8")
+)
+apply = jax.jit(lambda model, tokens: model(tokens))
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """The decoder of a case, loaded once."""
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def load_case(name: str) -> Decoder:
+        return load_model(write_case(root / name, name))
+
+    return load_case
+
+
+def write_case(folder: pathlib.Path, name: str) -> pathlib.Path:
+    case = GOLDEN[name]
+    return checkpoints.write_shapes(
+        folder, case["config"], case["shapes"], seed=case["seed"]
+    )
+
+
+def logits_of(model: Decoder, tokens: list[int]) -> np.ndarray:
+    """Logits f32[T, V], through one compiled program for every length."""
+    padded = np.zeros((1, LENGTH), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(apply(model, padded))[0, : len(tokens)]
+
+
+def test_every_stored_case_is_a_case_of_the_live_tests():
+    assert GOLDEN.keys() == families.CASES.keys()
+    kinds = {families.CASES[name][0] for name in PAGED}
+    assert kinds == set(families.SIZES)
+    lengths = {len(prompt) for case in GOLDEN.values() for prompt in case["prompts"]}
+    windows = {case["config"].get("sliding_window") for case in GOLDEN.values()}
+    assert max(lengths) > 4 * 8
+    assert 8 in windows
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_logits_and_greedy_tokens_equal_those_stored_from_transformers(name, load):
+    case, model = GOLDEN[name], load(name)
+    for prompt, want in zip(case["prompts"], case["last_logits"], strict=True):
+        got = logits_of(model, prompt)[-1, ::STRIDE]
+        assert relative_error(got, want) < TOLERANCE
+    for prompt, want in zip(case["prompts"], case["greedy"], strict=True):
+        # Causal: the logits of the whole continuation choose each of its tokens.
+        chosen = logits_of(model, prompt + want)[len(prompt) - 1 : -1].argmax(-1)
+        assert chosen.tolist() == want
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in PAGED
+    ],
+)
+def test_paged_decode_after_chunked_prompts_gives_the_stored_greedy_tokens(name, load):
+    case = GOLDEN[name]
+    got = served(load(name), case["prompts"], len(case["greedy"][0]), PAGED[name])
+    assert got == case["greedy"]
+
+
+@pytest.mark.parametrize("name", families.CASES)
+def test_a_saved_model_is_stored_tensor_for_tensor_as_it_was(name, load, tmp_path):
+    model = load(name)
+    save_model(model, tmp_path / "saved")
+    want = checkpoints.read_tensors(write_case(tmp_path / "first", name))
+    got = checkpoints.read_tensors(tmp_path / "saved")
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        np.testing.assert_array_equal(got[key], array, err_msg=key)
+    # Written in the style before transformers 5, read from that since.
+    assert load_config(tmp_path / "saved") == model.config
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_output_weights_in_a_tpus_order_are_the_same_model(
+    name, load, tmp_path, monkeypatch
+):
+    def words_first(config):
+        return dataclasses.replace(config, vocab_first=True)
+
+    plain = load(name)
+    monkeypatch.setattr(checkpoint, "as_stored", words_first)
+    model = load_model(write_case(tmp_path / "first", name))
+    assert model.output.weight is None
+    np.testing.assert_array_equal(model.output.rows[...].T, plain.output.weight[...])
+    tokens = GOLDEN[name]["prompts"][0]
+    error = relative_error(logits_of(model, tokens), logits_of(plain, tokens))
+    assert error < 1e-6  # float32 sums in another order
+    save_model(model, tmp_path / "saved")
+    want = checkpoints.read_tensors(tmp_path / "first")
+    got = checkpoints.read_tensors(tmp_path / "saved")
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        np.testing.assert_array_equal(got[key], array, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_window", "gpt_oss"])
+def test_layers_slide_and_see_all_by_turns(name, load):
+    windows = load(name).config.windows
+    assert set(windows) == {None, 8}
+    assert windows[-1] == (8 if name == "qwen2_window" else (8, None)[name != "gemma3"])
+
+
+def spoiled(name: str, folder: pathlib.Path, **changes) -> Decoder:
+    """A case's weights under a config that says something else."""
+    write_case(folder, name)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes), "utf-8")
+    return load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"sliding_window": 9}),
+        ("gemma2", {"layer_types": ["full_attention"] * 4}),
+        ("gemma2", {"attn_logit_softcapping": 1.0}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("gemma2", {"query_pre_attn_scalar": 16}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 1e6}}}),
+        ("phi3_longrope", {"rope_parameters": families.LONGROPE | {"factor": 3.0}}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe", {"num_experts_per_tok": 3}),
+        ("gpt_oss", {"swiglu_limit": 3.0}),
+        ("llama_yarn", {"rope_parameters": families.YARN | {"factor": 4.0}}),
+    ],
+)
+def test_planted_fault_in_a_feature_breaks_the_tolerance(name, changes, tmp_path):
+    case = GOLDEN[name]
+    got = logits_of(spoiled(name, tmp_path, **changes), case["prompts"][-1])
+    error = relative_error(got[-1, ::STRIDE], case["last_logits"][-1])
+    assert error > 5 * TOLERANCE
+
+
+def test_planted_fault_of_forgotten_sinks_breaks_the_tolerance(load, monkeypatch):
+    case, model = GOLDEN["gpt_oss"], load("gpt_oss")
+    options = Decoder.attention_options
+    monkeypatch.setattr(
+        Decoder, "attention_options", lambda *args: options(*args) | {"sinks": None}
+    )
+    tokens = jnp.asarray([case["prompts"][-1]])
+    got = jax.jit(lambda model, tokens: model(tokens))(model, tokens)[0]
+    error = relative_error(got[-1, ::STRIDE], case["last_logits"][-1])
+    assert error > 5 * TOLERANCE

@@ -1,0 +1,126 @@
+"""Built-in shapes, by the numbers of parameters that their authors published."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jpaged import LLM, SamplingParams, load_model
+from jpaged.models import Decoder
+from jpaged.models.loading.checkpoint import load_config
+from jpaged.models.shapes import SHAPES, random_config
+
+# Counted in the published safetensors (tied weights once).
+PUBLISHED = {
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gemma-2b": 2_506_172_416,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini-4k": 3_821_079_552,
+    "gpt-oss-20b": 20_914_757_184,
+}
+# By the names of the others, in billions.
+NAMED = {
+    "opt-1.3b": 1.3,
+    "opt-2.7b": 2.7,
+    "opt-6.7b": 6.7,
+    "opt-13b": 13,
+    "opt-30b": 30,
+    "opt-66b": 66,
+    "opt-175b": 175,
+    "gpt2-medium": 0.355,
+    "gpt2-large": 0.774,
+    "llama-7b": 6.7,
+    "llama-13b": 13,
+    "llama-33b": 32.5,
+    "llama-65b": 65.2,
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.6,
+    "mixtral-8x22b": 140.6,
+    "qwen2.5-1.5b": 1.54,
+    "qwen2.5-3b": 3.09,
+    "qwen2.5-14b": 14.7,
+    "qwen2.5-32b": 32.5,
+    "qwen2.5-72b": 72.7,
+    "qwen3-0.6b": 0.6,
+    "qwen3-1.7b": 1.7,
+    "qwen3-4b": 4.0,
+    "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8,
+    "gemma-7b": 8.54,
+    "gemma-2-27b": 27.2,
+    "gpt-oss-120b": 116.8,
+}
+
+
+def num_params(name: str) -> int:
+    """Counted from models of one layer and of two: all further layers are alike."""
+    one, two = (
+        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shallow(name, n)))
+        for n in (1, 2)
+    )
+    return one + (random_config(name).num_layers - 1) * (two - one)
+
+
+def shallow(name: str, num_layers: int) -> Decoder:
+    config = dataclasses.replace(
+        random_config(name), num_layers=num_layers, full_layers=()
+    )
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def test_every_shape_is_checked():
+    assert PUBLISHED.keys() | NAMED.keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_shape_has_the_published_number_of_parameters(name):
+    assert num_params(name) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_shape_has_about_the_parameters_that_its_name_says(name):
+    assert num_params(name) == pytest.approx(NAMED[name] * 1e9, rel=0.035)
+
+
+def test_a_random_model_is_made_by_name_and_serves(monkeypatch):
+    small = dict(SHAPES["llama-3.2-1b"]) | {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 512,
+        "intermediate_size": 96,
+    }
+    monkeypatch.setitem(SHAPES, "small", small)
+    with LLM("random:small", max_num_seqs=1, max_model_len=32) as llm:
+        assert llm.tokenizer is None
+        assert llm.model.config.rope_scaling.kind == "llama3"
+        (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+        assert len(output.outputs[0].token_ids) == 3
+    narrow = load_model("random:SMALL", dtype="bfloat16")
+    assert narrow.config.dtype == "bfloat16"
+    assert load_config("random:small").hidden_size == 64
+
+
+def test_an_unknown_shape_names_those_that_there_are():
+    with pytest.raises(ValueError, match=r"expected 'random:' and one of opt-125m, .*"):
+        LLM("random:llama-9")

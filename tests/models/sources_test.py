@@ -1,0 +1,291 @@
+"""Where models come from: folders, the hub, and what must never be read or run."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from jpaged import LLM
+from jpaged.models import ModelConfig, load_model
+from jpaged.models.loading import sources
+from tests.support.models import checkpoints
+from tests.support.paths import ROOT
+
+
+def edit_json(file: pathlib.Path, **changes) -> None:
+    contents = json.loads(file.read_text("utf-8")) | changes
+    file.write_text(json.dumps(contents), "utf-8")
+
+
+# the hub
+
+
+def pretend_hub(monkeypatch, download) -> None:
+    module = types.SimpleNamespace(snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+@pytest.mark.parametrize("name", ["org/model-1.5", "hf://org/model-1.5"])
+def test_a_hub_id_is_downloaded_without_code_or_pickle(name, tmp_path, monkeypatch):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    asked = []
+
+    def download(hub_id, allow_patterns):
+        asked.append((hub_id, allow_patterns))
+        return str(folder)
+
+    pretend_hub(monkeypatch, download)
+    assert load_model(name).config.vocab_size == 128
+    (hub_id, patterns) = asked[0]
+    assert hub_id == "org/model-1.5"
+    assert "*.safetensors" in patterns
+    assert not any(p.endswith((".py", ".bin", ".pt", "*")) for p in patterns)
+
+
+def test_a_hub_that_cannot_be_reached_says_so_and_how_to_do_without(monkeypatch):
+    def download(hub_id, allow_patterns):
+        raise OSError("no route\n to host")
+
+    pretend_hub(monkeypatch, download)
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"org/m: no such folder, and the hub did not give it \(no route to host\)"
+        r".*hf download org/m --local-dir FOLDER",
+    ):
+        LLM("org/m")
+
+
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"pip install 'jpaged\[hub\]'"):
+        load_model("org/m")
+
+
+@pytest.mark.parametrize("name", ["hf://../etc", "hf://a/b/c", "hf://", "hf://x y/z"])
+def test_a_hub_id_of_another_form_is_refused(name, monkeypatch):
+    pretend_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
+    if name == "hf://../etc":
+        name = "hf://../../etc"
+    with pytest.raises(FileNotFoundError, match="expected a hub id like org/name"):
+        load_model(name)
+
+
+def test_a_folder_comes_before_a_hub_id_of_its_name(tmp_path, monkeypatch):
+    checkpoints.write_tiny_llama(tmp_path / "org" / "model")
+    monkeypatch.chdir(tmp_path)
+    pretend_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
+    assert sources.find("org/model") == pathlib.Path("org/model")
+    assert load_model("tiny-python").config.vocab_size > 256
+
+
+# what must not be read or run
+
+
+def test_code_and_pickles_beside_a_checkpoint_are_left_alone(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    trap = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (folder / "modeling_trap.py").write_text(trap, "utf-8")
+    (folder / "configuration_trap.py").write_text(trap, "utf-8")
+    pickled = f"c__builtin__\neval\n(S{trap!r}\ntR.".encode()
+    (folder / "pytorch_model.bin").write_bytes(pickled)
+    (folder / "training_args.bin").write_bytes(pickled)
+    edit_json(
+        folder / "config.json",
+        auto_map={"AutoModelForCausalLM": "modeling_trap.Trap"},
+        trust_remote_code=True,
+    )
+    load_model(folder)
+    assert not (tmp_path / "ran").exists()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="pickle, which is never read"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "consolidated.00.pth", "model.pt"])
+def test_other_formats_are_named_in_the_error(name, tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(FileNotFoundError, match=f"{name} is (pickle|GGUF), which is"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "bitsandbytes", "mxfp4", "fp8", "compressed-tensors"]
+)
+def test_checkpoints_that_are_quantised_already_are_refused_by_name(method):
+    config = checkpoints.LLAMA | {"quantization_config": {"quant_method": method}}
+    with pytest.raises(ValueError, match=f"quantization_config: .*, got '{method}'"):
+        ModelConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention: expected False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_att"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: e"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types: expected"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types: expected 2 of"),
+        ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer above"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_token: expected at m"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            r"rope type 'longrope': expected values for \['short_factor', 'long_fac",
+        ),
+        (
+            "phi3",
+            {
+                "rope_scaling": {
+                    "type": "su",
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                }
+            },
+            "rope short_factors: expected one for each of 8 pairs of dimensions, got 1",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "rope_parameters: expected one object for all layers",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            "rope type of sliding_attention: expected 'default', got 'yarn'",
+        ),
+    ],
+)
+def test_a_feature_that_a_known_family_has_and_we_have_not_is_refused_by_name(
+    model_type, changes, message
+):
+    sizes = dict(checkpoints.LLAMA) | {"n_embd": 64, "n_head": 4, "n_layer": 2}
+    del sizes["architectures"], sizes["rope_scaling"], sizes["bos_token_id"]
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(sizes | {"model_type": model_type} | changes)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_on_request(bad, tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    load_model(folder, check_finite=True)
+    tensors = checkpoints.read_tensors(folder)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
+    checkpoints.write_tensors(folder, tensors)
+    load_model(folder)
+    with pytest.raises(ValueError, match=r"1.mlp.up_proj.weight: expected finite numb"):
+        load_model(folder, check_finite=True)
+
+
+def test_a_sequence_longer_than_a_dynamic_scaling_reaches_is_refused(tmp_path):
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    folder = checkpoints.write_tiny_llama(
+        tmp_path, rope_scaling=scaling, max_position_embeddings=32
+    )
+    model = load_model(folder)
+    model(np.zeros((1, 32), np.int32))
+    with pytest.raises(ValueError, match=r"tokens: expected at most max_position_emb"):
+        model(np.zeros((1, 33), np.int32))
+    with pytest.raises(ValueError, match="max_model_len: expected at most the model's"):
+        LLM(folder, max_num_seqs=1, max_model_len=33)
+
+
+# memory
+
+MEASURE = """
+import gc, pathlib, re, sys
+import jax
+from jpaged import load_model
+from jpaged.models.loading import placing
+
+def status(name):
+    text = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(name + r":\\s+(\\d+) kB", text)[1])
+
+# Imports, and what XLA needs to compile at all, are not what is measured.
+piece, placing.PIECE = placing.PIECE, 2**14
+load_model("tiny-python")
+placing.PIECE = int(sys.argv[2]) or piece
+gc.collect()
+before = status("VmRSS")
+model = load_model(sys.argv[1], dtype=sys.argv[3], quantization=sys.argv[4] or None)
+peak = status("VmHWM") - before
+print(peak, sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
+"""
+# What XLA keeps of compiling a program for each shape, and malloc of what was freed.
+# Up to 24 MiB were seen with jax 0.10, half of that with 0.12.
+PROGRAMS = 32 * 2**20
+
+
+def peak_and_size(folder, piece=0, dtype="auto", quantization="") -> tuple[int, int]:
+    """What loading adds to this much of a fresh process at most, and to its end.
+
+    VmHWM is the most that a process ever held, pages of mapped files included. It
+    starts anew with a program; getrusage's ru_maxrss starts at what its parent held.
+    """
+    arguments = [str(folder), str(piece), dtype, quantization]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, size = map(int, done.stdout.split())
+    return peak, size
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    """Stored in 139 MB, of which two tensors are 48 MiB each; in four files."""
+    folder = checkpoints.write_tiny_llama(
+        tmp_path_factory.mktemp("large"),
+        dtype="bfloat16",
+        vocab_size=49152,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+    )
+    checkpoints.shard(folder, 4)
+    return folder
+
+
+LARGEST = 2 * 49152 * 512
+
+needs_proc = pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's /proc"
+)
+
+
+@needs_proc
+def test_loading_peaks_at_the_model_and_one_tensor_of_its_file(large_folder):
+    # Stored in 16 bits and held in 32: cast on the way.
+    peak, size = peak_and_size(large_folder)
+    assert size > 5 * LARGEST
+    assert peak < size + LARGEST
+    # In pieces, not even one tensor: what is above the model does not grow with it.
+    assert peak < size + PROGRAMS
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("bfloat16", ""), ("float32", "int8")]
+)
+@pytest.mark.slow
+def test_so_it_is_in_16_and_in_8_bits(dtype, quantization, large_folder):
+    peak, size = peak_and_size(large_folder, 0, dtype, quantization)
+    assert peak < size + LARGEST + PROGRAMS
+
+
+@needs_proc
+@pytest.mark.slow
+def test_planted_fault_of_tensors_in_one_piece_passes_that_peak(large_folder):
+    peak, size = peak_and_size(large_folder, 2**40)
+    assert peak > size + LARGEST + PROGRAMS

@@ -1,0 +1,264 @@
+"""Pages of small heads on TPUs, several tokens to a row of 128, in TPU interpret mode.
+
+Attention against the float64 oracle, page updates bit for bit against numpy. As in
+`tpu_kernel_test` memory that nobody wrote is NaN, and so is every slot that must not be
+read: here such a slot lies in the same row as some that must.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jpaged import attention
+from jpaged.attention import kv_cache
+from jpaged.pages import backends, tuned
+from jpaged.pallas.tpu import (
+    attention as tpu_attention,
+)
+from jpaged.pallas.tpu import (
+    key_tiles as tpu_key_tiles,
+)
+from jpaged.pallas.tpu import (
+    packed as tpu_packed,
+)
+from tests.pallas.tpu_kernel_test import (
+    LSE_TOLERANCE,
+    SINKS,
+    TOLERANCES,
+    check,
+    run,
+    some,
+    stored,
+)
+from tests.support.attention import oracle
+from tests.support.attention.oracle import make_case, relative_errors
+
+pytestmark = pytest.mark.long
+
+# Tiles of 16 tokens, where heads are 64, so that few tokens need several.
+SMALL = tpu_attention.Tiles(query_rows=32, tokens=8, kv_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_with_small_tiles(monkeypatch):
+    tiles = tuned.tiles
+
+    def of_this(implementation, *args):
+        return SMALL if implementation == "mosaic_tpu" else tiles(implementation, *args)
+
+    monkeypatch.setattr(tuned, "tiles", of_this)
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+# heads, head_dim, block_size, dtype, options
+SHAPES = {
+    "two_in_a_row": ((14, 2), 64, 16, "bfloat16", {}),
+    "blocks_of_128": ((4, 4), 64, 128, "float32", {"sliding_window": 50}),
+    "four_in_a_row": (
+        (14, 2),
+        32,
+        16,
+        "float32",
+        dict(sinks=SINKS, sliding_window=17, logits_soft_cap=2.0, scale=0.2),
+    ),
+    "eight_in_a_row": ((6, 3), 16, 32, "bfloat16", {"logits_soft_cap": 2.0}),
+}
+
+
+def case_of(name, contexts, queries=None, **more):
+    heads, head_dim, size, dtype, options = SHAPES[name]
+    sizes = dict(heads=heads, head_dim=head_dim, block_size=size, dtype=dtype)
+    return make_case(contexts, queries, **sizes, **more), options
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode_equals_the_oracle_at_every_length(name):
+    size = SHAPES[name][2]
+    # 0 to 9: every place in a row is once the last.
+    case, options = case_of(name, [*range(10), size, size + 1, 2 * size + 5])
+    check(case, **options)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name):
+    size = SHAPES[name][2]
+    #          decode, chunk after context, empty, fresh prompt, decodes, chunk
+    contexts = [47, size + 9, 0, 17, size, 40, 1, 91]
+    queries = [1, 9, 0, 17, 1, 0, 1, 21]
+    case, options = case_of(name, contexts, queries, num_padding=5)
+    case.q[50:] = np.nan
+    check(case, **options)
+
+
+def with_nan_before(case, window):
+    """The case without what its rows' windows have left behind."""
+    k_pages, v_pages = case.k_pages.copy(), case.v_pages.copy()
+    size = k_pages.shape[2]
+    for row, length in enumerate(case.context_lens):
+        for position in range(length - window):
+            block = case.block_tables[row, position // size]
+            k_pages[block, :, position % size] = np.nan
+            v_pages[block, :, position % size] = np.nan
+    return dataclasses.replace(case, k_pages=k_pages, v_pages=v_pages)
+
+
+@pytest.mark.parametrize("name", ["two_in_a_row", "eight_in_a_row"])
+def test_neighbours_in_a_row_that_a_window_left_behind_are_not_read(name):
+    case, options = case_of(name, [40, 41, 55])
+    check(with_nan_before(case, 9), sliding_window=9, **options)
+
+
+@pytest.mark.parametrize("fault", ["keys_of_neighbours", "places", "maxima"])
+def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
+    case, _ = case_of("two_in_a_row", [33, 51])
+    if fault == "keys_of_neighbours":
+        clear = tpu_key_tiles.KeyTiles.clear_unseen
+
+        def values_alone(tiles, *args):
+            clear(dataclasses.replace(tiles, keys=tiles.values), *args)
+
+        monkeypatch.setattr(tpu_key_tiles.KeyTiles, "clear_unseen", values_alone)
+    elif fault == "places":
+        monkeypatch.setattr(tpu_packed, "place_of_row", lambda row, tokens: row * 0)
+    else:
+        monkeypatch.setattr(tpu_packed, "_over_rows", lambda x, *_: x)
+    got, _ = run(stored(case))
+    want, _ = oracle.attention(case)
+    errors = relative_errors(got, want)
+    assert not (errors < TOLERANCES["bfloat16"]).all(axis=1).any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_other_implementations_read_packed_pages_too(implementation):
+    case, options = case_of("four_in_a_row", [5, 33, 0], [1, 20, 0])
+    arrays = oracle.arrays(stored(case))
+    sinks = jnp.asarray(options["sinks"])
+    out, lse = attention.paged_attention(
+        **jax.tree.map(jnp.asarray, arrays),
+        **options | {"sinks": sinks},
+        implementation=implementation,
+        return_lse=True,
+    )
+    tolerances = (TOLERANCES["float32"], LSE_TOLERANCE)
+    oracle.check_result(case, out, lse, *tolerances, **options)
+
+
+# ---- write_kv, copy_blocks: bitwise
+
+
+def called(function, implementation, **options):
+    call = functools.partial(function, implementation=implementation, **options)
+    return jax.jit(call)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "head_dim", "block_size", "dtype", "is_packed"),
+    [
+        ("mosaic_tpu", 64, 16, "bfloat16", True),
+        ("mosaic_tpu", 64, 48, "float32", True),
+        ("mosaic_tpu", 32, 16, "float32", False),
+        ("mosaic_tpu", 16, 64, "bfloat16", True),
+        ("xla", 32, 16, "bfloat16", True),
+    ],
+)
+def test_write_kv_writes_exactly_the_named_slots(
+    implementation, head_dim, block_size, dtype, is_packed
+):
+    num_slots = 6 * block_size
+    shape = (2, 6, 3, block_size, head_dim)
+    pages = [some(*shape, seed=s, dtype=dtype) for s in (0, 1)]
+    new = [some(40, 3, head_dim, seed=s, dtype=dtype) for s in (2, 3)]
+    new[0][0, 0, 0] = -0.0
+    # A chunk of a prompt over the end of a block, single tokens, neighbours, and none.
+    slots = [
+        num_slots - 1,
+        -1,
+        7,
+        3,
+        -9,
+        num_slots,
+        6,
+        *range(20, 50),
+        90,
+        0,
+        2**31 - 1,
+    ]
+    rows = block_size * head_dim // 128
+    given = [x.reshape(2, 6, 3, rows, 128) if is_packed else x for x in pages]
+    got = called(attention.write_kv, implementation)(
+        *map(jnp.asarray, (*given, *new, np.array(slots, np.int32))), layer=jnp.int32(1)
+    )
+    for want, before, values, result in zip(pages, given, new, got, strict=True):
+        for token, slot in enumerate(slots):
+            if 0 <= slot < num_slots:
+                want[1, slot // block_size, :, slot % block_size] = values[token]
+        assert result.shape == before.shape
+        assert np.asarray(result).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(8, 128), (2, 128), (16, 64)])
+def test_copy_blocks_copies_exactly_the_named_blocks(shape):
+    pages = [some(2, 8, 2, *shape, seed=s, dtype="bfloat16") for s in (0, 1)]
+    src, dst = [3, -1, 0, 3, 5, -1], [1, 2, 7, 6, -1, -1]
+    got = called(attention.copy_blocks, "mosaic_tpu")(
+        *map(jnp.asarray, pages), jnp.array(src), jnp.array(dst)
+    )
+    for want, result in zip(pages, got, strict=True):
+        for source, target in ((3, 1), (0, 7), (3, 6)):
+            want[:, target] = want[:, source]
+        assert np.asarray(result).tobytes() == want.tobytes()
+
+
+# ---- how they are stored, and who serves them
+
+
+def test_pages_that_are_not_packed_are_served_by_name():
+    case, _ = case_of("two_in_a_row", [5, 33, 0], [1, 20, 0])
+    out, lse = run(case)
+    tolerances = (TOLERANCES["bfloat16"], LSE_TOLERANCE)
+    oracle.check_result(case, out, lse, *tolerances)
+
+
+def test_the_best_on_a_tpu_serves_packed_pages_and_leaves_others_to_xla(monkeypatch):
+    monkeypatch.setattr(backends, "best", lambda: "mosaic_tpu")
+    packed = jax.ShapeDtypeStruct((9, 2, 8, 128), jnp.bfloat16)
+    plain = jax.ShapeDtypeStruct((9, 2, 16, 64), jnp.bfloat16)
+    for head_dim in (64, None):  # None: whole blocks
+        assert backends.choose(None, packed, head_dim) == "mosaic_tpu"
+        assert backends.choose(None, plain, head_dim) == "xla"
+    # The same pages with heads of 128 are blocks of 8.
+    assert backends.choose(None, packed, 128) == "xla"
+
+
+# head_dim, block_size, dtype: pages on a TPU
+STORED = {
+    (64, 16, "bfloat16"): (8, 128),
+    (32, 16, "float32"): (4, 128),
+    (16, 16, "bfloat16"): (2, 128),
+    (64, 48, "bfloat16"): (24, 128),
+    (128, 16, "bfloat16"): (16, 128),
+    (80, 16, "bfloat16"): (16, 128),
+    (8, 16, "float32"): (16, 128),
+    (64, 16, "float16"): (16, 128),  # which no kernel serves
+    (64, 16, "int8"): (16, 128),
+    # No row begins a memory tile.
+    (32, 48, "bfloat16"): (48, 32),
+    (64, 8, "bfloat16"): (8, 64),
+}
+
+
+@pytest.mark.parametrize("page", STORED)
+def test_a_cache_is_stored_as_its_bytes_say(page):
+    head_dim, block_size, dtype = page
+    sizes = dict(num_layers=3, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    sizes |= dict(block_size=block_size, implementation="mosaic_tpu")
+    cache = kv_cache.init_cache(num_blocks=5, **sizes)
+    assert cache.k_pages.shape == (3, 5, 2, *STORED[page])
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert size == 5 * kv_cache.bytes_per_block(**sizes)

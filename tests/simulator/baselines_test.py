@@ -1,0 +1,432 @@
+"""The paper's baselines, step by step beside slow models in plain Python."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jpaged.simulator.systems import baselines, buddy
+from jpaged.simulator.systems.base import Request
+from jpaged.simulator.systems.baselines import Contiguous, FasterTransformer, Orca
+from jpaged.simulator.systems.buddy import NO_CHUNK, BuddyState
+from jpaged.simulator.systems.no_evict import NoEvict
+from jpaged.simulator.workloads.workload import Workload
+from tests.support.baselines_model import (
+    Buddy,
+    Sequenced,
+    SlowContiguous,
+    SlowFasterTransformer,
+    SlowNoEvict,
+    SlowOrca,
+)
+
+SLOTS, MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH = 248, 64, 4, 9, 70, 3
+
+
+# ---- the buddy allocator
+
+
+@functools.cache
+def compiled():
+    functions = (buddy.allocate, buddy.free, buddy.num_available)
+    return tuple(map(jax.jit, functions))
+
+
+def as_set(state: BuddyState) -> set[tuple[int, int]]:
+    orders = np.asarray(state.orders)
+    found = {(unit, 2 ** int(order)) for unit, order in enumerate(orders) if order >= 0}
+    counts = [
+        sum(size == 2**k for _, size in found) for k in range(state.num_free.size)
+    ]
+    assert state.num_free.tolist() == counts
+    return found
+
+
+def walk(moves, num_units=45, num_orders=4) -> int:
+    """Allocates and frees in both; how often there was nothing left."""
+    allocate, free, num_available = compiled()
+    state, slow = buddy.init_state(num_units, num_orders), Buddy(num_units, 1, 8)
+    held, num_refused = [], 0
+    for is_free, number in moves:
+        if is_free and held:
+            begin, order = held.pop(number % len(held))
+            state = free(state, jnp.int32(begin), jnp.int32(order))
+            slow.release((begin, 2**order))
+        else:
+            order = number % num_orders
+            wanted = slow.allocate(2**order)
+            available = num_available(state, jnp.int32(order))
+            state, begin = allocate(state, jnp.int32(order))
+            assert (int(available) > 0) == (wanted is not None)
+            if wanted is None:
+                assert int(begin) == NO_CHUNK
+                num_refused += 1
+            else:
+                assert (int(begin), 2**order) == wanted
+                held.append((int(begin), order))
+        assert as_set(state) == slow.free
+        assert int(buddy.num_free_units(state)) == slow.num_free()
+    for begin, order in held:
+        state = free(state, jnp.int32(begin), jnp.int32(order))
+    assert as_set(state) == as_set(buddy.init_state(num_units, num_orders))
+    return num_refused
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 99)), max_size=60))
+def test_the_buddy_allocator_does_what_sets_of_chunks_do(moves):
+    walk(moves)
+
+
+def test_the_buddy_allocator_runs_out_and_recovers():
+    rng = np.random.default_rng(0)
+    moves = [(bool(rng.random() < 0.4), int(n)) for n in rng.integers(0, 99, 200)]
+    assert walk(moves) > 10
+
+
+def test_as_many_chunks_are_available_as_can_be_allocated():
+    state = buddy.init_state(45, 4)
+    allocate, free, num_available = compiled()
+    # Allocate single units and free two of three, so that chunks of all sizes are free.
+    begins = []
+    for _ in range(45):
+        state, begin = allocate(state, jnp.int32(0))
+        begins.append(int(begin))
+    assert sorted(begins) == list(range(45))
+    for begin in begins:
+        if begin % 11:
+            state = free(state, jnp.int32(begin), jnp.int32(0))
+    for order in range(4):
+        count, rest = 0, state
+        while True:
+            rest, begin = allocate(rest, jnp.int32(order))
+            if int(begin) == NO_CHUNK:
+                break
+            count += 1
+        assert int(num_available(state, jnp.int32(order))) == count
+
+
+def test_chunks_side_by_side_that_are_no_buddies_do_not_merge():
+    # Of 4 units, 1 and 2 are free: neighbours, but halves of different pairs.
+    state = buddy.init_state(4, 3)
+    for _ in range(4):
+        state, _ = buddy.allocate(state, jnp.int32(0))
+    for begin in (1, 2):
+        state = buddy.free(state, jnp.int32(begin), jnp.int32(0))
+    assert as_set(state) == {(1, 1), (2, 1)}
+    state = buddy.free(state, jnp.int32(0), jnp.int32(0))
+    assert as_set(state) == {(0, 2), (2, 1)}
+
+
+def test_many_buddy_allocators_run_under_vmap():
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), buddy.init_state(12, 3))
+    state, begin = jax.vmap(buddy.allocate)(state, jnp.array([0, 2]))
+    assert begin.tolist() == [0, 0]
+    one, two = (jax.tree.map(lambda x, n=n: x[n], state) for n in range(2))
+    assert as_set(one) == {(1, 1), (2, 2), (4, 4), (8, 4)}
+    assert as_set(two) == {(4, 4), (8, 4)}
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (4, 0), (4, 32)])
+def test_no_memory_is_no_allocator(sizes):
+    with pytest.raises(ValueError, match="num_units, num_orders: wanted"):
+        buddy.init_state(*sizes)
+
+
+# ---- the systems
+
+
+@functools.cache
+def jitted(system):
+    return jax.jit(system.submit), jax.jit(system.begin), jax.jit(system.end)
+
+
+def request(index, prompt, output, samples=1, beams=0) -> Request:
+    numbers = (index, prompt, output, samples, beams)
+    return Request(*map(jnp.int32, numbers), content=jnp.zeros(0, jnp.int32))
+
+
+def drive(system, slow, arrivals, max_steps=4000):
+    """Both, step by step, from (step of arrival, prompt, output, sequences)."""
+    submit, begin, end = jitted(system)
+    state = system.init()
+    todo = list(enumerate(arrivals))
+    step = num_stuck = num_together = 0
+    finished = []
+    while todo or bool(system.has_work(state)):
+        while todo and todo[0][1][0] <= step:
+            number, (_, prompt, output, num_seqs) = todo[0]
+            state, ok = submit(state, request(number, prompt, output, num_seqs))
+            if not ok:
+                break
+            slow.waiting.append(Sequenced(number, prompt, output, num_seqs))
+            todo.pop(0)
+        step += 1
+        assert step < max_steps
+        has_work = bool(system.has_work(state))
+        assert has_work == bool(slow.waiting or slow.running)
+        if not has_work:
+            continue
+        begun, load, usage = begin(state)
+        state, progress = end(begun)
+        rows, copied, wanted, first, ended = slow.step()
+        taking = np.asarray(load.query_lens) > 0
+        found = zip(
+            np.asarray(load.query_lens)[taking].tolist(),
+            np.asarray(load.context_lens)[taking].tolist(),
+            strict=True,
+        )
+        assert sorted(found) == rows
+        assert not np.asarray(load.context_lens)[~taking].any()
+        assert int(load.num_logits) == len(rows)
+        assert int(load.num_copied_tokens) == copied
+        usage = {name: int(value) for name, value in usage._asdict().items()}
+        assert {name: usage[name] for name in wanted} == wanted
+        assert sum(wanted.values()) == system.num_slots
+        numbers = np.asarray(progress.requests)
+        assert sorted(numbers[np.asarray(progress.has_first)].tolist()) == first
+        assert sorted(numbers[np.asarray(progress.has_ended)].tolist()) == ended
+        assert usage["num_waiting"] == len(slow.waiting)
+        finished += ended
+        num_stuck += bool(slow.waiting)
+        num_together += usage["num_requests"] > 1
+    assert sorted(finished) == list(range(len(arrivals)))
+    assert (jax.tree.leaves(state.memory)[0] == system.init().memory.orders).all()
+    return num_stuck, num_together
+
+
+def pair(name):
+    """A small system and its slow model."""
+    if name == "contiguous":
+        system = Contiguous(SLOTS, MAX_LEN, SEQS, TOKENS, WIDTH)
+        return system, SlowContiguous(SLOTS, MAX_LEN, SEQS, TOKENS)
+    if name == "fastertransformer":
+        system = FasterTransformer(SLOTS + 70, MAX_LEN, SEQS, WIDTH)
+        return system, SlowFasterTransformer(SLOTS + 70, MAX_LEN, SEQS)
+    if name.startswith("no_evict"):
+        limit = MAX_LEN if name == "no_evict_max" else None
+        system = NoEvict(SLOTS + 3, limit, CHUNK, MAX_LEN, SEQS, TOKENS, WIDTH)
+        return system, SlowNoEvict(SLOTS + 3, limit, CHUNK, MAX_LEN, SEQS, TOKENS)
+    system = Orca(SLOTS, name, MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH)
+    return system, SlowOrca(SLOTS, name, MAX_LEN, CHUNK, SEQS, TOKENS)
+
+
+NAMES = [
+    "max",
+    "pow2",
+    "oracle",
+    "contiguous",
+    "fastertransformer",
+    "no_evict",
+    "no_evict_max",
+]
+
+
+@st.composite
+def arrivals(draw):
+    rows, step = [], 0
+    for _ in range(draw(st.integers(1, 14))):
+        step += draw(st.sampled_from([0, 0, 0, 1, 4, 30]))
+        prompt = draw(st.integers(1, 40))
+        output = draw(st.integers(1, MAX_LEN - prompt))
+        rows.append((step, prompt, output, draw(st.integers(1, WIDTH))))
+    return rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=12)
+@given(rows=arrivals())
+def test_every_step_is_that_of_a_slow_model(name, rows):
+    drive(*pair(name), rows)
+
+
+def crowd(count=40, seed=0):
+    rng = np.random.default_rng(seed)
+    steps = np.sort(rng.integers(0, 60, count))
+    prompts = rng.integers(1, 33, count)
+    outputs = rng.integers(1, 31, count)
+    seqs = rng.integers(1, WIDTH + 1, count)
+    columns = (steps, prompts, outputs, seqs)
+    rows = list(zip(*(c.tolist() for c in columns), strict=True))
+    # At last prompts that together are too many tokens for a step, but fit into memory.
+    return rows + [(1000, 40, 4, 1)] * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_crowd_waits_and_is_served_as_by_a_slow_model(name):
+    num_stuck, num_together = drive(*pair(name), crowd())
+    assert num_stuck > 20
+    assert num_together > 20
+
+
+def fault_estimate(monkeypatch):
+    monkeypatch.setattr(baselines, "_log2_up", lambda n: 33 - jax.lax.clz(n - 1))
+
+
+def fault_no_merge(monkeypatch):
+    def free(state, begin, order):
+        return BuddyState(
+            state.orders.at[begin].set(order), state.num_free.at[order].add(1)
+        )
+
+    monkeypatch.setattr(buddy, "free", free)
+
+
+def fault_leak(monkeypatch):
+    monkeypatch.setattr(Orca, "_let_go", lambda self, state, gone: state)
+
+
+def fault_prompt_tokens(monkeypatch):
+    monkeypatch.setattr(Orca, "_max_step_tokens", property(lambda self: 10**6))
+
+
+@pytest.mark.parametrize(
+    "fault", [fault_estimate, fault_no_merge, fault_leak, fault_prompt_tokens]
+)
+def test_a_planted_fault_is_found(fault, monkeypatch):
+    fault(monkeypatch)
+    jitted.cache_clear()
+    with pytest.raises(AssertionError):
+        drive(*pair("pow2"), crowd(), max_steps=1500)
+    jitted.cache_clear()
+
+
+def run_saturated(system, count, lengths):
+    """The (usage, num_running) of each step, with all requests there from the start."""
+    submit, begin, end = jitted(system)
+    state, number, seen = system.init(), 0, []
+    for _ in range(count):
+        ok = True
+        while ok:
+            prompt, output = lengths[number % len(lengths)]
+            state, ok = submit(state, request(number, prompt, output))
+            number += int(ok)
+        begun, _, usage = begin(state)
+        state, _ = end(begun)
+        seen.append({name: int(value) for name, value in usage._asdict().items()})
+    return seen
+
+
+def test_orca_max_batches_seven_requests_where_the_paper_s_does():
+    # OPT-13B on an A100-40GB: 12 GiB of keys and values, 800 KiB per token.
+    system = Orca(num_slots=12 * 2**20 // 800, reserve="max")
+    assert system.num_slots == 15728
+    lengths = [(161, 12), (35, 27), (500, 6), (9, 33)]
+    for usage in run_saturated(system, 60, lengths):
+        assert usage["num_requests"] == 7
+        assert usage["external"] == 15728 - 7 * 2048  # 8.9 %, Figure 2
+        assert usage["free"] == 0
+    oracle = Orca(num_slots=15728, reserve="oracle")
+    usage = run_saturated(oracle, 40, lengths)
+    assert all(one["internal"] == 0 for one in usage)
+    assert max(one["num_requests"] for one in usage) > 30
+
+
+def test_no_more_sequences_run_than_the_limit():
+    system = Orca(num_slots=15728, reserve="oracle", max_num_seqs=5)
+    usage = run_saturated(system, 20, [(20, 12)])
+    assert {one["num_requests"] for one in usage} == {5}
+    # Memory is not what the next waits for.
+    assert all(one["free"] > 0 for one in usage)
+
+
+# ---- beams
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_forks_are_beams_less_those_that_are_continued(probability):
+    width, count = 4, 4000
+    widths = jnp.full(count, width)
+    forks = baselines.num_forks(jax.random.key(0), widths, (count, 6), probability)
+    forks = np.asarray(forks)
+    # By hand: parent p is continued by none with these odds, its own beam and the rest.
+    by_others = (1 - probability / width) ** (width - 1)
+    by_itself = probability * (1 - 1 / width)
+    assert forks.min() >= 0
+    assert forks.max() <= width - 1
+    assert forks.mean() == pytest.approx(width * by_others * by_itself, abs=0.05)
+
+
+def test_beams_copy_whole_chunks_after_the_copies_of_the_prompt():
+    system = Orca(SLOTS, "max", MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH, 1.0)
+    submit, begin, end = jitted(system)
+    state, _ = submit(system.init(), request(0, 20, 40, 1, 3))
+    copied = []
+    for _ in range(40):
+        begun, load, usage = begin(state)
+        state, progress = end(begun)
+        copied.append(int(load.num_copied_tokens))
+        assert int(usage.num_blocks) == 3 * MAX_LEN
+    assert bool(progress.has_ended.any())
+    assert copied[:2] == [0, 2 * 20]
+    assert set(copied[2:]) == {0, MAX_LEN, 2 * MAX_LEN}
+    none = Orca(SLOTS, "max", MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH, 0.0)
+    submit, begin, end = jitted(none)
+    state, _ = submit(none.init(), request(0, 20, 40, 1, 3))
+    for number in range(5):
+        begun, load, _ = begin(state)
+        state, _ = end(begun)
+        assert int(load.num_copied_tokens) == (40 if number == 1 else 0)
+
+
+# ---- bad input
+
+
+def workload(prompt=10, output=10, samples=1):
+    return Workload(
+        np.zeros(2),
+        np.array([1, prompt]),
+        np.array([1, output]),
+        num_samples=np.array([1, samples]),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_requests_that_could_never_be_served_are_named(name):
+    system, _ = pair(name)
+    system.check(workload(output=MAX_LEN - 10, samples=WIDTH))
+    with pytest.raises(ValueError, match=r"64 tokens, prompt and output.*request 1"):
+        system.check(workload(output=MAX_LEN))
+    with pytest.raises(ValueError, match=r"at most 3 sequences.*request 1"):
+        system.check(workload(samples=WIDTH + 1))
+
+
+@pytest.mark.parametrize("system", [Orca, Contiguous, FasterTransformer])
+def test_a_group_larger_than_memory_is_named(system):
+    small = system(130, max_len=64, max_num_seqs=8, max_seqs_per_request=8)
+    small.check(workload(samples=2))
+    with pytest.raises(ValueError, match=r"slots per request.*request 1.*num_slots"):
+        small.check(workload(samples=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Orca(5000, "half"), "reserve: wanted max, pow2 or oracle, got 'half'"),
+        (lambda: Orca(5000, max_len=100), "max_len: wanted a power of two, got 100"),
+        (lambda: Orca(5000, min_chunk=3), "min_chunk: wanted a power of two, got 3"),
+        (lambda: Orca(5000, min_chunk=4096), "min_chunk: wanted at most max_len"),
+        (lambda: Orca(1000), "num_slots: wanted at least max_len, 2048, got 1000"),
+        (lambda: Orca(5000, fork_probability=2.0), "wanted a probability, got 2.0"),
+        (lambda: Contiguous(5000, max_num_seqs=0), "max_num_seqs: wanted at least 1"),
+        (
+            lambda: Contiguous(5000, max_num_batched_tokens=100),
+            "max_num_batched_tokens: wanted at least max_len",
+        ),
+        (lambda: FasterTransformer(100), "num_slots: wanted at least max_len"),
+    ],
+)
+def test_sizes_that_make_no_system_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_output_beyond_the_limit_that_was_promised_is_refused():
+    workload = Workload(np.zeros(2), [5, 5], [6, 9])
+    with pytest.raises(ValueError, match=r"output_limit: .*got 8, but 9 at index 1"):
+        NoEvict(4096, output_limit=8).check(workload)
+    NoEvict(4096, output_limit=9).check(workload)

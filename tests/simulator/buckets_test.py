@@ -1,0 +1,96 @@
+"""A cost model of padded sizes, against a staircase in plain Python."""
+
+import bisect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged.config import EngineConfig
+from jpaged.simulator.costs.buckets import Bucketed, fit_buckets
+from jpaged.simulator.costs.load import Load
+
+CONFIG = EngineConfig(num_blocks=64, max_num_seqs=16, max_num_batched_tokens=64)
+ROWS, TOKENS = [1, 4, 8, 16], [32, 64]
+ROW_S, TOKEN_S, CONTEXT_S = [1.0, 2.5, 3.0, 7.0], [10.0, 16.0], 1e-3
+
+
+def staircase(chunks: list[int], contexts: list[int]) -> float:
+    busy = [(n, c) for n, c in zip(chunks, contexts, strict=True) if n]
+    if not busy:
+        return 0.0
+    seconds = CONTEXT_S * sum(c for _, c in busy)
+    if max(n for n, _ in busy) > 1:
+        total = sum(n for n, _ in busy)
+        return seconds + TOKEN_S[bisect.bisect_left(TOKENS, total)]
+    return seconds + ROW_S[bisect.bisect_left(ROWS, len(busy))]
+
+
+def load(chunks, contexts) -> Load:
+    zero = jnp.zeros(np.shape(chunks)[:-1], jnp.int32)
+    chunks, contexts = (jnp.asarray(x, jnp.int32) for x in (chunks, contexts))
+    return Load(chunks, contexts, zero, zero, zero, zero)
+
+
+def drawn(count: int, seed: int, most_rows: int = 16):
+    """Steps with chunks and contexts of 16 rows: half of them decode only."""
+    rng = np.random.default_rng(seed)
+    chunks = np.zeros((count, 16), np.int32)
+    for step, row in enumerate(chunks):
+        row[: rng.integers(1, most_rows + 1)] = 1
+        rng.shuffle(row)
+        if step % 2:
+            row[rng.integers(16)] = rng.integers(2, 48)
+    contexts = np.where(chunks > 0, chunks + rng.integers(0, 500, chunks.shape), 77)
+    return chunks, contexts.astype(np.int32)
+
+
+def test_a_staircase_is_found_again_from_its_own_times():
+    chunks, contexts = drawn(200, seed=0)
+    seconds = [staircase(*map(list, one)) for one in zip(chunks, contexts, strict=True)]
+    model, report = fit_buckets(CONFIG, load(chunks, contexts), np.array(seconds))
+    np.testing.assert_allclose(model.row_seconds, ROW_S, rtol=1e-4)
+    np.testing.assert_allclose(model.token_seconds, TOKEN_S, rtol=1e-4)
+    np.testing.assert_allclose(model.context_seconds, CONTEXT_S, rtol=1e-3)
+    assert report.max_error < 1e-6
+    assert report.coefficients["8 rows"] == pytest.approx(3.0)
+    # And it says of other steps what the staircase says; float32 sums.
+    chunks, contexts = drawn(50, seed=1)
+    found = jax.vmap(model)(load(chunks, contexts))
+    wanted = [staircase(*map(list, one)) for one in zip(chunks, contexts, strict=True)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_a_step_that_computes_nothing_takes_no_time():
+    model = Bucketed(*map(jnp.array, (ROWS, TOKENS, ROW_S, TOKEN_S, CONTEXT_S)))
+    assert model(load([0] * 16, [5] * 16)) == 0
+
+
+def test_sizes_that_were_not_measured_lie_between_their_neighbours():
+    chunks, contexts = drawn(200, seed=0)
+    is_kept = [
+        max(c) > 1 or not 4 < sum(c) <= 8 for c in chunks.tolist()
+    ]  # no step of 8 rows
+    chunks, contexts = chunks[is_kept], contexts[is_kept]
+    seconds = [staircase(*map(list, one)) for one in zip(chunks, contexts, strict=True)]
+    model, _ = fit_buckets(CONFIG, load(chunks, contexts), np.array(seconds))
+    # Of 8 rows a third of the way from 4 to 16.
+    assert math.isclose(model.row_seconds[2], 2.5 + (7.0 - 2.5) / 3, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("choose", "count", "message"),
+    [
+        (lambda chunks: chunks.max(axis=1) > 1, None, "decode only, got none"),
+        (lambda chunks: chunks.max(axis=1) == 1, None, "have prompts, got none"),
+        (lambda chunks: chunks.max(axis=1) > 0, 3, "expected 20 numbers"),
+    ],
+)
+def test_measurements_that_cannot_tell_are_refused(choose, count, message):
+    chunks, contexts = drawn(20, seed=0)
+    chunks, contexts = chunks[choose(chunks)], contexts[choose(chunks)]
+    seconds = np.ones(count or len(chunks))
+    with pytest.raises(ValueError, match=message):
+        fit_buckets(CONFIG, load(chunks, contexts), seconds)

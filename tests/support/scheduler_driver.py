@@ -1,0 +1,401 @@
+"""The scheduler with the engine's bookkeeping around it, and no model.
+
+The driver does what the engine does around `schedule`: it appends the planned tokens
+and, where a sequence has computed all that it knows, gives it one more token or ends
+it. Every token is another number, so that sequences have in common only what one of
+them took over from the other.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+import types
+
+import jax
+import numpy as np
+
+from jpaged import scheduler
+from jpaged.config import EngineConfig
+from jpaged.engine import limits
+from jpaged.kv import block_manager
+from jpaged.kv.block_manager import NO_BLOCK
+from jpaged.scheduler import EMPTY, FINISHED, HELD, NO_REQUEST, RUNNING, WAITING
+
+QUICKLY = {"xla_backend_optimization_level": 0}  # of a program, the compilation
+BEFORE_ALL = np.iinfo(np.int32).min
+
+
+def plant(monkeypatch, module, function, fault) -> None:
+    """`fault(original, ...)` for a function, wherever the scheduler has it by name."""
+    original = getattr(module, function)
+    rooms = [r for n, r in sys.modules.items() if n.startswith("jpaged.scheduler.")]
+    for room in [module, *rooms]:
+        if getattr(room, function, None) is original:
+            monkeypatch.setattr(room, function, functools.partial(fault, original))
+
+
+def jitted_operations() -> types.SimpleNamespace:
+    """What a step runs on the device, to be compiled once for all walks."""
+
+    # New functions each time, so that jax compiles a planted fault anew.
+    def plan(queue, rows, blocks, config):
+        queue, rows, blocks, plan = scheduler.schedule(queue, rows, blocks, config)
+        return queue, rows, blocks, plan, block_manager.append(blocks, plan.num_tokens)
+
+    def fork(blocks, parents):
+        return block_manager.fork(blocks, parents)
+
+    return types.SimpleNamespace(
+        plan=jax.jit(plan, static_argnames="config", compiler_options=QUICKLY),
+        fork=jax.jit(fork, compiler_options=QUICKLY),
+    )
+
+
+OPERATIONS = jitted_operations()
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request: how long, and how many sequences of it."""
+
+    prompt: int
+    outputs: tuple[int, ...]  # tokens that each sequence generates before it ends
+    priority: int = 0
+    is_lockstep: bool = False
+    # Of a lockstep request: at each decision rows continue others by chance, and
+    # sequences that never run are held beside them.
+    moves: bool = False
+    num_held: int = 0
+    # The prompt begins like this pinned prefix (its place), with so many tokens.
+    prefix: int = NO_REQUEST
+    shared: int = 0
+
+
+class Driver:
+    """A queue, rows and blocks, stepped as by the engine."""
+
+    def __init__(self, config: EngineConfig, operations=OPERATIONS) -> None:
+        self.config, self.operations = config, operations
+        empty = scheduler.init_queue(config.max_num_requests)
+        self.queue = {
+            field.name: np.array(getattr(empty, field.name))
+            for field in dataclasses.fields(empty)
+        }
+        places = range(config.max_num_requests)
+        self.histories: list[list[int]] = [[] for _ in places]
+        self.outputs = [0 for _ in places]
+        self.is_prefix = [False for _ in places]
+        self.moves = [False for _ in places]
+        self.rows = np.full(config.num_rows, NO_REQUEST, np.int32)
+        self.blocks = block_manager.init_state(
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            max_seqs=config.num_rows,
+            max_blocks_per_seq=config.max_blocks_per_seq,
+        )
+        self.num_arrived = self.num_preempted = self.num_copies = 0
+        self.new_token = itertools.count()
+        self.rng = np.random.default_rng(0)
+
+    # ---- requests come
+
+    def submit(self, *requests: Asked) -> list[list[int]]:
+        """The places of each request's sequences."""
+        return [self._submit(asked) for asked in requests]
+
+    def _submit(self, asked: Asked) -> list[int]:
+        count = len(asked.outputs) + asked.num_held
+        mine = np.flatnonzero(self.queue["status"] == EMPTY)[:count].tolist()
+        assert len(mine) == count
+        known = self.histories[asked.prefix][: asked.shared] if asked.shared else []
+        prompt = known + [next(self.new_token) for _ in range(asked.prompt)]
+        prompt = prompt[: asked.prompt]
+        by_priority = self.config.policy == "priority"
+        for number, place in enumerate(mine):
+            is_row = number < len(asked.outputs)
+            # Its own number if it maps nobody's blocks.
+            source, shared = (mine[0], asked.prompt - 1) if number else (place, 0)
+            if number == 0 and asked.shared:
+                source, shared = asked.prefix, min(asked.shared, asked.prompt - 1)
+            if shared == 0 or not is_row:
+                source, shared = place, 0
+            self._put(
+                place,
+                prompt,
+                status=WAITING if is_row else HELD,
+                priorities=asked.priority if by_priority else 0,
+                leaders=mine[0],
+                sources=source,
+                shared_lens=shared,
+                is_lockstep=asked.is_lockstep,
+                has_ended=not is_row,
+            )
+            self.outputs[place] = asked.outputs[number] if is_row else 0
+            self.moves[place] = asked.moves
+        self.num_arrived += 1
+        return mine
+
+    def pin(self, length: int) -> int:
+        """The place of a prefix that is computed and then held."""
+        place = int(np.flatnonzero(self.queue["status"] == EMPTY)[0])
+        tokens = [next(self.new_token) for _ in range(length)]
+        self._put(
+            place,
+            tokens,
+            status=WAITING,
+            priorities=BEFORE_ALL,
+            leaders=place,
+            sources=place,
+            shared_lens=0,
+            is_lockstep=False,
+            has_ended=False,
+        )
+        self.is_prefix[place] = True
+        self.num_arrived += 1
+        return place
+
+    def _put(self, place: int, tokens: list[int], **values: int) -> None:
+        values |= dict(
+            arrivals=self.num_arrived,
+            prompt_lens=len(tokens),
+            num_tokens=len(tokens),
+            num_preemptions=0,
+            num_cached=0,
+        )
+        assert set(values) == set(self.queue)
+        for name, value in values.items():
+            self.queue[name][place] = value
+        self.histories[place] = list(tokens)
+        self.is_prefix[place] = False
+
+    # ---- what `submit` and `pin` of the engine let in
+
+    def most_blocks(self, asked: Asked) -> int:
+        rows = len(asked.outputs) if asked.is_lockstep else 1
+        limit = asked.prompt + max(asked.outputs)
+        return limits.most_blocks(self.config, asked.prompt, limit, rows)
+
+    def num_pinned_blocks(self) -> int:
+        size, status = self.config.block_size, self.queue["status"]
+        pinned = [p for p in np.flatnonzero(status != EMPTY) if self.is_prefix[p]]
+        return sum(-(-len(self.histories[p]) // size) for p in pinned)
+
+    def is_legal(self, asked: Asked) -> bool:
+        if asked.prompt + max(asked.outputs) > self.config.max_model_len:
+            return False
+        if asked.is_lockstep and len(asked.outputs) > self.config.max_num_seqs:
+            return False
+        free = self.config.num_blocks - self.num_pinned_blocks()
+        return self.most_blocks(asked) <= free
+
+    def may_pin(self, length: int, going: list[Asked]) -> bool:
+        """`going` are the requests that have not finished."""
+        status = self.queue["status"]
+        num_pinned = sum(self.is_prefix[p] for p in np.flatnonzero(status != EMPTY))
+        pinned = self.num_pinned_blocks() - (-length // self.config.block_size)
+        most = max([1, *map(self.most_blocks, going)])
+        has_room = num_pinned < self.config.max_num_prefixes and (status == EMPTY).any()
+        return bool(has_room) and pinned + most <= self.config.num_blocks
+
+    # ---- a step
+
+    def step(self) -> dict[int, int]:
+        """Schedules and appends; the tokens of each place that took part."""
+        before = self.rows
+        queue, rows, blocks, plan, (after, appended) = self.operations.plan(
+            scheduler.Queue(**self.queue), self.rows, self.blocks, self.config
+        )
+        assert block_manager.violations(blocks) == []
+        assert block_manager.violations(after) == []
+        assert bool(appended.ok)
+        self.blocks, self.rows = after, np.array(rows)
+        self.num_copies += int((np.asarray(appended.copy_dst) != NO_BLOCK).sum())
+        self.num_preempted += int(plan.num_preempted)
+        self.queue = {
+            f.name: np.array(getattr(queue, f.name)) for f in dataclasses.fields(queue)
+        }
+        lost = set(before.tolist()) - set(self.rows.tolist()) - {NO_REQUEST}
+        assert len(lost) == int(plan.num_preempted)
+        assert all(self.queue["status"][list(lost)] == WAITING)
+        for place, (source, shared) in share_again(lost, self.histories, self.queue):
+            self.queue["sources"][place] = source
+            self.queue["shared_lens"][place] = shared
+        return self._check_plan(np.asarray(plan.num_tokens))
+
+    def _check_plan(self, planned: np.ndarray) -> dict[int, int]:
+        """What holds of every plan."""
+        config, queue = self.config, self.queue
+        used = self.rows[self.rows != NO_REQUEST]
+        status = queue["status"][used]
+        assert len(set(used.tolist())) == len(used)
+        assert int(planned.sum()) <= config.max_num_batched_tokens
+        assert (planned > 0).sum() <= config.max_num_seqs
+        assert (status == RUNNING).sum() <= config.max_num_seqs
+        assert set(used[status == RUNNING]) == set(
+            np.flatnonzero(queue["status"] == RUNNING)
+        )
+        assert (planned[self.rows == NO_REQUEST] == 0).all()
+        lengths = np.asarray(self.blocks.context_lens)
+        for row, place in enumerate(self.rows.tolist()):
+            if place == NO_REQUEST:
+                continue
+            assert lengths[row] <= queue["num_tokens"][place]
+            if queue["status"][place] == HELD:
+                assert planned[row] == 0
+                assert lengths[row] == len(self.histories[place])
+            if queue["has_ended"][place]:
+                assert planned[row] == lengths[row] == 0
+        return {int(self.rows[r]): int(planned[r]) for r in np.flatnonzero(planned)}
+
+    def commit(self) -> None:
+        """Who has computed all its tokens gets one more, or ends, or is held."""
+        queue, row_of = self.queue, self._row_of()
+        lengths = np.asarray(self.blocks.context_lens)
+        done = [
+            place
+            for place, row in row_of.items()
+            if queue["status"][place] == RUNNING
+            and not queue["has_ended"][place]
+            and lengths[row] == queue["num_tokens"][place]
+        ]
+        parents = list(range(len(self.rows)))
+        for place in done:
+            if self.is_prefix[place]:
+                queue["status"][place] = HELD
+            elif not queue["is_lockstep"][place] and self._extend(place):
+                queue["status"][place] = FINISHED
+        in_step = [place for place in done if queue["is_lockstep"][place]]
+        for leader in sorted({int(queue["leaders"][place]) for place in in_step}):
+            self._decide(leader, set(in_step), row_of, parents)
+        self._settle(parents)
+
+    def _row_of(self) -> dict[int, int]:
+        places = enumerate(self.rows.tolist())
+        return {place: row for row, place in places if place != NO_REQUEST}
+
+    def _extend(self, place: int) -> bool:
+        """Gives a token; whether the sequence has ended with it."""
+        queue, history = self.queue, self.histories[place]
+        history.append(next(self.new_token))
+        queue["num_tokens"][place] = len(history)
+        num_generated = len(history) - queue["prompt_lens"][place]
+        queue["has_ended"][place] = num_generated >= self.outputs[place]
+        return bool(queue["has_ended"][place])
+
+    def _decide(self, leader, in_step, row_of, parents) -> None:
+        """A lockstep request's rows get a token each, of which all are computed."""
+        queue = self.queue
+        mine = np.flatnonzero(queue["leaders"] == leader)
+        mine = [int(p) for p in mine if queue["status"][p] in (RUNNING, HELD)]
+        members = [p for p in mine if queue["status"][p] == RUNNING]
+        assert {p for p in members if not queue["has_ended"][p]} <= in_step
+        before = {p: (list(self.histories[p]), queue["has_ended"][p]) for p in members}
+        for place in members:
+            parent = place
+            if self.moves[place] and self.rng.random() < 0.4:
+                parent = int(self.rng.choice(members))
+            self.histories[place] = list(before[parent][0])
+            queue["has_ended"][place] = before[parent][1]
+            queue["num_tokens"][place] = len(self.histories[place])
+            if not queue["has_ended"][place]:
+                self._extend(place)
+            is_gone = queue["has_ended"][place]
+            parents[row_of[place]] = NO_BLOCK if is_gone else row_of[parent]
+        if queue["has_ended"][members].all():
+            queue["status"][mine] = FINISHED
+
+    def _settle(self, parents: list[int]) -> None:
+        for row, place in enumerate(self.rows.tolist()):
+            if place != NO_REQUEST and self.queue["status"][place] == FINISHED:
+                parents[row] = NO_BLOCK
+                self.rows[row] = NO_REQUEST
+        self.parents = parents
+        self.blocks = self.operations.fork(self.blocks, np.array(parents, np.int32))
+
+    def go(self) -> dict[int, int]:
+        planned = self.step()
+        self.commit()
+        return planned
+
+    def finish(self) -> int:
+        """Steps until nothing waits or runs; their number."""
+        for number in itertools.count():
+            if not np.isin(self.queue["status"], (WAITING, RUNNING)).any():
+                return number
+            assert number < 1000
+            self.go()
+        raise AssertionError
+
+    # ---- requests leave
+
+    def end(self, places: list[int]) -> None:
+        """Ends live sequences, as `engine.end` does."""
+        for place in places:
+            if self.queue["status"][place] in (WAITING, RUNNING, HELD):
+                self.queue["status"][place] = FINISHED
+        self._settle(list(range(len(self.rows))))
+
+    def release(self, *, is_eager: bool = False) -> None:
+        """Empties finished places, as `engine.release` does.
+
+        Of whole requests, or eagerly of each finished sequence.
+        """
+        queue = self.queue
+        live = np.isin(queue["status"], (WAITING, RUNNING, HELD))
+        going = set() if is_eager else set(queue["leaders"][live].tolist())
+        finished = np.flatnonzero(queue["status"] == FINISHED).tolist()
+        gone = {place for place in finished if queue["leaders"][place] not in going}
+        for place in range(len(queue["status"])):
+            if place in gone:
+                queue["status"][place] = EMPTY
+            if queue["leaders"][place] in gone:
+                queue["leaders"][place] = place
+            if queue["sources"][place] in gone:
+                queue["sources"][place] = place
+                queue["shared_lens"][place] = 0
+
+    # ---- what one sees
+
+    def running(self) -> set[int]:
+        return set(np.flatnonzero(self.queue["status"] == RUNNING).tolist())
+
+    def status(self, count: int) -> list[int]:
+        return self.queue["status"][:count].tolist()
+
+    def length(self, place: int) -> int:
+        """Tokens that a running sequence has computed."""
+        return int(self.blocks.context_lens[self._row_of()[place]])
+
+    def table(self, place: int) -> list[int]:
+        """Blocks of a running sequence."""
+        table = np.asarray(self.blocks.block_tables)[self._row_of()[place]]
+        return table[table != NO_BLOCK].tolist()
+
+    def num_free(self) -> int:
+        return int((np.asarray(self.blocks.ref_counts) == 0).sum())
+
+
+def share_again(lost, histories, queue) -> list[tuple[int, tuple[int, int]]]:
+    """Of the places that lost their blocks, those that get another source.
+
+    Pairs of place and (source, tokens to map), found by comparing token by token.
+    """
+    found = []
+    for place in sorted(lost):
+        leader = queue["leaders"][place]
+        before = [
+            p for p in sorted(lost) if p < place and queue["leaders"][p] == leader
+        ]
+        if not before:
+            continue
+        source, most = int(queue["sources"][place]), 0
+        for other in before:
+            mine, theirs = histories[place][:-1], histories[other][:-1]
+            pairs = zip(mine, theirs, strict=False)
+            alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+            common = len(list(alike))
+            if common > most and not queue["has_ended"][other]:
+                source, most = other, common
+        found.append((place, (source, most)))
+    return found

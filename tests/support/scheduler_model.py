@@ -1,0 +1,228 @@
+"""A slow scheduler: the same rules over Python lists, and `SlowBlockManager`'s pages.
+
+What would fit is not computed but tried out: rows are dropped until the rest fits.
+"""
+
+import copy
+import dataclasses
+import itertools
+
+import numpy as np
+
+from jpaged.config import EngineConfig
+from jpaged.kv.block_manager import NO_BLOCK
+from jpaged.scheduler import BEFORE_ALL, HELD, NO_REQUEST, RUNNING, WAITING
+from tests.support import block_manager_model
+
+
+@dataclasses.dataclass
+class Made:
+    """What the slow scheduler decided; it also changes the queue and its pages."""
+
+    rows: list[int]
+    tokens: list[int]
+    num_preempted: int = 0
+    num_admitted: int = 0
+
+
+class SlowScheduler:
+    """One decision after the other, in the order of the requests."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.blocks = block_manager_model.SlowBlockManager(
+            config.num_blocks,
+            config.block_size,
+            config.num_rows,
+            config.max_blocks_per_seq,
+        )
+
+    def step(self, queue: dict[str, np.ndarray], rows: list[int]) -> Made:
+        self.queue, self.rows = queue, list(rows)
+        wanted = self.join()
+        self.keep_step(wanted)
+        tokens = self.share_budget(wanted)
+        made = Made(self.rows, tokens)
+        needed = self.demand(tokens)
+        if sum(needed) > self.blocks.num_free():
+            self.preempt(made, needed)
+        else:
+            self.admit(made, needed)
+        return made
+
+    # ---- what there is
+
+    def rank(self, place: int) -> tuple[int, int, int]:
+        return (self.queue["priorities"][place], self.queue["arrivals"][place], place)
+
+    def live(self) -> list[int]:
+        """Rows that run, in order."""
+        used = [row for row, place in enumerate(self.rows) if place != NO_REQUEST]
+        used = [r for r in used if self.queue["status"][self.rows[r]] == RUNNING]
+        return sorted(used, key=lambda row: self.rank(self.rows[row]))
+
+    def requests(self, places: list[int]) -> list[list[int]]:
+        """The places in order, those of a request together."""
+        places = sorted(places, key=self.rank)
+        groups = itertools.groupby(places, key=lambda p: int(self.queue["leaders"][p]))
+        return [list(group) for _, group in groups]
+
+    def known(self, place: int) -> int:
+        """Tokens that a sequence has to have computed."""
+        ended = self.queue["has_ended"][place]
+        return 0 if ended else int(self.queue["num_tokens"][place])
+
+    def mapped(self, place: int) -> int:
+        source = int(self.queue["sources"][place])
+        if source == place:
+            return 0
+        is_there = self.queue["status"][source] in (RUNNING, HELD)
+        if self.queue["status"][source] == WAITING:
+            # It is admitted with its request, or before all others.
+            is_there = self.queue["arrivals"][source] == self.queue["arrivals"][place]
+            is_there |= self.queue["priorities"][source] == BEFORE_ALL
+        return int(self.queue["shared_lens"][place]) if is_there else 0
+
+    def num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def demand(self, tokens: list[int]) -> list[int]:
+        """Blocks that each row would take, were the pool without end."""
+        trial = copy.deepcopy(self.blocks)
+        trial.num_blocks += 10_000
+        held = [len(table) for table in trial.tables]
+        assert trial.append([[0] * n for n in tokens])
+        grown = [len(t) - h for t, h in zip(trial.tables, held, strict=True)]
+        return [n + (row in trial.copied_rows) for row, n in enumerate(grown)]
+
+    # ---- who wants how many tokens
+
+    def join(self) -> dict[int, int]:
+        """New rows map their source's pages; what each row has still to compute."""
+        wanted, blocks = {}, self.blocks
+        for row in self.live():
+            place = self.rows[row]
+            have = len(blocks.histories[row])
+            wanted[row] = max(self.known(place) - have, 0)
+            source = int(self.queue["sources"][place])
+            shared = int(self.queue["shared_lens"][place])
+            is_new = wanted[row] and not have and shared and source != place
+            if not is_new or source not in self.rows:
+                continue
+            wanted[row] = 0
+            # Sources come first in the order, and may have joined just now.
+            parent = self.rows.index(source)
+            if len(blocks.histories[parent]) >= shared:
+                own = range(len(self.rows))
+                blocks.fork([parent if r == row else r for r in own])
+                blocks.truncate([shared if r == row else -1 for r in own])
+                wanted[row] = self.known(place) - shared
+        return wanted
+
+    def keep_step(self, wanted: dict[int, int]) -> None:
+        """Lockstep rows leave their last token while one has more than one to go."""
+        for request in self.requests([self.rows[row] for row in wanted]):
+            rows = [self.rows.index(place) for place in request]
+            if not self.queue["is_lockstep"][request[0]]:
+                continue
+            to_go = [
+                self.known(place) - len(self.blocks.histories[row])
+                for row, place in zip(rows, request, strict=True)
+            ]
+            if max(to_go) > 1:
+                wanted.update({row: max(wanted[row] - 1, 0) for row in rows})
+
+    def share_budget(self, wanted: dict[int, int]) -> list[int]:
+        tokens = [int(wanted.get(row) == 1) for row in range(len(self.rows))]
+        budget = self.config.max_num_batched_tokens - sum(tokens)
+        for row in self.live():
+            if wanted[row] > 1:
+                tokens[row] = min(budget, wanted[row])
+                budget -= tokens[row]
+        return tokens
+
+    # ---- who goes
+
+    def preempt(self, made: Made, needed: list[int]) -> None:
+        """Sends the last request away until the rest fits; of the first, samples."""
+
+        def fits() -> bool:
+            # The others' demand is counted as if those sent away were still there.
+            left = sum(needed[row] for row in self.live())
+            return left <= self.blocks.num_free()
+
+        while not fits():
+            *others, last = self.requests([self.rows[row] for row in self.live()])
+            if not others and self.queue["is_lockstep"][last[0]]:
+                return
+            if not others:
+                last = last[1:][-1:]
+            if not last:
+                return
+            for place in last:
+                row = self.rows.index(place)
+                self.queue["status"][place] = WAITING
+                self.queue["num_preemptions"][place] += 1
+                self.rows[row], made.tokens[row] = NO_REQUEST, 0
+                own = range(len(self.rows))
+                self.blocks.fork([NO_BLOCK if r == row else r for r in own])
+                made.num_preempted += 1
+
+    # ---- who comes
+
+    def admit(self, made: Made, needed: list[int]) -> None:
+        budget = self.config.max_num_batched_tokens - sum(made.tokens)
+        free = self.spare_blocks(needed)
+        empty = [row for row, place in enumerate(self.rows) if place == NO_REQUEST]
+        num_running = len(self.live())
+        empty = empty[: max(self.config.max_num_seqs - num_running, 0)]
+        running = {int(self.queue["leaders"][self.rows[row]]) for row in self.live()}
+        waiting = np.flatnonzero(self.queue["status"] == WAITING).tolist()
+        for number, request in enumerate(self.requests(waiting)):
+            costs = [
+                self.num_blocks(self.known(place))
+                - self.mapped(place) // self.config.block_size
+                for place in request
+            ]
+            costs = [max(cost, 0) for cost in costs]
+            if budget <= 0:
+                return
+            together = len(request)
+            if together > len(empty) or sum(costs) > free:
+                # Samples that have the engine for themselves: as many as fit.
+                leader = int(self.queue["leaders"][request[0]])
+                if (
+                    number
+                    or running - {leader}
+                    or self.queue["is_lockstep"][request[0]]
+                ):
+                    return
+                sums = list(itertools.accumulate(costs))
+                together = sum(total <= free for total in sums)
+                together = min(together, len(empty))
+            for place, cost in zip(request[:together], costs[:together], strict=True):
+                row = empty.pop(0)
+                self.rows[row] = place
+                is_new = self.queue["num_preemptions"][place] == 0
+                if is_new and self.queue["leaders"][place] == place:
+                    self.queue["num_cached"][place] += self.mapped(place)
+                self.queue["status"][place] = RUNNING
+                wants = self.known(place) - bool(self.queue["is_lockstep"][place])
+                wants = 0 if self.mapped(place) else max(wants, 0)
+                made.tokens[row] = max(min(budget, wants), 0)
+                budget -= wants
+                free -= cost
+                made.num_admitted += 1
+            if together < len(request):
+                return
+
+    def spare_blocks(self, needed: list[int]) -> int:
+        """Free blocks, but for what is promised and the watermark."""
+        free = self.blocks.num_free()
+        for row in self.live():
+            place = self.rows[row]
+            held = len(self.blocks.tables[row])
+            mapped = self.mapped(place) // self.config.block_size
+            still = self.num_blocks(self.known(place)) - max(held, mapped)
+            free -= max(still, needed[row])
+        return free - (self.config.num_watermark_blocks if self.live() else 0)

@@ -301,8 +301,8 @@ def plot(found: Sequence[Saved], path: str) -> None:
     )
     for axis, dataset in zip(axes[0], datasets, strict=True):
         mine = [one for one in found if one.dataset == dataset]
-        places = range(len(mine))
-        axis.bar(places, [one.saved_percent for one in mine], color="tab:blue")
+        seq_indices = range(len(mine))
+        axis.bar(seq_indices, [one.saved_percent for one in mine], color="tab:blue")
         marks = [(at, one.paper_percent) for at, one in enumerate(mine)]
         marks = [(at, percent) for at, percent in marks if percent is not None]
         if marks:
@@ -312,7 +312,7 @@ def plot(found: Sequence[Saved], path: str) -> None:
             + (f"\n× {one.weight_scale:g}" if one.method == "beam" else "")
             for one in mine
         ]
-        axis.set_xticks(places, names, fontsize=7)
+        axis.set_xticks(seq_indices, names, fontsize=7)
         axis.set_title(f"{dataset}; dots: OPT-13B in the paper")
     axes[0][0].set_ylabel("blocks saved by sharing, %")
     figure.tight_layout()

@@ -164,8 +164,8 @@ def make_machine() -> tuple[CostModel, int, dict[str, Any]]:
     elif slots is None:
         slots, source = kv_slots(model, chip, num_chips), "what parameters leave of 0.9"
     cost_model: CostModel = Roofline.of(model, chip, num_chips, step_s=FLAGS.step_s)
-    asked = FLAGS.separate_prompts
-    is_separate = is_papers if asked is None else asked
+    params = FLAGS.separate_prompts
+    is_separate = is_papers if params is None else params
     if is_separate:
         cost_model = Separate(cost_model)
     said = {"gpu": chip_name, "num_chips": num_chips, "num_slots": slots}

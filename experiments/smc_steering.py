@@ -155,7 +155,7 @@ def run_all(
     ]
     begin = time.perf_counter()
     state = engine.init(model, config)
-    state, places = engine.submit(
+    state, seq_indices = engine.submit(
         state, [prompt] * len(params), params, vocab_size=model.config.vocab_size
     )
     state = jax.block_until_ready(engine.run(model, state, jnp.int32(2**30)))
@@ -167,7 +167,7 @@ def run_all(
     for number in range(len(params)):
         kind, name = number // num_runs, list(methods)[number // num_runs]
         # A request's state lies at the place of its first sequence.
-        leader = places[number][0]
+        leader = seq_indices[number][0]
         own: SMCState = jax.tree.map(lambda x, at=leader: x[at], state.states[kind])
         runs[name].append(
             Run(

@@ -251,9 +251,9 @@ class EngineConfig:
         return int(self.watermark * self.num_blocks)
 
     @property
-    def knobs(self) -> policies.Knobs:
+    def scheduler_params(self) -> policies.SchedulerParams:
         """The scheduler's numbers as arrays."""
-        return policies.Knobs(
+        return policies.SchedulerParams(
             parameters=jnp.array(self.policy_parameters, jnp.float32),
             num_watermark_blocks=jnp.int32(self.num_watermark_blocks),
             max_num_seqs=jnp.int32(self.max_num_seqs),

@@ -704,7 +704,7 @@ class LLM:
             params=params,
             eos_token_ids=self.model.config.eos_token_ids,
             tokenizer=self.tokenizer,
-            num_places=len(shape.numbers),
+            table_size=len(shape.numbers),
             num_outputs=num_outputs,
             inbox=inbox,
         )
@@ -714,10 +714,10 @@ def _with_places(config: EngineConfig, max_num_requests: int | None) -> EngineCo
     """`config` with the request table's places, where the user left them open."""
     if max_num_requests is not None:
         return config
-    places = memory.max_places(
+    seq_indices = memory.max_places(
         config.num_rows, config.max_model_len, config.num_logprobs
     )
-    return dataclasses.replace(config, max_num_requests=places)
+    return dataclasses.replace(config, max_num_requests=seq_indices)
 
 
 def _report(

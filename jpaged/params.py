@@ -1,7 +1,7 @@
 """Request parameters: sampling, beam search, algorithms and structured output.
 
 Host only: the engine turns parameters into arrays. Names and meanings
-are vLLM's unless said otherwise; nothing is clamped, dropped or replaced without a word.
+are vLLM's unless said otherwise; nothing is clamped, dropped or replaced silently.
 """
 
 import dataclasses

@@ -43,7 +43,7 @@ Policy = Callable[[Waiting], jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Knobs:
+class SchedulerParams:
     """The scheduler's numbers that are no shapes, as arrays: `vmap` sweeps them."""
 
     parameters: jax.Array  # f32[P], of the policy

@@ -102,14 +102,14 @@ def bookkeeping(state: engine.EngineState, steps: int) -> Contender:
     state = dataclasses.replace(state, cache=None)
 
     def step(state: engine.EngineState) -> engine.EngineState:
-        begun = engine.begin_step(state, config)
-        entries = sampling.make_entries(begun.table, begun.batch, config)
+        scheduled = engine.begin_step(state, config)
+        entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
         table, ended = request_table.extend(
-            begun.table,
-            NewTokens.zeros(entries.places, config.num_logprobs),
+            scheduled.table,
+            NewTokens.zeros(entries.seq_indices, config.num_logprobs),
             state.counters.num_steps,
         )
-        decoded = engine.Decoded(
+        decoded = engine.SampledStep(
             table=table,
             states=state.states,
             parents=jnp.arange(config.num_rows, dtype=jnp.int32),
@@ -117,7 +117,7 @@ def bookkeeping(state: engine.EngineState, steps: int) -> Contender:
             num_accepted=jnp.int32(0),
             is_settled=~jnp.any(ended),
         )
-        return engine.end_step(state, begun, decoded, state.cache)
+        return engine.end_step(state, scheduled, decoded, state.cache)
 
     @jax.jit
     def run(state: engine.EngineState) -> engine.EngineState:

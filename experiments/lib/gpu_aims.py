@@ -43,22 +43,22 @@ def _best_share(rows: Rows) -> Found:
 
 def _over_flashinfer(rows: Rows) -> Found:
     """FlashInfer's time by that of the better kernel, where it is least."""
-    seconds = {(row["name"], _place(row)): row["seconds"] for row in rows}
+    seconds = {(row["name"], _insert(row)): row["seconds"] for row in rows}
     found = []
-    for place in {_place(row) for row in rows if row["name"] == "flashinfer"}:
+    for seq_index in {_insert(row) for row in rows if row["name"] == "flashinfer"}:
         ours = [
-            (seconds[name, place], name)
+            (seconds[name, seq_index], name)
             for name in _KERNELS
-            if (name, place) in seconds
+            if (name, seq_index) in seconds
         ]
         if ours:
             least, name = min(ours)
-            ratio = seconds["flashinfer", place] / least
-            found.append((ratio, f"{name}, {place[0]} rows of {place[1]}"))
+            ratio = seconds["flashinfer", seq_index] / least
+            found.append((ratio, f"{name}, {seq_index[0]} rows of {seq_index[1]}"))
     return min(found, default=None)
 
 
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+def _insert(row: dict[str, Any]) -> tuple[Any, ...]:
     return row.get("rows"), row.get("context"), row["block_size"]
 
 

@@ -101,8 +101,8 @@ def step(
         penalised = group_logits - state.diversity_penalty * counts[None]
         group_state, decision, going = beam.advance(penalised, group_state)
         # Rows count in the step that ends their group too; stop tokens never do.
-        is_going = (going.scores > -jnp.inf).astype(jnp.float32)
-        return counts.at[going.tokens].add(is_going), (group_state, decision)
+        is_live = (going.scores > -jnp.inf).astype(jnp.float32)
+        return counts.at[going.tokens].add(is_live), (group_state, decision)
 
     groups = logits.reshape(num_groups, width, vocab_size), state.groups
     _, (states, decisions) = lax.scan(take_turn, jnp.zeros(vocab_size), groups)

@@ -1,13 +1,13 @@
 """The pure engine: its state is a pytree, a step is EngineState -> EngineState."""
 
 from jpaged.engine.api import FINISH_REASONS as FINISH_REASONS
-from jpaged.engine.api import Begun as Begun
 from jpaged.engine.api import Counters as Counters
-from jpaged.engine.api import Decoded as Decoded
 from jpaged.engine.api import DraftedModel as DraftedModel
 from jpaged.engine.api import EngineState as EngineState
 from jpaged.engine.api import Model as Model
 from jpaged.engine.api import Result as Result
+from jpaged.engine.api import SampledStep as SampledStep
+from jpaged.engine.api import ScheduledStep as ScheduledStep
 from jpaged.engine.api import begin_step as begin_step
 from jpaged.engine.api import check_request as check_request
 from jpaged.engine.api import collect as collect

@@ -29,7 +29,7 @@ from jpaged.decoding.sample import token_keys
 from jpaged.engine import request_table
 from jpaged.engine.request_table import NewTokens, RequestTable
 from jpaged.kv.block_manager import NO_BLOCK
-from jpaged.scheduler import FINISHED, HELD, RUNNING
+from jpaged.scheduler import FINISHED, RETAINED, RUNNING
 
 # Of each algorithm its state for every request, at its leader's place: [R, ...].
 States = tuple[Any, ...]
@@ -115,19 +115,19 @@ def init_states(config: EngineConfig) -> States:
 
     def empty(algorithm: DecodingAlgorithm, num_rows: int) -> Any:
         one = jax.eval_shape(lambda: _as_arrays(algorithm.init(num_rows)))
-        places = config.max_num_requests
-        return jax.tree.map(lambda x: jnp.zeros((places, *x.shape), x.dtype), one)
+        seq_indices = config.max_num_requests
+        return jax.tree.map(lambda x: jnp.zeros((seq_indices, *x.shape), x.dtype), one)
 
     return tuple(empty(*pair) for pair in kinds(config))
 
 
-def place_states(states: States, new: request_table.Submission) -> States:
+def insert_states(states: States, new: request_table.Submission) -> States:
     """The states with those of new requests, at their leaders' places."""
 
     def put(kind: int, column: jax.Array, values: jax.Array) -> jax.Array:
-        is_mine = (new.asked.algorithms == kind) & (new.asked.sampling.sample == 0)
-        places = jnp.where(is_mine, new.places, column.shape[0])
-        return column.at[places].set(values, mode="drop")
+        is_mine = (new.params.algorithms == kind) & (new.params.sampling.sample == 0)
+        seq_indices = jnp.where(is_mine, new.seq_indices, column.shape[0])
+        return column.at[seq_indices].set(values, mode="drop")
 
     return tuple(
         jax.tree.map(functools.partial(put, kind), old, fresh)
@@ -139,7 +139,7 @@ class Logits(NamedTuple):
     """The logits of a step and whose they are."""
 
     values: jax.Array  # f32[S, V]
-    places: jax.Array  # i32[S], the sequence of each; R where there is none
+    seq_indices: jax.Array  # i32[S], the sequence of each; R where there is none
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +169,7 @@ def decide(
     own = jnp.arange(rows.shape[0], dtype=jnp.int32)
     carry = _Carry(table, states, own, jnp.int32(0))
     for kind in range(len(kinds(config))):
-        leaders, count = _leaders(table, logits.places, kind)
+        leaders, count = _leaders(table, logits.seq_indices, kind)
 
         def body(i, carry, kind=kind, leaders=leaders):
             return _decide_one(carry, leaders[i], rows, logits, step, kind, config)
@@ -181,30 +181,32 @@ def decide(
     return carry.table, carry.states, carry.parents, carry.num_tokens
 
 
-def _leaders(table, places, kind) -> tuple[jax.Array, jax.Array]:
+def _leaders(table, seq_indices, kind) -> tuple[jax.Array, jax.Array]:
     """The leaders of this kind's requests with logits, packed: i32[S]; how many."""
-    num_places = table.queue.status.shape[0]
-    safe = jnp.minimum(places, num_places - 1)
-    is_mine = (places < num_places) & (table.asked.algorithms[safe] == kind)
-    leaders = jnp.where(is_mine, table.queue.leaders[safe], num_places)
-    has_logits = jnp.zeros((num_places,), jnp.bool_).at[leaders].set(True, mode="drop")
-    (found,) = jnp.nonzero(has_logits, size=places.shape[0], fill_value=num_places)
+    table_size = table.queue.status.shape[0]
+    safe = jnp.minimum(seq_indices, table_size - 1)
+    is_mine = (seq_indices < table_size) & (table.params.algorithms[safe] == kind)
+    leaders = jnp.where(is_mine, table.queue.leaders[safe], table_size)
+    has_logits = jnp.zeros((table_size,), jnp.bool_).at[leaders].set(True, mode="drop")
+    (found,) = jnp.nonzero(has_logits, size=seq_indices.shape[0], fill_value=table_size)
     return found.astype(jnp.int32), jnp.sum(has_logits, dtype=jnp.int32)
 
 
 def _members(table: RequestTable, leader: jax.Array, count: int) -> jax.Array:
     """The places of a request's sequences by their number, i32[Q]; R: not used."""
-    num_places = table.queue.status.shape[0]
+    table_size = table.queue.status.shape[0]
     status = table.queue.status
-    is_mine = (table.queue.leaders == leader) & ((status == RUNNING) | (status == HELD))
-    at = jnp.where(is_mine, table.asked.sampling.sample, count)
-    members = jnp.full((count,), num_places, jnp.int32)
-    return members.at[at].set(jnp.arange(num_places, dtype=jnp.int32), mode="drop")
+    is_mine = (table.queue.leaders == leader) & (
+        (status == RUNNING) | (status == RETAINED)
+    )
+    at = jnp.where(is_mine, table.params.sampling.sample, count)
+    members = jnp.full((count,), table_size, jnp.int32)
+    return members.at[at].set(jnp.arange(table_size, dtype=jnp.int32), mode="drop")
 
 
 def _decide_one(carry, leader, rows, logits, step, kind, config) -> _Carry:
     """One request's decision, made and carried out."""
-    table, num_places = carry.table, config.max_num_requests
+    table, table_size = carry.table, config.max_num_requests
     algorithm, num_rows = kinds(config)[kind]
     vocab_size = logits.values.shape[1]
     members = _members(table, leader, num_sequences(algorithm, num_rows, vocab_size))
@@ -217,7 +219,7 @@ def _decide_one(carry, leader, rows, logits, step, kind, config) -> _Carry:
     table, gets_token = _apply(table, members, decision, step)
     table, has_ended = _finish(table, members, num_rows)
 
-    row_of = _row_of(rows, num_places)
+    row_of = _row_of(rows, table_size)
     sources = row_of[members[decision.parents[:num_rows]]]
     own_rows = row_of[members[:num_rows]]
     states = list(carry.states)
@@ -243,51 +245,51 @@ def _finish(
     A sequence that the algorithm was to hold and that never came to be, because no
     token was allowed, has a reason too.
     """
-    num_places = table.queue.status.shape[0]
-    places = members[:num_rows]
-    is_used = places < num_places
-    has_ended = ~is_used | table.queue.has_ended[jnp.where(is_used, places, 0)]
-    at = jnp.where(jnp.all(has_ended), members, num_places)
+    table_size = table.queue.status.shape[0]
+    seq_indices = members[:num_rows]
+    is_used = seq_indices < table_size
+    has_ended = ~is_used | table.queue.has_ended[jnp.where(is_used, seq_indices, 0)]
+    at = jnp.where(jnp.all(has_ended), members, table_size)
     status = table.queue.status.at[at].set(FINISHED, mode="drop")
     queue = dataclasses.replace(table.queue, status=status)
     reasons = table.finish_reasons
     is_nothing = reasons.at[at].get(mode="fill", fill_value=request_table.STOP)
     is_nothing = is_nothing == request_table.NOT_FINISHED
-    at = jnp.where(is_nothing, at, num_places)
+    at = jnp.where(is_nothing, at, table_size)
     reasons = reasons.at[at].set(request_table.DEAD_END, mode="drop")
     table = dataclasses.replace(table, queue=queue, finish_reasons=reasons)
     return table, has_ended
 
 
-def _row_of(rows: jax.Array, num_places: int) -> jax.Array:
+def _row_of(rows: jax.Array, table_size: int) -> jax.Array:
     """The row that runs each place, i32[R + 1]; S where none does."""
     (num_rows,) = rows.shape
-    places = jnp.where(rows == scheduler.NO_REQUEST, num_places, rows)
-    row_of = jnp.full((num_places + 1,), num_rows, jnp.int32)
-    row_of = row_of.at[places].set(jnp.arange(num_rows, dtype=jnp.int32))
-    return row_of.at[num_places].set(num_rows)
+    seq_indices = jnp.where(rows == scheduler.NO_REQUEST, table_size, rows)
+    row_of = jnp.full((table_size + 1,), num_rows, jnp.int32)
+    row_of = row_of.at[seq_indices].set(jnp.arange(num_rows, dtype=jnp.int32))
+    return row_of.at[table_size].set(num_rows)
 
 
 def _inputs(
-    table: RequestTable, places: jax.Array, logits: Logits
+    table: RequestTable, seq_indices: jax.Array, logits: Logits
 ) -> tuple[jax.Array, jax.Array]:
     """key[W] and log-probabilities f32[W, V] of a request's rows.
 
     A row without logits in this step gets another's.
     """
-    num_places = table.queue.status.shape[0]
-    order = jnp.arange(logits.places.shape[0], dtype=jnp.int32)
-    index = jnp.zeros((num_places + 1,), jnp.int32).at[logits.places].set(order)
-    values = logits.values[index[places]]
+    table_size = table.queue.status.shape[0]
+    order = jnp.arange(logits.seq_indices.shape[0], dtype=jnp.int32)
+    index = jnp.zeros((table_size + 1,), jnp.int32).at[logits.seq_indices].set(order)
+    values = logits.values[index[seq_indices]]
     values = values - jax.nn.logsumexp(values, axis=1, keepdims=True)
-    is_used = places < num_places
-    known = jnp.where(is_used, places, 0)
+    is_used = seq_indices < table_size
+    known = jnp.where(is_used, seq_indices, 0)
     states = table.automaton_states[known]
     values = request_table.constrain(table, known, states, is_used, values)
 
-    leader = places[0]
-    number = jnp.arange(places.shape[0], dtype=jnp.int32)
-    seeds = jnp.full(number.shape, table.asked.sampling.seed[leader])
+    leader = seq_indices[0]
+    number = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
+    seeds = jnp.full(number.shape, table.params.sampling.seed[leader])
     # All rows that go on are equally long; those that have ended get new keys too, for
     # they may go on from another row.
     length = jnp.max(jnp.where(is_used, table.queue.num_tokens[known], 0))
@@ -298,28 +300,30 @@ def _apply(
     table: RequestTable, members: jax.Array, decision: Decision, step: jax.Array
 ) -> tuple[RequestTable, jax.Array]:
     """The table after a decision, and which sequences got a token, bool[Q]."""
-    num_places = table.queue.status.shape[0]
+    table_size = table.queue.status.shape[0]
     parents = members[decision.parents]
-    is_known = (members < num_places) & (parents < num_places)
-    places = jnp.where(is_known, members, num_places)
+    is_known = (members < table_size) & (parents < table_size)
+    seq_indices = jnp.where(is_known, members, table_size)
     parents = jnp.where(is_known, parents, 0)
     had_ended = table.queue.has_ended[parents]
-    is_moved = jnp.any(is_known & (places != parents))
+    is_moved = jnp.any(is_known & (seq_indices != parents))
     table = when(
         is_moved,
-        lambda table: request_table.inherit(table, places, parents),
+        lambda table: request_table.inherit(table, seq_indices, parents),
         table,
     )
     gets_token = is_known & ~had_ended
     new = NewTokens.zeros(
-        jnp.where(gets_token, places, num_places), table.top_ids.shape[2]
+        jnp.where(gets_token, seq_indices, table_size), table.top_ids.shape[2]
     )
     new = dataclasses.replace(new, tokens=decision.tokens, logprobs=decision.logprobs)
     table, ended = request_table.extend(table, new, step)
     # What the algorithm ends, it ends for a reason of its own.
-    by_itself = jnp.where(decision.finished & ~ended & gets_token, places, num_places)
+    by_itself = jnp.where(
+        decision.finished & ~ended & gets_token, seq_indices, table_size
+    )
     reasons = table.finish_reasons.at[by_itself].set(request_table.STOP, mode="drop")
-    at_end = jnp.where(decision.finished, members, num_places)
+    at_end = jnp.where(decision.finished, members, table_size)
     queue = dataclasses.replace(
         table.queue,
         has_ended=table.queue.has_ended.at[at_end].set(True, mode="drop"),

@@ -38,8 +38,8 @@ from jpaged.engine import (
     request_table,
     submission,
 )
-from jpaged.engine.iteration import Begun as Begun
-from jpaged.engine.iteration import Decoded as Decoded
+from jpaged.engine.iteration import SampledStep as SampledStep
+from jpaged.engine.iteration import ScheduledStep as ScheduledStep
 from jpaged.engine.iteration import begin_step as begin_step
 from jpaged.engine.iteration import end_step as end_step
 from jpaged.engine.limits import Params
@@ -53,7 +53,7 @@ from jpaged.engine.state import init as init
 from jpaged.engine.submission import FINISH_REASONS as FINISH_REASONS
 from jpaged.engine.submission import Result
 from jpaged.kv import block_manager, prefix_cache
-from jpaged.scheduler import FINISHED, HELD, NO_REQUEST, RUNNING, SWAPPED
+from jpaged.scheduler import FINISHED, NO_REQUEST, RETAINED, RUNNING, SWAPPED
 
 
 def step(model: Model, state: EngineState) -> EngineState:
@@ -72,7 +72,7 @@ def step(model: Model, state: EngineState) -> EngineState:
 def has_work(state: EngineState) -> jax.Array:
     """bool[]: some sequence waits or runs, and the engine has not stalled."""
     status = state.requests.queue.status
-    is_any = jnp.any(iteration.is_going(status), axis=-1)
+    is_any = jnp.any(iteration.is_live(status), axis=-1)
     return jnp.any(is_any & ~state.counters.is_stalled)  # of any replica
 
 
@@ -188,7 +188,7 @@ def submit(
             num_blocks=config.num_blocks - num_pinned,
         )
     automata, loads = submission.place_automata(table, config, params)
-    new, places = submission.encode(
+    new, seq_indices = submission.encode(
         table,
         config,
         prompts,
@@ -202,9 +202,9 @@ def submit(
     for load in loads:
         state = _load_automaton(state, replica, *load)
     if new is not None:
-        state = _place(state, replica, new)
-    first = _first_place(state, replica)
-    return state, [[first + place for place in mine] for mine in places]
+        state = _insert(state, replica, new)
+    first = _first_seq_index(state, replica)
+    return state, [[first + seq_index for seq_index in mine] for mine in seq_indices]
 
 
 def host_table(state: EngineState, replica: int = 0) -> RequestTable:
@@ -219,14 +219,14 @@ def host_table(state: EngineState, replica: int = 0) -> RequestTable:
     table = state.requests
     read = dict(
         queue=table.queue,
-        asked=table.asked,
+        params=table.params,
         digests=table.digests,
         tokens=table.tokens,
     )
     return dataclasses.replace(table, **replicas.part(read, state.mesh, replica))
 
 
-def _first_place(state: EngineState, replica: int) -> int:
+def _first_seq_index(state: EngineState, replica: int) -> int:
     """The number of a replica's first place among those of all replicas."""
     return replica * state.config.max_num_requests
 
@@ -241,15 +241,15 @@ def _load_automaton(state: EngineState, replica, *load) -> EngineState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(state: EngineState, replica, new: request_table.Submission) -> EngineState:
-    def place(state: EngineState, new: request_table.Submission) -> EngineState:
+def _insert(state: EngineState, replica, new: request_table.Submission) -> EngineState:
+    def insert(state: EngineState, new: request_table.Submission) -> EngineState:
         return dataclasses.replace(
             state,
-            requests=request_table.place(state.requests, new),
-            states=algorithms.place_states(state.states, new),
+            requests=request_table.insert(state.requests, new),
+            states=algorithms.insert_states(state.states, new),
         )
 
-    return replicas.one(place, state, replica, new)
+    return replicas.one(insert, state, replica, new)
 
 
 def pin(
@@ -280,25 +280,25 @@ def pin(
         num_pinned_blocks=limits.num_pinned_blocks(table, config.block_size),
         vocab_size=vocab_size,
     )
-    new, place = submission.encode_prefix(table, config, tokens)
-    return _place(state, replica, new), _first_place(state, replica) + place
+    new, seq_index = submission.encode_prefix(table, config, tokens)
+    return _insert(state, replica, new), _first_seq_index(state, replica) + seq_index
 
 
-def unpin(state: EngineState, places: Sequence[int]) -> EngineState:
-    """The state without the pinned prefixes at `places`; donates `state`.
+def unpin(state: EngineState, seq_indices: Sequence[int]) -> EngineState:
+    """The state without the pinned prefixes at `seq_indices`; donates `state`.
 
     Who maps their blocks keeps them.
 
     Raises:
       ValueError: there is no pinned prefix at a place.
     """
-    is_prefix = np.array(state.requests.asked.is_prefix)
+    is_prefix = np.array(state.requests.params.is_prefix)
     is_prefix &= np.asarray(state.requests.queue.status) != scheduler.EMPTY
     mask = np.zeros(is_prefix.shape, np.bool_)
-    for place in places:
-        if not 0 <= place < mask.size or not is_prefix.flat[place]:
-            raise ValueError(f"places: expected a pinned prefix's, got {place}")
-        mask.flat[place] = True
+    for seq_index in seq_indices:
+        if not 0 <= seq_index < mask.size or not is_prefix.flat[seq_index]:
+            raise ValueError(f"places: expected a pinned prefix's, got {seq_index}")
+        mask.flat[seq_index] = True
     return release(end(state, mask, np.int32(request_table.ABORT)), mask)
 
 
@@ -322,8 +322,8 @@ def collect(state: EngineState) -> list[Result]:
     found = []
     for replica in range(parallel.num_replicas(state.mesh)):
         results = submission.results(replicas.part(state.requests, state.mesh, replica))
-        first = _first_place(state, replica)
-        found += [one._replace(place=first + one.place) for one in results]
+        first = _first_seq_index(state, replica)
+        found += [one._replace(seq_index=first + one.seq_index) for one in results]
     return sorted(found, key=lambda result: (result.arrival, result.sample))
 
 
@@ -351,21 +351,23 @@ def _violations(state: EngineState) -> list[str]:
     queue = jax.device_get(state.requests.queue)
     rows, lens = np.asarray(state.rows), np.asarray(state.blocks.context_lens)
     found = block_manager.violations(state.blocks)
-    for row, (place, length) in enumerate(np.stack([rows, lens], axis=1).tolist()):
-        if place == NO_REQUEST:
+    for row, (seq_index, length) in enumerate(np.stack([rows, lens], axis=1).tolist()):
+        if seq_index == NO_REQUEST:
             if length:
                 found.append(f"row {row}: is empty and holds {length} tokens")
             continue
-        if queue.status[place] not in (RUNNING, HELD):
-            found.append(f"row {row}: place {place} has status {queue.status[place]}")
-        if length > queue.num_tokens[place]:
+        if queue.status[seq_index] not in (RUNNING, RETAINED):
             found.append(
-                f"row {row}: holds {length} tokens, place {place} knows "
-                f"{queue.num_tokens[place]}"
+                f"row {row}: place {seq_index} has status {queue.status[seq_index]}"
             )
-    for place in np.flatnonzero(queue.status == RUNNING).tolist():
-        if (times := int((rows == place).sum())) != 1:
-            found.append(f"place {place}: runs in {times} rows")
+        if length > queue.num_tokens[seq_index]:
+            found.append(
+                f"row {row}: holds {length} tokens, place {seq_index} knows "
+                f"{queue.num_tokens[seq_index]}"
+            )
+    for seq_index in np.flatnonzero(queue.status == RUNNING).tolist():
+        if (times := int((rows == seq_index).sum())) != 1:
+            found.append(f"place {seq_index}: runs in {times} rows")
     if state.prefix_cache is not None:
         tokens = state.requests.tokens[np.maximum(rows, 0)]
         found += prefix_cache.violations(state.prefix_cache, state.blocks, tokens)
@@ -376,37 +378,43 @@ def _host_violations(state: EngineState) -> list[str]:
     status, rows = np.asarray(state.requests.queue.status), np.asarray(state.rows)
     if state.host is None:
         away = np.flatnonzero(status == SWAPPED).tolist()
-        return [f"place {place}: is swapped, and there is no host" for place in away]
+        return [
+            f"place {seq_index}: is swapped, and there is no host" for seq_index in away
+        ]
     found = [f"host: {one}" for one in block_manager.violations(state.host.blocks)]
     known = np.asarray(state.requests.queue.num_tokens)
-    for place, length in enumerate(np.asarray(state.host.blocks.context_lens).tolist()):
-        if length and status[place] != SWAPPED:
-            found.append(f"place {place}: has blocks on the host, is {status[place]}")
-        if length > known[place]:
+    for seq_index, length in enumerate(
+        np.asarray(state.host.blocks.context_lens).tolist()
+    ):
+        if length and status[seq_index] != SWAPPED:
             found.append(
-                f"place {place}: holds {length} tokens on the host, knows "
-                f"{known[place]}"
+                f"place {seq_index}: has blocks on the host, is {status[seq_index]}"
             )
-        if status[place] == SWAPPED and place in rows:
-            found.append(f"place {place}: is swapped and has a row")
+        if length > known[seq_index]:
+            found.append(
+                f"place {seq_index}: holds {length} tokens on the host, knows "
+                f"{known[seq_index]}"
+            )
+        if status[seq_index] == SWAPPED and seq_index in rows:
+            found.append(f"place {seq_index}: is swapped and has a row")
     return found
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
+def end(state: EngineState, seq_indices: jax.Array, reason: jax.Array) -> EngineState:
     """The state in which the marked live sequences have ended.
 
-    `places` is bool[R], or of D replicas bool[D, R]; `reason` is an index of
+    `seq_indices` is bool[R], or of D replicas bool[D, R]; `reason` is an index of
     FINISH_REASONS. Their blocks are free again. Of a request of an algorithm, mark all
     sequences or none.
     """
-    return replicas.each(_end, state, places, replicas.stacked(reason, state.mesh))
+    return replicas.each(_end, state, seq_indices, replicas.stacked(reason, state.mesh))
 
 
-def _end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineState:
+def _end(state: EngineState, seq_indices: jax.Array, reason: jax.Array) -> EngineState:
     table = state.requests
     status = table.queue.status
-    ends = places & (iteration.is_going(status) | (status == HELD))
+    ends = seq_indices & (iteration.is_live(status) | (status == RETAINED))
     queue = dataclasses.replace(table.queue, status=jnp.where(ends, FINISHED, status))
     table = dataclasses.replace(
         table,
@@ -415,7 +423,7 @@ def _end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineStat
     )
     own = jnp.arange(state.rows.shape[0], dtype=jnp.int32)
     blocks = iteration.move(queue, own, state.rows, state.blocks)
-    rows, blocks = iteration.let_go(queue, state.rows, blocks)
+    rows, blocks = iteration.release_finished(queue, state.rows, blocks)
     host = state.host
     if host is not None:
         host_blocks = block_manager.free(host.blocks, ends)
@@ -426,17 +434,17 @@ def _end(state: EngineState, places: jax.Array, reason: jax.Array) -> EngineStat
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def release(state: EngineState, places: jax.Array) -> EngineState:
+def release(state: EngineState, seq_indices: jax.Array) -> EngineState:
     """The state in which the marked finished sequences' places are empty.
 
-    `places` is bool[R], or of D replicas bool[D, R].
+    `seq_indices` is bool[R], or of D replicas bool[D, R].
     """
-    return replicas.each(_release, state, places)
+    return replicas.each(_release, state, seq_indices)
 
 
-def _release(state: EngineState, places: jax.Array) -> EngineState:
+def _release(state: EngineState, seq_indices: jax.Array) -> EngineState:
     queue = state.requests.queue
-    gone = places & (queue.status == FINISHED)
+    gone = seq_indices & (queue.status == FINISHED)
     # Whoever takes a place next is a stranger to the sequences that name it.
     own = jnp.arange(gone.shape[0], dtype=jnp.int32)
     is_stranger = gone[queue.sources]

@@ -144,14 +144,14 @@ def _happened(
 
 def _put_events(timeline: Timeline, step: jax.Array, happened: jax.Array) -> Timeline:
     size, _ = timeline.events.shape
-    kinds, places = (index.reshape(-1) for index in jnp.indices(happened.shape))
+    kinds, seq_indices = (index.reshape(-1) for index in jnp.indices(happened.shape))
     happened = happened.reshape(-1)
     turn = jnp.cumsum(happened, dtype=jnp.int32)
     total = turn[-1]
     # Of more than the ring has entries, only the last: no entry is written twice.
     is_kept = happened & (turn > total - size)
     at = jnp.where(is_kept, (timeline.num_events + turn - 1) % size, size)
-    entries = jnp.stack([jnp.full_like(places, step), kinds, places], axis=1)
+    entries = jnp.stack([jnp.full_like(seq_indices, step), kinds, seq_indices], axis=1)
     return dataclasses.replace(
         timeline,
         events=timeline.events.at[at].set(entries.astype(jnp.int32), mode="drop"),

@@ -36,7 +36,7 @@ class Batch:
     """The rows of a step, those with tokens first."""
 
     rows: jax.Array  # i32[S], block manager's row
-    places: jax.Array  # i32[S], its sequence in the request table
+    seq_indices: jax.Array  # i32[S], its sequence in the request table
     starts: jax.Array  # i32[S], position of its first token of the step
     num_tokens: jax.Array  # i32[S], 0 behind the rows that take part
     num_drafts: jax.Array  # i32[S], of these tokens, the guesses at the end
@@ -63,12 +63,12 @@ def make_batch(
     """
     # Pinned prefixes have rows that are never more than max_num_seqs at work.
     packed = pack(num_tokens > 0)[: config.max_num_seqs]
-    places = jnp.maximum(rows[packed], 0)
+    seq_indices = jnp.maximum(rows[packed], 0)
     starts, num_tokens = starts[packed], num_tokens[packed]
     num_drafts = num_drafts[packed]
-    has_logits = starts + num_tokens - num_drafts == table.queue.num_tokens[places]
-    has_logits &= (num_tokens > 0) & ~table.asked.is_prefix[places]
-    return Batch(packed, places, starts, num_tokens, num_drafts, has_logits)
+    has_logits = starts + num_tokens - num_drafts == table.queue.num_tokens[seq_indices]
+    has_logits &= (num_tokens > 0) & ~table.params.is_prefix[seq_indices]
+    return Batch(packed, seq_indices, starts, num_tokens, num_drafts, has_logits)
 
 
 def hidden_states(
@@ -151,7 +151,7 @@ def _decode_inputs(
     rows, positions = batch.rows[:size], batch.starts[:size]
     is_live = batch.num_tokens[:size] > 0
     return StepInputs(
-        tokens=jnp.where(is_live, table.tokens[batch.places[:size], positions], 0),
+        tokens=jnp.where(is_live, table.tokens[batch.seq_indices[:size], positions], 0),
         positions=jnp.where(is_live, positions, 0),
         slot_mapping=block_manager.slots(
             blocks, jnp.where(is_live, rows, -1), positions
@@ -183,7 +183,7 @@ def _ragged_inputs(
     query_start_loc = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     is_row_live = batch.num_tokens > 0
     return StepInputs(
-        tokens=jnp.where(is_live, table.tokens[batch.places[row], positions], 0),
+        tokens=jnp.where(is_live, table.tokens[batch.seq_indices[row], positions], 0),
         positions=positions,
         slot_mapping=block_manager.slots(
             blocks, jnp.where(is_live, batch.rows[row], -1), positions

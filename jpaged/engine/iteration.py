@@ -44,8 +44,8 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.scheduler import (
     FINISHED,
-    HELD,
     NO_REQUEST,
+    RETAINED,
     RUNNING,
     SWAPPED,
     WAITING,
@@ -82,7 +82,7 @@ def working_memory(model: Model, state: EngineState) -> WorkingMemory:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Begun:
+class ScheduledStep:
     """A step up to the decoder: who runs, and where its tokens go."""
 
     table: RequestTable
@@ -97,7 +97,7 @@ class Begun:
     swapped: Swapped | None  # the copies to do before those
 
 
-def begin_step(state: EngineState, config: EngineConfig) -> Begun:
+def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
     """Schedule and append: all of a step that comes before the decoder.
 
     Lengths and tables decide it; tokens are looked at only after a preemption, for
@@ -112,7 +112,7 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
         config,
         _look_up(state, config),
         host_blocks,
-        state.knobs,
+        state.scheduler_params,
     )
     table = dataclasses.replace(table, queue=queue)
     is_other = rows != state.rows
@@ -148,7 +148,7 @@ def begin_step(state: EngineState, config: EngineConfig) -> Begun:
     batch = forward.make_batch(
         table, rows, starts, num_tokens + num_drafts, num_drafts, config
     )
-    return Begun(
+    return ScheduledStep(
         table=table,
         rows=rows,
         blocks=blocks,
@@ -169,7 +169,7 @@ def _look_up(state: EngineState, config: EngineConfig) -> Hits | None:
     table, queue = state.requests, state.requests.queue
     # At least one token is left to compute: its logits are what follows.
     most = jnp.where(queue.status == WAITING, queue.num_tokens - 1, 0)
-    most = jnp.where(table.asked.rates_prompt | queue.has_ended, 0, most)
+    most = jnp.where(table.params.keeps_prompt_logprobs | queue.has_ended, 0, most)
 
     def match(hits: Hits) -> Hits:
         return Hits(*prefix_cache.match(state.prefix_cache, table.tokens, most))
@@ -224,7 +224,7 @@ def _append(cache: PrefixCache | None, blocks: BlockState, num_tokens: jax.Array
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoded:
+class SampledStep:
     """What decoding made of a step."""
 
     table: RequestTable  # with the new tokens
@@ -237,74 +237,77 @@ class Decoded:
 
 def end_step(
     state: EngineState,
-    begun: Begun,
-    decoded: Decoded,
+    scheduled: ScheduledStep,
+    sampled: SampledStep,
     cache: KVCache | None = None,
     draft_cache: KVCache | None = None,
 ) -> EngineState:
     """The state after a step: rows move or leave, the counters count."""
-    table, rows, blocks = decoded.table, begun.rows, begun.blocks
-    plan, copies = begun.plan, begun.appended.copy_dst != NO_BLOCK
-    num_tokens = jnp.sum(plan.num_tokens + begun.num_drafts)
+    table, rows, blocks = sampled.table, scheduled.rows, scheduled.blocks
+    plan, copies = scheduled.plan, scheduled.appended.copy_dst != NO_BLOCK
+    num_tokens = jnp.sum(plan.num_tokens + scheduled.num_drafts)
     is_stalled = num_tokens + plan.num_preempted + plan.num_admitted == 0
     host, num_swap_outs, num_swapped_blocks = state.host, jnp.int32(0), jnp.int32(0)
-    if host is not None and plan.swaps is not None and begun.swapped is not None:
-        host = dataclasses.replace(host, blocks=begun.host_blocks)
+    if host is not None and plan.swaps is not None and scheduled.swapped is not None:
+        host = dataclasses.replace(host, blocks=scheduled.host_blocks)
         num_swap_outs, num_swap_ins = (
-            jnp.sum(places != NO_REQUEST, dtype=jnp.int32) for places in plan.swaps
+            jnp.sum(seq_indices != NO_REQUEST, dtype=jnp.int32)
+            for seq_indices in plan.swaps
         )
-        num_swapped_blocks = begun.swapped.out.num_blocks
-        is_stalled = (is_stalled & (num_swap_ins == 0)) | ~begun.swapped.ok
+        num_swapped_blocks = scheduled.swapped.out.num_blocks
+        is_stalled = (is_stalled & (num_swap_ins == 0)) | ~scheduled.swapped.ok
     counters = engine_state.count(
         state.counters,
         blocks,
         is_stalled=is_stalled,
         num_tokens=num_tokens,
-        num_generated=decoded.num_new,
+        num_generated=sampled.num_new,
         **engine_state.admitted_tokens(state.requests.queue, table.queue),
         num_preemptions=plan.num_preempted,
         num_swap_outs=num_swap_outs,
         num_swapped_blocks=num_swapped_blocks,
         num_block_copies=jnp.sum(copies, dtype=jnp.int32),
-        num_drafts=jnp.sum(begun.num_drafts),
-        num_accepted=decoded.num_accepted,
+        num_drafts=jnp.sum(scheduled.num_drafts),
+        num_accepted=sampled.num_accepted,
     )
     recorded = events.record(
         state.timeline,
         state.counters.num_steps,
         state.requests,
-        begun.table,
+        scheduled.table,
         table,
         blocks,
         num_tokens=num_tokens,
-        num_generated=decoded.num_new,
+        num_generated=sampled.num_new,
     )
     if state.config.speculation is not None:
         blocks = when(
-            jnp.any(begun.num_drafts > 0),
-            lambda blocks: speculation.roll_back(table, rows, blocks, begun.num_drafts),
+            jnp.any(scheduled.num_drafts > 0),
+            lambda blocks: speculation.roll_back(
+                table, rows, blocks, scheduled.num_drafts
+            ),
             blocks,
         )
     if state.config.max_num_prefixes:
         table = _hold_prefixes(table, rows, blocks)
     blocks = when(
-        ~decoded.is_settled,
-        lambda blocks: move(table.queue, decoded.parents, rows, blocks),
+        ~sampled.is_settled,
+        lambda blocks: move(table.queue, sampled.parents, rows, blocks),
         blocks,
     )
-    prefixes = begun.prefix_cache
+    prefixes = scheduled.prefix_cache
     if prefixes is not None:
         prefixes, blocks = _enter(
             prefixes, table, rows, blocks, state.counters.num_steps
         )
     rows, blocks = when(
-        ~decoded.is_settled,
-        lambda carry: let_go(table.queue, *carry),
+        ~sampled.is_settled,
+        lambda carry: release_finished(table.queue, *carry),
         (rows, blocks),
     )
     return EngineState(
         requests=table,
-        states=decoded.states,
+        states=sampled.states,
         rows=rows,
         blocks=blocks,
         prefix_cache=prefixes,
@@ -313,7 +316,7 @@ def end_step(
         host=host,
         counters=counters,
         timeline=recorded,
-        knobs=state.knobs,
+        scheduler_params=state.scheduler_params,
         config=state.config,
         mesh=state.mesh,
     )
@@ -321,25 +324,27 @@ def end_step(
 
 def iterate(model, state, memory, config) -> tuple[EngineState, WorkingMemory]:
     """The state after a step within the limits of `config`, and the working memory."""
-    begun = begin_step(state, config)
-    state = _swap_pages(state, begun.swapped)
-    begun, draft_cache, memory = _draft(model, state, begun, memory, config)
+    scheduled = begin_step(state, config)
+    state = _swap_pages(state, scheduled.swapped)
+    scheduled, draft_cache, memory = _draft(model, state, scheduled, memory, config)
     target = _target(model)
     cache, hidden = forward.hidden_states(
         target,
-        _copy_blocks(state.cache, begun, config),
-        begun.table,
-        begun.blocks,
-        begun.batch,
+        _copy_blocks(state.cache, scheduled, config),
+        scheduled.table,
+        scheduled.blocks,
+        scheduled.batch,
         memory.hidden,
         config,
     )
-    entries = sampling.make_entries(begun.table, begun.batch, config)
+    entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
     logits = sampling.next_logits(target, entries, hidden, memory.logits, config)
-    table = sampling.rate_prompts(target, begun.table, begun.batch, hidden, config)
-    begun = dataclasses.replace(begun, table=table)
-    decoded = _decode(state, begun, entries, logits, config)
-    state = end_step(state, begun, decoded, cache, draft_cache)
+    table = sampling.rate_prompts(
+        target, scheduled.table, scheduled.batch, hidden, config
+    )
+    scheduled = dataclasses.replace(scheduled, table=table)
+    sampled = _decode(state, scheduled, entries, logits, config)
+    state = end_step(state, scheduled, sampled, cache, draft_cache)
     return state, WorkingMemory(hidden, logits, memory.draft_hidden)
 
 
@@ -366,9 +371,11 @@ def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
     return dataclasses.replace(state, cache=cache, draft_cache=draft_cache, host=host)
 
 
-def _copy_blocks(cache: KVCache, begun: Begun, config: EngineConfig) -> KVCache:
+def _copy_blocks(
+    cache: KVCache, scheduled: ScheduledStep, config: EngineConfig
+) -> KVCache:
     """The cache after the copies that must come before this step's writes."""
-    src, dst = begun.appended.copy_src, begun.appended.copy_dst
+    src, dst = scheduled.appended.copy_src, scheduled.appended.copy_dst
     return when(
         jnp.any(dst != NO_BLOCK),
         lambda cache: kv_cache.copy_blocks(cache, src, dst, config.attention),
@@ -377,47 +384,47 @@ def _copy_blocks(cache: KVCache, begun: Begun, config: EngineConfig) -> KVCache:
 
 
 def _draft(
-    model, state, begun, memory, config
-) -> tuple[Begun, KVCache | None, WorkingMemory]:
+    model, state, scheduled, memory, config
+) -> tuple[ScheduledStep, KVCache | None, WorkingMemory]:
     """The step with the small model's guesses in its table, if there is one."""
     if not isinstance(model, DraftedModel):
-        return begun, state.draft_cache, memory
+        return scheduled, state.draft_cache, memory
     table, cache, hidden, logits = speculation.draft(
         model.draft,
-        _copy_blocks(state.draft_cache, begun, config),
-        begun.table,
-        begun.blocks,
-        begun.batch,
+        _copy_blocks(state.draft_cache, scheduled, config),
+        scheduled.table,
+        scheduled.blocks,
+        scheduled.batch,
         memory.draft_hidden,
         memory.logits,
         config,
     )
     memory = memory._replace(logits=logits, draft_hidden=hidden)
-    return dataclasses.replace(begun, table=table), cache, memory
+    return dataclasses.replace(scheduled, table=table), cache, memory
 
 
-def _decode(state, begun, entries, logits, config) -> Decoded:
+def _decode(state, scheduled, entries, logits, config) -> SampledStep:
     """Tokens for all rows with logits: sampled one by one, or by their algorithms."""
     number = state.counters.num_steps
-    new = sampling.sample_tokens(begun.table, entries, logits, config)
+    new = sampling.sample_tokens(scheduled.table, entries, logits, config)
     if config.speculation is None:
-        table, ended = request_table.extend(begun.table, new, number)
+        table, ended = request_table.extend(scheduled.table, new, number)
         has_ended, num_new = jnp.any(ended), entries.num_sampled
         num_accepted = jnp.zeros_like(num_new)
     else:
         table, has_ended, num_new = speculation.accept(
-            begun.table, new, entries, number, config.num_drafts
+            scheduled.table, new, entries, number, config.num_drafts
         )
         num_rows = jnp.sum(
-            (new.places < config.max_num_requests) & (entries.offsets == 0)
+            (new.seq_indices < config.max_num_requests) & (entries.offsets == 0)
         )
         # Each row gains a token of its own, unless none was allowed.
         num_accepted = jnp.maximum(num_new - num_rows, 0)
-    rated = Logits(logits, entries.places)
+    rated = Logits(logits, entries.seq_indices)
     table, states, parents, num_grouped = algorithms.decide(
-        table, state.states, begun.rows, rated, number, config
+        table, state.states, scheduled.rows, rated, number, config
     )
-    return Decoded(
+    return SampledStep(
         table=table,
         states=states,
         parents=parents,
@@ -429,8 +436,8 @@ def _decode(state, begun, entries, logits, config) -> Decoded:
 
 def _enter(cache, table, rows, blocks, clock) -> tuple[PrefixCache, BlockState]:
     """The prefix cache with all blocks that are full now, and the blocks in use."""
-    places = jnp.maximum(rows, 0)
-    cache, blocks = prefix_cache.insert(cache, blocks, table.tokens, clock, places)
+    seq_indices = jnp.maximum(rows, 0)
+    cache, blocks = prefix_cache.insert(cache, blocks, table.tokens, clock, seq_indices)
     return prefix_cache.touch(cache, blocks.ref_counts, clock), blocks
 
 
@@ -452,7 +459,7 @@ def move(queue: Queue, parents, rows, blocks) -> BlockState:
     )
 
 
-def let_go(queue: Queue, rows, blocks) -> tuple[jax.Array, BlockState]:
+def release_finished(queue: Queue, rows, blocks) -> tuple[jax.Array, BlockState]:
     """Rows and blocks without those that have finished."""
     has_finished = scheduler.row_values(queue.status, rows) == FINISHED
     blocks = block_manager.free(blocks, has_finished)
@@ -461,15 +468,15 @@ def let_go(queue: Queue, rows, blocks) -> tuple[jax.Array, BlockState]:
 
 def _hold_prefixes(table, rows, blocks) -> RequestTable:
     """The table in which prefixes that are computed now are held."""
-    is_prefix = scheduler.row_values(table.asked.is_prefix, rows, False)
+    is_prefix = scheduler.row_values(table.params.is_prefix, rows, False)
     known = scheduler.row_values(table.queue.num_tokens, rows)
     is_done = is_prefix & (blocks.context_lens == known)
     at = jnp.where(is_done, rows, table.queue.status.shape[0])
-    status = table.queue.status.at[at].set(HELD, mode="drop")
+    status = table.queue.status.at[at].set(RETAINED, mode="drop")
     queue = dataclasses.replace(table.queue, status=status)
     return dataclasses.replace(table, queue=queue)
 
 
-def is_going(status: jax.Array) -> jax.Array:
+def is_live(status: jax.Array) -> jax.Array:
     """Which sequences have not ended: they wait, run, or are swapped; as `status`."""
     return (status == WAITING) | (status == RUNNING) | (status == SWAPPED)

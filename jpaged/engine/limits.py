@@ -51,9 +51,9 @@ class Shape(NamedTuple):
         """Sequences that the algorithm only holds."""
         return len(self.numbers) - self.num_rows
 
-    def outputs(self, places: Sequence[int]) -> list[int]:
+    def outputs(self, seq_indices: Sequence[int]) -> list[int]:
         """Of the request's places, those whose sequences are its outputs, in order."""
-        return list(places[self.num_rows :] if self.num_held else places)
+        return list(seq_indices[self.num_rows :] if self.num_held else seq_indices)
 
 
 def num_rows(params: Params) -> int:
@@ -193,7 +193,7 @@ def _check_sampling(
                 f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
                 f"{getattr(params, name)}; raise num_logprobs in the config"
             )
-    if rates_prompt(params) and not config.prompt_logprobs:
+    if keeps_prompt_logprobs(params) and not config.prompt_logprobs:
         raise ValueError(
             "prompt_logprobs: expected None, for the config has prompt_logprobs=False, "
             f"got {params.prompt_logprobs}"
@@ -271,22 +271,22 @@ def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) ->
 
 def largest_request(table: RequestTable, config: EngineConfig) -> int:
     """Blocks that the largest of the requests that wait or run needs alone, at most."""
-    queue, asked = jax.device_get((table.queue, table.asked))
+    queue, params = jax.device_get((table.queue, table.params))
     going = (scheduler.WAITING, scheduler.RUNNING, scheduler.SWAPPED)
-    is_going = np.isin(queue.status, going)
-    is_going &= ~asked.is_prefix
+    is_live = np.isin(queue.status, going)
+    is_live &= ~params.is_prefix
     most = 1
-    for leader in np.unique(queue.leaders[is_going]).tolist():
-        mine = np.flatnonzero(is_going & (queue.leaders == leader))
-        rows = len(mine) if asked.algorithms[mine[0]] != NO_ALGORITHM else 1
-        sizes = (queue.prompt_lens[mine[0]], asked.token_limits[mine[0]])
+    for leader in np.unique(queue.leaders[is_live]).tolist():
+        mine = np.flatnonzero(is_live & (queue.leaders == leader))
+        rows = len(mine) if params.algorithms[mine[0]] != NO_ALGORITHM else 1
+        sizes = (queue.prompt_lens[mine[0]], params.token_limits[mine[0]])
         most = max(most, most_blocks(config, *map(int, sizes), rows))
     return most
 
 
 def num_pinned_blocks(table: RequestTable, block_size: int) -> int:
     """Blocks that pinned prefixes hold, or will hold when they are computed."""
-    is_prefix = np.array(table.asked.is_prefix)
+    is_prefix = np.array(table.params.is_prefix)
     is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
     lens = np.asarray(table.queue.num_tokens)[is_prefix]
     return int((-(-lens // block_size)).sum())
@@ -297,7 +297,7 @@ def token_limit(config: EngineConfig, prompt_len: int, params: Params) -> int:
     return min(config.max_model_len, prompt_len + params.max_tokens)
 
 
-def rates_prompt(params: Params) -> bool:
+def keeps_prompt_logprobs(params: Params) -> bool:
     """Whether the prompt's log-probabilities are wanted."""
     is_sampled = isinstance(params, SamplingParams)
     return is_sampled and params.prompt_logprobs is not None
@@ -325,9 +325,9 @@ def check_prefix(
             f"({config.max_model_len}), got {length}"
         )
     _check_ids("prefix", tokens, vocab_size)
-    queue, asked = jax.device_get((table.queue, table.asked))
+    queue, params = jax.device_get((table.queue, table.params))
     is_live = queue.status != scheduler.EMPTY
-    num_pinned = int((asked.is_prefix & is_live).sum())
+    num_pinned = int((params.is_prefix & is_live).sum())
     if num_pinned >= config.max_num_prefixes:
         raise ValueError(
             f"prefix: expected at most max_num_prefixes ({config.max_num_prefixes}) at "

@@ -37,7 +37,7 @@ NO_OUTPUT = -1  # and all numbers below 0
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class SequenceParams:
     """What a request asked for, a row for each of its sequences; never changes."""
 
     token_limits: jax.Array  # i32[R], tokens at which the sequence ends
@@ -45,7 +45,9 @@ class Asked:
     algorithms: jax.Array  # i32[R], index in the config's, or NO_ALGORITHM: sampling
     outputs: jax.Array  # i32[R], which of the request's outputs it is, or below 0
     is_prefix: jax.Array  # bool[R], is computed and then held, for others to map
-    rates_prompt: jax.Array  # bool[R], its prompt's log-probabilities are kept too
+    keeps_prompt_logprobs: (
+        jax.Array
+    )  # bool[R], its prompt's log-probabilities are kept too
     sampling: SamplingRows  # of arrays [R]
     rules: LogitsRules | None  # of arrays [R]; None where the config has no room
     automata: jax.Array  # i32[R], of the pool, what the text must be; UNCONSTRAINED
@@ -57,8 +59,8 @@ class RequestTable:
     """All sequences, waiting, running and finished, until they are released."""
 
     queue: Queue  # what the scheduler sees of them
-    asked: Asked
-    automata: Automata  # the pool that `asked.automata` points into, A of them
+    params: SequenceParams
+    automata: Automata  # the pool that `params.automata` points into, A of them
     digests: jax.Array  # u32[A, 4], which automata the pool holds
     automaton_states: jax.Array  # i32[R], of each sequence after its last token
     tokens: jax.Array  # i32[R, L], the prompt and what was generated
@@ -76,34 +78,36 @@ class RequestTable:
 class Submission:
     """New sequences on their way into the table, B of them; padding has place R."""
 
-    places: jax.Array  # i32[B]
+    seq_indices: jax.Array  # i32[B]
     queue: dict[str, jax.Array]  # columns of Queue [B]; others are as in an empty one
     tokens: jax.Array  # i32[B, L]
-    asked: Asked  # of arrays [B]
+    params: SequenceParams  # of arrays [B]
     states: Any  # of the config's algorithms, see `groups`; arrays [B, ...]
 
 
 def init_table(config: EngineConfig) -> RequestTable:
     """A table of empty places."""
-    places, length = config.max_num_requests, config.max_model_len
+    seq_indices, length = config.max_num_requests, config.max_model_len
     kept = config.num_logprobs
     sizes = AutomataSizes() if config.automata is None else config.automata
 
     def full(*shape: int, value: int | float = 0, dtype=jnp.int32) -> jax.Array:
-        return jnp.full((places, *shape), value, dtype)
+        return jnp.full((seq_indices, *shape), value, dtype)
 
     return RequestTable(
-        queue=scheduler.init_queue(places),
-        asked=Asked(
+        queue=scheduler.init_queue(seq_indices),
+        params=SequenceParams(
             token_limits=full(),
             stop_ids=full(config.max_num_stop_ids, value=-1),
             algorithms=full(value=NO_ALGORITHM),
             outputs=full(value=NO_OUTPUT),
             is_prefix=full(dtype=jnp.bool_),
-            rates_prompt=full(dtype=jnp.bool_),
-            sampling=SamplingRows.greedy(places),
+            keeps_prompt_logprobs=full(dtype=jnp.bool_),
+            sampling=SamplingRows.greedy(seq_indices),
             rules=(
-                None if config.rules is None else LogitsRules.none(places, config.rules)
+                None
+                if config.rules is None
+                else LogitsRules.none(seq_indices, config.rules)
             ),
             automata=full(value=constraints.UNCONSTRAINED),
         ),
@@ -132,18 +136,18 @@ def put_automaton(
     )
 
 
-def place(table: RequestTable, new: Submission) -> RequestTable:
+def insert(table: RequestTable, new: Submission) -> RequestTable:
     """The table with the new sequences at their places."""
 
     def put(column: jax.Array, values: jax.Array | int) -> jax.Array:
-        return column.at[new.places].set(values, mode="drop")
+        return column.at[new.seq_indices].set(values, mode="drop")
 
     fresh = {"has_ended": False, "num_preemptions": 0, "num_cached": 0} | new.queue
     columns = {name: put(getattr(table.queue, name), v) for name, v in fresh.items()}
     return dataclasses.replace(
         table,
         queue=dataclasses.replace(table.queue, **columns),
-        asked=jax.tree.map(put, table.asked, new.asked),
+        params=jax.tree.map(put, table.params, new.params),
         automaton_states=put(table.automaton_states, 0),
         tokens=put(table.tokens, new.tokens),
         finish_reasons=put(table.finish_reasons, NOT_FINISHED),
@@ -157,7 +161,7 @@ def place(table: RequestTable, new: Submission) -> RequestTable:
 class NewTokens:
     """What decoding gave the sequences of a step, S of them; padding has place R."""
 
-    places: jax.Array  # i32[S], the sequence that gets the token
+    seq_indices: jax.Array  # i32[S], the sequence that gets the token
     tokens: jax.Array  # i32[S]
     logprobs: jax.Array  # f32[S]
     ranks: jax.Array  # i32[S], meaningful where top tokens are kept
@@ -166,11 +170,11 @@ class NewTokens:
     is_dead_end: jax.Array  # bool[S], no token is allowed: the sequence ends without
 
     @classmethod
-    def zeros(cls, places: jax.Array, num_logprobs: int) -> NewTokens:
+    def zeros(cls, seq_indices: jax.Array, num_logprobs: int) -> NewTokens:
         """Token 0 for each place."""
-        (size,) = places.shape
+        (size,) = seq_indices.shape
         return cls(
-            places=places,
+            seq_indices=seq_indices,
             tokens=jnp.zeros((size,), jnp.int32),
             logprobs=jnp.zeros((size,), jnp.float32),
             ranks=jnp.zeros((size,), jnp.int32),
@@ -189,44 +193,46 @@ def extend(
     allowed. A sampled one has finished then; that of an algorithm waits for its
     request's others.
     """
-    num_places, _ = table.tokens.shape
-    valid = new.places < num_places
-    safe = jnp.where(valid, new.places, 0)
+    table_size, _ = table.tokens.shape
+    valid = new.seq_indices < table_size
+    safe = jnp.where(valid, new.seq_indices, 0)
     position = table.queue.num_tokens[safe]
-    is_stop = jnp.any(table.asked.stop_ids[safe] == new.tokens[:, None], axis=1)
-    is_full = position + 1 >= table.asked.token_limits[safe]
+    is_stop = jnp.any(table.params.stop_ids[safe] == new.tokens[:, None], axis=1)
+    is_full = position + 1 >= table.params.token_limits[safe]
     ended = valid & (is_stop | is_full | new.is_dead_end)
     reason = jnp.where(is_stop, STOP, LENGTH)
     reason = jnp.where(new.is_dead_end, DEAD_END, reason)
-    at_end = jnp.where(ended, new.places, num_places)
-    is_alone = table.asked.algorithms[safe] == NO_ALGORITHM
-    at_finish = jnp.where(ended & is_alone, new.places, num_places)
+    at_end = jnp.where(ended, new.seq_indices, table_size)
+    is_alone = table.params.algorithms[safe] == NO_ALGORITHM
+    at_finish = jnp.where(ended & is_alone, new.seq_indices, table_size)
     valid &= ~new.is_dead_end
-    places = jnp.where(valid, new.places, num_places)
+    seq_indices = jnp.where(valid, new.seq_indices, table_size)
     # `share_again` reads all tokens, in a loop.
-    places = ordered(places, table.queue.sources)
+    seq_indices = ordered(seq_indices, table.queue.sources)
     is_first = position == table.queue.prompt_lens[safe]
-    at_first = jnp.where(valid & is_first, places, num_places)
+    at_first = jnp.where(valid & is_first, seq_indices, table_size)
 
     def put(column: jax.Array, values: jax.Array) -> jax.Array:
-        return column.at[places, position].set(values, mode="drop")
+        return column.at[seq_indices, position].set(values, mode="drop")
 
     queue = dataclasses.replace(
         table.queue,
         status=table.queue.status.at[at_finish].set(scheduler.FINISHED, mode="drop"),
         has_ended=table.queue.has_ended.at[at_end].set(True, mode="drop"),
-        num_tokens=table.queue.num_tokens.at[places].add(1, mode="drop"),
+        num_tokens=table.queue.num_tokens.at[seq_indices].add(1, mode="drop"),
     )
     states = advance(table, safe, new.tokens)
     table = dataclasses.replace(
         table,
         queue=queue,
-        automaton_states=table.automaton_states.at[places].set(states, mode="drop"),
+        automaton_states=table.automaton_states.at[seq_indices].set(
+            states, mode="drop"
+        ),
         tokens=put(table.tokens, new.tokens),
         logprobs=put(table.logprobs, new.logprobs),
         finish_reasons=table.finish_reasons.at[at_end].set(reason, mode="drop"),
         first_steps=table.first_steps.at[at_first].set(step, mode="drop"),
-        last_steps=table.last_steps.at[places].set(step, mode="drop"),
+        last_steps=table.last_steps.at[seq_indices].set(step, mode="drop"),
     )
     if new.top_ids.shape[1]:
         table = dataclasses.replace(
@@ -238,14 +244,16 @@ def extend(
     return table, ended
 
 
-def inherit(table: RequestTable, places: jax.Array, parents: jax.Array) -> RequestTable:
-    """The table in which the sequences at `places` are what those at `parents` were.
+def inherit(
+    table: RequestTable, seq_indices: jax.Array, parents: jax.Array
+) -> RequestTable:
+    """Return the table whose sequences `seq_indices` continue those at `parents`.
 
     i32[Q] each; all move at once. Places of R are padding.
     """
 
     def move(column: jax.Array) -> jax.Array:
-        return column.at[places].set(column[parents], mode="drop")
+        return column.at[seq_indices].set(column[parents], mode="drop")
 
     queue = dataclasses.replace(
         table.queue,
@@ -267,19 +275,21 @@ def inherit(table: RequestTable, places: jax.Array, parents: jax.Array) -> Reque
     )
 
 
-def advance(table: RequestTable, places: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The automaton states of the sequences at `places` after a token each, i32[S]."""
+def advance(
+    table: RequestTable, seq_indices: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Return automaton states of the sequences `seq_indices` after one token, i32[S]."""
     return constraints.advance(
         table.automata,
-        table.asked.automata[places],
-        table.automaton_states[places],
+        table.params.automata[seq_indices],
+        table.automaton_states[seq_indices],
         tokens,
     )
 
 
 def constrain(
     table: RequestTable,
-    places: jax.Array,
+    seq_indices: jax.Array,
     states: jax.Array,
     valid: jax.Array,
     logits: jax.Array,
@@ -295,7 +305,9 @@ def constrain(
     """
     if not table.digests.shape[0]:
         return logits
-    index = jnp.where(valid, table.asked.automata[places], constraints.UNCONSTRAINED)
+    index = jnp.where(
+        valid, table.params.automata[seq_indices], constraints.UNCONSTRAINED
+    )
     return jax.lax.cond(
         jnp.any(index != constraints.UNCONSTRAINED),
         lambda logits: constraints.mask(logits, table.automata, index, states),
@@ -304,23 +316,23 @@ def constrain(
     )
 
 
-def share_again(table: RequestTable, places: jax.Array) -> RequestTable:
-    """The table in which each of the sequences at `places` maps what it can of others.
+def share_again(table: RequestTable, seq_indices: jax.Array) -> RequestTable:
+    """Return the table in which each sequence of `seq_indices` maps shared blocks.
 
     For sequences that lost their blocks: each one's source becomes the sequence of its
     request, among those at lower places, with which it has most tokens in common. So
     nobody waits for a sequence that waits for it. The first of a request keeps the
-    source that it had. Compares tokens, a sequence with all in turn; `places` is
+    source that it had. Compares tokens, a sequence with all in turn; `seq_indices` is
     i32[S], R where there is none.
     """
-    num_places, _ = table.tokens.shape
-    places = jnp.sort(places)
-    valid = places < num_places
-    safe = jnp.where(valid, places, 0)
+    table_size, _ = table.tokens.shape
+    seq_indices = jnp.sort(seq_indices)
+    valid = seq_indices < table_size
+    safe = jnp.where(valid, seq_indices, 0)
     tokens, lens = table.tokens[safe], table.queue.num_tokens[safe]
-    leaders = jnp.where(valid, table.queue.leaders[safe], num_places)
+    leaders = jnp.where(valid, table.queue.leaders[safe], table_size)
     can_give = valid & ~table.queue.has_ended[safe]
-    index = jnp.arange(places.shape[0], dtype=jnp.int32)
+    index = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
 
     def compare(j: jax.Array, carry):
         sources, shared = carry
@@ -329,19 +341,22 @@ def share_again(table: RequestTable, places: jax.Array) -> RequestTable:
         common = _num_common(tokens, tokens[j][None, :], most)
         fits = valid & can_give[j] & (leaders == leaders[j]) & (index > j)
         is_better = fits & (common > shared)
-        sources = jnp.where(is_better, places[j], sources)
+        sources = jnp.where(is_better, seq_indices[j], sources)
         return sources, jnp.where(is_better, common, shared)
 
-    first = (jnp.full_like(places, scheduler.NO_REQUEST), jnp.zeros_like(places))
+    first = (
+        jnp.full_like(seq_indices, scheduler.NO_REQUEST),
+        jnp.zeros_like(seq_indices),
+    )
     num_lost = jnp.sum(valid, dtype=jnp.int32)  # sorted, they come first
     sources, shared = jax.lax.fori_loop(0, num_lost, compare, first)
-    found = jnp.where(shared > 0, places, num_places)
+    found = jnp.where(shared > 0, seq_indices, table_size)
     is_first = valid & ~jnp.any(
         (leaders[None, :] == leaders[:, None]) & (index[None, :] < index[:, None]),
         axis=1,
     )
     # Without a common beginning, the old source is none either.
-    alone = jnp.where(valid & ~is_first & (shared == 0), places, num_places)
+    alone = jnp.where(valid & ~is_first & (shared == 0), seq_indices, table_size)
     queue = table.queue
     new_sources = queue.sources.at[found].set(sources, mode="drop")
     new_lens = queue.shared_lens.at[found].set(shared, mode="drop")
@@ -379,17 +394,22 @@ def share_new(
       is_new: bool[S], rows that have just been admitted.
     """
     size, num_rows = blocks.block_size, rows.shape[0]
-    queue, places = table.queue, jnp.maximum(rows, 0)
+    queue, seq_indices = table.queue, jnp.maximum(rows, 0)
     index = jnp.arange(num_rows, dtype=jnp.int32)
-    known = queue.num_tokens[places]
+    known = queue.num_tokens[seq_indices]
     start = blocks.context_lens  # of a new row: what the prefix cache had
-    takes = is_new & ~table.asked.rates_prompt[places]
-    takes &= queue.sources[places] == places
+    takes = is_new & ~table.params.keeps_prompt_logprobs[seq_indices]
+    takes &= queue.sources[seq_indices] == seq_indices
     takes &= start + size < known
     # The tokens of a lockstep row after its prompt may yet be another's.
-    fixed = jnp.where(queue.is_lockstep[places], queue.prompt_lens[places], known) - 1
-    gives = (rows != scheduler.NO_REQUEST) & (queue.status[places] == scheduler.RUNNING)
-    gives &= ~queue.has_ended[places]
+    fixed = (
+        jnp.where(queue.is_lockstep[seq_indices], queue.prompt_lens[seq_indices], known)
+        - 1
+    )
+    gives = (rows != scheduler.NO_REQUEST) & (
+        queue.status[seq_indices] == scheduler.RUNNING
+    )
+    gives &= ~queue.has_ended[seq_indices]
 
     is_before = scheduler.rows_before(queue, rows)
     fits = takes[:, None] & gives[None, :] & is_before
@@ -400,8 +420,10 @@ def share_new(
     same_path &= blocks.context_lens[None, :] >= start[:, None]
     fits &= same_path | (start == 0)[:, None]
     column = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
-    mine = table.tokens.at[places[:, None], column].get(mode="clip")
-    others = table.tokens.at[places[None, :, None], column[:, None, :]].get(mode="clip")
+    mine = table.tokens.at[seq_indices[:, None], column].get(mode="clip")
+    others = table.tokens.at[seq_indices[None, :, None], column[:, None, :]].get(
+        mode="clip"
+    )
     fits &= jnp.all(others == mine[:, None, :], axis=2)
 
     # The first of those before it, which itself may wait for another.
@@ -410,13 +432,15 @@ def share_new(
     order = jnp.where(fits, ranks[None, :], num_rows)
     source = jnp.argmin(order, axis=1).astype(jnp.int32)
     most = jnp.minimum(known - 1, fixed[source])
-    shared = _num_common(table.tokens[places], table.tokens[places[source]], most)
+    shared = _num_common(
+        table.tokens[seq_indices], table.tokens[seq_indices[source]], most
+    )
     at = jnp.where(joins, rows, queue.status.shape[0])
-    counts = scheduler.is_new_request(queue, places)
+    counts = scheduler.is_new_request(queue, seq_indices)
     gained = jnp.where(counts, shared - start, 0)
     queue = dataclasses.replace(
         queue,
-        sources=queue.sources.at[at].set(places[source], mode="drop"),
+        sources=queue.sources.at[at].set(seq_indices[source], mode="drop"),
         shared_lens=queue.shared_lens.at[at].set(shared, mode="drop"),
         num_cached=queue.num_cached.at[at].add(gained, mode="drop"),
     )

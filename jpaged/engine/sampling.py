@@ -42,7 +42,7 @@ _PROMPT_ROWS = 32  # prompt tokens whose log-probabilities are computed at a tim
 class Entries:
     """The rows of logits: first those that are sampled, then those of algorithms."""
 
-    places: jax.Array  # i32[N], the sequence; R behind the last
+    seq_indices: jax.Array  # i32[N], the sequence; R behind the last
     positions: jax.Array  # i32[N], in it, of the token that the logits are for
     tokens: jax.Array  # i32[N], the token of the step that they come from
     offsets: jax.Array  # i32[N], drafts between the last known token and this one's
@@ -54,7 +54,7 @@ class Entries:
 def make_entries(table: RequestTable, batch: Batch, config: EngineConfig) -> Entries:
     """An entry for each row of the batch that has computed all its known tokens, and
     behind it one for each of the row's drafts."""
-    is_grouped = table.asked.algorithms[batch.places] != NO_ALGORITHM
+    is_grouped = table.params.algorithms[batch.seq_indices] != NO_ALGORITHM
     is_sampled = batch.has_logits & ~is_grouped
     counts = jnp.where(batch.has_logits, 1 + batch.num_drafts, 0)
     order = pack(is_sampled)
@@ -69,26 +69,28 @@ def make_entries(table: RequestTable, batch: Batch, config: EngineConfig) -> Ent
     ahead = offsets - batch.num_drafts[row]
     last = jnp.cumsum(batch.num_tokens) - 1
     return Entries(
-        places=jnp.where(has_logits, batch.places[row], config.max_num_requests),
+        seq_indices=jnp.where(
+            has_logits, batch.seq_indices[row], config.max_num_requests
+        ),
         positions=(batch.starts + batch.num_tokens)[row] + ahead,
         tokens=jnp.maximum(last[row] + ahead, 0),
         offsets=offsets,
-        states=_automaton_states(table, batch.places[row], offsets, config),
+        states=_automaton_states(table, batch.seq_indices[row], offsets, config),
         num_sampled=jnp.sum(jnp.where(is_sampled, counts, 0)),
         num_grouped=jnp.sum(jnp.where(is_grouped, counts, 0)),
     )
 
 
-def _automaton_states(table, places, offsets, config: EngineConfig) -> jax.Array:
+def _automaton_states(table, seq_indices, offsets, config: EngineConfig) -> jax.Array:
     """The states of the sequences' automata behind `offsets` drafts, i32[N]."""
-    states = table.automaton_states[places]
+    states = table.automaton_states[seq_indices]
     if not table.digests.shape[0]:
         return states
-    known = table.queue.num_tokens[places]
+    known = table.queue.num_tokens[seq_indices]
 
     def advance(number, states):
-        drafts = table.tokens.at[places, known + number].get(mode="clip")
-        index = table.asked.automata[places]
+        drafts = table.tokens.at[seq_indices, known + number].get(mode="clip")
+        index = table.params.automata[seq_indices]
         after = constraints.advance(table.automata, index, states, drafts)
         return jnp.where(number < offsets, after, states)
 
@@ -127,10 +129,10 @@ def sample_tokens(
     The sampler is compiled for one row and for a few, and walks the rows so: it is
     small work but a large program.
     """
-    (num_rows,) = entries.places.shape
+    (num_rows,) = entries.seq_indices.shape
     is_sampled = jnp.arange(num_rows, dtype=jnp.int32) < entries.num_sampled
-    places = jnp.where(is_sampled, entries.places, config.max_num_requests)
-    new = NewTokens.zeros(places, config.num_logprobs)
+    seq_indices = jnp.where(is_sampled, entries.seq_indices, config.max_num_requests)
+    new = NewTokens.zeros(seq_indices, config.num_logprobs)
 
     def run(size, new):
         def chunk(index, new):
@@ -139,7 +141,7 @@ def sample_tokens(
             cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=size)
             found = _sample_rows(
                 table,
-                cut(places, start),
+                cut(seq_indices, start),
                 cut(entries.positions, start),
                 cut(entries.states, start),
                 cut(logits, start),
@@ -162,15 +164,15 @@ def sample_tokens(
 
 
 def _sample_rows(
-    table, places, positions, states, logits, config
+    table, seq_indices, positions, states, logits, config
 ) -> dict[str, jax.Array]:
     """Columns of NewTokens for a few rows; places of R are padding."""
-    valid = places < config.max_num_requests
-    places = jnp.where(valid, places, 0)
-    idle = SamplingRows.greedy(places.shape[0])
-    rows = _rows(table.asked.sampling, idle, places, valid)
-    allowed = _apply_rules(table, places, positions, valid, logits, config)
-    allowed = request_table.constrain(table, places, states, valid, allowed)
+    valid = seq_indices < config.max_num_requests
+    seq_indices = jnp.where(valid, seq_indices, 0)
+    idle = SamplingRows.greedy(seq_indices.shape[0])
+    rows = _rows(table.params.sampling, idle, seq_indices, valid)
+    allowed = _apply_rules(table, seq_indices, positions, valid, logits, config)
+    allowed = request_table.constrain(table, seq_indices, states, valid, allowed)
     tokens, logprobs = sample(allowed, rows, positions)
     found = {"tokens": tokens, "logprobs": logprobs}
     if config.rules is not None or config.automata is not None:
@@ -189,31 +191,31 @@ def _ranked(logits, tokens, config: EngineConfig) -> dict[str, jax.Array]:
     return {"top_logprobs": values, "top_ids": ids, "ranks": ranks}
 
 
-def _rows(columns, idle, places: jax.Array, valid: jax.Array):
-    """Parameters [S, ...] of the sequences at `places`; `idle` where not `valid`."""
+def _rows(columns, idle, seq_indices: jax.Array, valid: jax.Array):
+    """Return parameters [S, ...] of `seq_indices`; `idle` where not `valid`."""
 
     def pick(column: jax.Array, none: jax.Array) -> jax.Array:
         mask = valid.reshape((-1,) + (1,) * (none.ndim - 1))
-        return jnp.where(mask, column[places], none)
+        return jnp.where(mask, column[seq_indices], none)
 
     return jax.tree.map(pick, columns, idle)
 
 
-def _apply_rules(table, places, positions, valid, logits, config: EngineConfig):
-    """`logits` f32[S, V] after the logits rules of the sequences at `places`."""
+def _apply_rules(table, seq_indices, positions, valid, logits, config: EngineConfig):
+    """`logits` f32[S, V] after the logits rules of the sequences at `seq_indices`."""
     if config.rules is None:
         return logits
-    idle = LogitsRules.none(places.shape[0], config.rules)
-    mine = _rows(table.asked.rules, idle, places, valid)
+    idle = LogitsRules.none(seq_indices.shape[0], config.rules)
+    mine = _rows(table.params.rules, idle, seq_indices, valid)
     return lax.cond(
         jnp.any(rules.is_any(mine)),
         lambda logits: rules.apply(
             logits,
             mine,
-            table.tokens[places],
-            table.queue.prompt_lens[places],
+            table.tokens[seq_indices],
+            table.queue.prompt_lens[seq_indices],
             positions,
-            table.asked.stop_ids[places],
+            table.params.stop_ids[seq_indices],
         ),
         lambda logits: logits,
         logits,
@@ -236,23 +238,23 @@ def rate_prompts(
         return table
     (num_tokens, _) = hidden.shape
     row, positions, is_live = token_rows(batch, num_tokens)
-    places = batch.places[row]
-    is_rated = is_live & table.asked.rates_prompt[places]
-    is_rated &= positions + 1 < table.queue.prompt_lens[places]
+    seq_indices = batch.seq_indices[row]
+    is_rated = is_live & table.params.keeps_prompt_logprobs[seq_indices]
+    is_rated &= positions + 1 < table.queue.prompt_lens[seq_indices]
     order = pack(is_rated)
     size = min(_PROMPT_ROWS, num_tokens)
 
     def rate(index: jax.Array, table: RequestTable) -> RequestTable:
         start = jnp.minimum(index * size, num_tokens - size)
         at = lax.dynamic_slice_in_dim(order, start, size)
-        place = jnp.where(is_rated[at], places[at], config.max_num_requests)
+        seq_index = jnp.where(is_rated[at], seq_indices[at], config.max_num_requests)
         position = positions[at] + 1
         logits = model.logits(hidden[at])
-        tokens = table.tokens[places[at], position]
+        tokens = table.tokens[seq_indices[at], position]
         found = {"logprobs": token_logprobs(logits, tokens)[0]}
         found |= _ranked(logits, tokens, config)
         columns = {
-            name: getattr(table, name).at[place, position].set(value, mode="drop")
+            name: getattr(table, name).at[seq_index, position].set(value, mode="drop")
             for name, value in found.items()
         }
         return dataclasses.replace(table, **columns)

@@ -269,7 +269,7 @@ def _relocated(state: EngineState, config: EngineConfig) -> EngineState:
 
 def _waiting(table: RequestTable) -> RequestTable:
     queue = table.queue
-    was_held = (queue.status == scheduler.HELD) & table.asked.is_prefix
+    was_held = (queue.status == scheduler.RETAINED) & table.params.is_prefix
     ran = (queue.status == scheduler.RUNNING) | (queue.status == scheduler.SWAPPED)
     queue = dataclasses.replace(
         queue, status=jnp.where(ran | was_held, scheduler.WAITING, queue.status)
@@ -277,7 +277,7 @@ def _waiting(table: RequestTable) -> RequestTable:
     own = jnp.arange(ran.shape[0], dtype=jnp.int32)
     # Other requests' sequences, whom one waited for, hold nothing now.
     is_own = queue.arrivals[queue.sources] == queue.arrivals
-    is_own |= table.asked.is_prefix[queue.sources]
+    is_own |= table.params.is_prefix[queue.sources]
     queue = dataclasses.replace(
         queue,
         sources=jnp.where(is_own, queue.sources, own),

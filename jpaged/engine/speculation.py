@@ -66,16 +66,16 @@ def count_drafts(
     blocks and the request's own limit reach: drafts never take anything from others.
     Those of prompt lookup are in the table afterwards, behind the known tokens.
     """
-    asked = config.speculation
+    params = config.speculation
     known = row_values(table.queue.num_tokens, rows)
     decodes = (num_tokens == 1) & (blocks.context_lens + 1 == known)
-    kinds = row_values(table.asked.algorithms, rows, 0)
-    decodes &= (kinds == NO_ALGORITHM) & ~row_values(table.asked.is_prefix, rows, True)
+    kinds = row_values(table.params.algorithms, rows, 0)
+    decodes &= (kinds == NO_ALGORITHM) & ~row_values(table.params.is_prefix, rows, True)
     # The token behind the last draft has to fit as well.
-    room = row_values(table.asked.token_limits, rows) - known - 1
-    most = jnp.where(decodes, jnp.clip(room, 0, asked.num_tokens), 0)
+    room = row_values(table.params.token_limits, rows) - known - 1
+    most = jnp.where(decodes, jnp.clip(room, 0, params.num_tokens), 0)
     table, most = when(
-        jnp.any(most > 0), lambda carry: _look_up(*carry, rows, asked), (table, most)
+        jnp.any(most > 0), lambda carry: _look_up(*carry, rows, params), (table, most)
     )
     left = config.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(most) - most
@@ -85,23 +85,23 @@ def count_drafts(
     return table, jnp.where(fits, most, 0)
 
 
-def _look_up(table, most, rows, asked) -> tuple[RequestTable, jax.Array]:
-    if asked.method != "prompt_lookup":
+def _look_up(table, most, rows, params) -> tuple[RequestTable, jax.Array]:
+    if params.method != "prompt_lookup":
         return table, most
-    places = jnp.where(rows == NO_REQUEST, 0, rows)
-    num_known = table.queue.num_tokens[places]
+    seq_indices = jnp.where(rows == NO_REQUEST, 0, rows)
+    num_known = table.queue.num_tokens[seq_indices]
     drafts, found = prompt_lookup(
-        table.tokens[places],
+        table.tokens[seq_indices],
         num_known,
-        num_drafts=asked.num_tokens,
-        min_ngram=asked.min_ngram,
-        max_ngram=asked.max_ngram,
+        num_drafts=params.num_tokens,
+        min_ngram=params.min_ngram,
+        max_ngram=params.max_ngram,
     )
     number = jnp.minimum(most, found)
-    index = jnp.arange(asked.num_tokens, dtype=jnp.int32)[None, :]
+    index = jnp.arange(params.num_tokens, dtype=jnp.int32)[None, :]
     is_draft = index < number[:, None]
     at = jnp.where(is_draft, num_known[:, None] + index, table.tokens.shape[1])
-    tokens = table.tokens.at[places[:, None], at].set(drafts, mode="drop")
+    tokens = table.tokens.at[seq_indices[:, None], at].set(drafts, mode="drop")
     return dataclasses.replace(table, tokens=tokens), number
 
 
@@ -122,7 +122,7 @@ def draft(
     with, so where the two agree, so do their samples.
     """
     states = table.automaton_states
-    is_alone = table.asked.algorithms[batch.places] == NO_ALGORITHM
+    is_alone = table.params.algorithms[batch.seq_indices] == NO_ALGORITHM
     num_drafts = jnp.where(is_alone, batch.num_drafts, 0)
     known = dataclasses.replace(
         batch,
@@ -138,7 +138,7 @@ def draft(
     cache, hidden = compute(cache, hidden, table, first)
     # By place: the rows are packed anew for every draft.
     limits = jnp.zeros(table.queue.status.shape, jnp.int32)
-    limits = limits.at[batch.places].max(num_drafts)
+    limits = limits.at[batch.seq_indices].max(num_drafts)
 
     def guess(number, carry):
         table, cache, hidden, logits, batch = carry
@@ -150,7 +150,7 @@ def draft(
             batch,
             starts=batch.starts + batch.num_tokens,
             num_tokens=batch.has_logits.astype(jnp.int32),
-            has_logits=batch.has_logits & (limits[batch.places] > number + 1),
+            has_logits=batch.has_logits & (limits[batch.seq_indices] > number + 1),
         )
         batch = _packed(batch, batch.num_tokens > 0)
         cache, hidden = compute(cache, hidden, table, batch)
@@ -175,12 +175,14 @@ def _packed(batch: Batch, takes_part: jax.Array) -> Batch:
 
 def _write_drafts(table, new: NewTokens, entries: Entries) -> RequestTable:
     """The table with drafts behind the known tokens, and automata in their states."""
-    places = new.places
-    tokens = table.tokens.at[places, entries.positions].set(new.tokens, mode="drop")
-    states = request_table.advance(
-        table, jnp.minimum(places, table.queue.status.shape[0] - 1), new.tokens
+    seq_indices = new.seq_indices
+    tokens = table.tokens.at[seq_indices, entries.positions].set(
+        new.tokens, mode="drop"
     )
-    states = table.automaton_states.at[places].set(states, mode="drop")
+    states = request_table.advance(
+        table, jnp.minimum(seq_indices, table.queue.status.shape[0] - 1), new.tokens
+    )
+    states = table.automaton_states.at[seq_indices].set(states, mode="drop")
     return dataclasses.replace(table, tokens=tokens, automaton_states=states)
 
 
@@ -193,20 +195,20 @@ def accept(
     also whether any sequence ended, bool[], and the number of tokens gained, i32[].
     `most`: drafts of a row.
     """
-    num_places, _ = table.tokens.shape
-    safe = jnp.minimum(new.places, num_places - 1)
+    table_size, _ = table.tokens.shape
+    safe = jnp.minimum(new.seq_indices, table_size - 1)
     is_other = new.tokens != table.tokens[safe, entries.positions]
     # Mismatches before each entry in its own row.
     is_other = is_other.astype(jnp.int32)
     before = jnp.cumsum(is_other) - is_other
     first = jnp.arange(before.shape[0], dtype=jnp.int32) - entries.offsets
-    stands = (new.places < num_places) & (before == before[first])
+    stands = (new.seq_indices < table_size) & (before == before[first])
 
     def extend(offset, carry):
         table, is_any, gained = carry
         takes = stands & (entries.offsets == offset) & ~table.queue.has_ended[safe]
-        places = jnp.where(takes, new.places, num_places)
-        mine = dataclasses.replace(new, places=places)
+        seq_indices = jnp.where(takes, new.seq_indices, table_size)
+        mine = dataclasses.replace(new, seq_indices=seq_indices)
         table, ended = request_table.extend(table, mine, step)
         gained += jnp.sum(takes & ~new.is_dead_end, dtype=jnp.int32)
         return table, is_any | jnp.any(ended), gained

@@ -28,7 +28,7 @@ from jpaged.kv.block_manager import BlockState
 from jpaged.kv.prefix_cache import PrefixCache
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
-from jpaged.policies import Knobs
+from jpaged.policies import SchedulerParams
 from jpaged.scheduler import (
     BEFORE_ALL,
     NO_REQUEST,
@@ -87,7 +87,9 @@ class EngineState:
     host: HostPool | None  # where the config swaps
     counters: Counters
     timeline: Timeline
-    knobs: Knobs  # of the scheduler; set them and not the config to sweep
+    scheduler_params: (
+        SchedulerParams  # of the scheduler; set them and not the config to sweep
+    )
     config: EngineConfig = dataclasses.field(metadata={"static": True})
     # The devices that share it, of `make_mesh`; None is one device, whichever. Where
     # its `data` is more than one, replicas are the first axis of all but the pages.
@@ -173,7 +175,7 @@ def _make(
             **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
         ),
         timeline=events.init(config),
-        knobs=config.knobs,
+        scheduler_params=config.scheduler_params,
         config=config,
         mesh=mesh,
     )
@@ -229,9 +231,9 @@ def admitted_tokens(before: Queue, after: Queue) -> dict[str, jax.Array]:
 
     Requests count when they are admitted for the first time; pinned prefixes do not.
     """
-    place = jnp.arange(before.status.shape[0], dtype=jnp.int32)
+    seq_index = jnp.arange(before.status.shape[0], dtype=jnp.int32)
     is_first = (before.status == WAITING) & (after.status != WAITING)
-    is_first &= is_new_request(before, place)
+    is_first &= is_new_request(before, seq_index)
     is_first &= before.priorities != BEFORE_ALL
     return dict(
         num_prompt_tokens=jnp.sum(jnp.where(is_first, before.prompt_lens, 0)),

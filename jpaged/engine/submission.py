@@ -26,7 +26,7 @@ from jpaged.engine import algorithms
 from jpaged.engine.limits import (
     Params,
     Shape,
-    rates_prompt,
+    keeps_prompt_logprobs,
     shape,
     stop_ids,
     token_limit,
@@ -34,8 +34,8 @@ from jpaged.engine.limits import (
 from jpaged.engine.request_table import (
     NO_ALGORITHM,
     NO_OUTPUT,
-    Asked,
     RequestTable,
+    SequenceParams,
     Submission,
 )
 from jpaged.params import BeamSearchParams, SamplingParams
@@ -46,7 +46,7 @@ FINISH_REASONS = (None, "stop", "length", "abort", "dead_end")
 class Result(NamedTuple):
     """A finished sequence as the engine holds it."""
 
-    place: int
+    seq_index: int
     arrival: int  # the request's number, in order of submission
     sample: int  # which of the request's outputs; of beams the best is 0
     prompt_token_ids: list[int]
@@ -82,7 +82,7 @@ def place_automata(
     wanted = [param.structured_outputs for param in params]
     if all(automaton is None for automaton in wanted):
         return [constraints.UNCONSTRAINED] * len(params), []
-    status, index = jax.device_get((table.queue.status, table.asked.automata))
+    status, index = jax.device_get((table.queue.status, table.params.automata))
     in_use = set(index[status != scheduler.EMPTY].tolist())
     known = {digest.tobytes(): i for i, digest in enumerate(np.asarray(table.digests))}
     digests = [automaton and automaton.digest.tobytes() for automaton in wanted]
@@ -137,20 +137,20 @@ def encode(
             "raise max_num_requests"
         )
     prefixes = _prefixes(table)
-    places, entries = [], []
+    seq_indices, entries = [], []
     for number, (prompt, param, one) in enumerate(
         zip(prompts, params, shapes, strict=True)
     ):
         mine, empty = empty[: len(one.numbers)], empty[len(one.numbers) :]
-        places.append(mine)
+        seq_indices.append(mine)
         # A prompt that is rated is computed whole.
-        known = [] if rates_prompt(param) else prefixes
+        known = [] if keeps_prompt_logprobs(param) else prefixes
         source, shared = _source(prompt, known, mine[0])
         request = _Request(
             prompt=prompt,
             params=param,
             shape=one,
-            places=mine,
+            seq_indices=mine,
             arrival=arrivals[number],
             seed=seed,
             stop_ids=stop_ids(param, eos_token_ids),
@@ -159,7 +159,7 @@ def encode(
             automaton=automata[number],
         )
         entries += [_entry(config, request, i) for i in range(len(mine))]
-    return _stack(entries, config) if entries else None, places
+    return _stack(entries, config) if entries else None, seq_indices
 
 
 def encode_prefix(
@@ -167,17 +167,17 @@ def encode_prefix(
 ) -> tuple[Submission, int]:
     """A checked prefix to be computed and pinned, as arrays, and its place."""
     status = np.asarray(table.queue.status)
-    place = int(np.flatnonzero(status == scheduler.EMPTY)[0])
+    seq_index = int(np.flatnonzero(status == scheduler.EMPTY)[0])
     arrival = next_arrival(table)
     request = _Request(
         prompt=list(tokens),
         params=SamplingParams(temperature=0.0),
         shape=Shape(NO_ALGORITHM, 1, [0]),
-        places=[place],
+        seq_indices=[seq_index],
         arrival=arrival,
         seed=0,
         stop_ids=[],
-        source=place,
+        source=seq_index,
         shared=0,
         automaton=constraints.UNCONSTRAINED,
     )
@@ -185,8 +185,8 @@ def encode_prefix(
     # Before all others, so that those that map it never wait for one behind them.
     entry.queue["priorities"] = np.int32(scheduler.BEFORE_ALL)
     mark = {"is_prefix": np.bool_(True), "outputs": np.int32(NO_OUTPUT)}
-    entry = entry._replace(asked=entry.asked | mark)
-    return _stack([entry], config), place
+    entry = entry._replace(params=entry.params | mark)
+    return _stack([entry], config), seq_index
 
 
 def next_arrival(table: RequestTable) -> int:
@@ -199,7 +199,7 @@ class _Request(NamedTuple):
     prompt: Sequence[int]
     params: Params
     shape: Shape
-    places: list[int]
+    seq_indices: list[int]
     arrival: int
     seed: int
     stop_ids: list[int]
@@ -211,16 +211,16 @@ class _Request(NamedTuple):
 class _Entry(NamedTuple):
     """One sequence as numpy scalars and rows; fields as in `Submission`."""
 
-    place: np.int32
+    seq_index: np.int32
     queue: dict[str, Any]
     tokens: np.ndarray
-    asked: dict[str, Any]
+    params: dict[str, Any]
     states: tuple[Any, ...]
 
 
 def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
     """The request's sequence number `index`."""
-    params, one, places = request.params, request.shape, request.places
+    params, one, seq_indices = request.params, request.shape, request.seq_indices
     length = len(request.prompt)
     tokens = np.zeros((config.max_model_len,), np.int32)
     tokens[:length] = request.prompt
@@ -232,36 +232,36 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
         (request.source, request.shared)
         if is_leader
         else (
-            places[0],
+            seq_indices[0],
             length - 1,
         )
     )
     if shared <= 0 or not is_row:
-        source, shared = places[index], 0
+        source, shared = seq_indices[index], 0
     is_grouped = one.kind != NO_ALGORITHM
     limit = token_limit(config, length, params)
     return _Entry(
-        place=np.int32(places[index]),
+        seq_index=np.int32(seq_indices[index]),
         queue=dict(
-            status=np.int32(scheduler.WAITING if is_row else scheduler.HELD),
+            status=np.int32(scheduler.WAITING if is_row else scheduler.RETAINED),
             arrivals=np.int32(request.arrival),
             priorities=np.int32(params.priority if config.uses_priorities else 0),
             prompt_lens=np.int32(length),
             num_tokens=np.int32(length),
-            leaders=np.int32(places[0]),
+            leaders=np.int32(seq_indices[0]),
             sources=np.int32(source),
             shared_lens=np.int32(shared),
             is_lockstep=np.bool_(is_grouped and one.num_rows > 1),
             has_ended=np.bool_(not is_row),
         ),
         tokens=tokens,
-        asked=dict(
+        params=dict(
             token_limits=np.int32(limit),
             stop_ids=ends,
             algorithms=np.int32(one.kind),
             outputs=np.int32(index - (one.num_rows if one.num_held else 0)),
             is_prefix=np.bool_(False),
-            rates_prompt=np.bool_(is_leader and rates_prompt(params)),
+            keeps_prompt_logprobs=np.bool_(is_leader and keeps_prompt_logprobs(params)),
             sampling=_sampling(params, _own_seed(request), one.numbers[index]),
             rules=_rules(config, params),
             automata=np.int32(request.automaton),
@@ -331,29 +331,29 @@ def _initial_states(config: EngineConfig) -> tuple[Any, ...]:
 def _stack(entries: list[_Entry], config: EngineConfig) -> Submission:
     """Entries side by side, padded to a power of two so that few shapes compile."""
     size = 1 << (len(entries) - 1).bit_length()
-    nobody = entries[0]._replace(place=np.int32(config.max_num_requests))
+    nobody = entries[0]._replace(seq_index=np.int32(config.max_num_requests))
     entries = entries + [nobody] * (size - len(entries))
     all_ = jax.tree.map(lambda *leaves: np.stack(leaves), *entries)
     return Submission(
-        places=all_.place,
+        seq_indices=all_.seq_index,
         queue=all_.queue,
         tokens=all_.tokens,
-        asked=Asked(**all_.asked),
+        params=SequenceParams(**all_.params),
         states=all_.states,
     )
 
 
 def _prefixes(table: RequestTable) -> list[tuple[int, np.ndarray]]:
     """Place and tokens of each pinned prefix, the longest first."""
-    is_prefix = np.array(table.asked.is_prefix)
+    is_prefix = np.array(table.params.is_prefix)
     is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
-    places = np.flatnonzero(is_prefix)
-    if not len(places):
+    seq_indices = np.flatnonzero(is_prefix)
+    if not len(seq_indices):
         return []
-    lens = np.asarray(table.queue.num_tokens)[places]
-    tokens = np.asarray(table.tokens[places])
+    lens = np.asarray(table.queue.num_tokens)[seq_indices]
+    tokens = np.asarray(table.tokens[seq_indices])
     order = np.argsort(-lens, kind="stable")
-    return [(int(places[i]), tokens[i, : lens[i]]) for i in order]
+    return [(int(seq_indices[i]), tokens[i, : lens[i]]) for i in order]
 
 
 def _source(
@@ -361,19 +361,19 @@ def _source(
 ) -> tuple[int, int]:
     """The pinned prefix that shares most tokens with the prompt, and how many."""
     best = (own, 0)
-    for place, prefix in prefixes:
+    for seq_index, prefix in prefixes:
         most = min(len(prompt) - 1, len(prefix))
         is_other = np.asarray(prompt[:most]) != prefix[:most]
         common = int(np.argmax(is_other)) if is_other.any() else most
         if common > best[1]:
-            best = (place, common)
+            best = (seq_index, common)
     return best
 
 
 def results(table: RequestTable) -> list[Result]:
     """The finished outputs, by arrival and number. Changes nothing."""
-    queue, asked = jax.device_get((table.queue, table.asked))
-    numbers = asked.outputs
+    queue, params = jax.device_get((table.queue, table.params))
+    numbers = params.outputs
     is_output = (queue.status == scheduler.FINISHED) & (numbers > NO_OUTPUT)
     order = sorted(
         np.flatnonzero(is_output), key=lambda p: (queue.arrivals[p], numbers[p])
@@ -383,25 +383,31 @@ def results(table: RequestTable) -> list[Result]:
     )
     rest = jax.device_get((table.finish_reasons, table.first_steps, table.last_steps))
     found: list[Result] = []
-    for place in map(int, order):
-        start, end = int(queue.prompt_lens[place]), int(queue.num_tokens[place])
+    for seq_index in map(int, order):
+        start, end = int(queue.prompt_lens[seq_index]), int(queue.num_tokens[seq_index])
         tokens, *columns = host
-        reason, first_step, last_step = (int(column[place]) for column in rest)
-        is_alone = asked.algorithms[place] == NO_ALGORITHM
+        reason, first_step, last_step = (int(column[seq_index]) for column in rest)
+        is_alone = params.algorithms[seq_index] == NO_ALGORITHM
         found.append(
             Result(
-                place,
-                int(queue.arrivals[place]),
-                int(numbers[place]),
-                tokens[place, :start].tolist(),
-                tokens[place, start:end].tolist(),
-                *(column[place, start:end] for column in columns),
-                columns[0][place, :start] if asked.rates_prompt[place] else None,
+                seq_index,
+                int(queue.arrivals[seq_index]),
+                int(numbers[seq_index]),
+                tokens[seq_index, :start].tolist(),
+                tokens[seq_index, start:end].tolist(),
+                *(column[seq_index, start:end] for column in columns),
+                columns[0][seq_index, :start]
+                if params.keeps_prompt_logprobs[seq_index]
+                else None,
                 FINISH_REASONS[reason],
                 first_step,
                 last_step,
                 # Of an algorithm's sequences only the rows are preempted, all alike.
-                int(queue.num_preemptions[place if is_alone else queue.leaders[place]]),
+                int(
+                    queue.num_preemptions[
+                        seq_index if is_alone else queue.leaders[seq_index]
+                    ]
+                ),
             )
         )
     return found

@@ -86,7 +86,7 @@ def match(
     cache: PrefixCache,
     tokens: jax.Array,
     max_lens: jax.Array,
-    places: jax.Array | None = None,
+    seq_indices: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The longest known beginning of each row of tokens, in whole blocks.
 
@@ -97,7 +97,7 @@ def match(
       cache: what is known.
       tokens: i32[B, L].
       max_lens: i32[B], tokens of each row that may be found; 0 asks for none.
-      places: i32[B] or None; where given, row b's tokens are `tokens[places[b]]`.
+      places: i32[B] or None; where given, row b's tokens are `tokens[seq_indices[b]]`.
 
     Returns:
       paths: i32[B, M] with M = ceil(L / P), the blocks, NO_BLOCK after the last.
@@ -127,7 +127,7 @@ def match(
     def descend(carry):
         paths, parents, depths, ends = carry
         rows = jnp.arange(num_rows)
-        chunks = _chunks(tokens, places, depths, block_size)
+        chunks = _chunks(tokens, seq_indices, depths, block_size)
         found = _look_up(cache, parents, chunks).blocks
         is_found = (found != NO_BLOCK) & (depths < ends)
         columns = jnp.where(is_found, depths, paths.shape[1])
@@ -145,7 +145,7 @@ def insert(
     blocks: BlockState,
     tokens: jax.Array,
     clock: jax.Array | int,
-    places: jax.Array | None = None,
+    seq_indices: jax.Array | None = None,
 ) -> tuple[PrefixCache, BlockState]:
     """Cache and blocks after the full blocks of all rows have become nodes.
 
@@ -164,7 +164,7 @@ def insert(
         be computed and final.
       tokens: i32[S, L], of each row, in order.
       clock: i32[]; what is in use is used now. May not run backwards.
-      places: i32[S] or None; where given, row s's tokens are `tokens[places[s]]`.
+      places: i32[S] or None; where given, row s's tokens are `tokens[seq_indices[s]]`.
     """
     _, block_size = cache.tokens.shape
     num_full = jnp.minimum(blocks.context_lens, tokens.shape[1]) // block_size
@@ -182,7 +182,7 @@ def insert(
 
         def enter(carry):
             cache, blocks, columns, ends = carry
-            return _enter(cache, blocks, columns, ends, tokens, places)
+            return _enter(cache, blocks, columns, ends, tokens, seq_indices)
 
         carry = lax.while_loop(goes_on, enter, (cache, blocks, columns, num_full))
         cache, blocks, _, _ = carry
@@ -221,10 +221,10 @@ def evict(
     numbers = jnp.arange(candidates.size, dtype=jnp.int32)
     order = (cache.last_used, -cache.depths, -numbers)
 
-    def let_go(parents: jax.Array) -> jax.Array:
+    def release_finished(parents: jax.Array) -> jax.Array:
         return jnp.where(_first(candidates, order, count), NOT_CACHED, parents)
 
-    parents = when(count > 0, let_go, cache.parents)
+    parents = when(count > 0, release_finished, cache.parents)
     return dataclasses.replace(cache, parents=parents)
 
 
@@ -324,7 +324,7 @@ def _look_up(cache: PrefixCache, parents: jax.Array, chunks: jax.Array) -> _Foun
     return _Found(blocks, buckets, entries_SW)
 
 
-def _enter(cache, blocks, columns, ends, tokens, places):
+def _enter(cache, blocks, columns, ends, tokens, seq_indices):
     """One node or one hit more for each row that is not at its end, `columns == ends`.
 
     Returns the cache, the blocks, the columns and the ends, which a full bucket lowers.
@@ -333,7 +333,7 @@ def _enter(cache, blocks, columns, ends, tokens, places):
     num_buckets, num_ways = cache.buckets.shape
     rows = jnp.arange(columns.size)
     is_live = columns < ends
-    chunks = _chunks(tokens, places, columns, block_size)
+    chunks = _chunks(tokens, seq_indices, columns, block_size)
     before = _at_column(blocks.block_tables, columns - 1)
     parents = jnp.where(columns == 0, num_blocks, before)
     own = _at_column(blocks.block_tables, columns)
@@ -459,10 +459,17 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def _chunks(
-    tokens: jax.Array, places: jax.Array | None, columns: jax.Array, block_size: int
+    tokens: jax.Array,
+    seq_indices: jax.Array | None,
+    columns: jax.Array,
+    block_size: int,
 ) -> jax.Array:
     """The tokens of each row's block at its column, i32[S, P]; some past the end."""
-    rows = jnp.arange(columns.size, dtype=jnp.int32) if places is None else places
+    rows = (
+        jnp.arange(columns.size, dtype=jnp.int32)
+        if seq_indices is None
+        else seq_indices
+    )
     offsets = jnp.arange(block_size, dtype=jnp.int32)
     positions_SP = columns[:, None] * block_size + offsets[None, :]
     chunks = tokens.at[rows[:, None], positions_SP].get(mode="clip")

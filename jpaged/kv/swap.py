@@ -46,7 +46,7 @@ class Copies:
 
 
 def swap_out(
-    device: BlockState, host: BlockState, places: jax.Array
+    device: BlockState, host: BlockState, seq_indices: jax.Array
 ) -> tuple[BlockState, BlockState, Copies, jax.Array]:
     """Both states after rows have left the device, what to copy, and whether they have.
 
@@ -77,13 +77,13 @@ def swap_out(
     ([[-1, -1], [0, 1]], [1, 1, 0, 0])
     """
     rows = jnp.arange(device.context_lens.size, dtype=jnp.int32)
-    return _move(device, host, rows, places)
+    return _move(device, host, rows, seq_indices)
 
 
 def swap_in(
     device: BlockState,
     host: BlockState,
-    places: jax.Array,
+    seq_indices: jax.Array,
     kept: jax.Array | None = None,
 ) -> tuple[BlockState, BlockState, Copies, jax.Array]:
     """Both states after rows have come back to the device; otherwise as `swap_out`.
@@ -96,7 +96,7 @@ def swap_in(
         them; None keeps none.
     """
     rows = jnp.arange(device.context_lens.size, dtype=jnp.int32)
-    host, device, copies, ok = _move(host, device, places, rows, kept)
+    host, device, copies, ok = _move(host, device, seq_indices, rows, kept)
     return device, host, copies, ok
 
 
@@ -119,7 +119,7 @@ def swap_blocks(
 ) -> tuple[BlockState, BlockState, Swapped]:
     """Both states after rows left and came back, and the pages to copy.
 
-    `out` and `into` are the `places` of `swap_out` and `swap_in`. Costs next to nothing
+    `out` and `into` are the `seq_indices` of `swap_out` and `swap_in`. Costs little
     in a step in which nobody moves.
     """
 
@@ -174,13 +174,13 @@ def leaving(
     return dropped & has_any & jnp.all(fits[None, :] | ~is_mate, axis=1)
 
 
-def demand(host: BlockState, places: jax.Array) -> jax.Array:
+def demand(host: BlockState, seq_indices: jax.Array) -> jax.Array:
     """The blocks that rows take which come back together, i32[S].
 
-    Each block counts for the first of `places` (i32[S], below 0: none) that holds it.
+    Each block counts for the first of `seq_indices` (i32[S], below 0: none) with it.
     A row whose last block an earlier one writes too needs a copy of it.
     """
-    tables_SM, lens = _rows_of(host, places >= 0, places)
+    tables_SM, lens = _rows_of(host, seq_indices >= 0, seq_indices)
     state = dataclasses.replace(host, block_tables=tables_SM, context_lens=lens)
     rows = jnp.arange(lens.size, dtype=jnp.int32)
     held = block_manager.exclusive_blocks(state, rows)

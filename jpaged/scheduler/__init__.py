@@ -39,8 +39,8 @@ from jpaged.scheduler.preemption import Swaps as Swaps
 from jpaged.scheduler.queue import BEFORE_ALL as BEFORE_ALL
 from jpaged.scheduler.queue import EMPTY as EMPTY
 from jpaged.scheduler.queue import FINISHED as FINISHED
-from jpaged.scheduler.queue import HELD as HELD
 from jpaged.scheduler.queue import NO_REQUEST as NO_REQUEST
+from jpaged.scheduler.queue import RETAINED as RETAINED
 from jpaged.scheduler.queue import RUNNING as RUNNING
 from jpaged.scheduler.queue import SWAPPED as SWAPPED
 from jpaged.scheduler.queue import WAITING as WAITING

@@ -13,7 +13,7 @@ from jax import lax
 
 from jpaged import policies
 from jpaged.kv import block_manager
-from jpaged.policies import Knobs
+from jpaged.policies import SchedulerParams
 from jpaged.scheduler.queue import (
     BEFORE_ALL,
     EMPTY,
@@ -39,18 +39,27 @@ def can_admit(queue: Queue, rows: jax.Array) -> jax.Array:
 
 
 def admit(
-    queue, rows, blocks, num_tokens, num_admitted, *, hits, needed, policy, knobs
+    queue,
+    rows,
+    blocks,
+    num_tokens,
+    num_admitted,
+    *,
+    hits,
+    needed,
+    policy,
+    scheduler_params,
 ):
     """Gives waiting requests rows, in order, up to the first that does not fit."""
-    num_places = queue.status.shape[0]
+    table_size = queue.status.shape[0]
     hits = _worth_taking(queue, hits)
     first, fits, tokens = _candidates(
-        queue, rows, blocks, num_tokens, hits, needed, policy, knobs
+        queue, rows, blocks, num_tokens, hits, needed, policy, scheduler_params
     )
     admitted = jnp.cumprod(fits.astype(jnp.int32)).astype(jnp.bool_)
 
     takes, turn = take_rows(rows, jnp.sum(admitted))
-    target = jnp.where(admitted, first, num_places)
+    target = jnp.where(admitted, first, table_size)
     # What a request's own sequences share is nothing that others had computed.
     is_new = is_new_request(queue, first)
     cached = jnp.where(is_new, hits.lens[first] + mapped_tokens(queue, first, hits), 0)
@@ -74,8 +83,8 @@ def admit(
 
 def _worth_taking(queue: Queue, hits: Hits) -> Hits:
     """The hits of the sequences that find no more at their sources."""
-    places = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
-    is_less = hits.lens < mapped_tokens(queue, places)
+    seq_indices = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
+    is_less = hits.lens < mapped_tokens(queue, seq_indices)
     return dataclasses.replace(hits, lens=jnp.where(is_less, 0, hits.lens))
 
 
@@ -95,20 +104,29 @@ def _scores(queue: Queue, hits: Hits, policy, parameters: jax.Array) -> jax.Arra
     return scores[queue.leaders]
 
 
-def _candidates(queue, rows, blocks, num_tokens, hits, needed, policy, knobs: Knobs):
+def _candidates(
+    queue,
+    rows,
+    blocks,
+    num_tokens,
+    hits,
+    needed,
+    policy,
+    scheduler_params: SchedulerParams,
+):
     """The first waiting sequences, whether each fits behind those before it, and the
     tokens that it would compute in this step: i32[S], bool[S], i32[S].
     """
     num_rows = rows.shape[0]
-    place = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
+    seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     is_waiting = queue.status == WAITING
-    scores = _scores(queue, hits, policy, knobs.parameters)
+    scores = _scores(queue, hits, policy, scheduler_params.parameters)
     keys = (
         jnp.where(is_waiting, 0, 1),
         jnp.where(queue.priorities == BEFORE_ALL, 0, 1),
         scores,
         queue.arrivals,
-        place,
+        seq_index,
     )
     first = lax.sort(keys, num_keys=5)[-1][:num_rows]  # in order
     valid = is_waiting[first]
@@ -125,13 +143,13 @@ def _candidates(queue, rows, blocks, num_tokens, hits, needed, policy, knobs: Kn
     needs = jnp.where(valid, jnp.maximum(needs, 0), 0)
     # Who waits for a source computes nothing yet, and lockstep rows not their last.
     tokens = num_known[first] - queue.is_lockstep[first].astype(jnp.int32)
-    tokens = jnp.minimum(tokens - hits.lens[first], knobs.max_prompt_chunk)
+    tokens = jnp.minimum(tokens - hits.lens[first], scheduler_params.max_prompt_chunk)
     tokens = jnp.where(valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
-    left = knobs.max_num_batched_tokens - jnp.sum(num_tokens)
+    left = scheduler_params.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(tokens) - tokens
 
-    free = spare_blocks(queue, rows, blocks, needed, knobs)
-    has_row = jnp.arange(num_rows) < num_open_rows(queue, rows, knobs)
+    free = spare_blocks(queue, rows, blocks, needed, scheduler_params)
+    has_row = jnp.arange(num_rows) < num_open_rows(queue, rows, scheduler_params)
     fits = valid & (jnp.cumsum(needs) <= free) & has_row
 
     # All sequences of a request, or none; for the budget, its first token counts.

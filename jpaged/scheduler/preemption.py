@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.kv import block_manager, swap
-from jpaged.policies import Knobs
+from jpaged.policies import SchedulerParams
 from jpaged.scheduler.queue import (
     BEFORE_ALL,
     EMPTY,
-    HELD,
     NO_REQUEST,
+    RETAINED,
     RUNNING,
     SWAPPED,
     WAITING,
@@ -68,14 +68,14 @@ def preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, ho
     is_lockstep = row_values(queue.is_lockstep, rows, False)
     stays_alone = is_first & (stays | is_lockstep | (rank == first))
     stays = jnp.all(stays[None, :] | ~is_same, axis=1)
-    stays |= stays_alone | (status == HELD)
+    stays |= stays_alone | (status == RETAINED)
     dropped = ~stays & (rows != NO_REQUEST)
 
     leaves = jnp.zeros_like(dropped)
     if host is not None:
         leaves = swap.leaving(blocks, host, dropped, rank, is_same)
         swaps = swaps._replace(out=jnp.where(leaves, rows, NO_REQUEST))
-    place = jnp.where(dropped, rows, queue.status.shape[0])
+    seq_index = jnp.where(dropped, rows, queue.status.shape[0])
     # Whom it waited for among others' sequences is not there when it comes back.
     source = row_values(queue.sources, rows)
     is_own = queue.arrivals[source] == row_values(queue.arrivals, rows)
@@ -84,9 +84,9 @@ def preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, ho
     status = jnp.where(leaves, SWAPPED, WAITING)
     queue = dataclasses.replace(
         queue,
-        status=queue.status.at[place].set(status, mode="drop"),
+        status=queue.status.at[seq_index].set(status, mode="drop"),
         sources=queue.sources.at[alone].set(rows, mode="drop"),
-        num_preemptions=queue.num_preemptions.at[place].add(1, mode="drop"),
+        num_preemptions=queue.num_preemptions.at[seq_index].add(1, mode="drop"),
     )
     return (
         queue,
@@ -98,17 +98,19 @@ def preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, ho
     )
 
 
-def bring_back(queue, rows, swaps, blocks, needed, host, knobs: Knobs):
+def bring_back(
+    queue, rows, swaps, blocks, needed, host, scheduler_params: SchedulerParams
+):
     """Gives the first swapped request rows and room for its tokens, if there are.
 
     All its swapped sequences, or of samples that have the engine for themselves as many
     as there is room for. They compute nothing in this step. One request at a time: how
     many blocks it takes is then exact, so that it always fits alone.
     """
-    num_rows, num_places = rows.shape[0], queue.status.shape[0]
+    num_rows, table_size = rows.shape[0], queue.status.shape[0]
     is_away = queue.status == SWAPPED
-    place = jnp.arange(num_places, dtype=jnp.int32)
-    keys = (jnp.where(is_away, 0, 1), queue.priorities, queue.arrivals, place)
+    seq_index = jnp.arange(table_size, dtype=jnp.int32)
+    keys = (jnp.where(is_away, 0, 1), queue.priorities, queue.arrivals, seq_index)
     first = lax.sort(keys, num_keys=4)[-1][:num_rows]  # in order
     leader = queue.leaders[first[0]]
     is_mine = is_away & (queue.leaders == leader)
@@ -121,15 +123,17 @@ def bring_back(queue, rows, swaps, blocks, needed, host, knobs: Knobs):
     needs = swap.demand(host, jnp.where(valid, first, NO_REQUEST))
     needs += jnp.where(valid, jnp.maximum(-(-known // size) - mapped, 0), 0)
     turn = jnp.arange(num_rows, dtype=jnp.int32)
-    fits = valid & (turn < num_open_rows(queue, rows, knobs))
-    fits &= jnp.cumsum(needs) <= spare_blocks(queue, rows, blocks, needed, knobs)
+    fits = valid & (turn < num_open_rows(queue, rows, scheduler_params))
+    fits &= jnp.cumsum(needs) <= spare_blocks(
+        queue, rows, blocks, needed, scheduler_params
+    )
 
     is_running = row_values(queue.status, rows, EMPTY) == RUNNING
     is_other = row_values(queue.leaders, rows, NO_REQUEST) != leader
     is_alone = ~jnp.any(is_running & is_other) & ~queue.is_lockstep[leader]
     is_whole = jnp.sum(fits) == jnp.sum(is_mine)
     num_back = jnp.where(is_whole | is_alone, jnp.sum(fits, dtype=jnp.int32), 0)
-    target = jnp.where(turn < num_back, first, num_places)
+    target = jnp.where(turn < num_back, first, table_size)
     queue = dataclasses.replace(
         queue, status=queue.status.at[target].set(RUNNING, mode="drop")
     )

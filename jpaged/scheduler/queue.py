@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.kv import block_manager
-from jpaged.policies import Knobs
+from jpaged.policies import SchedulerParams
 
 # Status of a place in the request table. HELD takes no part, and keeps what it has:
 # a pinned prefix its row and blocks, a finished beam of a running search its tokens.
 # SWAPPED waits as well, and has its blocks in the host's memory.
-EMPTY, WAITING, RUNNING, FINISHED, HELD, SWAPPED = range(6)
+EMPTY, WAITING, RUNNING, FINISHED, RETAINED, SWAPPED = range(6)
 NO_REQUEST = -1
 BEFORE_ALL = jnp.iinfo(jnp.int32).min  # priority of pinned prefixes
 _LAST = jnp.iinfo(jnp.int32).max
@@ -50,22 +50,22 @@ class Hits:
     lens: jax.Array  # i32[R], tokens in them, whole blocks; less than the known tokens
 
     @classmethod
-    def none(cls, num_places: int, max_blocks_per_seq: int) -> Hits:
+    def none(cls, table_size: int, max_blocks_per_seq: int) -> Hits:
         """Nothing for anybody."""
         return cls(
-            jnp.full((num_places, max_blocks_per_seq), block_manager.NO_BLOCK),
-            jnp.zeros((num_places,), jnp.int32),
+            jnp.full((table_size, max_blocks_per_seq), block_manager.NO_BLOCK),
+            jnp.zeros((table_size,), jnp.int32),
         )
 
 
-def init_queue(num_places: int) -> Queue:
+def init_queue(table_size: int) -> Queue:
     """An empty queue."""
 
     def column(dtype: type = jnp.int32) -> jax.Array:
-        return jnp.zeros((num_places,), dtype)
+        return jnp.zeros((table_size,), dtype)
 
     def own() -> jax.Array:
-        return jnp.arange(num_places, dtype=jnp.int32)
+        return jnp.arange(table_size, dtype=jnp.int32)
 
     return Queue(
         status=column(),
@@ -83,9 +83,11 @@ def init_queue(num_places: int) -> Queue:
     )
 
 
-def is_new_request(queue: Queue, places: jax.Array) -> jax.Array:
-    """Whether at `places` are first sequences of requests never preempted yet."""
-    return (queue.leaders[places] == places) & (queue.num_preemptions[places] == 0)
+def is_new_request(queue: Queue, seq_indices: jax.Array) -> jax.Array:
+    """Whether at `seq_indices` are first sequences of requests never preempted yet."""
+    return (queue.leaders[seq_indices] == seq_indices) & (
+        queue.num_preemptions[seq_indices] == 0
+    )
 
 
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
@@ -107,23 +109,23 @@ def same_request(queue: Queue, rows: jax.Array) -> jax.Array:
 
 
 def mapped_tokens(
-    queue: Queue, places: jax.Array, hits: Hits | None = None
+    queue: Queue, seq_indices: jax.Array, hits: Hits | None = None
 ) -> jax.Array:
-    """Tokens that the sequences at `places` will map from their sources.
+    """Tokens that the sequences at `seq_indices` will map from their sources.
 
     None for those that have `hits`, which they take instead.
     """
-    sources = queue.sources[places]
+    sources = queue.sources[seq_indices]
     status = queue.status[sources]
     # Of one request all are admitted together, and pinned prefixes first of all.
-    comes = queue.arrivals[sources] == queue.arrivals[places]
+    comes = queue.arrivals[sources] == queue.arrivals[seq_indices]
     comes |= queue.priorities[sources] == BEFORE_ALL
     is_away = (status == WAITING) | (status == SWAPPED)
-    is_live = (status == RUNNING) | (status == HELD) | (is_away & comes)
-    maps = (sources != places) & is_live
+    is_live = (status == RUNNING) | (status == RETAINED) | (is_away & comes)
+    maps = (sources != seq_indices) & is_live
     if hits is not None:
-        maps &= hits.lens[places] == 0
-    return jnp.where(maps, queue.shared_lens[places], 0)
+        maps &= hits.lens[seq_indices] == 0
+    return jnp.where(maps, queue.shared_lens[seq_indices], 0)
 
 
 def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
@@ -133,7 +135,7 @@ def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
     """
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
     is_empty = rows == NO_REQUEST
-    is_held = row_values(queue.status, rows, EMPTY) == HELD
+    is_held = row_values(queue.status, rows, EMPTY) == RETAINED
     keys = (
         jnp.where(is_empty, 2, jnp.where(is_held, 0, 1)),
         row_values(queue.priorities, rows, _LAST),
@@ -163,10 +165,14 @@ def sum_before(ranks: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(is_before, values[None, :], 0), axis=1)
 
 
-def num_open_rows(queue: Queue, rows: jax.Array, knobs: Knobs) -> jax.Array:
+def num_open_rows(
+    queue: Queue, rows: jax.Array, scheduler_params: SchedulerParams
+) -> jax.Array:
     """Sequences that may get a row, i32[]."""
     num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
-    return jnp.minimum(knobs.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST))
+    return jnp.minimum(
+        scheduler_params.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST)
+    )
 
 
 def take_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -180,13 +186,13 @@ def take_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     return takes, jnp.where(takes, turn, 0)
 
 
-def spare_blocks(queue, rows, blocks, needed, knobs) -> jax.Array:
+def spare_blocks(queue, rows, blocks, needed, scheduler_params) -> jax.Array:
     """Blocks that new requests may take, i32[]."""
     # What the running rows' known tokens will take is as good as taken.
     size = blocks.block_size
     held = -(-blocks.context_lens // size)
-    place = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
-    to_map = row_values(mapped_tokens(queue, place), rows) // size
+    seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
+    to_map = row_values(mapped_tokens(queue, seq_index), rows) // size
     expected = -(-row_values(queue.num_tokens, rows) // size)
     expected = jnp.where(
         idle_rows(queue, rows), 0, expected - jnp.maximum(held, to_map)
@@ -195,4 +201,4 @@ def spare_blocks(queue, rows, blocks, needed, knobs) -> jax.Array:
     expected = jnp.maximum(expected, needed)
     free = block_manager.num_free_blocks(blocks) - jnp.sum(expected)
     is_any = jnp.any(row_values(queue.status, rows, EMPTY) == RUNNING)
-    return free - jnp.where(is_any, knobs.num_watermark_blocks, 0)
+    return free - jnp.where(is_any, scheduler_params.num_watermark_blocks, 0)

@@ -15,7 +15,7 @@ from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
-from jpaged.policies import Knobs
+from jpaged.policies import SchedulerParams
 from jpaged.scheduler.admission import admit, can_admit
 from jpaged.scheduler.preemption import Swaps, bring_back, preempt
 from jpaged.scheduler.queue import (
@@ -49,7 +49,7 @@ def schedule(
     config: EngineConfig,
     hits: Hits | None = None,
     host: BlockState | None = None,
-    knobs: Knobs | None = None,
+    scheduler_params: SchedulerParams | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, Plan]:
     """The queue, rows and blocks after admission and preemption, and the step's plan.
 
@@ -65,10 +65,13 @@ def schedule(
     After the plan's swaps `block_manager.append(blocks, plan.num_tokens)` always
     succeeds. Rows that are swapped out still hold their blocks, and are empty.
     """
-    knobs = _within(config.knobs if knobs is None else knobs, config)
+    scheduler_params = _within(
+        config.scheduler_params if scheduler_params is None else scheduler_params,
+        config,
+    )
     blocks, wanted = _join_sources(queue, rows, blocks)
     wanted = _keep_step(queue, rows, blocks, wanted)
-    num_tokens = _share_budget(queue, rows, wanted, knobs)
+    num_tokens = _share_budget(queue, rows, wanted, scheduler_params)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
     swaps = None if host is None else Swaps.none(rows)
@@ -81,11 +84,11 @@ def schedule(
     # Nothing is admitted in a step that had to take blocks back, or while somebody is
     # swapped.
     is_open = can_admit(queue, rows) & ~is_short
-    is_open &= jnp.sum(num_tokens) < knobs.max_num_batched_tokens
+    is_open &= jnp.sum(num_tokens) < scheduler_params.max_num_batched_tokens
     if host is not None:
         queue, rows, swaps = when(
             jnp.any(queue.status == SWAPPED) & ~is_short & jnp.any(rows == NO_REQUEST),
-            lambda carry: bring_back(*carry, blocks, needed, host, knobs),
+            lambda carry: bring_back(*carry, blocks, needed, host, scheduler_params),
             (queue, rows, swaps),
         )
     if hits is None:
@@ -93,7 +96,11 @@ def schedule(
     carry = when(
         is_open,
         lambda carry: admit(
-            *carry, hits=hits, needed=needed, policy=config.policy, knobs=knobs
+            *carry,
+            hits=hits,
+            needed=needed,
+            policy=config.policy,
+            scheduler_params=scheduler_params,
         ),
         (queue, rows, blocks, num_tokens, jnp.int32(0)),
     )
@@ -101,15 +108,17 @@ def schedule(
     return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted, swaps)
 
 
-def _within(knobs: Knobs, config: EngineConfig) -> Knobs:
+def _within(scheduler_params: SchedulerParams, config: EngineConfig) -> SchedulerParams:
     """The knobs, no larger than a program for `config` serves."""
     return dataclasses.replace(
-        knobs,
-        max_num_seqs=jnp.minimum(knobs.max_num_seqs, config.max_num_seqs),
+        scheduler_params,
+        max_num_seqs=jnp.minimum(scheduler_params.max_num_seqs, config.max_num_seqs),
         max_num_batched_tokens=jnp.minimum(
-            knobs.max_num_batched_tokens, config.max_num_batched_tokens
+            scheduler_params.max_num_batched_tokens, config.max_num_batched_tokens
         ),
-        max_prompt_chunk=jnp.minimum(knobs.max_prompt_chunk, config.largest_chunk),
+        max_prompt_chunk=jnp.minimum(
+            scheduler_params.max_prompt_chunk, config.largest_chunk
+        ),
     )
 
 
@@ -174,15 +183,17 @@ def _keep_step(queue, rows, blocks, wanted) -> jax.Array:
     return jnp.maximum(waits, 0)
 
 
-def _share_budget(queue, rows, wanted, knobs: Knobs) -> jax.Array:
+def _share_budget(queue, rows, wanted, scheduler_params: SchedulerParams) -> jax.Array:
     """Tokens of each row, i32[S]: one for a decode, and the rest to prompts in turn."""
     decodes = (wanted == 1).astype(jnp.int32)
     num_decodes = jnp.sum(decodes)
 
     def chunks(num_tokens: jax.Array) -> jax.Array:
-        left = jnp.where(wanted > 1, jnp.minimum(wanted, knobs.max_prompt_chunk), 0)
+        left = jnp.where(
+            wanted > 1, jnp.minimum(wanted, scheduler_params.max_prompt_chunk), 0
+        )
         before = sum_before(ranks(queue, rows), left)
-        budget = knobs.max_num_batched_tokens - num_decodes
+        budget = scheduler_params.max_num_batched_tokens - num_decodes
         return num_tokens + jnp.clip(budget - before, 0, left)
 
     return when(jnp.any(wanted > 1), chunks, decodes)

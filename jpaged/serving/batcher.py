@@ -172,7 +172,7 @@ class Batch:
                 continue
             if job.arrival in self._running:
                 self._read_aborted(job)
-                self.host.drop(job.places)
+                self.host.drop(job.seq_indices)
             else:
                 job.begin()
             for sample in job.samples:
@@ -222,14 +222,16 @@ class Batch:
                     self._fail(job, RuntimeError(_NO_PLACES))
                 else:
                     placed[replica].append(job)
-                    loads[replica] += len(job.prompt_token_ids) * job.num_places
+                    loads[replica] += len(job.prompt_token_ids) * job.table_size
             heapq.heappop(self._waiting)
         jobs = [job for mine in placed for job in mine]
         if jobs:
             self._running |= {job.arrival: job for job in jobs}
-            found = [places for mine in self.host.submit(placed) for places in mine]
-            for job, places in zip(jobs, found, strict=True):
-                job.start(*places)
+            found = [
+                seq_indices for mine in self.host.submit(placed) for seq_indices in mine
+            ]
+            for job, seq_indices in zip(jobs, found, strict=True):
+                job.start(*seq_indices)
 
     def _compile_for_waiting(self) -> None:
         """Compiles what all waiting requests need, so that they run together."""
@@ -272,10 +274,10 @@ class Batch:
     def _run_slice(self) -> None:
         progress = self.host.run(*self._slice())
         jobs = list(self._running.values())
-        owners = {place: job for job in jobs for place in job.places}
-        for place, event in self.host.take_events():
-            if place in owners:  # and is no pinned prefix's
-                owners[place].happened.append(event)
+        owners = {seq_index: job for job in jobs for seq_index in job.seq_indices}
+        for seq_index, event in self.host.take_events():
+            if seq_index in owners:  # and is no pinned prefix's
+                owners[seq_index].happened.append(event)
         self._read(
             [
                 sample
@@ -288,7 +290,7 @@ class Batch:
         done = [job for job in jobs if job.is_finished]
         self._rate_prompts(done)
         # A place may be taken again only when no sample looks for its leader there.
-        self.host.release(place for job in done for place in job.places)
+        self.host.release(seq_index for job in done for seq_index in job.seq_indices)
         for job in jobs:
             self._tell(job)
 
@@ -304,37 +306,39 @@ class Batch:
 
     def _read(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Reads what these samples have that is new, and ends those that it ends."""
-        ends = [int(progress.num_tokens[sample.place]) for sample in samples]
+        ends = [int(progress.num_tokens[sample.seq_index]) for sample in samples]
         wanted = [
-            Wanted(sample.place, sample.num_read, end)
+            Wanted(sample.seq_index, sample.num_read, end)
             for sample, end in zip(samples, ends, strict=True)
         ]
         stopped = []
         for sample, tokens in zip(samples, self.host.read(wanted), strict=True):
-            place, job = sample.place, sample.job
-            sample.num_read = int(progress.num_tokens[place])
-            sample.first_step = int(progress.first_steps[place])
-            sample.last_step = int(progress.last_steps[place])
+            seq_index, job = sample.seq_index, sample.job
+            sample.num_read = int(progress.num_tokens[seq_index])
+            sample.first_step = int(progress.first_steps[seq_index])
+            sample.last_step = int(progress.last_steps[seq_index])
             is_alone = isinstance(job.params, SamplingParams)
-            row = place if is_alone else job.places[0]
+            row = seq_index if is_alone else job.seq_indices[0]
             sample.num_preemptions = int(progress.num_preemptions[row])
-            job.num_cached_tokens = int(progress.num_cached[job.places[0]])
-            has_ended = progress.status[place] == scheduler.FINISHED
-            code = progress.finish_reasons[place]
+            job.num_cached_tokens = int(progress.num_cached[job.seq_indices[0]])
+            has_ended = progress.status[seq_index] == scheduler.FINISHED
+            code = progress.finish_reasons[seq_index]
             sample.take(tokens, FINISH_REASONS[code] if has_ended else None)
             if sample.finish_reason is not None and not has_ended:
-                stopped.append(place)
+                stopped.append(seq_index)
                 self._note_end(job)
         self.host.finish(stopped, request_table.STOP)
 
     def _rate_prompts(self, jobs: Sequence[Job]) -> None:
         """Reads the prompts' log-probabilities of jobs that have ended."""
-        jobs = [job for job in jobs if limits.rates_prompt(job.params)]
+        jobs = [job for job in jobs if limits.keeps_prompt_logprobs(job.params)]
         for job in jobs:
             job.prompt_logprobs = [None]
         # The first token has none, and a prompt may have no other.
         jobs = [job for job in jobs if len(job.prompt_token_ids) > 1]
-        wanted = [Wanted(job.places[0], 1, len(job.prompt_token_ids)) for job in jobs]
+        wanted = [
+            Wanted(job.seq_indices[0], 1, len(job.prompt_token_ids)) for job in jobs
+        ]
         for job, tokens in zip(jobs, self.host.read(wanted), strict=True):
             count = job.params.prompt_logprobs
             job.prompt_logprobs += [
@@ -344,7 +348,7 @@ class Batch:
 
     def _note_end(self, job: Job) -> None:
         """Notes that the host ended a sequence of a request, between two steps."""
-        step = self.host.next_step(job.places[0] if job.places else None)
+        step = self.host.next_step(job.seq_indices[0] if job.seq_indices else None)
         job.happened.append(Event("finished", self.host.clock(), step))
 
     def _tell(self, job: Job) -> None:
@@ -370,7 +374,7 @@ class Batch:
         """Tells callers whose requests an interrupt lost: all in the engine's state, or
         those that were on their way into it."""
         for job in list(self._running.values()):
-            if is_all or not job.places:
+            if is_all or not job.seq_indices:
                 self._fail(job, RuntimeError(_LOST))
 
 
@@ -386,7 +390,7 @@ _NO_PLACES = (
 
 def _is_news(sample: Sample, progress: Progress) -> bool:
     """Whether a sample has ended, or is watched and has new tokens."""
-    place = sample.place
-    if progress.status[place] == scheduler.FINISHED:
+    seq_index = sample.seq_index
+    if progress.status[seq_index] == scheduler.FINISHED:
         return True
-    return sample.job.is_watched and progress.num_tokens[place] > sample.num_read
+    return sample.job.is_watched and progress.num_tokens[seq_index] > sample.num_read

@@ -60,7 +60,7 @@ class Request(Protocol):
     """What `EngineHost.submit` needs to know."""
 
     arrival: int
-    num_places: int
+    table_size: int
     prompt_token_ids: list[int]
     params: Params
 
@@ -70,7 +70,7 @@ class Pinned:
     """A prefix that the engine keeps, and where it is now, in each replica."""
 
     token_ids: list[int]
-    places: list[int]
+    seq_indices: list[int]
 
 
 class EngineHost:
@@ -112,7 +112,7 @@ class EngineHost:
         self._limits = config.limits(1, 1)
         # Where several processes run this engine, each for itself.
         is_shared = distributed.is_shared(mesh)
-        self._asked = distributed.Asked(*_ASKED) if is_shared else None
+        self._asked = distributed.SequenceParams(*_ASKED) if is_shared else None
         sizes = (model.config, None if draft is None else draft.config)
         self._note("config", (sizes, config, kv_dtype, seed))
         self._log = StepLog(self.num_replicas)
@@ -156,15 +156,15 @@ class EngineHost:
         """Places of the request table, or of all replicas' tables, that are empty."""
         return int(self.empty_places.sum())
 
-    def next_step(self, place: int | None = None) -> int:
-        """The number of the next step, in the replica that has `place`.
+    def next_step(self, seq_index: int | None = None) -> int:
+        """The number of the next step, in the replica that has `seq_index`.
 
         None is a request that is in none yet: no step that it will see comes before.
         """
         steps = self.counters_of_each["num_steps"]
-        if place is None:
+        if seq_index is None:
             return int(steps.min())
-        return int(steps[place // self.config.max_num_requests])
+        return int(steps[seq_index // self.config.max_num_requests])
 
     def clean(self) -> None:
         """Forgets what an interrupted call left behind, of which nobody knows.
@@ -174,9 +174,11 @@ class EngineHost:
         self.recover()
         num_open = self.config.max_num_requests - len(self.pinned)
         if (self.empty_places < num_open).any():
-            kept = {place for pinned in self.pinned for place in pinned.places}
-            num_places = self.num_replicas * self.config.max_num_requests
-            self.drop(set(range(num_places)) - kept)
+            kept = {
+                seq_index for pinned in self.pinned for seq_index in pinned.seq_indices
+            }
+            table_size = self.num_replicas * self.config.max_num_requests
+            self.drop(set(range(table_size)) - kept)
             self.empty_places[:] = num_open
 
     def recover(self) -> None:
@@ -187,42 +189,42 @@ class EngineHost:
     def pin(self, tokens: Sequence[int]) -> Pinned:
         """A prefix that each replica will compute once and keep until `unpin`."""
         self._note("prompts", list(tokens))
-        places: list[int] = []
+        seq_indices: list[int] = []
         try:
             for replica in range(self.num_replicas):
-                self._state, place = engine.pin(
+                self._state, seq_index = engine.pin(
                     self._state,
                     tokens,
                     vocab_size=self.model.config.vocab_size,
                     replica=replica,
                 )
-                places.append(place)
+                seq_indices.append(seq_index)
         except ValueError:
             # One replica may have a larger request than those before it.
-            self._state = engine.unpin(self._state, places)
+            self._state = engine.unpin(self._state, seq_indices)
             raise
         self.empty_places -= 1
-        pinned = Pinned(list(tokens), places)
+        pinned = Pinned(list(tokens), seq_indices)
         self.pinned.append(pinned)
         return pinned
 
     def unpin(self, pinned: Pinned) -> None:
         """Lets a prefix go; one that is gone already stays so."""
         if pinned in self.pinned:
-            self._note("ends", pinned.places)
+            self._note("ends", pinned.seq_indices)
             self.pinned.remove(pinned)
-            self._state = engine.unpin(self._state, pinned.places)
+            self._state = engine.unpin(self._state, pinned.seq_indices)
             self.empty_places += 1
 
     def _pin_again(self) -> None:
         """Prefixes that the last state had, for this one to compute."""
         before, self.pinned = self.pinned, []
         for pinned in before:
-            pinned.places = self.pin(pinned.token_ids).places
+            pinned.seq_indices = self.pin(pinned.token_ids).seq_indices
         self.pinned = before
 
     def _pinned_places(self) -> list[int]:
-        return [place for pinned in self.pinned for place in pinned.places]
+        return [seq_index for pinned in self.pinned for seq_index in pinned.seq_indices]
 
     def num_open_blocks(self) -> int:
         """Blocks of a replica that are not pinned."""
@@ -297,7 +299,7 @@ class EngineHost:
         """i32[n, D], tokens of each prompt that each replica's prefix cache holds."""
         prompts = [request.prompt_token_ids for request in requests]
         most = [
-            0 if limits.rates_prompt(request.params) else len(prompt) - 1
+            0 if limits.keeps_prompt_logprobs(request.params) else len(prompt) - 1
             for request, prompt in zip(requests, prompts, strict=True)
         ]
         return readout.cached_lens(self._state, prompts, most)
@@ -328,15 +330,15 @@ class EngineHost:
                 replica=replica,
             )
             self.empty_places[replica] -= sum(map(len, new))
-            for request, places in zip(group, new, strict=True):
+            for request, seq_indices in zip(group, new, strict=True):
                 shape = limits.shape(request.params, self.config, vocab_size)
-                placed[replica].append((places, shape.outputs(places)))
+                placed[replica].append((seq_indices, shape.outputs(seq_indices)))
         return placed
 
     def has_room(self, requests: Sequence[Request], replica: int) -> bool:
         """Whether a replica can take these requests at once: places and automata."""
-        num_places = sum(request.num_places for request in requests)
-        if num_places > self.empty_places[replica]:
+        table_size = sum(request.table_size for request in requests)
+        if table_size > self.empty_places[replica]:
             return False
         params = [request.params for request in requests]
         if all(param.structured_outputs is None for param in params):
@@ -455,33 +457,33 @@ class EngineHost:
         """The tokens of each that is wanted."""
         return readout.tokens(self._state, wanted)
 
-    def finish(self, places: Iterable[int], reason: int) -> None:
-        """Ends the live sequences at `places`; their blocks are free again."""
-        mask = self._mask(places)
+    def finish(self, seq_indices: Iterable[int], reason: int) -> None:
+        """Ends the live sequences at `seq_indices`; their blocks are free again."""
+        mask = self._mask(seq_indices)
         if mask.any():
             self._note("ends", (np.flatnonzero(mask).tolist(), reason))
             mask = readout.for_each(mask, self._state)
             self._state = engine.end(self._state, mask, np.int32(reason))
 
-    def release(self, places: Iterable[int]) -> None:
+    def release(self, seq_indices: Iterable[int]) -> None:
         """Empties the places of finished sequences."""
-        mask = self._mask(places)
+        mask = self._mask(seq_indices)
         if mask.any():
             self._note("ends", np.flatnonzero(mask).tolist())
             each = readout.for_each(mask, self._state)
             self._state = engine.release(self._state, each)
             self.empty_places += mask.sum(axis=1)
 
-    def drop(self, places: Iterable[int]) -> None:
-        """Ends and releases the sequences at `places`, in whatever state they are."""
-        places = list(places)
-        self.finish(places, request_table.ABORT)
-        self.release(places)
+    def drop(self, seq_indices: Iterable[int]) -> None:
+        """Ends and releases the sequences at `seq_indices`, whatever their state."""
+        seq_indices = list(seq_indices)
+        self.finish(seq_indices, request_table.ABORT)
+        self.release(seq_indices)
 
-    def _mask(self, places: Iterable[int]) -> np.ndarray:
+    def _mask(self, seq_indices: Iterable[int]) -> np.ndarray:
         """bool[D, R]."""
         mask = np.zeros((self.num_replicas, self.config.max_num_requests), np.bool_)
-        mask.flat[list(places)] = True
+        mask.flat[list(seq_indices)] = True
         return mask
 
     def known_blocks(self) -> tuple[np.ndarray, np.ndarray]:

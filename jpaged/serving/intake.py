@@ -167,7 +167,8 @@ def grow(
     return dataclasses.replace(
         config,
         num_logprobs=num_logprobs,
-        prompt_logprobs=config.prompt_logprobs or any(map(limits.rates_prompt, params)),
+        prompt_logprobs=config.prompt_logprobs
+        or any(map(limits.keeps_prompt_logprobs, params)),
         max_beam_width=min(width, config.max_num_seqs),
         rules=rules,
         automata=sizes,

@@ -40,7 +40,7 @@ class Sample:
     def __init__(self, job: Job, index: int):
         self.job = job
         self.index = index
-        self.place = -1
+        self.seq_index = -1
         self.num_read = len(job.prompt_token_ids)  # tokens known here
         self.token_ids: list[int] = []
         self.cumulative_logprob = 0.0
@@ -147,12 +147,12 @@ class Job:
     params: Params
     eos_token_ids: Sequence[int]
     tokenizer: Tokenizer | None  # None leaves the text empty
-    num_places: int  # of its sequences in the request table
+    table_size: int  # of its sequences in the request table
     num_outputs: int
     inbox: collections.deque[News]  # of its caller, who may have more jobs
     is_streamed: bool = False  # somebody reads it as it comes
     is_awaited: bool = False  # somebody waits for this job's end, not only the last's
-    places: list[int] = dataclasses.field(default_factory=list)
+    seq_indices: list[int] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     happened: list[Event] = dataclasses.field(default_factory=list)
@@ -200,15 +200,15 @@ class Job:
         """Makes its outputs, of which nothing is known yet."""
         self.samples = [Sample(self, i) for i in range(self.num_outputs)]
 
-    def start(self, places: Sequence[int], outputs: Sequence[int]) -> None:
-        """Its sequences sit in the request table now, at `places`.
+    def start(self, seq_indices: Sequence[int], outputs: Sequence[int]) -> None:
+        """Its sequences sit in the request table now, at `seq_indices`.
 
         Those of its outputs, the best first, sit at `outputs`.
         """
         self.begin()
-        self.places = list(places)
-        for sample, place in zip(self.samples, outputs, strict=False):
-            sample.place = place
+        self.seq_indices = list(seq_indices)
+        for sample, seq_index in zip(self.samples, outputs, strict=False):
+            sample.seq_index = seq_index
 
     def latencies(self) -> dict[str, float | None]:
         """See `metrics.latencies`."""

@@ -177,22 +177,22 @@ _SPECULATIVE_KEYS = (
 
 
 def speculation(
-    asked: Mapping[str, Any] | None, target: Decoder, mesh: Mesh | None = None
+    params: Mapping[str, Any] | None, target: Decoder, mesh: Mesh | None = None
 ) -> tuple[Speculation | None, Decoder | None]:
     """What `LLM(speculative_config=...)` asks for, and the draft model if it names one.
 
     Raises:
       ValueError: an unknown or contradictory key, or another vocabulary.
     """
-    if asked is None:
+    if params is None:
         return None, None
-    if not isinstance(asked, Mapping) or set(asked) - set(_SPECULATIVE_KEYS):
+    if not isinstance(params, Mapping) or set(params) - set(_SPECULATIVE_KEYS):
         raise ValueError(
             f"speculative_config: wanted a dict with keys among {_SPECULATIVE_KEYS}, "
-            f"got {asked!r:.200}"
+            f"got {params!r:.200}"
         )
-    model = asked.get("model")
-    method = asked.get("method", "ngram" if model is None else "draft_model")
+    model = params.get("model")
+    method = params.get("method", "ngram" if model is None else "draft_model")
     if method not in ("ngram", "draft_model"):
         raise ValueError(
             "speculative_config['method']: wanted 'ngram' or 'draft_model', got "
@@ -204,19 +204,19 @@ def speculation(
             f"and none with 'ngram', got {model!r:.80} with {method!r}"
         )
     lookup = {
-        ours: asked[name]
+        ours: params[name]
         for ours, name in (
             ("min_ngram", "prompt_lookup_min"),
             ("max_ngram", "prompt_lookup_max"),
         )
-        if name in asked
+        if name in params
     }
     if lookup and model is not None:
         raise ValueError(
             "speculative_config: wanted no prompt_lookup_* with a draft model, got "
-            f"{dict(asked)!r:.200}"
+            f"{dict(params)!r:.200}"
         )
-    number = asked.get("num_speculative_tokens", 4)
+    number = params.get("num_speculative_tokens", 4)
     if model is None:
         return Speculation("prompt_lookup", number, **lookup), None
     draft, _, name = load(model, target.config.dtype, None, mesh=mesh)

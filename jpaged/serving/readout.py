@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
 class Wanted(NamedTuple):
     """Positions `start` to `end` of the sequence at a place."""
 
-    place: int
+    seq_index: int
     start: int
     end: int
 
@@ -118,8 +118,8 @@ def tokens(state: EngineState, wanted: Sequence[Wanted]) -> list[Tokens]:
     """The tokens of each that is wanted, in pieces of one width: one program."""
     num_replicas = parallel.num_replicas(state.mesh)
     pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(num_replicas)]
-    for number, (place, start, end) in enumerate(wanted):
-        replica, own = divmod(place, state.config.max_num_requests)
+    for number, (seq_index, start, end) in enumerate(wanted):
+        replica, own = divmod(seq_index, state.config.max_num_requests)
         # Nothing to read is a piece too, of no tokens.
         for first in range(start, max(end, start + 1), READ_WIDTH):
             pieces[replica].append((number, own, first))
@@ -218,11 +218,11 @@ def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.
 
 @jax.jit
 def _windows(
-    state: EngineState, places: jax.Array, starts: jax.Array
+    state: EngineState, seq_indices: jax.Array, starts: jax.Array
 ) -> tuple[jax.Array, ...]:
     """[B, READ_WIDTH] (and [B, READ_WIDTH, C]) of each column, zeros behind it."""
 
-    def read(state: EngineState, places: jax.Array, starts: jax.Array):
+    def read(state: EngineState, seq_indices: jax.Array, starts: jax.Array):
         table = state.requests
         offsets = jnp.arange(READ_WIDTH, dtype=jnp.int32)
         positions = starts[:, None] + offsets[None, :]
@@ -230,7 +230,7 @@ def _windows(
         def window(column: jax.Array) -> jax.Array:
             if 0 in column.shape:
                 return jnp.zeros((*positions.shape, 0), column.dtype)
-            at = column.at[places[:, None], positions]
+            at = column.at[seq_indices[:, None], positions]
             return at.get(mode="fill", fill_value=0)
 
         return (
@@ -241,4 +241,4 @@ def _windows(
             window(table.top_logprobs),
         )
 
-    return replicas.read(read, state, places, starts)
+    return replicas.read(read, state, seq_indices, starts)

@@ -21,7 +21,7 @@ _MOST_STEPS = 1 << 16  # that are kept, of each replica
 class StepLog:
     """Events since they were taken last, and the last steps, of each replica.
 
-    Places are those of one long request table, `num_places` of each replica's.
+    Places are those of one long request table, `table_size` of each replica's.
     """
 
     def __init__(self, num_replicas: int):
@@ -41,7 +41,7 @@ class StepLog:
         self._events.clear()
 
     def take(
-        self, ran: Sequence[Slice], recorded: Iterable[Any], num_places: int
+        self, ran: Sequence[Slice], recorded: Iterable[Any], table_size: int
     ) -> None:
         """Takes over what a slice left on the timeline of each replica.
 
@@ -57,15 +57,15 @@ class StepLog:
                 self._num_events[replica] = num_events
                 self.num_lost_events += max(num_new - len(events), 0)
                 news = events[max(len(events) - num_new, 0) :]
-                self._take_events(one, news, replica * num_places)
+                self._take_events(one, news, replica * table_size)
                 self._take_steps(one, rows, replica)
 
-    def _take_events(self, ran: Slice, news: np.ndarray, first_place: int) -> None:
-        for step, kind, place in news.tolist():
+    def _take_events(self, ran: Slice, news: np.ndarray, first_seq_index: int) -> None:
+        for step, kind, seq_index in news.tolist():
             is_late = kind >= timeline.NUM_BEFORE_DECODER
             time_s = ran.end_of(step) if is_late else ran.begin_of(step)
             event = Event(timeline.EVENTS[kind], time_s, step)
-            self._events.append((first_place + place, event))
+            self._events.append((first_seq_index + seq_index, event))
 
     def _take_steps(self, ran: Slice, rows: np.ndarray, replica: int) -> None:
         rows = rows[len(rows) - min(ran.last - ran.first, len(rows)) :]

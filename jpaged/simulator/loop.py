@@ -147,7 +147,7 @@ def init(system: System, trace: Trace) -> Simulation:
     )
 
 
-def is_going(simulation: Simulation, trace: Trace) -> jax.Array:
+def is_live(simulation: Simulation, trace: Trace) -> jax.Array:
     """bool[]: a request has not ended."""
     return simulation.num_ended < trace.num_requests
 
@@ -161,12 +161,12 @@ def step(
 
 def _step(system, cost_model, trace, simulation) -> tuple[Simulation, Load]:
     simulation = _let_in(system, trace, simulation)
-    begun, load, usage = system.begin(simulation.state)
+    scheduled, load, usage = system.begin(simulation.state)
     at_the_door = simulation.num_arrived - simulation.num_submitted
     usage = usage._replace(num_waiting=usage.num_waiting + at_the_door)
     seconds = cost_model(load).astype(jnp.float32)
     begin, clock = simulation.clock, simulation.clock.after(seconds)
-    state, progress = system.end(begun)
+    state, progress = system.end(scheduled)
     counts = ~begin.is_before(trace.begin) & begin.is_before(trace.end)
     totals = when(
         counts,
@@ -301,7 +301,7 @@ def advance(
     limit = simulation.num_steps + max_steps
     simulation = dataclasses.replace(simulation, totals=_no_totals())
     return lax.while_loop(
-        lambda s: is_going(s, trace) & (s.num_steps < limit),
+        lambda s: is_live(s, trace) & (s.num_steps < limit),
         functools.partial(step, system, cost_model, trace),
         simulation,
     )

@@ -337,7 +337,7 @@ def test_the_engine_does_what_plain_forwards_do_by_hand(llama, monkeypatch):
     monkeypatch.setattr(EngineConfig, "row_buckets", (config.max_num_seqs,))
     monkeypatch.setattr(EngineConfig, "token_buckets", (16,))
     state = engine.init(llama, config)
-    state, places = engine.submit(
+    state, seq_indices = engine.submit(
         state,
         [*prompts, prompts[0]],
         [*params, SamplingParams(temperature=0.0, max_tokens=8)],
@@ -351,7 +351,7 @@ def test_the_engine_does_what_plain_forwards_do_by_hand(llama, monkeypatch):
         rows, wanted, revived = by_hand(llama, algorithm, 5, prompt, param)
         got = [r.token_ids for r in results if r.arrival == number]
         assert got == rows
-        leader = places[number][0]
+        leader = seq_indices[number][0]
         mine = jax.tree.map(lambda column, at=leader: column[at], state.states[0])
         np.testing.assert_allclose(
             mine.log_normaliser, wanted.log_normaliser, rtol=1e-4

@@ -63,8 +63,10 @@ def start() -> engine.EngineState:
         SamplingParams(n=len(texts), max_tokens=len(texts[0]))
         for _, _, texts in REQUESTS
     ]
-    state, places = engine.submit(state, prompts, params)
-    assert [place for mine in places for place in mine] == list(range(len(SAMPLES)))
+    state, seq_indices = engine.submit(state, prompts, params)
+    assert [seq_index for mine in seq_indices for seq_index in mine] == list(
+        range(len(SAMPLES))
+    )
     return state
 
 
@@ -86,20 +88,22 @@ class Recorder:
 
     def sample_tokens(self, table, entries, logits, config):
         """The next letter for each row whose known tokens are all computed."""
-        places = np.asarray(entries.places)
+        seq_indices = np.asarray(entries.seq_indices)
         letters = [
-            ord(SAMPLES[place][1][int(table.queue.num_tokens[place])])
-            if place < len(SAMPLES)
+            ord(SAMPLES[seq_index][1][int(table.queue.num_tokens[seq_index])])
+            if seq_index < len(SAMPLES)
             else 0
-            for place in places
+            for seq_index in seq_indices
         ]
-        row_of = {int(place): row for row, place in enumerate(self.scheduled_rows)}
+        row_of = {
+            int(seq_index): row for row, seq_index in enumerate(self.scheduled_rows)
+        }
         self.given = {
-            row_of[int(place)]: chr(letter)
-            for place, letter in zip(places, letters, strict=True)
+            row_of[int(seq_index)]: chr(letter)
+            for seq_index, letter in zip(seq_indices, letters, strict=True)
             if letter
         }
-        new = NewTokens.zeros(jnp.asarray(places), 0)
+        new = NewTokens.zeros(jnp.asarray(seq_indices), 0)
         return dataclasses.replace(new, tokens=jnp.asarray(letters, jnp.int32))
 
 
@@ -116,7 +120,9 @@ def span(numbers) -> str:
 
 def names(mask) -> str:
     """The sequences at the marked places."""
-    return ", ".join(SAMPLES[place][0] for place in np.flatnonzero(mask)) or "none"
+    return (
+        ", ".join(SAMPLES[seq_index][0] for seq_index in np.flatnonzero(mask)) or "none"
+    )
 
 
 def describe(recorder: Recorder, before, after, copies) -> str:

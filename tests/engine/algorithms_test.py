@@ -392,10 +392,10 @@ def test_a_group_that_is_ended_leaves_the_others_alone(llama):
     prompts = prompts_of(4, seed=7)
     params = [BeamSearchParams(width, MAX_TOKENS) for width in (3, 2, 4, 1)]
     state = engine.init(llama.model, TIGHT)
-    state, places = engine.submit(state, prompts, params, vocab_size=VOCABULARY)
+    state, seq_indices = engine.submit(state, prompts, params, vocab_size=VOCABULARY)
     state = engine.run(llama.model, state, jnp.int32(9))
     mask = np.zeros(TIGHT.max_num_requests, bool)
-    mask[places[0] + places[2]] = True
+    mask[seq_indices[0] + seq_indices[2]] = True
     state = engine.end(state, jnp.asarray(mask), jnp.int32(3))
     assert block_manager.violations(state.blocks) == []
     state = engine.run(llama.model, state, jnp.int32(FOREVER))
@@ -409,7 +409,7 @@ def test_a_group_that_is_ended_leaves_the_others_alone(llama):
     # All places are empty again, for others.
     state = engine.release(state, jnp.ones(TIGHT.max_num_requests, bool))
     state, again = engine.submit(state, prompts, params, vocab_size=VOCABULARY)
-    assert again == places
+    assert again == seq_indices
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def start(model, config, prompts, params, **options):
     return engine.submit(state, prompts, params, **options)
 
 
-def mask(config: EngineConfig, places: list[int]) -> jax.Array:
+def mask(config: EngineConfig, seq_indices: list[int]) -> jax.Array:
     marked = np.zeros(config.max_num_requests, bool)
-    marked[places] = True
+    marked[seq_indices] = True
     return jnp.asarray(marked)
 
 
@@ -337,11 +337,11 @@ def test_one_compiled_program_serves_all_loads(llama):
 def test_ended_requests_free_their_blocks_and_leave_the_others_alone(llama):
     prompts, params = mixed_prompts(10), greedy_params(10)
     params = [dataclasses.replace(param, max_tokens=15) for param in params]
-    state, places = start(llama, TIGHT, prompts, params)
+    state, seq_indices = start(llama, TIGHT, prompts, params)
     state = engine.run(llama, state, STEPS(6))
     rows = np.asarray(state.rows)
     running = int(rows[rows >= 0].min())
-    waiting = places[9][0]
+    waiting = seq_indices[9][0]
     state = engine.end(state, mask(TIGHT, [running, waiting]), STEPS(3))
     assert running not in np.asarray(state.rows).tolist()
     assert block_manager.violations(state.blocks) == []
@@ -352,7 +352,7 @@ def test_ended_requests_free_their_blocks_and_leave_the_others_alone(llama):
     assert len(results) == 10
     for result in results:
         (want,) = wanted[result.arrival]
-        if result.place in ended:
+        if result.seq_index in ended:
             assert result.finish_reason == "abort"
             assert result.token_ids == want.tokens[: len(result.token_ids)]
         else:
@@ -373,8 +373,8 @@ def test_released_places_are_taken_again(llama):
     state = engine.run(llama, state, STEPS(FOREVER))
     assert len(engine.collect(state)) == 64
     state = engine.release(state, mask(ROOMY, [3, 60]))
-    state, places = engine.submit(state, prompts[:2], greedy_params(2))
-    assert places == [[3], [60]]
+    state, seq_indices = engine.submit(state, prompts[:2], greedy_params(2))
+    assert seq_indices == [[3], [60]]
     state = engine.run(llama, state, STEPS(FOREVER))
     results = engine.collect(state)
     assert [result.arrival for result in results][-2:] == [64, 65]
@@ -392,10 +392,10 @@ def test_a_sample_never_joins_a_stranger_that_took_its_leaders_place(llama):
     state = engine.end(state, mask(ROOMY, [leader]), STEPS(3))
     state = engine.release(state, mask(ROOMY, [leader]))
     # Sooner than the waiting samples, so that it runs beside them.
-    state, ((place,),) = engine.submit(
+    state, ((seq_index,),) = engine.submit(
         state, other, SamplingParams(seed=2, max_tokens=20), arrivals=[-1]
     )
-    assert place == leader
+    assert seq_index == leader
     state = engine.run(llama, state, STEPS(FOREVER))
     ((*wanted,),) = naive(llama, prompt, params, max_model_len=MAX_LEN)
     got = [r for r in engine.collect(state) if r.arrival == 0]
@@ -426,8 +426,8 @@ def test_steps_of_a_result_tell_when_its_tokens_came(llama):
 
 def test_an_idle_engine_stays_as_it_is(llama):
     state = engine.init(llama, ROOMY)
-    state, places = engine.submit(state, [], SamplingParams())
-    assert places == []
+    state, seq_indices = engine.submit(state, [], SamplingParams())
+    assert seq_indices == []
     assert not engine.has_work(state)
     state = engine.run(llama, state, STEPS(FOREVER))
     assert int(state.counters.num_steps) == 0

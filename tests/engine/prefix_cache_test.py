@@ -60,8 +60,8 @@ def test_tokens_are_those_of_a_loop_that_recomputes_everything(llama, wanted, co
 
     # The same again, backwards, finds more than at first: all but what was evicted.
     cold = int(state.counters.num_cached_tokens)
-    places = np.ones((config.max_num_requests,), np.bool_)
-    state = engine.release(state, places)
+    seq_indices = np.ones((config.max_num_requests,), np.bool_)
+    state = engine.release(state, seq_indices)
     order = list(range(len(PROMPTS)))[::-1]
     state, _ = engine.submit(
         state, [PROMPTS[i] for i in order], [PARAMS[i] for i in order]
@@ -179,7 +179,7 @@ def test_nobody_waits_for_a_request_that_is_gone(llama):
     state = engine.run(llama, state, STEPS(FOREVER))
     assert int(state.requests.queue.status[second[0]]) == scheduler.FINISHED
     (want,) = naive(llama, [prompt], [SHORT], max_model_len=MAX_LEN)
-    got = next(r for r in engine.collect(state) if r.place == second[0])
+    got = next(r for r in engine.collect(state) if r.seq_index == second[0])
     assert got.token_ids == want[0].tokens
 
 

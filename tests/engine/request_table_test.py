@@ -63,8 +63,8 @@ def random_table(rng: np.random.Generator, num_logprobs: int = 2) -> RequestTabl
     )
     stop_ids = np.where(rng.random((PLACES, STOP_IDS)) < 0.5, -1, 1)
     limits = lens + rng.integers(1, 3, PLACES)
-    asked = dataclasses.replace(
-        empty.asked,
+    params = dataclasses.replace(
+        empty.params,
         token_limits=jnp.asarray(np.minimum(limits, LENGTH_LIMIT), jnp.int32),
         stop_ids=jnp.asarray(stop_ids, jnp.int32),
         algorithms=jnp.asarray(rng.integers(-1, 2, PLACES), jnp.int32),
@@ -72,7 +72,7 @@ def random_table(rng: np.random.Generator, num_logprobs: int = 2) -> RequestTabl
     tokens = rng.integers(0, 2, (PLACES, LENGTH_LIMIT))
     columns = {name: some(getattr(empty, name)) for name in COLUMNS + NUMBERS}
     columns["tokens"] = jnp.asarray(tokens, jnp.int32)
-    return dataclasses.replace(empty, queue=queue, asked=asked, **columns)
+    return dataclasses.replace(empty, queue=queue, params=params, **columns)
 
 
 def as_lists(table: RequestTable) -> dict[str, np.ndarray]:
@@ -91,16 +91,16 @@ def assert_equal(table: RequestTable, wanted: dict[str, np.ndarray]) -> None:
 
 def some_places(rng: np.random.Generator, size: int) -> np.ndarray:
     """Places in any order, and padding between them."""
-    places = rng.permutation(PLACES)[:size]
-    return np.where(rng.random(size) < 0.3, PLACES, places).astype(np.int32)
+    seq_indices = rng.permutation(PLACES)[:size]
+    return np.where(rng.random(size) < 0.3, PLACES, seq_indices).astype(np.int32)
 
 
 def table_of(histories: list[list[int]], leaders: list[int], **columns) -> RequestTable:
     """A table of these sequences; whoever is not named has nobody's blocks."""
     table = request_table.init_table(CONFIG)
     tokens = np.full((PLACES, LENGTH_LIMIT), 7, np.int32)
-    for place, history in enumerate(histories):
-        tokens[place, : len(history)] = history
+    for seq_index, history in enumerate(histories):
+        tokens[seq_index, : len(history)] = history
     lens = np.ones(PLACES, np.int32)
     lens[: len(histories)] = [len(history) for history in histories]
     columns = dict(leaders=leaders, **columns)
@@ -113,12 +113,12 @@ def table_of(histories: list[list[int]], leaders: list[int], **columns) -> Reque
 
 def shared_again(table: RequestTable, *lost: int) -> list[tuple[int, int]]:
     """Source and tokens to map of the sequences that lost their blocks."""
-    places = np.full(4, PLACES, np.int32)
-    places[: len(lost)] = lost
-    queue = share_again(table, places).queue
+    seq_indices = np.full(4, PLACES, np.int32)
+    seq_indices[: len(lost)] = lost
+    queue = share_again(table, seq_indices).queue
     pairs = zip(queue.sources.tolist(), queue.shared_lens.tolist(), strict=True)
     pairs = list(pairs)
-    return [pairs[place] for place in lost]
+    return [pairs[seq_index] for seq_index in lost]
 
 
 # ---- share_again
@@ -171,15 +171,15 @@ def test_who_keeps_its_blocks_is_not_a_source():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sharing_again_is_comparing_token_by_token(seed):
     rng = np.random.default_rng(seed)
-    table, places = random_table(rng), some_places(rng, 8)
+    table, seq_indices = random_table(rng), some_places(rng, 8)
     wanted = as_lists(table)
     queue = {name[6:]: column for name, column in wanted.items() if "queue." in name}
     lens, tokens = queue["num_tokens"], wanted["tokens"]
     histories = [tokens[p, : lens[p]].tolist() for p in range(PLACES)]
-    lost = {int(place) for place in places if place < PLACES}
-    for place, pair in scheduler_driver.share_again(lost, histories, queue):
-        queue["sources"][place], queue["shared_lens"][place] = pair
-    assert_equal(share_again(table, places), wanted)
+    lost = {int(seq_index) for seq_index in seq_indices if seq_index < PLACES}
+    for seq_index, pair in scheduler_driver.share_again(lost, histories, queue):
+        queue["sources"][seq_index], queue["shared_lens"][seq_index] = pair
+    assert_equal(share_again(table, seq_indices), wanted)
 
 
 # ---- inherit
@@ -187,8 +187,8 @@ def test_sharing_again_is_comparing_token_by_token(seed):
 
 def test_two_sequences_change_places_at_once():
     table = table_of([[1, 2, 3], [4, 5]], [0, 0], has_ended=[True, False])
-    places, parents = np.array([1, 0, PLACES]), np.array([0, 1, 0])
-    table = inherit(table, places.astype(np.int32), parents.astype(np.int32))
+    seq_indices, parents = np.array([1, 0, PLACES]), np.array([0, 1, 0])
+    table = inherit(table, seq_indices.astype(np.int32), parents.astype(np.int32))
     assert table.tokens[0, :2].tolist() == [4, 5]
     assert table.tokens[1, :3].tolist() == [1, 2, 3]
     assert table.queue.num_tokens[:2].tolist() == [2, 3]
@@ -198,15 +198,15 @@ def test_two_sequences_change_places_at_once():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_inheriting_moves_all_that_was_generated_and_nothing_else(seed):
     rng = np.random.default_rng(seed)
-    table, places = random_table(rng), some_places(rng, 6)
+    table, seq_indices = random_table(rng), some_places(rng, 6)
     parents = rng.integers(0, PLACES, 6).astype(np.int32)
     before, wanted = as_lists(table), as_lists(table)
     moved = (*COLUMNS, *NUMBERS, "queue.num_tokens", "queue.has_ended")
-    for place, parent in zip(places, parents, strict=True):
+    for seq_index, parent in zip(seq_indices, parents, strict=True):
         for name in moved:
-            if place < PLACES:
-                wanted[name][place] = before[name][parent]
-    assert_equal(inherit(table, places, parents), wanted)
+            if seq_index < PLACES:
+                wanted[name][seq_index] = before[name][parent]
+    assert_equal(inherit(table, seq_indices, parents), wanted)
 
 
 # ---- extend
@@ -216,12 +216,15 @@ def slow_extend(
     table: RequestTable, new: NewTokens, step: int
 ) -> tuple[dict[str, np.ndarray], list[bool]]:
     """One sequence after the other gets its token, or ends without."""
-    found, asked, ended = as_lists(table), table.asked, []
-    for number, place in enumerate(np.asarray(new.places).tolist()):
-        if place == PLACES:
+    found, params, ended = as_lists(table), table.params, []
+    for number, seq_index in enumerate(np.asarray(new.seq_indices).tolist()):
+        if seq_index == PLACES:
             ended.append(False)
             continue
-        token, length = int(new.tokens[number]), int(found["queue.num_tokens"][place])
+        token, length = (
+            int(new.tokens[number]),
+            int(found["queue.num_tokens"][seq_index]),
+        )
         reason = None
         if bool(new.is_dead_end[number]):
             reason = DEAD_END
@@ -233,22 +236,22 @@ def slow_extend(
             )
             for name, values in given:
                 if found[name].shape[1] and values[number].size:
-                    found[name][place, length] = values[number]
-            found["queue.num_tokens"][place] += 1
-            found["last_steps"][place] = step
-            if length == found["queue.prompt_lens"][place]:
-                found["first_steps"][place] = step
-            if token in asked.stop_ids[place].tolist():
+                    found[name][seq_index, length] = values[number]
+            found["queue.num_tokens"][seq_index] += 1
+            found["last_steps"][seq_index] = step
+            if length == found["queue.prompt_lens"][seq_index]:
+                found["first_steps"][seq_index] = step
+            if token in params.stop_ids[seq_index].tolist():
                 reason = STOP
-            elif length + 1 >= int(asked.token_limits[place]):
+            elif length + 1 >= int(params.token_limits[seq_index]):
                 reason = LENGTH
         ended.append(reason is not None)
         if reason is not None:
-            found["finish_reasons"][place] = reason
-            found["queue.has_ended"][place] = True
+            found["finish_reasons"][seq_index] = reason
+            found["queue.has_ended"][seq_index] = True
             # Sequences of an algorithm finish together, and that is not decided here.
-            if int(asked.algorithms[place]) == NO_ALGORITHM:
-                found["queue.status"][place] = scheduler.FINISHED
+            if int(params.algorithms[seq_index]) == NO_ALGORITHM:
+                found["queue.status"][seq_index] = scheduler.FINISHED
     return found, ended
 
 
@@ -256,9 +259,9 @@ def slow_extend(
 def test_tokens_are_added_and_end_sequences_one_after_the_other(seed):
     rng = np.random.default_rng(seed)
     kept = 2 * (seed % 2)
-    table, places = random_table(rng, kept), some_places(rng, 6)
+    table, seq_indices = random_table(rng, kept), some_places(rng, 6)
     new = NewTokens(
-        places=jnp.asarray(places),
+        seq_indices=jnp.asarray(seq_indices),
         tokens=jnp.asarray(rng.integers(0, 3, 6), jnp.int32),
         logprobs=jnp.asarray(-rng.random(6), jnp.float32),
         ranks=jnp.asarray(rng.integers(1, 9, 6), jnp.int32),
@@ -274,12 +277,14 @@ def test_tokens_are_added_and_end_sequences_one_after_the_other(seed):
 
 def test_the_last_of_a_sampled_request_finishes_and_of_an_algorithm_ends():
     table = table_of([[1], [1]], [0, 1])
-    limits = table.asked.token_limits.at[:2].set(2)
-    algorithms = table.asked.algorithms.at[:2].set(jnp.array([NO_ALGORITHM, 0]))
-    asked = dataclasses.replace(table.asked, token_limits=limits, algorithms=algorithms)
+    limits = table.params.token_limits.at[:2].set(2)
+    algorithms = table.params.algorithms.at[:2].set(jnp.array([NO_ALGORITHM, 0]))
+    params = dataclasses.replace(
+        table.params, token_limits=limits, algorithms=algorithms
+    )
     status = table.queue.status.at[:2].set(scheduler.RUNNING)
     queue = dataclasses.replace(table.queue, status=status)
-    table = dataclasses.replace(table, asked=asked, queue=queue)
+    table = dataclasses.replace(table, params=params, queue=queue)
     new = NewTokens.zeros(jnp.arange(2, dtype=jnp.int32), CONFIG.num_logprobs)
     table, ended = extend(table, new, jnp.int32(0))
     assert ended.tolist() == [True, True]

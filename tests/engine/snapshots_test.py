@@ -34,7 +34,7 @@ def wanted(llama):
     return naive(llama, PROMPTS, PARAMS, max_model_len=MAX_LEN)
 
 
-def begun(llama, config):
+def scheduled(llama, config):
     """The engine with all requests after some steps."""
     state, _ = engine.submit(engine.init(llama, config), PROMPTS, PARAMS)
     return engine.run(llama, state, STEPS(PREEMPTING))
@@ -44,7 +44,7 @@ def begun(llama, config):
 def saved(llama, tmp_path_factory):
     """A folder with the tight engine in the middle of its work."""
     folder = tmp_path_factory.mktemp("snapshots") / "middle"
-    state = begun(llama, CACHED_TIGHT)
+    state = scheduled(llama, CACHED_TIGHT)
     assert state.counters.num_preemptions > 0
     assert (state.rows != scheduler.NO_REQUEST).sum() > 1
     snapshots.save(folder, state)
@@ -60,7 +60,7 @@ def finished(llama, state):
 
 
 def test_into_the_same_engine_everything_comes_back_as_it_was(llama, saved):
-    state, loaded = begun(llama, CACHED_TIGHT), snapshots.load(saved, llama)
+    state, loaded = scheduled(llama, CACHED_TIGHT), snapshots.load(saved, llama)
     assert loaded.config == CACHED_TIGHT
     for (path, mine), leaf in zip(
         jax.tree_util.tree_leaves_with_path(loaded), jax.tree.leaves(state), strict=True

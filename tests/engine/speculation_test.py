@@ -273,7 +273,7 @@ def test_a_draft_that_is_never_judged_is_noticed(monkeypatch, models, plain):
     """The planted fault: every draft stands."""
 
     def credulous(table, new, entries, step, most):
-        safe = jnp.minimum(new.places, table.tokens.shape[0] - 1)
+        safe = jnp.minimum(new.seq_indices, table.tokens.shape[0] - 1)
         drafts = table.tokens[safe, entries.positions]
         is_next = jnp.roll(entries.offsets, -1) > entries.offsets
         tokens = jnp.where(is_next, drafts, new.tokens)

@@ -168,14 +168,14 @@ def test_greedy_and_sampled_tokens_equal_a_loop_without_a_cache(model):
 
 
 def run_until_swapped(model, config):
-    state, places = start(model, config, *requests())
+    state, seq_indices = start(model, config, *requests())
     for _ in range(500):
         state = run(model, state, 1)
         away = np.flatnonzero(
             np.asarray(state.requests.queue.status) == scheduler.SWAPPED
         )
         if len(away) and int((np.asarray(state.host.blocks.ref_counts) > 1).sum()):
-            return state, places, away
+            return state, seq_indices, away
     raise AssertionError("nobody was swapped with shared blocks")
 
 
@@ -190,8 +190,8 @@ def test_blocks_that_sequences_share_are_shared_on_the_host(model):
 
 
 def test_who_is_ended_while_swapped_leaves_the_hosts_pool(model, wanted):
-    state, places, away = run_until_swapped(model, SWAPS)
-    gone = next(mine for mine in places if set(mine) & set(away.tolist()))
+    state, seq_indices, away = run_until_swapped(model, SWAPS)
+    gone = next(mine for mine in seq_indices if set(mine) & set(away.tolist()))
     mask = np.zeros(SWAPS.max_num_requests, bool)
     mask[gone] = True
     before = int((np.asarray(state.host.blocks.ref_counts) > 0).sum())
@@ -201,7 +201,7 @@ def test_who_is_ended_while_swapped_leaves_the_hosts_pool(model, wanted):
     state = run(model, state)
     assert not engine.has_work(state)
     assert is_empty(state)
-    arrival = places.index(gone)
+    arrival = seq_indices.index(gone)
     assert [one for one in outputs(state) if one[0] != arrival] == [
         one for one in wanted if one[0] != arrival
     ]
@@ -271,11 +271,11 @@ def test_prefixes_are_pinned_and_the_drafts_pages_travel_too(model, tmp_path):
             speculation=Speculation("model", num_tokens=2),
         )
         state = engine.init(pair, config)
-        state, place = engine.pin(state, prefix)
+        state, seq_index = engine.pin(state, prefix)
         state, _ = engine.submit(state, prompts, params, vocab_size=VOCABULARY)
         state = run(pair, state)
         assert not engine.has_work(state)
-        state = engine.unpin(state, [place])
+        state = engine.unpin(state, [seq_index])
         assert is_empty(state)
         found.append((outputs(state), jax.device_get(state.counters)))
     (wanted, _), (tokens, counters) = found

@@ -56,13 +56,13 @@ class Walk:
         params = SamplingParams(
             n=max(n, 1), temperature=float(n > 0), seed=length, max_tokens=count
         )
-        if sum(len(places) for *_, places in self.going.values()) + 3 > 60:
+        if sum(len(seq_indices) for *_, seq_indices in self.going.values()) + 3 > 60:
             return
         arrival = self.num_arrived = getattr(self, "num_arrived", -1) + 1
-        self.state, (places,) = engine.submit(
+        self.state, (seq_indices,) = engine.submit(
             self.state, [prompt], params, arrivals=[arrival]
         )
-        self.going[arrival] = (prompt, params, places)
+        self.going[arrival] = (prompt, params, seq_indices)
 
     def run(self, steps: int) -> None:
         self.state = engine.run(self.model, self.state, STEPS(steps))
@@ -70,17 +70,17 @@ class Walk:
     def abort(self, number: int) -> None:
         if self.going:
             arrival = sorted(self.going)[number % len(self.going)]
-            *_, places = self.going.pop(arrival)
-            mask = self.mask(places)
+            *_, seq_indices = self.going.pop(arrival)
+            mask = self.mask(seq_indices)
             self.state = engine.end(self.state, mask, np.int32(request_table.ABORT))
             self.state = engine.release(self.state, mask)
 
     def reset(self) -> None:
         self.state = engine.reset_prefix_cache(self.state)
 
-    def mask(self, places: list[int]) -> np.ndarray:
+    def mask(self, seq_indices: list[int]) -> np.ndarray:
         mask = np.zeros((CONFIG.max_num_requests,), np.bool_)
-        mask[places] = True
+        mask[seq_indices] = True
         return mask
 
     def check(self) -> None:

@@ -59,10 +59,10 @@ def test_a_process_that_is_cut_keeps_what_it_printed():
 
 
 def attention_row(name, seconds, rows=16, kv_bytes=5e8, **more):
-    place = dict(rows=rows, context=8192, block_size=16)
+    seq_index = dict(rows=rows, context=8192, block_size=16)
     share = kv_bytes / seconds / 4e12
     row = dict(name=name, seconds=seconds, kv_bytes=kv_bytes, share=share)
-    return row | place | more
+    return row | seq_index | more
 
 
 def test_aims_are_read_off_the_rows_that_count():

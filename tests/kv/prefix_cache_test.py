@@ -192,8 +192,8 @@ def test_what_a_row_uses_is_never_evicted():
 def test_places_pick_each_row_s_tokens_out_of_a_larger_table():
     cache, blocks, tokens = held([1, 2, 3, 4], [5, 6, 7, 8])
     table = jnp.concatenate([jnp.full((2, L), -5, jnp.int32), tokens[::-1]])
-    places = i32(4, 3, 2)
-    there = prefix_cache.insert(cache, blocks, table, 1, places)
+    seq_indices = i32(4, 3, 2)
+    there = prefix_cache.insert(cache, blocks, table, 1, seq_indices)
     here = RUN.insert(cache, blocks, tokens, 1)
     assert jax.tree.map(jnp.array_equal, there, here) == jax.tree.map(
         lambda _: True, here

@@ -54,17 +54,27 @@ class Pools:
         self.host = Checked(OPERATIONS, **host)
         self.num_moved = self.num_refused = 0
 
-    def swap_out(self, places: list[int]) -> bool:
-        """Row s goes to the host's row `places[s]`."""
-        found = self.moves.out(self.device.state, self.host.state, i32(places))
-        pairs = [(row, place) for row, place in enumerate(places) if place >= 0]
+    def swap_out(self, seq_indices: list[int]) -> bool:
+        """Row s goes to the host's row `seq_indices[s]`."""
+        found = self.moves.out(self.device.state, self.host.state, i32(seq_indices))
+        pairs = [
+            (row, seq_index)
+            for row, seq_index in enumerate(seq_indices)
+            if seq_index >= 0
+        ]
         return self._check(self.device, self.host, found[0], found[1], found, pairs)
 
-    def swap_in(self, places: list[int], kept: list[bool] | None = None) -> bool:
-        """Row s becomes what the host's row `places[s]` is."""
+    def swap_in(self, seq_indices: list[int], kept: list[bool] | None = None) -> bool:
+        """Row s becomes what the host's row `seq_indices[s]` is."""
         mask = None if kept is None else jnp.asarray(kept)
-        found = self.moves.into(self.device.state, self.host.state, i32(places), mask)
-        pairs = [(place, row) for row, place in enumerate(places) if place >= 0]
+        found = self.moves.into(
+            self.device.state, self.host.state, i32(seq_indices), mask
+        )
+        pairs = [
+            (seq_index, row)
+            for row, seq_index in enumerate(seq_indices)
+            if seq_index >= 0
+        ]
         num_kept = 0
         if kept is not None:
             is_free = np.asarray(self.device.state.ref_counts) == 0
@@ -142,13 +152,13 @@ class SwapMachine(stateful.RuleBasedStateMachine):
 
     @stateful.rule(order=st.permutations(range(6)), leaves=st.integers(0, 15))
     def swap_out(self, order: list[int], leaves: int) -> None:
-        places = [order[s] if leaves >> s & 1 else STAYS for s in range(4)]
-        self.pools.swap_out(places)
+        seq_indices = [order[s] if leaves >> s & 1 else STAYS for s in range(4)]
+        self.pools.swap_out(seq_indices)
 
     @stateful.rule(order=st.permutations(range(6)), enters=st.integers(0, 15))
     def swap_in(self, order: list[int], enters: int) -> None:
-        places = [order[s] if enters >> s & 1 else STAYS for s in range(4)]
-        self.pools.swap_in(places)
+        seq_indices = [order[s] if enters >> s & 1 else STAYS for s in range(4)]
+        self.pools.swap_in(seq_indices)
 
     @stateful.rule(order=st.permutations(range(6)), kept=st.integers(0, 511))
     def swap_in_beside_what_is_kept(self, order: list[int], kept: int) -> None:
@@ -187,18 +197,18 @@ def walk(pools: Pools, seed: int, num_steps: int = 60) -> None:
             case 3:
                 open_ = np.setdiff1d(np.arange(6), away)[:4].tolist()
                 leaves = rng.random(4) < 0.5
-                places = [
+                seq_indices = [
                     open_.pop() if leave and length and open_ else STAYS
                     for leave, length in zip(leaves, lengths, strict=True)
                 ]
-                pools.swap_out(places)
+                pools.swap_out(seq_indices)
             case 4:
                 todo = rng.permutation(away).tolist()
-                places = [
+                seq_indices = [
                     todo.pop() if todo and not length and rng.random() < 0.8 else STAYS
                     for length in lengths
                 ]
-                pools.swap_in(places)
+                pools.swap_in(seq_indices)
 
 
 def test_walks_move_pages_both_ways_and_some_moves_are_refused():

@@ -95,7 +95,7 @@ def generate(model, prompt, params, stop_ids):
     tokens = []
     for row in out.sequences.tolist():
         row = row[len(prompt) :]
-        ends = [place for place, token in enumerate(row) if token in stop_ids]
+        ends = [seq_index for seq_index, token in enumerate(row) if token in stop_ids]
         tokens.append(row[: ends[0] + 1] if ends else row)
     return tokens, None if width == 1 else out.sequences_scores.tolist()
 

@@ -32,15 +32,15 @@ def pretend_hub(monkeypatch, download) -> None:
 @pytest.mark.parametrize("name", ["org/model-1.5", "hf://org/model-1.5"])
 def test_a_hub_id_is_downloaded_without_code_or_pickle(name, tmp_path, monkeypatch):
     folder = checkpoints.write_tiny_llama(tmp_path)
-    asked = []
+    params = []
 
     def download(hub_id, allow_patterns):
-        asked.append((hub_id, allow_patterns))
+        params.append((hub_id, allow_patterns))
         return str(folder)
 
     pretend_hub(monkeypatch, download)
     assert load_model(name).config.vocab_size == 128
-    (hub_id, patterns) = asked[0]
+    (hub_id, patterns) = params[0]
     assert hub_id == "org/model-1.5"
     assert "*.safetensors" in patterns
     assert not any(p.endswith((".py", ".bin", ".pt", "*")) for p in patterns)

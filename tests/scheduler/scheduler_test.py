@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jpaged.config import EngineConfig
-from jpaged.scheduler import EMPTY, FINISHED, HELD, RUNNING, WAITING
-from tests.support.scheduler_driver import Asked, Driver
+from jpaged.scheduler import EMPTY, FINISHED, RETAINED, RUNNING, WAITING
+from tests.support.scheduler_driver import Driver, SequenceParams
 
 CONFIG = EngineConfig(
     num_blocks=16,
@@ -23,8 +23,8 @@ CONFIG = EngineConfig(
 )
 
 
-def one(prompt: int, output: int = 5, priority: int = 0) -> Asked:
-    return Asked(prompt, (output,), priority)
+def one(prompt: int, output: int = 5, priority: int = 0) -> SequenceParams:
+    return SequenceParams(prompt, (output,), priority)
 
 
 def test_decodes_come_first_and_prompts_share_the_rest_in_order_of_arrival():
@@ -127,7 +127,7 @@ def test_priority_admits_the_smaller_first_and_preempts_the_larger():
 
 def test_samples_wait_for_their_leader_and_then_map_its_blocks():
     driver = Driver(CONFIG)
-    driver.submit(Asked(14, (5, 5, 5)))
+    driver.submit(SequenceParams(14, (5, 5, 5)))
     # 14 tokens in two steps; the samples get rows at once, and compute nothing.
     assert driver.go() == {0: 10}
     assert driver.running() == {0, 1, 2}
@@ -144,7 +144,7 @@ def test_samples_wait_for_their_leader_and_then_map_its_blocks():
 
 def test_a_sample_whose_leader_has_ended_computes_the_prompt_itself():
     driver = Driver(dataclasses.replace(CONFIG, max_num_seqs=1))
-    driver.submit(Asked(6, (1, 2)))
+    driver.submit(SequenceParams(6, (1, 2)))
     assert driver.go() == {0: 6}
     assert driver.go() == {1: 6}
     assert driver.go() == {1: 1}
@@ -152,7 +152,7 @@ def test_a_sample_whose_leader_has_ended_computes_the_prompt_itself():
 
 def test_a_prompt_of_one_token_has_nothing_to_share():
     driver = Driver(CONFIG)
-    driver.submit(Asked(1, (3, 3)))
+    driver.submit(SequenceParams(1, (3, 3)))
     assert driver.go() == {0: 1, 1: 1}
     assert driver.num_copies == 0
 
@@ -162,7 +162,7 @@ def test_admission_leaves_room_for_copies_of_shared_blocks():
         CONFIG, num_blocks=3, block_size=16, max_num_batched_tokens=64
     )
     driver = Driver(config)
-    driver.submit(Asked(11, (5, 5)))
+    driver.submit(SequenceParams(11, (5, 5)))
     driver.go()
     driver.submit(one(8), one(8))
     # Both samples hold one block, and their next tokens make two of it. So of the two
@@ -174,8 +174,10 @@ def test_admission_leaves_room_for_copies_of_shared_blocks():
 # ---- requests of several sequences
 
 
-def group(prompt: int, *outputs: int, is_lockstep: bool = True, **options) -> Asked:
-    return Asked(prompt, outputs, is_lockstep=is_lockstep, **options)
+def group(
+    prompt: int, *outputs: int, is_lockstep: bool = True, **options
+) -> SequenceParams:
+    return SequenceParams(prompt, outputs, is_lockstep=is_lockstep, **options)
 
 
 def test_lockstep_rows_compute_the_last_prompt_token_in_the_same_step():
@@ -278,7 +280,7 @@ def test_the_first_request_goes_on_with_all_its_lockstep_rows():
 
 def test_more_samples_than_rows_take_turns():
     driver = Driver(CONFIG)
-    driver.submit(Asked(3, (2, 2, 3, 3, 2, 2)), one(1, 2))
+    driver.submit(SequenceParams(3, (2, 2, 3, 3, 2, 2)), one(1, 2))
     assert driver.go() == {0: 3}
     assert driver.running() == {0, 1, 2, 3}
     assert driver.go() == {0: 1, 1: 1, 2: 1, 3: 1}
@@ -293,7 +295,7 @@ def test_more_samples_than_rows_take_turns():
 def test_samples_that_do_not_fit_together_run_a_few_at_a_time():
     driver = Driver(dataclasses.replace(CONFIG, num_blocks=8))
     # Each sample has 30 tokens in 8 blocks, of which 7 can be shared: one at a time.
-    driver.submit(Asked(30, (2, 2, 2)), one(1))
+    driver.submit(SequenceParams(30, (2, 2, 2)), one(1))
     for sample in range(3):
         for tokens in (10, 10, 10, 1):
             assert driver.go() == {sample: tokens}
@@ -304,7 +306,7 @@ def test_samples_of_the_first_request_give_way_to_its_first():
     config = dataclasses.replace(CONFIG, num_blocks=8, max_num_batched_tokens=24)
     driver = Driver(config)
     # 24 tokens each, of which 7 are shared: 6 blocks, and 5 more for each other.
-    driver.submit(Asked(8, (16, 16, 16)))
+    driver.submit(SequenceParams(8, (16, 16, 16)))
     steps = driver.finish()
     assert driver.queue["num_preemptions"][:3].tolist()[0] == 0
     assert driver.num_preempted > 0
@@ -314,7 +316,7 @@ def test_samples_of_the_first_request_give_way_to_its_first():
 def test_samples_take_no_turns_beside_another_request():
     config = dataclasses.replace(CONFIG, num_blocks=8)
     driver = Driver(config)
-    driver.submit(one(1, 2), Asked(30, (1, 1)))
+    driver.submit(one(1, 2), SequenceParams(30, (1, 1)))
     assert driver.go() == {0: 1}
     assert driver.go() == {0: 1}
     assert driver.go() == {1: 10}  # alone, and only now
@@ -357,7 +359,7 @@ def test_sequences_that_are_held_take_no_rows():
     driver = Driver(CONFIG)
     driver.submit(group(4, 2, 2, num_held=2), one(1), one(1))
     driver.go()
-    assert driver.status(6) == [RUNNING, RUNNING, HELD, HELD, RUNNING, RUNNING]
+    assert driver.status(6) == [RUNNING, RUNNING, RETAINED, RETAINED, RUNNING, RUNNING]
     driver.finish()
     assert driver.status(6) == [FINISHED] * 6
 
@@ -371,19 +373,21 @@ def test_requests_map_a_pinned_prefix_whole_or_in_part_and_copy_its_last_block()
     driver = Driver(PINS)
     prefix = driver.pin(10)
     assert driver.go() == {prefix: 10}
-    assert driver.status(1) == [HELD]
+    assert driver.status(1) == [RETAINED]
     table = driver.table(prefix)
     sharing = [(13, 10), (11, 10), (10, 10), (9, 6)]
-    driver.submit(*(Asked(n, (2,), prefix=prefix, shared=m) for n, m in sharing))
+    driver.submit(
+        *(SequenceParams(n, (2,), prefix=prefix, shared=m) for n, m in sharing)
+    )
     assert driver.go() == {}
     # Who has all 10 tokens computes the last again, for its logits.
     assert driver.go() == {1: 3, 2: 1, 3: 1, 4: 3}
     # Of the third block four copies, and of the second one: the prefix keeps its own.
     assert driver.num_copies == 4
     assert driver.table(prefix) == table
-    for place in (1, 2, 3):
-        assert driver.table(place)[:2] == table[:2]
-        assert driver.table(place)[2] != table[2]
+    for seq_index in (1, 2, 3):
+        assert driver.table(seq_index)[:2] == table[:2]
+        assert driver.table(seq_index)[2] != table[2]
     assert driver.table(4)[0] == table[0]
     assert driver.table(4)[1] != table[1]
     driver.finish()
@@ -418,14 +422,14 @@ def test_a_held_prefix_is_not_preempted_and_its_blocks_never_come_back():
     driver = Driver(dataclasses.replace(PINS, num_blocks=7))
     prefix = driver.pin(8)
     driver.go()
-    driver.submit(one(8), one(8), Asked(9, (5,), prefix=prefix, shared=8))
+    driver.submit(one(8), one(8), SequenceParams(9, (5,), prefix=prefix, shared=8))
     assert driver.go() == {1: 8, 2: 8}
     # Each of three wants a block, and 1 of 7 is free. What the third maps is not its
     # to give, so the second has to go as well.
     assert driver.go() == {1: 1}
-    assert driver.status(4) == [HELD, RUNNING, WAITING, WAITING]
+    assert driver.status(4) == [RETAINED, RUNNING, WAITING, WAITING]
     driver.finish()
-    assert driver.status(1) == [HELD]
+    assert driver.status(1) == [RETAINED]
     assert driver.num_free() == 5
 
 
@@ -439,7 +443,7 @@ def test_a_prefix_that_is_being_computed_is_not_the_one_to_give_way():
         assert driver.go() == {0: 1, 1: 1, prefix: 4}
     # It wants a fifth block, and 4 + 2 + 2 are used. It came last, and is the first.
     assert driver.go() == {0: 1, prefix: 4}
-    assert driver.status(3) == [RUNNING, WAITING, HELD]
+    assert driver.status(3) == [RUNNING, WAITING, RETAINED]
     driver.finish()
     assert driver.num_free() == 3
 
@@ -449,7 +453,7 @@ def test_a_request_whose_prefix_is_gone_computes_alone(is_released):
     driver = Driver(PINS)
     prefix = driver.pin(10)
     driver.go()
-    driver.submit(Asked(13, (2, 2), prefix=prefix, shared=10))
+    driver.submit(SequenceParams(13, (2, 2), prefix=prefix, shared=10))
     driver.end([prefix])
     if is_released:
         driver.release()
@@ -464,7 +468,7 @@ def test_a_request_whose_prefix_is_gone_computes_alone(is_released):
 def test_a_row_whose_prefix_goes_while_it_waits_for_it_computes_alone():
     driver = Driver(dataclasses.replace(PINS, max_num_batched_tokens=6))
     prefix = driver.pin(10)
-    driver.submit(Asked(11, (2,), prefix=prefix, shared=10))
+    driver.submit(SequenceParams(11, (2,), prefix=prefix, shared=10))
     assert driver.go() == {prefix: 6}
     assert driver.go() == {prefix: 4}
     assert driver.running() == {1}

@@ -50,8 +50,8 @@ def jitted_operations() -> types.SimpleNamespace:
     def fork(blocks, parents):
         return block_manager.fork(blocks, parents)
 
-    def free(host, places):
-        return block_manager.free(host, places)
+    def free(host, seq_indices):
+        return block_manager.free(host, seq_indices)
 
     return types.SimpleNamespace(
         plan=jax.jit(plan, static_argnames="config", compiler_options=QUICKLY),
@@ -90,7 +90,7 @@ class SwapDriver(Driver):
             assert block_manager.violations(state) == []
         assert bool(appended.ok)
         assert bool(swapped.ok)
-        out, into = (np.asarray(places) for places in plan.swaps)
+        out, into = (np.asarray(seq_indices) for seq_indices in plan.swaps)
         out, into = out[out != NO_REQUEST], into[into != NO_REQUEST]
         assert not len(out) or not len(into)
         if (status == SWAPPED).any():
@@ -111,9 +111,11 @@ class SwapDriver(Driver):
         self.num_preempted += len(lost)
         again = lost - set(out.tolist())
         assert all(now[list(again)] == WAITING)
-        for place, (source, shared) in share_again(again, self.histories, self.queue):
-            self.queue["sources"][place] = source
-            self.queue["shared_lens"][place] = shared
+        for seq_index, (source, shared) in share_again(
+            again, self.histories, self.queue
+        ):
+            self.queue["sources"][seq_index] = source
+            self.queue["shared_lens"][seq_index] = shared
         planned = self._check_plan(np.asarray(plan.num_tokens))
         # A step with work does something: the engine would say that it stalled.
         if np.isin(status, (WAITING, RUNNING, SWAPPED)).any():
@@ -149,36 +151,44 @@ class SwapDriver(Driver):
         self.num_copies += int(is_copy.sum())
         tables, size = np.asarray(self.blocks.block_tables), self.config.block_size
         ends = np.asarray(self.blocks.context_lens)
-        for row, place in enumerate(self.rows.tolist()):
+        for row, seq_index in enumerate(self.rows.tolist()):
             for position in range(int(starts[row]), int(ends[row])):
-                token = self.histories[place][position]
+                token = self.histories[seq_index][position]
                 self.memory[tables[row, position // size], position % size] = token
 
     def check_reads(self) -> None:
         """Rows, here and on the host, hold the beginnings of their histories."""
-        pairs = [(row, place) for row, place in enumerate(self.rows) if place >= 0]
+        pairs = [
+            (row, seq_index)
+            for row, seq_index in enumerate(self.rows)
+            if seq_index >= 0
+        ]
         away = np.flatnonzero(self.queue["status"] == SWAPPED)
         held = np.asarray(self.host.context_lens)
         assert not held[self.queue["status"] != SWAPPED].any()
         for state, memory, mine in (
             (self.blocks, self.memory, pairs),
-            (self.host, self.host_memory, [(place, place) for place in away]),
+            (
+                self.host,
+                self.host_memory,
+                [(seq_index, seq_index) for seq_index in away],
+            ),
         ):
             tables = np.asarray(state.block_tables)
             lens = np.asarray(state.context_lens).tolist()
-            for row, place in mine:
+            for row, seq_index in mine:
                 read = memory[tables[row][tables[row] != NO_BLOCK]].reshape(-1)
-                history = self.histories[place][: lens[row]]
+                history = self.histories[seq_index][: lens[row]]
                 assert read[: lens[row]].tolist() == history
         self.num_shared += int((np.asarray(self.host.ref_counts) > 1).sum())
 
-    def end(self, places: list[int]) -> None:
+    def end(self, seq_indices: list[int]) -> None:
         away = self.queue["status"] == SWAPPED
         gone = np.zeros(away.shape, bool)
-        gone[[place for place in places if away[place]]] = True
+        gone[[seq_index for seq_index in seq_indices if away[seq_index]]] = True
         self.queue["status"][gone] = FINISHED
         self.host = self.operations.free(self.host, gone)
-        super().end(places)
+        super().end(seq_indices)
 
 
 class SwapWalk(walks.Walk):
@@ -197,8 +207,8 @@ class SwapWalk(walks.Walk):
         self.driver.commit()
         self.release()
 
-    def end(self, places: list[int]) -> None:
-        self.driver.end(places)
+    def end(self, seq_indices: list[int]) -> None:
+        self.driver.end(seq_indices)
         self.release()
 
     def finish(self) -> None:
@@ -276,9 +286,9 @@ def room_for_all(leaving, device, host, dropped, ranks, is_same):
     return dropped
 
 
-def free_of_charge(demand, host, places):
+def free_of_charge(demand, host, seq_indices):
     """Who comes back is thought to take no blocks."""
-    return demand(host, places) * 0
+    return demand(host, seq_indices) * 0
 
 
 FAULTS = {

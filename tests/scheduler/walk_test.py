@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from jpaged.config import EngineConfig
 from jpaged.kv import block_manager
-from jpaged.scheduler import EMPTY, HELD, NO_REQUEST, RUNNING, WAITING, queue, step
+from jpaged.scheduler import EMPTY, NO_REQUEST, RETAINED, RUNNING, WAITING, queue, step
 from tests.support.scheduler_driver import (
     OPERATIONS,
-    Asked,
     Driver,
+    SequenceParams,
     jitted_operations,
     plant,
 )
@@ -54,7 +54,7 @@ class Event:
     """Something that a user does once so many steps have been made."""
 
     step: int
-    does: Asked | str  # a request; "pin", "unpin" or "end" a request
+    does: SequenceParams | str  # a request; "pin", "unpin" or "end" a request
     number: int = 0  # tokens to pin or share, or which of them to end
     shares: int = 0  # of a request: begins like the prefix pinned so many before
 
@@ -66,7 +66,7 @@ class Walk:
         self.driver = Driver(config, operations)
         self.slow = SlowScheduler(config)
         self.is_eager = False
-        self.going: dict[int, tuple[Asked, list[int]]] = {}
+        self.going: dict[int, tuple[SequenceParams, list[int]]] = {}
         self.pinned: list[int] = []
         self.num_arrived = self.num_overtakers = 0
         self.bound = 1
@@ -95,58 +95,58 @@ class Walk:
         """Does it, if it is allowed; False where it has to wait for a place."""
         driver = self.driver
         match event.does:
-            case Asked() as asked:
-                return self.submit(asked, event)
+            case SequenceParams() as params:
+                return self.submit(params, event)
             case "pin":
-                going = [asked for asked, _ in self.going.values()]
+                going = [params for params, _ in self.going.values()]
                 if driver.may_pin(event.number, going):
                     self.pinned.append(driver.pin(event.number))
                     self.bound += event.number + 1
                     self.num_overtakers += 1
                     self.num_pinned += 1
             case "unpin" if self.pinned:
-                place = self.pinned.pop(event.number % len(self.pinned))
-                self.end([place])
+                seq_index = self.pinned.pop(event.number % len(self.pinned))
+                self.end([seq_index])
             case "end" if self.going:
                 name = sorted(self.going)[event.number % len(self.going)]
                 self.end(self.going[name][1])
         return True
 
-    def submit(self, asked: Asked, event: Event) -> bool:
+    def submit(self, params: SequenceParams, event: Event) -> bool:
         driver = self.driver
         if event.shares and self.pinned:
-            place = self.pinned[-event.shares % len(self.pinned)]
-            shared = min(event.number, len(driver.histories[place]))
-            asked = dataclasses.replace(asked, prefix=place, shared=shared)
+            seq_index = self.pinned[-event.shares % len(self.pinned)]
+            shared = min(event.number, len(driver.histories[seq_index]))
+            params = dataclasses.replace(params, prefix=seq_index, shared=shared)
         # As long as the pool allows: the hardest that is let in.
-        while not driver.is_legal(asked):
-            outputs = tuple(min(n, max(asked.outputs) - 1) for n in asked.outputs)
+        while not driver.is_legal(params):
+            outputs = tuple(min(n, max(params.outputs) - 1) for n in params.outputs)
             if max(outputs) < 1:
                 return True
-            asked = dataclasses.replace(asked, outputs=outputs)
-        num_places = len(asked.outputs) + asked.num_held
-        if (driver.queue["status"] == EMPTY).sum() < num_places:
+            params = dataclasses.replace(params, outputs=outputs)
+        table_size = len(params.outputs) + params.num_held
+        if (driver.queue["status"] == EMPTY).sum() < table_size:
             return False
-        (places,) = driver.submit(asked)
-        self.going[self.num_arrived] = (asked, places)
+        (seq_indices,) = driver.submit(params)
+        self.going[self.num_arrived] = (params, seq_indices)
         self.num_arrived += 1
         self.num_overtakers += driver.config.policy == "priority"
-        tokens = len(asked.outputs) * asked.prompt + sum(asked.outputs)
-        if asked.moves:
-            tokens = len(asked.outputs) * (asked.prompt + max(asked.outputs))
-        self.bound += tokens + len(asked.outputs)
+        tokens = len(params.outputs) * params.prompt + sum(params.outputs)
+        if params.moves:
+            tokens = len(params.outputs) * (params.prompt + max(params.outputs))
+        self.bound += tokens + len(params.outputs)
         return True
 
-    def end(self, places: list[int]) -> None:
-        self.driver.end(places)
+    def end(self, seq_indices: list[int]) -> None:
+        self.driver.end(seq_indices)
         self.slow.blocks.fork(self.driver.parents)
         self.release()
 
     def release(self) -> None:
         self.driver.release(is_eager=self.is_eager)
         status = self.driver.queue["status"]
-        for name, (asked, places) in list(self.going.items()):
-            self.going[name] = (asked, [p for p in places if status[p] != EMPTY])
+        for name, (params, seq_indices) in list(self.going.items()):
+            self.going[name] = (params, [p for p in seq_indices if status[p] != EMPTY])
             if not self.going[name][1]:
                 del self.going[name]
 
@@ -163,7 +163,7 @@ class Walk:
 
         assert driver.rows.tolist() == made.rows
         tokens = zip(made.rows, made.tokens, strict=True)
-        assert planned == {place: count for place, count in tokens if count}
+        assert planned == {seq_index: count for seq_index, count in tokens if count}
         assert driver.num_preempted - before == made.num_preempted
         for name, column in driver.queue.items():
             if name not in ("sources", "shared_lens"):  # the driver's own
@@ -175,7 +175,7 @@ class Walk:
         # Progress: work means tokens, or rows for those who begin without.
         assert bool(planned or made.num_admitted) == had_work
         assert set(first) <= driver.running()
-        assert not first or any(planned.get(place) for place in first)
+        assert not first or any(planned.get(seq_index) for seq_index in first)
         self.num_withheld += sum(
             int(driver.queue["num_tokens"][p] - driver.length(p) == 1)
             for p in driver.running()
@@ -198,7 +198,7 @@ class Walk:
         """Only what is pinned is left, and goes."""
         driver = self.driver
         assert driver.num_free() == driver.config.num_blocks - len(
-            {block for place in self.pinned for block in driver.table(place)}
+            {block for seq_index in self.pinned for block in driver.table(seq_index)}
         )
         self.end(list(self.pinned))
         assert driver.num_free() == driver.config.num_blocks
@@ -223,7 +223,7 @@ def workload(integer: Callable[[int, int], int]) -> list[Event]:
         most = 32 - prompt
         count = choose(1, 1, 2, 3, 4, 5)
         is_lockstep = 1 < count < 5 and choose(True, False)
-        asked = Asked(
+        params = SequenceParams(
             prompt,
             tuple(choose(most, integer(1, most)) for _ in range(count)),
             priority=integer(0, 2),
@@ -231,7 +231,7 @@ def workload(integer: Callable[[int, int], int]) -> list[Event]:
             moves=is_lockstep and choose(True, False),
             num_held=integer(0, 2) if is_lockstep else 0,
         )
-        events.append(Event(step, asked, number, shares=integer(0, 2)))
+        events.append(Event(step, params, number, shares=integer(0, 2)))
     return events
 
 
@@ -264,8 +264,8 @@ def crowd(rng: np.random.Generator) -> list[Event]:
         prompt = int(rng.integers(1, 8))
         count = int(rng.integers(1, 5))
         is_lockstep = number % 2 == 0 and count > 1
-        asked = Asked(prompt, (32 - prompt,) * count, is_lockstep=is_lockstep)
-        events.append(Event(number // 4, asked, number=6, shares=number % 3))
+        params = SequenceParams(prompt, (32 - prompt,) * count, is_lockstep=is_lockstep)
+        events.append(Event(number // 4, params, number=6, shares=number % 3))
     return events
 
 
@@ -305,15 +305,17 @@ def order_of_rows(ranks, queue, rows):
 
 def held_by_nobody(ranks, queue, rows):
     """Pinned prefixes come in their order, not before all."""
-    status = jnp.where(queue.status == HELD, RUNNING, queue.status)
-    priorities = jnp.where(queue.status == HELD, 1, queue.priorities)
+    status = jnp.where(queue.status == RETAINED, RUNNING, queue.status)
+    priorities = jnp.where(queue.status == RETAINED, 1, queue.priorities)
     seen = dataclasses.replace(queue, status=status, priorities=priorities)
     return ranks(seen, rows)
 
 
-def any_source(mapped, queue, places, hits=None):
+def any_source(mapped, queue, seq_indices, hits=None):
     """Sources that have ended count as well."""
-    return jnp.where(queue.sources[places] != places, queue.shared_lens[places], 0)
+    return jnp.where(
+        queue.sources[seq_indices] != seq_indices, queue.shared_lens[seq_indices], 0
+    )
 
 
 def each_alone(same, queue, rows):

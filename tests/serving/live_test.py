@@ -529,21 +529,23 @@ def slow_events(slow_steps):
     events = []
     for step, (before, after, _, _) in enumerate(slow_steps):
         mine = {name: [] for name in timeline.EVENTS}
-        for place, status in enumerate(before.queue.status):
-            now = after.queue.status[place]
-            gained = after.queue.num_tokens[place] - before.queue.num_tokens[place]
-            was_first = before.queue.num_tokens[place] == WORKLOAD_LENS[place]
+        for seq_index, status in enumerate(before.queue.status):
+            now = after.queue.status[seq_index]
+            gained = (
+                after.queue.num_tokens[seq_index] - before.queue.num_tokens[seq_index]
+            )
+            was_first = before.queue.num_tokens[seq_index] == WORKLOAD_LENS[seq_index]
             if status == RUNNING and now == SWAPPED:
-                mine["swapped"].append(place)
+                mine["swapped"].append(seq_index)
             elif status == RUNNING and now not in (RUNNING, FINISHED):
-                mine["preempted"].append(place)
+                mine["preempted"].append(seq_index)
             if status != RUNNING and (now == RUNNING or gained):
-                mine["scheduled"].append(place)
+                mine["scheduled"].append(seq_index)
             if gained and was_first:
-                mine["first_token"].append(place)
+                mine["first_token"].append(seq_index)
             if status != FINISHED and now == FINISHED:
-                mine["finished"].append(place)
-        events += [(step, name, place) for name in mine for place in mine[name]]
+                mine["finished"].append(seq_index)
+        events += [(step, name, seq_index) for name in mine for seq_index in mine[name]]
     return events
 
 
@@ -557,8 +559,8 @@ def recorded(rings, num_steps):
     """(step, name, place) of the one ring, and the rows of the other."""
     events, rows = timeline.in_order(rings, jnp.int32(num_steps))
     events = [
-        (step, timeline.EVENTS[kind], place)
-        for step, kind, place in events.tolist()
+        (step, timeline.EVENTS[kind], seq_index)
+        for step, kind, seq_index in events.tolist()
         if step >= 0
     ]
     return events, [timeline.StepRow(*row) for row in rows.tolist() if row[0] >= 0]

@@ -171,8 +171,8 @@ def drive(system, slow, arrivals, max_steps=4000):
         assert has_work == bool(slow.waiting or slow.running)
         if not has_work:
             continue
-        begun, load, usage = begin(state)
-        state, progress = end(begun)
+        scheduled, load, usage = begin(state)
+        state, progress = end(scheduled)
         rows, copied, wanted, first, ended = slow.step()
         taking = np.asarray(load.query_lens) > 0
         found = zip(
@@ -305,8 +305,8 @@ def run_saturated(system, count, lengths):
             prompt, output = lengths[number % len(lengths)]
             state, ok = submit(state, request(number, prompt, output))
             number += int(ok)
-        begun, _, usage = begin(state)
-        state, _ = end(begun)
+        scheduled, _, usage = begin(state)
+        state, _ = end(scheduled)
         seen.append({name: int(value) for name, value in usage._asdict().items()})
     return seen
 
@@ -357,8 +357,8 @@ def test_beams_copy_whole_chunks_after_the_copies_of_the_prompt():
     state, _ = submit(system.init(), request(0, 20, 40, 1, 3))
     copied = []
     for _ in range(40):
-        begun, load, usage = begin(state)
-        state, progress = end(begun)
+        scheduled, load, usage = begin(state)
+        state, progress = end(scheduled)
         copied.append(int(load.num_copied_tokens))
         assert int(usage.num_blocks) == 3 * MAX_LEN
     assert bool(progress.has_ended.any())
@@ -368,8 +368,8 @@ def test_beams_copy_whole_chunks_after_the_copies_of_the_prompt():
     submit, begin, end = jitted(none)
     state, _ = submit(none.init(), request(0, 20, 40, 1, 3))
     for number in range(5):
-        begun, load, _ = begin(state)
-        state, _ = end(begun)
+        scheduled, load, _ = begin(state)
+        state, _ = end(scheduled)
         assert int(load.num_copied_tokens) == (40 if number == 1 else 0)
 
 

@@ -316,7 +316,9 @@ def test_a_planted_fault_in_the_simulation_breaks_the_equality(monkeypatch):
     # One who forgets that a row computes its last token before the next is decided.
     from jpaged.simulator.systems import engine_system as room
 
-    monkeypatch.setattr(room, "_computes_last", lambda begun: begun.plan.num_tokens > 0)
+    monkeypatch.setattr(
+        room, "_computes_last", lambda scheduled: scheduled.plan.num_tokens > 0
+    )
     config = EngineConfig(**SIZES)
     real = real_run_of_twenty(config)
     # Another system to the cache of compiled programs, and alike without beams.

@@ -20,7 +20,7 @@ from jpaged.config import EngineConfig
 from jpaged.engine import limits
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import NO_BLOCK
-from jpaged.scheduler import EMPTY, FINISHED, HELD, NO_REQUEST, RUNNING, WAITING
+from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RETAINED, RUNNING, WAITING
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # of a program, the compilation
 BEFORE_ALL = np.iinfo(np.int32).min
@@ -56,7 +56,7 @@ OPERATIONS = jitted_operations()
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class SequenceParams:
     """A request: how long, and how many sequences of it."""
 
     prompt: int
@@ -82,11 +82,11 @@ class Driver:
             field.name: np.array(getattr(empty, field.name))
             for field in dataclasses.fields(empty)
         }
-        places = range(config.max_num_requests)
-        self.histories: list[list[int]] = [[] for _ in places]
-        self.outputs = [0 for _ in places]
-        self.is_prefix = [False for _ in places]
-        self.moves = [False for _ in places]
+        seq_indices = range(config.max_num_requests)
+        self.histories: list[list[int]] = [[] for _ in seq_indices]
+        self.outputs = [0 for _ in seq_indices]
+        self.is_prefix = [False for _ in seq_indices]
+        self.moves = [False for _ in seq_indices]
         self.rows = np.full(config.num_rows, NO_REQUEST, np.int32)
         self.blocks = block_manager.init_state(
             num_blocks=config.num_blocks,
@@ -100,62 +100,62 @@ class Driver:
 
     # ---- requests come
 
-    def submit(self, *requests: Asked) -> list[list[int]]:
+    def submit(self, *requests: SequenceParams) -> list[list[int]]:
         """The places of each request's sequences."""
-        return [self._submit(asked) for asked in requests]
+        return [self._submit(params) for params in requests]
 
-    def _submit(self, asked: Asked) -> list[int]:
-        count = len(asked.outputs) + asked.num_held
+    def _submit(self, params: SequenceParams) -> list[int]:
+        count = len(params.outputs) + params.num_held
         mine = np.flatnonzero(self.queue["status"] == EMPTY)[:count].tolist()
         assert len(mine) == count
-        known = self.histories[asked.prefix][: asked.shared] if asked.shared else []
-        prompt = known + [next(self.new_token) for _ in range(asked.prompt)]
-        prompt = prompt[: asked.prompt]
+        known = self.histories[params.prefix][: params.shared] if params.shared else []
+        prompt = known + [next(self.new_token) for _ in range(params.prompt)]
+        prompt = prompt[: params.prompt]
         by_priority = self.config.policy == "priority"
-        for number, place in enumerate(mine):
-            is_row = number < len(asked.outputs)
+        for number, seq_index in enumerate(mine):
+            is_row = number < len(params.outputs)
             # Its own number if it maps nobody's blocks.
-            source, shared = (mine[0], asked.prompt - 1) if number else (place, 0)
-            if number == 0 and asked.shared:
-                source, shared = asked.prefix, min(asked.shared, asked.prompt - 1)
+            source, shared = (mine[0], params.prompt - 1) if number else (seq_index, 0)
+            if number == 0 and params.shared:
+                source, shared = params.prefix, min(params.shared, params.prompt - 1)
             if shared == 0 or not is_row:
-                source, shared = place, 0
+                source, shared = seq_index, 0
             self._put(
-                place,
+                seq_index,
                 prompt,
-                status=WAITING if is_row else HELD,
-                priorities=asked.priority if by_priority else 0,
+                status=WAITING if is_row else RETAINED,
+                priorities=params.priority if by_priority else 0,
                 leaders=mine[0],
                 sources=source,
                 shared_lens=shared,
-                is_lockstep=asked.is_lockstep,
+                is_lockstep=params.is_lockstep,
                 has_ended=not is_row,
             )
-            self.outputs[place] = asked.outputs[number] if is_row else 0
-            self.moves[place] = asked.moves
+            self.outputs[seq_index] = params.outputs[number] if is_row else 0
+            self.moves[seq_index] = params.moves
         self.num_arrived += 1
         return mine
 
     def pin(self, length: int) -> int:
         """The place of a prefix that is computed and then held."""
-        place = int(np.flatnonzero(self.queue["status"] == EMPTY)[0])
+        seq_index = int(np.flatnonzero(self.queue["status"] == EMPTY)[0])
         tokens = [next(self.new_token) for _ in range(length)]
         self._put(
-            place,
+            seq_index,
             tokens,
             status=WAITING,
             priorities=BEFORE_ALL,
-            leaders=place,
-            sources=place,
+            leaders=seq_index,
+            sources=seq_index,
             shared_lens=0,
             is_lockstep=False,
             has_ended=False,
         )
-        self.is_prefix[place] = True
+        self.is_prefix[seq_index] = True
         self.num_arrived += 1
-        return place
+        return seq_index
 
-    def _put(self, place: int, tokens: list[int], **values: int) -> None:
+    def _put(self, seq_index: int, tokens: list[int], **values: int) -> None:
         values |= dict(
             arrivals=self.num_arrived,
             prompt_lens=len(tokens),
@@ -165,31 +165,31 @@ class Driver:
         )
         assert set(values) == set(self.queue)
         for name, value in values.items():
-            self.queue[name][place] = value
-        self.histories[place] = list(tokens)
-        self.is_prefix[place] = False
+            self.queue[name][seq_index] = value
+        self.histories[seq_index] = list(tokens)
+        self.is_prefix[seq_index] = False
 
     # ---- what `submit` and `pin` of the engine let in
 
-    def most_blocks(self, asked: Asked) -> int:
-        rows = len(asked.outputs) if asked.is_lockstep else 1
-        limit = asked.prompt + max(asked.outputs)
-        return limits.most_blocks(self.config, asked.prompt, limit, rows)
+    def most_blocks(self, params: SequenceParams) -> int:
+        rows = len(params.outputs) if params.is_lockstep else 1
+        limit = params.prompt + max(params.outputs)
+        return limits.most_blocks(self.config, params.prompt, limit, rows)
 
     def num_pinned_blocks(self) -> int:
         size, status = self.config.block_size, self.queue["status"]
         pinned = [p for p in np.flatnonzero(status != EMPTY) if self.is_prefix[p]]
         return sum(-(-len(self.histories[p]) // size) for p in pinned)
 
-    def is_legal(self, asked: Asked) -> bool:
-        if asked.prompt + max(asked.outputs) > self.config.max_model_len:
+    def is_legal(self, params: SequenceParams) -> bool:
+        if params.prompt + max(params.outputs) > self.config.max_model_len:
             return False
-        if asked.is_lockstep and len(asked.outputs) > self.config.max_num_seqs:
+        if params.is_lockstep and len(params.outputs) > self.config.max_num_seqs:
             return False
         free = self.config.num_blocks - self.num_pinned_blocks()
-        return self.most_blocks(asked) <= free
+        return self.most_blocks(params) <= free
 
-    def may_pin(self, length: int, going: list[Asked]) -> bool:
+    def may_pin(self, length: int, going: list[SequenceParams]) -> bool:
         """`going` are the requests that have not finished."""
         status = self.queue["status"]
         num_pinned = sum(self.is_prefix[p] for p in np.flatnonzero(status != EMPTY))
@@ -218,9 +218,11 @@ class Driver:
         lost = set(before.tolist()) - set(self.rows.tolist()) - {NO_REQUEST}
         assert len(lost) == int(plan.num_preempted)
         assert all(self.queue["status"][list(lost)] == WAITING)
-        for place, (source, shared) in share_again(lost, self.histories, self.queue):
-            self.queue["sources"][place] = source
-            self.queue["shared_lens"][place] = shared
+        for seq_index, (source, shared) in share_again(
+            lost, self.histories, self.queue
+        ):
+            self.queue["sources"][seq_index] = source
+            self.queue["shared_lens"][seq_index] = shared
         return self._check_plan(np.asarray(plan.num_tokens))
 
     def _check_plan(self, planned: np.ndarray) -> dict[int, int]:
@@ -237,14 +239,14 @@ class Driver:
         )
         assert (planned[self.rows == NO_REQUEST] == 0).all()
         lengths = np.asarray(self.blocks.context_lens)
-        for row, place in enumerate(self.rows.tolist()):
-            if place == NO_REQUEST:
+        for row, seq_index in enumerate(self.rows.tolist()):
+            if seq_index == NO_REQUEST:
                 continue
-            assert lengths[row] <= queue["num_tokens"][place]
-            if queue["status"][place] == HELD:
+            assert lengths[row] <= queue["num_tokens"][seq_index]
+            if queue["status"][seq_index] == RETAINED:
                 assert planned[row] == 0
-                assert lengths[row] == len(self.histories[place])
-            if queue["has_ended"][place]:
+                assert lengths[row] == len(self.histories[seq_index])
+            if queue["has_ended"][seq_index]:
                 assert planned[row] == lengths[row] == 0
         return {int(self.rows[r]): int(planned[r]) for r in np.flatnonzero(planned)}
 
@@ -253,61 +255,65 @@ class Driver:
         queue, row_of = self.queue, self._row_of()
         lengths = np.asarray(self.blocks.context_lens)
         done = [
-            place
-            for place, row in row_of.items()
-            if queue["status"][place] == RUNNING
-            and not queue["has_ended"][place]
-            and lengths[row] == queue["num_tokens"][place]
+            seq_index
+            for seq_index, row in row_of.items()
+            if queue["status"][seq_index] == RUNNING
+            and not queue["has_ended"][seq_index]
+            and lengths[row] == queue["num_tokens"][seq_index]
         ]
         parents = list(range(len(self.rows)))
-        for place in done:
-            if self.is_prefix[place]:
-                queue["status"][place] = HELD
-            elif not queue["is_lockstep"][place] and self._extend(place):
-                queue["status"][place] = FINISHED
-        in_step = [place for place in done if queue["is_lockstep"][place]]
-        for leader in sorted({int(queue["leaders"][place]) for place in in_step}):
+        for seq_index in done:
+            if self.is_prefix[seq_index]:
+                queue["status"][seq_index] = RETAINED
+            elif not queue["is_lockstep"][seq_index] and self._extend(seq_index):
+                queue["status"][seq_index] = FINISHED
+        in_step = [seq_index for seq_index in done if queue["is_lockstep"][seq_index]]
+        for leader in sorted(
+            {int(queue["leaders"][seq_index]) for seq_index in in_step}
+        ):
             self._decide(leader, set(in_step), row_of, parents)
         self._settle(parents)
 
     def _row_of(self) -> dict[int, int]:
-        places = enumerate(self.rows.tolist())
-        return {place: row for row, place in places if place != NO_REQUEST}
+        seq_indices = enumerate(self.rows.tolist())
+        return {
+            seq_index: row for row, seq_index in seq_indices if seq_index != NO_REQUEST
+        }
 
-    def _extend(self, place: int) -> bool:
+    def _extend(self, seq_index: int) -> bool:
         """Gives a token; whether the sequence has ended with it."""
-        queue, history = self.queue, self.histories[place]
+        queue, history = self.queue, self.histories[seq_index]
         history.append(next(self.new_token))
-        queue["num_tokens"][place] = len(history)
-        num_generated = len(history) - queue["prompt_lens"][place]
-        queue["has_ended"][place] = num_generated >= self.outputs[place]
-        return bool(queue["has_ended"][place])
+        queue["num_tokens"][seq_index] = len(history)
+        num_generated = len(history) - queue["prompt_lens"][seq_index]
+        queue["has_ended"][seq_index] = num_generated >= self.outputs[seq_index]
+        return bool(queue["has_ended"][seq_index])
 
     def _decide(self, leader, in_step, row_of, parents) -> None:
         """A lockstep request's rows get a token each, of which all are computed."""
         queue = self.queue
         mine = np.flatnonzero(queue["leaders"] == leader)
-        mine = [int(p) for p in mine if queue["status"][p] in (RUNNING, HELD)]
+        mine = [int(p) for p in mine if queue["status"][p] in (RUNNING, RETAINED)]
         members = [p for p in mine if queue["status"][p] == RUNNING]
         assert {p for p in members if not queue["has_ended"][p]} <= in_step
         before = {p: (list(self.histories[p]), queue["has_ended"][p]) for p in members}
-        for place in members:
-            parent = place
-            if self.moves[place] and self.rng.random() < 0.4:
+        for seq_index in members:
+            parent = seq_index
+            if self.moves[seq_index] and self.rng.random() < 0.4:
                 parent = int(self.rng.choice(members))
-            self.histories[place] = list(before[parent][0])
-            queue["has_ended"][place] = before[parent][1]
-            queue["num_tokens"][place] = len(self.histories[place])
-            if not queue["has_ended"][place]:
-                self._extend(place)
-            is_gone = queue["has_ended"][place]
-            parents[row_of[place]] = NO_BLOCK if is_gone else row_of[parent]
+            self.histories[seq_index] = list(before[parent][0])
+            queue["has_ended"][seq_index] = before[parent][1]
+            queue["num_tokens"][seq_index] = len(self.histories[seq_index])
+            if not queue["has_ended"][seq_index]:
+                self._extend(seq_index)
+            is_gone = queue["has_ended"][seq_index]
+            parents[row_of[seq_index]] = NO_BLOCK if is_gone else row_of[parent]
         if queue["has_ended"][members].all():
             queue["status"][mine] = FINISHED
 
     def _settle(self, parents: list[int]) -> None:
-        for row, place in enumerate(self.rows.tolist()):
-            if place != NO_REQUEST and self.queue["status"][place] == FINISHED:
+        for row, seq_index in enumerate(self.rows.tolist()):
+            if seq_index != NO_REQUEST and self.queue["status"][seq_index] == FINISHED:
                 parents[row] = NO_BLOCK
                 self.rows[row] = NO_REQUEST
         self.parents = parents
@@ -329,11 +335,11 @@ class Driver:
 
     # ---- requests leave
 
-    def end(self, places: list[int]) -> None:
+    def end(self, seq_indices: list[int]) -> None:
         """Ends live sequences, as `engine.end` does."""
-        for place in places:
-            if self.queue["status"][place] in (WAITING, RUNNING, HELD):
-                self.queue["status"][place] = FINISHED
+        for seq_index in seq_indices:
+            if self.queue["status"][seq_index] in (WAITING, RUNNING, RETAINED):
+                self.queue["status"][seq_index] = FINISHED
         self._settle(list(range(len(self.rows))))
 
     def release(self, *, is_eager: bool = False) -> None:
@@ -342,18 +348,22 @@ class Driver:
         Of whole requests, or eagerly of each finished sequence.
         """
         queue = self.queue
-        live = np.isin(queue["status"], (WAITING, RUNNING, HELD))
+        live = np.isin(queue["status"], (WAITING, RUNNING, RETAINED))
         going = set() if is_eager else set(queue["leaders"][live].tolist())
         finished = np.flatnonzero(queue["status"] == FINISHED).tolist()
-        gone = {place for place in finished if queue["leaders"][place] not in going}
-        for place in range(len(queue["status"])):
-            if place in gone:
-                queue["status"][place] = EMPTY
-            if queue["leaders"][place] in gone:
-                queue["leaders"][place] = place
-            if queue["sources"][place] in gone:
-                queue["sources"][place] = place
-                queue["shared_lens"][place] = 0
+        gone = {
+            seq_index
+            for seq_index in finished
+            if queue["leaders"][seq_index] not in going
+        }
+        for seq_index in range(len(queue["status"])):
+            if seq_index in gone:
+                queue["status"][seq_index] = EMPTY
+            if queue["leaders"][seq_index] in gone:
+                queue["leaders"][seq_index] = seq_index
+            if queue["sources"][seq_index] in gone:
+                queue["sources"][seq_index] = seq_index
+                queue["shared_lens"][seq_index] = 0
 
     # ---- what one sees
 
@@ -363,13 +373,13 @@ class Driver:
     def status(self, count: int) -> list[int]:
         return self.queue["status"][:count].tolist()
 
-    def length(self, place: int) -> int:
+    def length(self, seq_index: int) -> int:
         """Tokens that a running sequence has computed."""
-        return int(self.blocks.context_lens[self._row_of()[place]])
+        return int(self.blocks.context_lens[self._row_of()[seq_index]])
 
-    def table(self, place: int) -> list[int]:
+    def table(self, seq_index: int) -> list[int]:
         """Blocks of a running sequence."""
-        table = np.asarray(self.blocks.block_tables)[self._row_of()[place]]
+        table = np.asarray(self.blocks.block_tables)[self._row_of()[seq_index]]
         return table[table != NO_BLOCK].tolist()
 
     def num_free(self) -> int:
@@ -382,20 +392,20 @@ def share_again(lost, histories, queue) -> list[tuple[int, tuple[int, int]]]:
     Pairs of place and (source, tokens to map), found by comparing token by token.
     """
     found = []
-    for place in sorted(lost):
-        leader = queue["leaders"][place]
+    for seq_index in sorted(lost):
+        leader = queue["leaders"][seq_index]
         before = [
-            p for p in sorted(lost) if p < place and queue["leaders"][p] == leader
+            p for p in sorted(lost) if p < seq_index and queue["leaders"][p] == leader
         ]
         if not before:
             continue
-        source, most = int(queue["sources"][place]), 0
+        source, most = int(queue["sources"][seq_index]), 0
         for other in before:
-            mine, theirs = histories[place][:-1], histories[other][:-1]
+            mine, theirs = histories[seq_index][:-1], histories[other][:-1]
             pairs = zip(mine, theirs, strict=False)
             alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
             common = len(list(alike))
             if common > most and not queue["has_ended"][other]:
                 source, most = other, common
-        found.append((place, (source, most)))
+        found.append((seq_index, (source, most)))
     return found

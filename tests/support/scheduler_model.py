@@ -11,7 +11,7 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.kv.block_manager import NO_BLOCK
-from jpaged.scheduler import BEFORE_ALL, HELD, NO_REQUEST, RUNNING, WAITING
+from jpaged.scheduler import BEFORE_ALL, NO_REQUEST, RETAINED, RUNNING, WAITING
 from tests.support import block_manager_model
 
 
@@ -52,36 +52,46 @@ class SlowScheduler:
 
     # ---- what there is
 
-    def rank(self, place: int) -> tuple[int, int, int]:
-        return (self.queue["priorities"][place], self.queue["arrivals"][place], place)
+    def rank(self, seq_index: int) -> tuple[int, int, int]:
+        return (
+            self.queue["priorities"][seq_index],
+            self.queue["arrivals"][seq_index],
+            seq_index,
+        )
 
     def live(self) -> list[int]:
         """Rows that run, in order."""
-        used = [row for row, place in enumerate(self.rows) if place != NO_REQUEST]
+        used = [
+            row for row, seq_index in enumerate(self.rows) if seq_index != NO_REQUEST
+        ]
         used = [r for r in used if self.queue["status"][self.rows[r]] == RUNNING]
         return sorted(used, key=lambda row: self.rank(self.rows[row]))
 
-    def requests(self, places: list[int]) -> list[list[int]]:
+    def requests(self, seq_indices: list[int]) -> list[list[int]]:
         """The places in order, those of a request together."""
-        places = sorted(places, key=self.rank)
-        groups = itertools.groupby(places, key=lambda p: int(self.queue["leaders"][p]))
+        seq_indices = sorted(seq_indices, key=self.rank)
+        groups = itertools.groupby(
+            seq_indices, key=lambda p: int(self.queue["leaders"][p])
+        )
         return [list(group) for _, group in groups]
 
-    def known(self, place: int) -> int:
+    def known(self, seq_index: int) -> int:
         """Tokens that a sequence has to have computed."""
-        ended = self.queue["has_ended"][place]
-        return 0 if ended else int(self.queue["num_tokens"][place])
+        ended = self.queue["has_ended"][seq_index]
+        return 0 if ended else int(self.queue["num_tokens"][seq_index])
 
-    def mapped(self, place: int) -> int:
-        source = int(self.queue["sources"][place])
-        if source == place:
+    def mapped(self, seq_index: int) -> int:
+        source = int(self.queue["sources"][seq_index])
+        if source == seq_index:
             return 0
-        is_there = self.queue["status"][source] in (RUNNING, HELD)
+        is_there = self.queue["status"][source] in (RUNNING, RETAINED)
         if self.queue["status"][source] == WAITING:
             # It is admitted with its request, or before all others.
-            is_there = self.queue["arrivals"][source] == self.queue["arrivals"][place]
+            is_there = (
+                self.queue["arrivals"][source] == self.queue["arrivals"][seq_index]
+            )
             is_there |= self.queue["priorities"][source] == BEFORE_ALL
-        return int(self.queue["shared_lens"][place]) if is_there else 0
+        return int(self.queue["shared_lens"][seq_index]) if is_there else 0
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
@@ -101,12 +111,12 @@ class SlowScheduler:
         """New rows map their source's pages; what each row has still to compute."""
         wanted, blocks = {}, self.blocks
         for row in self.live():
-            place = self.rows[row]
+            seq_index = self.rows[row]
             have = len(blocks.histories[row])
-            wanted[row] = max(self.known(place) - have, 0)
-            source = int(self.queue["sources"][place])
-            shared = int(self.queue["shared_lens"][place])
-            is_new = wanted[row] and not have and shared and source != place
+            wanted[row] = max(self.known(seq_index) - have, 0)
+            source = int(self.queue["sources"][seq_index])
+            shared = int(self.queue["shared_lens"][seq_index])
+            is_new = wanted[row] and not have and shared and source != seq_index
             if not is_new or source not in self.rows:
                 continue
             wanted[row] = 0
@@ -116,18 +126,18 @@ class SlowScheduler:
                 own = range(len(self.rows))
                 blocks.fork([parent if r == row else r for r in own])
                 blocks.truncate([shared if r == row else -1 for r in own])
-                wanted[row] = self.known(place) - shared
+                wanted[row] = self.known(seq_index) - shared
         return wanted
 
     def keep_step(self, wanted: dict[int, int]) -> None:
         """Lockstep rows leave their last token while one has more than one to go."""
         for request in self.requests([self.rows[row] for row in wanted]):
-            rows = [self.rows.index(place) for place in request]
+            rows = [self.rows.index(seq_index) for seq_index in request]
             if not self.queue["is_lockstep"][request[0]]:
                 continue
             to_go = [
-                self.known(place) - len(self.blocks.histories[row])
-                for row, place in zip(rows, request, strict=True)
+                self.known(seq_index) - len(self.blocks.histories[row])
+                for row, seq_index in zip(rows, request, strict=True)
             ]
             if max(to_go) > 1:
                 wanted.update({row: max(wanted[row] - 1, 0) for row in rows})
@@ -159,10 +169,10 @@ class SlowScheduler:
                 last = last[1:][-1:]
             if not last:
                 return
-            for place in last:
-                row = self.rows.index(place)
-                self.queue["status"][place] = WAITING
-                self.queue["num_preemptions"][place] += 1
+            for seq_index in last:
+                row = self.rows.index(seq_index)
+                self.queue["status"][seq_index] = WAITING
+                self.queue["num_preemptions"][seq_index] += 1
                 self.rows[row], made.tokens[row] = NO_REQUEST, 0
                 own = range(len(self.rows))
                 self.blocks.fork([NO_BLOCK if r == row else r for r in own])
@@ -173,16 +183,18 @@ class SlowScheduler:
     def admit(self, made: Made, needed: list[int]) -> None:
         budget = self.config.max_num_batched_tokens - sum(made.tokens)
         free = self.spare_blocks(needed)
-        empty = [row for row, place in enumerate(self.rows) if place == NO_REQUEST]
+        empty = [
+            row for row, seq_index in enumerate(self.rows) if seq_index == NO_REQUEST
+        ]
         num_running = len(self.live())
         empty = empty[: max(self.config.max_num_seqs - num_running, 0)]
         running = {int(self.queue["leaders"][self.rows[row]]) for row in self.live()}
         waiting = np.flatnonzero(self.queue["status"] == WAITING).tolist()
         for number, request in enumerate(self.requests(waiting)):
             costs = [
-                self.num_blocks(self.known(place))
-                - self.mapped(place) // self.config.block_size
-                for place in request
+                self.num_blocks(self.known(seq_index))
+                - self.mapped(seq_index) // self.config.block_size
+                for seq_index in request
             ]
             costs = [max(cost, 0) for cost in costs]
             if budget <= 0:
@@ -200,15 +212,19 @@ class SlowScheduler:
                 sums = list(itertools.accumulate(costs))
                 together = sum(total <= free for total in sums)
                 together = min(together, len(empty))
-            for place, cost in zip(request[:together], costs[:together], strict=True):
+            for seq_index, cost in zip(
+                request[:together], costs[:together], strict=True
+            ):
                 row = empty.pop(0)
-                self.rows[row] = place
-                is_new = self.queue["num_preemptions"][place] == 0
-                if is_new and self.queue["leaders"][place] == place:
-                    self.queue["num_cached"][place] += self.mapped(place)
-                self.queue["status"][place] = RUNNING
-                wants = self.known(place) - bool(self.queue["is_lockstep"][place])
-                wants = 0 if self.mapped(place) else max(wants, 0)
+                self.rows[row] = seq_index
+                is_new = self.queue["num_preemptions"][seq_index] == 0
+                if is_new and self.queue["leaders"][seq_index] == seq_index:
+                    self.queue["num_cached"][seq_index] += self.mapped(seq_index)
+                self.queue["status"][seq_index] = RUNNING
+                wants = self.known(seq_index) - bool(
+                    self.queue["is_lockstep"][seq_index]
+                )
+                wants = 0 if self.mapped(seq_index) else max(wants, 0)
                 made.tokens[row] = max(min(budget, wants), 0)
                 budget -= wants
                 free -= cost
@@ -220,9 +236,9 @@ class SlowScheduler:
         """Free blocks, but for what is promised and the watermark."""
         free = self.blocks.num_free()
         for row in self.live():
-            place = self.rows[row]
+            seq_index = self.rows[row]
             held = len(self.blocks.tables[row])
-            mapped = self.mapped(place) // self.config.block_size
-            still = self.num_blocks(self.known(place)) - max(held, mapped)
+            mapped = self.mapped(seq_index) // self.config.block_size
+            still = self.num_blocks(self.known(seq_index)) - max(held, mapped)
             free -= max(still, needed[row])
         return free - (self.config.num_watermark_blocks if self.live() else 0)

@@ -95,10 +95,10 @@ def _arrays(update: Update, implementation: str, num_blocks: int) -> list[jax.Ar
         jax.random.normal(key, shape, update.dtype)
         for key, shape in zip(keys, shapes, strict=True)
     )
-    places = num_blocks * update.block_size
+    seq_indices = num_blocks * update.block_size
     if update.name == "copy_blocks":
-        places = num_blocks // 2
-    order = np.random.default_rng(0).permutation(places)[: update.number]
+        seq_indices = num_blocks // 2
+    order = np.random.default_rng(0).permutation(seq_indices)[: update.number]
     return [k_pages, v_pages, jnp.asarray(order, jnp.int32), k, v]
 
 

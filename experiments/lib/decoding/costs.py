@@ -40,8 +40,8 @@ def bookkeeping(
     # As wide as those of the random-weight models that are timed.
     values = jnp.asarray(0.5 * rng.standard_normal(shape, np.float32))
 
-    def decoded_as(table, states, parents, num_new, is_settled) -> engine.Decoded:
-        return engine.Decoded(
+    def decoded_as(table, states, parents, num_new, is_settled) -> engine.SampledStep:
+        return engine.SampledStep(
             table=table,
             states=states,
             parents=parents,
@@ -50,23 +50,25 @@ def bookkeeping(
             is_settled=jnp.bool_(is_settled),
         )
 
-    def decode(state, begun, entries, values) -> engine.Decoded:
+    def decode(state, scheduled, entries, values) -> engine.SampledStep:
         number = state.counters.num_steps
         own = jnp.arange(config.num_rows, dtype=jnp.int32)
         if "algorithm" not in parts:
-            new = NewTokens.zeros(entries.places, config.num_logprobs)
-            table, _ = request_table.extend(begun.table, new, number)
+            new = NewTokens.zeros(entries.seq_indices, config.num_logprobs)
+            table, _ = request_table.extend(scheduled.table, new, number)
             num_new = entries.num_grouped
             return decoded_as(table, state.states, own, num_new, True)
         # Each step's places stand at its own rows of the logits: nothing is copied.
-        places = jnp.full((shape[0],), config.max_num_requests, jnp.int32)
+        seq_indices = jnp.full((shape[0],), config.max_num_requests, jnp.int32)
         start = number % _NUM_LOGITS * config.max_num_seqs
-        places = lax.dynamic_update_slice(places, entries.places, (start,))
+        seq_indices = lax.dynamic_update_slice(
+            seq_indices, entries.seq_indices, (start,)
+        )
         table, states, parents, num_new = algorithms.decide(
-            begun.table,
+            scheduled.table,
             state.states,
-            begun.rows,
-            algorithms.Logits(values, places),
+            scheduled.rows,
+            algorithms.Logits(values, seq_indices),
             number,
             config,
         )
@@ -75,8 +77,8 @@ def bookkeeping(
         return decoded_as(table, states, parents, num_new, not has_fork)
 
     def step(values, state: engine.EngineState) -> engine.EngineState:
-        begun = engine.begin_step(state, config)
-        copies, cache = begun.appended, state.cache
+        scheduled = engine.begin_step(state, config)
+        copies, cache = scheduled.appended, state.cache
         if "copies" in parts:
             cache = when(
                 jnp.any(copies.copy_dst != NO_BLOCK),
@@ -85,9 +87,9 @@ def bookkeeping(
                 ),
                 cache,
             )
-        entries = sampling.make_entries(begun.table, begun.batch, config)
-        decoded = decode(state, begun, entries, values)
-        return engine.end_step(state, begun, decoded, cache)
+        entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
+        decoded = decode(state, scheduled, entries, values)
+        return engine.end_step(state, scheduled, decoded, cache)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(values, state: engine.EngineState) -> engine.EngineState:

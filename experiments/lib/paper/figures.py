@@ -38,7 +38,7 @@ class Plan:
     def case(self, system: str, requests: str, rates: Sequence[float], **other) -> Case:
         """A case of OPT-13B with the plan's seeds and files, unless told otherwise."""
         source = "sharegpt" if requests == "chat" else requests
-        asked: dict[str, Any] = {
+        params: dict[str, Any] = {
             "model": "opt-13b",
             "duration": self.duration(),
             "seeds": self.seeds,
@@ -46,7 +46,7 @@ class Plan:
             "clock": self.clock,
         }
         rates = tuple(map(float, rates))
-        return Case(system=system, requests=requests, rates=rates, **(asked | other))
+        return Case(system=system, requests=requests, rates=rates, **(params | other))
 
 
 @dataclasses.dataclass(frozen=True)

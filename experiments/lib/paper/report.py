@@ -80,15 +80,15 @@ def _panel(axis, drawing: Drawing) -> None:
 
 def _bars(axis, drawing: Drawing) -> None:
     names = next(iter(drawing.series.values()))[0]
-    places, below = list(range(len(names))), [0.0] * len(names)
+    seq_indices, below = list(range(len(names))), [0.0] * len(names)
     width = 0.6 if drawing.kind == "stacked" else 0.8 / len(drawing.series)
     for number, (legend, (_, heights)) in enumerate(drawing.series.items()):
         shift = 0.0 if drawing.kind == "stacked" else number * width
-        at = [place + shift for place in places]
+        at = [seq_index + shift for seq_index in seq_indices]
         axis.bar(at, heights, width, bottom=below, label=legend)
         if drawing.kind == "stacked":
             below = [low + high for low, high in zip(below, heights, strict=True)]
-    axis.set_xticks(places, names, fontsize=7)
+    axis.set_xticks(seq_indices, names, fontsize=7)
 
 
 def _number(value: float | None) -> str:

@@ -96,6 +96,6 @@ class System(Protocol):
         """A step up to the decoder: what `end` takes, its load, the memory's use."""
         ...
 
-    def end(self, begun: Any) -> tuple[Any, Progress]:
+    def end(self, scheduled: Any) -> tuple[Any, Progress]:
         """The state after the step, and what it brought."""
         ...

@@ -106,9 +106,9 @@ class BaselineSystem:
         load = self._load(state)
         return state, load, self._usage(state, is_stuck)
 
-    def end(self, begun: BaselineState) -> tuple[BaselineState, Progress]:
+    def end(self, scheduled: BaselineState) -> tuple[BaselineState, Progress]:
         """As `System.end`."""
-        now = begun.places
+        now = scheduled.places
         is_taken = now.is_taken
         generated = now.num_generated + is_taken.astype(jnp.int32)
         is_done = is_taken & (generated >= now.jobs.output_len)
@@ -119,9 +119,9 @@ class BaselineSystem:
             has_ended=has_ended,
         )
         state = dataclasses.replace(
-            begun,
+            scheduled,
             places=Places(now.jobs, generated),
-            num_steps=begun.num_steps + 1,
+            num_steps=scheduled.num_steps + 1,
         )
         state = self._let_go(state, has_ended)
         left = state.places.without(has_ended)

@@ -232,7 +232,7 @@ class Orca(BaselineSystem):
     def _let_go(self, state: BaselineState, gone: jax.Array) -> BaselineState:
         orders = self._orders(state.places.jobs)
 
-        def let_go(carry):
+        def release_finished(carry):
             memory, chunks, gone = carry
             place = jnp.argmax(gone)
 
@@ -245,7 +245,7 @@ class Orca(BaselineSystem):
 
         carry = (state.memory, state.chunks, gone)
         memory, chunks, _ = lax.while_loop(
-            lambda carry: jnp.any(carry[2]), let_go, carry
+            lambda carry: jnp.any(carry[2]), release_finished, carry
         )
         return dataclasses.replace(state, memory=memory, chunks=chunks)
 

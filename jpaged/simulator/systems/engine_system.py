@@ -37,7 +37,7 @@ from jpaged.engine import (
 from jpaged.engine import (
     state as engine_state,
 )
-from jpaged.engine.iteration import Begun, Decoded
+from jpaged.engine.iteration import SampledStep, ScheduledStep
 from jpaged.engine.request_table import (
     NO_ALGORITHM,
     NewTokens,
@@ -139,7 +139,9 @@ class EngineSystem:
 
     def enter(self, state: ServedState) -> ServedState:
         """The state with the scheduler's numbers of this config; see `System`."""
-        inner = dataclasses.replace(state.engine, knobs=self.config.knobs)
+        inner = dataclasses.replace(
+            state.engine, scheduler_params=self.config.scheduler_params
+        )
         return dataclasses.replace(state, engine=inner)
 
     def check(self, workload: Workload) -> None:
@@ -193,9 +195,9 @@ class EngineSystem:
 
     def init(self) -> ServedState:
         """An engine with nothing to do, and without pages."""
-        places = self.config.max_num_requests
+        seq_indices = self.config.max_num_requests
         state = engine_state.init(None, self.config)
-        return ServedState(state, jnp.full((places,), NOBODY, jnp.int32))
+        return ServedState(state, jnp.full((seq_indices,), NOBODY, jnp.int32))
 
     def submit(
         self, state: ServedState, request: Request
@@ -203,52 +205,52 @@ class EngineSystem:
         """The state with the request's sequences waiting; see `System`."""
         templates = _templates(self.config, self.kinds)
         kinds = jnp.array(self.kinds, jnp.int32)
-        asked = jnp.stack([request.num_samples, request.beam_width])
-        kind = jnp.argmax(jnp.all(kinds == asked[None, :], axis=1))
+        params = jnp.stack([request.num_samples, request.beam_width])
+        kind = jnp.argmax(jnp.all(kinds == params[None, :], axis=1))
         template = jax.tree.map(lambda leaf: jnp.asarray(leaf)[kind], templates)
-        (size,) = template.places.shape
-        num_places = self.config.max_num_requests
-        is_used = template.places < num_places
+        (size,) = template.seq_indices.shape
+        table_size = self.config.max_num_requests
+        is_used = template.seq_indices < table_size
         is_empty = state.engine.requests.queue.status == EMPTY
-        (empty,) = jnp.nonzero(is_empty, size=size, fill_value=num_places)
+        (empty,) = jnp.nonzero(is_empty, size=size, fill_value=table_size)
         ok = jnp.sum(is_empty) >= jnp.sum(is_used)
-        places = jnp.where(is_used & ok, empty.astype(jnp.int32), num_places)
+        seq_indices = jnp.where(is_used & ok, empty.astype(jnp.int32), table_size)
 
-        def place(state: ServedState) -> ServedState:
-            new = self._submission(template, request, places)
-            table = request_table.place(state.engine.requests, new)
+        def insert(state: ServedState) -> ServedState:
+            new = self._submission(template, request, seq_indices)
+            table = request_table.insert(state.engine.requests, new)
             inner = dataclasses.replace(
                 state.engine,
                 requests=table,
-                states=algorithms.place_states(state.engine.states, new),
+                states=algorithms.insert_states(state.engine.states, new),
             )
-            requests = state.requests.at[places].set(request.number, mode="drop")
+            requests = state.requests.at[seq_indices].set(request.number, mode="drop")
             return ServedState(inner, requests)
 
-        return when(ok, place, state), ok
+        return when(ok, insert, state), ok
 
-    def _submission(self, template, request, places) -> Submission:
-        """The template's sequences at `places`, with the request's lengths."""
+    def _submission(self, template, request, seq_indices) -> Submission:
+        """The template's sequences at `seq_indices`, with the request's lengths."""
         tokens = _prompt_tokens(request, self.config.max_model_len, self.content_size)
         shared = jnp.where(template.queue["shared_lens"] > 0, request.prompt_len - 1, 0)
-        own = jnp.arange(places.shape[0], dtype=jnp.int32)
+        own = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
         sources = jnp.where(shared > 0, template.queue["sources"], own)
         columns = template.queue | dict(
-            arrivals=jnp.full_like(places, request.number),
-            prompt_lens=jnp.full_like(places, request.prompt_len),
-            num_tokens=jnp.full_like(places, request.prompt_len),
-            leaders=places[template.queue["leaders"]],
-            sources=places[sources],
+            arrivals=jnp.full_like(seq_indices, request.number),
+            prompt_lens=jnp.full_like(seq_indices, request.prompt_len),
+            num_tokens=jnp.full_like(seq_indices, request.prompt_len),
+            leaders=seq_indices[template.queue["leaders"]],
+            sources=seq_indices[sources],
             shared_lens=shared,
         )
         limit = request.prompt_len + request.output_len
         sampling = dataclasses.replace(
-            template.asked.sampling,
-            seed=jnp.full_like(template.asked.sampling.seed, request.number),
+            template.params.sampling,
+            seed=jnp.full_like(template.params.sampling.seed, request.number),
         )
-        asked = dataclasses.replace(
-            template.asked,
-            token_limits=jnp.full_like(places, limit),
+        params = dataclasses.replace(
+            template.params,
+            token_limits=jnp.full_like(seq_indices, limit),
             sampling=sampling,
         )
         states = template.states
@@ -256,10 +258,10 @@ class EngineSystem:
             most = jnp.full_like(states[0].max_tokens, request.output_len)
             states = (dataclasses.replace(states[0], max_tokens=most), *states[1:])
         return Submission(
-            places=places,
+            seq_indices=seq_indices,
             queue=columns,
-            tokens=jnp.broadcast_to(tokens, (places.shape[0], *tokens.shape)),
-            asked=asked,
+            tokens=jnp.broadcast_to(tokens, (seq_indices.shape[0], *tokens.shape)),
+            params=params,
             states=states,
         )
 
@@ -269,35 +271,39 @@ class EngineSystem:
 
     def begin(
         self, state: ServedState
-    ) -> tuple[tuple[ServedState, Begun], Load, Usage]:
+    ) -> tuple[tuple[ServedState, ScheduledStep], Load, Usage]:
         """The engine's step up to the decoder; see `System`."""
-        begun = iteration.begin_step(state.engine, self.config)
-        return (state, begun), self._load(begun), self._usage(begun)
+        scheduled = iteration.begin_step(state.engine, self.config)
+        return (state, scheduled), self._load(scheduled), self._usage(scheduled)
 
-    def _load(self, begun: Begun) -> Load:
+    def _load(self, scheduled: ScheduledStep) -> Load:
         size = self.config.block_size
-        num_copies = jnp.sum(begun.appended.copy_dst != NO_BLOCK, dtype=jnp.int32)
+        num_copies = jnp.sum(scheduled.appended.copy_dst != NO_BLOCK, dtype=jnp.int32)
         num_moved = jnp.int32(0)
-        if begun.swapped is not None:
-            num_moved = begun.swapped.out.num_blocks + begun.swapped.into.num_blocks
-        is_last = _computes_last(begun)
+        if scheduled.swapped is not None:
+            num_moved = (
+                scheduled.swapped.out.num_blocks + scheduled.swapped.into.num_blocks
+            )
+        is_last = _computes_last(scheduled)
         return Load(
-            query_lens=begun.plan.num_tokens,
-            context_lens=begun.blocks.context_lens,
+            query_lens=scheduled.plan.num_tokens,
+            context_lens=scheduled.blocks.context_lens,
             num_logits=jnp.sum(is_last, dtype=jnp.int32),
             num_copied_tokens=num_copies * size,
             num_swapped_tokens=num_moved * size,
             num_swap_copies=num_moved,
         )
 
-    def _usage(self, begun: Begun) -> Usage:
-        size, queue = self.config.block_size, begun.table.queue
-        used, held, saved = events.occupancy(begun.blocks)
-        places = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
-        is_leader = queue.leaders == places
+    def _usage(self, scheduled: ScheduledStep) -> Usage:
+        size, queue = self.config.block_size, scheduled.table.queue
+        used, held, saved = events.occupancy(scheduled.blocks)
+        seq_indices = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
+        is_leader = queue.leaders == seq_indices
         # What is left of a row's last block it will fill, or end before.
-        limits = scheduler.row_values(begun.table.asked.token_limits, begun.rows)
-        lens = begun.blocks.context_lens
+        limits = scheduler.row_values(
+            scheduled.table.params.token_limits, scheduled.rows
+        )
+        lens = scheduled.blocks.context_lens
         room = jnp.where(lens > 0, -lens % size, 0)
         # The last token is never stored: nothing follows it.
         reservation = jnp.sum(jnp.minimum(room, jnp.maximum(limits - 1 - lens, 0)))
@@ -315,12 +321,14 @@ class EngineSystem:
             num_saved_blocks=saved,
         )
 
-    def end(self, begun: tuple[ServedState, Begun]) -> tuple[ServedState, Progress]:
+    def end(
+        self, scheduled: tuple[ServedState, ScheduledStep]
+    ) -> tuple[ServedState, Progress]:
         """The engine's state with the step's tokens; see `System`."""
-        before, inner = begun
+        before, inner = scheduled
         step = before.engine.counters.num_steps
-        decoded = self._decode(before.engine, inner)
-        state = iteration.end_step(before.engine, inner, decoded)
+        sampled = self._decode(before.engine, inner)
+        state = iteration.end_step(before.engine, inner, sampled)
         queue = state.requests.queue
         has_first = state.requests.first_steps == step
         has_first &= queue.leaders == jnp.arange(queue.leaders.shape[0])
@@ -343,16 +351,16 @@ class EngineSystem:
             (ServedState(state, before.requests), progress),
         )
 
-    def _decode(self, state: EngineState, begun: Begun) -> Decoded:
+    def _decode(self, state: EngineState, scheduled: ScheduledStep) -> SampledStep:
         """Tokens for all rows that have computed their last known one."""
-        table, num_places = begun.table, self.config.max_num_requests
+        table, table_size = scheduled.table, self.config.max_num_requests
         number = state.counters.num_steps
-        places = jnp.where(_computes_last(begun), begun.rows, num_places)
-        known = jnp.minimum(places, num_places - 1)
-        is_grouped = table.asked.algorithms[known] != NO_ALGORITHM
-        sampled = jnp.where(is_grouped, num_places, places)
+        seq_indices = jnp.where(_computes_last(scheduled), scheduled.rows, table_size)
+        known = jnp.minimum(seq_indices, table_size - 1)
+        is_grouped = table.params.algorithms[known] != NO_ALGORITHM
+        sampled = jnp.where(is_grouped, table_size, seq_indices)
         position = table.queue.num_tokens[known]
-        sampling = jax.tree.map(lambda leaf: leaf[known], table.asked.sampling)
+        sampling = jax.tree.map(lambda leaf: leaf[known], table.params.sampling)
         new = NewTokens.zeros(sampled, self.config.num_logprobs)
         new = dataclasses.replace(
             new,
@@ -360,37 +368,37 @@ class EngineSystem:
         )
         table, ended = request_table.extend(table, new, number)
         states, num_grouped = state.states, jnp.int32(0)
-        parents = jnp.arange(begun.rows.shape[0], dtype=jnp.int32)
-        grouped = jnp.where(is_grouped, places, num_places)
+        parents = jnp.arange(scheduled.rows.shape[0], dtype=jnp.int32)
+        grouped = jnp.where(is_grouped, seq_indices, table_size)
         if algorithms.kinds(self.config):
             logits = self._made_logits(table, grouped)
             table, states, parents, num_grouped = algorithms.decide(
                 table,
                 states,
-                begun.rows,
+                scheduled.rows,
                 algorithms.Logits(logits, grouped),
                 number,
                 self.config,
             )
-        return Decoded(
+        return SampledStep(
             table=table,
             states=states,
             parents=parents,
-            num_new=jnp.sum(sampled < num_places, dtype=jnp.int32) + num_grouped,
+            num_new=jnp.sum(sampled < table_size, dtype=jnp.int32) + num_grouped,
             num_accepted=jnp.int32(0),
-            is_settled=~jnp.any(ended) & ~jnp.any(grouped < num_places),
+            is_settled=~jnp.any(ended) & ~jnp.any(grouped < table_size),
         )
 
-    def _made_logits(self, table: RequestTable, places: jax.Array) -> jax.Array:
+    def _made_logits(self, table: RequestTable, seq_indices: jax.Array) -> jax.Array:
         """Log-probabilities f32[S, V] of the rows' next tokens.
 
         A Zipf distribution over tokens in an order that the sequence's last token and
         position decide, so that equal beams see equal ones and different beams others.
         """
-        known = jnp.minimum(places, self.config.max_num_requests - 1)
+        known = jnp.minimum(seq_indices, self.config.max_num_requests - 1)
         length = table.queue.num_tokens[known]
         last = table.tokens[known, length - 1]
-        seed = _mix(table.asked.sampling.seed[known], length)
+        seed = _mix(table.params.sampling.seed[known], length)
         token = jnp.arange(_VOCABULARY, dtype=jnp.int32)
         order = _mix(_mix(seed, last)[:, None], token[None, :])
         noise = (order.astype(jnp.float32) + 0.5) / jnp.float32(2**31)
@@ -399,19 +407,19 @@ class EngineSystem:
         return jax.nn.log_softmax(self.beam_concentration * gumbel, axis=1)
 
 
-def _computes_last(begun: Begun) -> jax.Array:
+def _computes_last(scheduled: ScheduledStep) -> jax.Array:
     """Rows that compute the last token they know: another one follows; bool[S]."""
-    known = scheduler.row_values(begun.table.queue.num_tokens, begun.rows)
-    is_last = begun.blocks.context_lens == known
-    return is_last & (begun.plan.num_tokens > 0) & (begun.rows != NO_REQUEST)
+    known = scheduler.row_values(scheduled.table.queue.num_tokens, scheduled.rows)
+    is_last = scheduled.blocks.context_lens == known
+    return is_last & (scheduled.plan.num_tokens > 0) & (scheduled.rows != NO_REQUEST)
 
 
 def _ended_requests(table: RequestTable) -> tuple[jax.Array, jax.Array]:
     """Which places lead a request of which nothing goes on, and all of its, bool[R]."""
     queue = table.queue
-    is_going = (queue.status != FINISHED) & (queue.status != EMPTY)
+    is_live = (queue.status != FINISHED) & (queue.status != EMPTY)
     num_going = jnp.zeros_like(queue.leaders)
-    num_going = num_going.at[queue.leaders].add(is_going.astype(jnp.int32))
+    num_going = num_going.at[queue.leaders].add(is_live.astype(jnp.int32))
     gone = (queue.status == FINISHED) & (num_going[queue.leaders] == 0)
     own = jnp.arange(queue.leaders.shape[0], dtype=jnp.int32)
     return gone & (queue.leaders == own), gone
@@ -472,7 +480,7 @@ def _templates(config: EngineConfig, kinds: tuple[tuple[int, int], ...]) -> Subm
         )
         assert encoded is not None
         found.append(dataclasses.replace(encoded, tokens=encoded.tokens[:, :0]))
-    most = max(len(one.places) for one in found)
+    most = max(len(one.seq_indices) for one in found)
 
     def pad(leaf: np.ndarray, fill: int = 0) -> np.ndarray:
         shape = ((0, most - leaf.shape[0]),) + ((0, 0),) * (leaf.ndim - 1)
@@ -480,7 +488,8 @@ def _templates(config: EngineConfig, kinds: tuple[tuple[int, int], ...]) -> Subm
 
     padded = [
         dataclasses.replace(
-            jax.tree.map(pad, one), places=pad(one.places, config.max_num_requests)
+            jax.tree.map(pad, one),
+            seq_indices=pad(one.seq_indices, config.max_num_requests),
         )
         for one in found
     ]

@@ -86,8 +86,8 @@ def is_idle(llm: LLM) -> bool:
     """Whether no sequence is left in the engine; prefixes may be."""
     host = llm._host
     assert host is not None
-    num_places = llm.config.max_num_requests - len(host.pinned)
-    return host.num_empty == num_places and llm._batch.num_open == 0
+    table_size = llm.config.max_num_requests - len(host.pinned)
+    return host.num_empty == table_size and llm._batch.num_open == 0
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def requests(config: str) -> list:
     return [GREEDY, DRAWN, last, GREEDY]
 
 
-def begun(model, config: str, mesh) -> engine.EngineState:
+def scheduled(model, config: str, mesh) -> engine.EngineState:
     """Everybody submitted. A second replica gets all but the last, and ends sooner."""
     state = engine.init(model, CONFIGS[config], mesh=mesh)
     state, _ = engine.submit(state, PROMPTS, requests(config))
@@ -100,7 +100,7 @@ def moved(folder: pathlib.Path, models: list, move: tuple, alone: tuple) -> dict
     """A run that began with one model, on its mesh, and ended with another."""
     config, *sizes = move
     meshes = [size and make_mesh(**size) for size in sizes]
-    state = engine.run(models[0], begun(models[0], config, meshes[0]), SAVED_AFTER)
+    state = engine.run(models[0], scheduled(models[0], config, meshes[0]), SAVED_AFTER)
     snapshots.save(folder, state)
     loaded = snapshots.load(folder, models[1], mesh=meshes[1])
     num_swapped = int(loaded.counters.num_swapped_blocks)
@@ -135,7 +135,7 @@ def measure(model, case: str, tokens: list, draft: pathlib.Path) -> dict:
     mesh = make_mesh(**sizes)
     if config == "drafts":
         model = engine.DraftedModel(model, load_model(draft, mesh=mesh))
-    got, state = run(model, begun(model, config, mesh))
+    got, state = run(model, scheduled(model, config, mesh))
     if sizes.get("data") == 2:
         tokens = tokens + tokens[:-1]
     pages, counters = state.cache.k_pages, state.counters
@@ -229,8 +229,8 @@ def live(llm: LLM, texts: list) -> dict:
     outputs = llm.generate([[*long, n] for n in range(3)], GREEDY, progress=False)
     found["cached"] = [out.metrics["num_cached_tokens"] for out in outputs]
     with llm.pin(PROMPTS[0][:5]) as prefix:
-        places = llm._host.pinned[0].places
-        found["pinned_in"] = [n // llm.config.max_num_requests for n in places]
+        seq_indices = llm._host.pinned[0].seq_indices
+        found["pinned_in"] = [n // llm.config.max_num_requests for n in seq_indices]
         pinned = llm.generate([prefix.prompt([2])] * 2, GREEDY, progress=False)
         found["is_pinned_equal"] = all(
             out.outputs[0].token_ids == texts[0][0] for out in pinned
@@ -289,7 +289,7 @@ def main(folder: pathlib.Path) -> None:
         plain = "recompute" if config in ("drafts", "cascade") else config
         if (family, plain) not in alone:
             model = models[family]
-            alone[family, plain] = run(model, begun(model, plain, None))
+            alone[family, plain] = run(model, scheduled(model, plain, None))
         with as_on_tpus("words first" in name):
             model = models[name] = load_model(paths[family], mesh=make_mesh(**sizes))
         args = model, name, alone[family, plain][0], draft

@@ -33,6 +33,7 @@ from absl import app, flags
 from experiments.lib import limits as lib_limits
 from experiments.lib.limits import Limits
 from experiments.lib.timing import Contender, environment, time_in_turn
+from jpaged.arithmetic import cdiv
 from jpaged.attention import paged_attention
 from jpaged.kv import shared_prefix
 
@@ -66,7 +67,7 @@ def define_flags() -> None:
 def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
     """Arguments of `paged_attention` for all layers, tables shuffled."""
     size = FLAGS.block_size
-    shared, own = prefix // size, -(-FLAGS.own_tokens // size)
+    shared, own = prefix // size, cdiv(FLAGS.own_tokens, size)
     num_blocks = shared + num_rows * own
     rng = np.random.default_rng(0)
     order = rng.permutation(num_blocks).astype(np.int32)

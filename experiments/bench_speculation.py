@@ -31,6 +31,7 @@ from flax import nnx
 
 from experiments.lib.timing import Contender, Times, environment, progress, time_in_turn
 from jpaged import engine, load_model
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig, Speculation
 from jpaged.models import Decoder
 from jpaged.models.loading import bundled
@@ -125,7 +126,7 @@ def compare(
         for i in range(rows)
     ]
     plain = EngineConfig(
-        num_blocks=rows * (-(-(prompt_len + output_len) // 16) + 1),
+        num_blocks=rows * (cdiv(prompt_len + output_len, 16) + 1),
         max_num_seqs=rows,
         max_model_len=prompt_len + output_len,
         max_num_batched_tokens=max(128, rows * (1 + num_drafts)),

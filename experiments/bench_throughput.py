@@ -36,6 +36,7 @@ from experiments.lib.engine_loads import (
 )
 from experiments.lib.limits import Limits
 from experiments.lib.timing import Contender, Report, progress, time_in_turn
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
 
@@ -213,7 +214,7 @@ def measure_overhead(model: Decoder, report: Report) -> None:
     progress(f"overhead: {rows} rows")
     prefill_steps = rows * FLAGS.context // FLAGS.max_num_batched_tokens + 2
     longest = FLAGS.context + FLAGS.steps + prefill_steps
-    num_blocks = rows * -(-longest // FLAGS.block_size)
+    num_blocks = rows * cdiv(longest, FLAGS.block_size)
     config = engine_config(rows, num_blocks)
     if rows == shared_config().max_num_seqs:  # one program less to compile
         config = shared_config()

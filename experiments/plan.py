@@ -28,6 +28,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from jpaged import parallel
+from jpaged.arithmetic import cdiv
 from jpaged.models import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.loading import checkpoint
@@ -116,7 +117,7 @@ def temporary_bytes(config: ModelConfig, tensor: int, rows: int, tokens: int) ->
     if config.num_experts:
         inner = max(inner, config.expert_size * config.num_experts_per_token)
     divided = heads * config.head_dim + 2 * inner
-    layer = tokens * size * (4 * config.hidden_size + -(-divided // tensor))
+    layer = tokens * size * (4 * config.hidden_size + cdiv(divided, tensor))
     return max(layer, 3 * 4 * rows * config.vocab_size)
 
 

@@ -44,6 +44,7 @@ from absl import app, flags
 
 from experiments.lib.timing import Contender, Report, Times, progress, time_in_turn
 from jpaged import engine
+from jpaged.arithmetic import cdiv
 from jpaged.attention import kv_cache
 from jpaged.compat import HOST_MEMORY
 from jpaged.config import EngineConfig
@@ -117,7 +118,7 @@ def make_model() -> Decoder:
 
 def swapping(model: ModelConfig, block_size: int, context: int, seed: int) -> Contender:
     """A sequence of `context` tokens goes to the host's memory and comes back."""
-    held = -(-context // block_size)
+    held = cdiv(context, block_size)
     num_blocks = 4 * held
     sizes = dict(
         num_blocks=num_blocks, block_size=block_size, max_blocks_per_seq=num_blocks
@@ -174,7 +175,7 @@ def config_of(block_size: int, way: str) -> EngineConfig:
     if way == ENOUGH:
         num_tokens = max(FLAGS.requests, 2) * (length + block_size)
     return EngineConfig(
-        num_blocks=-(-num_tokens // block_size),
+        num_blocks=cdiv(num_tokens, block_size),
         block_size=block_size,
         max_num_seqs=FLAGS.max_num_seqs,
         max_model_len=length,
@@ -183,7 +184,7 @@ def config_of(block_size: int, way: str) -> EngineConfig:
         max_num_stop_ids=1,
         preemption="swap" if way == "swap" else "recompute",
         num_swap_blocks=(
-            FLAGS.max_num_seqs * -(-length // block_size) if way == "swap" else 0
+            FLAGS.max_num_seqs * cdiv(length, block_size) if way == "swap" else 0
         ),
     )
 

@@ -46,6 +46,7 @@ from absl import app, flags
 
 from experiments.lib.timing import Report, progress
 from jpaged import engine, scheduler
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
 from jpaged.params import BeamSearchParams, SamplingParams
@@ -139,7 +140,7 @@ def table_lengths(dataset: str, count: int, seed: int) -> list[Length]:
         for num_output in outputs
     ]
     rng = np.random.default_rng(seed)
-    rounds = -(-count // len(pairs))
+    rounds = cdiv(count, len(pairs))
     order = np.concatenate([rng.permutation(len(pairs)) for _ in range(rounds)])
     return [pairs[at] for at in order[:count]]
 

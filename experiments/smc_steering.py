@@ -38,6 +38,7 @@ from absl import app, flags
 
 from experiments.lib.timing import Report, progress
 from jpaged import engine
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.decoding import DecodingAlgorithm, smc
 from jpaged.decoding.smc import Potential, SMCState
@@ -133,7 +134,7 @@ def run_all(
     max_len = len(prompt) + FLAGS.max_tokens
     max_num_seqs = max(num_rows, min(num_sequences, 32))
     config = EngineConfig(
-        num_blocks=max_num_seqs * -(-max_len // 16),
+        num_blocks=max_num_seqs * cdiv(max_len, 16),
         max_num_seqs=max_num_seqs,
         max_model_len=max_len,
         max_num_batched_tokens=max(max_num_seqs, 64),

@@ -33,6 +33,7 @@ from absl import app, flags
 
 from experiments.lib import python_text as text
 from experiments.lib import training as training
+from jpaged.arithmetic import cdiv
 from jpaged.models import ModelConfig, init_model, load_model, save_model
 from jpaged.models.loading.bundled import bundled_path
 from jpaged.text.tokenizer import Tokenizer
@@ -241,7 +242,7 @@ def main(_: list[str]) -> None:
         raise app.UsageError("give either --evaluate, or --out FOLDER to train")
     begin = time.perf_counter()
     files = text.library_files()
-    files = files[:: -(-len(files) // (FLAGS.max_files or len(files)))]
+    files = files[:: cdiv(len(files), FLAGS.max_files or len(files))]
     texts, held_out = text.split_files(files)
     print(f"Python {sys.version}")
     print(f"{len(texts)} files to train on, {len(held_out)} held out", flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jpaged import policies
+from jpaged.arithmetic import cdiv
 
 PREEMPTIONS = ("recompute", "swap")
 _MAY_BE_ZERO = (
@@ -230,7 +231,7 @@ class EngineConfig:
     @property
     def max_blocks_per_seq(self) -> int:
         """Width of the block tables."""
-        return -(-self.max_model_len // self.block_size)
+        return cdiv(self.max_model_len, self.block_size)
 
     @property
     def largest_chunk(self) -> int:

@@ -18,6 +18,7 @@ from jax import lax
 
 from experiments.lib.timing import Contender, time_in_turn
 from jpaged import attention
+from jpaged.arithmetic import cdiv
 from jpaged.models import Decoder, ModelConfig
 
 LOOPS = 10  # steps inside one program, so that its dispatch does not count
@@ -141,7 +142,7 @@ def paged_attention(
 
     Tables have `max_blocks` columns, and their blocks lie scattered over the pool.
     """
-    used = -(-context // block_size)
+    used = cdiv(context, block_size)
     rng = np.random.default_rng(0)
     tables = np.full((rows, max_blocks), -1, np.int32)
     tables[:, :used] = rng.permutation(rows * used).reshape(rows, used)

@@ -16,6 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from jpaged.arithmetic import cdiv
+
 BOS, EOS = "<|bos|>", "<|endoftext|>"
 HELD_OUT_PER_MILLE = 50
 
@@ -147,7 +149,7 @@ def scoring_windows(
     The mask is False for the padding after the last token; every token of the stream
     is predicted exactly once.
     """
-    num_rows = -(-len(stream) // length)
+    num_rows = cdiv(len(stream), length)
     filled = np.zeros((num_rows * length,), np.int32)
     filled[: len(stream)] = stream
     is_real = np.arange(num_rows * length) < len(stream)

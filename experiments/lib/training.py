@@ -16,6 +16,7 @@ import optax
 import safetensors
 import safetensors.numpy
 
+from jpaged.arithmetic import cdiv
 from jpaged.models import Decoder
 from jpaged.text.tokenizer import Tokenizer
 
@@ -112,7 +113,7 @@ def complete(
     ids = tokenizer.encode(prompt)
     rng = np.random.default_rng(seed)
     for _ in range(num_tokens):
-        tokens = np.zeros((1, -(-len(ids) // ROOM) * ROOM), np.int32)
+        tokens = np.zeros((1, cdiv(len(ids), ROOM) * ROOM), np.int32)
         tokens[0, : len(ids)] = ids
         logits = np.asarray(_forward(model, jnp.asarray(tokens))[0, len(ids) - 1])
         if temperature > 0:

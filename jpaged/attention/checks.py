@@ -9,12 +9,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jpaged.arithmetic import cdiv
 from jpaged.pages.packed import LANES
 
 
 def is_padded(head_dim: int, page_dim: int) -> bool:
     """Whether pages of `page_dim` are those of `head_dim` as TPUs want them stored."""
-    return page_dim == -(-head_dim // LANES) * LANES
+    return page_dim == cdiv(head_dim, LANES) * LANES
 
 
 def check_pages(

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jpaged.arithmetic import cdiv
+
 DEAD = -1  # no state: nothing is allowed any more
 EOS_CLASS = 0  # the class of the EOS tokens, and of no others
 MAX_STATES = 2**15 - 1  # states and classes are int16 on the device
@@ -25,7 +27,7 @@ MASK_BITS = 32  # vocabulary entries per word of a bit mask
 
 def num_words(vocab_size: int) -> int:
     """Return W, the words of a bit mask over the vocabulary."""
-    return -(-vocab_size // MASK_BITS)
+    return cdiv(vocab_size, MASK_BITS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.arithmetic import cdiv
+
 NO_TOKEN = -1  # pads token ids; in front of a bad word it stands for any token
 MASK_BITS = 32  # vocabulary entries per word of the bit mask
 
@@ -48,7 +50,7 @@ class RuleSizes:
     ) -> "RuleSizes":
         """Return what one request needs, as powers of two, so that few sizes occur."""
         has_allowed = params.allowed_token_ids is not None
-        covered = -(-vocab_size // MASK_BITS) * MASK_BITS
+        covered = cdiv(vocab_size, MASK_BITS) * MASK_BITS
         return cls(
             num_bias=_power_of_two(len(params.logit_bias or ())),
             num_bad_words=_power_of_two(len(bad_word_token_ids)),

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.decoding.base import LogitsTransform
 
 NUM_LEADING = 64  # values per row that are sorted; thresholds among them are cheap
@@ -28,7 +29,7 @@ _LEADING_GROUP = 32  # vocabulary entries per group when looking for them
 def grouped(logits: jax.Array, group_size: int) -> jax.Array:
     """Return f32[S, G, W]: the vocabulary in groups, the last padded with -inf."""
     num_rows, vocab_size = logits.shape
-    num_groups = -(-vocab_size // group_size)
+    num_groups = cdiv(vocab_size, group_size)
     padding = num_groups * group_size - vocab_size
     if padding:
         logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged import scheduler
+from jpaged.arithmetic import cdiv
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine.request_table import NEVER, RequestTable
@@ -66,7 +67,7 @@ def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Blocks in use, tokens that they hold, and blocks saved by sharing; i32[] each."""
     (num_blocks,) = blocks.ref_counts.shape
     used = num_blocks - block_manager.num_free_blocks(blocks)
-    unshared = jnp.sum(-(-blocks.context_lens // blocks.block_size))
+    unshared = jnp.sum(cdiv(blocks.context_lens, blocks.block_size))
     saved = unshared - used
     # Tokens in shared blocks count once, so shared blocks are not over-full.
     held = jnp.sum(blocks.context_lens) - saved * blocks.block_size

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jpaged import scheduler
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
@@ -266,7 +267,7 @@ def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) ->
     All but the last prompt token is shared, also after a preemption.
     """
     shared = (prompt_len - 1) // config.block_size
-    return shared + rows * (-(-limit // config.block_size) - shared)
+    return shared + rows * (cdiv(limit, config.block_size) - shared)
 
 
 def largest_request(table: RequestTable, config: EngineConfig) -> int:
@@ -289,7 +290,7 @@ def num_pinned_blocks(table: RequestTable, block_size: int) -> int:
     is_prefix = np.array(table.params.is_prefix)
     is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
     lens = np.asarray(table.queue.num_tokens)[is_prefix]
-    return int((-(-lens // block_size)).sum())
+    return int(cdiv(lens, block_size).sum())
 
 
 def token_limit(config: EngineConfig, prompt_len: int, params: Params) -> int:
@@ -343,7 +344,7 @@ def check_prefix(
     pinned = num_pinned_blocks - (-length // config.block_size)
     if pinned + most > config.num_blocks:
         raise ValueError(
-            f"prefix: {length} tokens need {-(-length // config.block_size)} blocks, "
+            f"prefix: {length} tokens need {cdiv(length, config.block_size)} blocks, "
             f"with {num_pinned_blocks} pinned and {most} for the largest request that "
             f"runs or waits; the pool has {config.num_blocks}"
         )

@@ -278,7 +278,7 @@ def inherit(
 def advance(
     table: RequestTable, seq_indices: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Return automaton states of the sequences `seq_indices` after one token, i32[S]."""
+    """Automaton states of the sequences `seq_indices` after one token, i32[S]."""
     return constraints.advance(
         table.automata,
         table.params.automata[seq_indices],

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.compat import switch_in_place, when
 from jpaged.config import EngineConfig
 from jpaged.decoding import constraints, rules
@@ -154,7 +155,7 @@ def sample_tokens(
             }
             return dataclasses.replace(new, **found)
 
-        return lax.fori_loop(0, -(-entries.num_sampled // size), chunk, new)
+        return lax.fori_loop(0, cdiv(entries.num_sampled, size), chunk, new)
 
     sizes = sorted({config.row_buckets[0], min(_SAMPLED_ROWS, config.max_num_seqs)})
     branches = [functools.partial(run, size) for size in sizes]
@@ -261,6 +262,6 @@ def rate_prompts(
 
     def run(table: RequestTable) -> RequestTable:
         number = jnp.sum(is_rated, dtype=jnp.int32)
-        return lax.fori_loop(0, -(-number // size), rate, table)
+        return lax.fori_loop(0, cdiv(number, size), rate, table)
 
     return when(jnp.any(is_rated), run, table)

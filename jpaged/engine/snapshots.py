@@ -43,7 +43,7 @@ from jpaged.parallel import distributed
 FORMAT = 1
 # What comes back into any engine, and what only into one with the same pool.
 _REQUESTS = (".requests", ".states", ".counters")
-_KNOBS = ".knobs"
+_SCHEDULER_PARAMS = ".scheduler_params"
 # Arrays in which kv heads, their axis 2, are stored as often as the mesh asks.
 _PAGES = re.compile(r"\.(draft_)?cache\.[kv]_(pages|scale)$")
 # Fields of the config that are dataclasses themselves.
@@ -166,7 +166,9 @@ def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Arr
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.size}
-    arrays = {n: leaf for n, leaf in arrays.items() if not n.startswith(_KNOBS)}
+    arrays = {
+        n: leaf for n, leaf in arrays.items() if not n.startswith(_SCHEDULER_PARAMS)
+    }
     requests = {n: leaf for n, leaf in arrays.items() if n.startswith(_REQUESTS)}
     return requests, {n: leaf for n, leaf in arrays.items() if n not in requests}
 

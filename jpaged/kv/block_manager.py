@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpaged.arithmetic import cdiv
+
 NO_BLOCK = -1
 _WORD_BITS = 32
 # An append looks for a free block per row and this many for prompt chunks. One that
@@ -360,7 +362,7 @@ def violations(state: BlockState) -> list[str]:
     for row, length in enumerate(np.asarray(state.context_lens).tolist()):
         if not 0 <= length <= max_blocks_per_seq * state.block_size:
             found.append(f"row {row}: its length {length} does not fit its table")
-        num_held = max(0, -(-length // state.block_size))
+        num_held = max(0, cdiv(length, state.block_size))
         held, rest = block_tables[row, :num_held], block_tables[row, num_held:]
         is_block = (held >= 0) & (held < num_blocks)
         if not is_block.all():
@@ -395,7 +397,7 @@ def _per_row(
 
 def _blocks_held(state: BlockState) -> jax.Array:
     """The number of blocks of each row, i32[S]."""
-    return -(-state.context_lens // state.block_size)
+    return cdiv(state.context_lens, state.block_size)
 
 
 def _past_the_end(state: BlockState) -> jax.Array:
@@ -433,7 +435,7 @@ def _demand(
 
     unused = held * state.block_size - state.context_lens
     overflow = jnp.maximum(num_tokens, 0) - unused
-    return last, copies, jnp.maximum(-(-overflow // state.block_size), 0)
+    return last, copies, jnp.maximum(cdiv(overflow, state.block_size), 0)
 
 
 def _free_words(is_free: jax.Array) -> tuple[jax.Array, jax.Array]:

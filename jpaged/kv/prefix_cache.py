@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.compat import when
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
 
@@ -117,7 +118,7 @@ def match(
     num_blocks, block_size = cache.tokens.shape
     num_rows, length = max_lens.shape[0], tokens.shape[1]
     num_full = jnp.clip(max_lens.astype(jnp.int32), 0, length) // block_size
-    paths = jnp.full((num_rows, -(-length // block_size)), NO_BLOCK, jnp.int32)
+    paths = jnp.full((num_rows, cdiv(length, block_size)), NO_BLOCK, jnp.int32)
     parents = jnp.full((num_rows,), num_blocks, jnp.int32)
 
     def goes_on(carry) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged.arithmetic import cdiv
 from jpaged.pages import packed as packed_pages
 from jpaged.pages.packed import LANES
 from jpaged.pages.quantised import BITS_OF_BFLOAT16, is_quantised, page_dtype
@@ -48,7 +49,7 @@ def page_shape(
         return block_size, head_dim
     per_row = packed_pages.per_row(head_dim, dtype)
     if per_row == 1:
-        return block_size, -(-head_dim // LANES) * LANES
+        return block_size, cdiv(head_dim, LANES) * LANES
     if not packed_pages.fits(block_size, per_row):
         return block_size, head_dim
     return block_size // per_row, LANES
@@ -75,7 +76,7 @@ def scale_width(block_size: int, implementation: str | None) -> int:
     """
     if (implementation or best()) != "mosaic_tpu":
         return block_size
-    return -(-block_size // LANES) * LANES
+    return cdiv(block_size, LANES) * LANES
 
 
 def choose(

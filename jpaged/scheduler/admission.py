@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged import policies
+from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager
 from jpaged.policies import SchedulerParams
 from jpaged.scheduler.queue import (
@@ -139,7 +140,7 @@ def _candidates(
     is_hit = column[None, :] < (hits.lens[first] // size)[:, None]
     is_used = blocks.ref_counts[hits.block_tables[first]] > 0
     num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
-    needs = -(-num_known[first] // size) - mapped // size - num_used
+    needs = cdiv(num_known[first], size) - mapped // size - num_used
     needs = jnp.where(valid, jnp.maximum(needs, 0), 0)
     # Who waits for a source computes nothing yet, and lockstep rows not their last.
     tokens = num_known[first] - queue.is_lockstep[first].astype(jnp.int32)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager, swap
 from jpaged.policies import SchedulerParams
 from jpaged.scheduler.queue import (
@@ -117,11 +118,11 @@ def bring_back(
     valid = is_mine[first]
 
     size = blocks.block_size
-    held = -(-host.context_lens[first] // size)
+    held = cdiv(host.context_lens[first], size)
     mapped = jnp.where(held == 0, mapped_tokens(queue, first) // size, held)
     known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
     needs = swap.demand(host, jnp.where(valid, first, NO_REQUEST))
-    needs += jnp.where(valid, jnp.maximum(-(-known // size) - mapped, 0), 0)
+    needs += jnp.where(valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)
     turn = jnp.arange(num_rows, dtype=jnp.int32)
     fits = valid & (turn < num_open_rows(queue, rows, scheduler_params))
     fits &= jnp.cumsum(needs) <= spare_blocks(

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager
 from jpaged.policies import SchedulerParams
 
@@ -190,10 +191,10 @@ def spare_blocks(queue, rows, blocks, needed, scheduler_params) -> jax.Array:
     """Blocks that new requests may take, i32[]."""
     # What the running rows' known tokens will take is as good as taken.
     size = blocks.block_size
-    held = -(-blocks.context_lens // size)
+    held = cdiv(blocks.context_lens, size)
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     to_map = row_values(mapped_tokens(queue, seq_index), rows) // size
-    expected = -(-row_values(queue.num_tokens, rows) // size)
+    expected = cdiv(row_values(queue.num_tokens, rows), size)
     expected = jnp.where(
         idle_rows(queue, rows), 0, expected - jnp.maximum(held, to_map)
     )

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jpaged import parallel
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.engine import (
     algorithms,
@@ -229,7 +230,7 @@ class EngineHost:
     def num_open_blocks(self) -> int:
         """Blocks of a replica that are not pinned."""
         size = self.config.block_size
-        pinned = sum(-(-len(one.token_ids) // size) for one in self.pinned)
+        pinned = sum(cdiv(len(one.token_ids), size) for one in self.pinned)
         return self.config.num_blocks - pinned
 
     def _reset(self) -> None:

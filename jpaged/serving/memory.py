@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged import parallel
+from jpaged.arithmetic import cdiv
 from jpaged.attention import kv_cache
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
@@ -87,7 +88,7 @@ def choose_sizes(
             block_bytes(each.config, block_size, kv_dtype, attention, tensor)
             for each in models
         )
-        useful = max_num_seqs * -(-length // block_size)
+        useful = max_num_seqs * cdiv(length, block_size)
         num_blocks = min(useful, budget // size)
         if num_blocks < 1:
             raise ValueError(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.pages import defaults
 from jpaged.pages.quantised import bits
 from jpaged.triton.launch import launch
@@ -63,7 +64,7 @@ def copy(
     sizes = dict(BLOCK_SIZE=math.prod(pages.shape[-3:]), SIZE=_COPY_SIZE)
     if len(pools) > 2:
         sizes["SCALES"] = math.prod(pools[-1].shape[-2:])
-    pieces = -(-max(sizes.values()) // _COPY_SIZE)
+    pieces = cdiv(max(sizes.values()), _COPY_SIZE)
     arrays = (src.astype(jnp.int32), dst.astype(jnp.int32), _settings(pools, layer))
     grid = (src.shape[0], pages.shape[0] if is_all else 1, pieces)
     return _update("copy", grid, arrays, pools, **sizes)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.compat import when
 from jpaged.kv.shared_prefix import SharedPrefix
 from jpaged.xla import cascade
@@ -81,7 +82,7 @@ def _rows(
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, block_size = pools.k.shape[1:3]
     rows = min(tiles.decode_rows, num_rows)
-    num_groups = -(-num_rows // rows)
+    num_groups = cdiv(num_rows, rows)
     tokens = tiles.decode_tokens // rows
     tokens = min(max(tokens, tiles.decode_least), tiles.decode_most)
     blocks = max(1, min(tokens // block_size, block_tables.shape[1]))

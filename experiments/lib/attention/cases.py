@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.pages import quantised as quantised_pages
 
 # Relative L2 against float64 on the stored values: docs/decisions/attention.md. Of
@@ -96,7 +97,7 @@ def make_case(shape: Shape) -> Case:
         return np.asarray(quantised_pages.decode(numbers) * scale[..., None])
 
     sizes = (shape.rows, shape.context, shape.num_kv_heads, shape.head_dim)
-    width = -(-shape.context // shape.block_size)
+    width = cdiv(shape.context, shape.block_size)
     order = rng.permutation(shape.rows * width).astype(np.int32)
     return Case(
         shape,

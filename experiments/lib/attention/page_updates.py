@@ -19,6 +19,7 @@ import numpy as np
 from experiments.lib.attention.cases import median_seconds, repeat
 from experiments.lib.attention.contenders import needs_backend
 from jpaged import attention
+from jpaged.arithmetic import cdiv
 from jpaged.pages import backends
 from jpaged.pages import packed as packed_pages
 
@@ -105,7 +106,7 @@ def _arrays(update: Update, implementation: str, num_blocks: int) -> list[jax.Ar
 def _blocks_needed(update: Update) -> int:
     if update.name == "copy_blocks":
         return 2 * update.number
-    return -(-update.number // update.block_size)
+    return cdiv(update.number, update.block_size)
 
 
 def _check(update: Update, implementation: str) -> None:

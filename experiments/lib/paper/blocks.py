@@ -11,6 +11,7 @@ from experiments.lib.paper import numbers as numbers
 from experiments.lib.paper.curves import row
 from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown, by_seed
 from experiments.lib.paper.runs import Case, Run, roofline_of
+from jpaged.arithmetic import cdiv
 from jpaged.simulator.costs.load import Load
 
 _X = "tokens of a block"
@@ -76,7 +77,7 @@ def recompute_and_swap_s(size: int) -> tuple[float, float]:
     """Seconds to compute a sequence of 256 tokens again, and to swap it out and in."""
     model = roofline_of("opt-13b")
     none, one = jnp.zeros((1,), jnp.int32), jnp.full((1,), SWAPPED_TOKENS, jnp.int32)
-    zero, blocks = jnp.int32(0), jnp.int32(-(-SWAPPED_TOKENS // size))
+    zero, blocks = jnp.int32(0), jnp.int32(cdiv(SWAPPED_TOKENS, size))
 
     def seconds(lens, swapped, pieces) -> float:
         load = Load(lens, lens, zero, zero, jnp.int32(swapped), jnp.int32(pieces))

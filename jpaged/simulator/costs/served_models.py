@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from jpaged.arithmetic import cdiv
 from jpaged.attention import kv_cache
 from jpaged.models import shapes
 from jpaged.models.config import ModelConfig
@@ -190,7 +191,7 @@ def kv_bytes_on_chip(model: ServedModel, num_chips: int) -> float:
     """
     if num_chips < 1:
         raise ValueError(f"num_chips: expected at least 1, got {num_chips}")
-    heads = -(-model.num_kv_heads // num_chips)
+    heads = cdiv(model.num_kv_heads, num_chips)
     return model.kv_bytes_per_token * heads / model.num_kv_heads
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.compat import when
 from jpaged.simulator.costs.load import Load
 from jpaged.simulator.systems import buddy, places
@@ -208,7 +209,7 @@ class Orca(BaselineSystem):
         return jnp.minimum(jobs.prompt_len + estimate, self.max_len)
 
     def _orders(self, jobs: Job) -> jax.Array:
-        return _log2_up(-(-self._needed(jobs) // self.min_chunk))
+        return _log2_up(cdiv(self._needed(jobs), self.min_chunk))
 
     def _sizes(self, jobs: Job) -> tuple[jax.Array, jax.Array]:
         return self._needed(jobs), self.min_chunk << self._orders(jobs)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.arithmetic import cdiv
 from jpaged.simulator.systems import places
 from jpaged.simulator.systems.baseline_system import (
     BaselineState,
@@ -67,7 +68,7 @@ class NoEvict(BaselineSystem):
         limit = self.output_limit
         outputs = jobs.output_len if limit is None else jnp.int32(limit)
         most = jnp.minimum(jobs.prompt_len + outputs, self.max_len)
-        blocks = -(-most // self.block_size)
+        blocks = cdiv(most, self.block_size)
         return blocks * self.block_size, blocks * self.block_size
 
     def _fits_memory(self, state: BaselineState, job: Job) -> jax.Array:

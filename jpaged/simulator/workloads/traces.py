@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpaged.arithmetic import cdiv
 from jpaged.simulator.workloads.lengths import Lengths
 from jpaged.simulator.workloads.trace_lines import (
     csv_rows,
@@ -230,7 +231,7 @@ def _read_hashed(
         for name in (time_name, "output_length"):
             if name not in fields:
                 raise ValueError(f"trace: no {name} in {where}: {line:.80}")
-        most = -(-prompt.input_length // content_size)
+        most = cdiv(prompt.input_length, content_size)
         if len(prompt.hash_ids) > most:
             raise ValueError(
                 f"trace: {where} has {len(prompt.hash_ids)} hash_ids, wanted at most "

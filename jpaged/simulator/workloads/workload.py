@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jpaged.arithmetic import cdiv
 from jpaged.simulator.workloads import arrivals as arrivals_
 from jpaged.simulator.workloads.lengths import (
     PAPER_MAX_LEN,
@@ -199,7 +200,7 @@ def _checked_contents(workload: Workload) -> np.ndarray:
     places = np.arange(contents.shape[1])
     gaps = (is_piece != (places < counts[:, None])).any(axis=1)
     outside = (is_piece & ((contents < 0) | (contents >= 2**31))).any(axis=1)
-    long = counts > -(-workload.prompt_lens // workload.content_size)
+    long = counts > cdiv(workload.prompt_lens, workload.content_size)
     wrong = np.flatnonzero(gaps | outside | long)
     if wrong.size:
         index = wrong[0]

@@ -1,24 +1,28 @@
-# On a fresh machine `make demo` or `make test` is all there is to type.
+# On a fresh machine, `make demo` or `make test` is the only command you need.
 #
 #   make test PYTHON=python3.12 VENV=.venv312     a second environment
 #   make test PYTEST_ARGS="-k scheduler -x"       some of the tests
+#   make test JOBS=1                              in one process (default: up to 4)
 #
-# Needs make (3.81 or newer), a POSIX shell and Python 3.11, 3.12 or 3.13. All that is
-# made lies in this folder (pip and uv keep their usual download caches).
+# Needs make (3.81 or newer), a POSIX shell and Python 3.11, 3.12 or 3.13. Everything is
+# created in this folder (pip and uv use their usual download caches).
 
 PYTHON ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
+JOBS ?= auto
 RUN = $(VENV)/bin/python
+# Tests of one file run in one process, because they share compiled programs.
+PYTEST = $(RUN) -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile
+NO_DEVICE = not gpu and not tpu and not gpu_compile
 
 help:
-	@echo "make demo       install into $(VENV), then write text with the bundled model"
+	@echo "make demo       install into $(VENV), then generate text with the bundled model"
 	@echo "make test       install into $(VENV), then run the quick tests"
-	@echo "make test-long  the tests of whole engines and of the documents, which take longer"
-	@echo "make test-slow  the tests that take minutes"
-	@echo "make env        only the environment: $(VENV)"
-	@echo "make lint       ruff: style and formatting"
-	@echo "make types      pyright: types"
+	@echo "make test-long  run the longer tests: whole engines, runners, documents"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make env        only create the environment $(VENV)"
+	@echo "make lint       ruff (style, formatting) and pyright (types)"
 	@echo "make clean      remove environments, caches and compiled programs"
 	@echo "PYTHON=...      the Python to use (3.11 to 3.13); VENV=... where to install"
 
@@ -26,29 +30,27 @@ demo: env
 	@$(RUN) -m experiments.generate
 
 test: env
-	@$(RUN) -m pytest -q $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 test-long: env
-	@$(RUN) -m pytest -q -m "long and not slow and not gpu and not tpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "long and not slow and $(NO_DEVICE)" $(PYTEST_ARGS)
 
 test-slow: env
-	@$(RUN) -m pytest -q -m "slow and not gpu and not tpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "slow and $(NO_DEVICE)" $(PYTEST_ARGS)
 
 lint: env
-	@$(RUN) -m ruff --version >/dev/null 2>&1 || $(RUN) -m pip install -q -e '.[dev]'
+	@$(RUN) -m pyright --version >/dev/null 2>&1 || $(RUN) -m pip install -q -e '.[dev]'
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-
-types: env
-	@$(RUN) -m pyright --version >/dev/null 2>&1 || $(RUN) -m pip install -q -e '.[dev]'
-	@$(RUN) -m pyright
+	@$(RUN) -m pyright --pythonpath $(RUN)
 
 clean:
 	rm -rf .venv* .cache .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A program for sh: finds a Python, makes $VENV, installs, and leaves a stamp behind. The
-# stamp holds this folder's path and pyproject.toml: where neither changed, all is done.
+# A shell program that finds a Python, creates $VENV, installs, and writes a stamp. The
+# stamp holds the path of this folder and pyproject.toml; if neither changed, nothing is
+# done.
 define MAKE_ENV
 set -eu
 
@@ -56,8 +58,8 @@ wanted='import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13
 version='import platform; print(platform.python_version())'
 stamp="$$VENV/.installed"
 
-# Only running it tells: a pyenv shim named python3.12 exists even where no 3.12 is set,
-# and Debian ships a venv that lacks ensurepip.
+# Only running a candidate shows whether it works: pyenv has a shim named python3.12 even
+# if no 3.12 is selected, and Debian's venv module may lack ensurepip.
 fits() {
   "$$1" -c "$$wanted" >/dev/null 2>&1 &&
     { [ -n "$$uv" ] || "$$1" -c 'import ensurepip' >/dev/null 2>&1; }
@@ -83,8 +85,8 @@ fi
 if "$$VENV/bin/python" -c "$$wanted" >/dev/null 2>&1; then
   have=$$("$$VENV/bin/python" -c "$$version")
   if [ -n "$$PYTHON" ] && [ "$$have" != "$$("$$PYTHON" -c "$$version")" ]; then
-    fail "$$VENV holds Python $$have, and PYTHON=$$PYTHON is another version.
-  Give it a folder of its own (VENV=.venv312), or run 'make clean' first."
+    fail "$$VENV contains Python $$have, but PYTHON=$$PYTHON is another version.
+  Use another folder (VENV=.venv312), or run 'make clean' first."
   fi
   if { pwd; cat pyproject.toml; } | cmp -s - "$$stamp"; then exit 0; fi
 else
@@ -94,11 +96,11 @@ else
   macOS:           brew install python@3.13
   or name one:     make PYTHON=/path/to/python3.12 ..."
   if [ -e "$$VENV" ] && [ ! -e "$$VENV/pyvenv.cfg" ]; then
-    fail "VENV=$$VENV exists and is no virtual environment: name another folder."
+    fail "VENV=$$VENV exists and is not a virtual environment; use another folder."
   fi
   rm -rf "$$VENV"
   if [ -n "$$uv" ]; then
-    # Where there is no Python at all, uv fetches one, into this folder.
+    # If there is no Python at all, uv downloads one into this folder.
     UV_PYTHON_INSTALL_DIR="$$PWD/.cache/uv-python" \
       uv venv -q --seed --python "$${python:-3.13}" "$$VENV"
   else
@@ -107,12 +109,12 @@ else
 fi
 
 echo "Installing jpaged into $$VENV (Python $$("$$VENV/bin/python" -c "$$version"));" \
-  "the first time takes about a minute." >&2
+  "the first installation takes about a minute." >&2
 if [ -n "$$uv" ]; then
   uv pip install -q --python "$$VENV/bin/python" -e '.[test]'
 else
   "$$VENV/bin/python" -m pip install -q -e '.[test]'
-fi || fail "the installation failed; the reason stands above."
+fi || fail "the installation failed; see the messages above."
 { pwd; cat pyproject.toml; } >"$$stamp"
 endef
 export MAKE_ENV
@@ -120,4 +122,4 @@ export MAKE_ENV
 env:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh -c "$$MAKE_ENV"
 
-.PHONY: help demo test test-long test-slow lint types clean env
+.PHONY: help demo test test-long test-slow lint clean env

@@ -1,7 +1,7 @@
-"""How every test runs: on CPU unless told otherwise, strictly, with warm compilations.
+"""Settings of every test run: the CPU, strict types and ranks, fast compilation.
 
-The environment variables are set before jax is imported, so that processes which
-tests start inherit them. Each can be overridden from outside.
+The environment variables are set before jax is imported, so that processes started by
+tests inherit them. Each can be overridden from outside.
 """
 
 import gc
@@ -10,34 +10,34 @@ import importlib.util
 import os
 import pathlib
 
+from tests.support.paths import ROOT
+
 MOST_MAPS = 30_000
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A second run of the suite finds its compiled programs here; `make clean` removes them.
+# A second run of the suite loads compiled programs from here; `make clean` removes them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Most of the suite's time goes to compiling programs that then run for milliseconds:
-# this halves it. Not on a GPU, whose kernels are tested as users run them, and in no
-# benchmark; `XLA_FLAGS= pytest` goes without.
+# Tests spend most of their time compiling programs that then run for milliseconds; these
+# flags halve it. They are not set on a GPU, whose kernels are tested as users run them,
+# nor in benchmarks. `XLA_FLAGS= pytest` runs without them.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # gone since
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions lack it
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
-# No test asks the hub, whatever network there is.
+# No test accesses the hub, even if there is a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Silent broadcasting over ranks and silent casts are how shape bugs hide.
+# Implicit broadcasting over ranks and implicit casts hide shape bugs.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# The first example of a property compiles, so neither its time nor the slow start of
-# generation says anything about the property.
+# The first example of a property compiles, so its time says nothing about the property.
 hypothesis.settings.register_profile(
     "jpaged",
     deadline=None,
@@ -46,7 +46,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("jpaged")
 
-# A helper of tests that need these; collecting it for doctests would import it.
+# This helper imports torch and triton, and collecting it for doctests would import it.
 collect_ignore = [
     "support/attention/triton_interpreter.py"
     for name in ("torch", "triton")
@@ -59,7 +59,7 @@ HUGGINGFACE_MISSING = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `huggingface`, with the reason, where the extra is missing."""
+    """Skip tests marked `huggingface`, with the reason, if the extra is missing."""
     for item in items:
         if HUGGINGFACE_MISSING and item.get_closest_marker("huggingface"):
             reason = f"needs {' and '.join(HUGGINGFACE_MISSING)}: extra `huggingface`"
@@ -68,10 +68,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _few_memory_maps():
-    """Forgets compiled programs before the process has more maps than Linux allows.
+    """Drop compiled programs before the process has more memory maps than Linux allows.
 
-    Each program on a CPU is several maps, and at vm.max_map_count (often 65,530) XLA
-    ends the process. What is needed again comes from the compilation cache.
+    Each program on a CPU takes several maps, and at vm.max_map_count (often 65,530) XLA
+    ends the process. Programs that are needed again come from the compilation cache.
     """
     yield
     maps = pathlib.Path("/proc/self/maps")
@@ -83,7 +83,7 @@ def _few_memory_maps():
 
 @pytest.fixture(scope="module")
 def one_torch_thread():
-    """Threads that wait for each other make a tiny model a hundred times slower."""
+    """Run torch on one thread: threads that wait slow down a tiny model a hundredfold."""
     import torch
 
     before = torch.get_num_threads()

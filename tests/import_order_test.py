@@ -1,7 +1,7 @@
-"""Layers import downwards only: the map of the project, kept true.
+"""Imports point one way: the map of the project, checked.
 
-Read from the syntax tree, so nothing is imported here. A module in a function or under
-`if TYPE_CHECKING` counts like any other.
+The imports are read from the syntax trees, so nothing is imported here. An import inside
+a function or under `if TYPE_CHECKING` counts like any other.
 """
 
 import ast
@@ -66,11 +66,11 @@ LAYERS = {
 }
 # fmt: on
 
-# What a package from PyPI is called in Python, where the two names differ.
+# The Python names of packages whose name on PyPI differs.
 IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
 
 
-# Modules of an extra, which nothing imports before the extra is used.
+# Modules that need an extra; nothing imports them before the extra is used.
 OF_EXTRAS = {"jpaged.triton.kernels": {"triton"}}
 
 
@@ -86,8 +86,10 @@ MODULES = {module_name(path): path for path in sorted((ROOT / "jpaged").rglob("*
 def imported(
     module: str, path: pathlib.Path, source: str, modules: set[str]
 ) -> set[str]:
-    """Every module that a file imports, absolute; `from a import b` gives a.b if a
-    module has that name, else a."""
+    """The absolute names of all modules that a file imports.
+
+    `from a import b` counts as a.b if there is a module of that name, else as a.
+    """
     package = module.split(".")
     if path.name != "__init__.py":
         package = package[:-1]
@@ -118,19 +120,19 @@ def layer(module: str) -> str | None:
 
 
 def complaints(imports: dict[str, set[str]]) -> list[str]:
-    """One sentence for each import that the map does not allow."""
+    """Describe each import that the map does not allow, in one sentence."""
     wrong = []
     for module, targets in imports.items():
         here = layer(module)
         if here is not None and here not in LAYERS:
             wrong.append(
                 f"{module}: not on the map. Add a row `{here!r}: [layers below it]` "
-                "to LAYERS in tests/import_order_test.py, at its height."
+                "to LAYERS in tests/import_order_test.py, above the layers that import it."
             )
         for target in sorted(targets):
             top, there = target.split(".")[0], layer(target)
             if top in ("experiments", "tests"):
-                wrong.append(f"{module} imports {target}: jpaged stands on its own")
+                wrong.append(f"{module} imports {target}: jpaged must not depend on it")
             if top != "jpaged" or here is None or here not in LAYERS:
                 continue
             if there is None:
@@ -146,11 +148,11 @@ def complaints(imports: dict[str, set[str]]) -> list[str]:
     return wrong
 
 
-def test_every_module_imports_only_what_lies_below_it():
+def test_every_module_imports_only_lower_layers():
     assert complaints(IMPORTS) == []
 
 
-def test_each_layer_lists_only_layers_above_it_in_the_map():
+def test_each_layer_lists_only_layers_that_come_before_it():
     order = list(LAYERS)
     for here, below in LAYERS.items():
         assert set(below) <= set(order[: order.index(here)]), here
@@ -174,7 +176,7 @@ def test_no_two_modules_import_each_other_even_inside_a_package():
         ("jpaged.config", "def f():\n    import jpaged.llm", "'config' may import"),
         ("jpaged.kv.swap", "from jpaged.engine import state", "'kv' may import"),
         ("jpaged.decoding.beam", "from jpaged import LLM", "imports everything"),
-        ("jpaged.engine", "import experiments.generate", "stands on its own"),
+        ("jpaged.engine", "import experiments.generate", "must not depend on it"),
         ("jpaged.attic", "import jax", "Add a row `'attic'"),
     ],
 )
@@ -187,7 +189,7 @@ def test_a_planted_import_upwards_is_found(module, source, complaint):
 
 
 def imported_on_load(tree: ast.Module) -> set[str]:
-    """Top-level names that a file imports as soon as it is itself imported."""
+    """Top-level packages that are imported when a file is imported."""
     found: set[str] = set()
     todo: list[ast.AST] = list(tree.body)
     while todo:
@@ -203,7 +205,7 @@ def imported_on_load(tree: ast.Module) -> set[str]:
     return found
 
 
-def test_modules_of_extras_are_imported_by_no_module_of_the_product():
+def test_no_module_of_jpaged_imports_modules_that_need_extras():
     assert not set(OF_EXTRAS) & set().union(*IMPORTS.values())
 
 

@@ -1,5 +1,5 @@
-"""Where things lie."""
+"""Folders of the repository."""
 
 import pathlib
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]

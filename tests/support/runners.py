@@ -1,4 +1,4 @@
-"""Programs in processes of their own: runners of `experiments`, and many devices."""
+"""Run programs in separate processes: experiments, and scripts on eight devices."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 
 
 def run_experiment(name: str, *arguments: str) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of `python -m experiments.NAME ARGUMENTS`."""
+    """Run `python -m experiments.NAME ARGUMENTS`; return status, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", *arguments],
         cwd=ROOT,
@@ -23,9 +23,11 @@ def run_experiment(name: str, *arguments: str) -> tuple[int, str, str]:
 
 
 def on_eight_devices(script: str, folder: pathlib.Path) -> dict:
-    """What a script of the tests, given an empty folder, prints as its last line.
+    """Run a script of `tests.support` on 8 virtual CPU devices; return its last line.
 
-    It has 8 virtual CPU devices, which are chosen before jax starts.
+    Args:
+      script: the module below `tests.support`.
+      folder: an empty folder, passed to the script.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(

@@ -15,11 +15,11 @@ from tests.support.paths import ROOT
 MOST_MAPS = 30_000
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A second run of the suite loads compiled programs from here; `make clean` removes them.
+# A second run of the suite loads compiled programs from here (`make clean` deletes it).
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Tests spend most of their time compiling programs that then run for milliseconds; these
-# flags halve it. They are not set on a GPU, whose kernels are tested as users run them,
+# Tests spend most of their time compiling programs that then run for milliseconds.
+# These flags halve that time. They are not set on a GPU, whose kernels are tested as users run them,
 # nor in benchmarks. `XLA_FLAGS= pytest` runs without them.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions lack it
@@ -83,7 +83,7 @@ def _few_memory_maps():
 
 @pytest.fixture(scope="module")
 def one_torch_thread():
-    """Run torch on one thread: threads that wait slow down a tiny model a hundredfold."""
+    """Run torch on one thread; waiting threads slow down a tiny model a hundredfold."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
 """Imports point one way: the map of the project, checked.
 
-The imports are read from the syntax trees, so nothing is imported here. An import inside
-a function or under `if TYPE_CHECKING` counts like any other.
+The imports are read from the syntax trees, so nothing is imported here. Imports inside
+functions or under `if TYPE_CHECKING` count like any other.
 """
 
 import ast

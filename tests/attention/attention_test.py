@@ -404,9 +404,7 @@ def test_the_default_is_the_first_available_backend_that_supports_the_call(monke
     for needs_lse, name in ((False, "no_lse"), (True, "xla")):
         call = AttentionCall(q, needs_lse=needs_lse)
         assert backends.choose_backend(None, plain, call=call).name == name
-    with pytest.raises(
-        ValueError, match="'no_lse' cannot serve .* return_lse: expected"
-    ):
+    with pytest.raises(ValueError, match=r"'no_lse' cannot serve .* return_lse: "):
         backends.choose_backend("no_lse", plain, call=call)
 
 

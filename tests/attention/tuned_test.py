@@ -1,4 +1,4 @@
-"""The table of tile sizes: which entry counts, and that every entry is right."""
+"""The table of tile sizes: which entry is used, and that every entry is valid."""
 
 import dataclasses
 import json
@@ -9,35 +9,32 @@ import pytest
 from experiments import tune_attention
 from experiments.lib.attention.cases import Shape
 from experiments.tune_attention import CANDIDATES
+from jpaged.attention.backends import find_backend
 from jpaged.pages import tuned
 from jpaged.pages.tuned import Entry
-from jpaged.pallas.gpu import calls as gpu
-from jpaged.pallas.tpu import attention as tpu_attention
-from jpaged.triton import tiles as triton_tiles
 from jpaged.xla import chunks
 from tests.support.attention.cases import attend, check, decode_case, ragged_case
 from tests.support.runners import run_experiment
 
-SIZES = {
-    "xla": chunks.Tiles,
-    "mosaic_tpu": tpu_attention.Tiles,
-    "mosaic_gpu": gpu.Sizes,
-    "triton": triton_tiles.Tiles,
-}
+
+def sizes_of(name: str) -> set[str]:
+    tile_sizes = find_backend(name).tile_sizes
+    assert tile_sizes is not None
+    return {field.name for field in dataclasses.fields(tile_sizes())}
 
 
-def test_the_first_entry_that_fits_counts(monkeypatch):
+def test_the_first_entry_that_fits_is_used(monkeypatch):
     exact = Entry("triton", "NVIDIA H200", {"tokens": 32}, 128, 4, 16, 2, "2026")
     any_shape = Entry("triton", "NVIDIA", {"tokens": 16})
     other = Entry("xla", "NVIDIA", {})
     monkeypatch.setattr(tuned, "TABLE", [other, exact, any_shape])
-    assert tuned.find("triton", "NVIDIA H200 SXM", 128, 4, 16, 2) is exact
+    assert tuned.find_entry("triton", "NVIDIA H200 SXM", 128, 4, 16, 2) is exact
     for shape in ((64, 4, 16, 2), (128, 8, 16, 2), (128, 4, 32, 2), (128, 4, 16, 4)):
-        assert tuned.find("triton", "NVIDIA H200", *shape) is any_shape
-    assert tuned.find("triton", "cpu", 128, 4, 16, 2) is None
+        assert tuned.find_entry("triton", "NVIDIA H200", *shape) is any_shape
+    assert tuned.find_entry("triton", "cpu", 128, 4, 16, 2) is None
 
 
-def test_sizes_of_an_entry_replace_those_that_serve_everywhere(monkeypatch):
+def test_sizes_of_an_entry_replace_the_default_sizes(monkeypatch):
     entry = Entry("xla", "cpu", {"decode_rows": 5}, 64, 2, 16, 2)
     monkeypatch.setattr(tuned, "TABLE", [entry])
     pages = jax.ShapeDtypeStruct((9, 4, 16, 64), "bfloat16")
@@ -47,28 +44,26 @@ def test_sizes_of_an_entry_replace_those_that_serve_everywhere(monkeypatch):
 
 
 @pytest.mark.parametrize("entry", tuned.TABLE, ids=str)
-def test_entries_name_sizes_that_exist(entry):
-    names = {field.name for field in dataclasses.fields(SIZES[entry.implementation])}
-    assert entry.sizes.keys() <= names
+def test_entries_set_only_sizes_that_exist(entry):
+    assert entry.sizes.keys() <= sizes_of(entry.implementation)
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_candidates_are_sizes_that_exist(name):
-    names = {field.name for field in dataclasses.fields(SIZES[name])}
-    assert CANDIDATES[name].keys() <= names
+    assert CANDIDATES[name].keys() <= sizes_of(name)
 
 
 @pytest.mark.parametrize("make", [decode_case, ragged_case])
 def test_sizes_for_gpus_give_the_same_numbers(make, monkeypatch):
-    entry = tuned.find("xla", "NVIDIA H200", 64, 7, 16, 2)
+    entry = tuned.find_entry("xla", "NVIDIA H200", 64, 7, 16, 2)
     monkeypatch.setattr(tuned, "TABLE", [entry._replace(device="cpu")])
-    attend.clear_cache()  # what was compiled with other tiles is not used
+    attend.clear_cache()  # programs compiled with other tiles are not used
     case, options = make("window_300")
     check(case, "xla", **options)
     attend.clear_cache()
 
 
-def test_a_row_is_what_was_best_when_measured_again():
+def test_a_row_has_the_sizes_that_were_best_in_the_second_measurement():
     shape = Shape(8, 256, 12, 4, 64, 16, "float32")
 
     def sizes(of_first, of_best):
@@ -82,11 +77,11 @@ def test_a_row_is_what_was_best_when_measured_again():
         return entry.sizes
 
     assert sizes(8, 7) == {"decode_rows": 32}
-    assert sizes(7.1, 7) == {}  # the first is as fast, now that it is measured again
+    assert sizes(7.1, 7) == {}  # the first is as fast when it is measured again
 
 
 @pytest.mark.long
-def test_the_runner_prints_tries_and_a_row_of_the_table():
+def test_the_runner_prints_its_tries_and_a_row_of_the_table():
     status, stdout, stderr = run_experiment(
         "tune_attention",
         "--implementations=xla,triton",
@@ -101,7 +96,7 @@ def test_the_runner_prints_tries_and_a_row_of_the_table():
     tried = [one["sizes"] for one in found["tries"]["xla"]]
     assert tried[0] == {}
     assert {"decode_rows": 4} in tried
-    assert tried[-2] == {}  # again, beside the best
+    assert tried[-2] == {}  # measured again, alternating with the best
     assert all(one["seconds"] > 0 for one in found["tries"]["xla"])
     (row,) = found["rows"]
     entry = eval(row.rstrip(","), {"Entry": Entry})

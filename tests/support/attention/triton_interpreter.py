@@ -1,7 +1,7 @@
-"""`triton.launch.launch` on a CPU: Triton's interpreter behind a callback of JAX.
+"""`triton.launch.launch` on a CPU: Triton's interpreter in a JAX callback.
 
-Outputs begin as NaN, or as what the aliased inputs hold, so that all that a kernel does
-not write shows.
+Outputs are initialised with NaN, or with the aliased inputs, so that everything that a
+kernel does not write shows.
 """
 
 import os
@@ -21,7 +21,7 @@ _dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _dot_of_values(self, a, b, *rest):
-    """The interpreter's dot, which takes the bits of bfloat16 for integers."""
+    """Replace the interpreter's dot, which reads the bits of bfloat16 as integers."""
 
     def widened(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -36,8 +36,10 @@ _cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def _cast_to_nearest(self, x, kind):
-    """The interpreter's cast, which cuts bfloat16 off where GPUs round to nearest, and
-    takes integers for its bits."""
+    """Replace the interpreter's cast to bfloat16.
+
+    The interpreter truncates where GPUs round to nearest, and reads integers as bits.
+    """
     if kind.scalar != tl.bfloat16 or x.dtype.scalar not in (tl.float32, tl.int8):
         return _cast(self, x, kind)
     values = x.data.astype(ml_dtypes.bfloat16).view(np.uint16)
@@ -49,7 +51,7 @@ interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
 
 
 def _tensor(array) -> torch.Tensor:
-    """A copy, in memory of torch; bfloat16 by its bits."""
+    """Return a copy as a torch tensor; bfloat16 by its bits."""
     array = np.array(array)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -76,7 +78,7 @@ def launch(
             else _tensor(np.full(s.shape, np.nan, s.dtype))
             for i, s in enumerate(out_shapes)
         ]
-        # Sums and products that are not finite are no error on a GPU.
+        # On a GPU, sums and products that are not finite are no error.
         with np.errstate(invalid="ignore"):
             getattr(kernels, name)[grid](*inputs, *outputs, **static)
         return [_array(o, s.dtype) for o, s in zip(outputs, out_shapes, strict=True)]

@@ -1,1 +1,1 @@
-"""KV bookkeeping: which block holds which tokens. Tables only, no keys or values."""
+"""KV bookkeeping: which block stores which tokens. Tables only, no keys or values."""

@@ -12,8 +12,8 @@ from jax.experimental import compute_on
 
 Carry = TypeVar("Carry")
 
-# Memory spaces for `jax.device_put`. Every platform has both. `import jax.memory` fails on
-# some versions; the attribute exists on all.
+# Memory spaces for `jax.device_put`. Every platform has both. `import jax.memory` fails
+# on some versions; the attribute exists on all.
 DEVICE_MEMORY, HOST_MEMORY = jax.memory.Space.Device, jax.memory.Space.Host
 
 
@@ -41,7 +41,10 @@ def switch_in_place(
 def when(
     predicate: jax.Array, function: Callable[[Carry], Carry], carry: Carry
 ) -> Carry:
-    """Return `function(carry)` if the scalar `predicate` is True, else `carry`; in place."""
+    """Return `function(carry)` if the scalar `predicate` is True, else `carry`.
+
+    Large arrays in `carry` are updated in place.
+    """
     return switch_in_place(jnp.where(predicate, 0, -1), [function], carry)
 
 
@@ -57,7 +60,7 @@ def ordered(index: jax.Array, after: jax.Array) -> jax.Array:
 
 
 def rewrites_on_update(dtype: jnp.dtype, platform: str) -> bool:
-    """Return whether writing a slice of a donated array costs as much as writing it all.
+    """Return whether writing a slice of a donated array costs as much as all of it.
 
     True for bfloat16 on CPUs before jax 0.12, where XLA converts the array to float32
     and back.

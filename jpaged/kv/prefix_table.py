@@ -202,7 +202,7 @@ def block_tokens(
 
 
 def entry_at(table_SM: jax.Array, columns: jax.Array) -> jax.Array:
-    """Return each row's entry at its column, i32[S]; columns are clipped to the table."""
+    """Return each row's entry at its column, i32[S]; clips columns to the table."""
     columns = jnp.clip(columns, 0, table_SM.shape[1] - 1)
     return jnp.take_along_axis(table_SM, columns[:, None], axis=1)[:, 0]
 

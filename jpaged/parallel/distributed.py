@@ -170,9 +170,9 @@ def _digest(what: Any) -> bytes:
 def _difference(wrong: Mapping[str, Sequence[int]], more: str) -> str:
     numbers = sorted({number for where in wrong.values() for number in where})
     return (
-        f"{', '.join(wrong)}: expected the same in all processes, got other values than "
-        f"process 0 in {', '.join(f'process {number}' for number in numbers)}; this "
-        f"is process {jax.process_index()}, {more}"
+        f"{', '.join(wrong)}: expected the same in all processes, got values other "
+        f"than process 0's in {', '.join(f'process {number}' for number in numbers)}; "
+        f"this is process {jax.process_index()}, {more}"
     )
 
 

@@ -38,7 +38,7 @@ from jpaged.scheduler.queue import (
 
 
 def can_admit(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Return whether a sequence waits, a row is empty and none is swapped out, bool[]."""
+    """Return whether a sequence waits, a row is empty and none is swapped, bool[]."""
     is_open = jnp.any(queue.status == WAITING) & jnp.any(rows == NO_REQUEST)
     return is_open & ~jnp.any(queue.status == SWAPPED)
 

@@ -97,7 +97,7 @@ def is_new_request(queue: Queue, seq_indices: jax.Array) -> jax.Array:
 
 
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
-    """Return `values`, [R], of the sequences in `rows`, i32[S]; `fill` for empty rows."""
+    """Return `values`, [R], of the sequences in `rows`, [S]; `fill` for empty rows."""
     return jnp.where(rows == NO_REQUEST, fill, values[jnp.maximum(rows, 0)])
 
 
@@ -111,7 +111,7 @@ def idle_rows(queue: Queue, rows: jax.Array) -> jax.Array:
 
 
 def same_request(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Return whether two rows belong to the same request, bool[S, S]; False if empty."""
+    """Return whether two rows run the same request, bool[S, S]; False for empty rows."""
     leaders = row_values(queue.leaders, rows, NO_REQUEST)
     is_same = leaders[:, None] == leaders[None, :]
     return is_same & (leaders != NO_REQUEST)[:, None]

@@ -19,7 +19,7 @@ from jpaged.kv.block_manager import NO_BLOCK
 from tests.support import prefix_cache_model as model
 from tests.support.prefix_cache_model import Checked, L, M, N, P, S, i32, walk
 
-ROOT = prefix_cache.init_cache(N, P).parents.size
+ROOT = prefix_cache.init_prefix_cache(N, P).parents.size
 RUN = model.operations()
 EQUAL_HASHES = ("(_hash(parents, chunks) & mask)", "(_hash(parents, chunks) & 0)")
 
@@ -135,7 +135,7 @@ def held(*prompts: list[int], num_blocks: int = N):
     blocks, _ = block_manager.append(blocks, i32(*lens))
     rows = [prompt + [0] * (L - len(prompt)) for prompt in prompts]
     tokens = i32(*itertools.chain(*rows), *[0] * (L * (S - len(prompts))))
-    return prefix_cache.init_cache(num_blocks, P), blocks, tokens.reshape(S, L)
+    return prefix_cache.init_prefix_cache(num_blocks, P), blocks, tokens.reshape(S, L)
 
 
 def test_two_rows_with_one_prompt_end_up_on_the_blocks_of_the_lower_row():
@@ -264,7 +264,7 @@ def test_hashes_of_similar_keys_are_spread():
 )
 def test_sizes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
-        prefix_cache.init_cache(*sizes)
+        prefix_cache.init_prefix_cache(*sizes)
 
 
 # The tests are tested.
@@ -386,7 +386,7 @@ def test_who_is_forgotten_takes_those_behind_along_and_nobody_else():
     tokens = np.zeros((S, L), np.int32)
     tokens[1:, P : 2 * P] = 1  # the others leave row 0 after the first block
     cache, blocks = RUN.insert(
-        prefix_cache.init_cache(N, P), blocks, jnp.asarray(tokens), i32(0)
+        prefix_cache.init_prefix_cache(N, P), blocks, jnp.asarray(tokens), i32(0)
     )
     first, *behind = np.asarray(blocks.block_tables)[0, : int(lengths[0]) // P]
     other = np.asarray(blocks.block_tables)[1, 1]

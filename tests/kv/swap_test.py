@@ -33,8 +33,8 @@ STAYS = -1
 def jitted_moves() -> types.SimpleNamespace:
     """Both directions, compiled anew so that a planted fault is seen."""
     return types.SimpleNamespace(
-        out=jax.jit(functools.partial(swap.swap_out)),
-        into=jax.jit(functools.partial(swap.swap_in)),
+        out=jax.jit(functools.partial(swap.swap_out_rows)),
+        into=jax.jit(functools.partial(swap.swap_in_rows)),
     )
 
 
@@ -269,7 +269,7 @@ def test_states_that_are_not_alike_are_refused():
     for name, value in (("block_size", 4), ("max_blocks_per_seq", 5)):
         host = block_manager.init_state(**HOST | {name: value})
         with pytest.raises(ValueError, match=f"{name[:4]}|width.*got {value}"):
-            swap.swap_out(device, host, i32([0, 1, 2, 3]))
+            swap.swap_out_rows(device, host, i32([0, 1, 2, 3]))
 
 
 # Pages.

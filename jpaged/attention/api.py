@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jpaged.attention import cascade, reference
 from jpaged.attention.checks import check_attention, check_int, check_pages, is_padded
-from jpaged.kv.shared_prefix import SharedPrefix, find
+from jpaged.kv.shared_prefix import SharedPrefix, find_shared_prefix
 from jpaged.pages.backends import IMPLEMENTATIONS as IMPLEMENTATIONS
 from jpaged.pages.backends import choose, scale_width, without_gradient
 from jpaged.pages.packed import plain, plain_shape
@@ -88,7 +88,7 @@ def paged_attention(
         may be rounded up to a multiple of 128, as TPUs want it
         (`implementations.scale_width`): "mosaic_tpu" copies others to be so.
       layer: which layer of a stacked pool; an index, so that the pool is not sliced.
-      shared_prefix: groups of rows whose blocks are read once, of `shared_prefix.find`;
+      shared_prefix: groups of rows whose blocks are read once, of `find_shared_prefix`;
         True finds them here. For rows with one query. "reference" reads each row alone
         all the same.
       return_lse: also give the natural-log float32 log-sum-exp of the scores
@@ -320,7 +320,7 @@ def _groups(
     if shared_prefix is None or shared_prefix is False:
         return None
     if shared_prefix is True:
-        return find(block_tables, context_lens, block_size)
+        return find_shared_prefix(block_tables, context_lens, block_size)
     shape = context_lens.shape
     if not isinstance(shared_prefix, SharedPrefix) or shape != (
         *shared_prefix.leaders.shape,

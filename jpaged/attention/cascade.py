@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.compat import when
-from jpaged.kv.shared_prefix import SharedPrefix, behind, joined
+from jpaged.kv.shared_prefix import SharedPrefix, drop_leading_blocks, num_shared_blocks
 from jpaged.xla.online_softmax import merge
 
 # Rows of a kernel's tile that a virtual row fills, members times heads of a key: those
@@ -129,7 +129,7 @@ def make_plan(
     """
     (num_rows,), size = context_lens.shape, num_members
     num_virtual = num_rows // 2 if size > 2 else 2 * num_rows // 3
-    num_blocks = joined(shared, context_lens, sliding_window)
+    num_blocks = num_shared_blocks(shared, context_lens, sliding_window)
     if query_start_loc is not None:
         is_one = query_start_loc[1:] - query_start_loc[:-1] == 1
         num_blocks = jnp.where(is_one, num_blocks, 0)
@@ -160,7 +160,7 @@ def make_plan(
     first = members[:, 0]
     is_used = jnp.arange(num_virtual, dtype=jnp.int32) <= opened[-1]
     return Plan(
-        own_tables=behind(block_tables, num_blocks),
+        own_tables=drop_leading_blocks(block_tables, num_blocks),
         own_lens=context_lens - num_blocks * block_size,
         members=members,
         tables=block_tables[first],

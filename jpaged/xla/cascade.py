@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged.kv.shared_prefix import SharedPrefix, behind, joined
+from jpaged.kv.shared_prefix import SharedPrefix, drop_leading_blocks, num_shared_blocks
 from jpaged.xla.chunks import chunks
 from jpaged.xla.pages import Pools
 
@@ -39,7 +39,7 @@ def split(
 ) -> Parts:
     """The parts of all rows."""
     num_rows = context_lens.shape[0]
-    num_blocks = joined(shared, context_lens, sliding_window)
+    num_blocks = num_shared_blocks(shared, context_lens, sliding_window)
     num_tokens = num_blocks * block_size
     group = jnp.where(num_blocks > 0, shared.leaders, num_rows)
     nobody = jnp.zeros((num_rows,), jnp.int32)
@@ -49,7 +49,7 @@ def split(
         starts=jnp.cumsum(sizes) - sizes,
         sizes=sizes,
         shared_lens=nobody.at[group].max(num_tokens, mode="drop"),
-        own_tables=behind(block_tables, num_blocks),
+        own_tables=drop_leading_blocks(block_tables, num_blocks),
         own_lens=context_lens - num_tokens,
     )
 

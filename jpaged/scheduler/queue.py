@@ -111,7 +111,7 @@ def idle_rows(queue: Queue, rows: jax.Array) -> jax.Array:
 
 
 def same_request(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Return whether two rows run the same request, bool[S, S]; False for empty rows."""
+    """Return whether two rows run the same request, bool[S, S]; False if empty."""
     leaders = row_values(queue.leaders, rows, NO_REQUEST)
     is_same = leaders[:, None] == leaders[None, :]
     return is_same & (leaders != NO_REQUEST)[:, None]

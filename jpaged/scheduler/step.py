@@ -186,7 +186,7 @@ def _hold_lockstep(
 def _split_budget(
     queue: Queue, rows: jax.Array, wanted: jax.Array, settings: SchedulerParams
 ) -> jax.Array:
-    """Return each row's tokens, i32[S]: one per decode, the rest for prompts in order."""
+    """Return each row's tokens, i32[S]: one per decode, the rest to prompts by rank."""
     decodes = (wanted == 1).astype(jnp.int32)
     num_decodes = jnp.sum(decodes)
 

@@ -18,8 +18,8 @@ from jpaged.kv import shared_prefix
 from jpaged.kv.shared_prefix import (
     SharedPrefix,
     find_shared_prefix,
-    sharing_threshold,
     num_tokens_read,
+    sharing_threshold,
 )
 from jpaged.xla import cascade, online_softmax
 from tests.support.attention import oracle

@@ -75,9 +75,9 @@ def schedule(
     settings = (
         limits if scheduler_params is None else scheduler_params.limited_to(limits)
     )
-    blocks, wanted = _map_sources(queue, rows, blocks)
-    wanted = _hold_lockstep(queue, rows, blocks, wanted)
-    num_tokens = _split_budget(queue, rows, wanted, settings)
+    blocks, remaining = _map_sources(queue, rows, blocks)
+    remaining = _hold_lockstep(queue, rows, blocks, remaining)
+    num_tokens = _split_budget(queue, rows, remaining, settings)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
     swaps = None if host is None else Swaps.none(rows)
@@ -128,14 +128,14 @@ def _map_sources(
       The blocks, and i32[S], the tokens that each row still has to compute.
     """
     is_idle = idle_rows(queue, rows)
-    wanted = row_values(queue.num_tokens, rows) - blocks.context_lens
-    wanted = jnp.where(is_idle, 0, wanted)
+    remaining = row_values(queue.num_tokens, rows) - blocks.context_lens
+    remaining = jnp.where(is_idle, 0, remaining)
     sources = row_values(queue.sources, rows, NO_REQUEST)
     shared = row_values(queue.shared_lens, rows)
     is_new = (sources != rows) & (blocks.context_lens == 0) & (shared > 0) & ~is_idle
 
     def map_all(carry):
-        blocks, wanted = carry
+        blocks, remaining = carry
         is_source = (rows[None, :] == sources[:, None]) & is_new[:, None]
         source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
         has_source = jnp.any(is_source, axis=1)
@@ -157,44 +157,44 @@ def _map_sources(
         # other rows have mapped its blocks.
         blocks = lax.while_loop(lambda b: jnp.any(can_map(b)), map_blocks, blocks)
         has_mapped = has_source & (blocks.context_lens > 0)
-        wanted = jnp.where(has_mapped, wanted - shared, wanted)
-        return blocks, jnp.where(has_source & ~has_mapped, 0, wanted)
+        remaining = jnp.where(has_mapped, remaining - shared, remaining)
+        return blocks, jnp.where(has_source & ~has_mapped, 0, remaining)
 
-    return when(jnp.any(is_new), map_all, (blocks, wanted))
+    return when(jnp.any(is_new), map_all, (blocks, remaining))
 
 
 def _hold_lockstep(
-    queue: Queue, rows: jax.Array, blocks: BlockState, wanted: jax.Array
+    queue: Queue, rows: jax.Array, blocks: BlockState, remaining: jax.Array
 ) -> jax.Array:
-    """Return `wanted` without the last token of lockstep rows that must wait, i32[S].
+    """Return `remaining` without the last token of lockstep rows that must wait, i32[S].
 
     A row waits while another row of its request has more than its last token left.
     """
     is_lockstep = row_values(queue.is_lockstep, rows, False) & ~idle_rows(queue, rows)
 
-    def hold(wanted: jax.Array) -> jax.Array:
+    def hold(remaining: jax.Array) -> jax.Array:
         left = row_values(queue.num_tokens, rows) - blocks.context_lens
         is_behind = is_lockstep & (left > 1)
         has_other_behind = jnp.any(
             same_request(queue, rows) & is_behind[None, :], axis=1
         )
-        return jnp.where(is_lockstep & has_other_behind, wanted - 1, wanted)
+        return jnp.where(is_lockstep & has_other_behind, remaining - 1, remaining)
 
-    return jnp.maximum(when(jnp.any(is_lockstep), hold, wanted), 0)
+    return jnp.maximum(when(jnp.any(is_lockstep), hold, remaining), 0)
 
 
 def _split_budget(
-    queue: Queue, rows: jax.Array, wanted: jax.Array, settings: SchedulerParams
+    queue: Queue, rows: jax.Array, remaining: jax.Array, settings: SchedulerParams
 ) -> jax.Array:
     """Return each row's tokens, i32[S]: one per decode, the rest to prompts by rank."""
-    decodes = (wanted == 1).astype(jnp.int32)
+    decodes = (remaining == 1).astype(jnp.int32)
     num_decodes = jnp.sum(decodes)
 
     def add_chunks(num_tokens: jax.Array) -> jax.Array:
-        chunk = jnp.minimum(wanted, settings.max_prompt_chunk)
-        chunk = jnp.where(wanted > 1, chunk, 0)
+        chunk = jnp.minimum(remaining, settings.max_prompt_chunk)
+        chunk = jnp.where(remaining > 1, chunk, 0)
         before = sum_before(ranks(queue, rows), chunk)
         budget = settings.max_num_batched_tokens - num_decodes
         return num_tokens + jnp.clip(budget - before, 0, chunk)
 
-    return when(jnp.any(wanted > 1), add_chunks, decodes)
+    return when(jnp.any(remaining > 1), add_chunks, decodes)

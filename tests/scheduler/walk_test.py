@@ -287,9 +287,9 @@ def test_many_full_length_requests_end_in_any_pool(name):
 # ---- planted faults that the walks must find
 
 
-def no_lockstep(hold, queue, rows, blocks, wanted):
+def no_lockstep(hold, queue, rows, blocks, remaining):
     """Each lockstep row computes its last token as soon as it can."""
-    return wanted
+    return remaining
 
 
 def map_one_token(map_sources, queue, rows, blocks):

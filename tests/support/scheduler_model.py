@@ -40,9 +40,9 @@ class SlowScheduler:
 
     def step(self, queue: dict[str, np.ndarray], rows: list[int]) -> SlowPlan:
         self.queue, self.rows = queue, list(rows)
-        wanted = self.map_sources()
-        self.hold_lockstep(wanted)
-        tokens = self.split_budget(wanted)
+        remaining = self.map_sources()
+        self.hold_lockstep(remaining)
+        tokens = self.split_budget(remaining)
         plan = SlowPlan(self.rows, tokens)
         needed = self.demand(tokens)
         if sum(needed) > self.blocks.num_free():
@@ -110,29 +110,29 @@ class SlowScheduler:
 
     def map_sources(self) -> dict[int, int]:
         """New rows map their source's pages; return the tokens left to compute."""
-        wanted, blocks = {}, self.blocks
+        remaining, blocks = {}, self.blocks
         for row in self.live():
             seq_index = self.rows[row]
             have = len(blocks.histories[row])
-            wanted[row] = max(self.known(seq_index) - have, 0)
+            remaining[row] = max(self.known(seq_index) - have, 0)
             source = int(self.queue["sources"][seq_index])
             shared = int(self.queue["shared_lens"][seq_index])
-            is_new = wanted[row] and not have and shared and source != seq_index
+            is_new = remaining[row] and not have and shared and source != seq_index
             if not is_new or source not in self.rows:
                 continue
-            wanted[row] = 0
+            remaining[row] = 0
             # A source comes earlier in the order, and may just have mapped its own.
             parent = self.rows.index(source)
             if len(blocks.histories[parent]) >= shared:
                 own = range(len(self.rows))
                 blocks.fork([parent if r == row else r for r in own])
                 blocks.truncate([shared if r == row else -1 for r in own])
-                wanted[row] = self.known(seq_index) - shared
-        return wanted
+                remaining[row] = self.known(seq_index) - shared
+        return remaining
 
-    def hold_lockstep(self, wanted: dict[int, int]) -> None:
+    def hold_lockstep(self, remaining: dict[int, int]) -> None:
         """Lockstep rows wait with their last token while one has more tokens left."""
-        for request in self.requests([self.rows[row] for row in wanted]):
+        for request in self.requests([self.rows[row] for row in remaining]):
             rows = [self.rows.index(seq_index) for seq_index in request]
             if not self.queue["is_lockstep"][request[0]]:
                 continue
@@ -141,14 +141,14 @@ class SlowScheduler:
                 for row, seq_index in zip(rows, request, strict=True)
             ]
             if max(left) > 1:
-                wanted.update({row: max(wanted[row] - 1, 0) for row in rows})
+                remaining.update({row: max(remaining[row] - 1, 0) for row in rows})
 
-    def split_budget(self, wanted: dict[int, int]) -> list[int]:
-        tokens = [int(wanted.get(row) == 1) for row in range(len(self.rows))]
+    def split_budget(self, remaining: dict[int, int]) -> list[int]:
+        tokens = [int(remaining.get(row) == 1) for row in range(len(self.rows))]
         budget = self.config.max_num_batched_tokens - sum(tokens)
         for row in self.live():
-            if wanted[row] > 1:
-                tokens[row] = min(budget, wanted[row])
+            if remaining[row] > 1:
+                tokens[row] = min(budget, remaining[row])
                 budget -= tokens[row]
         return tokens
 

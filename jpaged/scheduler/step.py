@@ -166,7 +166,7 @@ def _map_sources(
 def _hold_lockstep(
     queue: Queue, rows: jax.Array, blocks: BlockState, remaining: jax.Array
 ) -> jax.Array:
-    """Return `remaining` without the last token of lockstep rows that must wait, i32[S].
+    """Return `remaining` without the last tokens of waiting lockstep rows, i32[S].
 
     A row waits while another row of its request has more than its last token left.
     """

@@ -28,10 +28,14 @@ def switch_in_place(
     """
     for number, branch in enumerate(branches):
 
-        def body(state, branch=branch):
+        def body(
+            state: tuple[jax.Array, Carry], branch: Callable[[Carry], Carry] = branch
+        ) -> tuple[jax.Array, Carry]:
             return jnp.int32(-1), branch(state[1])
 
-        def is_chosen(state, number=number):
+        def is_chosen(
+            state: tuple[jax.Array, Carry], number: int = number
+        ) -> jax.Array:
             return state[0] == number
 
         index, carry = lax.while_loop(is_chosen, body, (index, carry))

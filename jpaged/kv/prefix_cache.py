@@ -83,11 +83,11 @@ def match(
     paths = jnp.full((num_rows, cdiv(length, block_size)), NO_BLOCK, jnp.int32)
     parents = jnp.full((num_rows,), num_blocks, jnp.int32)
 
-    def is_unfinished(carry) -> jax.Array:
+    def is_unfinished(carry: tuple) -> jax.Array:
         _, _, depths, ends = carry
         return jnp.any(depths < ends)
 
-    def descend(carry):
+    def descend(carry: tuple) -> tuple:
         paths, parents, depths, ends = carry
         rows = jnp.arange(num_rows)
         chunks = block_tokens(tokens, seq_indices, depths, block_size)
@@ -139,15 +139,15 @@ def insert(
     # A row's nodes come first, so its last full block tells whether all are nodes.
     has_new = (num_full > 0) & ~is_node(cache, last)
 
-    def insert_all(carry):
+    def insert_all(carry: tuple) -> tuple:
         cache, blocks = carry
         columns = _num_nodes(cache, blocks.block_tables, num_full)
 
-        def is_unfinished(carry) -> jax.Array:
+        def is_unfinished(carry: tuple) -> jax.Array:
             _, _, columns, ends = carry
             return jnp.any(columns < ends)
 
-        def insert_one(carry):
+        def insert_one(carry: tuple) -> tuple:
             cache, blocks, columns, ends = carry
             return insert_next_blocks(cache, blocks, columns, ends, tokens, seq_indices)
 
@@ -207,7 +207,7 @@ def forget(cache: PrefixCache, blocks: jax.Array) -> PrefixCache:
     index = jnp.where(blocks == NO_BLOCK, num_blocks, blocks)
     removed = jnp.zeros((num_blocks,), jnp.bool_).at[index].set(True, mode="drop")
 
-    def add_children(carry):
+    def add_children(carry: tuple) -> tuple:
         removed, _ = carry
         is_child = removed.at[cache.parents].get(mode="fill", fill_value=False)
         more = removed | (is_child & is_cached(cache))
@@ -229,11 +229,11 @@ def _num_nodes(
     A row's nodes come first, so a binary search finds their end.
     """
 
-    def is_unfinished(carry) -> jax.Array:
+    def is_unfinished(carry: tuple) -> jax.Array:
         low, high = carry
         return jnp.any(low < high)
 
-    def halve(carry):
+    def halve(carry: tuple) -> tuple:
         low, high = carry
         middle = (low + high) // 2
         is_more = is_node(cache, entry_at(table_SM, middle)) & (low < high)
@@ -254,11 +254,16 @@ def _smallest(
     chosen = jnp.zeros_like(candidates)
     for keys in order:
 
-        def is_unfinished(carry) -> jax.Array:
+        def is_unfinished(carry: tuple) -> jax.Array:
             low, high = carry
             return low < high
 
-        def halve(carry, keys=keys, candidates=candidates, count=count):
+        def halve(
+            carry: tuple,
+            keys: jax.Array = keys,
+            candidates: jax.Array = candidates,
+            count: jax.Array = count,
+        ) -> tuple:
             low, high = carry
             middle = low + (high - low) // 2
             is_enough = jnp.sum(candidates & (keys <= middle), dtype=jnp.int32) >= count

@@ -123,7 +123,6 @@ def insert_next_blocks(
     """
     num_blocks, block_size = cache.tokens.shape
     num_buckets, num_ways = cache.buckets.shape
-    rows = jnp.arange(columns.size)
     is_live = columns < ends
     chunks = block_tokens(tokens, seq_indices, columns, block_size)
     previous = entry_at(blocks.block_tables, columns - 1)
@@ -137,14 +136,11 @@ def insert_next_blocks(
     # Only the lowest row with keys in a bucket inserts its block in this pass. In the
     # next pass the others find that node, or insert a different key.
     is_new = is_live & (found.blocks == NO_BLOCK)
-    way_SW = found.buckets[:, None] * num_ways + jnp.arange(num_ways)[None, :]
-    is_empty_SW = _lookup(cache.parents, found.entries, NOT_CACHED) == NOT_CACHED
-    is_empty_SW |= _lookup(cache.ways, found.entries, NO_BLOCK) != way_SW
-    has_empty_way = jnp.any(is_empty_SW, axis=1)
+    rows = jnp.arange(columns.size)
     is_rival_SS = is_new[None, :] & (found.buckets[None, :] == found.buckets[:, None])
     is_rival_SS &= rows[None, :] < rows[:, None]
+    way, has_empty_way = _first_empty_way(cache, found)
     inserts = is_new & has_empty_way & ~jnp.any(is_rival_SS, axis=1)
-    way = jnp.argmax(is_empty_SW, axis=1).astype(jnp.int32)
     block = jnp.where(inserts, own, num_blocks)
     bucket = jnp.where(inserts, found.buckets, num_buckets)
     cache = dataclasses.replace(
@@ -161,6 +157,18 @@ def insert_next_blocks(
         columns + (is_known | inserts).astype(jnp.int32),
         jnp.where(is_new & ~has_empty_way, columns, ends),
     )
+
+
+def _first_empty_way(
+    cache: PrefixCache, found: TableHits
+) -> tuple[jax.Array, jax.Array]:
+    """Return the first empty way of each row's bucket, and whether it exists, [S]."""
+    _, num_ways = cache.buckets.shape
+    way_SW = found.buckets[:, None] * num_ways + jnp.arange(num_ways)[None, :]
+    is_empty_SW = _lookup(cache.parents, found.entries, NOT_CACHED) == NOT_CACHED
+    is_empty_SW |= _lookup(cache.ways, found.entries, NO_BLOCK) != way_SW
+    way = jnp.argmax(is_empty_SW, axis=1).astype(jnp.int32)
+    return way, jnp.any(is_empty_SW, axis=1)
 
 
 def _replace_by_nodes(

@@ -131,12 +131,12 @@ def swap_blocks(
     without swaps costs little.
     """
 
-    def move_out(carry):
+    def move_out(carry: tuple) -> tuple:
         device, host, swapped = carry
         device, host, copies, ok = swap_out_rows(device, host, out)
         return device, host, dataclasses.replace(swapped, out=copies, ok=ok)
 
-    def move_in(carry):
+    def move_in(carry: tuple) -> tuple:
         device, host, swapped = carry
         device, host, copies, ok = swap_in_rows(device, host, into, kept)
         ok &= swapped.ok

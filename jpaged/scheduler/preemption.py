@@ -180,12 +180,7 @@ def swap_in_request(
     is_mine = is_swapped & (queue.leaders == leader)
     is_valid = is_mine[first]
 
-    size = blocks.block_size
-    stored = cdiv(host.context_lens[first], size)
-    mapped = jnp.where(stored == 0, mapped_tokens(queue, first) // size, stored)
-    known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
-    demand = swap.swap_in_demand(host, jnp.where(is_valid, first, NO_REQUEST))
-    demand += jnp.where(is_valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)
+    demand = _swap_in_demand(queue, host, first, is_valid)
     number = jnp.arange(num_rows, dtype=jnp.int32)
     fits = is_valid & (number < num_open_rows(queue, rows, scheduler_params))
     fits &= jnp.cumsum(demand) <= spare_blocks(
@@ -205,3 +200,15 @@ def swap_in_request(
     into = jnp.where(is_filled, first[number], NO_REQUEST)
     rows = jnp.where(is_filled, into, rows)
     return queue, rows, swaps._replace(into=into)
+
+
+def _swap_in_demand(
+    queue: Queue, host: BlockState, first: jax.Array, is_valid: jax.Array
+) -> jax.Array:
+    """Return the blocks of the sequences `first` and of their next tokens, i32[S]."""
+    size = host.block_size
+    stored = cdiv(host.context_lens[first], size)
+    mapped = jnp.where(stored == 0, mapped_tokens(queue, first) // size, stored)
+    known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
+    demand = swap.swap_in_demand(host, jnp.where(is_valid, first, NO_REQUEST))
+    return demand + jnp.where(is_valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)

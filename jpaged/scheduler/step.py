@@ -66,18 +66,15 @@ def schedule(
         the default.
 
     Returns:
-      The queue, rows and blocks after the step's preemptions and admissions, and the
-      plan. After the plan's swaps, `block_manager.append(blocks, plan.num_tokens)`
-      always succeeds. Rows that are swapped out are empty in `rows` and still have
-      their blocks in `blocks`.
+      The queue, rows and blocks after preemption and admission, and the plan. After the
+      plan's swaps, `block_manager.append(blocks, plan.num_tokens)` always succeeds.
+      Rows that are swapped out are empty in `rows` and keep their blocks in `blocks`.
     """
     limits = config.scheduler_params
     settings = (
         limits if scheduler_params is None else scheduler_params.limited_to(limits)
     )
-    blocks, remaining = _map_sources(queue, rows, blocks)
-    remaining = _hold_lockstep(queue, rows, blocks, remaining)
-    num_tokens = _split_budget(queue, rows, remaining, settings)
+    blocks, num_tokens = _plan_running_rows(queue, rows, blocks, settings)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
     swaps = None if host is None else Swaps.none(rows)
@@ -96,9 +93,34 @@ def schedule(
             lambda carry: swap_in_request(*carry, blocks, needed, host, settings),
             (queue, rows, swaps),
         )
+    carry = (queue, rows, blocks, num_tokens, jnp.int32(0))
+    carry = _admit_waiting(carry, is_open, config, hits, needed, settings)
+    queue, rows, blocks, num_tokens, num_admitted = carry
+    plan = StepPlan(num_tokens, num_preempted, num_admitted, swaps)
+    return queue, rows, blocks, plan
+
+
+def _plan_running_rows(
+    queue: Queue, rows: jax.Array, blocks: BlockState, settings: SchedulerParams
+) -> tuple[BlockState, jax.Array]:
+    """Return the blocks after new rows mapped their sources, and each row's tokens."""
+    blocks, remaining = _map_sources(queue, rows, blocks)
+    remaining = _hold_lockstep(queue, rows, blocks, remaining)
+    return blocks, _split_budget(queue, rows, remaining, settings)
+
+
+def _admit_waiting(
+    carry: tuple,
+    is_open: jax.Array,
+    config: EngineConfig,
+    hits: Hits | None,
+    needed: jax.Array,
+    settings: SchedulerParams,
+) -> tuple:
+    """Admit waiting requests if admission is open; `carry` is as for `admit`."""
     if hits is None:
-        hits = Hits.none(queue.status.shape[0], config.max_blocks_per_seq)
-    carry = when(
+        hits = Hits.none(carry[0].status.shape[0], config.max_blocks_per_seq)
+    return when(
         is_open,
         lambda carry: admit(
             *carry,
@@ -107,11 +129,8 @@ def schedule(
             policy=config.policy,
             scheduler_params=settings,
         ),
-        (queue, rows, blocks, num_tokens, jnp.int32(0)),
+        carry,
     )
-    queue, rows, blocks, num_tokens, num_admitted = carry
-    plan = StepPlan(num_tokens, num_preempted, num_admitted, swaps)
-    return queue, rows, blocks, plan
 
 
 def _map_sources(
@@ -134,7 +153,7 @@ def _map_sources(
     shared = row_values(queue.shared_lens, rows)
     is_new = (sources != rows) & (blocks.context_lens == 0) & (shared > 0) & ~is_idle
 
-    def map_all(carry):
+    def map_all(carry: tuple) -> tuple:
         blocks, remaining = carry
         is_source = (rows[None, :] == sources[:, None]) & is_new[:, None]
         source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)

@@ -17,7 +17,7 @@ from tests.support.runners import on_eight_devices
 pytestmark = pytest.mark.long
 
 # Sums over devices have another order than sums over one matrix. In float32,
-# differences of up to 1.3e-6 of the largest logit occurred. The planted fault is larger.
+# differences of up to 1.3e-6 of the largest logit occurred; the planted fault has more.
 TOLERANCE = 1e-5
 
 
@@ -96,7 +96,8 @@ def test_errors_name_the_sizes_that_would_work(found):
     refusals = found["refusals"]
     for key, parts in {
         "too many": [
-            "at most the 8 visible devices, got tensor=4, expert=1, data=3, in total 12",
+            "at most the 8 visible devices, got tensor=4, expert=1, data=3, ",
+            "in total 12",
             "tensor=4, expert=1, data=2 would work",
             "--xla_force_host_platform_device_count=12",
         ],

@@ -234,7 +234,7 @@ def config_of(name: str, capacity: str):
 
 
 @pytest.mark.parametrize(("name", "capacity"), POOLS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(events=walks.workloads(), is_eager=st.booleans())
 def test_any_workload_ends_and_every_row_reads_its_history(
     name, capacity, events, is_eager

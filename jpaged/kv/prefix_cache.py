@@ -1,9 +1,10 @@
 """Prefix cache: which blocks store which prefixes, a radix tree as arrays.
 
-Pipeline: request table -> [prefix_cache] -> scheduler; beside the block manager. Before
-a request is scheduled, `match` finds the blocks of its longest cached prefix. After a
-step, `insert` adds the blocks that became full. `evict` removes unused blocks when
-blocks are needed.
+Pipeline: request table -> [prefix_cache] -> scheduler.
+
+Before a request is scheduled, `match` finds the blocks of its longest cached prefix.
+After a step, `insert` adds the blocks that became full. `evict` removes unused blocks
+when blocks are needed.
 
 A full block can be a *node* of the tree. A node stays in the cache when no row uses its
 block any more: its `ref_counts` is 0, so it counts as free, but `append` is told to

@@ -37,9 +37,7 @@ class Queue:
     prompt_lens: jax.Array  # i32[R]
     num_tokens: jax.Array  # i32[R], known tokens: the prompt and generated tokens
     leaders: jax.Array  # i32[R], sequence index of the request's first sequence
-    sources: (
-        jax.Array
-    )  # i32[R], sequence whose blocks it maps at its start; itself: none
+    sources: jax.Array  # i32[R], sequence whose blocks it first maps; itself: none
     shared_lens: jax.Array  # i32[R], tokens that it maps from its source
     is_lockstep: jax.Array  # bool[R], decodes only together with its request's others
     has_ended: jax.Array  # bool[R], takes no part while its lockstep request continues

@@ -24,7 +24,7 @@ from jpaged.arithmetic import cdiv
 from jpaged.kv.block_state import NO_BLOCK as NO_BLOCK
 from jpaged.kv.block_state import BlockState as BlockState
 from jpaged.kv.block_state import init_state as init_state
-from jpaged.kv.block_state import num_blocks_per_row, per_row
+from jpaged.kv.block_state import num_blocks_per_row, row_array
 from jpaged.kv.block_state import num_free_blocks as num_free_blocks
 from jpaged.kv.block_state import violations as violations
 from jpaged.kv.free_blocks import FreeBits, lowest_free_blocks, pack_free_blocks
@@ -80,7 +80,7 @@ def append(
 
     Source: paper Sections 4.3 and 4.4.
     """
-    num_tokens = per_row("num_tokens", num_tokens, state)
+    num_tokens = row_array("num_tokens", num_tokens, state)
     last, copies, added = _demand(state, num_tokens)
     capacity = state.block_tables.shape[1] * state.block_size
     fits = (num_tokens >= 0) & (num_tokens <= capacity - state.context_lens)
@@ -118,7 +118,7 @@ def blocks_needed(state: BlockState, num_tokens: jax.Array) -> jax.Array:
     `num_tokens` are set to 0, the sum never grows, but the count of a single row may:
     the row may no longer be the last owner of a block.
     """
-    _, copies, added = _demand(state, per_row("num_tokens", num_tokens, state))
+    _, copies, added = _demand(state, row_array("num_tokens", num_tokens, state))
     return copies + added
 
 
@@ -141,7 +141,7 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
 
     Source: paper Sections 4.4 (sharing) and 5.2 (fork, append, free suffice).
     """
-    parents = per_row("parents", parents, state)
+    parents = row_array("parents", parents, state)
     (max_seqs,) = state.context_lens.shape
     rows = jnp.arange(max_seqs)
     parents = jnp.where((parents >= 0) & (parents < max_seqs), parents, max_seqs)
@@ -175,7 +175,7 @@ def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockS
     >>> state.block_tables.tolist(), state.ref_counts.tolist()
     ([[0, 1], [0, -1]], [2, 1, 0, 0])
     """
-    lens = per_row("lens", lens, state)
+    lens = row_array("lens", lens, state)
     _, max_blocks_per_seq = state.block_tables.shape
     adopts = (lens > 0) & (state.context_lens == 0)
     column = jnp.arange(max_blocks_per_seq)[None, :]
@@ -194,7 +194,7 @@ def free(state: BlockState, rows: jax.Array) -> BlockState:
 
     A block becomes free when no row uses it any more.
     """
-    rows = per_row("rows", rows, state, dtype=jnp.bool_)
+    rows = row_array("rows", rows, state, dtype=jnp.bool_)
     (max_seqs,) = rows.shape
     return fork(state, jnp.where(rows, NO_BLOCK, jnp.arange(max_seqs)))
 
@@ -206,7 +206,7 @@ def truncate(state: BlockState, context_lens: jax.Array) -> BlockState:
     row unchanged. Blocks after the new end are released. A row may end inside a block
     that other rows share; its next append copies that block.
     """
-    context_lens = per_row("context_lens", context_lens, state)
+    context_lens = row_array("context_lens", context_lens, state)
     _, max_blocks_per_seq = state.block_tables.shape
     is_shorter = (context_lens >= 0) & (context_lens < state.context_lens)
     context_lens = jnp.where(is_shorter, context_lens, state.context_lens)
@@ -247,7 +247,7 @@ def exclusive_blocks(state: BlockState, order: jax.Array) -> jax.Array:
     >>> exclusive_blocks(state, jnp.array([1, 0])).tolist()
     [0, 2]
     """
-    order = per_row("order", order, state)
+    order = row_array("order", order, state)
     (num_blocks,) = state.ref_counts.shape
     (max_seqs,) = order.shape
 

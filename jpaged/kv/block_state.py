@@ -74,7 +74,7 @@ def num_blocks_per_row(state: BlockState) -> jax.Array:
     return cdiv(state.context_lens, state.block_size)
 
 
-def per_row(
+def row_array(
     name: str, value: jax.Array, state: BlockState, dtype: type = jnp.int32
 ) -> jax.Array:
     """Return `value` as an array of shape [S] and type `dtype`.

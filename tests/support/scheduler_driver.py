@@ -430,7 +430,7 @@ class Driver:
 
     def length(self, seq_index: int) -> int:
         """Number of tokens that a running sequence has computed."""
-        return int(self.blocks.context_lens[self._row_of()[seq_index]])
+        return int(np.asarray(self.blocks.context_lens)[self._row_of()[seq_index]])
 
     def table(self, seq_index: int) -> list[int]:
         """Blocks of a running sequence."""

@@ -97,8 +97,8 @@ def attend_layers(
     shared = None
     if is_cascade:  # found once for all layers, as a decoder would
         tables, lens = arguments["block_tables"], arguments["context_lens"]
-        shared = shared_prefix.find(
-            tables, lens, FLAGS.block_size, least_tokens=1, least_saved=1
+        shared = shared_prefix.find_shared_prefix(
+            tables, lens, FLAGS.block_size, min_prefix_tokens=1, min_saved_tokens=1
         )
 
     def layer(index, q):
@@ -156,8 +156,8 @@ def measure(
         FLAGS.repeats,
     )
     tables, lens = arguments["block_tables"], arguments["context_lens"]
-    groups = shared_prefix.find(
-        tables, lens, FLAGS.block_size, least_tokens=1, least_saved=1
+    groups = shared_prefix.find_shared_prefix(
+        tables, lens, FLAGS.block_size, min_prefix_tokens=1, min_saved_tokens=1
     )
     reads = shared_prefix.num_tokens_read(groups, lens, FLAGS.block_size)
     token_bytes = 2 * FLAGS.num_kv_heads * FLAGS.head_dim * plain.dtype.itemsize

@@ -203,7 +203,7 @@ def replay(
         max_seqs=1,
         max_blocks_per_seq=longest,
     )
-    cache = prefix_cache.init_cache(capacity + longest, 1)
+    cache = prefix_cache.init_prefix_cache(capacity + longest, 1)
     begin = time.perf_counter()
     # A prompt of no blocks changes nothing.
     empty = np.zeros((REQUESTS_PER_CALL, longest), np.int32)

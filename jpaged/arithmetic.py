@@ -1,4 +1,4 @@
-"""Integer arithmetic on Python numbers and arrays alike."""
+"""Integer arithmetic for Python numbers and arrays."""
 
 from typing import Any
 

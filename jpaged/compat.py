@@ -1,4 +1,4 @@
-"""Differences between jax versions and backends, in one place."""
+"""Differences between jax versions and platforms, in one place."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from jax.experimental import compute_on
 
 Carry = TypeVar("Carry")
 
-# Where an array lies, for `jax.device_put`. Every backend has both; `import jax.memory`
-# fails on some versions, the attribute is there on all.
+# Memory spaces for `jax.device_put`. Every platform has both. `import jax.memory` fails
+# on some versions; the attribute exists on all.
 DEVICE_MEMORY, HOST_MEMORY = jax.memory.Space.Device, jax.memory.Space.Host
 
 
 def switch_in_place(
     index: jax.Array, branches: Sequence[Callable[[Carry], Carry]], carry: Carry
 ) -> Carry:
-    """`branches[index](carry)`, with large arrays in `carry` updated in place.
+    """Return `branches[index](carry)`, updating large arrays in `carry` in place.
 
-    `lax.switch` inside a loop copies what its branches write on the CPU of jax 0.10
-    (docs/decisions/branches.md); loops of one trip or none do not, on any version.
-    No branch is taken where `index` is out of range.
+    On CPUs with jax 0.10, `lax.switch` inside a loop copies the arrays that its
+    branches write (docs/decisions/branches.md). Loops with one iteration or none do not
+    copy, on any version. If `index` is out of range, `carry` is returned unchanged.
     """
     for number, branch in enumerate(branches):
 
-        def body(state, branch=branch):
+        def body(
+            state: tuple[jax.Array, Carry], branch: Callable[[Carry], Carry] = branch
+        ) -> tuple[jax.Array, Carry]:
             return jnp.int32(-1), branch(state[1])
 
-        def is_chosen(state, number=number):
+        def is_chosen(
+            state: tuple[jax.Array, Carry], number: int = number
+        ) -> jax.Array:
             return state[0] == number
 
         index, carry = lax.while_loop(is_chosen, body, (index, carry))
@@ -41,37 +45,43 @@ def switch_in_place(
 def when(
     predicate: jax.Array, function: Callable[[Carry], Carry], carry: Carry
 ) -> Carry:
-    """`function(carry)` where the scalar `predicate` holds, else `carry`; in place."""
+    """Return `function(carry)` if the scalar `predicate` is True, else `carry`.
+
+    Large arrays in `carry` are updated in place.
+    """
     return switch_in_place(jnp.where(predicate, 0, -1), [function], carry)
 
 
 def ordered(index: jax.Array, after: jax.Array) -> jax.Array:
-    """`index`, i32, made to depend on `after`, i32 above the least number there is.
+    """Return `index`, i32, with a data dependency on `after`.
 
-    Where a loop reads an array that is then written at `index`, XLA keeps a copy of the
-    whole array for the loop, unless it sees that the loop comes first.
+    If a loop reads an array that is written at `index` later, XLA copies the whole
+    array for the loop, unless it sees that the loop runs first. `after` is any i32
+    array that the loop returns; its entries must not be the smallest int32.
     """
     least = jnp.iinfo(jnp.int32).min
     return index + jnp.where(jnp.min(after) == least, 1, 0)
 
 
 def rewrites_on_update(dtype: jnp.dtype, platform: str) -> bool:
-    """Whether writing a slice of a donated array takes as long as writing all of it.
+    """Return whether writing a slice of a donated array costs as much as all of it.
 
-    So for bfloat16 on CPUs before jax 0.12, where XLA updates it by way of float32.
+    True for bfloat16 on CPUs before jax 0.12, where XLA converts the array to float32
+    and back.
     """
     is_slow = platform == "cpu" and jax.__version_info__ < (0, 12)
     return is_slow and dtype == jnp.bfloat16
 
 
 def zeros(shape: Sequence[int], dtype: str, memory: Any) -> jax.Array:
-    """Zeros on the device or in the host's pinned memory, and nowhere else on the way.
+    """Return zeros that are created directly in the device's or host's pinned memory.
 
-    Made on a TPU and then sent to the host, they would need as much memory there first.
+    Zeros that are created on a TPU and then sent to the host need the same amount of
+    TPU memory first.
     """
     if memory == DEVICE_MEMORY:
         return jnp.zeros(shape, dtype)
-    # What was `compute_on2` is `compute_on` on jax 0.12, the context manager is gone.
+    # jax 0.12 renames `compute_on2` to `compute_on` and removes the context manager.
     compute: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
     make = compute(
         lambda: jnp.zeros(shape, dtype),
@@ -82,9 +92,10 @@ def zeros(shape: Sequence[int], dtype: str, memory: Any) -> jax.Array:
 
 
 def load_from_gpu_memory(ref: Any) -> jax.Array:
-    """What a reference in a Mosaic GPU kernel refers to, in registers, by plain loads.
+    """Load the array of a reference in a Mosaic GPU kernel into registers.
 
-    Before jax 0.12 the index is an argument; none, of a reference that has its own.
+    It uses plain loads. Before jax 0.11, `load` requires an index; the reference has
+    its own, so the index is empty.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

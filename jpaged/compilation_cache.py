@@ -1,7 +1,7 @@
-"""Compilation cache: compiled programs outlive the process, in a user's cache folder.
+"""Compilation cache: compiled programs are kept in the user's cache folder.
 
-Beside the road. A second process that runs the same model with the same sizes loads
-its programs instead of compiling them.
+A second process that runs the same model with the same sizes loads its programs instead
+of compiling them.
 """
 
 from __future__ import annotations
@@ -11,28 +11,27 @@ import os
 import pathlib
 import platform
 import sys
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-# jax keeps only what took a second to compile; most of our small programs do not.
+# By default jax stores only programs that compile for a second or longer. Most programs
+# of small models compile faster.
 LEAST_COMPILE_S = 0.1
-_JAX_LEAST_COMPILE_S = 1.0  # jax's default, so that a user's choice is recognised
+_JAX_LEAST_COMPILE_S = 1.0  # jax's default, to recognise a user's own setting
 
 
 def turn_on() -> pathlib.Path | None:
-    """The folder that is now used; None where nothing was changed.
+    """Turn on jax's compilation cache, and return its folder.
 
-    Nothing is changed where the user configured jax's cache (or switched it off),
-    where JPAGED_COMPILATION_CACHE=off, and, silently, where the folder cannot be
-    written.
+    Nothing is changed, and None is returned, if the user configured jax's cache or
+    turned it off, if JPAGED_COMPILATION_CACHE=off, or if the folder is not writable.
     """
     if os.environ.get("JPAGED_COMPILATION_CACHE", "").lower() == "off":
         return None
-    if (
-        jax.config.jax_compilation_cache_dir
-        or not jax.config.jax_enable_compilation_cache
-    ):
+    config: Any = jax.config  # its options are not declared as attributes
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None
     folder = user_folder() / _machine()
     try:
@@ -45,13 +44,13 @@ def turn_on() -> pathlib.Path | None:
     name = "jax_persistent_cache_min_compile_time_secs"
     if getattr(jax.config, name) == _JAX_LEAST_COMPILE_S:
         jax.config.update(name, LEAST_COMPILE_S)
-    # jax looks for a folder when it compiles the first program, and never again.
+    # jax reads the setting only once, when it compiles the first program.
     jax_cache.reset_cache()
     return folder
 
 
 def user_folder() -> pathlib.Path:
-    """Where this user's programs keep what they can make again."""
+    """Return the folder for compiled programs in the user's cache directory."""
     if configured := os.environ.get("XDG_CACHE_HOME"):
         base = pathlib.Path(configured)
     elif sys.platform == "darwin":
@@ -65,10 +64,10 @@ def user_folder() -> pathlib.Path:
 
 
 def _machine() -> str:
-    """A name for this kind of processor.
+    """Return a name for this kind of processor.
 
-    A home folder may be shared by machines, and a program that was compiled for one
-    processor can use instructions that another one lacks.
+    Machines may share a home folder, and a program that is compiled for one processor
+    can use instructions that another one does not have.
     """
     features = platform.processor()
     try:

@@ -1,15 +1,20 @@
-"""Configuration of the engine: one frozen dataclass; invalid values raise at once."""
+"""Configuration of the engine: frozen dataclasses; invalid values raise ValueError."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from jpaged import policies
 from jpaged.arithmetic import cdiv
+
+if TYPE_CHECKING:  # `decoding` imports nothing from here; not needed at run time
+    from jpaged.decoding.base import DecodingAlgorithm
+    from jpaged.decoding.constraints import AutomataSizes
+    from jpaged.decoding.rule_arrays import RuleSizes
 
 PREEMPTIONS = ("recompute", "swap")
 _MAY_BE_ZERO = (
@@ -20,22 +25,21 @@ _MAY_BE_ZERO = (
     "num_recorded_events",
     "num_recorded_steps",
 )
-
-
 DRAFT_METHODS = ("prompt_lookup", "model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How the engine guesses tokens ahead of the model (`jpaged.speculation`).
+    """Speculative decoding: how draft tokens are proposed (`engine.speculation`).
 
     Attributes:
-      method: "prompt_lookup": from the sequence's own text; "model": by a smaller one.
-      num_tokens: drafts of a row and step, at most.
-      min_ngram, max_ngram: last tokens that prompt lookup looks for.
+      method: "prompt_lookup" copies drafts from the sequence's own tokens; "model"
+        samples them from a smaller model.
+      num_tokens: largest number of drafts per row and step.
+      min_ngram, max_ngram: how many of the last tokens prompt lookup searches for.
 
     Raises:
-      ValueError: a value is none of these.
+      ValueError: an unknown method, or a number that is out of range.
     """
 
     method: str = "prompt_lookup"
@@ -58,6 +62,7 @@ class Speculation:
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
             f"{name}: expected an integer of at least {least}, got {value!r}"
@@ -66,46 +71,46 @@ def _check_integer(name: str, value: Any, least: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """The sizes that fix the engine's shapes, and the scheduler's choices.
+    """The engine's sizes, which fix array shapes, and the scheduler's settings.
 
     Attributes:
       num_blocks: physical KV blocks in the pool.
       block_size: tokens per block.
-      max_num_seqs: rows, the sequences that can run at the same time.
+      max_num_seqs: batch rows: sequences that can run at the same time.
       max_model_len: tokens of the longest sequence, prompt and output together.
       max_num_batched_tokens: tokens of one step, prompt chunks and decode tokens.
-      max_num_requests: places in the request table, waiting and running together.
+      max_num_requests: sequences in the request table, waiting and running together.
       max_num_stop_ids: token ids that can end one request, EOS included.
-      num_logprobs: most likely tokens kept with each generated token; 0 keeps only
-        the generated token's own log-probability.
+      num_logprobs: number of most likely tokens returned with each generated token; 0
+        returns only the generated token's own log-probability.
       prompt_logprobs: requests may ask for the log-probabilities of their prompts.
-      max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
-        the step's own.
-      policy: who is admitted first: a name of `policies.POLICIES`, or a function.
-        Requests' priorities count only under "priority", "weighted" and functions.
+      max_prompt_chunk: largest number of tokens of one prompt in one step; None: only
+        `max_num_batched_tokens` limits it.
+      policy: which request is admitted first: a name of `policies.POLICIES`, or a
+        function. Priorities of requests are used only by "priority", "weighted" and
+        functions.
       policy_parameters: numbers that the policy reads (`policies.Waiting.parameters`).
       watermark: share of the blocks that admission leaves free while others run.
-      preemption: what happens to the blocks of sequences that must give them back:
-        "recompute" forgets them, "swap" keeps them in the host's memory.
-      num_swap_blocks: blocks of the host's pool, with preemption="swap". Sequences for
-        which it has no room are computed again.
-      enable_prefix_caching: keep the blocks of ended sequences while there is room,
-        for others that begin alike (`prefix_cache`).
-      attention: implementation of paged attention; None is the backend's best.
-      cascade: rows that begin with the same blocks read them together, where that pays
-        (`jpaged.shared_prefix`).
-      max_num_prefixes: pinned prefixes at the same time; each takes a row beside
+      preemption: what happens to the blocks of preempted sequences: "recompute" frees
+        them, "swap" copies them to the host's memory.
+      num_swap_blocks: blocks of the host pool, with preemption="swap". Sequences that
+        do not fit into it are recomputed.
+      enable_prefix_caching: keep the blocks of finished sequences, while there is
+        space, for sequences with the same prefix (`prefix_cache`).
+      attention: backend of paged attention; None: the best for the platform.
+      cascade: rows that share a prefix read its blocks together, where that is faster
+        (`shared_prefix`).
+      max_num_prefixes: pinned prefixes at the same time; each uses a row in addition to
         `max_num_seqs`, and its blocks.
       max_beam_width: rows of the widest beam search; 0 compiles none.
-      rules: room for the logits rules of requests (penalties, biases, ...), a
-        RuleSizes; None compiles none.
-      automata: room for what structured output compiles to, an AutomataSizes; None
+      rules: capacities for the logits rules of requests (penalties, biases, ...); None
         compiles none.
-      speculation: how tokens are guessed ahead; None does not.
-      algorithms: further decoding algorithms, each with its number of rows: pairs
-        (DecodingAlgorithm, num_rows). Compiled into the step.
-      num_recorded_events, num_recorded_steps: the last events and steps that the state
-        keeps for whoever looks (`jpaged.timeline`); 0 keeps none.
+      automata: capacities for compiled structured output; None compiles none.
+      speculation: how draft tokens are proposed; None: no speculation.
+      algorithms: further decoding algorithms, each with its number of rows. They are
+        compiled into the step.
+      num_recorded_events, num_recorded_steps: how many of the last events and steps the
+        state records (`engine.events`); 0 records none.
 
     Raises:
       ValueError: a size is too small for another, or the policy is unknown.
@@ -131,54 +136,29 @@ class EngineConfig:
     cascade: bool = False
     max_num_prefixes: int = 0
     max_beam_width: int = 0
-    rules: Any = None
-    automata: Any = None
+    rules: RuleSizes | None = None
+    automata: AutomataSizes | None = None
     speculation: Speculation | None = None
-    algorithms: tuple[tuple[Any, int], ...] = ()
+    algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in _MAY_BE_ZERO else 1
-            if field.type != "int":
-                continue
-            _check_integer(field.name, value, least)
-        self._check_parameters()
+            if field.type == "int":
+                least = 0 if field.name in _MAY_BE_ZERO else 1
+                _check_integer(field.name, getattr(self, field.name), least)
         if self.max_prompt_chunk is not None:
             _check_integer("max_prompt_chunk", self.max_prompt_chunk, least=1)
+        self._check_policy_parameters()
         if not 0 <= self.watermark < 1:
             raise ValueError(
                 f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"
             )
         self._check_preemption()
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                "max_num_batched_tokens: expected at least max_num_seqs "
-                f"({self.max_num_seqs}), for every running sequence decodes one token "
-                f"a step, got {self.max_num_batched_tokens}; raise it, or lower "
-                "max_num_seqs"
-            )
-        if self.max_num_requests < self.num_rows:
-            raise ValueError(
-                f"max_num_requests: expected at least max_num_seqs and "
-                f"max_num_prefixes together ({self.num_rows}), got "
-                f"{self.max_num_requests}"
-            )
-        if self.max_beam_width > self.max_num_seqs:
-            raise ValueError(
-                f"max_beam_width: expected at most max_num_seqs ({self.max_num_seqs}), "
-                f"for all beams run in one batch, got {self.max_beam_width}"
-            )
-        for algorithm, num_rows in self.algorithms:
-            if not 1 <= num_rows <= self.max_num_seqs:
-                raise ValueError(
-                    f"algorithms: expected from 1 to max_num_seqs "
-                    f"({self.max_num_seqs}) rows, got {num_rows} for {algorithm!r}"
-                )
+        self._check_capacities()
 
-    def _check_parameters(self) -> None:
+    def _check_policy_parameters(self) -> None:
         given = self.policy_parameters
         if not isinstance(given, tuple) or not all(
             isinstance(one, int | float) and math.isfinite(one) for one in given
@@ -186,7 +166,32 @@ class EngineConfig:
             raise ValueError(
                 f"policy_parameters: expected a tuple of finite numbers, got {given!r}"
             )
-        policies.check(self.policy, given)
+        policies.check_policy(self.policy, given)
+
+    def _check_capacities(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                "max_num_batched_tokens: expected at least max_num_seqs "
+                f"({self.max_num_seqs}), because every running sequence decodes one "
+                f"token per step, got {self.max_num_batched_tokens}; increase it, or "
+                "decrease max_num_seqs"
+            )
+        if self.max_num_requests < self.num_rows:
+            raise ValueError(
+                f"max_num_requests: expected at least max_num_seqs + max_num_prefixes "
+                f"({self.num_rows}), got {self.max_num_requests}"
+            )
+        if self.max_beam_width > self.max_num_seqs:
+            raise ValueError(
+                f"max_beam_width: expected at most max_num_seqs ({self.max_num_seqs}), "
+                f"because all beams run in one batch, got {self.max_beam_width}"
+            )
+        for algorithm, num_rows in self.algorithms:
+            if not 1 <= num_rows <= self.max_num_seqs:
+                raise ValueError(
+                    f"algorithms: expected from 1 to max_num_seqs "
+                    f"({self.max_num_seqs}) rows, got {num_rows} for {algorithm!r}"
+                )
 
     def _check_preemption(self) -> None:
         if self.preemption not in PREEMPTIONS:
@@ -196,25 +201,29 @@ class EngineConfig:
         if self.swaps and not self.num_swap_blocks:
             raise ValueError(
                 "num_swap_blocks: expected at least 1 with preemption='swap', got 0; "
-                "give the host's pool blocks, or take preemption='recompute'"
+                "set it to the size of the host pool, or use preemption='recompute'"
             )
         if self.num_swap_blocks and not self.swaps:
             raise ValueError(
                 "num_swap_blocks: expected 0 with preemption='recompute', got "
-                f"{self.num_swap_blocks}; take preemption='swap' to use them"
+                f"{self.num_swap_blocks}; set preemption='swap' to use them"
             )
 
     @property
     def swaps(self) -> bool:
-        """Whether preempted sequences keep their blocks in the host's memory."""
+        """Whether the blocks of preempted sequences are copied to the host's memory."""
         return self.preemption == "swap"
 
     def limits(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
-        """Lower (max_num_seqs, max_num_batched_tokens) that serve a small load as well.
+        """Return lower (max_num_seqs, max_num_batched_tokens) that suffice for a load.
 
-        A few classes, so that a program is compiled for each at most once: 1, 8 or all
-        rows; and at most 64 tokens a step where all prompts together have no more.
-        Never fewer rows than a beam search or an algorithm of the config takes.
+        There are few classes, so that few programs are compiled: 1, 8 or all rows; and
+        64 tokens per step if all prompts together have at most 64. The rows are never
+        fewer than a beam search or an algorithm of the config needs.
+
+        Args:
+          num_seqs: sequences of the load.
+          num_tokens: tokens of all its prompts together.
         """
         widest = max((rows for _, rows in self.algorithms), default=0)
         num_seqs = max(num_seqs, widest, self.max_beam_width)
@@ -225,7 +234,7 @@ class EngineConfig:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the block tables: of running sequences, and of pinned prefixes."""
+        """Rows of the block tables: for running sequences and for pinned prefixes."""
         return self.max_num_seqs + self.max_num_prefixes
 
     @property
@@ -234,40 +243,29 @@ class EngineConfig:
         return cdiv(self.max_model_len, self.block_size)
 
     @property
-    def largest_chunk(self) -> int:
-        """Tokens of one prompt in one step, at most."""
-        return min(
-            self.max_prompt_chunk or self.max_num_batched_tokens,
-            self.max_num_batched_tokens,
-        )
-
-    @property
     def uses_priorities(self) -> bool:
-        """Whether requests' priorities count."""
+        """Whether the policy reads the requests' priorities."""
         return callable(self.policy) or self.policy in ("priority", "weighted")
 
     @property
-    def num_watermark_blocks(self) -> int:
-        """Blocks that admission leaves free while others run."""
-        return int(self.watermark * self.num_blocks)
-
-    @property
     def scheduler_params(self) -> policies.SchedulerParams:
-        """The scheduler's numbers as arrays."""
+        """The scheduler's settings as arrays: their initial values and upper limits."""
+        chunk = self.max_prompt_chunk or self.max_num_batched_tokens
         return policies.SchedulerParams(
             parameters=jnp.array(self.policy_parameters, jnp.float32),
-            num_watermark_blocks=jnp.int32(self.num_watermark_blocks),
+            num_watermark_blocks=jnp.int32(int(self.watermark * self.num_blocks)),
             max_num_seqs=jnp.int32(self.max_num_seqs),
             max_num_batched_tokens=jnp.int32(self.max_num_batched_tokens),
-            max_prompt_chunk=jnp.int32(self.largest_chunk),
+            max_prompt_chunk=jnp.int32(min(chunk, self.max_num_batched_tokens)),
         )
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
-        """Numbers of rows for which a decode step is compiled, rising.
+        """Numbers of rows for which a decode step is compiled, ascending.
 
-        Powers of two, with one step between from 16 on, where a row costs time; one
-        size for up to four rows, which cost hardly more than one, and compile sooner.
+        Powers of two, and from 16 on one size between them, because there each row
+        costs time. Up to four rows have one size: they cost little more than one row,
+        and compile faster.
         """
         if self.max_num_seqs <= 4:
             return (self.max_num_seqs,)
@@ -275,17 +273,17 @@ class EngineConfig:
 
     @property
     def num_drafts(self) -> int:
-        """Drafts of a row and step, at most."""
+        """Largest number of drafts per row and step."""
         return 0 if self.speculation is None else self.speculation.num_tokens
 
     @property
     def max_num_logits(self) -> int:
-        """Rows of logits of a step: one for each row, and one for each draft."""
+        """Rows of logits in a step: one per batch row and one per draft."""
         return self.max_num_seqs * (1 + self.num_drafts)
 
     @property
     def logit_buckets(self) -> tuple[int, ...]:
-        """Numbers of rows of logits that are compiled."""
+        """Numbers of rows of logits for which a step is compiled."""
         more = _buckets((64, 128, 256), self.max_num_logits)
         rows = self.row_buckets
         return (*rows, *(size for size in more if size > rows[-1]))
@@ -294,7 +292,7 @@ class EngineConfig:
     def token_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens for which a step with prompt chunks is compiled.
 
-        A step with drafts is such a step too, with few tokens.
+        A step with drafts is also such a step, with few tokens.
         """
         few = (1 + self.num_drafts, 2 * (1 + self.num_drafts), 16)
         few = tuple(sorted({size for size in few if size < 32 and self.num_drafts}))
@@ -302,7 +300,7 @@ class EngineConfig:
 
 
 def _buckets(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
-    """The sizes below `largest`, doubled where they do not reach it, and `largest`."""
+    """Return the sizes below `largest`, extended by doubling, and `largest`."""
     buckets = [size for size in sizes if size < largest]
     while buckets and buckets[-1] * 2 < largest:
         buckets.append(buckets[-1] * 2)

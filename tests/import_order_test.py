@@ -24,7 +24,9 @@ LAYERS = {
     "compilation_cache": ["compat"],
     # scores of arrays: who is admitted first
     "policies":          [],
-    "config":            ["compat", "policies"],
+    # logits in, tokens and parents out: never sees a block
+    "decoding":          ["compat"],
+    "config":            ["compat", "policies", "decoding"],
     "params":            ["compat", "config"],
     "outputs":           [],
     # meshes and processes
@@ -46,8 +48,6 @@ LAYERS = {
     # the public attention functions over all kernels
     "attention":         ["compat", "config", "kv", "pages", "xla", "pallas", "triton"],
     "models":            ["compat", "config", "parallel", "kv", "attention"],
-    # logits in, tokens and parents out: never sees a block
-    "decoding":          ["compat"],
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
     # the engine's state, its step and its loop: pure functions

@@ -1,4 +1,4 @@
-"""Policies: who is admitted first, against sorting in Python."""
+"""Policies: which requests are admitted first, compared with sorting in Python."""
 
 import dataclasses
 import functools
@@ -40,50 +40,68 @@ def nan_for_odd_lengths(waiting: policies.Waiting) -> jax.Array:
     return jnp.where(odd & (waiting.prompt_lens > 8), jnp.nan, 0.0)
 
 
+# Each policy, and its sort key in Python.
+CASES = {
+    "fcfs": lambda i: 0,
+    "priority": lambda i: PRIORITIES[i],
+    "shortest_prompt": lambda i: LENGTHS[i],
+    "longest_prefix": lambda i: -CACHED[i],
+    cube_root_of_length: lambda i: LENGTHS[i],
+    longest_not_cached: lambda i: CACHED[i] - LENGTHS[i],
+    nan_for_odd_lengths: lambda i: LENGTHS[i] % 2 == 1 and LENGTHS[i] > 8,
+}
+
+
+def by_number(waiting: policies.Waiting) -> jax.Array:
+    """All policies of `CASES` in one program: the first parameter selects one."""
+    scores = [policies.find_policy(policy)(waiting) for policy in CASES]
+    number = waiting.parameters[0].astype(jnp.int32)
+    return jnp.stack([score.astype(jnp.float32) for score in scores])[number]
+
+
+BY_NUMBER = dataclasses.replace(CONFIG, policy=by_number, policy_parameters=(0.0,))
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def admit(lengths: jax.Array, cached: jax.Array, config: EngineConfig):
-    """One step with an empty engine and everybody waiting."""
+def schedule(num_tokens, cached, is_waiting, scheduler_params, config=BY_NUMBER):
+    """One step of an engine without running requests."""
     queue = dataclasses.replace(
         scheduler.init_queue(8),
-        status=jnp.full((8,), WAITING),
+        status=jnp.where(is_waiting, WAITING, scheduler.EMPTY),
         arrivals=jnp.array(ARRIVALS),
-        priorities=jnp.array(PRIORITIES if config.uses_priorities else [0] * 8),
-        prompt_lens=lengths,
-        num_tokens=lengths,
+        priorities=jnp.array(PRIORITIES),
+        prompt_lens=num_tokens,
+        num_tokens=num_tokens,
     )
     blocks = block_manager.init_state(
-        num_blocks=64, block_size=4, max_seqs=3, max_blocks_per_seq=16
+        num_blocks=config.num_blocks, block_size=4, max_seqs=3, max_blocks_per_seq=16
     )
-    # Blocks 48 to 63 are nobody's and hold what is cached.
-    tables = jnp.broadcast_to(48 + jnp.arange(16, dtype=jnp.int32), (8, 16))
+    # No row uses the last 16 blocks, and they store the cached prefix.
+    first = max(config.num_blocks - 16, 0)
+    tables = jnp.broadcast_to(first + jnp.arange(16, dtype=jnp.int32), (8, 16))
     hits = scheduler.Hits(tables, cached)
     rows = jnp.full((3,), scheduler.NO_REQUEST)
-    return scheduler.schedule(queue, rows, blocks, config, hits)
+    return scheduler.schedule(
+        queue, rows, blocks, config, hits, scheduler_params=scheduler_params
+    )
 
 
-def admitted(policy, **changes):
-    config = dataclasses.replace(CONFIG, policy=policy, **changes)
-    return admit(jnp.array(LENGTHS), jnp.array(CACHED), config)
+def admit_all(policy, **changes):
+    config = dataclasses.replace(BY_NUMBER, **changes)
+    number = jnp.array([list(CASES).index(policy)], jnp.float32)
+    settings = dataclasses.replace(config.scheduler_params, parameters=number)
+    is_waiting = jnp.ones((8,), jnp.bool_)
+    return schedule(jnp.array(LENGTHS), jnp.array(CACHED), is_waiting, settings)
 
 
-@pytest.mark.parametrize(
-    ("policy", "key"),
-    [
-        ("fcfs", lambda i: 0),
-        ("priority", lambda i: PRIORITIES[i]),
-        ("shortest_prompt", lambda i: LENGTHS[i]),
-        ("longest_prefix", lambda i: -CACHED[i]),
-        (cube_root_of_length, lambda i: LENGTHS[i]),
-        (longest_not_cached, lambda i: CACHED[i] - LENGTHS[i]),
-        (nan_for_odd_lengths, lambda i: LENGTHS[i] % 2 == 1 and LENGTHS[i] > 8),
-    ],
-)
-def test_the_rows_go_to_the_first_by_score_and_then_by_arrival(policy, key):
-    queue, rows, blocks, plan = admitted(policy)
+@pytest.mark.parametrize("policy", CASES)
+def test_requests_are_admitted_by_score_and_then_by_arrival(policy):
+    queue, rows, blocks, plan = admit_all(policy)
+    key = CASES[policy]
     order = sorted(range(8), key=lambda i: (key(i), ARRIVALS[i]))
     assert rows.tolist() == order[:3]
     assert np.flatnonzero(queue.status == RUNNING).tolist() == sorted(order[:3])
-    # What is cached is mapped, and the rest computed.
+    # Cached tokens are mapped, and the rest is computed.
     assert blocks.context_lens.tolist() == [CACHED[i] for i in order[:3]]
     assert plan.num_tokens.tolist() == [LENGTHS[i] - CACHED[i] for i in order[:3]]
     assert queue.num_cached.tolist() == [
@@ -91,31 +109,28 @@ def test_the_rows_go_to_the_first_by_score_and_then_by_arrival(policy, key):
     ]
 
 
-def test_a_prompt_gets_no_more_tokens_in_a_step_than_the_cap():
-    _, rows, _, plan = admitted("fcfs", max_prompt_chunk=7)
+def test_names_are_those_of_the_policies():
+    for name, policy in policies.POLICIES.items():
+        assert policies.find_policy(name) is policy is getattr(policies, name)
+
+
+def test_a_prompt_gets_at_most_max_prompt_chunk_tokens_per_step():
+    _, rows, _, plan = admit_all("fcfs", max_prompt_chunk=7)
     left = [LENGTHS[i] - CACHED[i] for i in rows.tolist()]
     assert max(left) > 7
     assert plan.num_tokens.tolist() == [min(n, 7) for n in left]
 
 
-def test_cached_blocks_that_nobody_uses_are_counted_as_taken():
-    # 10 blocks, four of them cached: a prompt that maps these needs all ten.
+def test_unused_cached_blocks_count_as_free_until_they_are_mapped():
     config = dataclasses.replace(CONFIG, num_blocks=10, watermark=0.0)
-    blocks = block_manager.init_state(
-        num_blocks=10, block_size=4, max_seqs=3, max_blocks_per_seq=16
+    num_tokens = jnp.array([8, 36] + [0] * 6)  # request 1 arrived first
+    cached = jnp.array([0, 16] + [0] * 6)
+    settings = config.scheduler_params
+    _, rows, blocks, plan = schedule(
+        num_tokens, cached, num_tokens > 0, settings, config
     )
-    queue = dataclasses.replace(
-        scheduler.init_queue(8),
-        status=jnp.array([WAITING, WAITING] + [scheduler.EMPTY] * 6),
-        arrivals=jnp.arange(8),
-        prompt_lens=jnp.array([36, 8] + [0] * 6),
-        num_tokens=jnp.array([36, 8] + [0] * 6),
-    )
-    tables = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (8, 16))
-    hits = scheduler.Hits(tables, jnp.array([16, 0] + [0] * 6))
-    rows = jnp.full((3,), scheduler.NO_REQUEST)
-    _, rows, blocks, plan = scheduler.schedule(queue, rows, blocks, config, hits)
-    assert rows.tolist() == [0, -1, -1]  # 9 blocks for it, and 2 do not fit beside
+    # Of 10 blocks, request 1 maps 4 cached ones and needs 5 more. Request 0 needs 2.
+    assert rows.tolist() == [1, -1, -1]
     assert block_manager.num_free_blocks(blocks) == 6
     kept = jnp.arange(10) < 4
     _, appended = block_manager.append(blocks, plan.num_tokens, kept)
@@ -127,18 +142,18 @@ def test_cached_blocks_that_nobody_uses_are_counted_as_taken():
     [
         ("lifo", "expected one of ('fcfs', 'priority', 'shortest_prompt'"),
         (3, "or a function of policies.Waiting, got 3"),
-        (lambda w: jnp.float32(1), r"of shape (8,) for the example, got float32"),
+        (lambda w: jnp.float32(1), "of shape (8,) for the example, got float32"),
         (lambda w: w.arrivals.astype(jnp.complex64), "expected a real number"),
         (lambda w: w.prompt_lens / w.num_preemptions * 0, "got NaN among"),
     ],
 )
-def test_a_policy_that_cannot_order_is_refused_at_once(policy, message):
+def test_a_policy_without_a_real_number_per_sequence_raises(policy, message):
     with pytest.raises(ValueError, match="policy: expected") as error:
         dataclasses.replace(CONFIG, policy=policy)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("cap", [0, -1, 2.5, True])
-def test_a_cap_on_prompt_chunks_is_at_least_one_token(cap):
+def test_max_prompt_chunk_is_at_least_one_token(cap):
     with pytest.raises(ValueError, match="max_prompt_chunk: expected an integer"):
         dataclasses.replace(CONFIG, max_prompt_chunk=cap)

@@ -140,7 +140,9 @@ def _trunk(
 
 def _with_groups(inputs: StepInputs, block_size: int) -> StepInputs:
     """The inputs with the rows that share beginnings, found once for all layers."""
-    found = shared_prefix.find(inputs.block_tables, inputs.context_lens, block_size)
+    found = shared_prefix.find_shared_prefix(
+        inputs.block_tables, inputs.context_lens, block_size
+    )
     return dataclasses.replace(inputs, shared_prefix=found)
 
 

@@ -50,8 +50,8 @@ from jpaged.scheduler import (
     SWAPPED,
     WAITING,
     Hits,
-    Plan,
     Queue,
+    StepPlan,
 )
 
 
@@ -88,7 +88,7 @@ class ScheduledStep:
     table: RequestTable
     rows: jax.Array  # i32[S]
     blocks: BlockState  # with room for the step's tokens
-    plan: Plan  # drafts not included
+    plan: StepPlan  # drafts not included
     num_drafts: jax.Array  # i32[S]
     appended: Append  # the copies to do first
     batch: Batch
@@ -192,7 +192,9 @@ def _swap_blocks(cache: PrefixCache | None, blocks, host_blocks, swaps) -> tuple
         cache = when(
             jnp.any(swaps.into != NO_REQUEST),
             lambda cache: prefix_cache.evict(
-                cache, blocks.ref_counts, jnp.sum(swap.demand(host_blocks, swaps.into))
+                cache,
+                blocks.ref_counts,
+                jnp.sum(swap.swap_in_demand(host_blocks, swaps.into)),
             ),
             cache,
         )

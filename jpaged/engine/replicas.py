@@ -57,7 +57,7 @@ def state_specs(state: State, mesh: Mesh) -> State:
 
     All are split by replicas, where there are several.
     """
-    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+    pages = parallel.partition_spec(parallel.split_tensor_axis(mesh), parallel.PAGES)
     return _but_pages(lambda _: _whole_or_each(mesh), state, pages)
 
 
@@ -66,14 +66,14 @@ def shardings(state: State, mesh: Mesh) -> State:
 
     Pages of the state's `host` part lie in the memory of the devices' hosts.
     """
-    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+    pages = parallel.partition_spec(parallel.split_tensor_axis(mesh), parallel.PAGES)
 
     def sharding(path: Any, spec: PartitionSpec, array: Any) -> NamedSharding:
         if not array.size:  # JAX splits none of these, whatever is asked for
             spec = WHOLE
         is_host = path[:1] == (_HOST,) and spec == pages
         kind = "pinned_host" if is_host else None
-        return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
+        return NamedSharding(parallel.split_tensor_axis(mesh), spec, memory_kind=kind)
 
     specs = state_specs(state, mesh)
     return jax.tree_util.tree_map_with_path(sharding, specs, state)
@@ -120,7 +120,7 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
         on_each,
-        mesh=parallel.cut(state.mesh),
+        mesh=parallel.split_tensor_axis(state.mesh),
         in_specs=(_param_specs(model, state.mesh), specs, *(WHOLE for _ in rest)),
         out_specs=specs,
         check_vma=False,
@@ -164,7 +164,7 @@ def _each(function, state, parts, out_specs) -> Any:
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
         on_each,
-        mesh=parallel.cut(state.mesh),
+        mesh=parallel.split_tensor_axis(state.mesh),
         in_specs=(specs, *(_whole_or_each(state.mesh) for _ in parts)),
         out_specs=out_specs(state, state.mesh),
         check_vma=False,

@@ -71,7 +71,7 @@ def save(folder: str | os.PathLike[str], state: EngineState) -> None:
     if folder.exists():
         raise FileExistsError(f"folder: wanted a new one, {folder} is there already")
     is_shared = distributed.is_shared(state.mesh)
-    number = distributed.first(os.getpid()) if is_shared else os.getpid()
+    number = distributed.number_of_process_0(os.getpid()) if is_shared else os.getpid()
     partial = folder.with_name(f"{folder.name}.partial-{number}")
     requests, pool = _halves(state)
     with ocp.StandardCheckpointer() as checkpointer:

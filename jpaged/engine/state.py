@@ -164,7 +164,7 @@ def _make(
             max_blocks_per_seq=config.max_blocks_per_seq,
         ),
         prefix_cache=(
-            prefix_cache.init_cache(config.num_blocks, config.block_size)
+            prefix_cache.init_prefix_cache(config.num_blocks, config.block_size)
             if config.enable_prefix_caching
             else None
         ),

@@ -1,15 +1,15 @@
-"""Block manager: which physical block of KV memory holds which tokens.
+"""Block manager: which physical block of KV memory stores which tokens.
 
-Place on the road: scheduler -> [block_manager] -> step inputs -> decoder. After
-decoding the engine comes back here once, with `fork`.
+Pipeline: scheduler -> [block_manager] -> step inputs -> decoder. After decoding, the
+engine calls `fork` once.
 
-A row's tokens lie in its blocks in order, `block_size` to a block; rows that share a
-beginning share its blocks, and a block that is shared is copied before it is written.
-Everything is a pure function of `BlockState`: it can be jitted, vmapped and carried
-through `lax.while_loop`, and works on all rows at once. What can be derived (the free
-blocks, the number of blocks of a row) is not stored.
+A row stores its tokens in its blocks in order, `block_size` tokens per block. Rows with
+a shared prefix share its blocks. A shared block is copied before it is written.
+Every operation is a pure function of `BlockState` and handles all rows at once. It can
+be jitted, vmapped and carried through `lax.while_loop`. Values that can be derived are
+not stored: neither the free blocks nor the number of blocks per row.
 
-Shape letters: S rows, N blocks, M blocks per row, P tokens per block, T tokens.
+Shape symbols: S rows, N blocks, M blocks per row, P tokens per block, T tokens.
 
 Source: Kwon et al. 2023, Sections 4.2 to 4.4. https://arxiv.org/abs/2309.06180
 """
@@ -18,99 +18,58 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jpaged.arithmetic import cdiv
+from jpaged.kv.block_state import NO_BLOCK as NO_BLOCK
+from jpaged.kv.block_state import BlockState as BlockState
+from jpaged.kv.block_state import init_state as init_state
+from jpaged.kv.block_state import num_blocks_per_row, row_array
+from jpaged.kv.block_state import num_free_blocks as num_free_blocks
+from jpaged.kv.block_state import violations as violations
+from jpaged.kv.free_blocks import FreeBits, lowest_free_blocks, pack_free_blocks
 
-NO_BLOCK = -1
-_WORD_BITS = 32
-# An append looks for a free block per row and this many for prompt chunks. One that
-# takes more pays for the largest that could be asked.
+# `append` searches for one free block per row and for this many more, for prompt
+# chunks. An append that needs more blocks searches for the largest possible number.
 _PROMPT_BLOCKS = 512
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BlockState:
-    """The whole memory of the block manager, as a pytree."""
-
-    ref_counts: jax.Array  # i32[N], block-table entries that point at it; 0 = free
-    block_tables: jax.Array  # i32[S, M], NO_BLOCK after the last used entry
-    context_lens: jax.Array  # i32[S], tokens stored; 0 = the row is empty
-    block_size: int = dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Append:
-    """What an append decided, and what must be copied before tokens are written."""
+    """Result of `append`: whether it succeeded, and which blocks to copy first."""
 
-    ok: jax.Array  # bool[], False: refused, and nothing changed
+    ok: jax.Array  # bool[]; False: the append was refused, and nothing changed
     copy_src: jax.Array  # i32[S], block to copy from, NO_BLOCK where none
     copy_dst: jax.Array  # i32[S], block to copy to, NO_BLOCK where none
-
-
-def init_state(
-    *, num_blocks: int, block_size: int, max_seqs: int, max_blocks_per_seq: int
-) -> BlockState:
-    """A state in which every block is free and every row is empty.
-
-    Raises:
-      ValueError: a size is below 1, or slot numbers would not fit into int32.
-    """
-    sizes = dict(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_seqs=max_seqs,
-        max_blocks_per_seq=max_blocks_per_seq,
-    )
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
-    for name in ("num_blocks", "max_blocks_per_seq"):
-        if sizes[name] * block_size >= 2**31:
-            raise ValueError(
-                f"{name} * block_size: expected less than 2**31 (slots are int32), "
-                f"got {sizes[name]} * {block_size}; use fewer blocks"
-            )
-    return BlockState(
-        ref_counts=jnp.zeros((num_blocks,), jnp.int32),
-        block_tables=jnp.full((max_seqs, max_blocks_per_seq), NO_BLOCK, jnp.int32),
-        context_lens=jnp.zeros((max_seqs,), jnp.int32),
-        block_size=block_size,
-    )
-
-
-def num_free_blocks(state: BlockState) -> jax.Array:
-    """The number of blocks that no row uses, i32[]."""
-    return jnp.sum(state.ref_counts == 0, dtype=jnp.int32)
 
 
 def append(
     state: BlockState, num_tokens: jax.Array, kept: jax.Array | None = None
 ) -> tuple[BlockState, Append]:
-    """The state with room for `num_tokens` more tokens per row, and the copies to do.
+    """Reserve slots for `num_tokens` more tokens in each row.
 
     A row that would write into a block that other rows still use gets a copy of it
-    first (copy-on-write). Where several owners append in one call they are served in
-    row order, so the last owner left writes in place. The copies of one call are
-    independent of each other: no destination is a source. Free blocks are given out
-    lowest first.
+    (copy-on-write). Rows that write into the same block in one call are served in row
+    order, so the last one writes in place. The copies of one call are independent of
+    each other: no destination is a source. The lowest free blocks are used first.
 
-    All or nothing: `ok` is False, and nothing changes, where too few blocks are free,
-    where a row's table has no room, and where a `num_tokens` is negative.
+    All or nothing: `ok` is False and nothing changes if there are too few free blocks,
+    if a row's block table is too short, or if an entry of `num_tokens` is negative.
 
     Args:
-      state: donate it under jit; nothing of it is needed afterwards.
-      num_tokens: i32[S], tokens to add; 0 = the row takes no part.
-      kept: bool[N], blocks that are not given out though no row uses them, for what
-        they hold may be wanted again (see `prefix_cache`); None keeps none.
+      state: donate it under jit; it is not needed afterwards.
+      num_tokens: i32[S], tokens to add; 0 leaves the row unchanged.
+      kept: bool[N], blocks that must not be reused although no row uses them, because
+        the prefix cache keeps their contents; None means none.
+
+    Returns:
+      The new state, and the blocks to copy before tokens are written.
 
     >>> append, fork = jax.jit(append), jax.jit(fork)
     >>> state = init_state(num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
     >>> state, _ = append(state, jnp.array([6, 0]))
-    >>> state = fork(state, jnp.array([0, 0]))  # row 1 continues what row 0 holds
+    >>> state = fork(state, jnp.array([0, 0]))  # row 1 continues from row 0
     >>> state, appended = append(state, jnp.array([1, 1]))
     >>> state.block_tables.tolist()  # block 0 is full and stays shared
     [[0, 2, -1], [0, 1, -1]]
@@ -121,85 +80,57 @@ def append(
 
     Source: paper Sections 4.3 and 4.4.
     """
-    num_tokens = _per_row("num_tokens", num_tokens, state)
-    max_seqs, max_blocks_per_seq = state.block_tables.shape
-    (num_blocks,) = state.ref_counts.shape
-
+    num_tokens = row_array("num_tokens", num_tokens, state)
     last, copies, added = _demand(state, num_tokens)
-    room = max_blocks_per_seq * state.block_size - state.context_lens
-    fits = (num_tokens >= 0) & (num_tokens <= room)
+    capacity = state.block_tables.shape[1] * state.block_size
+    fits = (num_tokens >= 0) & (num_tokens <= capacity - state.context_lens)
     is_free = state.ref_counts == 0
     if kept is not None:
         is_free &= ~kept
-    words, num_free = _free_words(is_free)
-    ok = jnp.all(fits) & (jnp.sum(copies + added) <= num_free[-1])
-    # All or nothing: a refused append asks for nothing, so that nothing changes below.
+    free_bits = pack_free_blocks(is_free)
+    ok = jnp.all(fits) & (jnp.sum(copies + added) <= free_bits.num_free[-1])
+    # All or nothing: a refused append requests nothing, so nothing changes below.
     num_tokens, copies, added = (
-        jnp.where(ok, asked, 0) for asked in (num_tokens, copies, added)
+        jnp.where(ok, count, 0) for count in (num_tokens, copies, added)
     )
 
-    # A row takes the blocks taken[start : start + copies + added]. The first replaces
-    # its last block if that is copied, so they fill one range of its table.
+    # Row s gets the blocks taken[starts[s] : ends[s]].
     ends = jnp.cumsum(copies + added)
-    start = ends - copies - added
-    most = min(num_blocks, max_seqs * max_blocks_per_seq)
-    few = min(most, max_seqs + _PROMPT_BLOCKS)
-    taken = lax.cond(
-        ends[-1] <= few,
-        lambda: jnp.pad(_first_free(words, num_free, few), (0, most - few)),
-        lambda: _first_free(words, num_free, most),
-    )
-    first_column = _blocks_held(state) - copies
-    offset_SM = jnp.arange(max_blocks_per_seq)[None, :] - first_column[:, None]
-    block_tables = jnp.where(
-        (offset_SM >= 0) & (offset_SM < (copies + added)[:, None]),
-        taken.at[start[:, None] + offset_SM].get(mode="clip"),
-        state.block_tables,
-    )
-
-    # The lowest free blocks were taken, so the highest of them tells which they are.
-    highest = jnp.where(ends[-1] > 0, taken.at[ends[-1] - 1].get(mode="clip"), -1)
-    is_taken = is_free & (jnp.arange(num_blocks) <= highest)
+    starts = ends - copies - added
+    taken = _take_free_blocks(state, free_bits, ends[-1])
     is_copy = copies > 0
-    # In JAX the index -1 is not out of bounds: it wraps around to the last element.
-    # Send what is not meant past the end, where mode="drop" discards it.
-    ref_counts = state.ref_counts + is_taken.astype(jnp.int32)
-    copied = jnp.where(is_copy, last, num_blocks)
-    ref_counts = ref_counts.at[copied].add(-1, mode="drop")
-
+    copied = jnp.where(is_copy, last, NO_BLOCK)
     state = dataclasses.replace(
         state,
-        ref_counts=ref_counts,
-        block_tables=block_tables,
+        ref_counts=_refs_after_append(state, is_free, taken, ends[-1], copied),
+        block_tables=_tables_after_append(state, taken, starts, copies, added),
         context_lens=state.context_lens + num_tokens,
     )
-    return state, Append(
-        ok=ok,
-        copy_src=jnp.where(is_copy, last, NO_BLOCK),
-        copy_dst=jnp.where(is_copy, taken.at[start].get(mode="clip"), NO_BLOCK),
-    )
+    copy_dst = jnp.where(is_copy, taken.at[starts].get(mode="clip"), NO_BLOCK)
+    return state, Append(ok=ok, copy_src=copied, copy_dst=copy_dst)
 
 
 def blocks_needed(state: BlockState, num_tokens: jax.Array) -> jax.Array:
-    """The blocks that `append(state, num_tokens)` would take for each row, i32[S].
+    """Return the blocks that `append(state, num_tokens)` needs for each row, i32[S].
 
-    Copies are counted; what is free and what the tables can hold is not asked, and a
-    negative number of tokens takes none. With some rows' `num_tokens` set to 0 the sum
-    never grows, but a row's own count may: it may no longer be the last owner.
+    Copies are included. The number of free blocks and the width of the tables are not
+    checked, and a negative number of tokens needs no block. If some entries of
+    `num_tokens` are set to 0, the sum never grows, but the count of a single row may:
+    the row may no longer be the last owner of a block.
     """
-    _, copies, added = _demand(state, _per_row("num_tokens", num_tokens, state))
+    _, copies, added = _demand(state, row_array("num_tokens", num_tokens, state))
     return copies + added
 
 
 def fork(state: BlockState, parents: jax.Array) -> BlockState:
-    """The state in which row s holds what row `parents[s]` held.
+    """Let row s continue from what row `parents[s]` stored before the call.
 
-    All rows move at once. `parents[s] == s` keeps the row, and NO_BLOCK empties it, as
-    does any other number that is no row. One call is fork, beam reorder and free; no
-    block is copied, only counted. The identity costs next to nothing.
+    All rows change at once. `parents[s] == s` keeps the row. NO_BLOCK, and any other
+    number that is not a row, empties it. One call is fork, beam reorder and free. No
+    block is copied; only references are counted. The identity costs almost nothing.
 
     Args:
-      state: as it was; donate it under jit.
+      state: donate it under jit.
       parents: i32[S].
 
     >>> state = init_state(num_blocks=4, block_size=2, max_seqs=3, max_blocks_per_seq=2)
@@ -210,12 +141,12 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
 
     Source: paper Sections 4.4 (sharing) and 5.2 (fork, append, free suffice).
     """
-    parents = _per_row("parents", parents, state)
+    parents = row_array("parents", parents, state)
     (max_seqs,) = state.context_lens.shape
     rows = jnp.arange(max_seqs)
     parents = jnp.where((parents >= 0) & (parents < max_seqs), parents, max_seqs)
 
-    def move() -> BlockState:
+    def reorder() -> BlockState:
         num_children = jnp.zeros_like(rows).at[parents].add(1, mode="drop")
         return dataclasses.replace(
             state,
@@ -226,17 +157,17 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
             context_lens=state.context_lens.at[parents].get(mode="fill", fill_value=0),
         )
 
-    return lax.cond(jnp.any(parents != rows), move, lambda: state)
+    return lax.cond(jnp.any(parents != rows), reorder, lambda: state)
 
 
 def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockState:
-    """The state in which empty rows hold full blocks that are in the pool already.
+    """Let empty rows use full blocks that are already in the pool.
 
     Args:
-      state: as it was; donate it under jit.
-      block_tables: i32[S, M], the blocks; entries past a row's length are not read.
-      lens: i32[S], tokens in them, whole blocks; 0 leaves a row as it is, and so does
-        any number where the row is not empty.
+      state: donate it under jit.
+      block_tables: i32[S, M], the blocks; entries after a row's length are ignored.
+      lens: i32[S], tokens in these blocks, a multiple of P; 0 leaves a row unchanged,
+        and a row that is not empty is always left unchanged.
 
     >>> state = init_state(num_blocks=4, block_size=2, max_seqs=2, max_blocks_per_seq=2)
     >>> state, _ = append(state, jnp.array([3, 0]))
@@ -244,94 +175,110 @@ def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockS
     >>> state.block_tables.tolist(), state.ref_counts.tolist()
     ([[0, 1], [0, -1]], [2, 1, 0, 0])
     """
-    lens = _per_row("lens", lens, state)
+    lens = row_array("lens", lens, state)
     _, max_blocks_per_seq = state.block_tables.shape
-    takes = (lens > 0) & (state.context_lens == 0)
+    adopts = (lens > 0) & (state.context_lens == 0)
     column = jnp.arange(max_blocks_per_seq)[None, :]
-    is_held = takes[:, None] & (column < (lens // state.block_size)[:, None])
+    is_adopted = adopts[:, None] & (column < (lens // state.block_size)[:, None])
     state = dataclasses.replace(
         state,
-        block_tables=jnp.where(is_held, block_tables, state.block_tables),
-        context_lens=jnp.where(takes, lens, state.context_lens),
+        block_tables=jnp.where(is_adopted, block_tables, state.block_tables),
+        context_lens=jnp.where(adopts, lens, state.context_lens),
     )
-    counts = _add_refs(state, jnp.where(is_held, 1, 0))
+    counts = _add_refs(state, jnp.where(is_adopted, 1, 0))
     return dataclasses.replace(state, ref_counts=counts)
 
 
 def free(state: BlockState, rows: jax.Array) -> BlockState:
-    """The state with the marked rows emptied; `rows` is bool[S].
+    """Empty the rows that are True in `rows`, bool[S].
 
-    A block becomes free when its last row is.
+    A block becomes free when no row uses it any more.
     """
-    rows = _per_row("rows", rows, state, dtype=jnp.bool_)
+    rows = row_array("rows", rows, state, dtype=jnp.bool_)
     (max_seqs,) = rows.shape
     return fork(state, jnp.where(rows, NO_BLOCK, jnp.arange(max_seqs)))
 
 
 def truncate(state: BlockState, context_lens: jax.Array) -> BlockState:
-    """The state with each row cut back to its first `context_lens` tokens, i32[S].
+    """Shorten each row to its first `context_lens` tokens, i32[S].
 
-    It may only shrink: a row whose number is negative, or not below its length, stays
-    as it is. Blocks past the new end are let go. A row may end inside a block that
-    others hold; its next append copies that block.
+    Rows only shrink: a number that is negative or not below the row's length leaves the
+    row unchanged. Blocks after the new end are released. A row may end inside a block
+    that other rows share; its next append copies that block.
     """
-    context_lens = _per_row("context_lens", context_lens, state)
+    context_lens = row_array("context_lens", context_lens, state)
     _, max_blocks_per_seq = state.block_tables.shape
-    is_cut = (context_lens >= 0) & (context_lens < state.context_lens)
-    context_lens = jnp.where(is_cut, context_lens, state.context_lens)
+    is_shorter = (context_lens >= 0) & (context_lens < state.context_lens)
+    context_lens = jnp.where(is_shorter, context_lens, state.context_lens)
 
-    def cut() -> BlockState:
+    def shorten() -> BlockState:
         shorter = dataclasses.replace(state, context_lens=context_lens)
         column = jnp.arange(max_blocks_per_seq)[None, :]
-        is_dropped = column >= _blocks_held(shorter)[:, None]
+        is_released = column >= num_blocks_per_row(shorter)[:, None]
         return dataclasses.replace(
             shorter,
-            ref_counts=_add_refs(state, jnp.where(is_dropped, -1, 0)),
-            block_tables=jnp.where(is_dropped, NO_BLOCK, state.block_tables),
+            ref_counts=_add_refs(state, jnp.where(is_released, -1, 0)),
+            block_tables=jnp.where(is_released, NO_BLOCK, state.block_tables),
         )
 
-    return lax.cond(jnp.any(is_cut), cut, lambda: state)
+    return lax.cond(jnp.any(is_shorter), shorten, lambda: state)
 
 
 def exclusive_blocks(state: BlockState, order: jax.Array) -> jax.Array:
-    """The blocks that become free with each row when rows go from the back, i32[S].
+    """Return the blocks that each row frees if rows are freed from last to first.
 
-    Every used block is counted once, for the first of its rows by `order` (then by row
-    number). So the sum over the last rows by `order` is what freeing exactly these
-    rows gives back.
+    Every used block is counted once, for the first of its rows by `order` (ties: by row
+    number). So the sum over the last rows by `order` is the number of blocks that
+    become free when exactly these rows are freed.
+
+    Args:
+      state: the block tables.
+      order: i32[S], sort keys.
+
+    Returns:
+      i32[S].
 
     >>> append = jax.jit(append)
     >>> state = init_state(num_blocks=4, block_size=2, max_seqs=2, max_blocks_per_seq=2)
     >>> state, _ = append(state, jnp.array([2, 0]))
     >>> state, _ = append(fork(state, jnp.array([0, 0])), jnp.array([0, 1]))
-    >>> exclusive_blocks(state, jnp.array([0, 1])).tolist()  # row 1 goes first
+    >>> exclusive_blocks(state, jnp.array([0, 1])).tolist()  # row 1 is freed first
     [1, 1]
     >>> exclusive_blocks(state, jnp.array([1, 0])).tolist()
     [0, 2]
     """
-    order = _per_row("order", order, state)
+    order = row_array("order", order, state)
     (num_blocks,) = state.ref_counts.shape
     (max_seqs,) = order.shape
 
     def count_first_owners() -> jax.Array:
         sorted_rows = jnp.argsort(order, stable=True)
-        place = jnp.zeros_like(order).at[sorted_rows].set(jnp.arange(max_seqs))
-        place_SM = jnp.broadcast_to(place[:, None], state.block_tables.shape)
+        rank = jnp.zeros_like(order).at[sorted_rows].set(jnp.arange(max_seqs))
+        rank_SM = jnp.broadcast_to(rank[:, None], state.block_tables.shape)
         first = jnp.full((num_blocks,), max_seqs, jnp.int32)
-        first = first.at[_past_the_end(state)].min(place_SM, mode="drop")
-        # NO_BLOCK reads max_seqs, which is nobody's place.
-        first_SM = first.at[_past_the_end(state)].get(mode="fill", fill_value=max_seqs)
-        return jnp.sum(first_SM == place_SM, axis=1, dtype=jnp.int32)
+        first = first.at[_droppable_tables(state)].min(rank_SM, mode="drop")
+        # NO_BLOCK reads max_seqs, which is no row's rank.
+        first_SM = first.at[_droppable_tables(state)].get(
+            mode="fill", fill_value=max_seqs
+        )
+        return jnp.sum(first_SM == rank_SM, axis=1, dtype=jnp.int32)
 
     is_any_shared = jnp.any(state.ref_counts > 1)
-    return lax.cond(is_any_shared, count_first_owners, lambda: _blocks_held(state))
+    return lax.cond(
+        is_any_shared, count_first_owners, lambda: num_blocks_per_row(state)
+    )
 
 
 def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array:
-    """Where each token's keys and values lie, i32[T]: block * block_size + offset.
+    """Return the slot of each token, block * block_size + offset, i32[T].
 
-    -1 where the row has no block for the position, where it is negative, and where
-    `rows` is no row: padding tokens are `rows == -1`.
+    The slot is -1 if the row has no block for the position, if the position is
+    negative, or if `rows` is not a row. Padding tokens have `rows == -1`.
+
+    Args:
+      state: the block tables.
+      rows: i32[T].
+      positions: i32[T], the token's position in its sequence.
 
     >>> state = init_state(num_blocks=4, block_size=2, max_seqs=2, max_blocks_per_seq=2)
     >>> state, _ = append(state, jnp.array([1, 3]))
@@ -347,84 +294,19 @@ def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array
     return jnp.where(block == NO_BLOCK, -1, block * state.block_size + offset)
 
 
-def violations(state: BlockState) -> list[str]:
-    """What is wrong with the state, one sentence each; an empty list if it is sound.
-
-    Host side, for tests and debugging: everything is counted anew from the tables, one
-    row after the other, with nothing of the functions above.
-    """
-    ref_counts = np.asarray(state.ref_counts)
-    block_tables = np.asarray(state.block_tables)
-    (num_blocks,) = ref_counts.shape
-    _, max_blocks_per_seq = block_tables.shape
-    found: list[str] = []
-    entries = np.zeros((num_blocks,), np.int64)
-    for row, length in enumerate(np.asarray(state.context_lens).tolist()):
-        if not 0 <= length <= max_blocks_per_seq * state.block_size:
-            found.append(f"row {row}: its length {length} does not fit its table")
-        num_held = max(0, cdiv(length, state.block_size))
-        held, rest = block_tables[row, :num_held], block_tables[row, num_held:]
-        is_block = (held >= 0) & (held < num_blocks)
-        if not is_block.all():
-            found.append(f"row {row}: of {held.tolist()} not all are blocks")
-        if (rest != NO_BLOCK).any():
-            found.append(f"row {row}: {rest.tolist()} lie past its {length} tokens")
-        blocks, times = np.unique(held[is_block], return_counts=True)
-        if (times > 1).any():
-            found.append(f"row {row}: holds {blocks[times > 1].tolist()} twice")
-        entries[blocks] += times
-    for block in np.flatnonzero(entries != ref_counts).tolist():
-        found.append(
-            f"block {block}: {entries[block]} table entries point at it, "
-            f"its reference count is {ref_counts[block]}"
-        )
-    return found
-
-
-def _per_row(
-    name: str, value: jax.Array, state: BlockState, dtype: type = jnp.int32
-) -> jax.Array:
-    """`value` as [S] of `dtype`; a ValueError if it is not one such number per row."""
-    value = jnp.asarray(value)
-    kind = jnp.bool_ if dtype == jnp.bool_ else jnp.integer
-    if value.shape != state.context_lens.shape or not jnp.issubdtype(value.dtype, kind):
-        raise ValueError(
-            f"{name}: expected {kind.__name__} of shape {state.context_lens.shape}, "
-            f"one per row, got {value.dtype} of shape {value.shape}"
-        )
-    return value.astype(dtype)
-
-
-def _blocks_held(state: BlockState) -> jax.Array:
-    """The number of blocks of each row, i32[S]."""
-    return cdiv(state.context_lens, state.block_size)
-
-
-def _past_the_end(state: BlockState) -> jax.Array:
-    """The block tables with N, which mode="drop" discards, for NO_BLOCK; i32[S, M]."""
-    (num_blocks,) = state.ref_counts.shape
-    return jnp.where(state.block_tables == NO_BLOCK, num_blocks, state.block_tables)
-
-
-def _add_refs(state: BlockState, amount_SM: jax.Array) -> jax.Array:
-    """Reference counts after each table entry's block gained its amount, i32[N]."""
-    amount_SM = jnp.broadcast_to(amount_SM, state.block_tables.shape)
-    return state.ref_counts.at[_past_the_end(state)].add(amount_SM, mode="drop")
-
-
 def _demand(
     state: BlockState, num_tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What an append asks for: last block, copies (0 or 1), blocks added; i32[S] each.
+    """Return last block, copies (0 or 1) and new blocks of each row, i32[S] each.
 
-    An empty row has no last block and gets some number, which nobody reads.
+    An empty row has no last block; its entry is an arbitrary number that is not used.
     """
-    held = _blocks_held(state)
-    last_column = jnp.maximum(held - 1, 0)[:, None]
+    num_used = num_blocks_per_row(state)
+    last_column = jnp.maximum(num_used - 1, 0)[:, None]
     last = jnp.take_along_axis(state.block_tables, last_column, axis=1)[:, 0]
 
-    # Served in row order, the n-th writer of a block finds n - 1 references gone: it
-    # writes in place if its own is the last one left, and copies otherwise.
+    # Rows are served in order, so the n-th writer of a block finds n - 1 references
+    # removed. It writes in place if only its own reference is left, and copies if not.
     is_writer = (num_tokens > 0) & (state.context_lens % state.block_size != 0)
     rows = jnp.arange(last.size)
     is_before_SS = is_writer[None, :] & (rows[None, :] <= rows[:, None])
@@ -433,42 +315,82 @@ def _demand(
     refs = state.ref_counts.at[last].get(mode="clip")
     copies = (is_writer & (nth < refs)).astype(jnp.int32)
 
-    unused = held * state.block_size - state.context_lens
+    unused = num_used * state.block_size - state.context_lens
     overflow = jnp.maximum(num_tokens, 0) - unused
     return last, copies, jnp.maximum(cdiv(overflow, state.block_size), 0)
 
 
-def _free_words(is_free: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One bit per block, set where it is free, and the free blocks up to each word.
+def _take_free_blocks(
+    state: BlockState, free_bits: FreeBits, count: jax.Array
+) -> jax.Array:
+    """Return the `count` lowest free blocks, then arbitrary numbers.
 
-    Returns u32[W] and i32[W], with 32 blocks to a word.
+    The length is the largest number of blocks that one append can take.
     """
-    (num_blocks,) = is_free.shape
-    is_free = jnp.pad(is_free, (0, -num_blocks % _WORD_BITS))
-    bit = jnp.uint32(1) << jnp.arange(_WORD_BITS, dtype=jnp.uint32)
-    bits = jnp.where(is_free.reshape(-1, _WORD_BITS), bit[None, :], jnp.uint32(0))
-    words = jnp.sum(bits, axis=1, dtype=jnp.uint32)
-    return words, jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+    max_seqs, _ = state.block_tables.shape
+    most = min(state.ref_counts.size, state.block_tables.size)
+    few = min(most, max_seqs + _PROMPT_BLOCKS)
+    return lax.cond(
+        count <= few,
+        lambda: jnp.pad(lowest_free_blocks(free_bits, few), (0, most - few)),
+        lambda: lowest_free_blocks(free_bits, most),
+    )
 
 
-def _first_free(words: jax.Array, num_free: jax.Array, count: int) -> jax.Array:
-    """The lowest free blocks in order, i32[count]; past the last one, some number.
+def _refs_after_append(
+    state: BlockState,
+    is_free: jax.Array,
+    taken: jax.Array,
+    num_taken: jax.Array,
+    copied: jax.Array,
+) -> jax.Array:
+    """Return the reference counts after the blocks were taken, i32[N].
 
-    The n-th free block is a binary search for its word and five halvings of the word,
-    for all n at once: after the packing, nothing is of size N.
+    The lowest free blocks are taken, so the highest taken block tells which ones.
+    `copied`, i32[S], are blocks that lose a reference, NO_BLOCK where none.
     """
-    (num_words,) = words.shape
-    nth = jnp.arange(count, dtype=jnp.int32)
-    index = jnp.searchsorted(num_free, nth, side="right", method="scan_unrolled")
-    index = jnp.minimum(index, num_words - 1).astype(jnp.int32)
-    word = words[index]
-    # From here on `nth` is the number of free blocks to pass inside the word.
-    nth = nth - num_free[index] + lax.population_count(word).astype(jnp.int32)
-    block = index * _WORD_BITS
-    for half in (16, 8, 4, 2, 1):
-        in_low = lax.population_count(word & jnp.uint32(2**half - 1)).astype(jnp.int32)
-        is_high = nth >= in_low
-        nth = jnp.where(is_high, nth - in_low, nth)
-        word = jnp.where(is_high, word >> half, word)
-        block = jnp.where(is_high, block + half, block)
-    return block
+    (num_blocks,) = state.ref_counts.shape
+    highest = jnp.where(num_taken > 0, taken.at[num_taken - 1].get(mode="clip"), -1)
+    is_taken = is_free & (jnp.arange(num_blocks) <= highest)
+    ref_counts = state.ref_counts + is_taken.astype(jnp.int32)
+    # In JAX the index -1 is not out of bounds: it is the last element. Entries without
+    # a block get an index past the end, which mode="drop" discards.
+    copied = jnp.where(copied == NO_BLOCK, num_blocks, copied)
+    return ref_counts.at[copied].add(-1, mode="drop")
+
+
+def _tables_after_append(
+    state: BlockState,
+    taken: jax.Array,
+    starts: jax.Array,
+    copies: jax.Array,
+    added: jax.Array,
+) -> jax.Array:
+    """Return the block tables with each row's taken blocks, i32[S, M].
+
+    A copy replaces the row's last block, and new blocks follow it, so the blocks that a
+    row takes fill one contiguous range of its table.
+    """
+    _, max_blocks_per_seq = state.block_tables.shape
+    first_column = num_blocks_per_row(state) - copies
+    offset_SM = jnp.arange(max_blocks_per_seq)[None, :] - first_column[:, None]
+    return jnp.where(
+        (offset_SM >= 0) & (offset_SM < (copies + added)[:, None]),
+        taken.at[starts[:, None] + offset_SM].get(mode="clip"),
+        state.block_tables,
+    )
+
+
+def _droppable_tables(state: BlockState) -> jax.Array:
+    """Return the block tables with N for NO_BLOCK, i32[S, M]; mode="drop" skips N."""
+    (num_blocks,) = state.ref_counts.shape
+    return jnp.where(state.block_tables == NO_BLOCK, num_blocks, state.block_tables)
+
+
+def _add_refs(state: BlockState, amount_SM: jax.Array) -> jax.Array:
+    """Return the reference counts with each entry's amount added to its block, i32[N].
+
+    `amount_SM` broadcasts to the block tables.
+    """
+    amount_SM = jnp.broadcast_to(amount_SM, state.block_tables.shape)
+    return state.ref_counts.at[_droppable_tables(state)].add(amount_SM, mode="drop")

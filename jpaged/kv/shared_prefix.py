@@ -1,10 +1,12 @@
-"""Shared prefixes: which rows begin with the same blocks, found in the block tables.
+"""Shared prefixes: which rows start with the same blocks, found in the block tables.
 
-Place on the road: block tables -> [shared_prefix] -> attention, which then reads those
-blocks once for all rows of a group (cascade attention).
+Pipeline: block tables -> [shared_prefix] -> attention, which then reads those blocks
+once for all rows of a group (cascade attention).
 
-Parallel samples, beams and prompts with a cached beginning point at the same blocks.
-The tables alone say so: nobody has to hand down who forked from whom.
+Parallel samples, beams and prompts with a cached prefix point at the same blocks. The
+tables alone show it, so no record of forks is needed.
+
+Shape symbols: S rows, M blocks per row.
 """
 
 from __future__ import annotations
@@ -16,61 +18,67 @@ import jax
 import jax.numpy as jnp
 
 
-class Least(NamedTuple):
-    """Where reading once begins to pay on a device."""
+class SharingThreshold(NamedTuple):
+    """From which sizes on one read of a shared prefix is faster on a device."""
 
-    device: str  # how jax's name of its kind begins; "" is any other
-    tokens: int  # of a prefix
-    saved: int  # tokens that a group need not read again, (rows - 1) times the prefix
-    measured: str = ""  # when and with what; empty: arithmetic, not measured
+    device: str  # start of jax's name of the device kind; "" is any other device
+    tokens: int  # tokens of the prefix
+    saved: int  # tokens that a group does not read again: (rows - 1) * prefix tokens
+    measured: str = ""  # date and source of the measurement; empty: computed only
 
 
-# Those without a measurement are of Llama-3-8B's keys and values, 4 KiB a token and
+# Computed thresholds are for the keys and values of Llama-3-8B, 4 KiB per token and
 # layer: `docs/decisions/cascade.md`.
-LEAST = (
-    Least("cpu", 128, 1024, measured="2026-11-28, docs/decisions/cascade.md"),
-    Least("TPU", 512, 8192),
-    Least("", 512, 49152),
+SHARING_THRESHOLDS = (
+    SharingThreshold(
+        "cpu", 128, 1024, measured="2026-11-28, docs/decisions/cascade.md"
+    ),
+    SharingThreshold("TPU", 512, 8192),
+    SharingThreshold("", 512, 49152),
 )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedPrefix:
-    """Groups of rows whose tables begin with the same blocks.
+    """Groups of rows whose block tables start with the same blocks.
 
-    Rows with the same leader have the same first `num_blocks` blocks, and every one of
-    them has more tokens than these blocks hold.
+    Rows with the same leader have the same first `num_blocks` blocks, and each of these
+    rows has more tokens than these blocks store.
     """
 
-    leaders: jax.Array  # i32[S], a row of the group; the row itself where it is alone
-    num_blocks: jax.Array  # i32[S], leading blocks that the group shares; 0 alone
+    leaders: jax.Array  # i32[S], a row of the group; the row itself if it is alone
+    num_blocks: jax.Array  # i32[S], leading blocks that the group shares; 0 if alone
 
 
-def find(
+def find_shared_prefix(
     block_tables: jax.Array,
     context_lens: jax.Array,
     block_size: int,
     *,
-    least_tokens: int | None = None,
-    least_saved: int | None = None,
+    min_prefix_tokens: int | None = None,
+    min_saved_tokens: int | None = None,
 ) -> SharedPrefix:
-    """The groups that save most reads, in one level; jittable.
+    """Find the groups of rows that save the most reads; jittable.
 
-    Each row takes, of all beginnings that it shares, the one for which blocks times
-    other rows is largest; rows that take the same one are a group. The block of a row's
-    last token is never in it. Compares all pairs of rows: S * S * M numbers.
+    There is one level of groups. For each row, of all prefixes that it shares with
+    other rows, the one with the largest product of blocks and other rows is chosen.
+    Rows that choose the same prefix form a group. The block of a row's last token never
+    belongs to it. All pairs of rows are compared: S * S * M numbers.
 
     Args:
-      block_tables: i32[S, M], entries past a row's length may hold anything.
+      block_tables: i32[S, M]; entries after a row's length are ignored.
       context_lens: i32[S], tokens.
-      block_size: tokens of a block.
-      least_tokens: shorter prefixes are left alone; None: by `LEAST`, for the device.
-      least_saved: so are groups that would save fewer tokens than this in all.
+      block_size: tokens per block.
+      min_prefix_tokens: shorter prefixes are not grouped; None: the device's entry in
+        `SHARING_THRESHOLDS`.
+      min_saved_tokens: groups that save fewer tokens are not formed; None: as above.
     """
-    least = least_of(jax.devices()[0].device_kind)
-    least_tokens = least.tokens if least_tokens is None else least_tokens
-    least_saved = least.saved if least_saved is None else least_saved
+    threshold = sharing_threshold(jax.devices()[0].device_kind)
+    if min_prefix_tokens is None:
+        min_prefix_tokens = threshold.tokens
+    if min_saved_tokens is None:
+        min_saved_tokens = threshold.saved
     num_rows, width = block_tables.shape
     column = jnp.arange(width, dtype=jnp.int32)
     differ = block_tables[:, None, :] != block_tables[None, :, :]
@@ -78,7 +86,7 @@ def find(
     most = jnp.maximum(context_lens - 1, 0) // block_size
     common = jnp.minimum(common, jnp.minimum(most[:, None], most[None, :]))  # i32[S, S]
 
-    # From the longest down, the row itself first: r others share at least depths[r].
+    # Sorted from the longest, the row itself first: r others share at least depths[r].
     row = jnp.arange(num_rows, dtype=jnp.int32)
     depths = -jnp.sort(-common, axis=1)
     best = jnp.argmax(depths * row[None, :], axis=1)
@@ -87,27 +95,31 @@ def find(
     size = jnp.sum(is_member, axis=1)
     depth = depth[:, 0]
     saved = (size - 1) * depth * block_size
-    pays = (depth * block_size >= least_tokens) & (saved >= least_saved)
+    pays = (depth * block_size >= min_prefix_tokens) & (saved >= min_saved_tokens)
     leaders = jnp.argmax(is_member, axis=1).astype(jnp.int32)
     return SharedPrefix(
         jnp.where(pays, leaders, row), jnp.where(pays, depth, 0).astype(jnp.int32)
     )
 
 
-def least_of(device_kind: str) -> Least:
-    """The first entry of `LEAST` that fits."""
-    return next(least for least in LEAST if device_kind.startswith(least.device))
+def sharing_threshold(device_kind: str) -> SharingThreshold:
+    """Return the first entry of `SHARING_THRESHOLDS` that matches the device."""
+    return next(
+        threshold
+        for threshold in SHARING_THRESHOLDS
+        if device_kind.startswith(threshold.device)
+    )
 
 
-def joined(
+def num_shared_blocks(
     shared: SharedPrefix,
     context_lens: jax.Array,
     sliding_window: int | jax.Array | None,
 ) -> jax.Array:
-    """i32[S]: leading blocks that each row reads with its group; 0 where it is alone.
+    """Return the leading blocks that each row reads with its group, i32[S]; 0 if none.
 
-    A row whose window begins after the prefix does would see it in part: it reads
-    alone. An idle row does too.
+    A row whose sliding window starts after the first token sees only a part of the
+    prefix, so it reads alone. So does an idle row.
     """
     joins = context_lens > 0
     if sliding_window is not None:
@@ -115,8 +127,8 @@ def joined(
     return jnp.where(joins, shared.num_blocks, 0)
 
 
-def behind(block_tables: jax.Array, num_blocks: jax.Array) -> jax.Array:
-    """i32[S, M]: the tables without each row's first `num_blocks`, i32[S]."""
+def drop_leading_blocks(block_tables: jax.Array, num_blocks: jax.Array) -> jax.Array:
+    """Return the tables without each row's first `num_blocks`, i32[S] -> i32[S, M]."""
     width = block_tables.shape[1]
     column = jnp.arange(width, dtype=jnp.int32)[None, :] + num_blocks[:, None]
     column = jnp.minimum(column, width - 1)
@@ -126,17 +138,14 @@ def behind(block_tables: jax.Array, num_blocks: jax.Array) -> jax.Array:
 def num_tokens_read(
     shared: SharedPrefix, context_lens: jax.Array, block_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """i32[], i32[]: tokens whose keys and values a step reads, without and with groups.
+    """Return the tokens whose keys and values a step reads, without and with groups.
 
-    A group's prefix counts once; bytes are these times those of a token.
+    Both are i32[]. A group's prefix counts once. Bytes are these numbers times the
+    bytes of one token.
     """
     row = jnp.arange(context_lens.shape[0], dtype=jnp.int32)
-    is_first = jnp.min(
-        jnp.where(
-            shared.leaders[:, None] == shared.leaders[None, :], row[None, :], row.size
-        ),
-        axis=1,
-    )
-    again = jnp.where(is_first == row, 0, shared.num_blocks * block_size)
+    is_same = shared.leaders[:, None] == shared.leaders[None, :]
+    first = jnp.min(jnp.where(is_same, row[None, :], row.size), axis=1)
+    saved = jnp.where(first == row, 0, shared.num_blocks * block_size)
     total = jnp.sum(context_lens)
-    return total, total - jnp.sum(again)
+    return total, total - jnp.sum(saved)

@@ -91,7 +91,7 @@ class Linear(nnx.Module):
         else:
             out = product_int8(x, self.weight[...], self.scale[...])
         if self.part is not None:
-            out = parallel.summed(out, self.part)
+            out = parallel.sum_partials(out, self.part)
         if self.bias is None:
             return out
         return out + _as_last_axis(self.bias[...], out.ndim)

@@ -60,7 +60,7 @@ class ExpertLinear(nnx.Module):
             return out
         bias = self.bias[...][experts]
         if self.is_part:  # of a sum over devices, to which one of them adds the bias
-            bias = jnp.where(parallel.index("tensor") == 0, bias, 0)
+            bias = jnp.where(parallel.device_index("tensor") == 0, bias, 0)
         return out + bias
 
 
@@ -92,7 +92,7 @@ class Experts(nnx.Module):
         # On many devices each has some of the experts, and sums come from all. Rows
         # that go to the others' are behind its own.
         num_own = self.gate.weight[...].shape[0]
-        experts = experts - parallel.index("expert") * num_own
+        experts = experts - parallel.device_index("expert") * num_own
         is_own = (experts >= 0) & (experts < num_own)
         experts = jnp.where(is_own, experts, num_own).reshape(-1)
         order = jnp.argsort(experts, stable=True)
@@ -107,7 +107,9 @@ class Experts(nnx.Module):
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
         out = out.reshape(-1, self.num_chosen, out.shape[-1])
         out = jnp.where(is_own[..., None], out * weights[..., None], 0)
-        return parallel.summed(jnp.sum(out, axis=1), "experts.down").reshape(x.shape)
+        return parallel.sum_partials(jnp.sum(out, axis=1), "experts.down").reshape(
+            x.shape
+        )
 
     def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights [T, C] in x's dtype and experts i32[T, C] of tokens x [T, E]."""

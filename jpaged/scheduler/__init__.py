@@ -1,54 +1,78 @@
-"""Scheduler: who runs in this step, and with how many tokens.
+"""Scheduler: which rows run in a step, and with how many tokens.
 
-Place on the road: request table -> [scheduler] -> block manager.
+Pipeline: request table -> [scheduler] -> block manager.
 
-A pure function of lengths, tables and the queue: it never sees a token, so the engine
-and the simulator run the same one. Iteration-level scheduling with chunked prompts
-(paper section 4.3): running rows decode one token each, what is left of the step's
-budget goes to prompts, and requests are admitted while their prompts fit into the free
-blocks. When blocks run out the latest requests give theirs back (paper section 4.5).
-They are computed again later, from their prompt and what they had generated; or, with a
-host's pool that has room, they are swapped: their blocks go there (`swap`), and nothing
-is admitted until all of them are back.
+The scheduler is a pure function of lengths, tables and the queue. It never reads a
+token, so the engine and the simulator run the same code. It implements iteration-level
+scheduling with chunked prompts (paper section 4.3): running rows decode one token each,
+the rest of the step's budget goes to prompts, and requests are admitted while their
+prompts fit into the free blocks. When blocks run out, the latest requests are preempted
+(paper section 4.5). They are later recomputed from their prompt and their generated
+tokens; or, if the host pool has space, they are swapped out: their blocks are copied to
+the host (`jpaged.kv.swap`), and nothing is admitted until all of them are swapped in.
 
-A request's sequences (samples, beams) are admitted together and preempted together.
-Those of a lockstep request, such as beams, also decode together: none computes its last
-known token before all of them can. Samples need not: where a request has more of them
-than fit even when nothing else runs, as many as fit run at a time.
+All sequences of a request (samples, beams) are admitted together and preempted
+together. Sequences of a lockstep request, such as beams, also decode together: none
+computes its last known token before all of them can. Samples do not have this
+constraint: if a request has more samples than fit when nothing else runs, as many as
+fit run at a time.
 
-Who is admitted first, the policy says (`policies`); who keeps memory, an order that
-never changes: priority, arrival, and place for the sequences of a request.
+The policy (`policies`) decides which request is admitted first. A fixed order decides
+which rows keep their memory: priority, then arrival, then sequence index.
 
-Progress: memory and tokens are given to the running sequences in that order, so the
-first of them, and in a lockstep request all of the first one's, is never preempted and
-gets at least a token in each step. One that waits for a source waits for a row before
-it. Where nothing runs, the policy's first request is admitted, for `submit` refuses
-what does not fit into the whole pool alone. The first request in the fixed order that
-is ever admitted so ends, then the next: every run ends. Swapped ones come back in the
-fixed order, a request in a step, and never in a step that takes blocks back. Where
-nothing else runs the first of them fits: its sequences share among themselves what they
-shared before, and what they shared with others `submit` counted as their own. Who waits
-for a source that is swapped computes for itself.
+Why every run ends: memory and tokens are given to the running sequences in the fixed
+order. So the first of them (for a lockstep request, all sequences of the first request)
+is never preempted and gets at least one token in each step. A sequence that waits for
+its source waits for an earlier row. If nothing runs, the policy's first request is
+admitted, because `submit` refuses a request that does not fit into the whole pool
+alone. So the first request in the fixed order that is ever admitted ends, then the
+next, and every run ends. Swapped requests are swapped in by the fixed order, one
+request per step, and never in a step that preempts. If nothing else runs, the first of
+them fits: its sequences share the blocks that they shared before, and `submit` counted
+the blocks shared with other requests as its own. A sequence whose source is swapped out
+computes its tokens itself.
 
-`queue` is what is known of each sequence, `admission` and `preemption` who comes and
-who goes, `step` the whole.
+Modules: `queue` is the state of each sequence, `admission` and `preemption` decide
+which requests enter and which lose their blocks, and `step` combines them.
 """
 
-from jpaged.scheduler.admission import can_admit as can_admit
-from jpaged.scheduler.preemption import Swaps as Swaps
-from jpaged.scheduler.queue import BEFORE_ALL as BEFORE_ALL
-from jpaged.scheduler.queue import EMPTY as EMPTY
-from jpaged.scheduler.queue import FINISHED as FINISHED
-from jpaged.scheduler.queue import NO_REQUEST as NO_REQUEST
-from jpaged.scheduler.queue import RETAINED as RETAINED
-from jpaged.scheduler.queue import RUNNING as RUNNING
-from jpaged.scheduler.queue import SWAPPED as SWAPPED
-from jpaged.scheduler.queue import WAITING as WAITING
-from jpaged.scheduler.queue import Hits as Hits
-from jpaged.scheduler.queue import Queue as Queue
-from jpaged.scheduler.queue import init_queue as init_queue
-from jpaged.scheduler.queue import is_new_request as is_new_request
-from jpaged.scheduler.queue import row_values as row_values
-from jpaged.scheduler.queue import rows_before as rows_before
-from jpaged.scheduler.step import Plan as Plan
-from jpaged.scheduler.step import schedule as schedule
+from jpaged.scheduler.admission import can_admit
+from jpaged.scheduler.preemption import Swaps
+from jpaged.scheduler.queue import (
+    BEFORE_ALL,
+    EMPTY,
+    FINISHED,
+    NO_REQUEST,
+    RETAINED,
+    RUNNING,
+    SWAPPED,
+    WAITING,
+    Hits,
+    Queue,
+    init_queue,
+    is_new_request,
+    row_values,
+    rows_before,
+)
+from jpaged.scheduler.step import StepPlan, schedule
+
+__all__ = [
+    "BEFORE_ALL",
+    "EMPTY",
+    "FINISHED",
+    "NO_REQUEST",
+    "RETAINED",
+    "RUNNING",
+    "SWAPPED",
+    "WAITING",
+    "Hits",
+    "Queue",
+    "StepPlan",
+    "Swaps",
+    "can_admit",
+    "init_queue",
+    "is_new_request",
+    "row_values",
+    "rows_before",
+    "schedule",
+]

@@ -1,11 +1,14 @@
-"""Admission: who of those that wait gets a row, in the policy's order.
+"""Admission: which waiting sequences get a row, in the policy's order.
 
-Letters: R places of the request table, S rows.
+Pipeline: queue -> [admission] -> step.
+
+Shape symbols: R sequences of the request table, S batch rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,8 @@ from jax import lax
 from jpaged import policies
 from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager
-from jpaged.policies import SchedulerParams
+from jpaged.kv.block_manager import BlockState
+from jpaged.policies import Policy, SchedulerParams
 from jpaged.scheduler.queue import (
     BEFORE_ALL,
     EMPTY,
@@ -24,44 +28,61 @@ from jpaged.scheduler.queue import (
     WAITING,
     Hits,
     Queue,
+    first_empty_rows,
     is_new_request,
     mapped_tokens,
     num_open_rows,
     row_values,
     spare_blocks,
-    take_rows,
 )
 
 
 def can_admit(queue: Queue, rows: jax.Array) -> jax.Array:
-    """bool[]: some sequence waits, there is a row for it, and nobody is swapped."""
+    """Return whether a sequence waits, a row is empty and none is swapped, bool[]."""
     is_open = jnp.any(queue.status == WAITING) & jnp.any(rows == NO_REQUEST)
     return is_open & ~jnp.any(queue.status == SWAPPED)
 
 
 def admit(
-    queue,
-    rows,
-    blocks,
-    num_tokens,
-    num_admitted,
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    num_tokens: jax.Array,
+    num_admitted: jax.Array,
     *,
-    hits,
-    needed,
-    policy,
-    scheduler_params,
-):
-    """Gives waiting requests rows, in order, up to the first that does not fit."""
+    hits: Hits,
+    needed: jax.Array,
+    policy: str | Policy,
+    scheduler_params: SchedulerParams,
+) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array]:
+    """Give rows to waiting requests, in order, up to the first that does not fit.
+
+    Args:
+      queue: the sequences.
+      rows: i32[S], the sequence index of each row, or NO_REQUEST.
+      blocks: the blocks of the rows.
+      num_tokens: i32[S], tokens of the running rows in this step.
+      num_admitted: i32[], sequences admitted so far in this step.
+      hits: the cached prefixes.
+      needed: i32[S], blocks that the running rows need in this step.
+      policy: decides the order.
+      scheduler_params: limits.
+
+    Returns:
+      The first five arguments after the admission.
+    """
     table_size = queue.status.shape[0]
-    hits = _worth_taking(queue, hits)
-    first, fits, tokens = _candidates(
+    hits = _drop_shorter_hits(queue, hits)
+    candidates = _find_candidates(
         queue, rows, blocks, num_tokens, hits, needed, policy, scheduler_params
     )
-    admitted = jnp.cumprod(fits.astype(jnp.int32)).astype(jnp.bool_)
+    first = candidates.seq_indices
+    is_admitted = jnp.cumprod(candidates.fits.astype(jnp.int32)).astype(jnp.bool_)
 
-    takes, turn = take_rows(rows, jnp.sum(admitted))
-    target = jnp.where(admitted, first, table_size)
-    # What a request's own sequences share is nothing that others had computed.
+    is_filled, number = first_empty_rows(rows, jnp.sum(is_admitted))
+    target = jnp.where(is_admitted, first, table_size)
+    # Only the first sequence of a new request counts as cached: what the sequences of
+    # a request share among themselves is computed by the request itself.
     is_new = is_new_request(queue, first)
     cached = jnp.where(is_new, hits.lens[first] + mapped_tokens(queue, first, hits), 0)
     queue = dataclasses.replace(
@@ -69,29 +90,31 @@ def admit(
         status=queue.status.at[target].set(RUNNING, mode="drop"),
         num_cached=queue.num_cached.at[target].add(cached, mode="drop"),
     )
-    rows = jnp.where(takes, first[turn], rows)
+    rows = jnp.where(is_filled, first[number], rows)
     blocks = block_manager.adopt(
-        blocks, hits.block_tables[rows], jnp.where(takes, hits.lens[rows], 0)
+        blocks, hits.block_tables[rows], jnp.where(is_filled, hits.lens[rows], 0)
     )
     return (
         queue,
         rows,
         blocks,
-        jnp.where(takes, tokens[turn], num_tokens),
-        num_admitted + jnp.sum(admitted, dtype=jnp.int32),
+        jnp.where(is_filled, candidates.num_tokens[number], num_tokens),
+        num_admitted + jnp.sum(is_admitted, dtype=jnp.int32),
     )
 
 
-def _worth_taking(queue: Queue, hits: Hits) -> Hits:
-    """The hits of the sequences that find no more at their sources."""
+def _drop_shorter_hits(queue: Queue, hits: Hits) -> Hits:
+    """Return the hits without those that are shorter than what the source offers."""
     seq_indices = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
-    is_less = hits.lens < mapped_tokens(queue, seq_indices)
-    return dataclasses.replace(hits, lens=jnp.where(is_less, 0, hits.lens))
+    is_shorter = hits.lens < mapped_tokens(queue, seq_indices)
+    return dataclasses.replace(hits, lens=jnp.where(is_shorter, 0, hits.lens))
 
 
-def _scores(queue: Queue, hits: Hits, policy, parameters: jax.Array) -> jax.Array:
-    """What the policy says of each place, that of its request's first sequence, [R]."""
-    scores = policies.find(policy)(
+def _scores(
+    queue: Queue, hits: Hits, policy: str | Policy, parameters: jax.Array
+) -> jax.Array:
+    """Return the policy's score of each sequence's request, [R]."""
+    scores = policies.find_policy(policy)(
         policies.Waiting(
             arrivals=queue.arrivals,
             priorities=queue.priorities,
@@ -105,19 +128,24 @@ def _scores(queue: Queue, hits: Hits, policy, parameters: jax.Array) -> jax.Arra
     return scores[queue.leaders]
 
 
-def _candidates(
-    queue,
-    rows,
-    blocks,
-    num_tokens,
-    hits,
-    needed,
-    policy,
+class _Candidates(NamedTuple):
+    """The first waiting sequences in the policy's order."""
+
+    seq_indices: jax.Array  # i32[S]
+    fits: jax.Array  # bool[S], whether it fits together with those before it
+    num_tokens: jax.Array  # i32[S], tokens that it would compute in this step
+
+
+def _find_candidates(
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    num_tokens: jax.Array,
+    hits: Hits,
+    needed: jax.Array,
+    policy: str | Policy,
     scheduler_params: SchedulerParams,
-):
-    """The first waiting sequences, whether each fits behind those before it, and the
-    tokens that it would compute in this step: i32[S], bool[S], i32[S].
-    """
+) -> _Candidates:
     num_rows = rows.shape[0]
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     is_waiting = queue.status == WAITING
@@ -129,41 +157,71 @@ def _candidates(
         queue.arrivals,
         seq_index,
     )
-    first = lax.sort(keys, num_keys=5)[-1][:num_rows]  # in order
-    valid = is_waiting[first]
+    first = lax.sort(keys, num_keys=5)[-1][:num_rows]
+    is_valid = is_waiting[first]
 
-    size = blocks.block_size
     num_known = jnp.where(queue.has_ended, 0, queue.num_tokens)
     mapped = mapped_tokens(queue, first, hits)
-    # A cached block that nobody uses counts as free, and is taken like one.
-    column = jnp.arange(hits.block_tables.shape[1], dtype=jnp.int32)
-    is_hit = column[None, :] < (hits.lens[first] // size)[:, None]
-    is_used = blocks.ref_counts[hits.block_tables[first]] > 0
-    num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
-    needs = cdiv(num_known[first], size) - mapped // size - num_used
-    needs = jnp.where(valid, jnp.maximum(needs, 0), 0)
-    # Who waits for a source computes nothing yet, and lockstep rows not their last.
+    demand = _block_demand(blocks, hits, first, num_known[first], mapped)
+    demand = jnp.where(is_valid, jnp.maximum(demand, 0), 0)
+    # A sequence that waits for its source computes nothing yet, and a lockstep sequence
+    # does not compute its last token yet.
     tokens = num_known[first] - queue.is_lockstep[first].astype(jnp.int32)
     tokens = jnp.minimum(tokens - hits.lens[first], scheduler_params.max_prompt_chunk)
-    tokens = jnp.where(valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
-    left = scheduler_params.max_num_batched_tokens - jnp.sum(num_tokens)
+    tokens = jnp.where(is_valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
+    budget = scheduler_params.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(tokens) - tokens
 
     free = spare_blocks(queue, rows, blocks, needed, scheduler_params)
     has_row = jnp.arange(num_rows) < num_open_rows(queue, rows, scheduler_params)
-    fits = valid & (jnp.cumsum(needs) <= free) & has_row
+    fits = is_valid & (jnp.cumsum(demand) <= free) & has_row
+    fits = _whole_requests(queue, rows, first, is_valid, fits, before < budget)
+    return _Candidates(first, fits, jnp.clip(budget - before, 0, tokens))
 
-    # All sequences of a request, or none; for the budget, its first token counts.
-    leaders = jnp.where(valid, queue.leaders[first], NO_REQUEST)
+
+def _block_demand(
+    blocks: BlockState,
+    hits: Hits,
+    first: jax.Array,
+    num_known: jax.Array,
+    mapped: jax.Array,
+) -> jax.Array:
+    """Return the free blocks that each candidate would use, i32[S].
+
+    A cached block that no row uses counts as free, and mapping it uses it up.
+    """
+    size = blocks.block_size
+    column = jnp.arange(hits.block_tables.shape[1], dtype=jnp.int32)
+    is_hit = column[None, :] < (hits.lens[first] // size)[:, None]
+    is_used = blocks.ref_counts[hits.block_tables[first]] > 0
+    num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
+    return cdiv(num_known, size) - mapped // size - num_used
+
+
+def _whole_requests(
+    queue: Queue,
+    rows: jax.Array,
+    first: jax.Array,
+    is_valid: jax.Array,
+    fits: jax.Array,
+    has_budget: jax.Array,
+) -> jax.Array:
+    """Return which candidates fit as whole requests, bool[S].
+
+    All sequences of a request fit, or none. For the token budget, the request's first
+    sequence decides. Exception: if no other request runs, as many samples of the first
+    request as fit are admitted.
+    """
+    leaders = jnp.where(is_valid, queue.leaders[first], NO_REQUEST)
     is_same = leaders[:, None] == leaders[None, :]
-    size_of = jnp.zeros_like(queue.leaders)
-    size_of = size_of.at[queue.leaders].add(is_waiting.astype(jnp.int32))
-    is_whole = jnp.sum(is_same, axis=1) == size_of[queue.leaders[first]]
-    fits &= before[jnp.argmax(is_same, axis=1)] < left
-    fits_whole = is_whole & jnp.all(fits[None, :] | ~is_same, axis=1)
-    # Of samples that have the engine for themselves, as many as there is room for.
-    other = row_values(queue.leaders, rows, NO_REQUEST) != leaders[0]
-    has_all = ~jnp.any(other & (row_values(queue.status, rows, EMPTY) == RUNNING))
-    fits_alone = has_all & (leaders == leaders[0]) & ~queue.is_lockstep[first]
-    fits &= fits_whole | fits_alone
-    return first, fits, jnp.clip(left - before, 0, tokens)
+    is_waiting = queue.status == WAITING
+    request_size = jnp.zeros_like(queue.leaders)
+    request_size = request_size.at[queue.leaders].add(is_waiting.astype(jnp.int32))
+    is_complete = jnp.sum(is_same, axis=1) == request_size[queue.leaders[first]]
+    fits &= has_budget[jnp.argmax(is_same, axis=1)]
+    fits_whole = is_complete & jnp.all(fits[None, :] | ~is_same, axis=1)
+    is_other = row_values(queue.leaders, rows, NO_REQUEST) != leaders[0]
+    is_running = row_values(queue.status, rows, EMPTY) == RUNNING
+    is_alone = ~jnp.any(is_other & is_running)
+    fits_alone = is_alone & (leaders == leaders[0]) & ~queue.is_lockstep[first]
+    return fits & (fits_whole | fits_alone)

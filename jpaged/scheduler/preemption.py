@@ -1,8 +1,12 @@
-"""Preemption: who gives its blocks back, and who comes back (paper section 4.5).
+"""Preemption: which rows lose their blocks, and which are swapped in again.
 
-Why every run ends, the package's docstring says.
+Pipeline: queue -> [preemption] -> step.
 
-Letters: R places of the request table, S rows.
+The docstring of `jpaged.scheduler` explains why every run ends.
+
+Shape symbols: R sequences of the request table, S batch rows.
+
+Source: paper section 4.5.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from jax import lax
 
 from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager, swap
+from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
 from jpaged.scheduler.queue import (
     BEFORE_ALL,
@@ -25,6 +30,8 @@ from jpaged.scheduler.queue import (
     RUNNING,
     SWAPPED,
     WAITING,
+    Queue,
+    first_empty_rows,
     mapped_tokens,
     num_open_rows,
     ranks,
@@ -32,36 +39,99 @@ from jpaged.scheduler.queue import (
     same_request,
     spare_blocks,
     sum_before,
-    take_rows,
 )
 
 
 class Swaps(NamedTuple):
-    """Places whose blocks move, i32[S] by row, NO_REQUEST where none; one is empty."""
+    """Sequences whose blocks move, i32[S] by row, NO_REQUEST where none.
 
-    out: jax.Array  # from the row to the host's memory
-    into: jax.Array  # from there to the row
+    In one step, rows are swapped out or swapped in, never both.
+    """
+
+    out: jax.Array  # from the row to the host pool
+    into: jax.Array  # from the host pool to the row
 
     @classmethod
     def none(cls, rows: jax.Array) -> Swaps:
-        """Nobody's."""
+        """Return no swaps."""
         return cls(*(jnp.full_like(rows, NO_REQUEST) for _ in range(2)))
 
 
-def preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, host):
-    """Drops the fewest last requests that leave the others room for their tokens.
+def preempt(
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    num_tokens: jax.Array,
+    num_preempted: jax.Array,
+    swaps: Swaps | None,
+    *,
+    needed: jax.Array,
+    host: BlockState | None,
+) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array, Swaps | None]:
+    """Preempt the fewest last requests so that the other rows' tokens fit.
 
-    If the rows up to rank i stay, they need sum(needed[:i]) blocks, and what the rows
-    behind hold comes back: the first side grows with i and the second shrinks. So if
-    a request's last row can stay, all its rows can.
+    Args:
+      queue: the sequences.
+      rows: i32[S], the sequence index of each row, or NO_REQUEST.
+      blocks: the blocks of the rows.
+      num_tokens: i32[S], tokens of each row in this step.
+      num_preempted: i32[], rows preempted so far in this step.
+      swaps: the swaps of this step; None without a host pool.
+      needed: i32[S], blocks that each row needs in this step.
+      host: the host pool, or None.
+
+    Returns:
+      The first six arguments after the preemption.
     """
     rank = ranks(queue, rows)
-    held = block_manager.exclusive_blocks(blocks, rank)
-    returned = jnp.sum(held) - sum_before(rank, held) - held
-    available = block_manager.num_free_blocks(blocks) + returned
+    is_preempted = _select_preempted(queue, rows, blocks, needed, rank)
+    is_swapped = jnp.zeros_like(is_preempted)
+    if host is not None and swaps is not None:
+        is_same = same_request(queue, rows)
+        is_swapped = swap.fits_on_host(blocks, host, is_preempted, rank, is_same)
+        swaps = swaps._replace(out=jnp.where(is_swapped, rows, NO_REQUEST))
+    seq_index = jnp.where(is_preempted, rows, queue.status.shape[0])
+    # A source in another request is not available when the sequence is admitted again.
+    source = row_values(queue.sources, rows)
+    is_kept = queue.arrivals[source] == row_values(queue.arrivals, rows)
+    is_kept |= queue.priorities[source] == BEFORE_ALL
+    loses_source = jnp.where(is_preempted & ~is_kept, rows, queue.status.shape[0])
+    status = jnp.where(is_swapped, SWAPPED, WAITING)
+    queue = dataclasses.replace(
+        queue,
+        status=queue.status.at[seq_index].set(status, mode="drop"),
+        sources=queue.sources.at[loses_source].set(rows, mode="drop"),
+        num_preemptions=queue.num_preemptions.at[seq_index].add(1, mode="drop"),
+    )
+    return (
+        queue,
+        jnp.where(is_preempted, NO_REQUEST, rows),
+        block_manager.free(blocks, is_preempted & ~is_swapped),
+        jnp.where(is_preempted, 0, num_tokens),
+        num_preempted + jnp.sum(is_preempted, dtype=jnp.int32),
+        swaps,
+    )
+
+
+def _select_preempted(
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    needed: jax.Array,
+    rank: jax.Array,
+) -> jax.Array:
+    """Return the rows to preempt, bool[S].
+
+    If the rows up to rank i stay, they need sum(needed[:i]) blocks, and the rows after
+    them release theirs. With growing i the demand grows and the supply shrinks. So if
+    the last row of a request can stay, all of its rows can.
+    """
+    exclusive = block_manager.exclusive_blocks(blocks, rank)
+    released = jnp.sum(exclusive) - sum_before(rank, exclusive) - exclusive
+    available = block_manager.num_free_blocks(blocks) + released
     stays = sum_before(rank, needed) + needed <= available
-    # The first request always fits alone, or the first sample of it; what it was told
-    # to copy for the sake of others, it shares no longer.
+    # The first request always fits alone, or, of samples, its first sequence: copies
+    # that it needed because others share its blocks are no longer needed then.
     status = row_values(queue.status, rows, EMPTY)
     first = jnp.min(jnp.where(status == RUNNING, rank, rows.shape[0]))
     is_same = same_request(queue, rows)
@@ -70,62 +140,50 @@ def preempt(queue, rows, blocks, num_tokens, num_preempted, swaps, *, needed, ho
     stays_alone = is_first & (stays | is_lockstep | (rank == first))
     stays = jnp.all(stays[None, :] | ~is_same, axis=1)
     stays |= stays_alone | (status == RETAINED)
-    dropped = ~stays & (rows != NO_REQUEST)
-
-    leaves = jnp.zeros_like(dropped)
-    if host is not None:
-        leaves = swap.leaving(blocks, host, dropped, rank, is_same)
-        swaps = swaps._replace(out=jnp.where(leaves, rows, NO_REQUEST))
-    seq_index = jnp.where(dropped, rows, queue.status.shape[0])
-    # Whom it waited for among others' sequences is not there when it comes back.
-    source = row_values(queue.sources, rows)
-    is_own = queue.arrivals[source] == row_values(queue.arrivals, rows)
-    is_own |= queue.priorities[source] == BEFORE_ALL
-    alone = jnp.where(dropped & ~is_own, rows, queue.status.shape[0])
-    status = jnp.where(leaves, SWAPPED, WAITING)
-    queue = dataclasses.replace(
-        queue,
-        status=queue.status.at[seq_index].set(status, mode="drop"),
-        sources=queue.sources.at[alone].set(rows, mode="drop"),
-        num_preemptions=queue.num_preemptions.at[seq_index].add(1, mode="drop"),
-    )
-    return (
-        queue,
-        jnp.where(dropped, NO_REQUEST, rows),
-        block_manager.free(blocks, dropped & ~leaves),
-        jnp.where(dropped, 0, num_tokens),
-        num_preempted + jnp.sum(dropped, dtype=jnp.int32),
-        swaps,
-    )
+    return ~stays & (rows != NO_REQUEST)
 
 
-def bring_back(
-    queue, rows, swaps, blocks, needed, host, scheduler_params: SchedulerParams
-):
-    """Gives the first swapped request rows and room for its tokens, if there are.
+def swap_in_request(
+    queue: Queue,
+    rows: jax.Array,
+    swaps: Swaps,
+    blocks: BlockState,
+    needed: jax.Array,
+    host: BlockState,
+    scheduler_params: SchedulerParams,
+) -> tuple[Queue, jax.Array, Swaps]:
+    """Swap in the first swapped request, if its tokens and sequences fit.
 
-    All its swapped sequences, or of samples that have the engine for themselves as many
-    as there is room for. They compute nothing in this step. One request at a time: how
-    many blocks it takes is then exact, so that it always fits alone.
+    All of its swapped sequences are swapped in. Exception: if no other request runs, as
+    many of its samples as fit. They compute nothing in this step. Only one request is
+    swapped in per step, because its demand of blocks is then exact, so that a request
+    alone always fits.
+
+    Args:
+      queue: the sequences.
+      rows: i32[S], the sequence index of each row, or NO_REQUEST.
+      swaps: the swaps of this step.
+      blocks: the blocks of the rows.
+      needed: i32[S], blocks that each row needs in this step.
+      host: the host pool.
+      scheduler_params: limits.
+
+    Returns:
+      The first three arguments after the swap.
     """
     num_rows, table_size = rows.shape[0], queue.status.shape[0]
-    is_away = queue.status == SWAPPED
+    is_swapped = queue.status == SWAPPED
     seq_index = jnp.arange(table_size, dtype=jnp.int32)
-    keys = (jnp.where(is_away, 0, 1), queue.priorities, queue.arrivals, seq_index)
-    first = lax.sort(keys, num_keys=4)[-1][:num_rows]  # in order
+    keys = (jnp.where(is_swapped, 0, 1), queue.priorities, queue.arrivals, seq_index)
+    first = lax.sort(keys, num_keys=4)[-1][:num_rows]
     leader = queue.leaders[first[0]]
-    is_mine = is_away & (queue.leaders == leader)
-    valid = is_mine[first]
+    is_mine = is_swapped & (queue.leaders == leader)
+    is_valid = is_mine[first]
 
-    size = blocks.block_size
-    held = cdiv(host.context_lens[first], size)
-    mapped = jnp.where(held == 0, mapped_tokens(queue, first) // size, held)
-    known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
-    needs = swap.demand(host, jnp.where(valid, first, NO_REQUEST))
-    needs += jnp.where(valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)
-    turn = jnp.arange(num_rows, dtype=jnp.int32)
-    fits = valid & (turn < num_open_rows(queue, rows, scheduler_params))
-    fits &= jnp.cumsum(needs) <= spare_blocks(
+    demand = _swap_in_demand(queue, host, first, is_valid)
+    number = jnp.arange(num_rows, dtype=jnp.int32)
+    fits = is_valid & (number < num_open_rows(queue, rows, scheduler_params))
+    fits &= jnp.cumsum(demand) <= spare_blocks(
         queue, rows, blocks, needed, scheduler_params
     )
 
@@ -133,12 +191,24 @@ def bring_back(
     is_other = row_values(queue.leaders, rows, NO_REQUEST) != leader
     is_alone = ~jnp.any(is_running & is_other) & ~queue.is_lockstep[leader]
     is_whole = jnp.sum(fits) == jnp.sum(is_mine)
-    num_back = jnp.where(is_whole | is_alone, jnp.sum(fits, dtype=jnp.int32), 0)
-    target = jnp.where(turn < num_back, first, table_size)
+    count = jnp.where(is_whole | is_alone, jnp.sum(fits, dtype=jnp.int32), 0)
+    target = jnp.where(number < count, first, table_size)
     queue = dataclasses.replace(
         queue, status=queue.status.at[target].set(RUNNING, mode="drop")
     )
-    takes, turn = take_rows(rows, num_back)
-    into = jnp.where(takes, first[turn], NO_REQUEST)
-    rows = jnp.where(takes, into, rows)
+    is_filled, number = first_empty_rows(rows, count)
+    into = jnp.where(is_filled, first[number], NO_REQUEST)
+    rows = jnp.where(is_filled, into, rows)
     return queue, rows, swaps._replace(into=into)
+
+
+def _swap_in_demand(
+    queue: Queue, host: BlockState, first: jax.Array, is_valid: jax.Array
+) -> jax.Array:
+    """Return the blocks of the sequences `first` and of their next tokens, i32[S]."""
+    size = host.block_size
+    stored = cdiv(host.context_lens[first], size)
+    mapped = jnp.where(stored == 0, mapped_tokens(queue, first) // size, stored)
+    known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
+    demand = swap.swap_in_demand(host, jnp.where(is_valid, first, NO_REQUEST))
+    return demand + jnp.where(is_valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)

@@ -1,6 +1,8 @@
-"""Queue: what the scheduler knows of each sequence, and the order they stand in.
+"""Queue: the scheduler's state of each sequence, and the fixed order of sequences.
 
-Letters: R places of the request table, S rows.
+Pipeline: request table -> [queue] -> admission, preemption.
+
+Shape symbols: R sequences of the request table, S batch rows, M blocks per row.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import jax.numpy as jnp
 
 from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager
+from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
 
-# Status of a place in the request table. HELD takes no part, and keeps what it has:
-# a pinned prefix its row and blocks, a finished beam of a running search its tokens.
-# SWAPPED waits as well, and has its blocks in the host's memory.
+# Status of a sequence in the request table. RETAINED takes part in no step and keeps
+# what it has: a pinned prefix its row and blocks, a finished beam of a running search
+# its tokens. SWAPPED waits too, and its blocks are in the host pool.
 EMPTY, WAITING, RUNNING, FINISHED, RETAINED, SWAPPED = range(6)
 NO_REQUEST = -1
 BEFORE_ALL = jnp.iinfo(jnp.int32).min  # priority of pinned prefixes
@@ -26,33 +29,33 @@ _LAST = jnp.iinfo(jnp.int32).max
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queue:
-    """What the scheduler knows of each sequence."""
+    """The scheduler's state of each sequence."""
 
     status: jax.Array  # i32[R]
     arrivals: jax.Array  # i32[R], rank of arrival; sequences of one request share it
     priorities: jax.Array  # i32[R], smaller keeps its memory longer
     prompt_lens: jax.Array  # i32[R]
-    num_tokens: jax.Array  # i32[R], known tokens: the prompt and what was generated
-    leaders: jax.Array  # i32[R], the place of the request's first sequence
-    sources: jax.Array  # i32[R], whose blocks it maps when it starts; itself: nobody's
-    shared_lens: jax.Array  # i32[R], tokens that it maps of its source's
+    num_tokens: jax.Array  # i32[R], known tokens: the prompt and generated tokens
+    leaders: jax.Array  # i32[R], sequence index of the request's first sequence
+    sources: jax.Array  # i32[R], sequence whose blocks it first maps; itself: none
+    shared_lens: jax.Array  # i32[R], tokens that it maps from its source
     is_lockstep: jax.Array  # bool[R], decodes only together with its request's others
-    has_ended: jax.Array  # bool[R], takes no part while its lockstep request goes on
+    has_ended: jax.Array  # bool[R], takes no part while its lockstep request continues
     num_preemptions: jax.Array  # i32[R]
-    num_cached: jax.Array  # i32[R], prompt tokens that were not computed but mapped
+    num_cached: jax.Array  # i32[R], prompt tokens that were mapped, not computed
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hits:
-    """What the prefix cache has of each waiting sequence."""
+    """Cached prefix of each waiting sequence."""
 
     block_tables: jax.Array  # i32[R, M]
     lens: jax.Array  # i32[R], tokens in them, whole blocks; less than the known tokens
 
     @classmethod
     def none(cls, table_size: int, max_blocks_per_seq: int) -> Hits:
-        """Nothing for anybody."""
+        """Return an empty prefix for every sequence."""
         return cls(
             jnp.full((table_size, max_blocks_per_seq), block_manager.NO_BLOCK),
             jnp.zeros((table_size,), jnp.int32),
@@ -60,12 +63,12 @@ class Hits:
 
 
 def init_queue(table_size: int) -> Queue:
-    """An empty queue."""
+    """Return an empty queue for a request table of `table_size` sequences."""
 
     def column(dtype: type = jnp.int32) -> jax.Array:
         return jnp.zeros((table_size,), dtype)
 
-    def own() -> jax.Array:
+    def own_index() -> jax.Array:
         return jnp.arange(table_size, dtype=jnp.int32)
 
     return Queue(
@@ -74,8 +77,8 @@ def init_queue(table_size: int) -> Queue:
         priorities=column(),
         prompt_lens=column(),
         num_tokens=column(),
-        leaders=own(),
-        sources=own(),
+        leaders=own_index(),
+        sources=own_index(),
         shared_lens=column(),
         is_lockstep=column(jnp.bool_),
         has_ended=column(jnp.bool_),
@@ -85,25 +88,28 @@ def init_queue(table_size: int) -> Queue:
 
 
 def is_new_request(queue: Queue, seq_indices: jax.Array) -> jax.Array:
-    """Whether at `seq_indices` are first sequences of requests never preempted yet."""
+    """Return whether each is the first sequence of a request never preempted so far."""
     return (queue.leaders[seq_indices] == seq_indices) & (
         queue.num_preemptions[seq_indices] == 0
     )
 
 
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
-    """`values` [R] of the requests that the rows run; `fill` for empty rows."""
+    """Return `values`, [R], of the sequences in `rows`, [S]; `fill` for empty rows."""
     return jnp.where(rows == NO_REQUEST, fill, values[jnp.maximum(rows, 0)])
 
 
 def idle_rows(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Rows that take no part: empty, held, or ended before their request; bool[S]."""
+    """Return the rows that take no part in the step, bool[S].
+
+    Idle rows are empty, RETAINED, or have ended before their request.
+    """
     status = row_values(queue.status, rows, EMPTY)
     return (status != RUNNING) | row_values(queue.has_ended, rows, False)
 
 
 def same_request(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Whether two rows run sequences of one request, bool[S, S]; empty rows are not."""
+    """Return whether two rows run the same request, bool[S, S]; False if empty."""
     leaders = row_values(queue.leaders, rows, NO_REQUEST)
     is_same = leaders[:, None] == leaders[None, :]
     return is_same & (leaders != NO_REQUEST)[:, None]
@@ -112,17 +118,18 @@ def same_request(queue: Queue, rows: jax.Array) -> jax.Array:
 def mapped_tokens(
     queue: Queue, seq_indices: jax.Array, hits: Hits | None = None
 ) -> jax.Array:
-    """Tokens that the sequences at `seq_indices` will map from their sources.
+    """Return the tokens that sequences will map from their sources, i32 per sequence.
 
-    None for those that have `hits`, which they take instead.
+    0 for sequences with `hits`, because they map the cached prefix instead.
     """
     sources = queue.sources[seq_indices]
     status = queue.status[sources]
-    # Of one request all are admitted together, and pinned prefixes first of all.
-    comes = queue.arrivals[sources] == queue.arrivals[seq_indices]
-    comes |= queue.priorities[sources] == BEFORE_ALL
+    # All sequences of a request are admitted together, and pinned prefixes before all.
+    is_admitted_before = queue.arrivals[sources] == queue.arrivals[seq_indices]
+    is_admitted_before |= queue.priorities[sources] == BEFORE_ALL
     is_away = (status == WAITING) | (status == SWAPPED)
-    is_live = (status == RUNNING) | (status == RETAINED) | (is_away & comes)
+    is_live = (status == RUNNING) | (status == RETAINED)
+    is_live |= is_away & is_admitted_before
     maps = (sources != seq_indices) & is_live
     if hits is not None:
         maps &= hits.lens[seq_indices] == 0
@@ -130,15 +137,16 @@ def mapped_tokens(
 
 
 def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Whether row j comes before row i by priority, arrival and place, bool[S, S].
+    """Return whether row j comes before row i in the fixed order, bool[S, S].
 
-    Held rows come before all, since nobody takes their blocks; empty rows behind.
+    The order is priority, arrival, sequence index. RETAINED rows come first, because
+    their blocks are never taken; empty rows come last.
     """
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
     is_empty = rows == NO_REQUEST
-    is_held = row_values(queue.status, rows, EMPTY) == RETAINED
+    is_retained = row_values(queue.status, rows, EMPTY) == RETAINED
     keys = (
-        jnp.where(is_empty, 2, jnp.where(is_held, 0, 1)),
+        jnp.where(is_empty, 2, jnp.where(is_retained, 0, 1)),
         row_values(queue.priorities, rows, _LAST),
         row_values(queue.arrivals, rows, _LAST),
         jnp.where(is_empty, _LAST, rows),
@@ -152,16 +160,16 @@ def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
 
 
 def ranks(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Rank of each row in that order, i32[S].
+    """Return the rank of each row in the fixed order, i32[S].
 
-    Counts the rows before each: for this few rows cheaper than a sort, to run and to
-    compile.
+    It counts the rows before each row. For so few rows this runs and compiles faster
+    than a sort.
     """
     return jnp.sum(rows_before(queue, rows), axis=1, dtype=jnp.int32)
 
 
 def sum_before(ranks: jax.Array, values: jax.Array) -> jax.Array:
-    """Sum of the values [S] of the rows with a smaller rank, i32[S]."""
+    """Return the sum of `values`, [S], over the rows with a smaller rank, i32[S]."""
     is_before = ranks[None, :] < ranks[:, None]
     return jnp.sum(jnp.where(is_before, values[None, :], 0), axis=1)
 
@@ -169,36 +177,48 @@ def sum_before(ranks: jax.Array, values: jax.Array) -> jax.Array:
 def num_open_rows(
     queue: Queue, rows: jax.Array, scheduler_params: SchedulerParams
 ) -> jax.Array:
-    """Sequences that may get a row, i32[]."""
+    """Return the number of sequences that can get a row, i32[]."""
     num_running = jnp.sum(row_values(queue.status, rows, EMPTY) == RUNNING)
     return jnp.minimum(
         scheduler_params.max_num_seqs - num_running, jnp.sum(rows == NO_REQUEST)
     )
 
 
-def take_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which rows are the first `count` empty ones, bool[S], and their turns, i32[S].
+def first_empty_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the first `count` empty rows, and their numbers among the empty rows.
 
-    The turn counts from 0, and is 0 for other rows.
+    Returns:
+      bool[S], whether the row is one of them; i32[S], its number from 0, and 0 for
+      other rows.
     """
-    is_free = rows == NO_REQUEST
-    turn = jnp.cumsum(is_free) - 1
-    takes = is_free & (turn < count)
-    return takes, jnp.where(takes, turn, 0)
+    is_empty = rows == NO_REQUEST
+    number = jnp.cumsum(is_empty) - 1
+    is_first = is_empty & (number < count)
+    return is_first, jnp.where(is_first, number, 0)
 
 
-def spare_blocks(queue, rows, blocks, needed, scheduler_params) -> jax.Array:
-    """Blocks that new requests may take, i32[]."""
-    # What the running rows' known tokens will take is as good as taken.
+def spare_blocks(
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    needed: jax.Array,
+    scheduler_params: SchedulerParams,
+) -> jax.Array:
+    """Return the blocks that new requests may use, i32[].
+
+    These are the free blocks without the watermark and without the blocks that the
+    running rows still need for their known tokens. `needed`, i32[S], are the blocks
+    that the rows need in this step.
+    """
     size = blocks.block_size
-    held = cdiv(blocks.context_lens, size)
+    num_used = cdiv(blocks.context_lens, size)
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     to_map = row_values(mapped_tokens(queue, seq_index), rows) // size
     expected = cdiv(row_values(queue.num_tokens, rows), size)
     expected = jnp.where(
-        idle_rows(queue, rows), 0, expected - jnp.maximum(held, to_map)
+        idle_rows(queue, rows), 0, expected - jnp.maximum(num_used, to_map)
     )
-    # A copy of a shared block is needed by a row that does not grow.
+    # A row that does not grow may still need a block, for a copy of a shared block.
     expected = jnp.maximum(expected, needed)
     free = block_manager.num_free_blocks(blocks) - jnp.sum(expected)
     is_any = jnp.any(row_values(queue.status, rows, EMPTY) == RUNNING)

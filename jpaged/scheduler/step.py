@@ -1,6 +1,8 @@
-"""Step: the plan of one; the queue, rows and blocks after it, and everyone's tokens.
+"""Step: the plan of one step, with the queue, rows and blocks after it.
 
-Letters: R places of the request table, S rows.
+Pipeline: queue, admission, preemption -> [step] -> block_manager.append.
+
+Shape symbols: R sequences of the request table, S batch rows.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
 from jpaged.scheduler.admission import admit, can_admit
-from jpaged.scheduler.preemption import Swaps, bring_back, preempt
+from jpaged.scheduler.preemption import Swaps, preempt, swap_in_request
 from jpaged.scheduler.queue import (
     NO_REQUEST,
     SWAPPED,
@@ -33,13 +35,13 @@ from jpaged.scheduler.queue import (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step does."""
+class StepPlan:
+    """Work of one step."""
 
     num_tokens: jax.Array  # i32[S], tokens of each row; 0: not in this step
-    num_preempted: jax.Array  # i32[], rows that gave their blocks back
+    num_preempted: jax.Array  # i32[], rows that lost their blocks
     num_admitted: jax.Array  # i32[], sequences that got a row
-    swaps: Swaps | None = None  # None without a host's pool
+    swaps: Swaps | None = None  # None without a host pool
 
 
 def schedule(
@@ -50,28 +52,29 @@ def schedule(
     hits: Hits | None = None,
     host: BlockState | None = None,
     scheduler_params: SchedulerParams | None = None,
-) -> tuple[Queue, jax.Array, BlockState, Plan]:
-    """The queue, rows and blocks after admission and preemption, and the step's plan.
+) -> tuple[Queue, jax.Array, BlockState, StepPlan]:
+    """Preempt, swap in and admit, and plan the tokens of one step.
 
     Args:
-      queue: the request table's scheduling side.
-      rows: i32[S], the place in the request table that each row runs, or NO_REQUEST.
-      blocks: block manager's state; its rows are `rows`.
+      queue: the scheduler's part of the request table.
+      rows: i32[S], the sequence index of each row, or NO_REQUEST.
+      blocks: the block manager's state, with the same rows.
       config: sizes and policy.
-      hits: what is cached of the waiting sequences; None is nothing.
-      host: what swapped sequences hold, its rows are places; None: nobody is swapped.
-      knobs: the scheduler's numbers, within the config's sizes; None takes its own.
+      hits: the cached prefixes of waiting sequences; None means none.
+      host: the host pool, whose rows are sequence indices; None: without swapping.
+      scheduler_params: settings; `config.scheduler_params` are the upper limits, and
+        the default.
 
-    After the plan's swaps `block_manager.append(blocks, plan.num_tokens)` always
-    succeeds. Rows that are swapped out still hold their blocks, and are empty.
+    Returns:
+      The queue, rows and blocks after preemption and admission, and the plan. After the
+      plan's swaps, `block_manager.append(blocks, plan.num_tokens)` always succeeds.
+      Rows that are swapped out are empty in `rows` and keep their blocks in `blocks`.
     """
-    scheduler_params = _within(
-        config.scheduler_params if scheduler_params is None else scheduler_params,
-        config,
+    limits = config.scheduler_params
+    settings = (
+        limits if scheduler_params is None else scheduler_params.limited_to(limits)
     )
-    blocks, wanted = _join_sources(queue, rows, blocks)
-    wanted = _keep_step(queue, rows, blocks, wanted)
-    num_tokens = _share_budget(queue, rows, wanted, scheduler_params)
+    blocks, num_tokens = _plan_running_rows(queue, rows, blocks, settings)
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
     swaps = None if host is None else Swaps.none(rows)
@@ -81,119 +84,136 @@ def schedule(
     )
     queue, rows, blocks, num_tokens, num_preempted, swaps = carry
 
-    # Nothing is admitted in a step that had to take blocks back, or while somebody is
-    # swapped.
+    # Nothing is admitted in a step that preempts, or while a request is swapped out.
     is_open = can_admit(queue, rows) & ~is_short
-    is_open &= jnp.sum(num_tokens) < scheduler_params.max_num_batched_tokens
-    if host is not None:
+    is_open &= jnp.sum(num_tokens) < settings.max_num_batched_tokens
+    if host is not None and swaps is not None:
         queue, rows, swaps = when(
             jnp.any(queue.status == SWAPPED) & ~is_short & jnp.any(rows == NO_REQUEST),
-            lambda carry: bring_back(*carry, blocks, needed, host, scheduler_params),
+            lambda carry: swap_in_request(*carry, blocks, needed, host, settings),
             (queue, rows, swaps),
         )
+    carry = (queue, rows, blocks, num_tokens, jnp.int32(0))
+    carry = _admit_waiting(carry, is_open, config, hits, needed, settings)
+    queue, rows, blocks, num_tokens, num_admitted = carry
+    plan = StepPlan(num_tokens, num_preempted, num_admitted, swaps)
+    return queue, rows, blocks, plan
+
+
+def _plan_running_rows(
+    queue: Queue, rows: jax.Array, blocks: BlockState, settings: SchedulerParams
+) -> tuple[BlockState, jax.Array]:
+    """Return the blocks after new rows mapped their sources, and each row's tokens."""
+    blocks, remaining = _map_sources(queue, rows, blocks)
+    remaining = _hold_lockstep(queue, rows, blocks, remaining)
+    return blocks, _split_budget(queue, rows, remaining, settings)
+
+
+def _admit_waiting(
+    carry: tuple,
+    is_open: jax.Array,
+    config: EngineConfig,
+    hits: Hits | None,
+    needed: jax.Array,
+    settings: SchedulerParams,
+) -> tuple:
+    """Admit waiting requests if admission is open; `carry` is as for `admit`."""
     if hits is None:
-        hits = Hits.none(queue.status.shape[0], config.max_blocks_per_seq)
-    carry = when(
+        hits = Hits.none(carry[0].status.shape[0], config.max_blocks_per_seq)
+    return when(
         is_open,
         lambda carry: admit(
             *carry,
             hits=hits,
             needed=needed,
             policy=config.policy,
-            scheduler_params=scheduler_params,
+            scheduler_params=settings,
         ),
-        (queue, rows, blocks, num_tokens, jnp.int32(0)),
-    )
-    queue, rows, blocks, num_tokens, num_admitted = carry
-    return queue, rows, blocks, Plan(num_tokens, num_preempted, num_admitted, swaps)
-
-
-def _within(scheduler_params: SchedulerParams, config: EngineConfig) -> SchedulerParams:
-    """The knobs, no larger than a program for `config` serves."""
-    return dataclasses.replace(
-        scheduler_params,
-        max_num_seqs=jnp.minimum(scheduler_params.max_num_seqs, config.max_num_seqs),
-        max_num_batched_tokens=jnp.minimum(
-            scheduler_params.max_num_batched_tokens, config.max_num_batched_tokens
-        ),
-        max_prompt_chunk=jnp.minimum(
-            scheduler_params.max_prompt_chunk, config.largest_chunk
-        ),
+        carry,
     )
 
 
-def _join_sources(
+def _map_sources(
     queue: Queue, rows: jax.Array, blocks: BlockState
 ) -> tuple[BlockState, jax.Array]:
-    """The blocks, and the tokens that each row has yet to compute, i32[S].
+    """Let new rows map their sources' blocks; also return each row's tokens to compute.
 
-    A new row waits until its source (the request's first sample, a pinned prefix) has
-    computed what they share, and then maps those blocks. At least one token is left to
-    compute: its logits are what follows. Copy-on-write follows from the reference
-    counts (paper section 4.4).
+    A new row waits until its source (the request's first sample, or a pinned prefix)
+    has computed the tokens that they share, and then maps those blocks. At least one
+    token is left to compute, because its logits give the next token. Copy-on-write
+    follows from the reference counts (paper section 4.4).
+
+    Returns:
+      The blocks, and i32[S], the tokens that each row still has to compute.
     """
     is_idle = idle_rows(queue, rows)
-    wanted = row_values(queue.num_tokens, rows) - blocks.context_lens
-    wanted = jnp.where(is_idle, 0, wanted)
+    remaining = row_values(queue.num_tokens, rows) - blocks.context_lens
+    remaining = jnp.where(is_idle, 0, remaining)
     sources = row_values(queue.sources, rows, NO_REQUEST)
     shared = row_values(queue.shared_lens, rows)
     is_new = (sources != rows) & (blocks.context_lens == 0) & (shared > 0) & ~is_idle
 
-    def join(carry):
-        blocks, wanted = carry
+    def map_all(carry: tuple) -> tuple:
+        blocks, remaining = carry
         is_source = (rows[None, :] == sources[:, None]) & is_new[:, None]
         source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
         has_source = jnp.any(is_source, axis=1)
         own = jnp.arange(rows.shape[0], dtype=jnp.int32)
 
-        def can_join(blocks: BlockState) -> jax.Array:
+        def can_map(blocks: BlockState) -> jax.Array:
             is_ready = blocks.context_lens[source_row] >= shared
             return has_source & (blocks.context_lens == 0) & is_ready
 
         def map_blocks(blocks: BlockState) -> BlockState:
-            joins = can_join(blocks)
-            blocks = block_manager.fork(blocks, jnp.where(joins, source_row, own))
+            maps = can_map(blocks)
+            blocks = block_manager.fork(blocks, jnp.where(maps, source_row, own))
             return block_manager.truncate(
-                blocks, jnp.where(joins, shared, blocks.context_lens)
+                blocks, jnp.where(maps, shared, blocks.context_lens)
             )
 
-        # Again for those whose source has just joined: a lockstep leader that maps all
-        # but its last token computes nothing until the others have joined it.
-        blocks = lax.while_loop(lambda b: jnp.any(can_join(b)), map_blocks, blocks)
-        joined = has_source & (blocks.context_lens > 0)
-        wanted = jnp.where(joined, wanted - shared, wanted)
-        return blocks, jnp.where(has_source & ~joined, 0, wanted)
+        # Repeated for rows whose source has just mapped its own source's blocks: a
+        # lockstep leader that maps all but its last token computes nothing before the
+        # other rows have mapped its blocks.
+        blocks = lax.while_loop(lambda b: jnp.any(can_map(b)), map_blocks, blocks)
+        has_mapped = has_source & (blocks.context_lens > 0)
+        remaining = jnp.where(has_mapped, remaining - shared, remaining)
+        return blocks, jnp.where(has_source & ~has_mapped, 0, remaining)
 
-    return when(jnp.any(is_new), join, (blocks, wanted))
+    return when(jnp.any(is_new), map_all, (blocks, remaining))
 
 
-def _keep_step(queue, rows, blocks, wanted) -> jax.Array:
-    """`wanted` without the last token of lockstep rows that some other is not up to."""
+def _hold_lockstep(
+    queue: Queue, rows: jax.Array, blocks: BlockState, remaining: jax.Array
+) -> jax.Array:
+    """Return `remaining` without the last tokens of waiting lockstep rows, i32[S].
+
+    A row waits while another row of its request has more than its last token left.
+    """
     is_lockstep = row_values(queue.is_lockstep, rows, False) & ~idle_rows(queue, rows)
 
-    def withhold(wanted: jax.Array) -> jax.Array:
+    def hold(remaining: jax.Array) -> jax.Array:
         left = row_values(queue.num_tokens, rows) - blocks.context_lens
         is_behind = is_lockstep & (left > 1)
         has_other_behind = jnp.any(
             same_request(queue, rows) & is_behind[None, :], axis=1
         )
-        return jnp.where(is_lockstep & has_other_behind, wanted - 1, wanted)
+        return jnp.where(is_lockstep & has_other_behind, remaining - 1, remaining)
 
-    waits = when(jnp.any(is_lockstep), withhold, wanted)
-    return jnp.maximum(waits, 0)
+    return jnp.maximum(when(jnp.any(is_lockstep), hold, remaining), 0)
 
 
-def _share_budget(queue, rows, wanted, scheduler_params: SchedulerParams) -> jax.Array:
-    """Tokens of each row, i32[S]: one for a decode, and the rest to prompts in turn."""
-    decodes = (wanted == 1).astype(jnp.int32)
+def _split_budget(
+    queue: Queue, rows: jax.Array, remaining: jax.Array, settings: SchedulerParams
+) -> jax.Array:
+    """Return each row's tokens, i32[S]: one per decode, the rest to prompts by rank."""
+    decodes = (remaining == 1).astype(jnp.int32)
     num_decodes = jnp.sum(decodes)
 
-    def chunks(num_tokens: jax.Array) -> jax.Array:
-        left = jnp.where(
-            wanted > 1, jnp.minimum(wanted, scheduler_params.max_prompt_chunk), 0
-        )
-        before = sum_before(ranks(queue, rows), left)
-        budget = scheduler_params.max_num_batched_tokens - num_decodes
-        return num_tokens + jnp.clip(budget - before, 0, left)
+    def add_chunks(num_tokens: jax.Array) -> jax.Array:
+        chunk = jnp.minimum(remaining, settings.max_prompt_chunk)
+        chunk = jnp.where(remaining > 1, chunk, 0)
+        before = sum_before(ranks(queue, rows), chunk)
+        budget = settings.max_num_batched_tokens - num_decodes
+        return num_tokens + jnp.clip(budget - before, 0, chunk)
 
-    return when(jnp.any(wanted > 1), chunks, decodes)
+    return when(jnp.any(remaining > 1), add_chunks, decodes)

@@ -113,7 +113,7 @@ class EngineHost:
         self._limits = config.limits(1, 1)
         # Where several processes run this engine, each for itself.
         is_shared = distributed.is_shared(mesh)
-        self._asked = distributed.SequenceParams(*_ASKED) if is_shared else None
+        self._asked = distributed.CallDigests(*_ASKED) if is_shared else None
         sizes = (model.config, None if draft is None else draft.config)
         self._note("config", (sizes, config, kv_dtype, seed))
         self._log = StepLog(self.num_replicas)
@@ -129,7 +129,7 @@ class EngineHost:
         if self._asked is None:
             return number
         self._asked.check()
-        return distributed.first(number)
+        return distributed.number_of_process_0(number)
 
     def _new_state(self) -> EngineState:
         """An empty engine whose counters go on where the last one's were seen."""

@@ -83,7 +83,7 @@ def choose_sizes(
         if mesh is not None and mesh.devices.flat[0].platform == "cpu":
             budget //= mesh.size  # virtual devices share the machine's memory
         if distributed.is_shared(mesh):
-            budget = distributed.least(budget)
+            budget = distributed.min_over_processes(budget)
         size = sum(
             block_bytes(each.config, block_size, kv_dtype, attention, tensor)
             for each in models

@@ -116,7 +116,7 @@ def check_alike(arguments: Mapping[str, Any]) -> None:
     is_decoder = isinstance(model, Decoder)
     name = model.config if is_decoder else pathlib.PurePath(str(model)).name
     alike = {"self": None, "tokenizer": None, "model": name}
-    distributed.check_alike({**arguments, **alike})
+    distributed.check_same_options({**arguments, **alike})
 
 
 def load(

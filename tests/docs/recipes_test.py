@@ -1,4 +1,4 @@
-"""Recipes for clusters: shells and SkyPilot read them."""
+"""Recipes for clusters: bash and SkyPilot can parse them."""
 
 import pathlib
 import subprocess
@@ -11,11 +11,11 @@ RECIPES = pathlib.Path(ROOT) / "docs" / "recipes"
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "tpu_pod.sh"])
-def test_bash_reads_the_script(name):
+def test_bash_parses_the_script(name):
     subprocess.run(["bash", "-n", str(RECIPES / name)], check=True)
 
 
-def test_the_yaml_says_what_a_task_needs():
+def test_the_yaml_has_all_fields_of_a_task():
     yaml = pytest.importorskip("yaml", reason="needs PyYAML")
     task = yaml.safe_load((RECIPES / "skypilot.yaml").read_text("utf-8"))
     assert set(task) == {"name", "num_nodes", "resources", "workdir", "setup", "run"}
@@ -25,7 +25,7 @@ def test_the_yaml_says_what_a_task_needs():
     assert done.returncode == 0
 
 
-def test_skypilot_reads_the_yaml():
+def test_skypilot_parses_the_yaml():
     sky = pytest.importorskip("sky", reason="needs skypilot")
     task = sky.Task.from_yaml(str(RECIPES / "skypilot.yaml"))
     assert task.num_nodes == 2

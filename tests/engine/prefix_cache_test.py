@@ -189,7 +189,7 @@ def test_a_row_that_was_cut_back_into_a_cached_block_overwrites_nothing_that_is_
     )
     blocks, _ = block_manager.append(blocks, jnp.array([8, 0]))
     tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
-    cache = prefix_cache.init_cache(8, 4)
+    cache = prefix_cache.init_prefix_cache(8, 4)
     cache, blocks = prefix_cache.insert(cache, blocks, tokens, 0)
 
     # Alone it goes on in place, and the block is no longer found; the one before is.

@@ -177,7 +177,7 @@ def test_sharing_again_is_comparing_token_by_token(seed):
     lens, tokens = queue["num_tokens"], wanted["tokens"]
     histories = [tokens[p, : lens[p]].tolist() for p in range(PLACES)]
     lost = {int(seq_index) for seq_index in seq_indices if seq_index < PLACES}
-    for seq_index, pair in scheduler_driver.share_again(lost, histories, queue):
+    for seq_index, pair in scheduler_driver.new_sources(lost, histories, queue).items():
         queue["sources"][seq_index], queue["shared_lens"][seq_index] = pair
     assert_equal(share_again(table, seq_indices), wanted)
 

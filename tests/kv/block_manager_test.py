@@ -1,10 +1,11 @@
-"""The block manager against a slow model, enumeration, hand-worked steps and faults."""
+"""Block manager: slow model, enumeration, hand-computed steps and planted faults."""
 
 import dataclasses
 import itertools
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 
 import jax
@@ -15,12 +16,14 @@ from hypothesis import settings, stateful
 from hypothesis import strategies as st
 from jax import lax
 
+from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
+from jpaged.kv.free_blocks import lowest_free_blocks
 from tests.support import block_manager_model
 from tests.support.paths import ROOT
 
-# Small enough that the pool and the tables both run out; 3 does not divide 32.
+# Small, so that the pool and the tables both become full; 3 does not divide 32.
 SIZES = dict(num_blocks=9, block_size=3, max_seqs=4, max_blocks_per_seq=4)
 MAX_SEQS = SIZES["max_seqs"]
 OPERATIONS = block_manager_model.jitted_operations()
@@ -34,11 +37,11 @@ def arrays(state: BlockState) -> list[list[int]]:
     return [leaf.tolist() for leaf in jax.tree.leaves(state)]
 
 
-# Against the slow model.
+# Comparison with the slow model.
 
 
 class BlockManagerMachine(stateful.RuleBasedStateMachine):
-    """Any sequence of operations leaves the arrays, the model and the memory alike."""
+    """After any sequence of operations, arrays, model and memory are equal."""
 
     per_row = st.lists(st.integers(0, 7), min_size=MAX_SEQS, max_size=MAX_SEQS)
 
@@ -82,27 +85,27 @@ class BlockManagerMachine(stateful.RuleBasedStateMachine):
         self.checked.truncate(lens)
 
     @stateful.rule(order=per_row)
-    def ask_exclusive_blocks(self, order: list[int]) -> None:
+    def check_exclusive_blocks(self, order: list[int]) -> None:
         self.checked.check_exclusive_blocks(order)
 
 
 BlockManagerMachine.TestCase.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None
 )
-test_any_operations_agree_with_the_slow_model = BlockManagerMachine.TestCase
+test_any_operations_equal_the_slow_model = BlockManagerMachine.TestCase
 
 
-def test_long_random_walks_run_out_of_blocks_and_copy_and_agree_with_the_model():
+def test_long_walk_with_refusals_and_copies_equals_the_model():
     checked = block_manager_model.Checked(OPERATIONS, **SIZES)
     block_manager_model.random_walk(checked, np.random.default_rng(0), 600)
     assert checked.num_refused > 20
     assert checked.num_copies > 20
 
 
-def test_a_walk_over_two_words_of_blocks_and_the_larger_search_agrees_with_the_model(
+def test_walk_over_several_bit_words_with_the_larger_search_equals_the_model(
     monkeypatch,
 ):
-    # With no blocks set aside for prompts, a few tokens already take the other branch.
+    # With 0 prompt blocks, already a few tokens use the search for many blocks.
     monkeypatch.setattr(block_manager, "_PROMPT_BLOCKS", 0)
     operations = block_manager_model.jitted_operations()
     sizes = dict(num_blocks=70, block_size=2, max_seqs=6, max_blocks_per_seq=20)
@@ -115,7 +118,7 @@ def test_a_walk_over_two_words_of_blocks_and_the_larger_search_agrees_with_the_m
     assert checked.num_copies > 5
 
 
-def test_every_sequence_of_operations_on_a_tiny_pool_agrees_with_the_model():
+def test_every_sequence_of_operations_on_a_tiny_pool_equals_the_model():
     sizes = dict(num_blocks=3, block_size=2, max_seqs=2, max_blocks_per_seq=2)
     rows = range(-1, 2)
     calls: list[tuple[str, tuple[int, ...]]] = [
@@ -130,7 +133,7 @@ def test_every_sequence_of_operations_on_a_tiny_pool_agrees_with_the_model():
     start = block_manager_model.Checked(OPERATIONS, **sizes)
     seen = {json.dumps(arrays(start.state))}
     level, depth = [start], 0
-    while level:  # until no call leads to a state that was not seen: any length
+    while level:  # until no call leads to a new state, so sequences of any length
         depth += 1
         following = []
         for name, arguments in calls:
@@ -140,13 +143,13 @@ def test_every_sequence_of_operations_on_a_tiny_pool_agrees_with_the_model():
             for index, before in enumerate(level):
                 after = before.branch()
                 if name == "append":
-                    after.take_append(list(arguments), *results[index], needed[index])
+                    after.check_append(list(arguments), *results[index], needed[index])
                 else:
                     getattr(after.model, name)(list(arguments))
                     after.state = results[index]
                     after.check()
-                # What will happen depends on the arrays alone, so sequences that
-                # meet in the same arrays continue as one.
+                # Later results depend only on the arrays, so sequences that lead to
+                # the same arrays are continued once.
                 key = json.dumps(arrays(after.state))
                 if key not in seen:
                     seen.add(key)
@@ -159,7 +162,7 @@ def test_every_sequence_of_operations_on_a_tiny_pool_agrees_with_the_model():
 def in_one_batch(
     function: Callable, level: list[block_manager_model.Checked], arguments: tuple
 ) -> list:
-    """The function's result for each state, from batches of one size."""
+    """The function's result for each state, computed in batches of one size."""
     size, results = 64, []
     for first in range(0, len(level), size):
         states = [checked.state for checked in level[first : first + size]]
@@ -171,33 +174,34 @@ def in_one_batch(
     return results
 
 
-# Steps worked out by hand.
+# Hand-computed steps.
 
 
 def test_copy_on_write_step_by_step():
     state = block_manager.init_state(
         num_blocks=6, block_size=2, max_seqs=3, max_blocks_per_seq=3
     )
-    # Row 0 gets 3 tokens: blocks 0 (full) and 1 (half).
+    # Row 0 gets 3 tokens: blocks 0 (full) and 1 (half full).
     state, appended = OPERATIONS.append(state, i32(3, 0, 0))
     assert appended.copy_src.tolist() == [NO_BLOCK] * 3
-    # All three rows hold them.
+    # All three rows share them.
     state = OPERATIONS.fork(state, i32(0, 0, 0))
     assert state.ref_counts.tolist() == [3, 3, 0, 0, 0, 0]
-    # Row 1 writes alone: two others keep block 1, so it gets the copy 2.
+    # Row 1 writes alone. Two other rows use block 1, so row 1 gets block 2, a copy.
     state, appended = OPERATIONS.append(state, i32(0, 1, 0))
     assert appended.copy_src.tolist() == [NO_BLOCK, 1, NO_BLOCK]
     assert appended.copy_dst.tolist() == [NO_BLOCK, 2, NO_BLOCK]
     assert state.ref_counts.tolist() == [3, 2, 1, 0, 0, 0]
-    # Rows 0 and 2 write together: row 0 gets the copy 3, row 2 is then the last owner
-    # and writes in place. Row 1's block 2 is full by now: it opens 4, without a copy.
+    # Rows 0 and 2 write together: row 0 gets block 3, a copy. Row 2 is then the last
+    # owner and writes in place. Block 2 of row 1 is full, so row 1 gets block 4 too.
     assert OPERATIONS.blocks_needed(state, i32(1, 1, 1)).tolist() == [1, 1, 0]
     state, appended = OPERATIONS.append(state, i32(1, 1, 1))
     assert appended.copy_src.tolist() == [1, NO_BLOCK, NO_BLOCK]
     assert appended.copy_dst.tolist() == [3, NO_BLOCK, NO_BLOCK]
     assert state.block_tables.tolist() == [[0, 3, -1], [0, 2, 4], [0, 1, -1]]
     assert state.ref_counts.tolist() == [3, 1, 1, 1, 1, 0]
-    # A copy and a further block in one call: cut into the shared block 0, then 3 more.
+    # A copy and a new block in one call: row 0 is cut inside the shared block 0 and
+    # then appends 3 tokens.
     state = OPERATIONS.truncate(state, i32(1, 5, 4))
     assert state.ref_counts.tolist() == [3, 1, 1, 0, 1, 0]
     state, appended = OPERATIONS.append(state, i32(3, 0, 0))
@@ -207,7 +211,7 @@ def test_copy_on_write_step_by_step():
     assert state.ref_counts.tolist() == [2, 1, 1, 1, 1, 1]
 
 
-def test_a_shared_block_that_is_full_is_not_copied():
+def test_a_full_shared_block_is_not_copied():
     checked = block_manager_model.Checked(OPERATIONS, **SIZES)
     checked.append([3, 0, 0, 0])
     checked.fork([0, 0, 0, 0])
@@ -216,7 +220,7 @@ def test_a_shared_block_that_is_full_is_not_copied():
     assert checked.state.block_tables[:, 0].tolist() == [0, 0, 0, 0]
 
 
-def test_a_row_takes_many_blocks_in_one_append_and_leaves_holes_to_others():
+def test_one_append_can_fill_a_whole_table_from_non_contiguous_blocks():
     state = block_manager.init_state(
         num_blocks=100, block_size=4, max_seqs=3, max_blocks_per_seq=90
     )
@@ -231,11 +235,11 @@ def test_a_row_takes_many_blocks_in_one_append_and_leaves_holes_to_others():
 @pytest.mark.parametrize(
     ("num_tokens", "reason"),
     [
-        ((13, 0, 0, 0), "a table has 12 slots"),
-        ((2**31 - 1, 0, 0, 0), "lengths must not wrap around"),
-        ((2**31 - 1,) * 4, "nor their sum"),
-        ((9, 9, 7, 3), "10 blocks of 9"),
-        ((-1, 0, 0, 0), "negative"),
+        ((13, 0, 0, 0), "a table has only 12 slots"),
+        ((2**31 - 1, 0, 0, 0), "the length would overflow int32"),
+        ((2**31 - 1,) * 4, "the sum of lengths would overflow int32"),
+        ((9, 9, 7, 3), "10 blocks are needed and the pool has 9"),
+        ((-1, 0, 0, 0), "the number is negative"),
     ],
 )
 def test_a_refused_append_changes_nothing(num_tokens: tuple[int, ...], reason: str):
@@ -246,7 +250,7 @@ def test_a_refused_append_changes_nothing(num_tokens: tuple[int, ...], reason: s
     assert appended.copy_src.tolist() == appended.copy_dst.tolist() == [NO_BLOCK] * 4
 
 
-def test_an_append_may_take_the_last_free_block_and_then_none():
+def test_append_can_use_the_last_free_block_and_is_then_refused():
     state = block_manager.init_state(**SIZES)
     state, appended = OPERATIONS.append(state, i32(9, 9, 6, 3))
     assert appended.ok
@@ -258,7 +262,7 @@ def test_an_append_may_take_the_last_free_block_and_then_none():
     assert appended.ok
 
 
-def test_parents_outside_the_rows_empty_the_row_and_growing_is_no_truncation():
+def test_fork_from_an_invalid_parent_empties_the_row_and_truncate_never_grows():
     checked = block_manager_model.Checked(OPERATIONS, **SIZES)
     checked.append([2, 2, 2, 2])
     checked.truncate([3, 2, -1, 1])
@@ -267,20 +271,20 @@ def test_parents_outside_the_rows_empty_the_row_and_growing_is_no_truncation():
     assert checked.state.context_lens.tolist() == [0, 0, 2, 0]
 
 
-def test_slots_outside_the_table_or_the_rows_are_negative():
+def test_slots_of_invalid_rows_and_positions_are_negative():
     state = block_manager.init_state(**SIZES)
     state, _ = OPERATIONS.append(state, i32(4, 12, 0, 0))
     rows = i32(0, 0, 0, 1, 1, 1, 2, 4, -1, 2**31 - 1)
     positions = i32(3, 5, 6, 11, 12, -1, 0, 0, 0, 0)
     slots = OPERATIONS.slots(state, rows, positions)
-    # Row 0 holds blocks 0 and 1, row 1 holds 2 to 5, three slots each.
+    # Row 0 uses blocks 0 and 1, row 1 uses blocks 2 to 5, with 3 slots per block.
     assert slots.tolist() == [3, 5, -1, 17, -1, -1, -1, -1, -1, -1]
 
 
 # Inside programs.
 
 
-def test_vmap_gives_what_a_loop_over_the_states_gives():
+def test_vmap_equals_a_loop_over_the_states():
     rng = np.random.default_rng(2)
     states = []
     for seed in range(6):
@@ -299,7 +303,7 @@ def test_vmap_gives_what_a_loop_over_the_states_gives():
         jax.tree.map(np.testing.assert_array_equal, together, alone)
 
 
-def test_a_donated_loop_of_steps_gives_what_single_calls_give():
+def test_a_donated_loop_of_steps_equals_single_calls():
     def step(state: BlockState) -> BlockState:
         num_tokens = (state.context_lens > 0).astype(jnp.int32)
         state, appended = block_manager.append(state, num_tokens)
@@ -320,7 +324,7 @@ def test_a_donated_loop_of_steps_gives_what_single_calls_give():
     assert block_manager.violations(after) == []
 
 
-def test_each_operation_compiles_once_whatever_the_values():
+def test_each_operation_compiles_once_for_all_values():
     operations = block_manager_model.jitted_operations()
     checked = block_manager_model.Checked(operations, **SIZES)
     block_manager_model.random_walk(checked, np.random.default_rng(3), 60)
@@ -328,7 +332,7 @@ def test_each_operation_compiles_once_whatever_the_values():
     assert counts == dict.fromkeys(counts, 1)
 
 
-def test_operations_on_device_arrays_need_no_transfer():
+def test_operations_on_device_arrays_transfer_nothing_to_the_host():
     state = block_manager.init_state(**SIZES)
     one, parents = i32(1, 1, 1, 1), i32(0, 0, 0, 0)
     OPERATIONS.fork(OPERATIONS.append(state, one)[0], parents)
@@ -336,10 +340,10 @@ def test_operations_on_device_arrays_need_no_transfer():
         OPERATIONS.fork(OPERATIONS.append(state, one)[0], parents)
 
 
-# What is wrong is said.
+# Error messages.
 
 
-def test_violations_names_what_is_wrong():
+def test_violations_describe_each_inconsistency():
     state, _ = OPERATIONS.append(block_manager.init_state(**SIZES), i32(4, 3, 0, 0))
     assert block_manager.violations(state) == []
 
@@ -353,20 +357,20 @@ def test_violations_names_what_is_wrong():
     )
     assert "reference count is -1" in broken(ref_counts=refs.at[8].set(-1))
     assert broken(context_lens=lens.at[2].set(-1)) == (
-        "row 2: its length -1 does not fit its table"
+        "row 2: length -1 does not fit the block table"
     )
-    assert "past its 0 tokens" in broken(block_tables=tables.at[3, 1].set(5))
-    assert "not all are blocks" in broken(context_lens=lens.at[1].set(4))
+    assert "after its 0 tokens" in broken(block_tables=tables.at[3, 1].set(5))
+    assert "contains invalid block numbers" in broken(context_lens=lens.at[1].set(4))
     assert broken(
         block_tables=tables.at[0, 1].set(0), ref_counts=refs.at[:2].set(i32(2, 0))
-    ) == ("row 0: holds [0] twice")
+    ) == ("row 0: blocks [0] occur twice")
     out_of_range = broken(
         block_tables=tables.at[0, 1].set(9), ref_counts=refs.at[1].set(0)
     )
-    assert out_of_range == "row 0: of [0, 9] not all are blocks"
+    assert out_of_range == "row 0: [0, 9] contains invalid block numbers"
 
 
-def test_bad_arguments_are_named_with_what_was_wanted_and_got():
+def test_errors_name_the_argument_with_expected_and_given_values():
     with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
         block_manager.init_state(**(SIZES | dict(block_size=0)))
     with pytest.raises(ValueError, match=r"num_blocks \* block_size: .*2\*\*31"):
@@ -380,7 +384,7 @@ def test_bad_arguments_are_named_with_what_was_wanted_and_got():
         block_manager.free(state, i32(0, 0, 0, 1))
 
 
-# The checks themselves: each planted fault must be found.
+# The tests must find each planted fault.
 
 
 def fork_that_loses_a_reference(state: BlockState, parents: jax.Array) -> BlockState:
@@ -428,7 +432,7 @@ def free_that_ignores_the_last_row(state: BlockState, rows: jax.Array) -> BlockS
 
 def exclusive_blocks_that_count_shared_ones_twice(state: BlockState, order: jax.Array):
     del order
-    return -(-state.context_lens // state.block_size)
+    return cdiv(state.context_lens, state.block_size)
 
 
 def slots_one_too_far(state: BlockState, rows: jax.Array, positions: jax.Array):
@@ -450,15 +454,16 @@ def slots_one_too_far(state: BlockState, rows: jax.Array, positions: jax.Array):
     ],
 )
 def test_a_planted_fault_is_found(name: str, fault: Callable):
-    operations = block_manager_model.jitted_operations()
+    # The other operations are compiled already.
+    operations = types.SimpleNamespace(**vars(OPERATIONS))
     setattr(operations, name, jax.jit(fault))
     checked = block_manager_model.Checked(operations, **SIZES)
     with pytest.raises(AssertionError):
         block_manager_model.random_walk(checked, np.random.default_rng(0), 100)
 
 
-def first_free_one_off(*args):
-    return ORIGINAL_FIRST_FREE(*args).at[2].add(1)
+def free_blocks_with_one_wrong(free_bits, count):
+    return lowest_free_blocks(free_bits, count).at[2].add(1)
 
 
 def demand_without_copies(state, num_tokens):
@@ -466,13 +471,15 @@ def demand_without_copies(state, num_tokens):
     return last, jnp.zeros_like(copies), added
 
 
-ORIGINAL_FIRST_FREE = block_manager._first_free
 ORIGINAL_DEMAND = block_manager._demand
 
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [("_first_free", first_free_one_off), ("_demand", demand_without_copies)],
+    [
+        ("lowest_free_blocks", free_blocks_with_one_wrong),
+        ("_demand", demand_without_copies),
+    ],
 )
 def test_a_fault_planted_inside_append_is_found(monkeypatch, name, fault):
     monkeypatch.setattr(block_manager, name, fault)
@@ -482,7 +489,7 @@ def test_a_fault_planted_inside_append_is_found(monkeypatch, name, fault):
         block_manager_model.random_walk(checked, np.random.default_rng(0), 100)
 
 
-def test_the_benchmark_ends_with_one_json_object():
+def test_the_benchmark_prints_one_json_object_last():
     command = [sys.executable, "-m", "experiments.bench_block_manager"]
     command += ["--rows=8", "--num_blocks=64,100", "--max_blocks_per_seq=16"]
     command += ["--operations=fork", "--iterations=2", "--repeats=1"]

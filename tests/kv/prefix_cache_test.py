@@ -1,4 +1,4 @@
-"""The prefix cache against a slow model, hand-worked cases and planted faults."""
+"""Prefix cache: slow model, hand-computed cases and planted faults."""
 
 import dataclasses
 import functools
@@ -14,39 +14,43 @@ import pytest
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
 
-from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv import block_manager, prefix_cache, prefix_checks, prefix_table
 from jpaged.kv.block_manager import NO_BLOCK
 from tests.support import prefix_cache_model as model
 from tests.support.prefix_cache_model import Checked, L, M, N, P, S, i32, walk
 
-ROOT = prefix_cache.init_cache(N, P).parents.size
+ROOT = N  # the parent of a sequence's first block
 RUN = model.operations()
-EQUAL_HASHES = ("(_hash(parents, chunks) & mask)", "(_hash(parents, chunks) & 0)")
+EQUAL_HASHES = ("hash_keys(parents, chunks) & mask", "0 * hash_keys(parents, chunks)")
 
 
 @functools.cache
 def one_bucket():
-    """The operations where every key has the same hash: a table of 8 places."""
+    """The operations with the same hash for every key: the table stores 8 nodes."""
     return model.operations(mutant(EQUAL_HASHES))
 
 
 def mutant(*changes: tuple[str, str]) -> types.ModuleType:
-    """The module with pieces of its source replaced, each of which occurs once."""
-    source = inspect.getsource(prefix_cache)
+    """`prefix_cache` and its modules with changed source; each text occurs once."""
+    sources = [inspect.getsource(one) for one in (prefix_table, prefix_checks)]
+    sources.append(inspect.getsource(prefix_cache))
     for old, new in changes:
-        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
-        source = source.replace(old, new)
-    module = types.ModuleType("mutant_of_prefix_cache")
-    sys.modules[module.__name__] = module  # where dataclasses looks
-    exec(compile(source, module.__name__, "exec"), module.__dict__)
+        count = sum(source.count(old) for source in sources)
+        assert count == 1, f"{old!r} occurs {count} times"
+        sources = [source.replace(old, new) for source in sources]
+    for name, source in zip(("table", "checks", "cache"), sources, strict=True):
+        module = types.ModuleType(f"mutant_prefix_{name}")
+        sys.modules[module.__name__] = module  # for imports and dataclasses
+        source = source.replace("from jpaged.kv.prefix_", "from mutant_prefix_")
+        exec(compile(source, module.__name__, "exec"), module.__dict__)
     return module
 
 
-# Against the slow model.
+# Comparison with the slow model.
 
 
 class PrefixCacheMachine(stateful.RuleBasedStateMachine):
-    """Any sequence of operations leaves arrays, model and memory alike."""
+    """After any sequence of operations, arrays, model and memory are equal."""
 
     rows = st.integers(0, S - 1)
     prompts = st.lists(st.integers(0, 1), min_size=1, max_size=L)
@@ -108,7 +112,7 @@ PrefixCacheMachine.TestCase.settings = settings(
 TestAnySequence = PrefixCacheMachine.TestCase
 
 
-def test_a_long_walk_agrees_and_meets_everything_there_is():
+def test_a_long_walk_with_all_kinds_of_events_equals_the_model():
     checked = walk(Checked(RUN), 250, seed=3)
     assert checked.num_hits > 5
     assert checked.num_evicted > 20
@@ -116,18 +120,18 @@ def test_a_long_walk_agrees_and_meets_everything_there_is():
     assert checked.num_copies > 1
 
 
-def test_with_all_hashes_equal_it_stays_exact_and_only_loses_nodes():
-    """One bucket of 8 places holds everything: a hash alone never decides."""
+def test_with_equal_hashes_results_stay_exact_and_only_nodes_are_refused():
+    """One bucket with 8 ways stores all nodes: a hash alone never decides."""
     checked = walk(Checked(one_bucket(), max_nodes=8), 250, seed=3)
     assert checked.num_hits > 5
     assert checked.num_refused > 3
 
 
-# By hand.
+# Hand-computed cases.
 
 
-def held(*prompts: list[int], num_blocks: int = N):
-    """A cache, and blocks in which each row has computed its prompt alone."""
+def prompts_in_rows(*prompts: list[int], num_blocks: int = N):
+    """An empty cache, and blocks in which each row has computed its own prompt."""
     blocks = block_manager.init_state(
         num_blocks=num_blocks, block_size=P, max_seqs=S, max_blocks_per_seq=M
     )
@@ -135,11 +139,13 @@ def held(*prompts: list[int], num_blocks: int = N):
     blocks, _ = block_manager.append(blocks, i32(*lens))
     rows = [prompt + [0] * (L - len(prompt)) for prompt in prompts]
     tokens = i32(*itertools.chain(*rows), *[0] * (L * (S - len(prompts))))
-    return prefix_cache.init_cache(num_blocks, P), blocks, tokens.reshape(S, L)
+    return prefix_cache.init_prefix_cache(num_blocks, P), blocks, tokens.reshape(S, L)
 
 
-def test_two_rows_with_one_prompt_end_up_on_the_blocks_of_the_lower_row():
-    cache, blocks, tokens = held([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 7, 8])
+def test_rows_with_the_same_prompt_share_the_blocks_of_the_lowest_row():
+    cache, blocks, tokens = prompts_in_rows(
+        [1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 7, 8]
+    )
     assert blocks.block_tables.tolist() == [
         [0, 1, 2, -1],
         [3, 4, 5, -1],
@@ -159,8 +165,8 @@ def test_two_rows_with_one_prompt_end_up_on_the_blocks_of_the_lower_row():
         assert cache.tokens[block].tolist() == key
 
 
-def test_the_same_tokens_under_another_parent_are_another_node():
-    cache, blocks, tokens = held([1, 2, 3, 4], [3, 4, 1, 2], [1, 2, 1, 2])
+def test_the_same_tokens_under_another_parent_are_a_different_node():
+    cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4], [3, 4, 1, 2], [1, 2, 1, 2])
     cache, blocks = RUN.insert(cache, blocks, tokens, 1)
     assert int(prefix_cache.is_cached(cache).sum()) == 5
     rows = jnp.array([[3, 4, 3, 4, 0, 0, 0, 0], [1, 2, 1, 2, 1, 2, 0, 0], [0] * L])
@@ -168,8 +174,8 @@ def test_the_same_tokens_under_another_parent_are_another_node():
     assert lens.tolist() == [2, 4, 0]
 
 
-def test_tails_go_before_heads_and_the_least_recently_used_before_both():
-    cache, blocks, tokens = held([1, 2, 3, 4, 5, 6], [7, 8, 9, 9])
+def test_least_recently_used_nodes_are_evicted_first_and_children_before_parents():
+    cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4, 5, 6], [7, 8, 9, 9])
     cache, blocks = RUN.insert(cache, blocks, tokens, 1)
     blocks = RUN.fork(blocks, i32(0, NO_BLOCK, NO_BLOCK))
     cache = RUN.touch(cache, blocks.ref_counts, 2)  # only row 0 is in use
@@ -181,48 +187,45 @@ def test_tails_go_before_heads_and_the_least_recently_used_before_both():
     assert left == [[0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1, 2], [0, 1], [0], []]
 
 
-def test_what_a_row_uses_is_never_evicted():
-    cache, blocks, tokens = held([1, 2, 3, 4], [5, 6])
+def test_nodes_in_use_are_never_evicted():
+    cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4], [5, 6])
     cache, blocks = RUN.insert(cache, blocks, tokens, 1)
     blocks = RUN.fork(blocks, i32(0, NO_BLOCK, NO_BLOCK))
     cache = RUN.evict(cache, blocks.ref_counts, 10 * N)
     assert np.flatnonzero(prefix_cache.is_cached(cache)).tolist() == [0, 1]
 
 
-def test_places_pick_each_row_s_tokens_out_of_a_larger_table():
-    cache, blocks, tokens = held([1, 2, 3, 4], [5, 6, 7, 8])
+def test_seq_indices_select_each_rows_tokens_from_a_larger_table():
+    cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4], [5, 6, 7, 8])
     table = jnp.concatenate([jnp.full((2, L), -5, jnp.int32), tokens[::-1]])
     seq_indices = i32(4, 3, 2)
-    there = prefix_cache.insert(cache, blocks, table, 1, seq_indices)
-    here = RUN.insert(cache, blocks, tokens, 1)
-    assert jax.tree.map(jnp.array_equal, there, here) == jax.tree.map(
-        lambda _: True, here
-    )
-    _, lens = prefix_cache.match(here[0], table, i32(8, 8), i32(3, 0))
+    selected = RUN.insert(cache, blocks, table, 1, seq_indices)
+    direct = RUN.insert(cache, blocks, tokens, 1)
+    jax.tree.map(np.testing.assert_array_equal, selected, direct)
+    _, lens = RUN.match(direct[0], table, i32(8, 8), i32(3, 0))
     assert lens.tolist() == [4, 0]
 
 
-def test_a_limit_is_floored_to_whole_blocks_and_never_passes_the_tokens():
-    cache, blocks, tokens = held([1, 2, 3, 4, 5, 6, 7, 8])
+def test_a_match_has_whole_blocks_within_the_limit_and_the_tokens():
+    cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4, 5, 6, 7, 8])
     cache, _ = RUN.insert(cache, blocks, tokens, 1)
     same = jnp.tile(tokens[:1], (S, 1))
-    for limit, wanted in [(-1, 0), (0, 0), (1, 0), (2, 2), (3, 2), (7, 6), (99, 8)]:
+    for limit, found in [(-1, 0), (0, 0), (1, 0), (2, 2), (3, 2), (7, 6), (99, 8)]:
         _, lens = RUN.match(cache, same, i32(*[limit] * S))
-        assert lens.tolist() == [wanted] * S
-    paths, lens = prefix_cache.match(cache, tokens[:, :5], i32(9, 9, 9))
+        assert lens.tolist() == [found] * S
+    paths, lens = RUN.match(cache, tokens[:, :5], i32(9, 9, 9))
     assert (paths.shape, lens.tolist()) == ((S, 3), [4, 0, 0])
 
 
-def test_a_row_longer_than_the_tokens_given_enters_only_what_is_given():
-    cache, blocks, tokens = held([1, 2, 3, 4, 5, 6])
-    cache, _ = prefix_cache.insert(cache, blocks, tokens[:, :5], 1)
+def test_only_blocks_within_the_given_tokens_are_inserted():
+    cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4, 5, 6])
+    cache, _ = RUN.insert(cache, blocks, tokens[:, :5], 1)
     assert int(prefix_cache.is_cached(cache).sum()) == 2
 
 
-def test_vmap_gives_what_each_lane_gives_alone():
-    lanes = []
-    for prompts in ([[1, 2, 3, 4]], [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]], [[9]]):
-        lanes.append(held(*prompts))
+def test_vmap_equals_separate_calls():
+    batches = ([[1, 2, 3, 4]], [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]], [[9]])
+    cases = [prompts_in_rows(*prompts) for prompts in batches]
 
     def play(cache, blocks, tokens):
         cache, blocks = prefix_cache.insert(cache, blocks, tokens, 1)
@@ -231,27 +234,27 @@ def test_vmap_gives_what_each_lane_gives_alone():
         cache = prefix_cache.evict(cache, blocks.ref_counts, N - 1)
         return cache, blocks, before, prefix_cache.match(cache, tokens, i32(9, 9, 9))
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cases)
     together = jax.jit(jax.vmap(play))(*stacked)
-    alone = [jax.jit(play)(*lane) for lane in lanes]
-    wanted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
-    for got, want in zip(*map(jax.tree.leaves, (together, wanted)), strict=True):
-        np.testing.assert_array_equal(got, want)
+    single = jax.jit(play)
+    alone = [single(*case) for case in cases]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+    jax.tree.map(np.testing.assert_array_equal, together, expected)
     assert alone[1][2][1].tolist() == [4, 6, 0]
     assert alone[1][3][1].tolist() == [2, 2, 0]
 
 
 def test_hashes_of_similar_keys_are_spread():
-    """4096 keys that differ in few bits fill 4096 buckets about as chance does."""
+    """4096 keys that differ in few bits fill buckets like random numbers."""
     keys = [[a, b, c] for a, b, c in itertools.product(range(16), repeat=3)]
-    hashes = np.asarray(prefix_cache._hash(i32(*range(4096)), jnp.array(keys)))
+    hashes = np.asarray(prefix_table.hash_keys(i32(*range(4096)), jnp.array(keys)))
     for shift in (0, 10, 20):
         _, counts = np.unique((hashes >> shift) % 4096, return_counts=True)
         assert abs(len(counts) / 4096 - (1 - np.exp(-1))) < 0.03
         assert counts.max() <= 8
     assert len(np.unique(hashes)) == 4096
-    swapped = np.asarray(prefix_cache._hash(i32(1, 1), jnp.array([[3, 4], [4, 3]])))
-    assert swapped[0] != swapped[1]
+    reordered = prefix_table.hash_keys(i32(1, 1), jnp.array([[3, 4], [4, 3]]))
+    assert reordered[0] != reordered[1]
 
 
 @pytest.mark.parametrize(
@@ -262,12 +265,12 @@ def test_hashes_of_similar_keys_are_spread():
         ((2**28, 1), "num_blocks: expected at most"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(sizes, message):
+def test_invalid_sizes_raise(sizes, message):
     with pytest.raises(ValueError, match=message):
-        prefix_cache.init_cache(*sizes)
+        prefix_cache.init_prefix_cache(*sizes)
 
 
-# The tests are tested.
+# The tests must find each planted fault.
 
 
 @pytest.mark.parametrize(
@@ -279,67 +282,62 @@ def test_sizes_that_cannot_be_are_refused(sizes, message):
         ),
         pytest.param(
             (
-                "is_hit_SW = _values(cache.parents, entries_SW, NOT_CACHED) "
+                "is_hit_SW = _lookup(cache.parents, entries_SW, NOT_CACHED) "
                 "== parents[:, None]",
-                "is_hit_SW = _values(cache.parents, entries_SW, NOT_CACHED) >= 0",
+                "is_hit_SW = _lookup(cache.parents, entries_SW, NOT_CACHED) >= 0",
             ),
             id="parents are not compared",
         ),
         pytest.param(
             ("-cache.depths, -numbers", "cache.depths, -numbers"),
-            id="heads go before tails",
+            id="parents are evicted before children",
         ),
         pytest.param(
             ("(cache.last_used, -cache", "(-cache.last_used, -cache"),
-            id="the latest goes first",
+            id="the most recently used is evicted first",
         ),
         pytest.param(
             ("is_cached(cache) & (ref_counts == 0)", "is_cached(cache)"),
-            id="used nodes are evicted",
+            id="nodes in use are evicted",
         ),
         pytest.param(
             ("& ~jnp.any(is_rival_SS, axis=1)", ""),
-            id="rows enter one key twice",
+            id="two rows insert the same key",
         ),
         pytest.param(("((own, -1), ", "((own, 0), "), id="duplicates are kept"),
         pytest.param(
             ("jnp.where(is_more, middle + 1, low)", "jnp.where(is_more, high, low)"),
-            id="blocks behind a row's nodes are not entered",
+            id="blocks after a row's nodes are not inserted",
         ),
         pytest.param(
             ("jnp.argmax(is_empty_SW", "0 * jnp.argmax(is_empty_SW"),
-            id="a way that is taken is overwritten",
+            id="a way in use is overwritten",
         ),
         pytest.param(
             ("// block_size\n    paths", "// block_size + 1\n    paths"),
-            id="a block too many is matched",
+            id="one block too many is matched",
         ),
     ],
 )
 def test_a_planted_fault_is_found(change):
-    constant = (
-        "(_hash(parents, chunks) & mask)",
-        "(0 * _hash(parents, chunks) & mask)",
-    )
-    module = mutant(change, constant)
-    assert breaks(model.operations(module), max_nodes=8)
+    assert is_fault_found(model.operations(mutant(change, EQUAL_HASHES)))
 
 
-def test_without_a_fault_the_same_walks_agree():
-    assert not breaks(one_bucket(), max_nodes=8)
+def test_the_walks_that_find_faults_find_none_without_one():
+    assert not is_fault_found(one_bucket())
 
 
-def breaks(run, max_nodes: int | None) -> bool:
+def is_fault_found(run) -> bool:
     try:
         for seed in range(3):
-            walk(Checked(run, max_nodes), 150, seed)
+            walk(Checked(run, max_nodes=8), 100, seed)
     except AssertionError:
         return True
     return False
 
 
-def cut_into_a_node(run) -> None:
-    """A row that alone holds a node is cut inside it, and writes another token."""
+def write_inside_a_node(run) -> None:
+    """Cut a row inside a node that only it uses, and write another token there."""
     checked = Checked(run)
     checked.start(0, [1, 0, 1, 0])
     checked.commit()
@@ -349,13 +347,14 @@ def cut_into_a_node(run) -> None:
 
 
 def test_a_row_that_is_cut_inside_a_node_copies_it_before_it_writes():
-    cut_into_a_node(RUN)
+    write_inside_a_node(RUN)
+    careless = model.jitted(model.append_carelessly)
     with pytest.raises(AssertionError):
-        cut_into_a_node(model.operations(append=model.append_carelessly))
+        write_inside_a_node(types.SimpleNamespace(**vars(RUN) | {"append": careless}))
 
 
-def test_violations_name_what_is_wrong():
-    cache, blocks, tokens = held([1, 2, 3, 4, 5, 6], [7, 8, 9, 9])
+def test_violations_describe_each_inconsistency():
+    cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4, 5, 6], [7, 8, 9, 9])
     cache, blocks = RUN.insert(cache, blocks, tokens, 1)
     assert prefix_cache.violations(cache, blocks, tokens) == []
 
@@ -367,34 +366,36 @@ def test_violations_name_what_is_wrong():
         wrong = dataclasses.replace(cache, **changed)
         return " ".join(prefix_cache.violations(wrong, blocks, values))
 
-    assert "its parent 0 is no node" in found(parents=(0, -1))
-    assert "row 0: its node 1 is not on a path" in found(parents=(0, -1))
+    assert "parent 0 is not a node" in found(parents=(0, -1))
+    assert "row 0: node 1 is not on a path" in found(parents=(0, -1))
     assert "block 1: used after its parent 0" in found(last_used=(0, 0))
-    assert "block 2: depth 1, expected 2" in found(depths=(2, 1))
-    assert "block 3: has the key of block 0" in found(tokens=(3, i32(1, 2)))
-    assert "block 1: does not stand at its place" in found(ways=(1, 0))
+    assert "block 2: expected depth 2, got 1" in found(depths=(2, 1))
+    assert "block 3: has the same key as block 0" in found(tokens=(3, i32(1, 2)))
+    assert "block 1: is not in the table at way" in found(ways=(1, 0))
     assert "not in its bucket" in found(tokens=(2, i32(5, 7)))
-    assert "row 1: block 4 is for other tokens" in found(tokens.at[1, 2].set(0))
+    assert "row 1: node 4 has other tokens" in found(tokens.at[1, 2].set(0))
 
 
-def test_who_is_forgotten_takes_those_behind_along_and_nobody_else():
+def test_forget_removes_a_node_and_its_descendants_only():
     blocks = block_manager.init_state(
         num_blocks=N, block_size=P, max_seqs=S, max_blocks_per_seq=M
     )
     lengths = jnp.minimum(jnp.full((S,), 3 * P, jnp.int32), L)
     blocks, _ = block_manager.append(blocks, lengths)
     tokens = np.zeros((S, L), np.int32)
-    tokens[1:, P : 2 * P] = 1  # the others leave row 0 after the first block
+    tokens[1:, P : 2 * P] = 1  # after the first block, the others differ from row 0
     cache, blocks = RUN.insert(
-        prefix_cache.init_cache(N, P), blocks, jnp.asarray(tokens), i32(0)
+        prefix_cache.init_prefix_cache(N, P), blocks, jnp.asarray(tokens), i32(0)
     )
-    first, *behind = np.asarray(blocks.block_tables)[0, : int(lengths[0]) // P]
+    first, *descendants = np.asarray(blocks.block_tables)[0, : int(lengths[0]) // P]
     other = np.asarray(blocks.block_tables)[1, 1]
-    gone = prefix_cache.forget(cache, jnp.array([behind[0], NO_BLOCK], jnp.int32))
-    known = np.asarray(prefix_cache.is_cached(gone))
-    assert not known[behind].any()
+    forget = model.jitted(prefix_cache.forget)
+    after = forget(cache, i32(descendants[0], NO_BLOCK))
+    known = np.asarray(prefix_cache.is_cached(after))
+    assert not known[descendants].any()
     assert known[[first, other]].all()
-    assert known.sum() == np.asarray(prefix_cache.is_cached(cache)).sum() - len(behind)
-    assert prefix_cache.violations(gone, blocks) == []
-    nothing = prefix_cache.forget(cache, jnp.array([NO_BLOCK], jnp.int32))
-    np.testing.assert_array_equal(nothing.parents, cache.parents)
+    num_before = np.asarray(prefix_cache.is_cached(cache)).sum()
+    assert known.sum() == num_before - len(descendants)
+    assert prefix_cache.violations(after, blocks) == []
+    unchanged = forget(cache, i32(NO_BLOCK, NO_BLOCK))
+    np.testing.assert_array_equal(unchanged.parents, cache.parents)

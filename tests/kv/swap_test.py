@@ -1,8 +1,8 @@
-"""Swapping against two slow block managers between which Python lists of pages move.
+"""Swapping, compared with two slow block managers that exchange Python lists of pages.
 
-The device's and the host's arrays are each driven by `block_manager_model.Checked`, so
-after every move both pools are counted anew, compared with the model page by page, and
-every row reads back what was appended to it, from the pages that were copied.
+`block_manager_model.Checked` runs the device's arrays and the host's. So after every
+move, both pools are recounted and compared with the model page by page, and every row
+reads back its own tokens from the copied pages.
 """
 
 import functools
@@ -24,17 +24,17 @@ from tests.support.block_manager_model import Checked
 
 SIZES = dict(block_size=3, max_blocks_per_seq=4)
 DEVICE = dict(num_blocks=9, max_seqs=4, **SIZES)
-# Fewer blocks than rows can fill, so that moves are refused.
+# Fewer blocks than the rows can fill, so that some moves are refused.
 HOST = dict(num_blocks=7, max_seqs=6, **SIZES)
 OPERATIONS = block_manager_model.jitted_operations()
 STAYS = -1
 
 
 def jitted_moves() -> types.SimpleNamespace:
-    """Both directions, compiled anew so that a planted fault is seen."""
+    """Both directions, as new functions, so that a planted fault is compiled."""
     return types.SimpleNamespace(
-        out=jax.jit(functools.partial(swap.swap_out)),
-        into=jax.jit(functools.partial(swap.swap_in)),
+        out=jax.jit(functools.partial(swap.swap_out_rows)),
+        into=jax.jit(functools.partial(swap.swap_in_rows)),
     )
 
 
@@ -46,7 +46,7 @@ def i32(values) -> jax.Array:
 
 
 class Pools:
-    """Two pools with their models and memories, and moves between them."""
+    """Two pools with their models and memories, and the moves between them."""
 
     def __init__(self, moves=MOVES, host=HOST) -> None:
         self.moves = moves
@@ -55,7 +55,7 @@ class Pools:
         self.num_moved = self.num_refused = 0
 
     def swap_out(self, seq_indices: list[int]) -> bool:
-        """Row s goes to the host's row `seq_indices[s]`."""
+        """Move row s to the host's row `seq_indices[s]`."""
         found = self.moves.out(self.device.state, self.host.state, i32(seq_indices))
         pairs = [
             (row, seq_index)
@@ -65,7 +65,7 @@ class Pools:
         return self._check(self.device, self.host, found[0], found[1], found, pairs)
 
     def swap_in(self, seq_indices: list[int], kept: list[bool] | None = None) -> bool:
-        """Row s becomes what the host's row `seq_indices[s]` is."""
+        """Move the host's row `seq_indices[s]` to row s."""
         mask = None if kept is None else jnp.asarray(kept)
         found = self.moves.into(
             self.device.state, self.host.state, i32(seq_indices), mask
@@ -79,8 +79,8 @@ class Pools:
         if kept is not None:
             is_free = np.asarray(self.device.state.ref_counts) == 0
             num_kept = int((is_free & np.array(kept)).sum())
-            taken = np.asarray(found[2].dst)
-            assert not np.array(kept)[taken[taken != NO_BLOCK]].any()
+            used = np.asarray(found[2].dst)
+            assert not np.array(kept)[used[used != NO_BLOCK]].any()
         return self._check(
             self.host, self.device, found[1], found[0], found, pairs, num_kept
         )
@@ -104,7 +104,7 @@ class Pools:
                 ):
                     np.testing.assert_array_equal(a, b)
             return False
-        # Each page once, pairs first.
+        # Each page is copied once, and pairs come first.
         number = len(pages)
         assert int(copies.num_blocks) == number
         assert (src[:number] >= 0).all()
@@ -130,7 +130,7 @@ class Pools:
 
 
 class SwapMachine(stateful.RuleBasedStateMachine):
-    """Any sequence of steps, forks, frees and moves leaves both pools sound."""
+    """After any sequence of operations and moves, both pools are consistent."""
 
     rows = st.lists(st.integers(-1, 3), min_size=4, max_size=4)
 
@@ -150,23 +150,23 @@ class SwapMachine(stateful.RuleBasedStateMachine):
     def truncate(self, cut: list[int]) -> None:
         self.pools.device.truncate(cut)
 
-    @stateful.rule(order=st.permutations(range(6)), leaves=st.integers(0, 15))
-    def swap_out(self, order: list[int], leaves: int) -> None:
-        seq_indices = [order[s] if leaves >> s & 1 else STAYS for s in range(4)]
+    @stateful.rule(order=st.permutations(range(6)), moved=st.integers(0, 15))
+    def swap_out(self, order: list[int], moved: int) -> None:
+        seq_indices = [order[s] if moved >> s & 1 else STAYS for s in range(4)]
         self.pools.swap_out(seq_indices)
 
-    @stateful.rule(order=st.permutations(range(6)), enters=st.integers(0, 15))
-    def swap_in(self, order: list[int], enters: int) -> None:
-        seq_indices = [order[s] if enters >> s & 1 else STAYS for s in range(4)]
+    @stateful.rule(order=st.permutations(range(6)), moved=st.integers(0, 15))
+    def swap_in(self, order: list[int], moved: int) -> None:
+        seq_indices = [order[s] if moved >> s & 1 else STAYS for s in range(4)]
         self.pools.swap_in(seq_indices)
 
     @stateful.rule(order=st.permutations(range(6)), kept=st.integers(0, 511))
-    def swap_in_beside_what_is_kept(self, order: list[int], kept: int) -> None:
+    def swap_in_with_kept_blocks(self, order: list[int], kept: int) -> None:
         self.pools.swap_in(order[:4], [bool(kept >> b & 1) for b in range(9)])
 
-    @stateful.rule(gone=st.lists(st.booleans(), min_size=6, max_size=6))
-    def end_on_the_host(self, gone: list[bool]) -> None:
-        self.pools.host.free(gone)
+    @stateful.rule(rows=st.lists(st.booleans(), min_size=6, max_size=6))
+    def free_on_the_host(self, rows: list[bool]) -> None:
+        self.pools.host.free(rows)
 
     def teardown(self) -> None:
         self.pools.device.free([True] * 4)
@@ -176,11 +176,11 @@ class SwapMachine(stateful.RuleBasedStateMachine):
 
 
 TestSwap = SwapMachine.TestCase
-TestSwap.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSwap.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
 def walk(pools: Pools, seed: int, num_steps: int = 60) -> None:
-    """Steps as an engine mixes them: shared beginnings leave and return."""
+    """Mix steps as an engine does: shared prefixes are swapped out and in."""
     rng = np.random.default_rng(seed)
     for _ in range(num_steps):
         lengths = np.array([len(h) for h in pools.device.model.histories])
@@ -195,11 +195,11 @@ def walk(pools: Pools, seed: int, num_steps: int = 60) -> None:
                 pools.device.fork([parent, parent, *rng.integers(-1, 4, 2).tolist()])
                 pools.device.append([int(0 < lengths[parent] < 12), 0, 0, 0])
             case 3:
-                open_ = np.setdiff1d(np.arange(6), away)[:4].tolist()
-                leaves = rng.random(4) < 0.5
+                empty = np.setdiff1d(np.arange(6), away)[:4].tolist()
+                is_moved = rng.random(4) < 0.5
                 seq_indices = [
-                    open_.pop() if leave and length and open_ else STAYS
-                    for leave, length in zip(leaves, lengths, strict=True)
+                    empty.pop() if moved and length and empty else STAYS
+                    for moved, length in zip(is_moved, lengths, strict=True)
                 ]
                 pools.swap_out(seq_indices)
             case 4:
@@ -211,7 +211,7 @@ def walk(pools: Pools, seed: int, num_steps: int = 60) -> None:
                 pools.swap_in(seq_indices)
 
 
-def test_walks_move_pages_both_ways_and_some_moves_are_refused():
+def test_walks_swap_in_both_directions_and_some_moves_are_refused():
     pools = Pools()
     for seed in range(8):
         walk(pools, seed)
@@ -220,11 +220,11 @@ def test_walks_move_pages_both_ways_and_some_moves_are_refused():
     assert pools.device.num_copies > 5
 
 
-def test_what_rows_share_is_moved_once_and_shared_again():
+def test_shared_blocks_are_copied_once_and_stay_shared():
     pools = Pools()
     pools.device.append([7, 0, 0, 0])  # 3 blocks, the last with one token
     pools.device.fork([0, 0, 0, -1])
-    pools.device.append([1, 0, 0, 0])  # row 0 goes its own way from there
+    pools.device.append([1, 0, 0, 0])  # row 0 differs from here on
     assert pools.swap_out([5, 0, 3, STAYS])
     assert pools.num_moved == 4  # 3 tables of 3 blocks
     counts = np.asarray(pools.host.state.ref_counts)
@@ -233,19 +233,19 @@ def test_what_rows_share_is_moved_once_and_shared_again():
     assert sorted(np.asarray(pools.device.state.ref_counts).tolist())[-4:] == [
         *(1, 2, 3, 3)
     ]
-    # And copied on write as before.
+    # Copy-on-write works as before.
     pools.device.append([1, 0, 0, 1])
     assert pools.device.num_copies == 2
 
 
-def test_who_stays_keeps_the_blocks_that_it_shared():
+def test_a_row_that_stays_keeps_the_blocks_that_it_shared():
     pools = Pools()
     pools.device.append([6, 0, 0, 0])
     pools.device.fork([0, 0, -1, -1])
     assert pools.swap_out([STAYS, 2, STAYS, STAYS])
     assert np.asarray(pools.device.state.ref_counts)[:2].tolist() == [1, 1]
     assert pools.swap_in([STAYS, STAYS, 2, STAYS])
-    # What it shared with one that stayed is its own now.
+    # It no longer shares these blocks with the row that stayed.
     assert sorted(np.asarray(pools.device.state.ref_counts).tolist())[-4:] == [1] * 4
 
 
@@ -254,22 +254,22 @@ def test_a_move_that_does_not_fit_changes_nothing():
     pools.device.append([9, 4, 0, 0])
     assert not pools.swap_out([0, 1, STAYS, STAYS])
     assert pools.swap_out([0, STAYS, STAYS, STAYS])
-    assert not pools.swap_in([STAYS, 0, STAYS, STAYS])  # row 1 is taken
+    assert not pools.swap_in([STAYS, 0, STAYS, STAYS])  # row 1 is in use
     assert pools.swap_in([STAYS, STAYS, 0, STAYS])
 
 
-def test_rows_without_blocks_move_as_well():
+def test_rows_without_blocks_can_be_moved():
     pools = Pools()
     assert pools.swap_out([0, 1, 2, 3])
     assert pools.num_moved == 0
 
 
-def test_states_that_are_not_alike_are_refused():
+def test_states_of_different_sizes_raise():
     device = block_manager.init_state(**DEVICE)
     for name, value in (("block_size", 4), ("max_blocks_per_seq", 5)):
         host = block_manager.init_state(**HOST | {name: value})
-        with pytest.raises(ValueError, match=f"{name[:4]}|width.*got {value}"):
-            swap.swap_out(device, host, i32([0, 1, 2, 3]))
+        with pytest.raises(ValueError, match=f"host: expected .*{name}.*got {value}"):
+            swap.swap_out_rows(device, host, i32([0, 1, 2, 3]))
 
 
 # Pages.
@@ -288,7 +288,7 @@ def random_cache(num_blocks: int, seed: int, memory, dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_pages_go_to_the_hosts_memory_and_come_back_in_every_layer(dtype):
+def test_pages_are_swapped_out_and_in_for_every_layer(dtype):
     cache, device = random_cache(7, 0, compat.DEVICE_MEMORY, dtype)
     host_cache, host = random_cache(5, 1, compat.HOST_MEMORY, dtype)
     src, dst = i32([6, 0, 3, NO_BLOCK]), i32([1, 4, 0, NO_BLOCK])
@@ -309,7 +309,7 @@ def test_pages_go_to_the_hosts_memory_and_come_back_in_every_layer(dtype):
         assert np.asarray(got).tobytes() == mine.tobytes()
 
 
-def test_nothing_moves_where_there_are_no_pairs():
+def test_without_pairs_no_page_changes():
     cache, device = random_cache(7, 0, compat.DEVICE_MEMORY)
     host_cache, _ = random_cache(5, 1, compat.HOST_MEMORY)
     none = i32([NO_BLOCK] * 3)
@@ -317,7 +317,7 @@ def test_nothing_moves_where_there_are_no_pairs():
     assert np.asarray(cache.k_pages).tobytes() == device[0].tobytes()
 
 
-def test_a_loop_of_moves_copies_neither_pool():
+def test_a_loop_of_swaps_copies_neither_pool():
     cache, _ = random_cache(400, 0, compat.DEVICE_MEMORY)
     host_cache, _ = random_cache(800, 1, compat.HOST_MEMORY)
 
@@ -341,24 +341,24 @@ def test_a_loop_of_moves_copies_neither_pool():
 
 
 def faults() -> dict[str, tuple[object, str, object]]:
-    def in_order(is_chosen, size, first=swap._first):
-        return first(jnp.ones_like(is_chosen), size)
+    def all_blocks(is_chosen, size, first_true=swap._first_true):
+        return first_true(jnp.ones_like(is_chosen), size)
 
-    def keeps(state, rows, free=block_manager.free):
+    def free_nothing(state, rows, free=block_manager.free):
         return free(state, jnp.zeros_like(rows))
 
-    def another_length(state, is_asked, rows, rows_of=swap._rows_of):
-        tables, lens = rows_of(state, is_asked, rows)
+    def shorter(state, is_selected, rows, select_rows=swap._select_rows):
+        tables, lens = select_rows(state, is_selected, rows)
         return tables, jnp.maximum(lens - 1, 0)
 
-    def all_rows(state, is_asked, rows, rows_of=swap._rows_of):
-        return rows_of(state, jnp.ones_like(is_asked), rows)
+    def all_rows(state, is_selected, rows, select_rows=swap._select_rows):
+        return select_rows(state, jnp.ones_like(is_selected), rows)
 
     return {
-        "first blocks, free or not": (swap, "_first", in_order),
-        "rows stay where they were": (block_manager, "free", keeps),
-        "a token is lost": (swap, "_rows_of", another_length),
-        "rows that stay go too": (swap, "_rows_of", all_rows),
+        "blocks in use are copied": (swap, "_first_true", all_blocks),
+        "moved rows keep their blocks": (block_manager, "free", free_nothing),
+        "a token is lost": (swap, "_select_rows", shorter),
+        "rows that stay are moved": (swap, "_select_rows", all_rows),
     }
 
 

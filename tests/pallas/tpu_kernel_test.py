@@ -335,14 +335,14 @@ def test_an_engine_on_these_kernels_gives_the_models_own_greedy_tokens():
 
 @pytest.mark.long
 def test_an_engine_that_reads_beginnings_once_gives_the_same(monkeypatch):
-    find, shared = shared_prefix.find, []
+    find_shared_prefix, shared = shared_prefix.find_shared_prefix, []
 
     def find_all(*tables):
-        found = find(*tables, least_tokens=1, least_saved=1)
+        found = find_shared_prefix(*tables, min_prefix_tokens=1, min_saved_tokens=1)
         jax.debug.callback(lambda n: shared.append(int(n)), found.num_blocks.max())
         return found
 
-    monkeypatch.setattr(forward.shared_prefix, "find", find_all)
+    monkeypatch.setattr(forward.shared_prefix, "find_shared_prefix", find_all)
     prompts = [list(range(5, 40)), [*range(5, 39), 1, 2], [3, 4]]
     sizes = dict(num_blocks=16, max_num_seqs=3, max_num_batched_tokens=64)
     check_engine(prompts, 3, cascade=True, enable_prefix_caching=True, **sizes)

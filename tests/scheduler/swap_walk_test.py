@@ -1,12 +1,13 @@
-"""Random walks of the scheduler with a host's pool: pages follow their rows.
+"""Random walks of the scheduler with a host pool: pages follow their rows.
 
-Beside the scheduler's arrays lie two simulated memories of tokens, the device's and the
-host's, written as the engine writes pages. Every token ever written is another number,
-so a row that reads back its own history lost nothing on its way to the host and back.
+Two simulated memories of tokens, for the device and the host, are written as the engine
+writes pages. Every written token is a different number. So a row that reads back its
+own history lost nothing when it was swapped out and in.
 """
 
 import dataclasses
 import types
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,35 +29,38 @@ from jpaged.scheduler import (
     preemption,
 )
 from tests.scheduler import walk_test as walks
-from tests.support.scheduler_driver import QUICKLY, Driver, plant, share_again
+from tests.support.scheduler_driver import NO_FAULT, QUICKLY, Driver, Fault, planted
 
 pytestmark = pytest.mark.long
 
-# Room for all, for few, and for hardly anybody.
+# Host pools for all requests, for few, and for almost none.
 NUM_SWAP_BLOCKS = {"all": 64, "few": 5, "one": 1}
+# Device pools and host pools; each pair is a program.
+POOLS = [
+    ("smallest", "one"),
+    ("small", "all"),
+    ("small", "few"),
+    ("least_budget", "few"),
+    ("wide_blocks", "all"),
+]
 
 
-def jitted_operations() -> types.SimpleNamespace:
-    """What a step runs on the device, with what swapping adds."""
+def jitted_operations(faults: Sequence[Fault] = ()) -> types.SimpleNamespace:
+    """The device operations of a step with swapping."""
 
-    def plan(queue, rows, blocks, host, config):
-        queue, rows, blocks, plan = scheduler.schedule(
-            queue, rows, blocks, config, host=host
-        )
+    def plan(queue, rows, blocks, host, settings, fault, config):
+        with planted(faults, fault):
+            queue, rows, blocks, plan = scheduler.schedule(
+                queue, rows, blocks, config, host=host, scheduler_params=settings
+            )
         blocks, host, swapped = swap.swap_blocks(blocks, host, *plan.swaps)
         appended = block_manager.append(blocks, plan.num_tokens)
         return queue, rows, blocks, host, plan, swapped, appended
 
-    def fork(blocks, parents):
-        return block_manager.fork(blocks, parents)
-
-    def free(host, seq_indices):
-        return block_manager.free(host, seq_indices)
-
     return types.SimpleNamespace(
         plan=jax.jit(plan, static_argnames="config", compiler_options=QUICKLY),
-        fork=jax.jit(fork, compiler_options=QUICKLY),
-        free=jax.jit(free, compiler_options=QUICKLY),
+        fork=jax.jit(block_manager.fork, compiler_options=QUICKLY),
+        free=jax.jit(block_manager.free, compiler_options=QUICKLY),
     )
 
 
@@ -64,10 +68,10 @@ OPERATIONS = jitted_operations()
 
 
 class SwapDriver(Driver):
-    """A driver with a host's pool, and a memory for each."""
+    """A driver with a host pool, and a memory for each pool."""
 
-    def __init__(self, config, operations=OPERATIONS) -> None:
-        super().__init__(config, operations)
+    def __init__(self, config, operations=OPERATIONS, fault=NO_FAULT) -> None:
+        super().__init__(config, operations, fault)
         self.host = block_manager.init_state(
             num_blocks=config.num_swap_blocks,
             block_size=config.block_size,
@@ -83,7 +87,12 @@ class SwapDriver(Driver):
         before, status = self.rows, self.queue["status"].copy()
         first = self.first_running()
         queue, rows, blocks, host, plan, swapped, appended = self.operations.plan(
-            scheduler.Queue(**self.queue), before, self.blocks, self.host, self.config
+            scheduler.Queue(**self.queue),
+            before,
+            self.blocks,
+            self.host,
+            *self.arguments,
+            config=self.program,
         )
         after, appended = appended
         for state in (blocks, host, after):
@@ -109,15 +118,11 @@ class SwapDriver(Driver):
         lost = set(before.tolist()) - set(self.rows.tolist()) - {NO_REQUEST}
         assert len(lost) == int(plan.num_preempted)
         self.num_preempted += len(lost)
-        again = lost - set(out.tolist())
-        assert all(now[list(again)] == WAITING)
-        for seq_index, (source, shared) in share_again(
-            again, self.histories, self.queue
-        ):
-            self.queue["sources"][seq_index] = source
-            self.queue["shared_lens"][seq_index] = shared
+        recomputed = lost - set(out.tolist())
+        assert all(now[list(recomputed)] == WAITING)
+        self._set_new_sources(recomputed)
         planned = self._check_plan(np.asarray(plan.num_tokens))
-        # A step with work does something: the engine would say that it stalled.
+        # A step with work makes progress; the engine reports a stall if not.
         if np.isin(status, (WAITING, RUNNING, SWAPPED)).any():
             assert planned or lost or int(plan.num_admitted) or len(into)
         self._write(np.asarray(blocks.context_lens), appended)
@@ -125,7 +130,7 @@ class SwapDriver(Driver):
         return planned
 
     def first_running(self) -> list[int]:
-        """Who must not lose its blocks: the first, or of samples the first of them."""
+        """Sequences that must keep their blocks: the first request, or first sample."""
         running = np.flatnonzero(self.queue["status"] == RUNNING).tolist()
         if not running:
             return []
@@ -157,15 +162,15 @@ class SwapDriver(Driver):
                 self.memory[tables[row, position // size], position % size] = token
 
     def check_reads(self) -> None:
-        """Rows, here and on the host, hold the beginnings of their histories."""
+        """Check that rows in both pools store prefixes of their histories."""
         pairs = [
             (row, seq_index)
             for row, seq_index in enumerate(self.rows)
             if seq_index >= 0
         ]
         away = np.flatnonzero(self.queue["status"] == SWAPPED)
-        held = np.asarray(self.host.context_lens)
-        assert not held[self.queue["status"] != SWAPPED].any()
+        host_lens = np.asarray(self.host.context_lens)
+        assert not host_lens[self.queue["status"] != SWAPPED].any()
         for state, memory, mine in (
             (self.blocks, self.memory, pairs),
             (
@@ -184,23 +189,23 @@ class SwapDriver(Driver):
 
     def end(self, seq_indices: list[int]) -> None:
         away = self.queue["status"] == SWAPPED
-        gone = np.zeros(away.shape, bool)
-        gone[[seq_index for seq_index in seq_indices if away[seq_index]]] = True
-        self.queue["status"][gone] = FINISHED
-        self.host = self.operations.free(self.host, gone)
+        ended = np.zeros(away.shape, bool)
+        ended[[seq_index for seq_index in seq_indices if away[seq_index]]] = True
+        self.queue["status"][ended] = FINISHED
+        self.host = self.operations.free(self.host, ended)
         super().end(seq_indices)
 
 
 class SwapWalk(walks.Walk):
-    """A walk with swapping; without a slow scheduler beside it."""
+    """A walk with swapping, without a comparison with the slow scheduler."""
 
-    def __init__(self, config, operations=OPERATIONS) -> None:
+    def __init__(self, config, *operations) -> None:
         super().__init__(config)
-        self.driver = SwapDriver(config, operations)
+        self.driver = SwapDriver(config, *operations)
 
     def has_work(self) -> bool:
-        going = (WAITING, RUNNING, SWAPPED)
-        return bool(np.isin(self.driver.queue["status"], going).any())
+        unfinished = (WAITING, RUNNING, SWAPPED)
+        return bool(np.isin(self.driver.queue["status"], unfinished).any())
 
     def step(self) -> None:
         self.driver.step()
@@ -217,89 +222,91 @@ class SwapWalk(walks.Walk):
         assert (self.driver.queue["status"] == EMPTY).all()
 
     def run(self, events) -> int:
-        # Somebody who returns takes a step for it, each time that he was sent away.
+        # Each swap-in needs one step without tokens for the request.
         self.bound += 400
         return super().run(events)
 
 
-def config_of(name: str, room: str):
+def config_of(name: str, capacity: str):
     return dataclasses.replace(
-        walks.WALKS[name], preemption="swap", num_swap_blocks=NUM_SWAP_BLOCKS[room]
+        walks.WALKS[name], preemption="swap", num_swap_blocks=NUM_SWAP_BLOCKS[capacity]
     )
 
 
-@pytest.mark.parametrize("room", NUM_SWAP_BLOCKS)
-@pytest.mark.parametrize("name", ["smallest", "small", "least_budget"])
+@pytest.mark.parametrize(("name", "capacity"), POOLS)
 @settings(max_examples=4)
 @given(events=walks.workloads(), is_eager=st.booleans())
 def test_any_workload_ends_and_every_row_reads_its_history(
-    name, room, events, is_eager
+    name, capacity, events, is_eager
 ):
-    walk = SwapWalk(config_of(name, room))
+    walk = SwapWalk(config_of(name, capacity))
     walk.is_eager = is_eager
     walk.run(events)
 
 
-@pytest.mark.parametrize("room", NUM_SWAP_BLOCKS)
-@pytest.mark.parametrize("name", walks.WALKS)
-def test_a_crowd_at_full_length_ends_in_any_two_pools(name, room):
-    walk = SwapWalk(config_of(name, room))
+@pytest.mark.parametrize(("name", "capacity"), POOLS)
+def test_many_full_length_requests_end_in_any_two_pools(name, capacity):
+    walk = SwapWalk(config_of(name, capacity))
     walk.run(walks.crowd(np.random.default_rng(0)))
     driver = walk.driver
     assert driver.num_swap_outs == driver.num_swap_ins
-    if name == "roomy":
-        assert driver.num_preempted == 0
-    elif room == "all":
+    if capacity == "all":
         assert driver.num_swap_outs > 5
-    elif room == "one":
+    elif capacity == "one":
         assert driver.num_swap_outs < driver.num_preempted
 
 
-def walk_all(operations) -> list[SwapWalk]:
-    """Few walks, in which each of the faults shows."""
-    configs = [config_of("small", "all"), config_of("small", "few")]
+def short_walks(operations, fault: int) -> list[SwapWalk]:
+    """A few short walks, which find each of the faults."""
     found = []
     for seed in (4, 5, 21, 33):
-        for config in configs:
-            walk = SwapWalk(config, operations)
+        for capacity in ("all", "few"):
+            walk = SwapWalk(config_of("small", capacity), operations, fault)
             walk.run(walks.random_workload(seed))
             found.append(walk)
     return found
 
 
-def test_the_walks_have_all_that_can_happen():
-    drivers = [walk.driver for walk in walk_all(OPERATIONS)]
+def test_the_walks_that_find_faults_have_all_kinds_of_events(faulty_operations):
+    drivers = [walk.driver for walk in short_walks(faulty_operations, NO_FAULT)]
     assert sum(driver.num_swap_outs for driver in drivers) > 10
     assert sum(driver.num_preempted - driver.num_swap_outs for driver in drivers) > 2
     assert sum(driver.num_shared for driver in drivers) > 5
 
 
-def as_if_waiting(back, queue, rows, swaps, *others):
-    """Who is not brought back waits like others."""
-    queue, rows, swaps = back(queue, rows, swaps, *others)
+def admit_swapped(swap_in_request, queue, rows, swaps, *others):
+    """Swapped requests that are not swapped in can be admitted like waiting ones."""
+    queue, rows, swaps = swap_in_request(queue, rows, swaps, *others)
     status = jnp.where(queue.status == SWAPPED, WAITING, queue.status)
     return dataclasses.replace(queue, status=status), rows, swaps
 
 
-def room_for_all(leaving, device, host, dropped, ranks, is_same):
-    """The host is thought to have room for everybody."""
-    return dropped
+def unlimited_host(fits_on_host, device, host, preempted, ranks, is_same):
+    """The host pool is assumed to have space for every row."""
+    return preempted
 
 
-def free_of_charge(demand, host, seq_indices):
-    """Who comes back is thought to take no blocks."""
+def no_demand(demand, host, seq_indices):
+    """Swapped-in sequences are assumed to need no blocks."""
     return demand(host, seq_indices) * 0
 
 
 FAULTS = {
-    "swapped ones that are admitted": (preemption, "bring_back", as_if_waiting),
-    "a host with room for all": (swap, "leaving", room_for_all),
-    "blocks that are not asked for": (swap, "demand", free_of_charge),
+    "swapped requests are admitted": Fault(
+        preemption, "swap_in_request", admit_swapped
+    ),
+    "the host pool is unlimited": Fault(swap, "fits_on_host", unlimited_host),
+    "swapped-in blocks are not counted": Fault(swap, "swap_in_demand", no_demand),
 }
 
 
+@pytest.fixture(scope="module")
+def faulty_operations():
+    """One program per pool with all faults, of which an argument selects one."""
+    return jitted_operations(list(FAULTS.values()))
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_walks_find(name, monkeypatch):
-    plant(monkeypatch, *FAULTS[name])
+def test_a_planted_fault_is_found(name, faulty_operations):
     with pytest.raises(AssertionError):
-        walk_all(jitted_operations())
+        short_walks(faulty_operations, list(FAULTS).index(name))

@@ -1,14 +1,14 @@
-"""A slow block manager in Python lists, and a check of the fast one against it.
+"""Slow block manager in Python lists, and a comparison with the arrays.
 
-The model knows no block numbers. A page is a Python list of tokens, a table is a list
-of pages, and two rows share a page where both tables hold the same list object; it
-appends token by token, row after row. So it has nothing in common with the arrays but
-the rules of the paper, and the two are compared up to the naming of blocks.
+The model has no block numbers. A page is a Python list of tokens, a table is a list of
+pages, and two rows share a page if both tables contain the same list object. It appends
+token by token, row by row. It shares only the paper's rules with the arrays, and the
+two are compared up to the numbering of blocks.
 
-`Checked` drives both side by side, together with a simulated memory that is written as
-the engine writes pages: the copies first, then each new token at its slot. Every token
-ever written is another number, so a row that reads back its own history shares no block
-wrongly, lost none, and was copied where it had to be.
+`Checked` runs both side by side, with a simulated memory that is written as the engine
+writes pages: first the copies, then each new token at its slot. Every written token is
+a different number. So a row that reads back its own history shares no block by mistake,
+lost no block, and was copied where necessary.
 """
 
 import copy
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
 
@@ -33,7 +34,7 @@ class OutOfBlocks(Exception):
 
 @dataclasses.dataclass
 class SlowBlockManager:
-    """Rows of pages. `num_blocks` pages may be in use at once."""
+    """Rows of pages. At most `num_blocks` pages can be in use at the same time."""
 
     num_blocks: int
     block_size: int
@@ -49,14 +50,14 @@ class SlowBlockManager:
         return [
             row
             for row, table in enumerate(self.tables)
-            if any(page is held for held in table)
+            if any(page is one for one in table)
         ]
 
     def num_free(self) -> int:
         return self.num_blocks - len({id(p) for table in self.tables for p in table})
 
     def append(self, tokens: list[list[int]]) -> bool:
-        """All or nothing: `tokens[row]` follow what the row holds."""
+        """Append `tokens[row]` to each row, or nothing at all."""
         before = (list(map(list, self.tables)), list(map(list, self.histories)))
         pages = {id(p): (p, list(p)) for table in self.tables for p in table}
         self.copied_rows = []
@@ -103,32 +104,32 @@ class SlowBlockManager:
         for row, length in enumerate(context_lens):
             if 0 <= length < len(self.histories[row]):
                 del self.histories[row][length:]
-                del self.tables[row][-(-length // self.block_size) :]
+                del self.tables[row][cdiv(length, self.block_size) :]
 
     def freed_by(self, rows: set[int]) -> int:
-        """How many pages become free when exactly these rows go."""
+        """Number of pages that become free when exactly these rows are freed."""
         pages = {id(page): page for table in self.tables for page in table}
         return sum(set(self.owners(page)) <= rows for page in pages.values())
 
     def check_reads(self) -> None:
-        """The model against its own rule: every row reads what was appended to it."""
+        """Check the model itself: every row reads what was appended to it."""
         for table, history in zip(self.tables, self.histories, strict=True):
             assert list(itertools.chain(*table))[: len(history)] == history
 
 
 def jitted_operations() -> types.SimpleNamespace:
-    """Every operation, to be compiled once for all walks of the same shapes."""
+    """Every operation, compiled once for all walks of the same shapes."""
     names = ("append", "fork", "free", "truncate", "slots", "num_free_blocks")
     names += ("blocks_needed", "exclusive_blocks")
-    # jax.jit shares what it compiled between all wrappers of one function, and would
-    # not see a planted fault or count from zero: a partial is another function.
+    # jax.jit shares compiled programs between all wrappers of one function, so it would
+    # not see a planted fault, nor count from zero. A partial is a new function.
     return types.SimpleNamespace(
         **{n: jax.jit(functools.partial(getattr(block_manager, n))) for n in names}
     )
 
 
 class Checked:
-    """The arrays, the model and the memory, and after every operation a comparison."""
+    """The arrays, the model and the memory, compared after every operation."""
 
     def __init__(self, operations: types.SimpleNamespace, **sizes: int) -> None:
         self.operations = operations
@@ -142,9 +143,9 @@ class Checked:
         self.num_refused = self.num_copies = 0
 
     def branch(self) -> "Checked":
-        """The same moment again, to continue in another way."""
+        """A copy that can be continued independently."""
         other = copy.copy(self)
-        other.model = copy.deepcopy(self.model)  # keeps which pages are shared
+        other.model = copy.deepcopy(self.model)  # preserves which pages are shared
         other.memory = self.memory.copy()
         return other
 
@@ -152,16 +153,16 @@ class Checked:
         ops, before = self.operations, self.state
         needed = np.asarray(ops.blocks_needed(before, _i32(num_tokens)))
         state, appended = ops.append(before, _i32(num_tokens))
-        return self.take_append(num_tokens, state, appended, needed)
+        return self.check_append(num_tokens, state, appended, needed)
 
-    def take_append(
+    def check_append(
         self,
         num_tokens: list[int],
         state: BlockState,
         appended: block_manager.Append,
         needed: np.ndarray,
     ) -> bool:
-        """Checks an append whose result is already there."""
+        """Check the result of an append."""
         before, self.state = self.state, state
         tokens = [self._new_tokens(n) for n in num_tokens]
         is_valid = all(n >= 0 for n in num_tokens)
@@ -208,7 +209,7 @@ class Checked:
             assert counts[last].sum() == self.model.freed_by(set(last))
 
     def check(self) -> None:
-        """The arrays are sound, alike to the model, and read back every history."""
+        """Check that the arrays are consistent, equal the model, and read back."""
         self.model.check_reads()
         assert block_manager.violations(self.state) == []
         model, tables = self.model, np.asarray(self.state.block_tables)
@@ -233,7 +234,7 @@ class Checked:
         return list(range(first, self.next_token))
 
     def _write(self, tokens: list[list[int]], src: np.ndarray, dst: np.ndarray) -> None:
-        """As the engine does it: copies at once, then every token at its slot."""
+        """Write as the engine does: all copies, then every token at its slot."""
         is_copy = src != NO_BLOCK
         self.memory[dst[is_copy]] = self.memory[src[is_copy]]
         limit = self.model.max_blocks_per_seq * self.model.block_size
@@ -243,7 +244,7 @@ class Checked:
             positions += range(end - len(row_tokens), end)
             rows += [row] * len(row_tokens)
             values += row_tokens
-        # Of fixed size, so that it compiles once: the rest are padding tokens.
+        # The size is fixed, so that `slots` compiles once; the rest are padding tokens.
         padding = limit * len(tokens) - len(rows)
         slots = self.operations.slots(
             self.state, _i32(rows + [-1] * padding), _i32(positions + [0] * padding)
@@ -257,13 +258,13 @@ class Checked:
 
 
 def random_walk(checked: Checked, rng: np.random.Generator, num_steps: int) -> None:
-    """Operations as an engine mixes them, and some that no engine would ask for."""
+    """Mix operations as an engine does, and some that no engine requests."""
     max_seqs = checked.model.max_seqs
     block_size = checked.model.block_size
     for _ in range(num_steps):
         lengths = np.array([len(history) for history in checked.model.histories])
         match rng.integers(6):
-            case 0 | 1:  # a step of decoding, with new rows now and then
+            case 0 | 1:  # a decode step, sometimes with a new row
                 tokens = np.where(lengths > 0, 1, 0)
                 tokens[rng.integers(max_seqs)] = rng.integers(2 * block_size + 1)
                 checked.append(tokens.tolist())

@@ -1,9 +1,9 @@
-"""A slow prefix cache in plain Python, and a check of the arrays against it.
+"""Slow prefix cache in plain Python, and a comparison with the arrays.
 
-The model is a dictionary: the tokens of a whole prefix -> its block and clock. It knows
-no parents, no hashes and no table. `Checked` drives both, with a memory in which every
-token is written where the block manager says: a node that was overwritten, or a row
-that was given a wrong block, does not read back what it should.
+The model is a dictionary: the tokens of a whole prefix -> its block and clock. It has
+no parents, hashes or table. `Checked` runs both, with a memory in which every token is
+written at the slot of the block manager: if a node is overwritten or a row gets a wrong
+block, reading the memory back gives wrong tokens.
 """
 
 import dataclasses
@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.arithmetic import cdiv
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK
+from jpaged.kv.prefix_table import NOT_CACHED
 
 N, P, S, M = 13, 2, 3, 4
 L = M * P
@@ -25,46 +27,49 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def as_owner(cache, blocks):
-    """The blocks in which being a node counts as one more table entry."""
-    is_node = (cache.parents != prefix_cache.NOT_CACHED).astype(jnp.int32)
+    """The blocks, with one more reference for each node."""
+    is_node = (cache.parents != NOT_CACHED).astype(jnp.int32)
     return dataclasses.replace(blocks, ref_counts=blocks.ref_counts + is_node)
 
 
 def append_beside(cache, blocks, num_tokens):
-    """An append that neither takes nor overwrites a node."""
-    held, appended = block_manager.append(as_owner(cache, blocks), num_tokens)
+    """An append that neither reuses nor overwrites a node."""
+    after, appended = block_manager.append(as_owner(cache, blocks), num_tokens)
     is_node = as_owner(cache, blocks).ref_counts - blocks.ref_counts
-    return dataclasses.replace(held, ref_counts=held.ref_counts - is_node), appended
+    return dataclasses.replace(after, ref_counts=after.ref_counts - is_node), appended
 
 
 def append_carelessly(cache, blocks, num_tokens):
-    """A fault: free nodes are not taken, but a node in use is written in place."""
+    """A fault: unused nodes are not reused, but a node in use is written in place."""
     is_unused = (as_owner(cache, blocks).ref_counts == 1) & (blocks.ref_counts == 0)
-    held = dataclasses.replace(
+    after = dataclasses.replace(
         blocks, ref_counts=blocks.ref_counts + is_unused.astype(jnp.int32)
     )
-    held, appended = block_manager.append(held, num_tokens)
-    counts = held.ref_counts - is_unused.astype(jnp.int32)
-    return dataclasses.replace(held, ref_counts=counts), appended
+    after, appended = block_manager.append(after, num_tokens)
+    counts = after.ref_counts - is_unused.astype(jnp.int32)
+    return dataclasses.replace(after, ref_counts=counts), appended
 
 
-def operations(module=prefix_cache, append=append_beside):
-    """All that a walk calls, jitted; another module is a mutant of this one."""
+def jitted(function):
+    """A new jitted function: jax shares programs between wrappers of one function."""
+    return jax.jit(functools.partial(function), compiler_options=QUICKLY)
+
+
+# The same for all mutants of the prefix cache, so compiled once.
+SHARED = {
+    "append": jitted(append_beside),
+    "fork": jitted(block_manager.fork),
+    "truncate": jitted(block_manager.truncate),
+}
+
+
+def operations(module=prefix_cache, **others):
+    """All operations of a walk, jitted; `module` can be a mutant of `prefix_cache`."""
     found = {
-        "match": module.match,
-        "insert": module.insert,
-        "touch": module.touch,
-        "evict": module.evict,
-        "append": append,
-        "fork": block_manager.fork,
-        "truncate": block_manager.truncate,
+        name: jitted(getattr(module, name))
+        for name in ("match", "insert", "touch", "evict")
     }
-    # New functions: jax would give what it compiled for others of the same name.
-    jitted = {
-        name: jax.jit(functools.partial(function), compiler_options=QUICKLY)
-        for name, function in found.items()
-    }
-    return types.SimpleNamespace(**jitted, module=module)
+    return types.SimpleNamespace(**SHARED | found | others, module=module)
 
 
 def i32(*values: int) -> jax.Array:
@@ -72,12 +77,12 @@ def i32(*values: int) -> jax.Array:
 
 
 class Checked:
-    """Arrays and model side by side; every method compares them."""
+    """The arrays and the model side by side; every method compares them."""
 
     def __init__(self, run, max_nodes: int | None = None) -> None:
-        """`max_nodes`: places of the table, where a test makes it overflow."""
+        """`max_nodes`: the capacity of the hash table, if a test makes it overflow."""
         self.run, self.max_nodes = run, max_nodes
-        self.cache = run.module.init_cache(N, P)
+        self.cache = run.module.init_prefix_cache(N, P)
         self.blocks = block_manager.init_state(
             num_blocks=N, block_size=P, max_seqs=S, max_blocks_per_seq=M
         )
@@ -90,7 +95,7 @@ class Checked:
         self.num_copies = 0
 
     def longest(self, tokens: list[int], limit: int) -> int:
-        """Tokens of the longest known beginning."""
+        """Tokens of the longest cached prefix."""
         end, limit = 0, min(limit, len(tokens))
         while end + P <= limit and tuple(tokens[: end + P]) in self.nodes:
             end += P
@@ -100,19 +105,19 @@ class Checked:
         return jnp.asarray(np.array([r + [-7] * (L - len(r)) for r in rows], np.int32))
 
     def match(self, tokens: list[int], limit: int) -> list[int]:
-        """Row 0 is looked up with the limit, row 1 without, row 2 takes no part."""
+        """Look up row 0 with the limit and row 1 without; row 2 looks up nothing."""
         rows, lens = [tokens] * S, [min(limit, len(tokens)), len(tokens), 0]
         paths, found = self.run.match(self.cache, self.padded(rows), i32(*lens))
         paths = np.asarray(paths).tolist()
         for row, most in enumerate(lens):
             end = self.longest(tokens, most)
-            wanted = [self.nodes[tuple(tokens[: at + P])] for at in range(0, end, P)]
+            path = [self.nodes[tuple(tokens[: at + P])] for at in range(0, end, P)]
             assert int(found[row]) == end
-            assert paths[row] == wanted + [NO_BLOCK] * (M - len(wanted))
+            assert paths[row] == path + [NO_BLOCK] * (M - len(path))
         return paths[0][: int(found[0]) // P]
 
     def start(self, row: int, tokens: list[int]) -> None:
-        """An empty row gets a prompt: what is known is mapped, the rest computed."""
+        """Give an empty row a prompt: map the cached prefix and append the rest."""
         if self.histories[row]:
             return
         path = self.match(tokens, len(tokens) - 1)
@@ -130,7 +135,7 @@ class Checked:
             context_lens=jnp.asarray(lens),
         )
         self.histories[row] = list(tokens[: len(path) * P])
-        self.evict(-(-len(tokens) // P) - len(path))
+        self.evict(cdiv(len(tokens), P) - len(path))
         if not self.append({row: tokens[len(path) * P :]}):
             self.free([row])
 
@@ -153,13 +158,13 @@ class Checked:
         return bool(appended.ok)
 
     def decode(self, tokens: list[int]) -> None:
-        """Every row with room takes a token, if blocks suffice after an eviction."""
+        """Append one token to every row with capacity, after an eviction."""
         live = [row for row in ROWS if 0 < len(self.histories[row]) < L]
         self.evict(len(live))
         self.append({row: [tokens[row]] for row in live})
 
     def commit(self) -> None:
-        """The end of a step: full blocks are entered, and what is used is touched."""
+        """End a step: insert the full blocks, and touch the blocks in use."""
         before = np.asarray(self.blocks.block_tables)
         self.cache, self.blocks = self.run.insert(
             self.cache, self.blocks, self.padded(self.histories), self.clock
@@ -167,15 +172,15 @@ class Checked:
         after = np.asarray(self.blocks.block_tables)
         self.num_replaced += int((before != after).sum())
         is_node = np.asarray(self.run.module.is_cached(self.cache))
-        brought: dict[tuple[int, ...], set[int]] = {}
+        new: dict[tuple[int, ...], set[int]] = {}
         for row, history in enumerate(self.histories):
             for column in range(len(history) // P):
                 prefix = tuple(history[: (column + 1) * P])
-                brought.setdefault(prefix, set()).add(int(before[row, column]))
-        for prefix in sorted(brought, key=len):
+                new.setdefault(prefix, set()).add(int(before[row, column]))
+        for prefix in sorted(new, key=len):
             if prefix in self.nodes:
                 continue
-            chosen = [block for block in brought[prefix] if is_node[block]]
+            chosen = [block for block in new[prefix] if is_node[block]]
             if not chosen:
                 assert self.max_nodes is not None
                 assert is_node.sum() == self.max_nodes
@@ -185,8 +190,8 @@ class Checked:
         for row, history in enumerate(self.histories):
             for column in range(len(history) // P):
                 prefix = tuple(history[: (column + 1) * P])
-                wanted = self.nodes.get(prefix, before[row, column])
-                assert after[row, column] == wanted
+                expected = self.nodes.get(prefix, before[row, column])
+                assert after[row, column] == expected
         self.cache = self.run.touch(self.cache, self.blocks.ref_counts, self.clock)
         for prefix, block in self.nodes.items():
             if (after == block).any():
@@ -242,12 +247,12 @@ class Checked:
             assert int(self.cache.depths[block]) == len(prefix) // P - 1
             assert int(self.cache.last_used[block]) == self.used.get(prefix, self.clock)
         for row, history in enumerate(self.histories):
-            read = self.memory[tables[row, : -(-len(history) // P)]].ravel()
+            read = self.memory[tables[row, : cdiv(len(history), P)]].ravel()
             assert read[: len(history)].tolist() == history
 
 
 def walk(checked: Checked, num_steps: int, seed: int) -> Checked:
-    """A long random sequence of what an engine does."""
+    """Run a long random sequence of an engine's operations."""
     rng = random.Random(seed)
     for _ in range(num_steps):
         roll = rng.random()

@@ -1,54 +1,98 @@
-"""The scheduler with the engine's bookkeeping around it, and no model.
+"""The scheduler with the engine's bookkeeping around it, without a model.
 
-The driver does what the engine does around `schedule`: it appends the planned tokens
-and, where a sequence has computed all that it knows, gives it one more token or ends
-it. Every token is another number, so that sequences have in common only what one of
-them took over from the other.
+The driver does what the engine does around `schedule`: it appends the planned tokens.
+If a sequence has computed all its known tokens, it gets one more token or ends. Every
+token is a different number, so sequences only have tokens in common that one of them
+got from the other.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import sys
 import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jpaged import scheduler
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.engine import limits
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.scheduler import EMPTY, FINISHED, NO_REQUEST, RETAINED, RUNNING, WAITING
 
-QUICKLY = {"xla_backend_optimization_level": 0}  # of a program, the compilation
+QUICKLY = {"xla_backend_optimization_level": 0}  # compile quickly
 BEFORE_ALL = np.iinfo(np.int32).min
+NO_FAULT = -1
 
 
-def plant(monkeypatch, module, function, fault) -> None:
-    """`fault(original, ...)` for a function, wherever the scheduler has it by name."""
-    original = getattr(module, function)
-    rooms = [r for n, r in sys.modules.items() if n.startswith("jpaged.scheduler.")]
-    for room in [module, *rooms]:
-        if getattr(room, function, None) is original:
-            monkeypatch.setattr(room, function, functools.partial(fault, original))
+class Fault(NamedTuple):
+    """A planted fault: `change(original, *args)` in place of a module's function."""
+
+    module: Any
+    name: str
+    change: Callable
 
 
-def jitted_operations() -> types.SimpleNamespace:
-    """What a step runs on the device, to be compiled once for all walks."""
+def planted(faults: Sequence[Fault], number: jax.Array) -> contextlib.ExitStack:
+    """While a program is traced, plant faults of which `number` selects one.
 
-    # New functions each time, so that jax compiles a planted fault anew.
-    def plan(queue, rows, blocks, config):
-        queue, rows, blocks, plan = scheduler.schedule(queue, rows, blocks, config)
+    So one program has all faults, and no fault costs a compilation of its own.
+    """
+    stack = contextlib.ExitStack()
+    for module, name in dict.fromkeys((fault.module, fault.name) for fault in faults):
+        original = getattr(module, name)
+        changes = {
+            index: fault.change
+            for index, fault in enumerate(faults)
+            if (fault.module, fault.name) == (module, name)
+        }
+        selected = functools.partial(_select, original, changes, number)
+        imported = [m for n, m in sys.modules.items() if n.startswith("jpaged.sched")]
+        for one in {id(one): one for one in [module, *imported]}.values():
+            if getattr(one, name, None) is original:
+                stack.enter_context(mock.patch.object(one, name, selected))
+    return stack
+
+
+def _select(original, changes: dict[int, Callable], number: jax.Array, *args):
+    result = original(*args)
+    for index, change in changes.items():
+        result = jax.tree.map(
+            lambda right, wrong, index=index: jnp.where(number == index, wrong, right),
+            result,
+            change(original, *args),
+        )
+    return result
+
+
+def program_config(config: EngineConfig) -> EngineConfig:
+    """The config that a program is compiled for: the settings are its arguments."""
+    return dataclasses.replace(
+        config, max_num_seqs=4, max_num_batched_tokens=64, watermark=0.0
+    )
+
+
+def jitted_operations(faults: Sequence[Fault] = ()) -> types.SimpleNamespace:
+    """The device operations of a step, compiled once for all walks."""
+
+    def plan(queue, rows, blocks, settings, fault, config):
+        with planted(faults, fault):
+            queue, rows, blocks, plan = scheduler.schedule(
+                queue, rows, blocks, config, scheduler_params=settings
+            )
         return queue, rows, blocks, plan, block_manager.append(blocks, plan.num_tokens)
-
-    def fork(blocks, parents):
-        return block_manager.fork(blocks, parents)
 
     return types.SimpleNamespace(
         plan=jax.jit(plan, static_argnames="config", compiler_options=QUICKLY),
-        fork=jax.jit(fork, compiler_options=QUICKLY),
+        fork=jax.jit(block_manager.fork, compiler_options=QUICKLY),
     )
 
 
@@ -56,27 +100,31 @@ OPERATIONS = jitted_operations()
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceParams:
-    """A request: how long, and how many sequences of it."""
+class RequestSpec:
+    """Lengths and kind of a request, with an output length for each sequence."""
 
     prompt: int
     outputs: tuple[int, ...]  # tokens that each sequence generates before it ends
     priority: int = 0
     is_lockstep: bool = False
-    # Of a lockstep request: at each decision rows continue others by chance, and
-    # sequences that never run are held beside them.
+    # For lockstep requests: at each decision, random rows continue from other rows, and
+    # so many sequences are RETAINED and never run.
     moves: bool = False
-    num_held: int = 0
-    # The prompt begins like this pinned prefix (its place), with so many tokens.
+    num_retained: int = 0
+    # The first `shared` tokens of the prompt are those of this pinned prefix.
     prefix: int = NO_REQUEST
     shared: int = 0
 
 
 class Driver:
-    """A queue, rows and blocks, stepped as by the engine."""
+    """A queue, rows and blocks, with the steps of an engine."""
 
-    def __init__(self, config: EngineConfig, operations=OPERATIONS) -> None:
+    def __init__(
+        self, config: EngineConfig, operations=OPERATIONS, fault: int = NO_FAULT
+    ) -> None:
         self.config, self.operations = config, operations
+        self.program = program_config(config)
+        self.arguments = (config.scheduler_params, np.int32(fault))
         empty = scheduler.init_queue(config.max_num_requests)
         self.queue = {
             field.name: np.array(getattr(empty, field.name))
@@ -87,25 +135,25 @@ class Driver:
         self.outputs = [0 for _ in seq_indices]
         self.is_prefix = [False for _ in seq_indices]
         self.moves = [False for _ in seq_indices]
-        self.rows = np.full(config.num_rows, NO_REQUEST, np.int32)
+        self.rows = np.full(self.program.num_rows, NO_REQUEST, np.int32)
         self.blocks = block_manager.init_state(
             num_blocks=config.num_blocks,
             block_size=config.block_size,
-            max_seqs=config.num_rows,
+            max_seqs=self.program.num_rows,
             max_blocks_per_seq=config.max_blocks_per_seq,
         )
         self.num_arrived = self.num_preempted = self.num_copies = 0
         self.new_token = itertools.count()
         self.rng = np.random.default_rng(0)
 
-    # ---- requests come
+    # ---- new requests
 
-    def submit(self, *requests: SequenceParams) -> list[list[int]]:
-        """The places of each request's sequences."""
+    def submit(self, *requests: RequestSpec) -> list[list[int]]:
+        """Submit requests; return the sequence indices of each."""
         return [self._submit(params) for params in requests]
 
-    def _submit(self, params: SequenceParams) -> list[int]:
-        count = len(params.outputs) + params.num_held
+    def _submit(self, params: RequestSpec) -> list[int]:
+        count = len(params.outputs) + params.num_retained
         mine = np.flatnonzero(self.queue["status"] == EMPTY)[:count].tolist()
         assert len(mine) == count
         known = self.histories[params.prefix][: params.shared] if params.shared else []
@@ -114,7 +162,7 @@ class Driver:
         by_priority = self.config.policy == "priority"
         for number, seq_index in enumerate(mine):
             is_row = number < len(params.outputs)
-            # Its own number if it maps nobody's blocks.
+            # Its own index if it maps no blocks.
             source, shared = (mine[0], params.prompt - 1) if number else (seq_index, 0)
             if number == 0 and params.shared:
                 source, shared = params.prefix, min(params.shared, params.prompt - 1)
@@ -137,7 +185,7 @@ class Driver:
         return mine
 
     def pin(self, length: int) -> int:
-        """The place of a prefix that is computed and then held."""
+        """Submit a prefix that is computed and then RETAINED; return its index."""
         seq_index = int(np.flatnonzero(self.queue["status"] == EMPTY)[0])
         tokens = [next(self.new_token) for _ in range(length)]
         self._put(
@@ -169,9 +217,9 @@ class Driver:
         self.histories[seq_index] = list(tokens)
         self.is_prefix[seq_index] = False
 
-    # ---- what `submit` and `pin` of the engine let in
+    # ---- which requests the engine's `submit` and `pin` accept
 
-    def most_blocks(self, params: SequenceParams) -> int:
+    def most_blocks(self, params: RequestSpec) -> int:
         rows = len(params.outputs) if params.is_lockstep else 1
         limit = params.prompt + max(params.outputs)
         return limits.most_blocks(self.config, params.prompt, limit, rows)
@@ -179,9 +227,9 @@ class Driver:
     def num_pinned_blocks(self) -> int:
         size, status = self.config.block_size, self.queue["status"]
         pinned = [p for p in np.flatnonzero(status != EMPTY) if self.is_prefix[p]]
-        return sum(-(-len(self.histories[p]) // size) for p in pinned)
+        return sum(cdiv(len(self.histories[p]), size) for p in pinned)
 
-    def is_legal(self, params: SequenceParams) -> bool:
+    def is_accepted(self, params: RequestSpec) -> bool:
         if params.prompt + max(params.outputs) > self.config.max_model_len:
             return False
         if params.is_lockstep and len(params.outputs) > self.config.max_num_seqs:
@@ -189,22 +237,26 @@ class Driver:
         free = self.config.num_blocks - self.num_pinned_blocks()
         return self.most_blocks(params) <= free
 
-    def may_pin(self, length: int, going: list[SequenceParams]) -> bool:
-        """`going` are the requests that have not finished."""
+    def can_pin(self, length: int, unfinished: list[RequestSpec]) -> bool:
+        """Whether a prefix of this length fits, with the unfinished requests."""
         status = self.queue["status"]
         num_pinned = sum(self.is_prefix[p] for p in np.flatnonzero(status != EMPTY))
-        pinned = self.num_pinned_blocks() - (-length // self.config.block_size)
-        most = max([1, *map(self.most_blocks, going)])
-        has_room = num_pinned < self.config.max_num_prefixes and (status == EMPTY).any()
-        return bool(has_room) and pinned + most <= self.config.num_blocks
+        pinned = self.num_pinned_blocks() + cdiv(length, self.config.block_size)
+        most = max([1, *map(self.most_blocks, unfinished)])
+        has_row = num_pinned < self.config.max_num_prefixes and (status == EMPTY).any()
+        return bool(has_row) and pinned + most <= self.config.num_blocks
 
     # ---- a step
 
     def step(self) -> dict[int, int]:
-        """Schedules and appends; the tokens of each place that took part."""
+        """Schedule and append; return the tokens of each sequence in the step."""
         before = self.rows
         queue, rows, blocks, plan, (after, appended) = self.operations.plan(
-            scheduler.Queue(**self.queue), self.rows, self.blocks, self.config
+            scheduler.Queue(**self.queue),
+            self.rows,
+            self.blocks,
+            *self.arguments,
+            config=self.program,
         )
         assert block_manager.violations(blocks) == []
         assert block_manager.violations(after) == []
@@ -218,15 +270,18 @@ class Driver:
         lost = set(before.tolist()) - set(self.rows.tolist()) - {NO_REQUEST}
         assert len(lost) == int(plan.num_preempted)
         assert all(self.queue["status"][list(lost)] == WAITING)
-        for seq_index, (source, shared) in share_again(
-            lost, self.histories, self.queue
-        ):
-            self.queue["sources"][seq_index] = source
-            self.queue["shared_lens"][seq_index] = shared
+        self._set_new_sources(lost)
         return self._check_plan(np.asarray(plan.num_tokens))
 
+    def _set_new_sources(self, lost: set[int]) -> None:
+        """Set the sources of sequences that lost their blocks and are recomputed."""
+        new = new_sources(lost, self.histories, self.queue)
+        for seq_index, (source, shared) in new.items():
+            self.queue["sources"][seq_index] = source
+            self.queue["shared_lens"][seq_index] = shared
+
     def _check_plan(self, planned: np.ndarray) -> dict[int, int]:
-        """What holds of every plan."""
+        """Check what is true of every plan; return each sequence's tokens."""
         config, queue = self.config, self.queue
         used = self.rows[self.rows != NO_REQUEST]
         status = queue["status"][used]
@@ -251,7 +306,7 @@ class Driver:
         return {int(self.rows[r]): int(planned[r]) for r in np.flatnonzero(planned)}
 
     def commit(self) -> None:
-        """Who has computed all its tokens gets one more, or ends, or is held."""
+        """Sequences with all tokens computed get one more, or end, or are RETAINED."""
         queue, row_of = self.queue, self._row_of()
         lengths = np.asarray(self.blocks.context_lens)
         done = [
@@ -281,7 +336,7 @@ class Driver:
         }
 
     def _extend(self, seq_index: int) -> bool:
-        """Gives a token; whether the sequence has ended with it."""
+        """Give a sequence one token; return whether it ends with it."""
         queue, history = self.queue, self.histories[seq_index]
         history.append(next(self.new_token))
         queue["num_tokens"][seq_index] = len(history)
@@ -290,7 +345,7 @@ class Driver:
         return bool(queue["has_ended"][seq_index])
 
     def _decide(self, leader, in_step, row_of, parents) -> None:
-        """A lockstep request's rows get a token each, of which all are computed."""
+        """Give each row of a lockstep request one token; all tokens are computed."""
         queue = self.queue
         mine = np.flatnonzero(queue["leaders"] == leader)
         mine = [int(p) for p in mine if queue["status"][p] in (RUNNING, RETAINED)]
@@ -306,8 +361,8 @@ class Driver:
             queue["num_tokens"][seq_index] = len(self.histories[seq_index])
             if not queue["has_ended"][seq_index]:
                 self._extend(seq_index)
-            is_gone = queue["has_ended"][seq_index]
-            parents[row_of[seq_index]] = NO_BLOCK if is_gone else row_of[parent]
+            has_ended = queue["has_ended"][seq_index]
+            parents[row_of[seq_index]] = NO_BLOCK if has_ended else row_of[parent]
         if queue["has_ended"][members].all():
             queue["status"][mine] = FINISHED
 
@@ -325,7 +380,7 @@ class Driver:
         return planned
 
     def finish(self) -> int:
-        """Steps until nothing waits or runs; their number."""
+        """Step until nothing waits or runs; return the number of steps."""
         for number in itertools.count():
             if not np.isin(self.queue["status"], (WAITING, RUNNING)).any():
                 return number
@@ -333,39 +388,39 @@ class Driver:
             self.go()
         raise AssertionError
 
-    # ---- requests leave
+    # ---- requests end
 
     def end(self, seq_indices: list[int]) -> None:
-        """Ends live sequences, as `engine.end` does."""
+        """End live sequences, as `engine.end` does."""
         for seq_index in seq_indices:
             if self.queue["status"][seq_index] in (WAITING, RUNNING, RETAINED):
                 self.queue["status"][seq_index] = FINISHED
         self._settle(list(range(len(self.rows))))
 
     def release(self, *, is_eager: bool = False) -> None:
-        """Empties finished places, as `engine.release` does.
+        """Empty the entries of finished requests, as `engine.release` does.
 
-        Of whole requests, or eagerly of each finished sequence.
+        With `is_eager`, also those of single finished sequences.
         """
         queue = self.queue
         live = np.isin(queue["status"], (WAITING, RUNNING, RETAINED))
-        going = set() if is_eager else set(queue["leaders"][live].tolist())
+        unfinished = set() if is_eager else set(queue["leaders"][live].tolist())
         finished = np.flatnonzero(queue["status"] == FINISHED).tolist()
-        gone = {
+        released = {
             seq_index
             for seq_index in finished
-            if queue["leaders"][seq_index] not in going
+            if queue["leaders"][seq_index] not in unfinished
         }
         for seq_index in range(len(queue["status"])):
-            if seq_index in gone:
+            if seq_index in released:
                 queue["status"][seq_index] = EMPTY
-            if queue["leaders"][seq_index] in gone:
+            if queue["leaders"][seq_index] in released:
                 queue["leaders"][seq_index] = seq_index
-            if queue["sources"][seq_index] in gone:
+            if queue["sources"][seq_index] in released:
                 queue["sources"][seq_index] = seq_index
                 queue["shared_lens"][seq_index] = 0
 
-    # ---- what one sees
+    # ---- observations
 
     def running(self) -> set[int]:
         return set(np.flatnonzero(self.queue["status"] == RUNNING).tolist())
@@ -374,8 +429,8 @@ class Driver:
         return self.queue["status"][:count].tolist()
 
     def length(self, seq_index: int) -> int:
-        """Tokens that a running sequence has computed."""
-        return int(self.blocks.context_lens[self._row_of()[seq_index]])
+        """Number of tokens that a running sequence has computed."""
+        return int(np.asarray(self.blocks.context_lens)[self._row_of()[seq_index]])
 
     def table(self, seq_index: int) -> list[int]:
         """Blocks of a running sequence."""
@@ -386,12 +441,13 @@ class Driver:
         return int((np.asarray(self.blocks.ref_counts) == 0).sum())
 
 
-def share_again(lost, histories, queue) -> list[tuple[int, tuple[int, int]]]:
-    """Of the places that lost their blocks, those that get another source.
+def new_sources(lost, histories, queue) -> dict[int, tuple[int, int]]:
+    """For sequences that lost their blocks: (source, tokens to map).
 
-    Pairs of place and (source, tokens to map), found by comparing token by token.
+    Only sequences after the first of their request get a new source. It is found by
+    comparing token by token.
     """
-    found = []
+    found = {}
     for seq_index in sorted(lost):
         leader = queue["leaders"][seq_index]
         before = [
@@ -403,9 +459,9 @@ def share_again(lost, histories, queue) -> list[tuple[int, tuple[int, int]]]:
         for other in before:
             mine, theirs = histories[seq_index][:-1], histories[other][:-1]
             pairs = zip(mine, theirs, strict=False)
-            alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-            common = len(list(alike))
+            equal = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+            common = len(list(equal))
             if common > most and not queue["has_ended"][other]:
                 source, most = other, common
-        found.append((seq_index, (source, most)))
+        found[seq_index] = (source, most)
     return found

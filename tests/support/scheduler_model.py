@@ -1,6 +1,6 @@
-"""A slow scheduler: the same rules over Python lists, and `SlowBlockManager`'s pages.
+"""Slow scheduler: the same rules for Python lists and `SlowBlockManager`'s pages.
 
-What would fit is not computed but tried out: rows are dropped until the rest fits.
+It does not compute how many rows fit: it removes rows until the rest fits.
 """
 
 import copy
@@ -9,6 +9,7 @@ import itertools
 
 import numpy as np
 
+from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.scheduler import BEFORE_ALL, NO_REQUEST, RETAINED, RUNNING, WAITING
@@ -16,8 +17,8 @@ from tests.support import block_manager_model
 
 
 @dataclasses.dataclass
-class Made:
-    """What the slow scheduler decided; it also changes the queue and its pages."""
+class SlowPlan:
+    """Decision of the slow scheduler, which also changes the queue and its pages."""
 
     rows: list[int]
     tokens: list[int]
@@ -26,7 +27,7 @@ class Made:
 
 
 class SlowScheduler:
-    """One decision after the other, in the order of the requests."""
+    """Makes one decision after the other, in the order of the requests."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -37,20 +38,20 @@ class SlowScheduler:
             config.max_blocks_per_seq,
         )
 
-    def step(self, queue: dict[str, np.ndarray], rows: list[int]) -> Made:
+    def step(self, queue: dict[str, np.ndarray], rows: list[int]) -> SlowPlan:
         self.queue, self.rows = queue, list(rows)
-        wanted = self.join()
-        self.keep_step(wanted)
-        tokens = self.share_budget(wanted)
-        made = Made(self.rows, tokens)
+        remaining = self.map_sources()
+        self.hold_lockstep(remaining)
+        tokens = self.split_budget(remaining)
+        plan = SlowPlan(self.rows, tokens)
         needed = self.demand(tokens)
         if sum(needed) > self.blocks.num_free():
-            self.preempt(made, needed)
+            self.preempt(plan, needed)
         else:
-            self.admit(made, needed)
-        return made
+            self.admit(plan, needed)
+        return plan
 
-    # ---- what there is
+    # ---- the current state
 
     def rank(self, seq_index: int) -> tuple[int, int, int]:
         return (
@@ -60,7 +61,7 @@ class SlowScheduler:
         )
 
     def live(self) -> list[int]:
-        """Rows that run, in order."""
+        """Rows of running sequences, in order."""
         used = [
             row for row, seq_index in enumerate(self.rows) if seq_index != NO_REQUEST
         ]
@@ -68,7 +69,7 @@ class SlowScheduler:
         return sorted(used, key=lambda row: self.rank(self.rows[row]))
 
     def requests(self, seq_indices: list[int]) -> list[list[int]]:
-        """The places in order, those of a request together."""
+        """The sequence indices in order, grouped by request."""
         seq_indices = sorted(seq_indices, key=self.rank)
         groups = itertools.groupby(
             seq_indices, key=lambda p: int(self.queue["leaders"][p])
@@ -84,80 +85,80 @@ class SlowScheduler:
         source = int(self.queue["sources"][seq_index])
         if source == seq_index:
             return 0
-        is_there = self.queue["status"][source] in (RUNNING, RETAINED)
+        is_available = self.queue["status"][source] in (RUNNING, RETAINED)
         if self.queue["status"][source] == WAITING:
-            # It is admitted with its request, or before all others.
-            is_there = (
+            # The source is admitted with the same request, or before all others.
+            is_available = (
                 self.queue["arrivals"][source] == self.queue["arrivals"][seq_index]
             )
-            is_there |= self.queue["priorities"][source] == BEFORE_ALL
-        return int(self.queue["shared_lens"][seq_index]) if is_there else 0
+            is_available |= self.queue["priorities"][source] == BEFORE_ALL
+        return int(self.queue["shared_lens"][seq_index]) if is_available else 0
 
     def num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.block_size)
+        return cdiv(num_tokens, self.config.block_size)
 
     def demand(self, tokens: list[int]) -> list[int]:
-        """Blocks that each row would take, were the pool without end."""
+        """Blocks that each row would need in a pool of unlimited size."""
         trial = copy.deepcopy(self.blocks)
         trial.num_blocks += 10_000
-        held = [len(table) for table in trial.tables]
+        before = [len(table) for table in trial.tables]
         assert trial.append([[0] * n for n in tokens])
-        grown = [len(t) - h for t, h in zip(trial.tables, held, strict=True)]
+        grown = [len(t) - n for t, n in zip(trial.tables, before, strict=True)]
         return [n + (row in trial.copied_rows) for row, n in enumerate(grown)]
 
-    # ---- who wants how many tokens
+    # ---- tokens of each row
 
-    def join(self) -> dict[int, int]:
-        """New rows map their source's pages; what each row has still to compute."""
-        wanted, blocks = {}, self.blocks
+    def map_sources(self) -> dict[int, int]:
+        """New rows map their source's pages; return the tokens left to compute."""
+        remaining, blocks = {}, self.blocks
         for row in self.live():
             seq_index = self.rows[row]
             have = len(blocks.histories[row])
-            wanted[row] = max(self.known(seq_index) - have, 0)
+            remaining[row] = max(self.known(seq_index) - have, 0)
             source = int(self.queue["sources"][seq_index])
             shared = int(self.queue["shared_lens"][seq_index])
-            is_new = wanted[row] and not have and shared and source != seq_index
+            is_new = remaining[row] and not have and shared and source != seq_index
             if not is_new or source not in self.rows:
                 continue
-            wanted[row] = 0
-            # Sources come first in the order, and may have joined just now.
+            remaining[row] = 0
+            # A source comes earlier in the order, and may just have mapped its own.
             parent = self.rows.index(source)
             if len(blocks.histories[parent]) >= shared:
                 own = range(len(self.rows))
                 blocks.fork([parent if r == row else r for r in own])
                 blocks.truncate([shared if r == row else -1 for r in own])
-                wanted[row] = self.known(seq_index) - shared
-        return wanted
+                remaining[row] = self.known(seq_index) - shared
+        return remaining
 
-    def keep_step(self, wanted: dict[int, int]) -> None:
-        """Lockstep rows leave their last token while one has more than one to go."""
-        for request in self.requests([self.rows[row] for row in wanted]):
+    def hold_lockstep(self, remaining: dict[int, int]) -> None:
+        """Lockstep rows wait with their last token while one has more tokens left."""
+        for request in self.requests([self.rows[row] for row in remaining]):
             rows = [self.rows.index(seq_index) for seq_index in request]
             if not self.queue["is_lockstep"][request[0]]:
                 continue
-            to_go = [
+            left = [
                 self.known(seq_index) - len(self.blocks.histories[row])
                 for row, seq_index in zip(rows, request, strict=True)
             ]
-            if max(to_go) > 1:
-                wanted.update({row: max(wanted[row] - 1, 0) for row in rows})
+            if max(left) > 1:
+                remaining.update({row: max(remaining[row] - 1, 0) for row in rows})
 
-    def share_budget(self, wanted: dict[int, int]) -> list[int]:
-        tokens = [int(wanted.get(row) == 1) for row in range(len(self.rows))]
+    def split_budget(self, remaining: dict[int, int]) -> list[int]:
+        tokens = [int(remaining.get(row) == 1) for row in range(len(self.rows))]
         budget = self.config.max_num_batched_tokens - sum(tokens)
         for row in self.live():
-            if wanted[row] > 1:
-                tokens[row] = min(budget, wanted[row])
+            if remaining[row] > 1:
+                tokens[row] = min(budget, remaining[row])
                 budget -= tokens[row]
         return tokens
 
-    # ---- who goes
+    # ---- preemption
 
-    def preempt(self, made: Made, needed: list[int]) -> None:
-        """Sends the last request away until the rest fits; of the first, samples."""
+    def preempt(self, plan: SlowPlan, needed: list[int]) -> None:
+        """Preempt the last request until the rest fits; of the first, its samples."""
 
         def fits() -> bool:
-            # The others' demand is counted as if those sent away were still there.
+            # The demand of the others is the one before the preemption.
             left = sum(needed[row] for row in self.live())
             return left <= self.blocks.num_free()
 
@@ -173,15 +174,15 @@ class SlowScheduler:
                 row = self.rows.index(seq_index)
                 self.queue["status"][seq_index] = WAITING
                 self.queue["num_preemptions"][seq_index] += 1
-                self.rows[row], made.tokens[row] = NO_REQUEST, 0
+                self.rows[row], plan.tokens[row] = NO_REQUEST, 0
                 own = range(len(self.rows))
                 self.blocks.fork([NO_BLOCK if r == row else r for r in own])
-                made.num_preempted += 1
+                plan.num_preempted += 1
 
-    # ---- who comes
+    # ---- admission
 
-    def admit(self, made: Made, needed: list[int]) -> None:
-        budget = self.config.max_num_batched_tokens - sum(made.tokens)
+    def admit(self, plan: SlowPlan, needed: list[int]) -> None:
+        budget = self.config.max_num_batched_tokens - sum(plan.tokens)
         free = self.spare_blocks(needed)
         empty = [
             row for row, seq_index in enumerate(self.rows) if seq_index == NO_REQUEST
@@ -201,7 +202,7 @@ class SlowScheduler:
                 return
             together = len(request)
             if together > len(empty) or sum(costs) > free:
-                # Samples that have the engine for themselves: as many as fit.
+                # If no other request runs, as many samples as fit are admitted.
                 leader = int(self.queue["leaders"][request[0]])
                 if (
                     number
@@ -225,20 +226,21 @@ class SlowScheduler:
                     self.queue["is_lockstep"][seq_index]
                 )
                 wants = 0 if self.mapped(seq_index) else max(wants, 0)
-                made.tokens[row] = max(min(budget, wants), 0)
+                plan.tokens[row] = max(min(budget, wants), 0)
                 budget -= wants
                 free -= cost
-                made.num_admitted += 1
+                plan.num_admitted += 1
             if together < len(request):
                 return
 
     def spare_blocks(self, needed: list[int]) -> int:
-        """Free blocks, but for what is promised and the watermark."""
+        """Free blocks without the running rows' demand and the watermark."""
         free = self.blocks.num_free()
         for row in self.live():
             seq_index = self.rows[row]
-            held = len(self.blocks.tables[row])
+            used = len(self.blocks.tables[row])
             mapped = self.mapped(seq_index) // self.config.block_size
-            still = self.num_blocks(self.known(seq_index)) - max(held, mapped)
-            free -= max(still, needed[row])
-        return free - (self.config.num_watermark_blocks if self.live() else 0)
+            left = self.num_blocks(self.known(seq_index)) - max(used, mapped)
+            free -= max(left, needed[row])
+        watermark = int(self.config.watermark * self.config.num_blocks)
+        return free - (watermark if self.live() else 0)

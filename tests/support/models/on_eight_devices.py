@@ -1,7 +1,7 @@
-"""What `parallel_test.py` reads: models on meshes of 8 virtual CPU devices, measured.
+"""Measurements for `tests/parallel/mesh_test.py`: models on 8 virtual CPU devices.
 
-One process for everything, since the devices are chosen before jax starts. Run with an
-empty folder; the last line of its output is one JSON object.
+All measurements run in one process, because the number of devices is set before jax
+starts. The argument is an empty folder; the last output line is one JSON object.
 """
 
 import contextlib
@@ -24,19 +24,21 @@ from tests.support.models import checkpoints
 from tests.support.models.reference_models import relative_error
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
-# 8 query heads read 2 kv heads: 2 devices have one each, 4 and 8 in groups.
+# 8 query heads read 2 KV heads: 2 devices store one head each, 4 and 8 have copies.
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
-# 6 kv heads on 4 devices: halves of 3, each on two of them. A vocabulary of 126, whole.
+# 6 KV heads on 4 devices: two halves of 3 heads, each on two devices. The vocabulary of
+# 126 is not divisible, so it is replicated.
 KV_6 = {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 4}
 KV_6 |= {"vocab_size": 126, "tie_word_embeddings": True}
+# Each case has a division of its own; `measure_llama` and `measure_int8` add others.
 MESHES = {
-    "llama": [{"tensor": 2}, {"tensor": 4}, {"tensor": 8}],
+    "llama": [{"tensor": 2}, {"tensor": 8}],
     "llama_kv_6": [{"tensor": 4}],
-    "opt": [{"tensor": 2}, {"tensor": 2, "data": 2}, {"tensor": 8}],
-    "gpt2": [{"tensor": 2}, {"tensor": 4}, {"tensor": 4, "data": 2}],
+    "opt": [{"tensor": 2, "data": 2}, {"tensor": 8}],
+    "gpt2": [{"tensor": 4}],
     "phi3": [{"tensor": 4}],
-    "mixtral": [{"expert": 2}, {"tensor": 2, "expert": 2}, {"tensor": 2, "expert": 4}],
-    "qwen3_moe": [{"tensor": 2}, {"expert": 2}, {"tensor": 4, "expert": 2}],
+    "mixtral": [{"expert": 2}, {"tensor": 2, "expert": 4}],
+    "qwen3_moe": [{"expert": 2}, {"tensor": 4, "expert": 2}],
     "gpt_oss": [{"tensor": 2, "expert": 2, "data": 2}],
 }
 TOKENS = np.random.default_rng(0).integers(3, 120, (2, 9), dtype=np.int32)
@@ -55,7 +57,7 @@ def write(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def watched(found: dict):
-    """Counts the numbers that are read, and the most of one array on one device."""
+    """Count the numbers that are read, and the largest part of an array on a device."""
     found |= {"read": 0, "on_device": 0}
     view, put = Stored.view, placing.Shards.write
 
@@ -96,7 +98,7 @@ def refusal(function, *args, **options) -> str:
 
 
 def measure_logits(root: pathlib.Path) -> dict:
-    """By case and mesh: how far the logits are from those of one device."""
+    """For each case and mesh, the error of the logits against one device."""
     found = {}
     for name, meshes in MESHES.items():
         folder = write(root / name, name)
@@ -111,8 +113,8 @@ def measure_logits(root: pathlib.Path) -> dict:
 def measure_llama(root: pathlib.Path) -> dict:
     folder, found = root / "llama", {}
     mesh = make_mesh(tensor=4, data=2)
-    gc.collect()  # of earlier models, nothing is to be found on the devices
-    # Small pieces, so that what is read, cut and put together again is not one piece.
+    gc.collect()  # no arrays of earlier models remain on the devices
+    # Small pieces, so that arrays are read and assembled from several pieces.
     with mock.patch.object(placing, "PIECE", 1000), watched(found):
         model = load_model(folder, mesh=mesh)
     plain = load_model(folder)
@@ -141,10 +143,10 @@ def measure_llama(root: pathlib.Path) -> dict:
     found["llm_refusal"] = refusal(LLM, model)
     put = placing.Shards.write
 
-    def turned(self, region, piece, values):
+    def rolled(self, region, piece, values):
         put(self, region, piece, np.roll(values, 1, axis=-1))
 
-    with mock.patch.object(placing.Shards, "write", turned):
+    with mock.patch.object(placing.Shards, "write", rolled):
         spoiled = load_model(folder, mesh=mesh)
     found["planted_fault"] = relative_error(apply(spoiled, TOKENS), want)
     return found

@@ -1,0 +1,128 @@
+"""Block tables, lengths and reference counts: the state of the block manager.
+
+Pipeline: [block_state] -> block_manager, which changes it.
+
+Shape symbols: S rows, N blocks, M blocks per row.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpaged.arithmetic import cdiv
+
+NO_BLOCK = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockState:
+    """Complete state of the block manager, as a pytree."""
+
+    ref_counts: jax.Array  # i32[N], block-table entries that point at it; 0 = free
+    block_tables: jax.Array  # i32[S, M], NO_BLOCK after the last used entry
+    context_lens: jax.Array  # i32[S], tokens stored; 0 = the row is empty
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+
+def init_state(
+    *, num_blocks: int, block_size: int, max_seqs: int, max_blocks_per_seq: int
+) -> BlockState:
+    """Return a state in which every block is free and every row is empty.
+
+    Args:
+      num_blocks: N, physical blocks in the pool.
+      block_size: P, tokens per block.
+      max_seqs: S, rows of the block tables.
+      max_blocks_per_seq: M, columns of the block tables.
+
+    Raises:
+      ValueError: a size is below 1, or slot numbers do not fit into int32.
+    """
+    sizes = dict(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_seqs=max_seqs,
+        max_blocks_per_seq=max_blocks_per_seq,
+    )
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    for name in ("num_blocks", "max_blocks_per_seq"):
+        if sizes[name] * block_size >= 2**31:
+            raise ValueError(
+                f"{name} * block_size: expected less than 2**31 (slots are int32), "
+                f"got {sizes[name]} * {block_size}; use fewer blocks"
+            )
+    return BlockState(
+        ref_counts=jnp.zeros((num_blocks,), jnp.int32),
+        block_tables=jnp.full((max_seqs, max_blocks_per_seq), NO_BLOCK, jnp.int32),
+        context_lens=jnp.zeros((max_seqs,), jnp.int32),
+        block_size=block_size,
+    )
+
+
+def num_free_blocks(state: BlockState) -> jax.Array:
+    """Return the number of blocks that no row uses, i32[]."""
+    return jnp.sum(state.ref_counts == 0, dtype=jnp.int32)
+
+
+def num_blocks_per_row(state: BlockState) -> jax.Array:
+    """Return the number of blocks of each row, i32[S]."""
+    return cdiv(state.context_lens, state.block_size)
+
+
+def row_array(
+    name: str, value: jax.Array, state: BlockState, dtype: type = jnp.int32
+) -> jax.Array:
+    """Return `value` as an array of shape [S] and type `dtype`.
+
+    Raises:
+      ValueError: `value` does not have one boolean or integer per row.
+    """
+    value = jnp.asarray(value)
+    kind = jnp.bool_ if dtype == jnp.bool_ else jnp.integer
+    if value.shape != state.context_lens.shape or not jnp.issubdtype(value.dtype, kind):
+        raise ValueError(
+            f"{name}: expected {kind.__name__} of shape {state.context_lens.shape}, "
+            f"one per row, got {value.dtype} of shape {value.shape}"
+        )
+    return value.astype(dtype)
+
+
+def violations(state: BlockState) -> list[str]:
+    """Return one sentence for each inconsistency; an empty list if there is none.
+
+    Runs on the host, for tests and debugging. It recounts everything from the tables,
+    row by row, and uses none of the traced operations.
+    """
+    ref_counts = np.asarray(state.ref_counts)
+    block_tables = np.asarray(state.block_tables)
+    (num_blocks,) = ref_counts.shape
+    _, max_blocks_per_seq = block_tables.shape
+    found: list[str] = []
+    entries = np.zeros((num_blocks,), np.int64)
+    for row, length in enumerate(np.asarray(state.context_lens).tolist()):
+        if not 0 <= length <= max_blocks_per_seq * state.block_size:
+            found.append(f"row {row}: length {length} does not fit the block table")
+        num_used = max(0, cdiv(length, state.block_size))
+        used, rest = block_tables[row, :num_used], block_tables[row, num_used:]
+        is_block = (used >= 0) & (used < num_blocks)
+        if not is_block.all():
+            found.append(f"row {row}: {used.tolist()} contains invalid block numbers")
+        if (rest != NO_BLOCK).any():
+            found.append(
+                f"row {row}: entries {rest.tolist()} after its {length} tokens"
+            )
+        blocks, times = np.unique(used[is_block], return_counts=True)
+        if (times > 1).any():
+            found.append(f"row {row}: blocks {blocks[times > 1].tolist()} occur twice")
+        entries[blocks] += times
+    for block in np.flatnonzero(entries != ref_counts).tolist():
+        found.append(
+            f"block {block}: {entries[block]} table entries point at it, "
+            f"its reference count is {ref_counts[block]}"
+        )
+    return found

@@ -1,5 +1,7 @@
 """The pure engine: its state is one pytree, and a step is EngineState -> EngineState.
 
+Typical use:
+
     state = engine.init(model, config)
     state, seq_indices = engine.submit(state, prompts, params)
     state = engine.run(model, state)

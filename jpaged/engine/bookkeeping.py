@@ -97,9 +97,7 @@ def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
         table, num_drafts = speculation.count_drafts(
             table, rows, blocks, plan.num_tokens, config
         )
-    cache, blocks, appended = append_tokens(
-        cache, blocks, plan.num_tokens + num_drafts
-    )
+    cache, blocks, appended = append_tokens(cache, blocks, plan.num_tokens + num_drafts)
     # The scheduler promises that this succeeds. If it does not, the step computes
     # nothing: the engine stalls, and writes no wrong token.
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
@@ -278,9 +276,7 @@ def end_step(
         table = _retain_prefixes(table, scheduled.rows, blocks)
     blocks = when(
         ~sampled.is_settled,
-        lambda blocks: fork_rows(
-            table.queue, sampled.parents, scheduled.rows, blocks
-        ),
+        lambda blocks: fork_rows(table.queue, sampled.parents, scheduled.rows, blocks),
         blocks,
     )
     known_blocks = scheduled.prefix_cache

@@ -269,7 +269,9 @@ def collect(state: EngineState) -> list[Result]:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def end(
-    state: EngineState, seq_indices: jax.Array | np.ndarray, reason: jax.Array | np.int32
+    state: EngineState,
+    seq_indices: jax.Array | np.ndarray,
+    reason: jax.Array | np.int32,
 ) -> EngineState:
     """End sequences, and free their blocks.
 
@@ -367,7 +369,9 @@ def _violations(state: EngineState) -> list[str]:
                 found.append(f"row {row}: is empty and has {length} tokens")
             continue
         if queue.status[index] not in (RUNNING, RETAINED):
-            found.append(f"row {row}: sequence {index} has status {queue.status[index]}")
+            found.append(
+                f"row {row}: sequence {index} has status {queue.status[index]}"
+            )
         if length > queue.num_tokens[index]:
             found.append(
                 f"row {row}: has {length} tokens, sequence {index} knows "

@@ -35,7 +35,6 @@ from jpaged.engine.state import EngineState, Model
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.kv.swap import Swapped
 from jpaged.models.config import ModelConfig
-from jpaged.models.decoder import Decoder
 
 
 class WorkingMemory(NamedTuple):

@@ -106,7 +106,7 @@ def request_shape(
             )
         return RequestShape(0, rows, [*range(rows), *range(most, most + rows)])
     pair = (params.algorithm, rows)
-    known = algorithms.kinds(config)
+    known = algorithms.config_algorithms(config)
     if pair not in known:
         raise ValueError(
             "algorithm: expected one of the config's `algorithms` for this number of "

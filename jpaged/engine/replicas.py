@@ -40,7 +40,7 @@ def _is_pages(part: Any) -> bool:
 def _map_but_pages(
     function: Callable[[Any], Any], tree: State, pages: Any = None
 ) -> State:
-    """Apply `function` to all arrays but the pages; replace these by `pages` if given."""
+    """Apply `function` to all arrays but the pages; these become `pages`, if given."""
 
     def map_part(part: Any) -> Any:
         if not _is_pages(part):

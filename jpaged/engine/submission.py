@@ -40,6 +40,7 @@ from jpaged.engine.request_table import (
 )
 from jpaged.params import BeamSearchParams, SamplingParams
 
+
 class LoadAutomaton(NamedTuple):
     """An automaton to write into the table's pool."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,8 @@ def _trunk(
     ) -> tuple[jax.Array, KVCache]:
         slots = inputs.slot_mapping
         cache = kv_cache.write(cache, k, v, slots, layer, implementation)
-        attended = attention.paged_attention(
+        options: dict[str, Any] = model.attention_options(layer)
+        attended: Any = attention.paged_attention(
             q,
             cache.k_pages,
             cache.v_pages,
@@ -147,8 +149,7 @@ def _trunk(
             v_scale=cache.v_scale,
             layer=layer,
             shared_prefix=inputs.shared_prefix,
-            implementation=implementation,
-            **model.attention_options(layer),
+            **options | {"implementation": implementation},
         )
         return attended, cache
 

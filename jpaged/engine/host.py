@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,9 +156,9 @@ def _insert(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _load_automaton(
-    state: EngineState, replica: jax.Array, *load: jax.Array
+    state: EngineState, replica: jax.Array | int, *load: Any
 ) -> EngineState:
-    def put(state: EngineState, *load: jax.Array) -> EngineState:
+    def put(state: EngineState, *load: Any) -> EngineState:
         table = request_table.put_automaton(state.requests, *load)
         return dataclasses.replace(state, requests=table)
 
@@ -166,7 +167,7 @@ def _load_automaton(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert_sequences(
-    state: EngineState, replica: jax.Array, new: request_table.Submission
+    state: EngineState, replica: jax.Array | int, new: request_table.Submission
 ) -> EngineState:
     def insert(state: EngineState, new: request_table.Submission) -> EngineState:
         return dataclasses.replace(

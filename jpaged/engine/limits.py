@@ -7,7 +7,7 @@ anything changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -227,7 +227,8 @@ def _check_sampling(
             f"{params.bad_words!r}"
         )
     if vocab_size is not None:
-        check_rules(params, vocab_size, params.bad_words, stop_ids)
+        mine: Any = params  # a frozen `RuleParams`, with token ids as bad words
+        check_rules(mine, vocab_size, mine.bad_words, stop_ids)
     needed = rule_sizes(params, vocab_size)
     if needed is None:
         return
@@ -282,7 +283,8 @@ def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:
             "vocab_size: expected the model's, because the request has logits rules, "
             "got None"
         )
-    return RuleSizes.of_request(params, vocab_size, params.bad_words)
+    mine: Any = params  # a frozen `RuleParams`, with token ids as bad words
+    return RuleSizes.of_request(mine, vocab_size, mine.bad_words)
 
 
 def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) -> int:
@@ -311,8 +313,9 @@ def largest_request(table: RequestTable, config: EngineConfig) -> int:
     for leader in np.unique(queue.leaders[is_live]).tolist():
         mine = np.flatnonzero(is_live & (queue.leaders == leader))
         rows = len(mine) if params.algorithms[mine[0]] != NO_ALGORITHM else 1
-        sizes = (queue.prompt_lens[mine[0]], params.token_limits[mine[0]])
-        most = max(most, most_blocks(config, *map(int, sizes), rows))
+        length = int(queue.prompt_lens[mine[0]])
+        limit = int(params.token_limits[mine[0]])
+        most = max(most, most_blocks(config, length, limit, rows))
     return most
 
 

@@ -279,7 +279,7 @@ def _own_seed(request: _Request) -> int:
 
 def _sampling(params: Params, seed: int, number: int) -> SamplingRows:
     is_sampled = isinstance(params, SamplingParams)
-    return SamplingRows(
+    values: dict[str, Any] = dict(
         temperature=np.float32(params.temperature if is_sampled else 0.0),
         top_k=np.int32(max(params.top_k, 0) if is_sampled else 0),
         top_p=np.float32(params.top_p if is_sampled else 1.0),
@@ -287,14 +287,15 @@ def _sampling(params: Params, seed: int, number: int) -> SamplingRows:
         seed=np.uint32(seed),
         sample=np.int32(number),
     )
+    return SamplingRows(**values)
 
 
 def _rules(config: EngineConfig, params: Params) -> LogitsRules | None:
     if config.rules is None:
         return None
-    if not isinstance(params, SamplingParams):
-        params = SamplingParams()
-    return rule_arrays.encode(params, config.rules, params.bad_words)
+    # `limits.check_request` refuses bad words that are not token ids.
+    mine: Any = params if isinstance(params, SamplingParams) else SamplingParams()
+    return rule_arrays.encode(mine, config.rules, mine.bad_words)
 
 
 def _states(

@@ -1,7 +1,7 @@
 """The tables of docs/life_of_a_request.md equal what the engine does.
 
-The test runs the engine's own step, with a table of letters in place of the decoder and
-the sampler. `python -m tests.docs.life_of_a_request_test` prints the tables in the form of
+The engine's own step runs, with a table of letters in place of the decoder and the
+sampler. `python -m tests.docs.life_of_a_request_test` prints the tables in the form of
 the page.
 """
 

@@ -1,6 +1,7 @@
-"""The engine's compiled program: pages are updated in place, and never copied.
+"""The engine's compiled program updates pages in place and never copies them.
 
-Compiled for two sizes of the pool and not run, so the pools can be large.
+The programs are compiled for two sizes of the pool and do not run, so the pools can be
+large.
 """
 
 import math
@@ -45,7 +46,7 @@ def engine_config(num_blocks: int) -> EngineConfig:
         max_model_len=64,
         max_num_batched_tokens=16,
         max_num_requests=8,
-        # Everything that a step can do.
+        # All features of a step.
         num_logprobs=2,
         prompt_logprobs=True,
         max_num_prefixes=1,
@@ -68,7 +69,7 @@ def bytes_of_blocks(num_blocks: int, dtype: str = "float32") -> int:
 
 @pytest.fixture(scope="module")
 def programs():
-    """Of `run` at both sizes and of `step`: the compiled program."""
+    """The compiled programs of `run` at both sizes, and of `step`."""
     model = init_model(MODEL)
 
     def abstract(num_blocks: int):
@@ -86,7 +87,7 @@ CASES = [("run", SIZES[0]), ("run", SIZES[1]), ("step", SIZES[1])]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_pool_is_donated_and_comes_back_in_the_same_memory(case, programs):
+def test_the_pool_is_donated_and_returned_in_the_same_memory(case, programs):
     memory = programs[case].memory_analysis()
     assert memory.alias_size_in_bytes >= bytes_of_blocks(case[1])
 
@@ -98,7 +99,7 @@ def test_no_temporary_is_as_large_as_the_pages_of_one_layer(case, programs):
     assert memory.temp_size_in_bytes < one_array
 
 
-def test_a_pool_of_bfloat16_is_not_copied_either():
+def test_a_bfloat16_pool_is_not_copied():
     model = init_model(MODEL, dtype="bfloat16")
     state = jax.eval_shape(lambda: engine.init(model, engine_config(SIZES[1])))
     memory = engine.run.lower(model, state).compile().memory_analysis()
@@ -107,16 +108,16 @@ def test_a_pool_of_bfloat16_is_not_copied_either():
     assert memory.temp_size_in_bytes < pool // (2 * MODEL.num_layers)
 
 
-def test_temporaries_grow_with_the_pool_by_bookkeeping_only(programs):
+def test_temporaries_grow_with_the_pool_only_by_bookkeeping(programs):
     small, large = (
         programs["run", size].memory_analysis().temp_size_in_bytes for size in SIZES
     )
-    # Some int32 arrays of the block manager have an entry for each block.
+    # Some int32 arrays of the block manager have one entry per block.
     assert large - small <= 16 * 4 * (SIZES[1] - SIZES[0])
 
 
 def copies_of(text: str, least: int) -> list[str]:
-    """Lines of the compiled text that copy an array of at least so many numbers."""
+    """Lines of the compiled text that copy an array of at least `least` numbers."""
     found = []
     for line in text.splitlines():
         copied = re.search(r"= \(?\w+\[([\d,]*)\].* copy(-start)?\(", line)
@@ -135,13 +136,13 @@ def test_the_compiled_text_copies_no_pages(case, programs):
     assert copies_of(text, one_layer) == []
 
 
-def test_a_program_that_copies_the_pages_would_be_found():
+def test_a_program_that_copies_the_pages_is_found():
     pages = jax.ShapeDtypeStruct((64, 2, 16, 8), "float32")
 
     def update(pages):
         return pages.at[3].set(1.0)
 
-    # Not donated, the update needs memory of its own.
+    # Without donation, the update needs separate memory.
     keeping = jax.jit(update).lower(pages).compile()
     assert copies_of(keeping.as_text(), 64 * 2 * 16 * 8)
     assert keeping.memory_analysis().alias_size_in_bytes == 0

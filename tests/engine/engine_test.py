@@ -37,8 +37,8 @@ ROOMY = EngineConfig(
     max_num_batched_tokens=16,
     max_num_requests=64,
 )
-# The smallest legal pool: it holds the longest sequence and no further token, so requests
-# preempt each other often. 7 tokens per step split prompts inside blocks.
+# The smallest legal pool: it holds the longest sequence and no further token, so
+# requests preempt each other often. 7 tokens per step split prompts inside blocks.
 TIGHT = dataclasses.replace(ROOMY, num_blocks=12, max_num_batched_tokens=7)
 CONFIGS = {
     "roomy": ROOMY,
@@ -396,8 +396,8 @@ def test_released_sequence_indices_are_used_again(llama):
 
 
 def test_a_sample_never_maps_blocks_of_a_request_that_reuses_its_leaders_index(llama):
-    # The leader is ended and released while other samples of its request still wait for a
-    # row. Another request of the same length gets its sequence index.
+    # The leader is ended and released while other samples of its request still wait for
+    # a row. Another request of the same length gets its sequence index.
     params = [SamplingParams(n=6, seed=1, max_tokens=12)]
     prompt, other = [list(range(20, 32))], [list(range(60, 72))]
     state, ((leader, *_),) = start(llama, ROOMY, prompt, params)

@@ -124,7 +124,8 @@ class Oracle:
         number: int = 0,
         mask: Mask | None = None,
     ) -> tuple[list[int], str]:
-        """Tokens of a request's sample `number`, and why it ends; ignores stop strings."""
+        """Tokens of a request's sample `number`, and the reason of its end; no stop
+        strings."""
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(EOS))
         output: list[int] = []
         while True:

@@ -223,7 +223,7 @@ def with_llm(folder: pathlib.Path) -> dict:
 def live(llm: LLM, texts: list) -> dict:
     """Pinned prefixes, and live requests that finish or are aborted, on replicas."""
     found = {}
-    # 21 tokens are five whole blocks: where these are cached, one token is computed.
+    # Of 21 tokens, the five whole blocks are cached.
     long = list(range(20, 41))
     llm.generate([long], GREEDY, progress=False)
     outputs = llm.generate([[*long, n] for n in range(3)], GREEDY, progress=False)

@@ -120,7 +120,7 @@ def generate(
 ) -> tuple[EngineState, list[list[Result]]]:
     """Run the engine on all requests.
 
-    Returns the idle engine, and the results of each request's samples, in request order.
+    Returns the idle engine, and the results of each request's samples.
     """
     order = list(range(len(prompts))) if order is None else list(order)
     state = engine.init(model, config)

@@ -43,9 +43,8 @@ TIGHT = dataclasses.replace(ROOMY, num_blocks=12, max_num_batched_tokens=7)
 CONFIGS = {
     "roomy": ROOMY,
     "tight": TIGHT,
-    "blocks_of_1": dataclasses.replace(
-        ROOMY, block_size=1, num_blocks=48, max_num_seqs=3, max_num_batched_tokens=3
-    ),
+    # Always run with lower limits than the config's, see LIMITS.
+    "blocks_of_1": dataclasses.replace(ROOMY, block_size=1, num_blocks=48),
     # Also another family, another policy, and the most likely tokens.
     "opt_blocks_of_16": OneSizeConfig(
         num_blocks=4,
@@ -58,6 +57,7 @@ CONFIGS = {
         policy="priority",
     ),
 }
+LIMITS = {"blocks_of_1": dict(max_num_seqs=3, max_num_batched_tokens=3)}
 STEPS = functools.partial(jnp.asarray, dtype=jnp.int32)
 
 
@@ -129,7 +129,8 @@ def test_greedy_tokens_equal_a_loop_that_recomputes_everything(name, models):
     config = CONFIGS[name]
     model = model_of(models, name)
     prompts, params = mixed_prompts(24), greedy_params(24)
-    state, results = generate(model, config, prompts, params)
+    run = functools.partial(engine.run, **LIMITS.get(name, {}))
+    state, results = generate(model, config, prompts, params, run=run)
     expected = naive(model, prompts, params, max_model_len=MAX_LEN)
     assert differences(state, results, expected) == []
     # Not a repeated token, which a wrong engine might also generate.
@@ -263,11 +264,12 @@ def test_slices_of_a_run_end_in_the_same_state_as_one_run(llama):
 def test_a_run_with_lower_limits_generates_the_same_tokens(llama):
     prompts, params = mixed_prompts(12), sampled_params(12)
     expected = naive(llama, prompts, params, max_model_len=MAX_LEN)
-    state, _ = start(llama, ROOMY, prompts, params)
-    state = engine.run(llama, state, STEPS(9), max_num_seqs=2, max_num_batched_tokens=5)
-    assert int(state.counters.num_tokens) <= 9 * 5
-    assert int((np.asarray(state.rows) != scheduler.NO_REQUEST).sum()) == 2
-    state = engine.run(llama, state, STEPS(FOREVER))
+    state, _ = start(llama, CONFIGS["blocks_of_1"], prompts, params)
+    run = functools.partial(engine.run, **LIMITS["blocks_of_1"])
+    state = run(llama, state, STEPS(30))
+    assert int(state.counters.num_tokens) <= 30 * 3
+    assert int((np.asarray(state.rows) != scheduler.NO_REQUEST).sum()) == 3
+    state = run(llama, state, STEPS(FOREVER))
     results = [[result] for result in engine.collect(state)]
     assert differences(state, results, expected) == []
 

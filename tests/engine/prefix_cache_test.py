@@ -1,4 +1,4 @@
-"""The engine with a prefix cache: the same tokens, and no cached block is recomputed."""
+"""The engine with a prefix cache: the same tokens from fewer computed ones."""
 
 import dataclasses
 

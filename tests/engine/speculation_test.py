@@ -271,7 +271,7 @@ def test_sampled_tokens_have_the_models_distribution():
 
 
 def test_a_draft_that_is_never_judged_is_noticed(monkeypatch, models, plain):
-    """The planted fault: every draft stands."""
+    """The planted fault: all drafts are accepted."""
 
     def credulous(table, new, entries, step, most):
         safe = jnp.minimum(new.seq_indices, table.tokens.shape[0] - 1)

@@ -149,7 +149,9 @@ def differences(
         found.append("not all requests have finished")
     for request, (got, want) in enumerate(zip(results, expected, strict=True)):
         pairs = [(result.token_ids, result.finish_reason) for result in got]
-        wanted = [(one.tokens, one.reason) for one in want]
-        if pairs != wanted:
-            found.append(f"request {request}: expected {wanted}, got {pairs}")
+        tokens_and_reasons = [(one.tokens, one.reason) for one in want]
+        if pairs != tokens_and_reasons:
+            found.append(
+                f"request {request}: expected {tokens_and_reasons}, got {pairs}"
+            )
     return found

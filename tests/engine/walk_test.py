@@ -1,8 +1,9 @@
 """Random walks: the engine stays sound, and each request generates its own tokens.
 
-Requests are submitted, run for some steps in a pool that is too small, are swapped
-or recomputed, or are aborted; the prefix cache is reset. After each move the invariants
-are checked. At the end each request that was not aborted has the tokens of a plain loop.
+Requests are submitted, run for some steps in a pool that is too small, are swapped or
+recomputed, or are aborted; the prefix cache is reset. Each move is followed by a check
+of all invariants. At the end each request that was not aborted has the tokens of a
+loop.
 """
 
 import dataclasses

@@ -37,6 +37,7 @@ from jpaged.scheduler import FINISHED, RETAINED, RUNNING
 States = tuple[Any, ...]
 
 
+@functools.lru_cache(maxsize=256)
 def num_sequences(algorithm: DecodingAlgorithm, num_rows: int, vocab_size: int) -> int:
     """Return Q: a request's rows, and the sequences that the algorithm retains.
 
@@ -48,11 +49,6 @@ def num_sequences(algorithm: DecodingAlgorithm, num_rows: int, vocab_size: int) 
     Raises:
       ValueError: the results of the algorithm's `step` have wrong shapes or dtypes.
     """
-    return _num_sequences(algorithm, num_rows, vocab_size)
-
-
-@functools.lru_cache(maxsize=256)
-def _num_sequences(algorithm: DecodingAlgorithm, num_rows: int, vocab_size: int) -> int:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
     logits = jax.ShapeDtypeStruct((num_rows, vocab_size), jnp.float32)
     before = jax.eval_shape(lambda: _as_arrays(algorithm.init(num_rows)))

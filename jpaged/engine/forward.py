@@ -137,7 +137,9 @@ def _trunk(
     ) -> tuple[jax.Array, KVCache]:
         slots = inputs.slot_mapping
         cache = kv_cache.write(cache, k, v, slots, layer, implementation)
-        options: dict[str, Any] = model.attention_options(layer)
+        options: dict[str, Any] = dict(
+            model.attention_options(layer), implementation=implementation
+        )
         attended: Any = attention.paged_attention(
             q,
             cache.k_pages,
@@ -149,7 +151,7 @@ def _trunk(
             v_scale=cache.v_scale,
             layer=layer,
             shared_prefix=inputs.shared_prefix,
-            **options | {"implementation": implementation},
+            **options,
         )
         return attended, cache
 

@@ -23,7 +23,7 @@ from jpaged.engine.host import release as release
 from jpaged.engine.host import reset_prefix_cache as reset_prefix_cache
 from jpaged.engine.host import submit as submit
 from jpaged.engine.host import unpin as unpin
-from jpaged.engine.host import violations as violations
+from jpaged.engine.invariants import violations as violations
 from jpaged.engine.limits import check_request as check_request
 from jpaged.engine.request_table import FINISH_REASONS as FINISH_REASONS
 from jpaged.engine.results import Result as Result

@@ -88,7 +88,7 @@ def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
       state: the engine's state.
       config: the state's config, or one with lower limits.
     """
-    hits = _look_up(state, config)
+    hits = sharing.look_up(state.prefix_cache, state.requests, state.rows, config)
     table, rows, blocks, plan = _schedule(state, config, hits)
     cache, blocks, host_blocks, swapped = _swap_blocks(state, blocks, plan.swaps)
     table, blocks, plan = _share(state, config, table, rows, blocks, plan)
@@ -97,7 +97,9 @@ def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
         table, num_drafts = speculation.count_drafts(
             table, rows, blocks, plan.num_tokens, config
         )
-    cache, blocks, appended = append_tokens(cache, blocks, plan.num_tokens + num_drafts)
+    cache, blocks, appended = sharing.append_tokens(
+        cache, blocks, plan.num_tokens + num_drafts
+    )
     # The scheduler promises that this succeeds. If it does not, the step computes
     # nothing: the engine stalls, and writes no wrong token.
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
@@ -118,23 +120,6 @@ def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
         host_blocks=host_blocks,
         swapped=swapped,
     )
-
-
-def _look_up(state: EngineState, config: EngineConfig) -> Hits | None:
-    """Look up the waiting sequences in the prefix cache, if any can be admitted."""
-    known_blocks = state.prefix_cache
-    if known_blocks is None:
-        return None
-    table, queue = state.requests, state.requests.queue
-    # At least one token is left to compute: its logits are needed.
-    most = jnp.where(queue.status == WAITING, queue.num_tokens - 1, 0)
-    most = jnp.where(table.params.keeps_prompt_logprobs | queue.has_ended, 0, most)
-
-    def match(hits: Hits) -> Hits:
-        return Hits(*prefix_cache.match(known_blocks, table.tokens, most))
-
-    none = Hits.none(config.max_num_requests, config.max_blocks_per_seq)
-    return when(scheduler.can_admit(queue, state.rows), match, none)
 
 
 def _schedule(
@@ -210,40 +195,6 @@ def _share(
         return table, blocks, dataclasses.replace(plan, num_tokens=num_tokens)
 
     return when(plan.num_admitted > 0, join, (table, blocks, plan))
-
-
-def append_tokens(
-    cache: PrefixCache | None, blocks: BlockState, num_tokens: jax.Array
-) -> tuple[PrefixCache | None, BlockState, Append]:
-    """Append tokens to the rows; the prefix cache evicts blocks for them.
-
-    Args:
-      cache: the prefix cache, if there is one.
-      blocks: the block state.
-      num_tokens: i32[S], tokens to append to each row.
-
-    Returns:
-      The prefix cache, the blocks, and the copies to do before writing.
-    """
-    if cache is None:
-        return None, *block_manager.append(blocks, num_tokens)
-    needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
-    cache = prefix_cache.evict(cache, blocks.ref_counts, needed)
-    before, kept = blocks, prefix_cache.is_cached(cache)
-    blocks, appended = block_manager.append(blocks, num_tokens, kept)
-    # A row that was truncated may now write into a cached block of which it is the only
-    # owner. The cache must forget that block.
-    is_writer = (num_tokens > 0) & (before.context_lens % before.block_size != 0)
-    is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
-    rows = jnp.arange(is_writer.shape[0], dtype=jnp.int32)
-    last = before.block_tables[rows, before.context_lens // before.block_size]
-    is_writer &= kept[last]
-    cache = when(
-        jnp.any(is_writer),
-        lambda cache: prefix_cache.forget(cache, jnp.where(is_writer, last, NO_BLOCK)),
-        cache,
-    )
-    return cache, blocks, appended
 
 
 # ---- after decoding

@@ -1,12 +1,13 @@
-"""Sharing: which blocks a sequence maps from another one when it gets a row.
+"""Sharing: which blocks a sequence maps when it gets a row, from cache or sequences.
 
-Pipeline: scheduler -> [sharing] -> request table (`sources`, `shared_lens`).
+Pipeline: prefix cache -> [look_up] -> scheduler -> [sharing] -> request table, blocks.
 
-A sequence maps the first `shared_lens` tokens of its source, another sequence. The
-source is set at submission (the request's leader, or a pinned prefix). Two functions
-change it later: `reassign_sources` for preempted sequences, which compares them within
-their request, and `join_running_rows` for newly admitted rows, which finds rows that
-compute the same prefix in this moment.
+`look_up` finds blocks in the prefix cache, and `append_tokens` makes the cache evict
+blocks that new tokens need. A sequence also maps the first `shared_lens` tokens of its
+source, another sequence. The source is set at submission (the request's leader, or a
+pinned prefix). Two functions change it later: `reassign_sources` for preempted
+sequences, which compares them within their request, and `join_running_rows` for newly
+admitted rows, which finds rows that compute the same prefix in this moment.
 
 Shape symbols: R sequences of the request table, S batch rows, L tokens of the longest
 sequence.
@@ -20,9 +21,75 @@ import jax
 import jax.numpy as jnp
 
 from jpaged import scheduler
+from jpaged.compat import when
+from jpaged.config import EngineConfig
 from jpaged.engine.request_table import RequestTable
-from jpaged.kv import block_manager
-from jpaged.kv.block_manager import BlockState
+from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
+from jpaged.kv.prefix_cache import PrefixCache
+from jpaged.scheduler import WAITING, Hits
+
+
+def look_up(
+    known_blocks: PrefixCache | None,
+    table: RequestTable,
+    rows: jax.Array,
+    config: EngineConfig,
+) -> Hits | None:
+    """Look up the waiting sequences in the prefix cache, if any can be admitted.
+
+    Args:
+      known_blocks: the prefix cache, if there is one.
+      table: the request table.
+      rows: i32[S], sequence index of each row.
+      config: the engine's config.
+    """
+    if known_blocks is None:
+        return None
+    queue = table.queue
+    # At least one token is left to compute: its logits are needed.
+    most = jnp.where(queue.status == WAITING, queue.num_tokens - 1, 0)
+    most = jnp.where(table.params.keeps_prompt_logprobs | queue.has_ended, 0, most)
+
+    def match(hits: Hits) -> Hits:
+        return Hits(*prefix_cache.match(known_blocks, table.tokens, most))
+
+    none = Hits.none(config.max_num_requests, config.max_blocks_per_seq)
+    return when(scheduler.can_admit(queue, rows), match, none)
+
+
+def append_tokens(
+    cache: PrefixCache | None, blocks: BlockState, num_tokens: jax.Array
+) -> tuple[PrefixCache | None, BlockState, Append]:
+    """Append tokens to the rows; the prefix cache evicts blocks for them.
+
+    Args:
+      cache: the prefix cache, if there is one.
+      blocks: the block state.
+      num_tokens: i32[S], tokens to append to each row.
+
+    Returns:
+      The prefix cache, the blocks, and the copies to do before writing.
+    """
+    if cache is None:
+        return None, *block_manager.append(blocks, num_tokens)
+    needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
+    cache = prefix_cache.evict(cache, blocks.ref_counts, needed)
+    before, kept = blocks, prefix_cache.is_cached(cache)
+    blocks, appended = block_manager.append(blocks, num_tokens, kept)
+    # A row that was truncated may now write into a cached block of which it is the only
+    # owner. The cache must forget that block.
+    is_writer = (num_tokens > 0) & (before.context_lens % before.block_size != 0)
+    is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
+    rows = jnp.arange(is_writer.shape[0], dtype=jnp.int32)
+    last = before.block_tables[rows, before.context_lens // before.block_size]
+    is_writer &= kept[last]
+    cache = when(
+        jnp.any(is_writer),
+        lambda cache: prefix_cache.forget(cache, jnp.where(is_writer, last, NO_BLOCK)),
+        cache,
+    )
+    return cache, blocks, appended
 
 
 def reassign_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTable:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jpaged import engine, scheduler
-from jpaged.engine import bookkeeping
+from jpaged.engine import sharing
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.params import SamplingParams
 from tests.engine.engine_test import MAX_LEN, ROOMY, STEPS, TIGHT, VOCABULARY, models
@@ -197,7 +197,7 @@ def test_a_row_truncated_into_a_cached_block_overwrites_no_block_that_stays_cach
 
     # The only owner writes in place, and the cache forgets this block only.
     alone = block_manager.truncate(blocks, jnp.array([6, 0]))
-    left, after, appended = bookkeeping.append_tokens(cache, alone, jnp.array([1, 0]))
+    left, after, appended = sharing.append_tokens(cache, alone, jnp.array([1, 0]))
     assert appended.copy_dst.tolist() == [-1, -1]
     assert after.block_tables[0].tolist() == [0, 1, -1, -1]
     assert np.flatnonzero(prefix_cache.is_cached(left)).tolist() == [0]
@@ -205,7 +205,7 @@ def test_a_row_truncated_into_a_cached_block_overwrites_no_block_that_stays_cach
     # With another owner, the row gets a copy, and the block stays cached.
     shared = block_manager.fork(blocks, jnp.array([0, 0]))
     shared = block_manager.truncate(shared, jnp.array([6, 8]))
-    left, after, appended = bookkeeping.append_tokens(cache, shared, jnp.array([1, 0]))
+    left, after, appended = sharing.append_tokens(cache, shared, jnp.array([1, 0]))
     assert appended.copy_src.tolist() == [1, -1]
     assert after.block_tables[0].tolist() == [0, 2, -1, -1]
     assert np.flatnonzero(prefix_cache.is_cached(left)).tolist() == [0, 1]

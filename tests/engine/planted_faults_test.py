@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import attention, engine, load_model
+from jpaged import engine, load_model
+from jpaged.attention import api as attention
 from jpaged.kv import block_manager
 from jpaged.models import rotary
 from jpaged.params import SamplingParams

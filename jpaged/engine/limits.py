@@ -364,8 +364,8 @@ def check_prefix(
     length = len(tokens)
     if not 0 < length < config.max_model_len:
         raise ValueError(
-            f"prefix: expected at least 1 and fewer than max_model_len "
-            f"({config.max_model_len}) tokens, got {length}"
+            f"prefix: expected at least 1 token and fewer than max_model_len "
+            f"({config.max_model_len}), got {length}"
         )
     _check_ids("prefix", tokens, vocab_size)
     queue, params = jax.device_get((table.queue, table.params))
@@ -374,8 +374,8 @@ def check_prefix(
     if num_pinned >= config.max_num_prefixes:
         raise ValueError(
             f"prefix: expected at most max_num_prefixes ({config.max_num_prefixes}) "
-            f"pinned prefixes, got one more than {num_pinned}; unpin one, or raise "
-            "max_num_prefixes"
+            f"pinned prefixes, got another one while {num_pinned} are pinned; unpin "
+            "one, or raise max_num_prefixes"
         )
     if is_live.all():
         raise ValueError(

@@ -69,40 +69,33 @@ def bytes_of_blocks(num_blocks: int, dtype: str = "float32") -> int:
 
 @pytest.fixture(scope="module")
 def programs():
-    """The compiled programs of `run` at both sizes, and of `step`."""
+    """The compiled programs of `run` at both sizes."""
     model = init_model(MODEL)
 
     def abstract(num_blocks: int):
         return jax.eval_shape(lambda: engine.init(model, engine_config(num_blocks)))
 
-    step = jax.jit(engine.step, donate_argnames="state")
-    return {
-        ("run", SIZES[0]): engine.run.lower(model, abstract(SIZES[0])).compile(),
-        ("run", SIZES[1]): engine.run.lower(model, abstract(SIZES[1])).compile(),
-        ("step", SIZES[1]): step.lower(model, abstract(SIZES[1])).compile(),
-    }
+    return {size: engine.run.lower(model, abstract(size)).compile() for size in SIZES}
 
 
-CASES = [("run", SIZES[0]), ("run", SIZES[1]), ("step", SIZES[1])]
+@pytest.mark.parametrize("size", SIZES)
+def test_the_pool_is_donated_and_returned_in_the_same_memory(size, programs):
+    memory = programs[size].memory_analysis()
+    assert memory.alias_size_in_bytes >= bytes_of_blocks(size)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_pool_is_donated_and_returned_in_the_same_memory(case, programs):
-    memory = programs[case].memory_analysis()
-    assert memory.alias_size_in_bytes >= bytes_of_blocks(case[1])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_no_temporary_is_as_large_as_the_pages_of_one_layer(case, programs):
-    memory = programs[case].memory_analysis()
-    one_array = bytes_of_blocks(case[1]) // (2 * MODEL.num_layers)
+@pytest.mark.parametrize("size", SIZES)
+def test_no_temporary_is_as_large_as_the_pages_of_one_layer(size, programs):
+    memory = programs[size].memory_analysis()
+    one_array = bytes_of_blocks(size) // (2 * MODEL.num_layers)
     assert memory.temp_size_in_bytes < one_array
 
 
-def test_a_bfloat16_pool_is_not_copied():
+def test_a_single_step_does_not_copy_a_bfloat16_pool():
     model = init_model(MODEL, dtype="bfloat16")
     state = jax.eval_shape(lambda: engine.init(model, engine_config(SIZES[1])))
-    memory = engine.run.lower(model, state).compile().memory_analysis()
+    step = jax.jit(engine.step, donate_argnames="state")
+    memory = step.lower(model, state).compile().memory_analysis()
     pool = bytes_of_blocks(SIZES[1], "bfloat16")
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool // (2 * MODEL.num_layers)
@@ -110,7 +103,7 @@ def test_a_bfloat16_pool_is_not_copied():
 
 def test_temporaries_grow_with_the_pool_only_by_bookkeeping(programs):
     small, large = (
-        programs["run", size].memory_analysis().temp_size_in_bytes for size in SIZES
+        programs[size].memory_analysis().temp_size_in_bytes for size in SIZES
     )
     # Some int32 arrays of the block manager have one entry per block.
     assert large - small <= 16 * 4 * (SIZES[1] - SIZES[0])
@@ -128,11 +121,11 @@ def copies_of(text: str, least: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_compiled_text_copies_no_pages(case, programs):
-    text = programs[case].as_text()
-    one_layer = case[1] * MODEL.num_kv_heads * 16 * MODEL.head_dim
-    assert f"f32[{MODEL.num_layers},{case[1]},{MODEL.num_kv_heads},16," in text
+@pytest.mark.parametrize("size", SIZES)
+def test_the_compiled_text_copies_no_pages(size, programs):
+    text = programs[size].as_text()
+    one_layer = size * MODEL.num_kv_heads * 16 * MODEL.head_dim
+    assert f"f32[{MODEL.num_layers},{size},{MODEL.num_kv_heads},16," in text
     assert copies_of(text, one_layer) == []
 
 

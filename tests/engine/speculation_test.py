@@ -91,6 +91,11 @@ METHODS = {
     "prompt_lookup": Speculation("prompt_lookup", num_tokens=3),
     "model": Speculation("model", num_tokens=2),
 }
+# All step sizes are compiled for prompt lookup only.
+CONFIGS = {
+    "prompt_lookup": dataclasses.replace(CONFIG, speculation=METHODS["prompt_lookup"]),
+    "model": dataclasses.replace(one_size(CONFIG), speculation=METHODS["model"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +175,7 @@ def plain(target):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_equal_those_without_drafts(method, models, plain):
-    config = dataclasses.replace(CONFIG, speculation=METHODS[method])
-    found, counters = run(models[method], config)
+    found, counters = run(models[method], CONFIGS[method])
     expected, plain_counters = plain
     assert found.keys() == expected.keys()
     for key, (tokens, reason, logprobs) in expected.items():
@@ -195,11 +199,12 @@ def test_in_the_smallest_pool_drafts_change_no_token(method, models, plain):
 
 
 def test_all_tokens_of_a_perfect_draft_are_accepted(target):
-    config = dataclasses.replace(CONFIG, speculation=METHODS["model"])
+    config = CONFIGS["model"]
     state = engine.init(engine.DraftedModel(target, target), config)
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)
     state, _ = engine.submit(state, [[1, 2, 3]], params)
-    state = engine.run(engine.DraftedModel(target, target), state)
+    # The arguments of `run` below, so that both tests share a program.
+    state = engine.run(engine.DraftedModel(target, target), state, jnp.int32(FOREVER))
     counters = jax.device_get(state.counters)
     # The prompt step generates one token, and each later step three; the last step two.
     assert counters.num_steps == 1 + 4

@@ -1,13 +1,14 @@
-"""Groups: requests whose sequences decode together, by an algorithm of their own.
+"""Algorithms: requests whose sequences decode together.
 
-Place on the road: logits -> [groups] -> request table, and parents for one fork.
+Pipeline: logits -> [algorithms] -> request table, and parents for one fork.
 
-A decoding algorithm is written for one request. Here it is run for all requests of its
-kind whose rows have logits in this step, its states are kept, and its decisions are
-carried out: histories move as `parents` say, tokens are added, sequences and requests
-end. What is left to the engine is the fork of the blocks.
+A decoding algorithm is written for one request. This module runs it for every request
+whose batch rows have logits in the step. It stores the algorithm's state and carries
+out its decisions: histories move as `parents` say, tokens are appended, sequences and
+requests end. The engine then forks the blocks.
 
-Letters: R places, S rows, W rows and Q sequences of one request, V vocabulary.
+Shape symbols: R sequences of the request table, S batch rows, W rows and Q sequences of
+one request, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,37 +32,41 @@ from jpaged.engine.request_table import NewTokens, RequestTable
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.scheduler import FINISHED, RETAINED, RUNNING
 
-# Of each algorithm its state for every request, at its leader's place: [R, ...].
+# For each algorithm the states of all requests, [R, ...]: a request's state is stored
+# at the sequence index of its leader.
 States = tuple[Any, ...]
 
 
+@functools.lru_cache(maxsize=256)
 def num_sequences(algorithm: DecodingAlgorithm, num_rows: int, vocab_size: int) -> int:
-    """Q: the rows of a request, and the sequences that the algorithm only holds.
+    """Return Q: a request's rows, and the sequences that the algorithm retains.
+
+    Args:
+      algorithm: the decoding algorithm.
+      num_rows: W, rows of a request.
+      vocab_size: V of the model.
 
     Raises:
-      ValueError: the algorithm's step gives what does not fit together.
+      ValueError: the results of the algorithm's `step` have wrong shapes or dtypes.
     """
-    return _num_sequences(algorithm, num_rows, vocab_size)
-
-
-@functools.lru_cache(maxsize=256)
-def _num_sequences(algorithm, num_rows, vocab_size) -> int:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
     logits = jax.ShapeDtypeStruct((num_rows, vocab_size), jnp.float32)
     before = jax.eval_shape(lambda: _as_arrays(algorithm.init(num_rows)))
     after, decision = jax.eval_shape(algorithm.step, keys, logits, before)
     _check_state(before, after)
     if not isinstance(decision, Decision):
-        raise ValueError(f"algorithm.step: wanted a Decision second, got {decision!r}")
+        raise ValueError(
+            f"algorithm.step: expected a Decision as second result, got {decision!r}"
+        )
     shape = jnp.shape(decision.tokens)
-    count = shape[0] if len(shape) == 1 else 0  # 0: refused below
-    wanted = {"tokens": "int32", "parents": "int32", "logprobs": "float32"}
-    for name, dtype in (wanted | {"finished": "bool"}).items():
+    count = shape[0] if len(shape) == 1 else 0  # 0 raises below
+    dtypes = {"tokens": "int32", "parents": "int32", "logprobs": "float32"}
+    for name, dtype in (dtypes | {"finished": "bool"}).items():
         got = getattr(decision, name)
         if got.shape != (count,) or got.dtype != dtype or count < num_rows:
             raise ValueError(
-                f"algorithm.step: wanted Decision.{name} of {dtype} and one shape [Q], "
-                f"Q at least {num_rows} (its rows), got {got.dtype} of {got.shape}"
+                f"algorithm.step: expected Decision.{name} of {dtype} with one shape "
+                f"[Q], Q at least {num_rows} (its rows), got {got.dtype} of {got.shape}"
             )
     return count
 
@@ -69,13 +74,13 @@ def _num_sequences(algorithm, num_rows, vocab_size) -> int:
 def _check_state(before: Any, after: Any) -> None:
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise ValueError(
-            "algorithm.step: wanted a state of the structure that init gave, "
+            "algorithm.step: expected a state of the structure that init returns, "
             f"{jax.tree.structure(before)}, got {jax.tree.structure(after)}"
         )
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise ValueError(
-                f"algorithm.step: wanted a state like the one that init gave, "
+                f"algorithm.step: expected a state like the one that init returns, "
                 f"{old.dtype} of {old.shape}, got {new.dtype} of {new.shape}"
             )
 
@@ -84,8 +89,10 @@ def _as_arrays(state: Any) -> Any:
     return jax.tree.map(jnp.asarray, state)
 
 
-def kinds(config: EngineConfig) -> tuple[tuple[DecodingAlgorithm, int], ...]:
-    """The algorithms that the config compiles, with their rows; beams come first."""
+def config_algorithms(
+    config: EngineConfig,
+) -> tuple[tuple[DecodingAlgorithm, int], ...]:
+    """Return the algorithms of the config, each with its rows; beam search is first."""
     if not config.max_beam_width:
         return config.algorithms
     beams = _beam_search(config.max_num_stop_ids)
@@ -94,7 +101,7 @@ def kinds(config: EngineConfig) -> tuple[tuple[DecodingAlgorithm, int], ...]:
 
 @functools.cache
 def _beam_search(num_stop_ids: int) -> DecodingAlgorithm:
-    """Beam search whose parameters come with each request: one for all of them."""
+    """Beam search for all requests: its parameters come with each request."""
 
     def init(num_rows: int) -> beam.BeamState:
         return beam.beam_state(
@@ -111,18 +118,18 @@ def _beam_search(num_stop_ids: int) -> DecodingAlgorithm:
 
 
 def init_states(config: EngineConfig) -> States:
-    """The states of no request at all."""
+    """Create the algorithms' states without any request."""
 
     def empty(algorithm: DecodingAlgorithm, num_rows: int) -> Any:
         one = jax.eval_shape(lambda: _as_arrays(algorithm.init(num_rows)))
-        seq_indices = config.max_num_requests
-        return jax.tree.map(lambda x: jnp.zeros((seq_indices, *x.shape), x.dtype), one)
+        size = config.max_num_requests
+        return jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), one)
 
-    return tuple(empty(*pair) for pair in kinds(config))
+    return tuple(empty(*pair) for pair in config_algorithms(config))
 
 
 def insert_states(states: States, new: request_table.Submission) -> States:
-    """The states with those of new requests, at their leaders' places."""
+    """Insert the states of new requests, at their leaders' sequence indices."""
 
     def put(kind: int, column: jax.Array, values: jax.Array) -> jax.Array:
         is_mine = (new.params.algorithms == kind) & (new.params.sampling.sample == 0)
@@ -136,24 +143,24 @@ def insert_states(states: States, new: request_table.Submission) -> States:
 
 
 class Logits(NamedTuple):
-    """The logits of a step and whose they are."""
+    """The logits of a step, with their sequences."""
 
     values: jax.Array  # f32[S, V]
-    seq_indices: jax.Array  # i32[S], the sequence of each; R where there is none
+    seq_indices: jax.Array  # i32[S], the sequence of each row; R: none
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What deciding for one request after the other changes."""
+    """What changes while the requests decode one after the other."""
 
     table: RequestTable
     states: States
-    parents: jax.Array  # i32[S], of the rows
-    num_tokens: jax.Array  # i32[], that rows got
+    parents: jax.Array  # i32[S], of the batch rows
+    num_tokens: jax.Array  # i32[], generated for rows
 
 
-def decide(
+def step_algorithms(
     table: RequestTable,
     states: States,
     rows: jax.Array,
@@ -161,28 +168,41 @@ def decide(
     step: jax.Array,
     config: EngineConfig,
 ) -> tuple[RequestTable, States, jax.Array, jax.Array]:
-    """The table and the states after this step's decisions, and what they mean.
+    """Run the step of each request's algorithm, and carry out its decision.
 
-    Returns also parents i32[S], the row that each row continues, NO_BLOCK where it has
-    ended; and the number of tokens that rows got, i32[].
+    Args:
+      table: the request table.
+      states: the algorithms' states.
+      rows: i32[S], sequence index of each batch row.
+      logits: the logits of the step.
+      step: i32[], number of the step.
+      config: the engine's config.
+
+    Returns:
+      The table; the states; i32[S], the parent of each row (the row that it continues,
+      NO_BLOCK if it has ended); and i32[], the number of tokens generated for rows.
     """
     own = jnp.arange(rows.shape[0], dtype=jnp.int32)
     carry = _Carry(table, states, own, jnp.int32(0))
-    for kind in range(len(kinds(config))):
+    for kind in range(len(config_algorithms(config))):
         leaders, count = _leaders(table, logits.seq_indices, kind)
 
-        def body(i, carry, kind=kind, leaders=leaders):
-            return _decide_one(carry, leaders[i], rows, logits, step, kind, config)
+        def body(
+            i: jax.Array, carry: _Carry, kind: int = kind, leaders: jax.Array = leaders
+        ) -> _Carry:
+            return _step_one(carry, leaders[i], rows, logits, step, kind, config)
 
-        def run(carry, count=count, body=body):
+        def run(carry: _Carry, count: jax.Array = count, body: Any = body) -> _Carry:
             return lax.fori_loop(0, count, body, carry)
 
         carry = when(count > 0, run, carry)
     return carry.table, carry.states, carry.parents, carry.num_tokens
 
 
-def _leaders(table, seq_indices, kind) -> tuple[jax.Array, jax.Array]:
-    """The leaders of this kind's requests with logits, packed: i32[S]; how many."""
+def _leaders(
+    table: RequestTable, seq_indices: jax.Array, kind: int
+) -> tuple[jax.Array, jax.Array]:
+    """Leaders i32[S] of this algorithm's requests with logits, packed, and how many."""
     table_size = table.queue.status.shape[0]
     safe = jnp.minimum(seq_indices, table_size - 1)
     is_mine = (seq_indices < table_size) & (table.params.algorithms[safe] == kind)
@@ -193,7 +213,7 @@ def _leaders(table, seq_indices, kind) -> tuple[jax.Array, jax.Array]:
 
 
 def _members(table: RequestTable, leader: jax.Array, count: int) -> jax.Array:
-    """The places of a request's sequences by their number, i32[Q]; R: not used."""
+    """Indices i32[Q] of a request's sequences by their number; R: not used."""
     table_size = table.queue.status.shape[0]
     status = table.queue.status
     is_mine = (table.queue.leaders == leader) & (
@@ -204,10 +224,18 @@ def _members(table: RequestTable, leader: jax.Array, count: int) -> jax.Array:
     return members.at[at].set(jnp.arange(table_size, dtype=jnp.int32), mode="drop")
 
 
-def _decide_one(carry, leader, rows, logits, step, kind, config) -> _Carry:
-    """One request's decision, made and carried out."""
+def _step_one(
+    carry: _Carry,
+    leader: jax.Array,
+    rows: jax.Array,
+    logits: Logits,
+    step: jax.Array,
+    kind: int,
+    config: EngineConfig,
+) -> _Carry:
+    """Run the algorithm's step for one request, and carry out its decision."""
     table, table_size = carry.table, config.max_num_requests
-    algorithm, num_rows = kinds(config)[kind]
+    algorithm, num_rows = config_algorithms(config)[kind]
     vocab_size = logits.values.shape[1]
     members = _members(table, leader, num_sequences(algorithm, num_rows, vocab_size))
     state = jax.tree.map(lambda column: column[leader], carry.states[kind])
@@ -239,11 +267,10 @@ def _decide_one(carry, leader, rows, logits, step, kind, config) -> _Carry:
 def _finish(
     table: RequestTable, members: jax.Array, num_rows: int
 ) -> tuple[RequestTable, jax.Array]:
-    """The table in which the request has finished if no row goes on, and which rows
-    have ended, bool[W].
+    """Finish the request if all its rows have ended; also return which have, bool[W].
 
-    A sequence that the algorithm was to hold and that never came to be, because no
-    token was allowed, has a reason too.
+    If no token was allowed, the algorithm may not have filled all the sequences that it
+    retains. These get a finish reason too.
     """
     table_size = table.queue.status.shape[0]
     seq_indices = members[:num_rows]
@@ -253,16 +280,15 @@ def _finish(
     status = table.queue.status.at[at].set(FINISHED, mode="drop")
     queue = dataclasses.replace(table.queue, status=status)
     reasons = table.finish_reasons
-    is_nothing = reasons.at[at].get(mode="fill", fill_value=request_table.STOP)
-    is_nothing = is_nothing == request_table.NOT_FINISHED
-    at = jnp.where(is_nothing, at, table_size)
+    reason = reasons.at[at].get(mode="fill", fill_value=request_table.STOP)
+    at = jnp.where(reason == request_table.NOT_FINISHED, at, table_size)
     reasons = reasons.at[at].set(request_table.DEAD_END, mode="drop")
     table = dataclasses.replace(table, queue=queue, finish_reasons=reasons)
     return table, has_ended
 
 
 def _row_of(rows: jax.Array, table_size: int) -> jax.Array:
-    """The row that runs each place, i32[R + 1]; S where none does."""
+    """The batch row of each sequence, i32[R + 1]; S if it has none."""
     (num_rows,) = rows.shape
     seq_indices = jnp.where(rows == scheduler.NO_REQUEST, table_size, rows)
     row_of = jnp.full((table_size + 1,), num_rows, jnp.int32)
@@ -273,9 +299,9 @@ def _row_of(rows: jax.Array, table_size: int) -> jax.Array:
 def _inputs(
     table: RequestTable, seq_indices: jax.Array, logits: Logits
 ) -> tuple[jax.Array, jax.Array]:
-    """key[W] and log-probabilities f32[W, V] of a request's rows.
+    """Keys [W] and log-probabilities f32[W, V] of a request's rows.
 
-    A row without logits in this step gets another's.
+    A row without logits in this step gets those of another row.
     """
     table_size = table.queue.status.shape[0]
     order = jnp.arange(logits.seq_indices.shape[0], dtype=jnp.int32)
@@ -290,8 +316,8 @@ def _inputs(
     leader = seq_indices[0]
     number = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
     seeds = jnp.full(number.shape, table.params.sampling.seed[leader])
-    # All rows that go on are equally long; those that have ended get new keys too, for
-    # they may go on from another row.
+    # All running rows have the same length. Rows that have ended get new keys too,
+    # because they may continue another row.
     length = jnp.max(jnp.where(is_used, table.queue.num_tokens[known], 0))
     return token_keys(seeds, number, jnp.full(number.shape, length)), values
 
@@ -299,7 +325,7 @@ def _inputs(
 def _apply(
     table: RequestTable, members: jax.Array, decision: Decision, step: jax.Array
 ) -> tuple[RequestTable, jax.Array]:
-    """The table after a decision, and which sequences got a token, bool[Q]."""
+    """Apply a decision; also return which sequences got a token, bool[Q]."""
     table_size = table.queue.status.shape[0]
     parents = members[decision.parents]
     is_known = (members < table_size) & (parents < table_size)
@@ -318,7 +344,7 @@ def _apply(
     )
     new = dataclasses.replace(new, tokens=decision.tokens, logprobs=decision.logprobs)
     table, ended = request_table.extend(table, new, step)
-    # What the algorithm ends, it ends for a reason of its own.
+    # The reason of sequences that the algorithm itself ends is STOP.
     by_itself = jnp.where(
         decision.finished & ~ended & gets_token, seq_indices, table_size
     )

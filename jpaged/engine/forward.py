@@ -1,19 +1,22 @@
-"""Forward: the decoder, at the size of what is live in this step.
+"""Forward: the decoder, at the size of the step's live rows and tokens.
 
-Place on the road: plan -> StepInputs -> [forward] -> hidden states -> next tokens.
+Pipeline: plan -> StepInputs -> [forward] -> hidden states -> sampling.
 
-A step's shapes are static, its load is not. So the decoder is compiled for a few
-numbers of rows (decode steps) and of tokens (steps with prompt chunks); each step takes
-the smallest that holds what is live. `docs/decisions/branches.md` tells how one program
-chooses without copying the pages.
+Shapes are static, and the load of a step is not. The decoder is therefore compiled for
+a few numbers of rows (decode steps) and of tokens (steps with prompt chunks); each step
+uses the smallest that is large enough. `docs/decisions/branches.md` explains how one
+program chooses without copying the pages.
 
-Letters: S rows, T tokens of the step, E hidden size, R places of the request table.
+Shape symbols: S batch rows, T tokens of the step, E hidden size, R sequences of the
+request table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +35,15 @@ from jpaged.models.inputs import StepInputs
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """The rows of a step, those with tokens first."""
+class StepBatch:
+    """The rows of a step; rows with tokens come first."""
 
-    rows: jax.Array  # i32[S], block manager's row
-    seq_indices: jax.Array  # i32[S], its sequence in the request table
-    starts: jax.Array  # i32[S], position of its first token of the step
-    num_tokens: jax.Array  # i32[S], 0 behind the rows that take part
-    num_drafts: jax.Array  # i32[S], of these tokens, the guesses at the end
-    has_logits: jax.Array  # bool[S], all its known tokens are computed with this step
+    rows: jax.Array  # i32[S], batch row of the block manager
+    seq_indices: jax.Array  # i32[S], the row's sequence in the request table
+    starts: jax.Array  # i32[S], position of the row's first token of the step
+    num_tokens: jax.Array  # i32[S], 0 for rows that take no part
+    num_drafts: jax.Array  # i32[S], drafts at the end of these tokens
+    has_logits: jax.Array  # bool[S], the step completes the row's known tokens
 
 
 def make_batch(
@@ -50,25 +53,26 @@ def make_batch(
     num_tokens: jax.Array,
     num_drafts: jax.Array,
     config: EngineConfig,
-) -> Batch:
-    """The rows that take part in the step, packed to the front.
+) -> StepBatch:
+    """Pack the rows that take part in the step to the front.
 
     Args:
-      table: the sequences.
-      rows: i32[S], the sequence that each row runs.
-      starts: i32[S], tokens that each row held before the step.
+      table: the request table.
+      rows: i32[S], sequence index of each row.
+      starts: i32[S], tokens that each row had before the step.
       num_tokens: i32[S], tokens of each row in the step, drafts included.
       num_drafts: i32[S], see `speculation`.
-      config: sizes.
+      config: the engine's sizes.
     """
-    # Pinned prefixes have rows that are never more than max_num_seqs at work.
+    # There are more rows than max_num_seqs if prefixes can be pinned, but never more
+    # than max_num_seqs have tokens in one step.
     packed = pack(num_tokens > 0)[: config.max_num_seqs]
     seq_indices = jnp.maximum(rows[packed], 0)
     starts, num_tokens = starts[packed], num_tokens[packed]
     num_drafts = num_drafts[packed]
     has_logits = starts + num_tokens - num_drafts == table.queue.num_tokens[seq_indices]
     has_logits &= (num_tokens > 0) & ~table.params.is_prefix[seq_indices]
-    return Batch(packed, seq_indices, starts, num_tokens, num_drafts, has_logits)
+    return StepBatch(packed, seq_indices, starts, num_tokens, num_drafts, has_logits)
 
 
 def hidden_states(
@@ -76,15 +80,24 @@ def hidden_states(
     cache: KVCache,
     table: RequestTable,
     blocks: BlockState,
-    batch: Batch,
+    batch: StepBatch,
     hidden: jax.Array,
     config: EngineConfig,
 ) -> tuple[KVCache, jax.Array]:
-    """The cache with the step's keys and values, and the tokens' hidden states [T, E].
+    """Compute the hidden states of the step's tokens, and write their keys and values.
 
-    The tokens of the batch's rows stand side by side; behind them `hidden` keeps what
-    it held, for it is working memory, allocated once. `blocks` already has room for the
-    step's tokens.
+    Args:
+      model: the decoder.
+      cache: the pages.
+      table: the request table.
+      blocks: with the step's tokens appended.
+      batch: the step's rows.
+      hidden: [T, E], working memory, allocated once for a run.
+      config: the engine's sizes.
+
+    Returns:
+      The cache, and `hidden` with the states of the step's tokens in front, row after
+      row; the rest is unchanged.
     """
     num_rows = jnp.sum(batch.num_tokens > 0)
     num_tokens = jnp.sum(batch.num_tokens)
@@ -97,11 +110,15 @@ def hidden_states(
     )
     index = jnp.where(num_tokens == 0, -1, index)
 
-    def run(inputs_of, size, carry):
+    def run(
+        inputs_of: Callable[..., StepInputs],
+        size: int,
+        carry: tuple[KVCache, jax.Array],
+    ) -> tuple[KVCache, jax.Array]:
         cache, hidden = carry
         inputs = inputs_of(table, blocks, batch, size)
         if config.cascade:
-            inputs = _with_groups(inputs, config.block_size)
+            inputs = _with_shared_prefixes(inputs, config.block_size)
         cache, states = _trunk(model, cache, inputs, config.attention)
         return cache, hidden.at[:size].set(states)
 
@@ -113,12 +130,17 @@ def hidden_states(
 def _trunk(
     model: Decoder, cache: KVCache, inputs: StepInputs, implementation: str | None
 ) -> tuple[KVCache, jax.Array]:
-    """The cache with the tokens' keys and values, and their hidden states [T, E]."""
+    """Return the cache with the tokens' keys and values, and hidden states [T, E]."""
 
-    def attend(layer, q, k, v, cache):
+    def attend(
+        layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
         slots = inputs.slot_mapping
-        cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
-        attended = attention.paged_attention(
+        cache = kv_cache.write(cache, k, v, slots, layer, implementation)
+        options: dict[str, Any] = dict(
+            model.attention_options(layer), implementation=implementation
+        )
+        attended: Any = attention.paged_attention(
             q,
             cache.k_pages,
             cache.v_pages,
@@ -129,8 +151,7 @@ def _trunk(
             v_scale=cache.v_scale,
             layer=layer,
             shared_prefix=inputs.shared_prefix,
-            implementation=implementation,
-            **model.attention_options(layer),
+            **options,
         )
         return attended, cache
 
@@ -138,18 +159,16 @@ def _trunk(
     return cache, hidden
 
 
-def _with_groups(inputs: StepInputs, block_size: int) -> StepInputs:
-    """The inputs with the rows that share beginnings, found once for all layers."""
-    found = shared_prefix.find_shared_prefix(
-        inputs.block_tables, inputs.context_lens, block_size
-    )
+def _with_shared_prefixes(inputs: StepInputs, block_size: int) -> StepInputs:
+    """Find the rows that share prefixes, once for all layers."""
+    found = shared_prefix.find(inputs.block_tables, inputs.context_lens, block_size)
     return dataclasses.replace(inputs, shared_prefix=found)
 
 
 def _decode_inputs(
-    table: RequestTable, blocks: BlockState, batch: Batch, size: int
+    table: RequestTable, blocks: BlockState, batch: StepBatch, size: int
 ) -> StepInputs:
-    """Inputs of `size` rows with a token each."""
+    """Build the inputs of `size` rows with one token each."""
     rows, positions = batch.rows[:size], batch.starts[:size]
     is_live = batch.num_tokens[:size] > 0
     return StepInputs(
@@ -164,9 +183,13 @@ def _decode_inputs(
     )
 
 
-def token_rows(batch: Batch, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the step's first `size` tokens: the batch's row i32[T], the position in its
-    sequence i32[T], and whether there is such a token, bool[T]."""
+def token_rows(batch: StepBatch, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Locate the first `size` tokens of the step.
+
+    Returns:
+      i32[T], the token's row of the batch; i32[T], its position in its sequence; and
+      bool[T], whether there is such a token.
+    """
     ends = jnp.cumsum(batch.num_tokens)
     token = jnp.arange(size, dtype=jnp.int32)
     row = jnp.searchsorted(ends, token, side="right").astype(jnp.int32)
@@ -177,9 +200,9 @@ def token_rows(batch: Batch, size: int) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def _ragged_inputs(
-    table: RequestTable, blocks: BlockState, batch: Batch, size: int
+    table: RequestTable, blocks: BlockState, batch: StepBatch, size: int
 ) -> StepInputs:
-    """Inputs of `size` tokens of all rows."""
+    """Build the inputs of `size` tokens of all rows."""
     row, positions, is_live = token_rows(batch, size)
     ends = jnp.cumsum(batch.num_tokens)
     query_start_loc = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
@@ -197,7 +220,7 @@ def _ragged_inputs(
 
 
 def pack(mask: jax.Array) -> jax.Array:
-    """i32[S]: the indices where `mask` holds, in order, then the others."""
+    """Return i32[S]: indices of the true entries of `mask`, then of the others."""
     num_rows = mask.shape[0]
     num_marked = jnp.sum(mask, dtype=jnp.int32)
     marked = jnp.cumsum(mask, dtype=jnp.int32) - 1
@@ -207,5 +230,5 @@ def pack(mask: jax.Array) -> jax.Array:
 
 
 def bucket(buckets: tuple[int, ...], number: jax.Array) -> jax.Array:
-    """The index of the first bucket that holds `number`."""
+    """Return the index of the first bucket that is at least `number`, i32[]."""
     return jnp.sum(jnp.asarray(buckets, jnp.int32) < number, dtype=jnp.int32)

@@ -1,13 +1,13 @@
-"""Request limits: what a request takes of the engine, and whether it ever fits.
+"""Request limits: what a request needs of the engine, and whether it can ever run.
 
-Place on the road: params -> [request_limits] -> submission. Host code: a request is
-checked here before anything changes.
+Pipeline: params -> [limits] -> submission. Host code: a request is checked here before
+anything changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from jpaged.params import (
     StructuredOutputsParams,
 )
 
-# Parameters that are rules of the logits, and their values that change nothing.
+# Parameters that are logits rules, with the values that change nothing.
 _NO_RULES = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -40,46 +40,53 @@ _NO_RULES = {
 Params = SamplingParams | BeamSearchParams | AlgorithmParams
 
 
-class Shape(NamedTuple):
+class RequestShape(NamedTuple):
     """The sequences of a request."""
 
-    kind: int  # index in `groups.kinds`, or NO_ALGORITHM
+    kind: int  # index in `algorithms.config_algorithms`, or NO_ALGORITHM
     num_rows: int  # sequences that run
-    numbers: list[int]  # of all sequences, those that are only held last
+    numbers: list[int]  # number of each sequence, those that run first
 
     @property
-    def num_held(self) -> int:
-        """Sequences that the algorithm only holds."""
+    def num_retained(self) -> int:
+        """Number of sequences that the algorithm retains and that never run."""
         return len(self.numbers) - self.num_rows
 
     def outputs(self, seq_indices: Sequence[int]) -> list[int]:
-        """Of the request's places, those whose sequences are its outputs, in order."""
-        return list(seq_indices[self.num_rows :] if self.num_held else seq_indices)
+        """Select the request's outputs from the indices of its sequences."""
+        return list(seq_indices[self.num_rows :] if self.num_retained else seq_indices)
 
 
 def num_rows(params: Params) -> int:
-    """Sequences of a request that run at the same time."""
+    """Return the number of a request's sequences that run at the same time."""
     if isinstance(params, BeamSearchParams):
         return params.beam_width
     return params.n if isinstance(params, SamplingParams) else params.num_rows
 
 
 def check_rows(params: Params, config: EngineConfig) -> None:
-    """Raises ValueError where an algorithm has more rows than one batch."""
+    """Raise ValueError if an algorithm needs more rows than a batch has."""
     rows = num_rows(params)
     if not isinstance(params, SamplingParams) and rows > config.max_num_seqs:
         name = "beam_width" if isinstance(params, BeamSearchParams) else "num_rows"
         raise ValueError(
-            f"{name}: expected at most max_num_seqs ({config.max_num_seqs}), for all "
-            f"run in one batch, got {rows}"
+            f"{name}: expected at most max_num_seqs ({config.max_num_seqs}), because "
+            f"all rows run in one batch, got {rows}"
         )
 
 
-def shape(params: Params, config: EngineConfig, vocab_size: int | None) -> Shape:
-    """The sequences of a request, in an engine of this config.
+def request_shape(
+    params: Params, config: EngineConfig, vocab_size: int | None
+) -> RequestShape:
+    """Return the sequences that a request has in an engine of this config.
+
+    Args:
+      params: the request's parameters.
+      config: the engine's config.
+      vocab_size: the model's vocabulary size. Algorithms that retain sequences need it.
 
     Raises:
-      ValueError: the config does not compile the algorithm, or not for so many rows.
+      ValueError: the config has no such algorithm, or not for this number of rows.
     """
     rows = num_rows(params)
     if isinstance(params, SamplingParams):
@@ -88,7 +95,7 @@ def shape(params: Params, config: EngineConfig, vocab_size: int | None) -> Shape
                 f"n: expected at most max_num_requests ({config.max_num_requests}), "
                 f"got {rows}"
             )
-        return Shape(NO_ALGORITHM, rows, list(range(rows)))
+        return RequestShape(NO_ALGORITHM, rows, list(range(rows)))
     check_rows(params, config)
     if isinstance(params, BeamSearchParams):
         most = config.max_beam_width
@@ -97,18 +104,18 @@ def shape(params: Params, config: EngineConfig, vocab_size: int | None) -> Shape
                 f"beam_width: expected at most max_beam_width ({most}) of the config, "
                 f"got {rows}"
             )
-        return Shape(0, rows, [*range(rows), *range(most, most + rows)])
+        return RequestShape(0, rows, [*range(rows), *range(most, most + rows)])
     pair = (params.algorithm, rows)
-    known = algorithms.kinds(config)
+    known = algorithms.config_algorithms(config)
     if pair not in known:
         raise ValueError(
-            "algorithm: expected one of the config's `algorithms`, with its number of "
+            "algorithm: expected one of the config's `algorithms` for this number of "
             f"rows ({rows}), got {params.algorithm!r}"
         )
     count = rows
     if vocab_size is not None:
         count = algorithms.num_sequences(*pair, vocab_size)
-    return Shape(known.index(pair), rows, list(range(count)))
+    return RequestShape(known.index(pair), rows, list(range(count)))
 
 
 def check_request(
@@ -120,9 +127,15 @@ def check_request(
     eos_token_ids: Sequence[int] = (),
     num_blocks: int | None = None,
 ) -> None:
-    """Raises ValueError where the engine could not run a request.
+    """Raise ValueError if the engine can never run a request.
 
-    `num_blocks`: blocks that are not pinned; None is the whole pool.
+    Args:
+      config: the engine's config.
+      prompt: token ids.
+      params: the request's parameters.
+      vocab_size: if given, token ids are checked against it.
+      eos_token_ids: the model's EOS tokens.
+      num_blocks: blocks that are not pinned; None: all blocks of the pool.
     """
     length = len(prompt)
     if length == 0:
@@ -134,28 +147,14 @@ def check_request(
             "or raise max_model_len"
         )
     _check_ids("prompt", prompt, vocab_size)
-    sequences = shape(params, config, vocab_size)
+    sequences = request_shape(params, config, vocab_size)
     num_blocks = config.num_blocks if num_blocks is None else num_blocks
-    needed = most_blocks(
-        config,
-        length,
-        token_limit(config, length, params),
-        # Samples can take turns.
-        1 if sequences.kind == NO_ALGORITHM else sequences.num_rows,
-    )
-    if needed > num_blocks:
-        raise ValueError(
-            f"prompt: {length} tokens and up to {params.max_tokens} generated ones "
-            f"{_in_rows(sequences)}need {needed} blocks of {config.block_size}, the "
-            f"pool has {num_blocks}"
-            f"{' that are not pinned' * (num_blocks < config.num_blocks)}; raise "
-            "num_blocks, or lower max_tokens"
-        )
-    num_stop_ids = len(stop_ids(params, eos_token_ids))
-    if num_stop_ids > config.max_num_stop_ids:
+    _check_blocks(config, length, params, sequences, num_blocks)
+    ends = stop_ids(params, eos_token_ids)
+    if len(ends) > config.max_num_stop_ids:
         raise ValueError(
             f"stop_token_ids: expected at most max_num_stop_ids "
-            f"({config.max_num_stop_ids}) ids, EOS included, got {num_stop_ids}"
+            f"({config.max_num_stop_ids}) ids, EOS included, got {len(ends)}"
         )
     if len(sequences.numbers) > config.max_num_requests:
         raise ValueError(
@@ -163,7 +162,7 @@ def check_request(
             f"sequences, got {len(sequences.numbers)}"
         )
     if isinstance(params, SamplingParams):
-        _check_sampling(config, params, vocab_size, stop_ids(params, eos_token_ids))
+        _check_sampling(config, params, vocab_size, ends)
     _check_automaton(config, params, vocab_size)
     if isinstance(params, BeamSearchParams) and vocab_size is not None:
         if params.beam_width > vocab_size:
@@ -173,8 +172,31 @@ def check_request(
             )
 
 
+def _check_blocks(
+    config: EngineConfig,
+    length: int,
+    params: Params,
+    sequences: RequestShape,
+    num_blocks: int,
+) -> None:
+    """Raise ValueError if a prompt of `length` tokens needs more than `num_blocks`."""
+    # Samples of a request need not run at the same time.
+    rows = 1 if sequences.kind == NO_ALGORITHM else sequences.num_rows
+    needed = most_blocks(config, length, token_limit(config, length, params), rows)
+    if needed > num_blocks:
+        in_rows = f"in each of {rows} rows " * (rows > 1)
+        not_pinned = " that are not pinned" * (num_blocks < config.num_blocks)
+        raise ValueError(
+            f"prompt: {length} tokens and up to {params.max_tokens} generated tokens "
+            f"{in_rows}need {needed} blocks of {config.block_size}, the pool has "
+            f"{num_blocks}{not_pinned}; raise num_blocks, or lower max_tokens"
+        )
+
+
 def _check_ids(name: str, tokens: Sequence[int], vocab_size: int | None) -> None:
-    wrong = [t for t in tokens if vocab_size is not None and not 0 <= t < vocab_size]
+    if vocab_size is None:
+        return
+    wrong = [token for token in tokens if not 0 <= token < vocab_size]
     if wrong:
         raise ValueError(
             f"{name}: expected token ids from 0 to {vocab_size - 1} "
@@ -196,23 +218,24 @@ def _check_sampling(
             )
     if keeps_prompt_logprobs(params) and not config.prompt_logprobs:
         raise ValueError(
-            "prompt_logprobs: expected None, for the config has prompt_logprobs=False, "
-            f"got {params.prompt_logprobs}"
+            "prompt_logprobs: expected None, because the config has "
+            f"prompt_logprobs=False, got {params.prompt_logprobs}"
         )
     if any(isinstance(word, str) for word in params.bad_words):
         raise ValueError(
-            "bad_words: expected token ids, for the engine has no tokenizer, got "
+            "bad_words: expected token ids, because the engine has no tokenizer, got "
             f"{params.bad_words!r}"
         )
     if vocab_size is not None:
-        check_rules(params, vocab_size, params.bad_words, stop_ids)
-    wanted = rule_sizes(params, vocab_size)
-    if wanted is None:
+        mine: Any = params  # a frozen `RuleParams`, with token ids as bad words
+        check_rules(mine, vocab_size, mine.bad_words, stop_ids)
+    needed = rule_sizes(params, vocab_size)
+    if needed is None:
         return
-    if config.rules is None or config.rules.grown(wanted) != config.rules:
+    if config.rules is None or config.rules.grown(needed) != config.rules:
         raise ValueError(
-            f"params: expected logits rules for which the config has room ({wanted}), "
-            f"rules={config.rules} has not; make the config with rules={wanted}"
+            f"params: expected logits rules within rules={config.rules} of the config, "
+            f"got rules that need {needed}; create the config with rules={needed}"
         )
 
 
@@ -224,69 +247,80 @@ def _check_automaton(
         return
     if isinstance(automaton, StructuredOutputsParams):
         raise ValueError(
-            "structured_outputs: expected a TokenAutomaton, for the engine has no "
-            "tokenizer; see jpaged.structured.compile_constraint"
+            "structured_outputs: expected a TokenAutomaton, because the engine has no "
+            f"tokenizer, got {type(automaton).__name__}; see "
+            "jpaged.structured.compile_constraint"
         )
     if vocab_size is not None and automaton.vocab_size != vocab_size:
         raise ValueError(
             f"structured_outputs: expected an automaton for the model's vocabulary of "
             f"{vocab_size} tokens, got one for {automaton.vocab_size}"
         )
-    wanted = AutomataSizes.of([automaton])
-    if config.automata is None or config.automata.grown(wanted) != config.automata:
+    needed = AutomataSizes.of([automaton])
+    if config.automata is None or config.automata.grown(needed) != config.automata:
         raise ValueError(
-            "structured_outputs: expected an automaton for which the config has room, "
-            f"automata={config.automata}, got one that needs {wanted}"
+            "structured_outputs: expected an automaton within "
+            f"automata={config.automata} of the config, got one that needs {needed}"
         )
 
 
 def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:
-    """The room that a request's logits rules take; None where it has none.
+    """Return the sizes that a request's logits rules need; None if it has no rules.
 
-    `bad_words` are token ids here.
+    Args:
+      params: the request's parameters, with `bad_words` as token ids.
+      vocab_size: the model's vocabulary size.
+
+    Raises:
+      ValueError: the request has rules and `vocab_size` is None.
     """
     if not isinstance(params, SamplingParams) or all(
         getattr(params, name) == neutral for name, neutral in _NO_RULES.items()
     ):
         return None
     if vocab_size is None:
-        raise ValueError("vocab_size: expected the model's, for its logits have rules")
-    return RuleSizes.of_request(params, vocab_size, params.bad_words)
-
-
-def _in_rows(sequences: Shape) -> str:
-    """How many sequences must fit together, for a message."""
-    if sequences.kind == NO_ALGORITHM or sequences.num_rows == 1:
-        return ""
-    return f"in each of {sequences.num_rows} rows "
+        raise ValueError(
+            "vocab_size: expected the model's, because the request has logits rules, "
+            "got None"
+        )
+    mine: Any = params  # a frozen `RuleParams`, with token ids as bad words
+    return RuleSizes.of_request(mine, vocab_size, mine.bad_words)
 
 
 def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) -> int:
-    """Blocks that so many rows of a request hold at most, all at their limit of tokens.
+    """Return the maximum number of blocks of a request's rows.
 
-    All but the last prompt token is shared, also after a preemption.
+    The rows share the whole blocks of the prompt without its last token, also after a
+    preemption.
+
+    Args:
+      config: the engine's config.
+      prompt_len: tokens of the prompt.
+      limit: tokens at which each row ends, prompt included.
+      rows: number of rows.
     """
     shared = (prompt_len - 1) // config.block_size
     return shared + rows * (cdiv(limit, config.block_size) - shared)
 
 
 def largest_request(table: RequestTable, config: EngineConfig) -> int:
-    """Blocks that the largest of the requests that wait or run needs alone, at most."""
+    """Return the maximum number of blocks that any unfinished request needs alone."""
     queue, params = jax.device_get((table.queue, table.params))
-    going = (scheduler.WAITING, scheduler.RUNNING, scheduler.SWAPPED)
-    is_live = np.isin(queue.status, going)
+    unfinished = (scheduler.WAITING, scheduler.RUNNING, scheduler.SWAPPED)
+    is_live = np.isin(queue.status, unfinished)
     is_live &= ~params.is_prefix
     most = 1
     for leader in np.unique(queue.leaders[is_live]).tolist():
         mine = np.flatnonzero(is_live & (queue.leaders == leader))
         rows = len(mine) if params.algorithms[mine[0]] != NO_ALGORITHM else 1
-        sizes = (queue.prompt_lens[mine[0]], params.token_limits[mine[0]])
-        most = max(most, most_blocks(config, *map(int, sizes), rows))
+        length = int(queue.prompt_lens[mine[0]])
+        limit = int(params.token_limits[mine[0]])
+        most = max(most, most_blocks(config, length, limit, rows))
     return most
 
 
 def num_pinned_blocks(table: RequestTable, block_size: int) -> int:
-    """Blocks that pinned prefixes hold, or will hold when they are computed."""
+    """Count the blocks of pinned prefixes, computed or not."""
     is_prefix = np.array(table.params.is_prefix)
     is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
     lens = np.asarray(table.queue.num_tokens)[is_prefix]
@@ -294,18 +328,18 @@ def num_pinned_blocks(table: RequestTable, block_size: int) -> int:
 
 
 def token_limit(config: EngineConfig, prompt_len: int, params: Params) -> int:
-    """Tokens at which a sequence ends, prompt included."""
+    """Return the number of tokens at which a sequence ends, prompt included."""
     return min(config.max_model_len, prompt_len + params.max_tokens)
 
 
 def keeps_prompt_logprobs(params: Params) -> bool:
-    """Whether the prompt's log-probabilities are wanted."""
+    """Whether the request asks for log-probabilities of its prompt."""
     is_sampled = isinstance(params, SamplingParams)
     return is_sampled and params.prompt_logprobs is not None
 
 
 def stop_ids(params: Params, eos_token_ids: Sequence[int]) -> list[int]:
-    """The tokens that end a sequence, sorted."""
+    """Return the tokens that end a sequence, sorted."""
     eos = () if params.ignore_eos else tuple(eos_token_ids)
     return sorted({*params.stop_token_ids, *eos})
 
@@ -318,11 +352,19 @@ def check_prefix(
     num_pinned_blocks: int,
     vocab_size: int | None = None,
 ) -> None:
-    """Raises ValueError where a prefix could not be pinned now."""
+    """Raise ValueError if a prefix cannot be pinned now.
+
+    Args:
+      table: the request table.
+      config: the engine's config.
+      tokens: token ids of the prefix.
+      num_pinned_blocks: blocks of the prefixes that are already pinned.
+      vocab_size: if given, token ids are checked against it.
+    """
     length = len(tokens)
     if not 0 < length < config.max_model_len:
         raise ValueError(
-            f"prefix: expected from 1 token to fewer than max_model_len "
+            f"prefix: expected at least 1 token and fewer than max_model_len "
             f"({config.max_model_len}), got {length}"
         )
     _check_ids("prefix", tokens, vocab_size)
@@ -331,20 +373,21 @@ def check_prefix(
     num_pinned = int((params.is_prefix & is_live).sum())
     if num_pinned >= config.max_num_prefixes:
         raise ValueError(
-            f"prefix: expected at most max_num_prefixes ({config.max_num_prefixes}) at "
-            f"the same time, {num_pinned} are pinned; unpin one, or raise it"
+            f"prefix: expected at most max_num_prefixes ({config.max_num_prefixes}) "
+            f"pinned prefixes, got another one while {num_pinned} are pinned; unpin "
+            "one, or raise max_num_prefixes"
         )
     if is_live.all():
         raise ValueError(
-            "prefix: expected an empty place in the request table, found none; run, "
-            "collect and release first, or raise max_num_requests"
+            "prefix: expected a free sequence index in the request table, got none; "
+            "run, collect and release first, or raise max_num_requests"
         )
-    # Every request that was let in must still fit alone beside all pinned blocks.
+    # Every submitted request must still fit alone beside all pinned blocks.
     most = largest_request(table, config)
-    pinned = num_pinned_blocks - (-length // config.block_size)
-    if pinned + most > config.num_blocks:
+    num_blocks = cdiv(length, config.block_size)
+    if num_pinned_blocks + num_blocks + most > config.num_blocks:
         raise ValueError(
-            f"prefix: {length} tokens need {cdiv(length, config.block_size)} blocks, "
-            f"with {num_pinned_blocks} pinned and {most} for the largest request that "
-            f"runs or waits; the pool has {config.num_blocks}"
+            f"prefix: {length} tokens need {num_blocks} blocks, beside "
+            f"{num_pinned_blocks} pinned blocks and {most} for the largest request "
+            f"that runs or waits, the pool has {config.num_blocks}"
         )

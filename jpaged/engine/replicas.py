@@ -1,15 +1,17 @@
-"""Sharded: the engine's functions on each device of a mesh, with the part it has.
+"""Replicas: the engine's functions on each device of a mesh, on that device's part.
 
-Place on the road: parallel, models, kv_cache -> [sharded] -> engine_state, engine.
+Pipeline: parallel, models, kv_cache -> [replicas] -> state, api, host.
 
-One program runs on every device, and all but the decoder is the program of one device:
-block tables, requests and counters are whole on each, so each makes the same schedule
-without asking. `parallel` says what is split, and what the decoder sums.
+One program runs on every device, and all of it but the decoder is the program of a
+single device: each device has whole block tables, requests and counters, so all devices
+compute the same schedule without communication. `parallel` says which arrays are split,
+and what the decoder sums over devices.
 
-Where `data` of the mesh is more than one, the state of D replicas is that of one with a
-first axis of length D, split over `data`. Here it is taken off and put on again: what
-runs on a device sees the state of one replica, its own. Pages have no such axis, or
-some compilers would copy them: the replicas' blocks lie side by side.
+If the `data` axis of the mesh has size D > 1, the state of D replicas is the state of
+one engine with an additional first axis of length D, split over `data`. This module
+removes the axis and adds it again: a function that runs on a device sees the state of
+that device's replica only. Pages do not have this axis, because some compilers would
+copy them: the replicas' blocks are side by side.
 """
 
 from __future__ import annotations
@@ -35,92 +37,105 @@ def _is_pages(part: Any) -> bool:
     return isinstance(part, KVCache)
 
 
-def _but_pages(function: Callable[[Any], Any], tree: State, pages: Any = None) -> State:
-    """The tree with `function` of each array, and of pages `pages`, or as they are."""
+def _map_but_pages(
+    function: Callable[[Any], Any], tree: State, pages: Any = None
+) -> State:
+    """Apply `function` to all arrays but the pages; these become `pages`, if given."""
 
-    def of(part: Any) -> Any:
+    def map_part(part: Any) -> Any:
         if not _is_pages(part):
             return function(part)
         return part if pages is None else jax.tree.map(lambda _: pages, part)
 
-    return jax.tree.map(of, tree, is_leaf=_is_pages)
+    return jax.tree.map(map_part, tree, is_leaf=_is_pages)
 
 
-def _whole_or_each(mesh: Mesh) -> PartitionSpec:
-    """How all but the pages is split: by replicas, where there are several."""
+def _but_pages_spec(mesh: Mesh) -> PartitionSpec:
+    """How every array but the pages is split: by replicas, if there are several."""
     is_many = parallel.num_replicas(mesh) > 1
     return PartitionSpec(parallel.REPLICAS, *parallel.STATE) if is_many else WHOLE
 
 
 def state_specs(state: State, mesh: Mesh) -> State:
-    """Of each array of an engine's state how it is split: the pages are, by heads.
+    """Return the partition spec of each array of an engine's state.
 
-    All are split by replicas, where there are several.
+    Pages are split by kv heads. If there are several replicas, all arrays are also
+    split by replicas.
     """
-    pages = parallel.partition_spec(parallel.split_tensor_axis(mesh), parallel.PAGES)
-    return _but_pages(lambda _: _whole_or_each(mesh), state, pages)
+    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+    return _map_but_pages(lambda _: _but_pages_spec(mesh), state, pages)
 
 
 def shardings(state: State, mesh: Mesh) -> State:
-    """Where each array of an engine's state lies; it may be of shapes only.
+    """Return the sharding of each array of an engine's state.
 
-    Pages of the state's `host` part lie in the memory of the devices' hosts.
+    Pages of the state's `host` part are in the memory of the devices' hosts.
+
+    Args:
+      state: an engine's state, of arrays or of shapes.
+      mesh: the state's mesh.
     """
-    pages = parallel.partition_spec(parallel.split_tensor_axis(mesh), parallel.PAGES)
+    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
 
     def sharding(path: Any, spec: PartitionSpec, array: Any) -> NamedSharding:
-        if not array.size:  # JAX splits none of these, whatever is asked for
+        if not array.size:  # JAX never splits an empty array
             spec = WHOLE
         is_host = path[:1] == (_HOST,) and spec == pages
         kind = "pinned_host" if is_host else None
-        return NamedSharding(parallel.split_tensor_axis(mesh), spec, memory_kind=kind)
+        return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
 
     specs = state_specs(state, mesh)
     return jax.tree_util.tree_map_with_path(sharding, specs, state)
 
 
-def made(make: Callable[[], State], mesh: Mesh | None) -> State:
-    """The state that `make` makes, each device's part made where it is to lie.
+def init_on_mesh(make: Callable[[], State], mesh: Mesh | None) -> State:
+    """Create a state with `make`, each device's part on that device.
 
-    Where there are several replicas, all get the same; only of pages `make` makes those
-    of all.
+    All replicas get the same state. `make` returns the state of one replica, but the
+    pages of all of them.
     """
     if mesh is None:
         return make()
 
     def make_all() -> State:
-        return stacked(make(), mesh)
+        return broadcast_to_replicas(make(), mesh)
 
     return jax.jit(make_all, out_shardings=shardings(jax.eval_shape(make_all), mesh))()
 
 
-def stacked(tree: Any, mesh: Mesh | None) -> Any:
-    """The arrays for each of a mesh's replicas; as they are, where there is one."""
+def broadcast_to_replicas(tree: Any, mesh: Mesh | None) -> Any:
+    """Add the axis of replicas to each array; return `tree` if there is one replica."""
     number = parallel.num_replicas(mesh)
     if number == 1:
         return tree
-    return _but_pages(lambda x: jnp.broadcast_to(x, (number, *x.shape)), tree)
+    return _map_but_pages(lambda x: jnp.broadcast_to(x, (number, *x.shape)), tree)
 
 
-def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) -> Any:
-    """`function(model, state, *rest)`, a state: on each device, with its parts.
+def run_on_mesh(
+    function: Callable[..., State], model: Any, state: Any, *rest: Any
+) -> Any:
+    """Call `function(model, state, *rest) -> state` on each device with its parts.
 
-    Where the state has no mesh, it is called as it is. `rest` is the same everywhere.
+    Args:
+      function: the program of one device.
+      model: the model, on the state's mesh.
+      state: the engine's state. Without a mesh, `function` is called directly.
+      *rest: the same on all devices.
     """
     if state.mesh is None:
         return function(model, state, *rest)
     leaves, tree = jax.tree.flatten(model)
     is_many = parallel.num_replicas(state.mesh) > 1
 
-    def on_each(leaves, state, *rest):
-        state = _peeled(state) if is_many else state
+    def on_each(leaves: list[jax.Array], state: Any, *rest: Any) -> Any:
+        state = _without_axis(state) if is_many else state
         state = function(jax.tree.unflatten(tree, leaves), state, *rest)
-        return _wrapped(state) if is_many else state
+        return _with_axis(state) if is_many else state
 
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
         on_each,
-        mesh=parallel.split_tensor_axis(state.mesh),
+        mesh=parallel.cut(state.mesh),
         in_specs=(_param_specs(model, state.mesh), specs, *(WHOLE for _ in rest)),
         out_specs=specs,
         check_vma=False,
@@ -128,13 +143,13 @@ def advance(function: Callable[..., State], model: Any, state: Any, *rest: Any) 
     return mapped(leaves, state, *rest)
 
 
-def each(function: Callable[..., State], state: Any, *parts: Any) -> State:
-    """The state after `function(state, *part)`, a state, of each replica.
+def update_each(function: Callable[..., State], state: Any, *parts: Any) -> Any:
+    """Call `function(state, *parts) -> state` for each replica.
 
-    Where there are several, `parts` have them as the first axis, as the state has. The
-    function does not see pages, which stay as they are and where they are.
+    If there are several replicas, they are the first axis of `parts`, as of the state.
+    The function does not see the pages, which stay unchanged and in place.
     """
-    after = _each(function, state, parts, state_specs)
+    after = _map_replicas(function, state, parts, state_specs)
     return jax.tree.map(
         lambda old, new: old if _is_pages(old) else new,
         state,
@@ -143,20 +158,26 @@ def each(function: Callable[..., State], state: Any, *parts: Any) -> State:
     )
 
 
-def read(function: Callable[..., Any], state: Any, *parts: Any) -> Any:
-    """What `function(state, *part)` gives of each replica, arrays; not of pages.
+def read_each(function: Callable[..., Any], state: Any, *parts: Any) -> Any:
+    """Return the arrays `function(state, *parts)` of each replica; it sees no pages.
 
-    Where there are several, they are the first axis, here as in `parts` and the state.
+    If there are several replicas, they are the first axis of the results, as of `parts`
+    and the state.
     """
-    return _each(function, state, parts, lambda _, mesh: _whole_or_each(mesh))
+    return _map_replicas(function, state, parts, lambda _, mesh: _but_pages_spec(mesh))
 
 
-def _each(function, state, parts, out_specs) -> Any:
+def _map_replicas(
+    function: Callable[..., Any],
+    state: Any,
+    parts: tuple[Any, ...],
+    out_specs: Callable[[Any, Mesh], Any],
+) -> Any:
     if parallel.num_replicas(state.mesh) == 1:
         return function(state, *parts)
 
-    def on_each(state, *parts):
-        return _wrapped(function(_peeled(state), *_peeled(parts)))
+    def on_each(state: Any, *parts: Any) -> Any:
+        return _with_axis(function(_without_axis(state), *_without_axis(parts)))
 
     state = jax.tree.map(
         lambda part: None if _is_pages(part) else part, state, is_leaf=_is_pages
@@ -164,22 +185,27 @@ def _each(function, state, parts, out_specs) -> Any:
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
         on_each,
-        mesh=parallel.split_tensor_axis(state.mesh),
-        in_specs=(specs, *(_whole_or_each(state.mesh) for _ in parts)),
+        mesh=parallel.cut(state.mesh),
+        in_specs=(specs, *(_but_pages_spec(state.mesh) for _ in parts)),
         out_specs=out_specs(state, state.mesh),
         check_vma=False,
     )
     return mapped(state, *parts)
 
 
-def one(function: Callable[..., State], state: Any, replica: Any, *rest: Any) -> State:
-    """The state after `function(state, *rest)`, a state, of one replica alone."""
+def update_one(
+    function: Callable[..., State],
+    state: Any,
+    replica: int | jax.Array,
+    *rest: Any,
+) -> Any:
+    """Call `function(state, *rest) -> state` for one replica only."""
     number = parallel.num_replicas(state.mesh)
     if number == 1:
         return function(state, *rest)
 
-    def if_mine(state, is_mine, *rest):
-        # What the function leaves as it is is no choice.
+    def if_mine(state: Any, is_mine: jax.Array, *rest: Any) -> Any:
+        # Arrays that the function returns unchanged need no select.
         return jax.tree.map(
             lambda new, old: old if new is old else jnp.where(is_mine, new, old),
             function(state, *rest),
@@ -187,20 +213,22 @@ def one(function: Callable[..., State], state: Any, replica: Any, *rest: Any) ->
         )
 
     is_mine = jnp.arange(number, dtype=jnp.int32) == replica
-    return each(if_mine, state, is_mine, *stacked(rest, state.mesh))
+    return update_each(
+        if_mine, state, is_mine, *broadcast_to_replicas(rest, state.mesh)
+    )
 
 
-def part(tree: State, mesh: Mesh | None, replica: int) -> State:
-    """A replica's arrays, without the axis of replicas; of those whole on its devices.
+def select_replica(tree: State, mesh: Mesh | None, replica: int) -> State:
+    """Return a replica's arrays, without the axis of replicas.
 
-    They are copied to the first of these devices. `tree` itself, where there is one
-    replica.
+    Only for arrays that are whole on each device of the replica. They are copied to the
+    first of these devices. Returns `tree` itself if there is one replica.
     """
     if parallel.num_replicas(mesh) == 1:
         return tree
 
     def own(array: jax.Array) -> jax.Array:
-        if not array.size:  # JAX splits no such array
+        if not array.size:  # JAX never splits an empty array
             return jnp.zeros((1, *array.shape[1:]), array.dtype)
         shards = array.addressable_shards
         return next(s.data for s in shards if s.index[0].start == replica)
@@ -210,16 +238,16 @@ def part(tree: State, mesh: Mesh | None, replica: int) -> State:
 
 @jax.jit
 def _first(tree: Any) -> Any:
-    return _peeled(tree)
+    return _without_axis(tree)
 
 
-def _peeled(tree: Any) -> Any:
-    """A device's own replica, of arrays that have one as the first axis."""
-    return _but_pages(lambda x: jnp.squeeze(x, 0), tree)
+def _without_axis(tree: Any) -> Any:
+    """Remove the axis of replicas, which has length 1 on a device."""
+    return _map_but_pages(lambda x: jnp.squeeze(x, 0), tree)
 
 
-def _wrapped(tree: Any) -> Any:
-    return _but_pages(lambda x: jnp.expand_dims(x, 0), tree)
+def _with_axis(tree: Any) -> Any:
+    return _map_but_pages(lambda x: jnp.expand_dims(x, 0), tree)
 
 
 def _param_specs(model: Any, mesh: Mesh) -> list[PartitionSpec]:
@@ -233,7 +261,7 @@ def _param_shardings(model: Any, mesh: Mesh) -> list[NamedSharding]:
     found = []
     for path, (_, leaf) in zip(names, leaves, strict=True):
         decoder, path = model, path[:-1]  # the last step is a Param's own
-        if not isinstance(model, Decoder):  # a target or a draft
+        if not isinstance(model, Decoder):  # a DraftedModel: its target or its draft
             decoder, path = getattr(model, str(path[0])), path[1:]
         sharding_of = placement(decoder.config, mesh)
         found.append(sharding_of(path, leaf.shape))
@@ -244,11 +272,11 @@ def _name(step: Any) -> str | int:
     return step.idx if hasattr(step, "idx") else step.name
 
 
-def spread(model: Decoder, mesh: Mesh) -> Decoder:
-    """The model with each parameter where the rules want it on a mesh.
+def shard_model(model: Decoder, mesh: Mesh) -> Decoder:
+    """Place each parameter of the model on the mesh, as the sharding rules say.
 
     Raises:
-      ValueError: it does not divide over the mesh.
+      ValueError: the model cannot be divided over the mesh.
     """
     leaves, tree = jax.tree.flatten(model)
     placed = jax.device_put(leaves, _param_shardings(model, mesh))

@@ -1,18 +1,20 @@
-"""Next tokens: from hidden states to logits, rules, and a token for each sampled row.
+"""Sampling: from hidden states to logits, and a token for each sampled row.
 
-Place on the road: forward -> hidden states -> [next_tokens] -> request table.
+Pipeline: forward -> hidden states -> [sampling] -> request table.
 
-Logits and sampler are compiled for a few numbers of rows, and a step takes the smallest
-that holds what is live. Rows of decoding algorithms get their logits here too, and go
-on in `groups`.
+Logits and sampler are compiled for a few numbers of rows, and a step uses the smallest
+that is large enough. Rows of decoding algorithms get their logits here too;
+`algorithms` continues with them.
 
-Letters: S rows, N rows of logits, V vocabulary, E hidden size, R places.
+Shape symbols: S batch rows, N rows of logits, V vocabulary, E hidden size, T tokens of
+the step, R sequences of the request table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,31 +32,36 @@ from jpaged.decoding.sample import (
     top_logprobs,
 )
 from jpaged.engine import request_table
-from jpaged.engine.forward import Batch, bucket, pack, token_rows
+from jpaged.engine.forward import StepBatch, bucket, pack, token_rows
 from jpaged.engine.request_table import NO_ALGORITHM, NewTokens, RequestTable
 from jpaged.models.decoder import Decoder
 
-_SAMPLED_ROWS = 8  # rows that the sampler takes at a time
+_SAMPLED_ROWS = 8  # rows that the sampler processes at a time
 _PROMPT_ROWS = 32  # prompt tokens whose log-probabilities are computed at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """The rows of logits: first those that are sampled, then those of algorithms."""
+    """The rows of logits: first the sampled ones, then those of algorithms."""
 
-    seq_indices: jax.Array  # i32[N], the sequence; R behind the last
-    positions: jax.Array  # i32[N], in it, of the token that the logits are for
-    tokens: jax.Array  # i32[N], the token of the step that they come from
-    offsets: jax.Array  # i32[N], drafts between the last known token and this one's
-    states: jax.Array  # i32[N], of the sequence's automaton before that token
+    seq_indices: jax.Array  # i32[N], the sequence; R behind the last entry
+    positions: jax.Array  # i32[N], position of the token that the logits predict
+    tokens: jax.Array  # i32[N], index of the step's token that the logits come from
+    offsets: jax.Array  # i32[N], drafts between the last known token and that one
+    states: jax.Array  # i32[N], state of the sequence's automaton before that position
     num_sampled: jax.Array  # i32[]
-    num_grouped: jax.Array  # i32[]
+    num_grouped: jax.Array  # i32[], rows of algorithms
 
 
-def make_entries(table: RequestTable, batch: Batch, config: EngineConfig) -> Entries:
-    """An entry for each row of the batch that has computed all its known tokens, and
-    behind it one for each of the row's drafts."""
+def make_entries(
+    table: RequestTable, batch: StepBatch, config: EngineConfig
+) -> Entries:
+    """List the rows of logits of a step.
+
+    There is an entry for each batch row whose known tokens are all computed, followed
+    by one for each of the row's drafts.
+    """
     is_grouped = table.params.algorithms[batch.seq_indices] != NO_ALGORITHM
     is_sampled = batch.has_logits & ~is_grouped
     counts = jnp.where(batch.has_logits, 1 + batch.num_drafts, 0)
@@ -82,14 +89,19 @@ def make_entries(table: RequestTable, batch: Batch, config: EngineConfig) -> Ent
     )
 
 
-def _automaton_states(table, seq_indices, offsets, config: EngineConfig) -> jax.Array:
-    """The states of the sequences' automata behind `offsets` drafts, i32[N]."""
+def _automaton_states(
+    table: RequestTable,
+    seq_indices: jax.Array,
+    offsets: jax.Array,
+    config: EngineConfig,
+) -> jax.Array:
+    """States i32[N] of the sequences' automata after `offsets` i32[N] drafts."""
     states = table.automaton_states[seq_indices]
     if not table.digests.shape[0]:
         return states
     known = table.queue.num_tokens[seq_indices]
 
-    def advance(number, states):
+    def advance(number: jax.Array, states: jax.Array) -> jax.Array:
         drafts = table.tokens.at[seq_indices, known + number].get(mode="clip")
         index = table.params.automata[seq_indices]
         after = constraints.advance(table.automata, index, states, drafts)
@@ -105,13 +117,20 @@ def next_logits(
     logits: jax.Array,
     config: EngineConfig,
 ) -> jax.Array:
-    """`logits` f32[N, V] of the entries; `hidden` [T, E] is that of the step's tokens.
+    """Compute the logits of the entries.
 
-    The rows behind them keep what they held: `logits` is working memory, allocated
-    once.
+    Args:
+      model: the decoder.
+      entries: the rows of logits.
+      hidden: [T, E], hidden states of the step's tokens.
+      logits: f32[N, V], working memory, allocated once for a run.
+      config: the engine's sizes.
+
+    Returns:
+      `logits` with the entries' logits in front; the other rows are unchanged.
     """
 
-    def run(size, logits):
+    def run(size: int, logits: jax.Array) -> jax.Array:
         return logits.at[:size].set(model.logits(hidden[entries.tokens[:size]]))
 
     sizes = config.logit_buckets
@@ -125,19 +144,25 @@ def next_logits(
 def sample_tokens(
     table: RequestTable, entries: Entries, logits: jax.Array, config: EngineConfig
 ) -> NewTokens:
-    """A new token for each sampled entry.
+    """Sample a token for each sampled entry.
 
-    The sampler is compiled for one row and for a few, and walks the rows so: it is
-    small work but a large program.
+    The sampler is little work but a large program. It is therefore compiled for the
+    smallest number of rows and for `_SAMPLED_ROWS`, and processes the rows in chunks.
+
+    Args:
+      table: the request table.
+      entries: the rows of logits.
+      logits: f32[N, V], their logits.
+      config: the engine's sizes.
     """
     (num_rows,) = entries.seq_indices.shape
     is_sampled = jnp.arange(num_rows, dtype=jnp.int32) < entries.num_sampled
     seq_indices = jnp.where(is_sampled, entries.seq_indices, config.max_num_requests)
     new = NewTokens.zeros(seq_indices, config.num_logprobs)
 
-    def run(size, new):
-        def chunk(index, new):
-            # The last chunk slides back to fit, and samples some rows a second time.
+    def run(size: int, new: NewTokens) -> NewTokens:
+        def chunk(index: jax.Array, new: NewTokens) -> NewTokens:
+            # The last chunk is moved back to fit, and samples some rows a second time.
             start = jnp.minimum(index * size, num_rows - size)
             cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=size)
             found = _sample_rows(
@@ -165,9 +190,14 @@ def sample_tokens(
 
 
 def _sample_rows(
-    table, seq_indices, positions, states, logits, config
+    table: RequestTable,
+    seq_indices: jax.Array,
+    positions: jax.Array,
+    states: jax.Array,
+    logits: jax.Array,
+    config: EngineConfig,
 ) -> dict[str, jax.Array]:
-    """Columns of NewTokens for a few rows; places of R are padding."""
+    """Columns of NewTokens for a few rows; sequence index R is padding."""
     valid = seq_indices < config.max_num_requests
     seq_indices = jnp.where(valid, seq_indices, 0)
     idle = SamplingRows.greedy(seq_indices.shape[0])
@@ -177,14 +207,16 @@ def _sample_rows(
     tokens, logprobs = sample(allowed, rows, positions)
     found = {"tokens": tokens, "logprobs": logprobs}
     if config.rules is not None or config.automata is not None:
-        # Log-probabilities are the model's, whatever the rules say.
+        # Log-probabilities are those of the model, before rules and constraints.
         found["logprobs"], _ = token_logprobs(logits, tokens)
         found["is_dead_end"] = jnp.max(allowed, axis=1) == -jnp.inf
     return found | _ranked(logits, tokens, config)
 
 
-def _ranked(logits, tokens, config: EngineConfig) -> dict[str, jax.Array]:
-    """The most likely tokens, and the ranks of the chosen ones, where they are kept."""
+def _ranked(
+    logits: jax.Array, tokens: jax.Array, config: EngineConfig
+) -> dict[str, jax.Array]:
+    """The most likely tokens and the ranks of the chosen ones, if they are kept."""
     if not config.num_logprobs:
         return {}
     values, ids = top_logprobs(logits, config.num_logprobs)
@@ -192,8 +224,8 @@ def _ranked(logits, tokens, config: EngineConfig) -> dict[str, jax.Array]:
     return {"top_logprobs": values, "top_ids": ids, "ranks": ranks}
 
 
-def _rows(columns, idle, seq_indices: jax.Array, valid: jax.Array):
-    """Return parameters [S, ...] of `seq_indices`; `idle` where not `valid`."""
+def _rows(columns: Any, idle: Any, seq_indices: jax.Array, valid: jax.Array) -> Any:
+    """Parameters [S, ...] of `seq_indices`; `idle` for rows that are not `valid`."""
 
     def pick(column: jax.Array, none: jax.Array) -> jax.Array:
         mask = valid.reshape((-1,) + (1,) * (none.ndim - 1))
@@ -202,8 +234,15 @@ def _rows(columns, idle, seq_indices: jax.Array, valid: jax.Array):
     return jax.tree.map(pick, columns, idle)
 
 
-def _apply_rules(table, seq_indices, positions, valid, logits, config: EngineConfig):
-    """`logits` f32[S, V] after the logits rules of the sequences at `seq_indices`."""
+def _apply_rules(
+    table: RequestTable,
+    seq_indices: jax.Array,
+    positions: jax.Array,
+    valid: jax.Array,
+    logits: jax.Array,
+    config: EngineConfig,
+) -> jax.Array:
+    """Apply the logits rules of the sequences `seq_indices` to `logits` f32[S, V]."""
     if config.rules is None:
         return logits
     idle = LogitsRules.none(seq_indices.shape[0], config.rules)
@@ -223,32 +262,39 @@ def _apply_rules(table, seq_indices, positions, valid, logits, config: EngineCon
     )
 
 
-def rate_prompts(
+def write_prompt_logprobs(
     model: Decoder,
     table: RequestTable,
-    batch: Batch,
+    batch: StepBatch,
     hidden: jax.Array,
     config: EngineConfig,
 ) -> RequestTable:
-    """The table with the log-probabilities of prompt tokens that this step computed.
+    """Write the log-probabilities of the prompt tokens of this step into the table.
 
-    For the sequences that asked for them; a token's stand at its own position, like
-    those of generated tokens. `hidden` [T, E] is that of the step's tokens.
+    Only for sequences that keep them. As for generated tokens, a token's
+    log-probability is stored at the token's own position.
+
+    Args:
+      model: the decoder.
+      table: the request table.
+      batch: the step's rows.
+      hidden: [T, E], hidden states of the step's tokens.
+      config: the engine's sizes.
     """
     if not config.prompt_logprobs:
         return table
     (num_tokens, _) = hidden.shape
     row, positions, is_live = token_rows(batch, num_tokens)
     seq_indices = batch.seq_indices[row]
-    is_rated = is_live & table.params.keeps_prompt_logprobs[seq_indices]
-    is_rated &= positions + 1 < table.queue.prompt_lens[seq_indices]
-    order = pack(is_rated)
+    is_kept = is_live & table.params.keeps_prompt_logprobs[seq_indices]
+    is_kept &= positions + 1 < table.queue.prompt_lens[seq_indices]
+    order = pack(is_kept)
     size = min(_PROMPT_ROWS, num_tokens)
 
-    def rate(index: jax.Array, table: RequestTable) -> RequestTable:
+    def put_logprobs(index: jax.Array, table: RequestTable) -> RequestTable:
         start = jnp.minimum(index * size, num_tokens - size)
         at = lax.dynamic_slice_in_dim(order, start, size)
-        seq_index = jnp.where(is_rated[at], seq_indices[at], config.max_num_requests)
+        seq_index = jnp.where(is_kept[at], seq_indices[at], config.max_num_requests)
         position = positions[at] + 1
         logits = model.logits(hidden[at])
         tokens = table.tokens[seq_indices[at], position]
@@ -261,7 +307,7 @@ def rate_prompts(
         return dataclasses.replace(table, **columns)
 
     def run(table: RequestTable) -> RequestTable:
-        number = jnp.sum(is_rated, dtype=jnp.int32)
-        return lax.fori_loop(0, cdiv(number, size), rate, table)
+        number = jnp.sum(is_kept, dtype=jnp.int32)
+        return lax.fori_loop(0, cdiv(number, size), put_logprobs, table)
 
-    return when(jnp.any(is_rated), run, table)
+    return when(jnp.any(is_kept), run, table)

@@ -1,16 +1,17 @@
-"""Snapshots: an engine in the middle of its work, saved to a folder and gone on with.
+"""Snapshots: save an engine during a run to a folder, and continue it later.
 
-Place on the road: engine -> [snapshots] -> disk -> [snapshots] -> engine. Host code.
+Pipeline: engine -> [snapshots] -> disk -> [snapshots] -> engine. Host code.
 
     snapshots.save("runs/at_500", state)
     state = snapshots.load("runs/at_500", model)
     state = engine.run(model, state)
 
-Into an engine of the same sizes everything comes back as it was, pages included. Into
-one with another pool (more blocks, other rows, no prefix cache, ...) the requests come
-back and what they had generated; their pages are computed again, as after a preemption.
-So one saved state can be forked into several policies, or moved to another machine:
-onto a mesh, onto another or off it, where each device takes the pages of its own heads.
+An engine of the same sizes gets the whole state back, pages included. An engine with
+another pool (more blocks, another number of rows, no prefix cache, ...) gets the
+requests and their generated tokens; their pages are recomputed, as after a preemption.
+So a saved state can be forked into several policies, or moved to another machine: onto
+a mesh, onto a different mesh, or from a mesh to a single device. Each device then reads
+the pages of its own kv heads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ from jpaged import parallel, scheduler
 from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
-from jpaged.engine import limits, request_table
+from jpaged.engine import limits, sharing
 from jpaged.engine import state as engine_state
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.speculation import DraftedModel
@@ -40,36 +42,45 @@ from jpaged.engine.state import EngineState, Model
 from jpaged.models.config import ModelConfig
 from jpaged.parallel import distributed
 
-FORMAT = 1
-# What comes back into any engine, and what only into one with the same pool.
+# The version of the saved format. Increase it whenever a field of `EngineState`, of its
+# parts or of `EngineConfig` is renamed or changes its meaning.
+FORMAT = 2
+# Arrays that any engine can load; all others need an engine with the same pool.
 _REQUESTS = (".requests", ".states", ".counters")
 _SCHEDULER_PARAMS = ".scheduler_params"
-# Arrays in which kv heads, their axis 2, are stored as often as the mesh asks.
+# Pages: kv heads are axis 2, and their number depends on the mesh.
 _PAGES = re.compile(r"\.(draft_)?cache\.[kv]_(pages|scale)$")
-# Fields of the config that are dataclasses themselves.
-_PARTS = dict(rules=RuleSizes, automata=AutomataSizes, speculation=Speculation)
+# Fields of the config that are dataclasses.
+_PARTS: dict[str, Callable[..., Any]] = dict(
+    rules=RuleSizes, automata=AutomataSizes, speculation=Speculation
+)
 
 
 def save(folder: str | os.PathLike[str], state: EngineState) -> None:
-    """Writes the state to a new folder, which is there whole or not at all.
+    """Write the state to a new folder.
 
-    `state` is not donated, and can go on. Processes that share a mesh all call it, with
-    a folder that all of them see.
+    The folder appears under its name only after everything is written. If several
+    processes share the mesh, all of them must call this function, with a folder that
+    all of them can access.
+
+    Args:
+      folder: the new folder.
+      state: the engine's state. It is not donated, so the engine can continue.
 
     Raises:
-      FileExistsError: something is there already.
-      ValueError: the state is of several replicas.
+      FileExistsError: the folder exists.
+      ValueError: the state has several replicas.
     """
     import orbax.checkpoint as ocp
 
     if (number := parallel.num_replicas(state.mesh)) > 1:
         raise ValueError(
-            f"state: wanted that of one engine, got {number} replicas over `data` of "
-            "its mesh, which are not saved yet; let them end and collect their results"
+            f"state: expected one replica, got {number} over the `data` axis of its "
+            "mesh, which cannot be saved; let them finish and collect their results"
         )
     folder = pathlib.Path(folder).absolute()
     if folder.exists():
-        raise FileExistsError(f"folder: wanted a new one, {folder} is there already")
+        raise FileExistsError(f"folder: expected a new folder, got {folder}")
     is_shared = distributed.is_shared(state.mesh)
     number = distributed.number_of_process_0(os.getpid()) if is_shared else os.getpid()
     partial = folder.with_name(f"{folder.name}.partial-{number}")
@@ -97,26 +108,27 @@ def load(
     kv_dtype: str | None = None,
     mesh: Mesh | None = None,
 ) -> EngineState:
-    """The state that was saved, in an engine for `model`.
+    """Load a saved state into an engine for `model`.
 
     Args:
-      folder: as given to `save`.
-      model: with the weights that the state was saved with; nothing checks them.
-      config: None is the saved one. Another may change whatever is not about the
+      folder: the folder that `save` wrote.
+      model: a model with the weights of the saved engine's; they are not checked.
+      config: None: the saved config. Another config may change everything but the
         request table's shapes: the pool, the rows, the policy, ... .
-      kv_dtype: of the pages; None takes the model's.
-      mesh: on which the model lies; None is one device. Any without replicas,
-        whatever the state was saved on.
+      kv_dtype: dtype of the pages; None uses the model's.
+      mesh: the mesh on which the model is placed; None is one device. It may differ
+        from the mesh of the saved engine, but must have no replicas.
 
     Raises:
-      FileNotFoundError: no snapshot there.
-      ValueError: the mesh has replicas; the config's request table has other shapes;
-        it has to be given, for it holds functions; or a request would never fit into
-        its pool.
+      FileNotFoundError: the folder has no snapshot.
+      ValueError: the snapshot has another format; the mesh has replicas; the config's
+        request table has other shapes; the config must be given, because the saved one
+        has functions; or a saved request can never fit into the config's pool.
     """
     if (number := parallel.num_replicas(mesh)) > 1:
         raise ValueError(
-            f"mesh: wanted data=1, for the state of one engine, got data={number}"
+            f"mesh: expected data=1, because a snapshot has one replica, got "
+            f"data={number}"
         )
     folder = pathlib.Path(folder).absolute()
     saved = _read_config(folder)
@@ -127,7 +139,7 @@ def load(
     if not _fits(folder / "requests", requests):
         raise ValueError(_difference(saved, config))
     arrays = _restore(folder / "requests", requests)
-    # Snapshots of before there were meshes do not say.
+    # Snapshots that were saved before meshes existed have no "tensor".
     stored = _stored_heads(model, saved.get("tensor", 1))
     if _fits(folder / "pool", pool, stored):
         return _with_leaves(empty, arrays | _restore(folder / "pool", pool, stored))
@@ -140,7 +152,7 @@ def _empty(
     def init() -> EngineState:
         return engine_state.init(model, config, kv_dtype=kv_dtype, mesh=mesh)
 
-    # One program, and not one for each array; on a mesh it is one already.
+    # One program instead of one for each array; on a mesh it is one already.
     return jax.jit(init)() if mesh is None else init()
 
 
@@ -149,7 +161,7 @@ def _tensor(mesh: Mesh | None) -> int:
 
 
 def _stored_heads(model: Model, tensor: int) -> dict[str | None, int]:
-    """Kv heads in the pages of the model and its draft on so many devices."""
+    """Kv heads in the pages of the model and of its draft, on `tensor` devices."""
     models: dict[str | None, ModelConfig] = {None: model.config}
     if isinstance(model, DraftedModel):
         models["draft_"] = model.draft.config
@@ -160,9 +172,9 @@ def _stored_heads(model: Model, tensor: int) -> dict[str | None, int]:
 
 
 def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The arrays by name: the requests, and what only the same pool can hold.
+    """The arrays by name: those that any engine can load, and all others.
 
-    The knobs are in neither: they follow from the config.
+    Without the scheduler parameters, which follow from the config.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.size}
@@ -175,21 +187,21 @@ def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Arr
 
 def _fits(
     folder: pathlib.Path,
-    wanted: dict[str, jax.Array],
+    like: dict[str, jax.Array],
     stored: dict[str | None, int] | None = None,
 ) -> bool:
-    """Whether the saved arrays have the names, shapes and types of `wanted`.
+    """Whether the saved arrays have the names, shapes and dtypes of `like`.
 
-    But pages hold `stored` heads.
+    Pages are expected with `stored` kv heads, if given.
     """
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
         known = checkpointer.metadata(folder).item_metadata.tree
-    return known.keys() == wanted.keys() and all(
+    return known.keys() == like.keys() and all(
         _saved_shape(name, leaf, stored) == tuple(known[name].shape)
         and leaf.dtype == known[name].dtype
-        for name, leaf in wanted.items()
+        for name, leaf in like.items()
     )
 
 
@@ -207,10 +219,10 @@ def _restore(
     like: dict[str, jax.Array],
     stored: dict[str | None, int] | None = None,
 ) -> dict[str, jax.Array]:
-    """The saved arrays, where those of `like` are, which make room for them.
+    """Read the saved arrays with the shardings of `like`, whose arrays are deleted.
 
-    Each device reads its own part; but pages with other than the `stored` heads come
-    by way of the host.
+    Each device reads its own part. Only pages whose number of kv heads differs from
+    `stored` are read by the host first.
     """
     import orbax.checkpoint as ocp
 
@@ -233,10 +245,10 @@ def _restore(
 
 
 def _copied(pages: np.ndarray, like: jax.Array) -> jax.Array:
-    """Pages with each head as often, and where, as `like` has it."""
-    saved, wanted = pages.shape[2], like.shape[2]
-    # Copies of a head follow each other, so those of any number lie in proportion.
-    heads = np.arange(wanted) * saved // wanted
+    """Copy pages to the sharding of `like`, with its number of kv heads."""
+    saved, expected = pages.shape[2], like.shape[2]
+    # Copies of a head are adjacent, so the indices are proportional.
+    heads = np.arange(expected) * saved // expected
 
     def part(index: Any) -> np.ndarray:
         return pages[*index[:2], heads[index[2]], *index[3:]]
@@ -252,32 +264,32 @@ def _with_leaves(state: EngineState, arrays: dict[str, jax.Array]) -> EngineStat
 
 
 def _relocated(state: EngineState, config: EngineConfig) -> EngineState:
-    """The engine in which every sequence that ran has to be computed again.
+    """Prepare the state for another pool: all running sequences are recomputed.
 
-    What the sequences of a request have in common they share again.
+    Sequences of a request share their common prefixes again.
     """
-    table = jax.jit(_waiting)(state.requests)
+    table = jax.jit(_all_waiting)(state.requests)
     largest = limits.largest_request(table, config)
     pinned = limits.num_pinned_blocks(table, config.block_size)
     if largest + pinned > config.num_blocks:
         raise ValueError(
             f"config: expected num_blocks of at least {largest + pinned}, for the "
-            f"largest saved request and {pinned} pinned blocks, got "
-            f"{config.num_blocks}"
+            f"largest saved request and {pinned} pinned blocks, got {config.num_blocks}"
         )
     counters = dataclasses.replace(state.counters, is_stalled=jnp.bool_(False))
     return dataclasses.replace(state, requests=table, counters=counters)
 
 
-def _waiting(table: RequestTable) -> RequestTable:
+def _all_waiting(table: RequestTable) -> RequestTable:
+    """Set running, swapped and pinned sequences to WAITING."""
     queue = table.queue
-    was_held = (queue.status == scheduler.RETAINED) & table.params.is_prefix
+    was_pinned = (queue.status == scheduler.RETAINED) & table.params.is_prefix
     ran = (queue.status == scheduler.RUNNING) | (queue.status == scheduler.SWAPPED)
     queue = dataclasses.replace(
-        queue, status=jnp.where(ran | was_held, scheduler.WAITING, queue.status)
+        queue, status=jnp.where(ran | was_pinned, scheduler.WAITING, queue.status)
     )
     own = jnp.arange(ran.shape[0], dtype=jnp.int32)
-    # Other requests' sequences, whom one waited for, hold nothing now.
+    # Sources in other requests have no blocks now, unless they are pinned prefixes.
     is_own = queue.arrivals[queue.sources] == queue.arrivals
     is_own |= table.params.is_prefix[queue.sources]
     queue = dataclasses.replace(
@@ -286,7 +298,7 @@ def _waiting(table: RequestTable) -> RequestTable:
         shared_lens=jnp.where(is_own, queue.shared_lens, 0),
     )
     table = dataclasses.replace(table, queue=queue)
-    return request_table.share_again(table, jnp.where(ran, own, ran.shape[0]))
+    return sharing.reassign_sources(table, jnp.where(ran, own, ran.shape[0]))
 
 
 def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
@@ -297,15 +309,14 @@ def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
         if given[name] != value
     }
     return (
-        "config: expected one whose request table has the saved shapes, and these "
-        f"fields (saved, given) differ: {differ}. max_model_len, max_num_requests, "
+        "config: expected the saved max_model_len, max_num_requests, "
         "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata and "
-        "algorithms have to stay"
+        f"algorithms, got other fields (saved, given): {differ}"
     )
 
 
 def _describe(config: EngineConfig) -> dict[str, Any]:
-    """The config as JSON; functions by their names."""
+    """Return the config as JSON values, functions by their names."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for name in _PARTS:
         if fields[name] is not None:
@@ -320,35 +331,39 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
 
 
 def _restore_config(saved: dict[str, Any]) -> EngineConfig:
-    fields = dict(saved["config"])
+    fields: dict[str, Any] = dict(saved["config"])
     if isinstance(fields["policy"], dict) or fields["algorithms"]:
         raise ValueError(
-            "config: expected the one that the state was saved with, for it holds "
-            f"functions: policy {fields['policy']}, algorithms {fields['algorithms']}"
+            "config: expected the config of the saved engine, because it has functions "
+            f"(policy {fields['policy']}, algorithms {fields['algorithms']}), got None"
         )
     for name, kind in _PARTS.items():
         if fields[name] is not None:
             fields[name] = kind(**fields[name])
     fields["policy_parameters"] = tuple(fields["policy_parameters"])
-    return EngineConfig(**fields | {"algorithms": ()})
+    fields["algorithms"] = ()
+    return EngineConfig(**fields)
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"folder: wanted one that snapshots.save wrote, {folder} has no config.json"
+            f"folder: expected a folder that snapshots.save wrote, got {folder}, which "
+            "has no config.json"
         )
     saved = json.loads(file.read_text())
-    if saved.get("format") != FORMAT:
+    if (number := saved.get("format")) != FORMAT:
         raise ValueError(
-            f"folder: wanted a snapshot of format {FORMAT}, got {saved.get('format')!r}"
+            f"folder: expected a snapshot of format {FORMAT}, got format {number!r}, "
+            "which another version of jpaged wrote; load it with that version, and run "
+            "its requests to their end there"
         )
     unknown = set(saved["config"]) ^ {f.name for f in dataclasses.fields(EngineConfig)}
     if unknown:
         raise ValueError(
-            "folder: wanted a snapshot of this version of jpaged; these fields of the "
-            f"config are only in one of the two: {sorted(unknown)}"
+            "folder: expected a snapshot of this version of jpaged, got one whose "
+            f"config differs in these fields: {sorted(unknown)}"
         )
     return saved
 

@@ -1,25 +1,28 @@
-"""Speculation: guesses of the next tokens, which one step of the model then judges.
+"""Speculation: drafts of the next tokens, which the model verifies in one step.
 
-Place on the road: scheduler -> [speculation] -> block manager, forward; and
-next tokens -> [speculation] -> request table.
+Pipeline: scheduler -> [speculation] -> block manager, forward; and
+sampling -> [speculation] -> request table.
 
-A row that decodes gets drafts behind its last known token: from its own text
-(`decoding.prompt_lookup`) or from a smaller model, which keeps its keys and values in
-pages of its own under the same block tables. The step computes logits for all of them,
-as for a prompt's chunk, and the sampler draws each position's token with that
-position's own key, as it would without drafts. While the drafts are what was drawn,
-they stand, and the token behind them is gained in the same step; the rest is rolled
-back by `block_manager.truncate`. So the tokens, greedy or sampled, are those of plain
-decoding, whatever the drafts are: only their number per step changes
-(docs/decisions/speculation.md).
+A decode row gets drafts behind its last known token: from its own text
+(`decoding.prompt_lookup`), or from a draft model, a smaller model that stores its keys
+and values in pages of its own under the same block tables. The step computes logits for
+all drafts, as for a prompt chunk, and the sampler samples the token of each position
+with the key of that position, as it would without drafts. A draft is accepted if it
+equals the sampled token and all drafts before it are accepted; the sampled token behind
+the last accepted draft is a gain too. `block_manager.truncate` rolls back the others.
+So the tokens, greedy or sampled, are those of decoding without drafts, whatever the
+drafts are; only the number of tokens per step changes (docs/decisions/speculation.md).
 
-Letters: S rows, N rows of logits, R places.
+Shape symbols: S batch rows, N rows of logits, R sequences of the request table, T
+tokens of the step, E hidden size, V vocabulary.
+
 Source: Leviathan et al. 2023. https://arxiv.org/abs/2211.17192
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +30,15 @@ from jax import lax
 
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
-from jpaged.config import EngineConfig
+from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.prompt_lookup import prompt_lookup
 from jpaged.engine import forward, request_table, sampling
-from jpaged.engine.forward import Batch
+from jpaged.engine.forward import StepBatch
 from jpaged.engine.request_table import NO_ALGORITHM, NewTokens, RequestTable
 from jpaged.engine.sampling import Entries
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
+from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.scheduler import NO_REQUEST, row_values
 
@@ -42,13 +46,13 @@ from jpaged.scheduler import NO_REQUEST, row_values
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftedModel:
-    """A model, and a smaller one of the same vocabulary that guesses its tokens."""
+    """A target model with a draft model: a smaller one of the same vocabulary."""
 
     target: Decoder
     draft: Decoder
 
     @property
-    def config(self):
+    def config(self) -> ModelConfig:
         """The target's config."""
         return self.target.config
 
@@ -60,20 +64,31 @@ def count_drafts(
     num_tokens: jax.Array,
     config: EngineConfig,
 ) -> tuple[RequestTable, jax.Array]:
-    """The table, and how many drafts each row gets in this step, i32[S].
+    """Decide how many drafts each row gets in this step.
 
-    Only rows that decode get any, as far as the step's budget of tokens, the free
-    blocks and the request's own limit reach: drafts never take anything from others.
-    Those of prompt lookup are in the table afterwards, behind the known tokens.
+    Only decode rows get drafts, within the step's token budget, the free blocks and the
+    request's token limit. Drafts never take tokens or blocks from another row.
+
+    Args:
+      table: the request table.
+      rows: i32[S], sequence index of each row.
+      blocks: the block state, before the step's tokens are appended.
+      num_tokens: i32[S], tokens of each row in the step.
+      config: the engine's config, with `speculation`.
+
+    Returns:
+      The table, with the drafts of prompt lookup behind the known tokens, and i32[S]:
+      drafts of each row.
     """
     params = config.speculation
+    assert params is not None
     known = row_values(table.queue.num_tokens, rows)
     decodes = (num_tokens == 1) & (blocks.context_lens + 1 == known)
     kinds = row_values(table.params.algorithms, rows, 0)
     decodes &= (kinds == NO_ALGORITHM) & ~row_values(table.params.is_prefix, rows, True)
-    # The token behind the last draft has to fit as well.
-    room = row_values(table.params.token_limits, rows) - known - 1
-    most = jnp.where(decodes, jnp.clip(room, 0, params.num_tokens), 0)
+    # The token behind the last draft must be within the limit as well.
+    left = row_values(table.params.token_limits, rows) - known - 1
+    most = jnp.where(decodes, jnp.clip(left, 0, params.num_tokens), 0)
     table, most = when(
         jnp.any(most > 0), lambda carry: _look_up(*carry, rows, params), (table, most)
     )
@@ -85,7 +100,10 @@ def count_drafts(
     return table, jnp.where(fits, most, 0)
 
 
-def _look_up(table, most, rows, params) -> tuple[RequestTable, jax.Array]:
+def _look_up(
+    table: RequestTable, most: jax.Array, rows: jax.Array, params: Speculation
+) -> tuple[RequestTable, jax.Array]:
+    """Write the drafts of prompt lookup into the table; count them, at most `most`."""
     if params.method != "prompt_lookup":
         return table, most
     seq_indices = jnp.where(rows == NO_REQUEST, 0, rows)
@@ -110,16 +128,29 @@ def draft(
     cache: KVCache,
     table: RequestTable,
     blocks: BlockState,
-    batch: Batch,
+    batch: StepBatch,
     hidden: jax.Array,
     logits: jax.Array,
     config: EngineConfig,
 ) -> tuple[RequestTable, KVCache, jax.Array, jax.Array]:
-    """The table with the small model's drafts, its cache, and the working memory.
+    """Write the draft model's drafts into the table.
 
-    First it computes what the step computes, so that it knows all that the target
-    knows; then a token at a time. It draws with the keys that the target will draw
-    with, so where the two agree, so do their samples.
+    The draft model first computes all tokens of the step, so that its pages have the
+    same tokens as the target's. Then it generates one token at a time. It samples with
+    the keys that the target will use: where the two models agree, their samples agree.
+
+    Args:
+      model: the draft model.
+      cache: its pages.
+      table: the request table.
+      blocks: with the step's tokens and drafts appended.
+      batch: the step's rows.
+      hidden: [T, E] of the draft model, working memory.
+      logits: f32[N, V], working memory.
+      config: the engine's config.
+
+    Returns:
+      The table, the cache, and both working memories.
     """
     states = table.automaton_states
     is_alone = table.params.algorithms[batch.seq_indices] == NO_ALGORITHM
@@ -131,16 +162,18 @@ def draft(
         has_logits=num_drafts > 0,
     )
 
-    def compute(cache, hidden, table, batch):
+    def compute(
+        cache: KVCache, hidden: jax.Array, table: RequestTable, batch: StepBatch
+    ) -> tuple[KVCache, jax.Array]:
         return forward.hidden_states(model, cache, table, blocks, batch, hidden, config)
 
     first = _packed(known, known.num_tokens > 0)
     cache, hidden = compute(cache, hidden, table, first)
-    # By place: the rows are packed anew for every draft.
+    # Per sequence, because the rows are packed again for every draft.
     limits = jnp.zeros(table.queue.status.shape, jnp.int32)
     limits = limits.at[batch.seq_indices].max(num_drafts)
 
-    def guess(number, carry):
+    def generate(number: jax.Array, carry: Any) -> Any:
         table, cache, hidden, logits, batch = carry
         entries = sampling.make_entries(table, batch, config)
         logits = sampling.next_logits(model, entries, hidden, logits, config)
@@ -157,7 +190,7 @@ def draft(
         return table, cache, hidden, logits, batch
 
     carry = (table, cache, hidden, logits, first)
-    carry = lax.fori_loop(0, jnp.max(num_drafts), guess, carry)
+    carry = lax.fori_loop(0, jnp.max(num_drafts), generate, carry)
     table, cache, hidden, logits, _ = carry
     return (
         dataclasses.replace(table, automaton_states=states),
@@ -167,19 +200,21 @@ def draft(
     )
 
 
-def _packed(batch: Batch, takes_part: jax.Array) -> Batch:
-    """The batch with the rows that take part in front."""
+def _packed(batch: StepBatch, takes_part: jax.Array) -> StepBatch:
+    """Move the rows that take part to the front."""
     order = forward.pack(takes_part)
     return jax.tree.map(lambda column: column[order], batch)
 
 
-def _write_drafts(table, new: NewTokens, entries: Entries) -> RequestTable:
-    """The table with drafts behind the known tokens, and automata in their states."""
+def _write_drafts(
+    table: RequestTable, new: NewTokens, entries: Entries
+) -> RequestTable:
+    """Write drafts behind the known tokens, and the automata's states after them."""
     seq_indices = new.seq_indices
     tokens = table.tokens.at[seq_indices, entries.positions].set(
         new.tokens, mode="drop"
     )
-    states = request_table.advance(
+    states = request_table.next_automaton_states(
         table, jnp.minimum(seq_indices, table.queue.status.shape[0] - 1), new.tokens
     )
     states = table.automaton_states.at[seq_indices].set(states, mode="drop")
@@ -189,28 +224,41 @@ def _write_drafts(table, new: NewTokens, entries: Entries) -> RequestTable:
 def accept(
     table: RequestTable, new: NewTokens, entries: Entries, step: jax.Array, most: int
 ) -> tuple[RequestTable, jax.Array, jax.Array]:
-    """The table with the tokens that stand, and what became of the drafts.
+    """Append the accepted tokens to their sequences.
 
-    A row's tokens stand up to the first that is not the draft at its position. Returns
-    also whether any sequence ended, bool[], and the number of tokens gained, i32[].
-    `most`: drafts of a row.
+    A row's tokens are accepted up to and including the first that differs from the
+    draft at its position.
+
+    Args:
+      table: the request table, with drafts behind the known tokens.
+      new: the sampled token of each entry.
+      entries: the rows of logits.
+      step: i32[], number of the step.
+      most: maximum number of drafts of a row.
+
+    Returns:
+      The table; bool[], whether any sequence has ended; and i32[], the number of
+      generated tokens.
     """
     table_size, _ = table.tokens.shape
     safe = jnp.minimum(new.seq_indices, table_size - 1)
     is_other = new.tokens != table.tokens[safe, entries.positions]
-    # Mismatches before each entry in its own row.
+    # Count mismatches before each entry; an entry is accepted if its row has none.
     is_other = is_other.astype(jnp.int32)
     before = jnp.cumsum(is_other) - is_other
     first = jnp.arange(before.shape[0], dtype=jnp.int32) - entries.offsets
-    stands = (new.seq_indices < table_size) & (before == before[first])
+    is_accepted = (new.seq_indices < table_size) & (before == before[first])
 
-    def extend(offset, carry):
+    def extend(
+        offset: jax.Array, carry: tuple[RequestTable, jax.Array, jax.Array]
+    ) -> tuple[RequestTable, jax.Array, jax.Array]:
         table, is_any, gained = carry
-        takes = stands & (entries.offsets == offset) & ~table.queue.has_ended[safe]
-        seq_indices = jnp.where(takes, new.seq_indices, table_size)
+        is_now = is_accepted & (entries.offsets == offset)
+        is_now &= ~table.queue.has_ended[safe]
+        seq_indices = jnp.where(is_now, new.seq_indices, table_size)
         mine = dataclasses.replace(new, seq_indices=seq_indices)
         table, ended = request_table.extend(table, mine, step)
-        gained += jnp.sum(takes & ~new.is_dead_end, dtype=jnp.int32)
+        gained += jnp.sum(is_now & ~new.is_dead_end, dtype=jnp.int32)
         return table, is_any | jnp.any(ended), gained
 
     carry = (table, jnp.bool_(False), jnp.int32(0))
@@ -220,9 +268,13 @@ def accept(
 def roll_back(
     table: RequestTable, rows: jax.Array, blocks: BlockState, num_drafts: jax.Array
 ) -> BlockState:
-    """The blocks without what was computed for drafts that did not stand.
+    """Remove the keys and values of rejected drafts from the blocks.
 
-    `num_drafts` i32[S] are those that the rows had.
+    Args:
+      table: the request table, with the accepted tokens.
+      rows: i32[S], sequence index of each row.
+      blocks: with the step's tokens and drafts appended.
+      num_drafts: i32[S], drafts of each row in the step.
     """
     known = row_values(table.queue.num_tokens, rows) - 1
     held = blocks.context_lens

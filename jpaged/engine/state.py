@@ -1,6 +1,6 @@
-"""Engine state: everything that a step reads and writes, and what it counts.
+"""Engine state: everything that a step reads and writes, and its counters.
 
-Place on the road: the parts of the road -> [engine_state] -> engine.
+Pipeline: parts of the state -> [state] -> engine.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from jpaged.attention import kv_cache
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY
 from jpaged.config import EngineConfig
-from jpaged.engine import algorithms, events, request_table
-from jpaged.engine import replicas as sharded
+from jpaged.engine import algorithms, events, replicas, request_table
 from jpaged.engine.algorithms import States
 from jpaged.engine.events import Timeline
 from jpaged.engine.request_table import RequestTable
@@ -43,31 +42,34 @@ Model = Decoder | DraftedModel
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Running totals of the engine, for metrics."""
+    """Running totals of the engine, for metrics.
+
+    A field's name gives its dtype: `is_*` is bool, `*_share` float32, any other int32.
+    """
 
     num_steps: jax.Array  # i32[]
     num_tokens: jax.Array  # i32[], tokens that the decoder computed
-    num_generated: jax.Array  # i32[], tokens that decoding gave
+    num_generated: jax.Array  # i32[], tokens that decoding generated
     num_prompt_tokens: jax.Array  # i32[], of requests that were admitted
-    num_cached_tokens: jax.Array  # i32[], of them those that were mapped from others
+    num_cached_tokens: jax.Array  # i32[], those of them that were mapped, not computed
     num_preemptions: jax.Array  # i32[]
-    num_swap_outs: jax.Array  # i32[], preemptions of sequences that kept their blocks
-    num_swapped_blocks: jax.Array  # i32[], copied to the host's memory
+    num_swap_outs: jax.Array  # i32[], preemptions that moved blocks to the host
+    num_swapped_blocks: jax.Array  # i32[], blocks copied to the host's memory
     num_block_copies: jax.Array  # i32[], copy-on-write
-    num_drafts: jax.Array  # i32[], tokens that speculation guessed
-    num_accepted: jax.Array  # i32[], guesses that stood
-    token_share: jax.Array  # f32[], sum over steps of tokens held / slots in use
-    saved_share: jax.Array  # f32[], sum over steps of blocks saved / blocks unshared
-    max_used_blocks: jax.Array  # i32[], most blocks in use after a step
-    is_stalled: jax.Array  # bool[], a step found work and could do none: a bug
+    num_drafts: jax.Array  # i32[], draft tokens of speculation
+    num_accepted: jax.Array  # i32[], draft tokens that were accepted
+    token_share: jax.Array  # f32[], sum over steps of tokens in blocks / used slots
+    saved_share: jax.Array  # f32[], sum over steps of saved / unshared blocks
+    max_used_blocks: jax.Array  # i32[], maximum of blocks in use after a step
+    is_stalled: jax.Array  # bool[], a step had work and could do none of it: a bug
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostPool:
-    """What preempted sequences keep in the host's memory."""
+    """Blocks of swapped sequences, in the host's memory."""
 
-    blocks: BlockState  # its rows are the places of the request table
+    blocks: BlockState  # its rows are sequence indices of the request table
     cache: KVCache | None  # None in a simulation
     draft_cache: KVCache | None
 
@@ -78,21 +80,19 @@ class EngineState:
     """Everything that a step reads and writes."""
 
     requests: RequestTable
-    states: States  # of decoding algorithms, see `groups`
-    rows: jax.Array  # i32[S], the sequence that each row runs, or NO_REQUEST
+    states: States  # states of decoding algorithms, see `algorithms`
+    rows: jax.Array  # i32[S], sequence index of each batch row, or NO_REQUEST
     blocks: BlockState
-    prefix_cache: PrefixCache | None  # of blocks that may be wanted again
+    prefix_cache: PrefixCache | None  # blocks that later requests may map
     cache: KVCache | None  # None in a simulation: lengths and tables decide a step
-    draft_cache: KVCache | None  # of the small model that guesses, if there is one
-    host: HostPool | None  # where the config swaps
+    draft_cache: KVCache | None  # pages of the draft model, if there is one
+    host: HostPool | None  # None unless the config swaps
     counters: Counters
     timeline: Timeline
-    scheduler_params: (
-        SchedulerParams  # of the scheduler; set them and not the config to sweep
-    )
+    scheduler_params: SchedulerParams  # to sweep over, set these and not the config
     config: EngineConfig = dataclasses.field(metadata={"static": True})
-    # The devices that share it, of `make_mesh`; None is one device, whichever. Where
-    # its `data` is more than one, replicas are the first axis of all but the pages.
+    # The mesh of `make_mesh`; None is one device, whichever it is. If its `data` axis
+    # is larger than 1, replicas are the first axis of every array but the pages.
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -103,56 +103,45 @@ def init(
     kv_dtype: str | None = None,
     mesh: Mesh | None = None,
 ) -> EngineState:
-    """An engine with nothing to do.
+    """Create an engine without requests.
 
     Args:
-      model: gives the cache's shape; None: no pages, for a simulation (`simulator`).
-      config: sizes and policy.
-      kv_dtype: of the pages, a float's name, "int8" or "fp8"; None takes the model's.
-      mesh: of `jpaged.make_mesh`, on which the model lies: pages are split over its
-        devices, and `step` and `run` run on all of them. With `data` of more than one,
-        each replica has what the config says: replicas are the first axis of every
-        array but the pages, where their blocks lie side by side.
+      model: determines the shape of the pages. None: no pages, for a simulation
+        (`jpaged.simulator`).
+      config: sizes and policies.
+      kv_dtype: dtype of the pages: the name of a float dtype, "int8" or "fp8". None
+        uses the model's dtype.
+      mesh: the mesh of `jpaged.make_mesh` on which the model is placed. The pages are
+        split over its devices, and `step` and `run` use all of them. If its `data` axis
+        is larger than 1, each replica has the sizes of the config: replicas are the
+        first axis of every array but the pages, which hold the blocks of all replicas
+        side by side.
 
     Raises:
       ValueError: the config's speculation needs a draft model and there is none, or
-        the other way round; or the two have different vocabularies.
+        the other way round, or the two models have different vocabularies.
     """
     _check_draft(model, config)
-    make = functools.partial(_make, model, config, kv_dtype, mesh)
-    return sharded.made(make, mesh)
+    make = functools.partial(_make_state, model, config, kv_dtype, mesh)
+    return replicas.init_on_mesh(make, mesh)
 
 
-def _make(
+def _make_state(
     model: Model | None, config: EngineConfig, kv_dtype: str | None, mesh: Mesh | None
 ) -> EngineState:
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    replicas = parallel.num_replicas(mesh)
-
-    def cache(sizes: ModelConfig | None, is_host: bool = False) -> KVCache | None:
-        if sizes is None:
-            return None
-        return kv_cache.init_kv_cache(
-            num_layers=sizes.num_layers,
-            num_blocks=replicas
-            * (config.num_swap_blocks if is_host else config.num_blocks),
-            memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
-            num_kv_heads=parallel.stored_kv_heads(sizes.num_kv_heads, tensor),
-            block_size=config.block_size,
-            head_dim=sizes.head_dim,
-            implementation=config.attention,
-            dtype=sizes.dtype if kv_dtype is None else kv_dtype,
-        )
-
+    make_cache = functools.partial(_make_cache, config, kv_dtype, mesh)
     sizes = None if model is None else model.config
     draft_sizes = model.draft.config if isinstance(model, DraftedModel) else None
     host = None
     if config.swaps:
         host = HostPool(
             blocks=init_host_blocks(config),
-            cache=cache(sizes, is_host=True),
-            draft_cache=cache(draft_sizes, is_host=True),
+            cache=make_cache(sizes, is_host=True),
+            draft_cache=make_cache(draft_sizes, is_host=True),
         )
+    known_blocks = None
+    if config.enable_prefix_caching:
+        known_blocks = prefix_cache.init_cache(config.num_blocks, config.block_size)
     return EngineState(
         requests=request_table.init_table(config),
         states=algorithms.init_states(config),
@@ -163,26 +152,44 @@ def _make(
             max_seqs=config.num_rows,
             max_blocks_per_seq=config.max_blocks_per_seq,
         ),
-        prefix_cache=(
-            prefix_cache.init_prefix_cache(config.num_blocks, config.block_size)
-            if config.enable_prefix_caching
-            else None
-        ),
-        cache=cache(sizes),
-        draft_cache=cache(draft_sizes),
+        prefix_cache=known_blocks,
+        cache=make_cache(sizes),
+        draft_cache=make_cache(draft_sizes),
         host=host,
-        counters=Counters(
-            **{name: jnp.zeros((), kind) for name, kind in _COUNTER_TYPES.items()}
-        ),
-        timeline=events.init(config),
+        counters=_init_counters(),
+        timeline=events.init_timeline(config),
         scheduler_params=config.scheduler_params,
         config=config,
         mesh=mesh,
     )
 
 
+def _make_cache(
+    config: EngineConfig,
+    kv_dtype: str | None,
+    mesh: Mesh | None,
+    sizes: ModelConfig | None,
+    is_host: bool = False,
+) -> KVCache | None:
+    """Create the pages of all replicas for a model of `sizes`; None without a model."""
+    if sizes is None:
+        return None
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    num_blocks = config.num_swap_blocks if is_host else config.num_blocks
+    return kv_cache.init_cache(
+        num_layers=sizes.num_layers,
+        num_blocks=parallel.num_replicas(mesh) * num_blocks,
+        memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
+        num_kv_heads=parallel.stored_kv_heads(sizes.num_kv_heads, tensor),
+        block_size=config.block_size,
+        head_dim=sizes.head_dim,
+        implementation=config.attention,
+        dtype=sizes.dtype if kv_dtype is None else kv_dtype,
+    )
+
+
 def init_host_blocks(config: EngineConfig) -> BlockState:
-    """The host's blocks, all free; of a config that swaps."""
+    """Create the host pool's block state with all blocks free."""
     return block_manager.init_state(
         num_blocks=config.num_swap_blocks,
         block_size=config.block_size,
@@ -195,41 +202,37 @@ def _check_draft(model: Model | None, config: EngineConfig) -> None:
     method = None if config.speculation is None else config.speculation.method
     if isinstance(model, DraftedModel) != (method == "model"):
         raise ValueError(
-            "speculation: method 'model' and a DraftedModel go together; got method "
-            f"{method!r} and {type(model).__name__}"
+            "speculation: expected method 'model' together with a DraftedModel, got "
+            f"method {method!r} and {type(model).__name__}"
         )
     if isinstance(model, DraftedModel):
-        sizes = (model.draft.config.vocab_size, model.config.vocab_size)
-        if sizes[0] != sizes[1]:
+        draft, target = model.draft.config.vocab_size, model.config.vocab_size
+        if draft != target:
             raise ValueError(
-                f"draft: expected the target's vocabulary of {sizes[1]} tokens, got "
-                f"{sizes[0]}; take a smaller model of the same family"
+                f"draft: expected the target's vocabulary of {target} tokens, got "
+                f"{draft}; use a smaller model of the same family"
             )
 
 
-_COUNTER_TYPES = dict(
-    num_steps="int32",
-    num_tokens="int32",
-    num_generated="int32",
-    num_prompt_tokens="int32",
-    num_cached_tokens="int32",
-    num_preemptions="int32",
-    num_swap_outs="int32",
-    num_swapped_blocks="int32",
-    num_block_copies="int32",
-    num_drafts="int32",
-    num_accepted="int32",
-    token_share="float32",
-    saved_share="float32",
-    max_used_blocks="int32",
-    is_stalled="bool",
-)
+def _init_counters() -> Counters:
+    def dtype(name: str) -> str:
+        if name.startswith("is_"):
+            return "bool"
+        return "float32" if name.endswith("_share") else "int32"
+
+    names = [field.name for field in dataclasses.fields(Counters)]
+    return Counters(**{name: jnp.zeros((), dtype(name)) for name in names})
 
 
 def admitted_tokens(before: Queue, after: Queue) -> dict[str, jax.Array]:
-    """What a step adds to `num_prompt_tokens` and `num_cached_tokens`.
+    """Compute what a step adds to `num_prompt_tokens` and `num_cached_tokens`.
 
-    Requests count when they are admitted for the first time; pinned prefixes do not.
+    A request counts when it is admitted for the first time. Pinned prefixes do not
+    count.
+
+    Args:
+      before: the queue before the step.
+      after: the queue after the step.
     """
     seq_index = jnp.arange(before.status.shape[0], dtype=jnp.int32)
     is_first = (before.status == WAITING) & (after.status != WAITING)
@@ -244,13 +247,13 @@ def admitted_tokens(before: Queue, after: Queue) -> dict[str, jax.Array]:
 def count(
     counters: Counters, blocks: BlockState, is_stalled: jax.Array, **gained: jax.Array
 ) -> Counters:
-    """The counters after a step.
+    """Update the counters after a step.
 
     Args:
-      counters: before it.
-      blocks: with the step's tokens.
-      is_stalled: bool[], the step found nothing that it could do.
-      gained: i32[] of the counters `num_*` by name, what the step added.
+      counters: the counters before the step.
+      blocks: with the step's tokens appended.
+      is_stalled: bool[], the step could do nothing.
+      **gained: i32[], what the step adds to the counters `num_*`, by name.
     """
     used, held, saved = events.occupancy(blocks)
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)

@@ -1,8 +1,7 @@
-"""Submission: requests on their way into the table, and results on their way out.
+"""Submission: requests as arrays for the request table.
 
-Place on the road: params -> [submission] -> request table -> [submission] -> results.
-Host code: what users ask for becomes arrays here, and is checked before anything
-changes.
+Pipeline: params -> [submission] -> request table. Host code: parameters become
+arrays here, after `limits` has checked them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from jpaged import scheduler
 from jpaged.config import EngineConfig
 from jpaged.decoding import constraints, rule_arrays
+from jpaged.decoding.automaton import TokenAutomaton
 from jpaged.decoding.beam import beam_state
 from jpaged.decoding.constraints import Automata
 from jpaged.decoding.rule_arrays import LogitsRules
@@ -25,9 +25,9 @@ from jpaged.decoding.sample import SamplingRows
 from jpaged.engine import algorithms
 from jpaged.engine.limits import (
     Params,
-    Shape,
+    RequestShape,
     keeps_prompt_logprobs,
-    shape,
+    request_shape,
     stop_ids,
     token_limit,
 )
@@ -40,73 +40,58 @@ from jpaged.engine.request_table import (
 )
 from jpaged.params import BeamSearchParams, SamplingParams
 
-FINISH_REASONS = (None, "stop", "length", "abort", "dead_end")
-
-
-class Result(NamedTuple):
-    """A finished sequence as the engine holds it."""
-
-    seq_index: int
-    arrival: int  # the request's number, in order of submission
-    sample: int  # which of the request's outputs; of beams the best is 0
-    prompt_token_ids: list[int]
-    token_ids: list[int]  # with the token that ended it
-    logprobs: np.ndarray  # f32[generated]
-    ranks: np.ndarray  # i32[generated], or empty
-    top_ids: np.ndarray  # i32[generated, num_logprobs]
-    top_logprobs: np.ndarray  # f32[generated, num_logprobs]
-    # f32[prompt], the first is 0; only sample 0 of a request that asked has them
-    prompt_logprobs: np.ndarray | None
-    finish_reason: str | None
-    first_step: int
-    last_step: int
-    num_preemptions: int
-
 
 class LoadAutomaton(NamedTuple):
-    """An automaton that has to be in the table's pool."""
+    """An automaton to write into the table's pool."""
 
-    index: int
-    pool: Automata  # of this one
+    at: int  # index in the pool
+    pool: Automata  # a pool of this automaton only
     digest: np.ndarray  # u32[4]
 
 
 def place_automata(
     table: RequestTable, config: EngineConfig, params: Sequence[Params]
 ) -> tuple[list[int], list[LoadAutomaton]]:
-    """Of each request its index in the pool, and what must be loaded there first.
+    """Assign the requests' automata to entries of the table's pool.
+
+    Returns:
+      For each request its automaton's index in the pool, and the automata that must be
+      loaded into the pool first.
 
     Raises:
-      ValueError: more automata at once than the pool has room for.
+      ValueError: there are more different automata than entries of the pool.
     """
-    wanted = [param.structured_outputs for param in params]
-    if all(automaton is None for automaton in wanted):
+    given = [param.structured_outputs for param in params]
+    if all(automaton is None for automaton in given):
         return [constraints.UNCONSTRAINED] * len(params), []
+    # `limits.check_request` refuses constraints that are not compiled.
+    automata = cast(list[TokenAutomaton | None], given)
     status, index = jax.device_get((table.queue.status, table.params.automata))
     in_use = set(index[status != scheduler.EMPTY].tolist())
     known = {digest.tobytes(): i for i, digest in enumerate(np.asarray(table.digests))}
-    digests = [automaton and automaton.digest.tobytes() for automaton in wanted]
+    digests = [one and one.digest.tobytes() for one in automata]
     in_use |= {known[digest] for digest in digests if digest in known}
-    open_ = [i for i in range(config.automata.num_automata) if i not in in_use]
-    sizes = dataclasses.replace(config.automata, num_automata=1)
+    size = config.automata.num_automata
+    free = [i for i in range(size) if i not in in_use]
+    one_automaton = dataclasses.replace(config.automata, num_automata=1)
     loads = []
-    for automaton, digest in zip(wanted, digests, strict=True):
-        if automaton is None or digest in known:
+    for automaton, digest in zip(automata, digests, strict=True):
+        if automaton is None or digest is None or digest in known:
             continue
-        if not open_:
+        if not free:
             raise ValueError(
-                "structured_outputs: expected at most num_automata "
-                f"({config.automata.num_automata}) of the config different ones at the "
-                "same time; run, collect and release first, or raise it"
+                f"structured_outputs: expected at most num_automata ({size}) of the "
+                "config different automata at the same time, got more; run, collect "
+                "and release first, or raise num_automata"
             )
-        known[digest] = open_.pop(0)
-        one = constraints.pool([automaton], sizes)
-        loads.append(LoadAutomaton(known[digest], one, automaton.digest))
+        known[digest] = free.pop(0)
+        pool = constraints.pool([automaton], one_automaton)
+        loads.append(LoadAutomaton(known[digest], pool, automaton.digest))
     none = constraints.UNCONSTRAINED
     return [none if d is None else known[d] for d in digests], loads
 
 
-def encode(
+def encode_requests(
     table: RequestTable,
     config: EngineConfig,
     prompts: Sequence[Sequence[int]],
@@ -118,22 +103,33 @@ def encode(
     vocab_size: int | None,
     eos_token_ids: Sequence[int],
 ) -> tuple[Submission | None, list[list[int]]]:
-    """Checked requests as arrays, and the places that their sequences get.
+    """Encode checked requests as arrays, and choose sequence indices for them.
 
-    `arrivals`: of each request its number; `automata`: its index in the table's pool.
+    Args:
+      table: the request table.
+      config: the engine's config.
+      prompts: token ids of each request.
+      params: parameters of each request.
+      automata: index of each request's automaton in the table's pool.
+      seed: seed of requests without one, see `host.submit`.
+      arrivals: number of each request.
+      vocab_size: the model's vocabulary size. Algorithms that retain sequences need it.
+      eos_token_ids: the model's EOS tokens.
+
+    Returns:
+      The arrays, None if there are no requests; and the indices of each request's
+      sequences.
 
     Raises:
-      ValueError: more sequences than empty places.
+      ValueError: there are more sequences than free sequence indices.
     """
-    queue = table.queue
-    status = np.asarray(queue.status)
-    empty = np.flatnonzero(status == scheduler.EMPTY).tolist()
-    shapes = [shape(param, config, vocab_size) for param in params]
-    wanted = sum(len(one.numbers) for one in shapes)
-    if wanted > len(empty):
+    empty = _empty_indices(table)
+    shapes = [request_shape(param, config, vocab_size) for param in params]
+    needed = sum(len(one.numbers) for one in shapes)
+    if needed > len(empty):
         raise ValueError(
-            f"prompts: expected at most {len(empty)} sequences, the empty places of "
-            f"the request table, got {wanted}; run, collect and release first, or "
+            f"prompts: expected at most {len(empty)} sequences, the free indices of "
+            f"the request table, got {needed}; run, collect and release first, or "
             "raise max_num_requests"
         )
     prefixes = _prefixes(table)
@@ -143,7 +139,7 @@ def encode(
     ):
         mine, empty = empty[: len(one.numbers)], empty[len(one.numbers) :]
         seq_indices.append(mine)
-        # A prompt that is rated is computed whole.
+        # All tokens of a prompt with log-probabilities are computed.
         known = [] if keeps_prompt_logprobs(param) else prefixes
         source, shared = _source(prompt, known, mine[0])
         request = _Request(
@@ -165,16 +161,14 @@ def encode(
 def encode_prefix(
     table: RequestTable, config: EngineConfig, tokens: Sequence[int]
 ) -> tuple[Submission, int]:
-    """A checked prefix to be computed and pinned, as arrays, and its place."""
-    status = np.asarray(table.queue.status)
-    seq_index = int(np.flatnonzero(status == scheduler.EMPTY)[0])
-    arrival = next_arrival(table)
+    """Encode a checked prefix as arrays, and choose a sequence index for it."""
+    seq_index = _empty_indices(table)[0]
     request = _Request(
         prompt=list(tokens),
         params=SamplingParams(temperature=0.0),
-        shape=Shape(NO_ALGORITHM, 1, [0]),
+        shape=RequestShape(NO_ALGORITHM, 1, [0]),
         seq_indices=[seq_index],
-        arrival=arrival,
+        arrival=next_arrival(table),
         seed=0,
         stop_ids=[],
         source=seq_index,
@@ -182,7 +176,7 @@ def encode_prefix(
         automaton=constraints.UNCONSTRAINED,
     )
     entry = _entry(config, request, 0)
-    # Before all others, so that those that map it never wait for one behind them.
+    # Before all others, so that no sequence waits for a source that comes after it.
     entry.queue["priorities"] = np.int32(scheduler.BEFORE_ALL)
     mark = {"is_prefix": np.bool_(True), "outputs": np.int32(NO_OUTPUT)}
     entry = entry._replace(params=entry.params | mark)
@@ -190,26 +184,34 @@ def encode_prefix(
 
 
 def next_arrival(table: RequestTable) -> int:
-    """The number behind all that are in the table, or in those of all replicas."""
+    """Return the number after the largest one in the table, or in all replicas'."""
     status, arrivals = jax.device_get((table.queue.status, table.queue.arrivals))
     return int(arrivals.max(initial=-1, where=status != scheduler.EMPTY)) + 1
 
 
+def _empty_indices(table: RequestTable) -> list[int]:
+    """The free sequence indices, ascending."""
+    status = np.asarray(table.queue.status)
+    return np.flatnonzero(status == scheduler.EMPTY).tolist()
+
+
 class _Request(NamedTuple):
+    """A request, with what all its sequences have in common."""
+
     prompt: Sequence[int]
     params: Params
-    shape: Shape
+    shape: RequestShape
     seq_indices: list[int]
     arrival: int
     seed: int
     stop_ids: list[int]
-    source: int
-    shared: int
+    source: int  # the sequence whose blocks the leader maps; its own index: none
+    shared: int  # tokens of the source that it maps
     automaton: int
 
 
 class _Entry(NamedTuple):
-    """One sequence as numpy scalars and rows; fields as in `Submission`."""
+    """One sequence as numpy scalars and rows, with the fields of `Submission`."""
 
     seq_index: np.int32
     queue: dict[str, Any]
@@ -219,7 +221,7 @@ class _Entry(NamedTuple):
 
 
 def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
-    """The request's sequence number `index`."""
+    """Encode sequence number `index` of the request."""
     params, one, seq_indices = request.params, request.shape, request.seq_indices
     length = len(request.prompt)
     tokens = np.zeros((config.max_model_len,), np.int32)
@@ -227,15 +229,11 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
     ends = np.full((config.max_num_stop_ids,), -1, np.int32)
     ends[: len(request.stop_ids)] = request.stop_ids
     is_row, is_leader = index < one.num_rows, index == 0
-    # The others map the leader's prompt, up to the token whose logits come next.
-    source, shared = (
-        (request.source, request.shared)
-        if is_leader
-        else (
-            seq_indices[0],
-            length - 1,
-        )
-    )
+    # The other sequences map the leader's prompt without its last token, which they
+    # compute for its logits.
+    source, shared = seq_indices[0], length - 1
+    if is_leader:
+        source, shared = request.source, request.shared
     if shared <= 0 or not is_row:
         source, shared = seq_indices[index], 0
     is_grouped = one.kind != NO_ALGORITHM
@@ -259,7 +257,7 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             token_limits=np.int32(limit),
             stop_ids=ends,
             algorithms=np.int32(one.kind),
-            outputs=np.int32(index - (one.num_rows if one.num_held else 0)),
+            outputs=np.int32(index - (one.num_rows if one.num_retained else 0)),
             is_prefix=np.bool_(False),
             keeps_prompt_logprobs=np.bool_(is_leader and keeps_prompt_logprobs(params)),
             sampling=_sampling(params, _own_seed(request), one.numbers[index]),
@@ -271,6 +269,7 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
 
 
 def _own_seed(request: _Request) -> int:
+    """The request's seed, or one derived from the run's seed and the arrival."""
     own = getattr(request.params, "seed", None)
     if own is not None:
         return own
@@ -280,7 +279,7 @@ def _own_seed(request: _Request) -> int:
 
 def _sampling(params: Params, seed: int, number: int) -> SamplingRows:
     is_sampled = isinstance(params, SamplingParams)
-    return SamplingRows(
+    values: dict[str, Any] = dict(
         temperature=np.float32(params.temperature if is_sampled else 0.0),
         top_k=np.int32(max(params.top_k, 0) if is_sampled else 0),
         top_p=np.float32(params.top_p if is_sampled else 1.0),
@@ -288,20 +287,21 @@ def _sampling(params: Params, seed: int, number: int) -> SamplingRows:
         seed=np.uint32(seed),
         sample=np.int32(number),
     )
+    return SamplingRows(**values)
 
 
 def _rules(config: EngineConfig, params: Params) -> LogitsRules | None:
     if config.rules is None:
         return None
-    if not isinstance(params, SamplingParams):
-        params = SamplingParams()
-    return rule_arrays.encode(params, config.rules, params.bad_words)
+    # `limits.check_request` refuses bad words that are not token ids.
+    mine: Any = params if isinstance(params, SamplingParams) else SamplingParams()
+    return rule_arrays.encode(mine, config.rules, mine.bad_words)
 
 
 def _states(
     config: EngineConfig, request: _Request, is_leader: bool, max_tokens: int
 ) -> tuple[Any, ...]:
-    """Of each algorithm the state at the request's begin; another's is anything."""
+    """Initial states of all algorithms; only that of the request's own is used."""
     found = list(_initial_states(config))
     params, kind = request.params, request.shape.kind
     if is_leader and isinstance(params, BeamSearchParams):
@@ -324,15 +324,15 @@ def _states(
 def _initial_states(config: EngineConfig) -> tuple[Any, ...]:
     return tuple(
         jax.tree.map(np.asarray, algorithm.init(num_rows))
-        for algorithm, num_rows in algorithms.kinds(config)
+        for algorithm, num_rows in algorithms.config_algorithms(config)
     )
 
 
 def _stack(entries: list[_Entry], config: EngineConfig) -> Submission:
-    """Entries side by side, padded to a power of two so that few shapes compile."""
+    """Stack the entries, padded to a power of two so that few shapes are compiled."""
     size = 1 << (len(entries) - 1).bit_length()
-    nobody = entries[0]._replace(seq_index=np.int32(config.max_num_requests))
-    entries = entries + [nobody] * (size - len(entries))
+    padding = entries[0]._replace(seq_index=np.int32(config.max_num_requests))
+    entries = entries + [padding] * (size - len(entries))
     all_ = jax.tree.map(lambda *leaves: np.stack(leaves), *entries)
     return Submission(
         seq_indices=all_.seq_index,
@@ -344,7 +344,7 @@ def _stack(entries: list[_Entry], config: EngineConfig) -> Submission:
 
 
 def _prefixes(table: RequestTable) -> list[tuple[int, np.ndarray]]:
-    """Place and tokens of each pinned prefix, the longest first."""
+    """Sequence index and tokens of each pinned prefix, the longest first."""
     is_prefix = np.array(table.params.is_prefix)
     is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
     seq_indices = np.flatnonzero(is_prefix)
@@ -359,7 +359,10 @@ def _prefixes(table: RequestTable) -> list[tuple[int, np.ndarray]]:
 def _source(
     prompt: Sequence[int], prefixes: list[tuple[int, np.ndarray]], own: int
 ) -> tuple[int, int]:
-    """The pinned prefix that shares most tokens with the prompt, and how many."""
+    """The pinned prefix with the longest common prefix, and the length of that.
+
+    `own` is the request's own index, returned if no token is shared.
+    """
     best = (own, 0)
     for seq_index, prefix in prefixes:
         most = min(len(prompt) - 1, len(prefix))
@@ -368,46 +371,3 @@ def _source(
         if common > best[1]:
             best = (seq_index, common)
     return best
-
-
-def results(table: RequestTable) -> list[Result]:
-    """The finished outputs, by arrival and number. Changes nothing."""
-    queue, params = jax.device_get((table.queue, table.params))
-    numbers = params.outputs
-    is_output = (queue.status == scheduler.FINISHED) & (numbers > NO_OUTPUT)
-    order = sorted(
-        np.flatnonzero(is_output), key=lambda p: (queue.arrivals[p], numbers[p])
-    )
-    host = jax.device_get(
-        (table.tokens, table.logprobs, table.ranks, table.top_ids, table.top_logprobs)
-    )
-    rest = jax.device_get((table.finish_reasons, table.first_steps, table.last_steps))
-    found: list[Result] = []
-    for seq_index in map(int, order):
-        start, end = int(queue.prompt_lens[seq_index]), int(queue.num_tokens[seq_index])
-        tokens, *columns = host
-        reason, first_step, last_step = (int(column[seq_index]) for column in rest)
-        is_alone = params.algorithms[seq_index] == NO_ALGORITHM
-        found.append(
-            Result(
-                seq_index,
-                int(queue.arrivals[seq_index]),
-                int(numbers[seq_index]),
-                tokens[seq_index, :start].tolist(),
-                tokens[seq_index, start:end].tolist(),
-                *(column[seq_index, start:end] for column in columns),
-                columns[0][seq_index, :start]
-                if params.keeps_prompt_logprobs[seq_index]
-                else None,
-                FINISH_REASONS[reason],
-                first_step,
-                last_step,
-                # Of an algorithm's sequences only the rows are preempted, all alike.
-                int(
-                    queue.num_preemptions[
-                        seq_index if is_alone else queue.leaders[seq_index]
-                    ]
-                ),
-            )
-        )
-    return found

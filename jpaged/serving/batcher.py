@@ -22,9 +22,8 @@ import numpy as np
 
 from jpaged import scheduler
 from jpaged.config import EngineConfig
-from jpaged.engine import limits, request_table
+from jpaged.engine import FINISH_REASONS, limits, request_table
 from jpaged.engine.limits import Params
-from jpaged.engine.submission import FINISH_REASONS
 from jpaged.params import SamplingParams
 from jpaged.serving import routing
 from jpaged.serving.engine_host import EngineHost

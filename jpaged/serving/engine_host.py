@@ -24,10 +24,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jpaged import parallel
+from jpaged import engine, parallel
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.engine import (
+    DraftedModel,
+    EngineState,
     algorithms,
     limits,
     replicas,
@@ -35,12 +37,8 @@ from jpaged.engine import (
     submission,
 )
 from jpaged.engine import (
-    api as engine,
-)
-from jpaged.engine import (
     state as engine_state,
 )
-from jpaged.engine.api import DraftedModel, EngineState
 from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
 from jpaged.parallel import distributed
@@ -261,7 +259,7 @@ class EngineHost:
                 blocks,
             )
 
-        table, states, blocks = replicas.made(make, self._mesh)
+        table, states, blocks = replicas.init_on_mesh(make, self._mesh)
         if host is not None:
             host = dataclasses.replace(host, blocks=blocks)
         self._state = dataclasses.replace(
@@ -332,7 +330,7 @@ class EngineHost:
             )
             self.empty_places[replica] -= sum(map(len, new))
             for request, seq_indices in zip(group, new, strict=True):
-                shape = limits.shape(request.params, self.config, vocab_size)
+                shape = limits.request_shape(request.params, self.config, vocab_size)
                 placed[replica].append((seq_indices, shape.outputs(seq_indices)))
         return placed
 

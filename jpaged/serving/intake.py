@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jpaged import engine
 from jpaged.config import EngineConfig
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.engine import algorithms as groups
-from jpaged.engine import api as engine
 from jpaged.engine import limits
 from jpaged.engine.limits import Params
 from jpaged.models.config import ModelConfig

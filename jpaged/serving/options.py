@@ -146,7 +146,7 @@ def load(
             )
         decoder, name = model, config.architecture
         if mesh is not None:
-            decoder = replicas.spread(model, mesh)
+            decoder = replicas.shard_model(model, mesh)
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         if sources.is_random(name):

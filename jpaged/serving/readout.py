@@ -20,10 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import parallel
-from jpaged.engine import api as engine
-from jpaged.engine import events, replicas
-from jpaged.engine.api import EngineState
+from jpaged import engine, parallel
+from jpaged.engine import EngineState, events, replicas
 from jpaged.kv import block_manager, prefix_cache
 
 READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
@@ -179,7 +177,7 @@ def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         integers = [counter.astype(jnp.int32) for counter in others]
         return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
 
-    return replicas.read(summary, state)
+    return replicas.read_each(summary, state)
 
 
 @jax.jit
@@ -190,7 +188,7 @@ def _recorded(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         ordered = events.in_order(state.timeline, state.counters.num_steps)
         return state.timeline.num_events, *ordered
 
-    return replicas.read(recorded, state)
+    return replicas.read_each(recorded, state)
 
 
 @jax.jit
@@ -203,7 +201,7 @@ def _known_blocks(state: EngineState) -> tuple[jax.Array, jax.Array]:
             num_cached = jnp.sum(prefix_cache.is_cached(cache), dtype=jnp.int32)
         return block_manager.num_free_blocks(state.blocks), num_cached
 
-    return replicas.read(known, state)
+    return replicas.read_each(known, state)
 
 
 @jax.jit
@@ -213,7 +211,8 @@ def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.
     def match(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.Array:
         return prefix_cache.match(state.prefix_cache, tokens, most)[1]
 
-    return replicas.read(match, state, *replicas.stacked((tokens, most), state.mesh))
+    parts = replicas.broadcast_to_replicas((tokens, most), state.mesh)
+    return replicas.read_each(match, state, *parts)
 
 
 @jax.jit
@@ -241,4 +240,4 @@ def _windows(
             window(table.top_logprobs),
         )
 
-    return replicas.read(read, state, seq_indices, starts)
+    return replicas.read_each(read, state, seq_indices, starts)

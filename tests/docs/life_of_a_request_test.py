@@ -1,7 +1,8 @@
-"""docs/road.md: its tables are what the engine does.
+"""The tables of docs/life_of_a_request.md equal what the engine does.
 
-The engine's own step runs, with a table of letters in place of decoder and sampler.
-`python -m tests.docs.life_of_a_request_test` prints the tables as the page has them.
+The engine's own step runs, with a table of letters in place of the decoder and the
+sampler. `python -m tests.docs.life_of_a_request_test` prints the tables in the form of
+the page.
 """
 
 import dataclasses
@@ -14,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import engine
+from jpaged import engine, scheduler
 from jpaged.config import EngineConfig
-from jpaged.engine import forward, iteration, sampling
+from jpaged.engine import bookkeeping, forward, iteration, request_table, sampling
+from jpaged.engine import state as engine_state
 from jpaged.engine.request_table import NewTokens
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.params import SamplingParams
 from jpaged.scheduler import NO_REQUEST, WAITING
 
-PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "road.md"
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "life_of_a_request.md"
 
-# Name, prompt, and what each sample will be given: a letter is a token.
+# Name, prompt, and the generated text of each sample: a letter is a token.
 REQUESTS = (
     ("A", "Four_score_", ["and_s"]),
     ("B", "To_", ["be_or_"]),
@@ -51,12 +53,12 @@ HEADS = (
 )
 
 
-# All that `engine.init` asks of a model.
+# The fields of a model's config that `engine.init` reads.
 SHAPE = types.SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=1, dtype="int8")
 
 
 def start() -> engine.EngineState:
-    """The engine with the four requests waiting."""
+    """Submit the four requests to a new engine."""
     state = engine.init(types.SimpleNamespace(config=SHAPE), CONFIG)
     prompts = [list(map(ord, prompt)) for _, prompt, _ in REQUESTS]
     params = [
@@ -71,10 +73,10 @@ def start() -> engine.EngineState:
 
 
 class Recorder:
-    """Stands in for decoder and sampler: keeps a step's inputs, and gives letters."""
+    """Replaces decoder and sampler: records a step's inputs, and returns letters."""
 
     def hidden_states(self, model, cache, table, blocks, batch, hidden, config):
-        """What `forward.hidden_states` computes with, at the step's exact size."""
+        """Record the inputs of `forward.hidden_states`, at the step's exact size."""
         num_rows = int((batch.num_tokens > 0).sum())
         num_tokens = int(batch.num_tokens.sum())
         self.table, self.blocks = table, blocks
@@ -87,7 +89,7 @@ class Recorder:
         return cache, hidden
 
     def sample_tokens(self, table, entries, logits, config):
-        """The next letter for each row whose known tokens are all computed."""
+        """Return the next letter of each row whose known tokens are all computed."""
         seq_indices = np.asarray(entries.seq_indices)
         letters = [
             ord(SAMPLES[seq_index][1][int(table.queue.num_tokens[seq_index])])
@@ -98,7 +100,7 @@ class Recorder:
         row_of = {
             int(seq_index): row for row, seq_index in enumerate(self.scheduled_rows)
         }
-        self.given = {
+        self.letters = {
             row_of[int(seq_index)]: chr(letter)
             for seq_index, letter in zip(seq_indices, letters, strict=True)
             if letter
@@ -108,7 +110,7 @@ class Recorder:
 
 
 def span(numbers) -> str:
-    """4 5 6 7 -> "4-7"; runs apart are listed: "4-7 0-2"."""
+    """Format numbers: 4 5 6 7 0 1 2 -> "4-7 0-2"."""
     runs = []
     for number in map(int, numbers):
         if runs and number == runs[-1][1] + 1:
@@ -119,14 +121,14 @@ def span(numbers) -> str:
 
 
 def names(mask) -> str:
-    """The sequences at the marked places."""
+    """Names of the marked sequences."""
     return (
         ", ".join(SAMPLES[seq_index][0] for seq_index in np.flatnonzero(mask)) or "none"
     )
 
 
 def describe(recorder: Recorder, before, after, copies) -> str:
-    """A step as the page shows it."""
+    """Format a step as on the page."""
     inputs, lines = recorder.inputs, [HEADS]
     sequences = recorder.scheduled_rows
     for i, row in enumerate(recorder.rows.tolist()):
@@ -141,7 +143,7 @@ def describe(recorder: Recorder, before, after, copies) -> str:
                 span(inputs.slot_mapping[mine]),
                 " ".join(map(str, table[table != NO_BLOCK])),
                 str(int(inputs.context_lens[i])),
-                recorder.given.get(row, ""),
+                recorder.letters.get(row, ""),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -165,25 +167,25 @@ def describe(recorder: Recorder, before, after, copies) -> str:
     waiting = np.asarray(after.requests.queue.status) == WAITING
     if waiting.any():
         text.append(f"waiting          {names(waiting)}")
-    gone = set(sequences[sequences != NO_REQUEST]) - set(np.asarray(after.rows))
-    ended = np.isin(np.arange(len(SAMPLES)), list(gone))
+    finished = set(sequences[sequences != NO_REQUEST]) - set(np.asarray(after.rows))
+    ended = np.isin(np.arange(len(SAMPLES)), list(finished))
     if ended.any():
         free = int(block_manager.num_free_blocks(after.blocks))
         text.append(f"ended            {names(ended)}; {free} blocks are free now")
     return "\n".join(line.rstrip() for line in text) + "\n"
 
 
-NOTHING = iteration.WorkingMemory(None, None)
+NO_MEMORY = iteration.WorkingMemory(jnp.zeros((0, 0)), jnp.zeros((0, 0)))
 
 
 def walk(patch: pytest.MonkeyPatch) -> list[str]:
-    """Every step of the run, as the page shows it."""
+    """Format all steps of the run as on the page."""
     recorder = Recorder()
     patch.setattr(forward, "hidden_states", recorder.hidden_states)
     patch.setattr(sampling, "sample_tokens", recorder.sample_tokens)
     patch.setattr(sampling, "next_logits", lambda *arguments: jnp.zeros((1, 1)))
-    # Between the compiled parts every value is there to be read.
-    schedule = jax.jit(engine.scheduler.schedule, static_argnums=3)
+    # The step itself is not compiled, so that every value can be read.
+    schedule = jax.jit(scheduler.schedule, static_argnums=3)
     append = jax.jit(block_manager.append)
     copies = []
 
@@ -198,23 +200,20 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
         copies[:] = pairs[pairs[:, 0] != NO_BLOCK].tolist()
         return blocks, appended
 
-    patch.setattr(iteration.scheduler, "schedule", recorded_schedule)
+    patch.setattr(scheduler, "schedule", recorded_schedule)
     patch.setattr(block_manager, "append", recorded_append)
     patch.setattr(block_manager, "fork", jax.jit(block_manager.fork))
-    patch.setattr(
-        iteration.request_table, "extend", jax.jit(iteration.request_table.extend)
-    )
-    patch.setattr(
-        iteration, "when", lambda holds, f, carry: f(carry) if holds else carry
-    )
-    patch.setattr(
-        iteration.engine_state, "count", jax.jit(iteration.engine_state.count)
-    )
+    patch.setattr(request_table, "extend", jax.jit(request_table.extend))
+    patch.setattr(engine_state, "count", jax.jit(engine_state.count))
+    for module in (bookkeeping, iteration):
+        patch.setattr(
+            module, "when", lambda holds, f, carry: f(carry) if holds else carry
+        )
     state = start()
     steps = []
     while engine.has_work(state):
         before = state.requests.queue
-        state, _ = iteration.iterate(None, state, NOTHING, CONFIG)
+        state, _ = iteration.iterate(None, state, NO_MEMORY, CONFIG)
         assert block_manager.violations(state.blocks) == []
         steps.append(describe(recorder, before, state, copies))
     for result, (_, text) in zip(engine.collect(state), SAMPLES, strict=True):
@@ -223,7 +222,7 @@ def walk(patch: pytest.MonkeyPatch) -> list[str]:
     return steps
 
 
-def test_the_tables_of_the_road_are_what_the_engine_does(monkeypatch):
+def test_the_tables_of_the_page_equal_what_the_engine_does(monkeypatch):
     shown = re.findall(
         r"^```text step\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S
     )

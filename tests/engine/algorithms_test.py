@@ -1,8 +1,8 @@
 """Decoding algorithms in the engine against loops that recompute every token.
 
-Beams against a slow search on Python lists, a user's algorithms against a driver that
-applies their decisions to lists; in large pools and in the smallest legal ones, where
-requests preempt each other.
+Beam search is compared with a slow search on Python lists, and a user's algorithms with
+a driver that applies their decisions to lists. The pools are large, or the smallest
+legal ones, in which requests preempt each other.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from jpaged.decoding import Decision, DecodingAlgorithm
 from jpaged.engine import limits
 from jpaged.kv import block_manager
 from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
-from tests.support.engine.algorithms_oracle import Plain, Wanted, drive, search
+from tests.support.engine.algorithms_oracle import Expected, Plain, drive, search
+from tests.support.engine.configs import one_size
 from tests.support.engine.oracle import FOREVER, naive
 from tests.support.models import checkpoints
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.long
 
 MAX_LEN = 40
 VOCABULARY = checkpoints.LLAMA["vocab_size"]
-LONGEST_PROMPT = 20  # more than a step's tokens
+LONGEST_PROMPT = 20  # more tokens than a step computes
 MAX_TOKENS = 9
 
 
@@ -40,8 +41,8 @@ class Race(NamedTuple):
 
 
 def race_step(keys, logits, state):
-    """Every row samples, and ends at a multiple of 5. In the next step it continues
-    the best row that has not ended, if there is one."""
+    """Each row samples, and ends at a multiple of 5. In the next step it continues the
+    best row that has not ended, if there is one."""
     own = jnp.arange(len(logits), dtype=jnp.int32)
     best = jnp.argmax(jnp.where(state.ended, -jnp.inf, state.totals)).astype(jnp.int32)
     parents = jnp.where(state.ended, best, own)
@@ -60,13 +61,13 @@ class Peak(NamedTuple):
     """The state of `peak`."""
 
     totals: jax.Array  # f32[S]
-    mean: jax.Array  # f32[], of the held sequence
+    mean: jax.Array  # f32[], of the retained sequence
     length: jax.Array  # i32[]
 
 
 def peak_step(keys, logits, state):
-    """Every row samples; held is the beginning of a row, of at least two tokens, whose
-    tokens are the most probable on average. It is the only output."""
+    """Each row samples. The only output is a retained sequence: the prefix of a row, of
+    at least two tokens, whose tokens are the most probable on average."""
     own = jnp.arange(len(logits), dtype=jnp.int32)
     tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     logprobs = logits[own, tokens]
@@ -94,7 +95,7 @@ ALGORITHMS = ((race, 4), (peak, 2))
 
 
 def smallest_pool(width: int, block_size: int) -> int:
-    """Blocks that the largest request of these tests needs, and not one more."""
+    """The number of blocks that the largest request of these tests needs."""
     params = BeamSearchParams(width, MAX_TOKENS)
 
     def is_enough(num_blocks: int) -> bool:
@@ -115,7 +116,9 @@ def smallest_pool(width: int, block_size: int) -> int:
     return next(filter(is_enough, itertools.count(1)))
 
 
-def make_config(block_size: int, *, is_tight: bool = False) -> EngineConfig:
+def make_config(
+    block_size: int, *, is_tight: bool = False, algorithms: tuple = ()
+) -> EngineConfig:
     width = 4 if is_tight else 8
     num_blocks = smallest_pool(width, block_size)
     return EngineConfig(
@@ -126,13 +129,16 @@ def make_config(block_size: int, *, is_tight: bool = False) -> EngineConfig:
         max_num_batched_tokens=8 if is_tight else 16,
         max_num_requests=256,
         max_beam_width=width,
-        algorithms=ALGORITHMS,
+        algorithms=algorithms,
     )
 
 
+# The configs of blocks of 4 serve most tests. All step sizes are compiled for one only.
+ROOMY = make_config(4, algorithms=ALGORITHMS)
+TIGHT = one_size(make_config(4, is_tight=True, algorithms=ALGORITHMS))
 CONFIGS = {
-    ("llama", 4, "roomy"): make_config(4),
-    ("llama", 4, "tight"): make_config(4, is_tight=True),
+    ("llama", 4, "roomy"): ROOMY,
+    ("llama", 4, "tight"): TIGHT,
     ("opt", 16, "roomy"): make_config(16),
     ("opt", 1, "tight"): make_config(1, is_tight=True),
     ("llama", 1, "roomy"): make_config(1),
@@ -144,6 +150,7 @@ CONFIGS = {
     ("opt", 1, "roomy"): make_config(1),
     ("opt", 16, "tight"): make_config(16, is_tight=True),
 }
+CONFIGS |= {key: one_size(CONFIGS[key]) for key in list(CONFIGS)[2:]}
 QUICK = list(CONFIGS)[:4]
 CASES = [
     pytest.param(*key, id="-".join(map(str, key)), marks=() if key in QUICK else SLOW)
@@ -154,7 +161,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def plains(tmp_path_factory) -> dict[str, Plain]:
-    """The two families, with last layers so sharp that beams part and meet."""
+    """The two families, with last layers so sharp that beams diverge and merge."""
     root, plains = tmp_path_factory.mktemp("models"), {}
     writers = {
         "llama": (checkpoints.write_tiny_llama, 1.0),
@@ -174,11 +181,8 @@ def llama(plains) -> Plain:
     return plains["llama"]
 
 
-ROOMY, TIGHT = (CONFIGS["llama", 4, kind] for kind in ("roomy", "tight"))
-
-
 def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of one token, of more than a step's tokens, and between."""
+    """Prompts of one token, of more tokens than a step computes, and between."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, LONGEST_PROMPT + 1, count)
     lengths[:2] = 1, LONGEST_PROMPT
@@ -186,7 +190,7 @@ def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def likely_stops(plain: Plain, prompt: list[int], count: int) -> tuple[int, ...]:
-    """Tokens that beams do come to, behind the first two."""
+    """Tokens that beams reach after their first two."""
     beams = search(plain, prompt, BeamSearchParams(8, 6))
     tokens = [token for beam in beams for token in beam.tokens[2:]]
     values, counts = np.unique(tokens, return_counts=True)
@@ -194,7 +198,7 @@ def likely_stops(plain: Plain, prompt: list[int], count: int) -> tuple[int, ...]
 
 
 def beam_requests(plain: Plain, max_width: int):
-    """Every width, early stopping and penalty; without stops, with one, with three."""
+    """All widths, early stopping and penalties; with no, one or three stop tokens."""
     kinds = itertools.product(range(1, max_width + 1), (False, True, "never"))
     penalties = itertools.cycle((1.0, 0.0, 2.0, -1.0, 0.7))
     num_stops = itertools.cycle((1, 3, 0, 3))
@@ -216,7 +220,7 @@ def beam_requests(plain: Plain, max_width: int):
 
 
 def run(plain: Plain, config: EngineConfig, prompts, params, order=None):
-    """The idle engine, and of each request its results, in request order."""
+    """Run the engine; return it and the results of each request, in request order."""
     order = list(range(len(prompts))) if order is None else list(order)
     state = engine.init(plain.model, config)
     state, _ = engine.submit(
@@ -232,29 +236,29 @@ def run(plain: Plain, config: EngineConfig, prompts, params, order=None):
     return state, results
 
 
-def wanted_of(plain: Plain, prompt, param) -> list[Wanted]:
+def expected_of(plain: Plain, prompt, param) -> list[Expected]:
     if isinstance(param, BeamSearchParams):
         return search(plain, prompt, param)
     if isinstance(param, AlgorithmParams):
         return drive(plain, prompt, param)[0]
     (samples,) = naive(plain.model, [prompt], [param], max_model_len=MAX_LEN)
-    return [Wanted(one.tokens, one.reason, np.nan) for one in samples]
+    return [Expected(one.tokens, one.reason, np.nan) for one in samples]
 
 
-def differences(state, results, wanted) -> list[str]:
-    """What is wrong with a finished run, one sentence each."""
+def differences(state, results, expected) -> list[str]:
+    """One sentence for each fault of a finished run."""
     found = block_manager.violations(state.blocks)
     if int(block_manager.num_free_blocks(state.blocks)) != state.config.num_blocks:
         found.append("not all blocks are free at the end")
     if bool(state.counters.is_stalled) or bool(engine.has_work(state)):
-        found.append("not all requests have ended")
-    for request, (got, want) in enumerate(zip(results, wanted, strict=True)):
+        found.append("not all requests have finished")
+    for request, (got, want) in enumerate(zip(results, expected, strict=True)):
         if [result.sample for result in got] != list(range(len(got))):
             found.append(f"request {request}: outputs are not numbered in order")
         pairs = [(result.token_ids, result.finish_reason) for result in got]
-        expected = [(one.tokens, one.reason) for one in want]
-        if pairs != expected:
-            found.append(f"request {request}: expected {expected}, got {pairs}")
+        tokens = [(one.tokens, one.reason) for one in want]
+        if pairs != tokens:
+            found.append(f"request {request}: expected {tokens}, got {pairs}")
             continue
         for result, one in zip(got, want, strict=True):
             total = float(np.sum(result.logprobs, dtype=np.float64))
@@ -270,22 +274,22 @@ def test_beams_equal_a_search_that_recomputes_everything(
     config, plain = CONFIGS[family, block_size, pool], plains[family]
     prompts, params = beam_requests(plain, config.max_beam_width)
     state, results = run(plain, config, prompts, params)
-    wanted = [search(plain, *pair) for pair in zip(prompts, params, strict=True)]
-    assert differences(state, results, wanted) == []
-    # Beams ended early, and others at their limit, and not all alike.
-    assert {one.reason for beams in wanted for one in beams} == {"stop", "length"}
-    lengths = {len(one.tokens) for beams in wanted for one in beams}
+    expected = [search(plain, *pair) for pair in zip(prompts, params, strict=True)]
+    assert differences(state, results, expected) == []
+    # Some beams end early, others at their limit, and their lengths differ.
+    assert {one.reason for beams in expected for one in beams} == {"stop", "length"}
+    lengths = {len(one.tokens) for beams in expected for one in beams}
     assert len(lengths) > 3
     num_preemptions = int(state.counters.num_preemptions)
     preempted = [result.num_preemptions for beams in results for result in beams]
     assert (sum(preempted) > 0) == (num_preemptions > 0)
-    # Two blocks of 16 hold a whole sequence, so that rows hardly ever want another.
+    # Two blocks of 16 hold a whole sequence, so rows rarely need another block.
     if pool == "roomy" or block_size < 16:
         assert (num_preemptions > 0) == (pool == "tight")
     assert float(state.counters.saved_share) > 0
 
 
-def test_a_beam_of_width_1_is_greedy(llama):
+def test_beam_search_of_width_1_is_greedy(llama):
     prompts = prompts_of(6, seed=3)
     stops = [likely_stops(llama, prompt, 1) for prompt in prompts]
     greedy = [
@@ -301,7 +305,7 @@ def test_a_beam_of_width_1_is_greedy(llama):
         np.testing.assert_allclose(left.logprobs, right.logprobs, atol=1e-4)
 
 
-def test_a_beam_ends_at_the_longest_sequence(llama):
+def test_beams_end_at_max_model_len(llama):
     prompt = prompts_of(3)[1] + [7] * (MAX_LEN - LONGEST_PROMPT - 4)
     params = BeamSearchParams(3, 30)
     state, results = run(llama, ROOMY, [prompt], [params])
@@ -310,7 +314,7 @@ def test_a_beam_ends_at_the_longest_sequence(llama):
 
 
 def mixed_load(plain: Plain, max_width: int):
-    """Greedy, sampled, n samples, beams and a user's algorithms, taking turns."""
+    """Greedy and sampled requests, n samples, beams and a user's algorithms."""
     prompts = prompts_of(15, seed=1)
     kinds: list[Any] = [
         lambda i: SamplingParams(temperature=0.0, max_tokens=5 + i % 4),
@@ -327,26 +331,26 @@ def mixed_load(plain: Plain, max_width: int):
 
 
 @pytest.mark.parametrize("pool", ["roomy", "tight"])
-def test_requests_of_all_kinds_share_a_program_and_each_gives_what_it_gives_alone(
+def test_requests_of_all_kinds_share_a_program_and_do_not_change_each_other(
     pool, llama
 ):
     config = CONFIGS["llama", 4, pool]
     prompts, params = mixed_load(llama, config.max_beam_width)
-    wanted = [wanted_of(llama, *pair) for pair in zip(prompts, params, strict=True)]
+    expected = [expected_of(llama, *pair) for pair in zip(prompts, params, strict=True)]
     state, results = run(llama, config, prompts, params)
-    assert differences(state, results, wanted) == []
+    assert differences(state, results, expected) == []
     assert (int(state.counters.num_preemptions) > 0) == (pool == "tight")
     known = engine.run._cache_size()
     order = np.random.default_rng(2).permutation(len(prompts))
     state, results = run(llama, config, prompts, params, order)
-    assert differences(state, results, wanted) == []
+    assert differences(state, results, expected) == []
     for i in (0, 1, 2, 3, 4, 13):
         state, results = run(llama, config, prompts[i : i + 1], params[i : i + 1])
-        assert differences(state, results, wanted[i : i + 1]) == []
+        assert differences(state, results, expected[i : i + 1]) == []
     assert engine.run._cache_size() == known
 
 
-def test_rows_of_a_users_algorithm_end_and_are_revived(llama):
+def test_ended_rows_of_a_users_algorithm_can_continue_other_rows(llama):
     prompts = prompts_of(8, seed=5)
     params = [
         AlgorithmParams(race, 4, max_tokens=MAX_TOKENS, seed=20 + i) for i in range(8)
@@ -358,20 +362,20 @@ def test_rows_of_a_users_algorithm_end_and_are_revived(llama):
     assert int(state.counters.num_preemptions) > 0
 
 
-def test_a_held_sequence_is_the_output_and_the_rows_are_not(llama):
+def test_a_retained_sequence_is_the_output_and_the_rows_are_not(llama):
     prompts = prompts_of(6, seed=6)
     params = [AlgorithmParams(peak, 2, max_tokens=MAX_TOKENS, seed=i) for i in range(6)]
     runs = [drive(llama, *pair)[0] for pair in zip(prompts, params, strict=True)]
     assert all(len(outputs) == 1 for outputs in runs)
-    # The peak lies before the end, or at it.
+    # The peak is before the end in some runs.
     assert len({len(outputs[0].tokens) for outputs in runs}) > 1
     state, results = run(llama, ROOMY, prompts, params)
     assert differences(state, results, runs) == []
 
 
-def test_slices_of_a_run_and_a_copy_of_it_give_what_one_run_gives(llama):
+def test_slices_of_a_run_and_a_copy_of_it_generate_the_same_tokens(llama):
     prompts, params = mixed_load(llama, TIGHT.max_beam_width)
-    wanted = [wanted_of(llama, *pair) for pair in zip(prompts, params, strict=True)]
+    expected = [expected_of(llama, *pair) for pair in zip(prompts, params, strict=True)]
     state = engine.init(llama.model, TIGHT)
     state, _ = engine.submit(state, prompts, params, vocab_size=VOCABULARY)
     copies = []
@@ -385,10 +389,10 @@ def test_slices_of_a_run_and_a_copy_of_it_give_what_one_run_gives(llama):
         results: list[list[Any]] = [[] for _ in prompts]
         for result in engine.collect(end):
             results[result.arrival].append(result)
-        assert differences(end, results, wanted) == []
+        assert differences(end, results, expected) == []
 
 
-def test_a_group_that_is_ended_leaves_the_others_alone(llama):
+def test_ending_a_beam_search_changes_no_other_request(llama):
     prompts = prompts_of(4, seed=7)
     params = [BeamSearchParams(width, MAX_TOKENS) for width in (3, 2, 4, 1)]
     state = engine.init(llama.model, TIGHT)
@@ -404,9 +408,9 @@ def test_a_group_that_is_ended_leaves_the_others_alone(llama):
         results[result.arrival].append(result)
     assert {r.finish_reason for i in (0, 2) for r in results[i]} == {"abort"}
     pick = [1, 3]
-    wanted = [search(llama, prompts[i], params[i]) for i in pick]
-    assert differences(state, [results[i] for i in pick], wanted) == []
-    # All places are empty again, for others.
+    expected = [search(llama, prompts[i], params[i]) for i in pick]
+    assert differences(state, [results[i] for i in pick], expected) == []
+    # All sequence indices are free again.
     state = engine.release(state, jnp.ones(TIGHT.max_num_requests, bool))
     state, again = engine.submit(state, prompts, params, vocab_size=VOCABULARY)
     assert again == seq_indices
@@ -462,7 +466,7 @@ def test_a_group_that_is_ended_leaves_the_others_alone(llama):
         ),
     ],
 )
-def test_a_group_that_could_never_run_is_refused_before_anything_changes(
+def test_a_request_that_can_never_run_raises_before_anything_changes(
     params, options, match, llama
 ):
     config = dataclasses.replace(ROOMY, **options)
@@ -474,7 +478,7 @@ def test_a_group_that_could_never_run_is_refused_before_anything_changes(
     assert not engine.has_work(state)
 
 
-def test_a_beam_wider_than_the_vocabulary_is_refused():
+def test_a_beam_width_above_the_vocabulary_size_raises():
     config = dataclasses.replace(ROOMY, algorithms=())
     params = BeamSearchParams(6, 2)
     with pytest.raises(ValueError, match=r"the vocabulary's size \(5\), got 6"):
@@ -482,7 +486,7 @@ def test_a_beam_wider_than_the_vocabulary_is_refused():
 
 
 def with_decision(**changes):
-    """`race` whose decisions have other fields."""
+    """`race` with changed fields in its decisions."""
 
     def step(keys, logits, state):
         state, decision = race_step(keys, logits, state)
@@ -493,7 +497,7 @@ def with_decision(**changes):
 
 
 def with_state(change):
-    """`race` whose states change their form."""
+    """`race` with a changed form of its states."""
 
     def step(keys, logits, state):
         state, decision = race_step(keys, logits, state)
@@ -536,40 +540,40 @@ def with_state(change):
         ),
         (
             with_state(lambda s: s._replace(totals=jnp.append(s.totals, 0.0))),
-            r"a state like the one that init gave, float32 of \(3,\), got .* \(4,\)",
+            r"a state like the one that init returns, float32 of \(3,\), got .* \(4,\)",
         ),
         (
             with_state(lambda s: s._replace(totals=s.totals.astype(jnp.float16))),
             r"float32 of \(3,\), got float16 of \(3,\)",
         ),
-        (with_state(tuple), "a state of the structure that init gave"),
+        (with_state(tuple), "a state of the structure that init returns"),
         (
             DecodingAlgorithm(race_init, lambda keys, logits, state: (state, 3)),
-            "wanted a Decision second, got .*int32",
+            "expected a Decision as second result, got .*int32",
         ),
     ],
 )
-def test_an_algorithm_whose_parts_do_not_fit_is_refused(algorithm, match, llama):
+def test_an_algorithm_with_wrong_shapes_or_dtypes_raises(algorithm, match, llama):
     config = dataclasses.replace(ROOMY, algorithms=((algorithm, 3),))
     params = AlgorithmParams(algorithm, 3)
     with pytest.raises(ValueError, match=match):
         limits.check_request(config, [1], params, vocab_size=VOCABULARY)
 
 
-def test_a_planted_fault_of_a_wrong_parent_breaks_the_comparison(llama, monkeypatch):
+def test_a_planted_fault_in_parents_is_found(llama, monkeypatch):
     from jpaged.decoding import beam
 
     decide = beam.decide
 
     def wrong(going, runs, held):
-        # Row 1 goes on with row 0's past, whatever its parent is.
+        # Row 1 continues row 0, whatever its parent is.
         decision = decide(going, runs, held)
         return dataclasses.replace(decision, parents=decision.parents.at[1].set(0))
 
     monkeypatch.setattr(beam, "decide", wrong)
-    # Another number of stop ids: another search, which is not compiled yet.
+    # Another number of stop ids: a program that is not compiled yet.
     config = dataclasses.replace(TIGHT, max_num_stop_ids=5, algorithms=())
     prompts, params = prompts_of(3), [BeamSearchParams(4, MAX_TOKENS)] * 3
     state, results = run(llama, config, prompts, params)
-    wanted = [search(llama, *pair) for pair in zip(prompts, params, strict=True)]
-    assert differences(state, results, wanted) != []
+    expected = [search(llama, *pair) for pair in zip(prompts, params, strict=True)]
+    assert differences(state, results, expected) != []

@@ -1,6 +1,7 @@
-"""The engine's compiled program: pages are updated in place, and never copied.
+"""The engine's compiled program updates pages in place and never copies them.
 
-Compiled for two sizes of the pool and not run, so the pools can be large.
+The programs are compiled for two sizes of the pool and do not run, so the pools can be
+large.
 """
 
 import math
@@ -45,7 +46,7 @@ def engine_config(num_blocks: int) -> EngineConfig:
         max_model_len=64,
         max_num_batched_tokens=16,
         max_num_requests=8,
-        # Everything that a step can do.
+        # All features of a step.
         num_logprobs=2,
         prompt_logprobs=True,
         max_num_prefixes=1,
@@ -68,55 +69,48 @@ def bytes_of_blocks(num_blocks: int, dtype: str = "float32") -> int:
 
 @pytest.fixture(scope="module")
 def programs():
-    """Of `run` at both sizes and of `step`: the compiled program."""
+    """The compiled programs of `run` at both sizes."""
     model = init_model(MODEL)
 
     def abstract(num_blocks: int):
         return jax.eval_shape(lambda: engine.init(model, engine_config(num_blocks)))
 
-    step = jax.jit(engine.step, donate_argnames="state")
-    return {
-        ("run", SIZES[0]): engine.run.lower(model, abstract(SIZES[0])).compile(),
-        ("run", SIZES[1]): engine.run.lower(model, abstract(SIZES[1])).compile(),
-        ("step", SIZES[1]): step.lower(model, abstract(SIZES[1])).compile(),
-    }
+    return {size: engine.run.lower(model, abstract(size)).compile() for size in SIZES}
 
 
-CASES = [("run", SIZES[0]), ("run", SIZES[1]), ("step", SIZES[1])]
+@pytest.mark.parametrize("size", SIZES)
+def test_the_pool_is_donated_and_returned_in_the_same_memory(size, programs):
+    memory = programs[size].memory_analysis()
+    assert memory.alias_size_in_bytes >= bytes_of_blocks(size)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_pool_is_donated_and_comes_back_in_the_same_memory(case, programs):
-    memory = programs[case].memory_analysis()
-    assert memory.alias_size_in_bytes >= bytes_of_blocks(case[1])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_no_temporary_is_as_large_as_the_pages_of_one_layer(case, programs):
-    memory = programs[case].memory_analysis()
-    one_array = bytes_of_blocks(case[1]) // (2 * MODEL.num_layers)
+@pytest.mark.parametrize("size", SIZES)
+def test_no_temporary_is_as_large_as_the_pages_of_one_layer(size, programs):
+    memory = programs[size].memory_analysis()
+    one_array = bytes_of_blocks(size) // (2 * MODEL.num_layers)
     assert memory.temp_size_in_bytes < one_array
 
 
-def test_a_pool_of_bfloat16_is_not_copied_either():
+def test_a_single_step_does_not_copy_a_bfloat16_pool():
     model = init_model(MODEL, dtype="bfloat16")
     state = jax.eval_shape(lambda: engine.init(model, engine_config(SIZES[1])))
-    memory = engine.run.lower(model, state).compile().memory_analysis()
+    step = jax.jit(engine.step, donate_argnames="state")
+    memory = step.lower(model, state).compile().memory_analysis()
     pool = bytes_of_blocks(SIZES[1], "bfloat16")
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool // (2 * MODEL.num_layers)
 
 
-def test_temporaries_grow_with_the_pool_by_bookkeeping_only(programs):
+def test_temporaries_grow_with_the_pool_only_by_bookkeeping(programs):
     small, large = (
-        programs["run", size].memory_analysis().temp_size_in_bytes for size in SIZES
+        programs[size].memory_analysis().temp_size_in_bytes for size in SIZES
     )
-    # Some int32 arrays of the block manager have an entry for each block.
+    # Some int32 arrays of the block manager have one entry per block.
     assert large - small <= 16 * 4 * (SIZES[1] - SIZES[0])
 
 
 def copies_of(text: str, least: int) -> list[str]:
-    """Lines of the compiled text that copy an array of at least so many numbers."""
+    """Lines of the compiled text that copy an array of at least `least` numbers."""
     found = []
     for line in text.splitlines():
         copied = re.search(r"= \(?\w+\[([\d,]*)\].* copy(-start)?\(", line)
@@ -127,21 +121,21 @@ def copies_of(text: str, least: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_compiled_text_copies_no_pages(case, programs):
-    text = programs[case].as_text()
-    one_layer = case[1] * MODEL.num_kv_heads * 16 * MODEL.head_dim
-    assert f"f32[{MODEL.num_layers},{case[1]},{MODEL.num_kv_heads},16," in text
+@pytest.mark.parametrize("size", SIZES)
+def test_the_compiled_text_copies_no_pages(size, programs):
+    text = programs[size].as_text()
+    one_layer = size * MODEL.num_kv_heads * 16 * MODEL.head_dim
+    assert f"f32[{MODEL.num_layers},{size},{MODEL.num_kv_heads},16," in text
     assert copies_of(text, one_layer) == []
 
 
-def test_a_program_that_copies_the_pages_would_be_found():
+def test_a_program_that_copies_the_pages_is_found():
     pages = jax.ShapeDtypeStruct((64, 2, 16, 8), "float32")
 
     def update(pages):
         return pages.at[3].set(1.0)
 
-    # Not donated, the update needs memory of its own.
+    # Without donation, the update needs separate memory.
     keeping = jax.jit(update).lower(pages).compile()
     assert copies_of(keeping.as_text(), 64 * 2 * 16 * 8)
     assert keeping.memory_analysis().alias_size_in_bytes == 0

@@ -1,8 +1,7 @@
-"""Faults planted into the product, and that the engine's check finds each of them.
+"""The check of the engine's tests finds each fault that is planted into the product.
 
-The check is the one that the engine's tests rest on (`engine_oracle.differences`), on
-one small workload with samples that share blocks and rows that wait. What a correct
-engine should give is computed before a fault is planted.
+The check is `oracle.differences`, on one small workload with samples that share blocks
+and requests that wait. The expected tokens are computed before a fault is planted.
 """
 
 import dataclasses
@@ -13,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import attention, engine, load_model
-from jpaged.config import EngineConfig
+from jpaged import engine, load_model
+from jpaged.attention import api as attention
 from jpaged.kv import block_manager
 from jpaged.models import rotary
 from jpaged.params import SamplingParams
+from tests.support.engine.configs import QUICKLY, OneSizeConfig
 from tests.support.engine.oracle import differences, generate, naive
 from tests.support.models import checkpoints
 
 pytestmark = pytest.mark.long
 
-CONFIG = EngineConfig(
+CONFIG = OneSizeConfig(
     num_blocks=12,
     block_size=4,
     max_num_seqs=3,
@@ -31,23 +31,12 @@ CONFIG = EngineConfig(
     max_num_batched_tokens=8,
     max_num_requests=8,
 )
-QUICKLY = {"xla_backend_optimization_level": 0}  # a program for every fault
 PROMPTS = [np.arange(n).tolist() for n in (9, 14, 3)]
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=8),
     SamplingParams(n=3, seed=1, max_tokens=8),
     SamplingParams(temperature=0.0, max_tokens=8),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_shapes():
-    """One decode shape and one prompt shape, so that each fault compiles quickly."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(EngineConfig, "row_buckets", (CONFIG.max_num_seqs,))
-    patch.setattr(EngineConfig, "token_buckets", (CONFIG.max_num_batched_tokens,))
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +46,21 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wanted(model):
+def expected(model):
     return naive(model, PROMPTS, PARAMS, max_model_len=CONFIG.max_model_len)
 
 
-def found(model, wanted) -> list[str]:
-    """What the check says of a run that is compiled anew."""
+def found(model, expected) -> list[str]:
+    """Result of the check for a run that is compiled with the fault."""
 
-    # A new function each time: jax would give what it compiled before the fault. And
-    # a fault may keep requests from ending: 200 steps are several times what they need.
+    # A new function each time, because jax caches the program without the fault. With a
+    # fault, requests may not end: 200 steps are several times what they need.
     @functools.partial(jax.jit, donate_argnames="state", compiler_options=QUICKLY)
     def run(model, state, max_steps):
         return engine.run.__wrapped__(model, state, jnp.minimum(max_steps, 200))
 
     state, results = generate(model, CONFIG, PROMPTS, PARAMS, run=run)
-    return differences(state, results, wanted)
+    return differences(state, results, expected)
 
 
 def patched(monkeypatch, module, name, change) -> None:
@@ -94,13 +83,13 @@ def one_key_more(attend, q, k_pages, v_pages, tables, context_lens, **options):
 
 
 def lost_reference(fork, state, parents):
-    """Forked rows are not counted: their blocks seem to have one owner."""
+    """Forked rows are not counted: their blocks appear to have one owner."""
     forked = fork(state, parents)
     return dataclasses.replace(forked, ref_counts=jnp.minimum(forked.ref_counts, 1))
 
 
 def kept_reference(fork, state, parents):
-    """The first block of a row that ends keeps its count and never comes back."""
+    """The first block of a row that ends keeps its count and is never freed."""
     forked = fork(state, parents)
     kept = jnp.where(parents < 0, state.block_tables[:, 0], -1)
     kept = jnp.where(kept < 0, state.ref_counts.shape[0], kept)
@@ -126,7 +115,7 @@ FAULTS = {
     "context_lens one too small": (attention, "paged_attention", one_key_less),
     "context_lens one too large": (attention, "paged_attention", one_key_more),
     "a lost reference count": (block_manager, "fork", lost_reference),
-    "a reference count that is never given back": (
+    "a reference count that is never decremented": (
         block_manager,
         "fork",
         kept_reference,
@@ -137,11 +126,11 @@ FAULTS = {
 }
 
 
-def test_without_a_fault_the_check_finds_nothing(model, wanted):
-    assert found(model, wanted) == []
+def test_the_check_finds_nothing_without_a_fault(model, expected):
+    assert found(model, expected) == []
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_check_finds(name, model, wanted, monkeypatch):
+def test_the_check_finds(name, model, expected, monkeypatch):
     patched(monkeypatch, *FAULTS[name])
-    assert found(model, wanted) != []
+    assert found(model, expected) != []

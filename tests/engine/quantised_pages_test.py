@@ -1,7 +1,7 @@
-"""The engine on pages of 8 bits: scales go wherever their blocks go.
+"""The engine on pages of 8 bits: scales are copied and moved with their blocks.
 
-Compared with a loop that knows no pages at all (`engine_oracle.naive`), whose attention
-reads keys and values rounded to 8 bits here by numbers of its own.
+The reference is a loop without pages (`oracle.naive`), whose attention reads keys and
+values that this module rounds to 8 bits.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import pytest
 
 from jpaged import LLM, engine, load_model
 from jpaged.attention import kv_cache
-from jpaged.config import EngineConfig
 from jpaged.engine import snapshots
 from jpaged.models import decoder, init_model
 from jpaged.pages.quantised import PAGE_DTYPES, page_dtype
@@ -22,14 +21,15 @@ from jpaged.params import BeamSearchParams, SamplingParams
 from jpaged.xla import pages as xla_pages
 from tests.engine.compiled_program_test import MODEL, SIZES, copies_of, engine_config
 from tests.support.engine import oracle
+from tests.support.engine.configs import QUICKLY, OneSizeConfig
 from tests.support.engine.oracle import FOREVER, naive
 from tests.support.models import checkpoints
 
 pytestmark = pytest.mark.long
 
 MAX_LEN = 40
-# A pool in which sequences go to the host and come back, and prefixes are shared.
-CONFIG = EngineConfig(
+# A pool in which sequences are swapped out and in, and prefixes are shared.
+CONFIG = OneSizeConfig(
     num_blocks=30,
     block_size=4,
     max_num_seqs=6,
@@ -42,21 +42,6 @@ CONFIG = EngineConfig(
     num_swap_blocks=60,
     enable_prefix_caching=True,
 )
-QUICKLY = {"xla_backend_optimization_level": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_shapes():
-    """One decode shape and one prompt shape, so that the engines compile quickly."""
-    patch = pytest.MonkeyPatch()
-    for name, largest in (
-        ("row_buckets", "max_num_seqs"),
-        ("token_buckets", "max_num_batched_tokens"),
-    ):
-        one = property(lambda config, largest=largest: (getattr(config, largest),))
-        patch.setattr(EngineConfig, name, one)
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +51,7 @@ def model(tmp_path_factory):
 
 
 def rounded(x: jax.Array, name: str) -> jax.Array:
-    """x [..., D] as 8 bits hold it: 127 steps, or 3 bits of mantissa down to 2**-9."""
+    """Round x [..., D] to 8 bits: 127 steps, or 3 bits of mantissa down to 2**-9."""
     largest = {"int8": 127.0, "fp8": 448.0}[name]
     scale = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True) / largest, 1e-37)
     numbers = x / scale
@@ -83,7 +68,7 @@ def kv_dtype(request):
 
 
 def requests():
-    """Greedy ones and samples, some of which begin alike; many more than fit."""
+    """Greedy and sampled requests, some with a shared prefix; many more than fit."""
     rng = np.random.default_rng(0)
     header = rng.integers(0, 128, 9).tolist()
     prompts, params = [], []
@@ -113,7 +98,7 @@ def make_run():
     )
 
 
-def wanted(model, kv_dtype, monkeypatch):
+def expected_tokens(model, kv_dtype, monkeypatch):
     plain = decoder.causal_attention
 
     def attend(q, k, v, **options):
@@ -121,7 +106,7 @@ def wanted(model, kv_dtype, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "causal_attention", attend)
-        # A new function: jax would give what it compiled without the rounding.
+        # A new function, because jax caches the program without the rounding.
         last = functools.partial(oracle._last_logits.__wrapped__)
         patch.setattr(oracle, "_last_logits", jax.jit(last))
         found = naive(model, *requests(), max_model_len=MAX_LEN)
@@ -134,14 +119,14 @@ def started(model, kv_dtype):
     return state
 
 
-def test_swaps_copies_forks_prefixes_and_snapshots_carry_the_scales(
+def test_swaps_copies_forks_prefixes_and_snapshots_keep_the_scales(
     model, kv_dtype, monkeypatch, tmp_path
 ):
-    want = wanted(model, kv_dtype, monkeypatch)
+    want = expected_tokens(model, kv_dtype, monkeypatch)
     run = make_run()
     state = run(model, started(model, kv_dtype), jnp.int32(40))
     snapshots.save(tmp_path / "state", state)
-    state = snapshots.load(tmp_path / "state", model, kv_dtype=kv_dtype)
+    state = snapshots.load(tmp_path / "state", model, CONFIG, kv_dtype=kv_dtype)
     assert int(state.counters.num_steps) == 40
     state = run(model, state, jnp.int32(FOREVER))
     assert tokens_of(state) == want
@@ -149,14 +134,14 @@ def test_swaps_copies_forks_prefixes_and_snapshots_carry_the_scales(
     counters = state.counters
     for number in ("num_swapped_blocks", "num_block_copies", "num_cached_tokens"):
         assert int(getattr(counters, number)) > 0, number
-    # Rounding matters here: without it, other tokens come out.
+    # Rounding matters here: without it, other tokens are generated.
     exact = naive(model, *requests(), max_model_len=MAX_LEN)
     assert [[one.tokens for one in samples] for samples in exact] != want
 
 
 @pytest.mark.slow
 def test_planted_faults_in_moving_scales_are_found(model, monkeypatch):
-    want = wanted(model, "int8", monkeypatch)
+    want = expected_tokens(model, "int8", monkeypatch)
     copy, move = xla_pages.copy, kv_cache._move_blocks
 
     def without_scales(pools, *args, **options):
@@ -208,7 +193,7 @@ def test_a_pool_of_8_bits_is_never_copied(kv_dtype):
     )
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= SIZES[1] * size
-    # A byte for each number of a layer, or a scale for each vector of both.
+    # One byte per number of a layer's keys, or the scales of its keys and values.
     assert memory.temp_size_in_bytes < one_layer
     kind = {"int8": "s8", "uint8": "u8"}[page_dtype(kv_dtype)]
     text = program.as_text()
@@ -216,7 +201,7 @@ def test_a_pool_of_8_bits_is_never_copied(kv_dtype):
     assert copies_of(text, one_layer // MODEL.head_dim) == []
 
 
-def test_an_llm_has_more_blocks_in_the_same_memory(monkeypatch):
+def test_an_llm_with_smaller_pages_has_more_blocks_in_the_same_memory(monkeypatch):
     from jpaged.serving import memory
 
     monkeypatch.setattr(memory, "pool_budget", lambda model, fraction: 2**20)

@@ -1,8 +1,8 @@
-"""Tokens do not depend on the schedule; where they do, two candidates were a tie.
+"""Tokens do not depend on the schedule, except at ties of two candidates.
 
-In float32 they are equal. In bfloat16, where sums in another order differ in the last
-of 8 bits, they part at times: then the plain forward has to find the two candidates
-closer than such sums can tell apart.
+In float32 they are equal. In bfloat16, sums in another order differ in the last of 8
+bits, so tokens can differ. Then the plain forward pass must find the two candidates
+closer than the error of such sums.
 """
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ PROMPTS = [header + tail for tail in TAILS for header in HEADERS]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 SIZES = dict(max_num_seqs=4, max_model_len=64)
 ROOMY = dict(num_blocks=64, enable_prefix_caching=False, max_num_batched_tokens=64)
-# Everything at once: sequences go to the host and come back, prompts in small chunks.
+# All at once: sequences are swapped out and in, and prompts computed in small chunks.
 TIGHT = dict(
     num_blocks=17,
     block_size=4,
@@ -29,15 +29,15 @@ TIGHT = dict(
     max_num_batched_tokens=5,
     max_prompt_chunk=3,
 )
-# A logit is a sum of some hundred products; in bfloat16 (8 bits) its error grows to a
-# few units in the last place of the largest.
+# A logit is a sum of some hundred products. In bfloat16 (8 bits) its error is up to a
+# few units in the last place of the largest logit.
 BFLOAT16_TIE = 4 * 2.0**-8
 
 
 def run(dtype, options):
     llm = LLM("tiny-python", dtype=dtype, **SIZES, **options)
     outputs = llm.generate(PROMPTS, GREEDY)
-    again = llm.generate(PROMPTS[::-1], GREEDY)[::-1]  # with a warm cache
+    again = llm.generate(PROMPTS[::-1], GREEDY)[::-1]  # with a filled prefix cache
     found = [
         [output.prompt_token_ids + output.outputs[0].token_ids for output in some]
         for some in (outputs, again)
@@ -46,9 +46,9 @@ def run(dtype, options):
 
 
 def gap(model, tokens, other) -> float:
-    """How far apart the candidates are at the first difference, by the plain forward.
+    """Difference of the candidates' logits in the plain forward pass.
 
-    As a share of the largest logit there. 0 where nothing differs.
+    At the first position that differs, relative to the largest logit; 0 if none does.
     """
     is_other = np.array(tokens) != np.array(other)
     if not is_other.any():
@@ -60,7 +60,7 @@ def gap(model, tokens, other) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_part_only_at_ties(dtype):
+def test_tokens_differ_only_at_ties(dtype):
     (cold, warm), llm = run(dtype, ROOMY)
     assert cold == warm
     (tight_cold, tight_warm), tight = run(dtype, TIGHT)
@@ -73,7 +73,7 @@ def test_tokens_part_only_at_ties(dtype):
         for tokens, other in zip(cold, others, strict=True)
     ]
     assert max(gaps) <= (0.0 if dtype == "float32" else BFLOAT16_TIE)
-    # What is no tie is seen: another token in the middle of each.
+    # Planted faults: another token in the middle of each is no tie.
     faults = [[*tokens[:-9], (tokens[-9] + 7) % 512, *tokens[-8:]] for tokens in cold]
     gaps = [gap(llm.model, *pair) for pair in zip(cold, faults, strict=True)]
     assert np.mean(np.array(gaps) > BFLOAT16_TIE) > 0.8

@@ -1,7 +1,7 @@
-"""Speculation changes how many tokens come in a step, and never which.
+"""Speculation changes the number of tokens per step, and never the tokens.
 
-Prompt lookup is compared with a slow search in Python lists, the engine that drafts
-with the engine that does not, and sampled tokens with the model's exact distribution.
+Prompt lookup is compared with a slow search in Python lists, the engine with drafts
+with the engine without, and sampled tokens with the model's exact distribution.
 """
 
 import collections
@@ -24,6 +24,7 @@ from jpaged.engine import speculation
 from jpaged.kv import block_manager
 from jpaged.models import Decoder, ModelConfig, init_model
 from jpaged.params import SamplingParams
+from tests.support.engine.configs import OneSizeConfig, one_size
 from tests.support.engine.oracle import FOREVER
 from tests.support.models import checkpoints
 
@@ -35,7 +36,7 @@ LENGTH = 24  # of the arrays of prompt lookup
 
 
 def slow_lookup(tokens, num_drafts, min_ngram, max_ngram) -> list[int]:
-    """The drafts of one sequence, by trying every place and length."""
+    """The drafts of one sequence, by trying every position and length."""
     for size in range(max_ngram, min_ngram - 1, -1):
         last = tokens[-size:]
         for start in range(len(tokens) - size - 1, -1, -1):
@@ -56,7 +57,7 @@ _lookup = jax.jit(
     sizes=st.sampled_from([(3, 1, 3), (2, 2, 2), (5, 1, 1), (4, 2, 4)]),
     garbage=st.integers(0, 3),
 )
-def test_prompt_lookup_finds_what_a_slow_search_finds(rows, sizes, garbage):
+def test_prompt_lookup_equals_a_slow_search(rows, sizes, garbage):
     num_drafts, min_ngram, max_ngram = sizes
     tokens = np.full((4, LENGTH), garbage, np.int32)
     for row, known in zip(tokens, rows, strict=True):
@@ -69,8 +70,8 @@ def test_prompt_lookup_finds_what_a_slow_search_finds(rows, sizes, garbage):
         max_ngram=max_ngram,
     )
     for known, found, number in zip(rows, drafts, count, strict=True):
-        wanted = slow_lookup(known, num_drafts, min_ngram, max_ngram)
-        assert found[: int(number)].tolist() == wanted
+        expected = slow_lookup(known, num_drafts, min_ngram, max_ngram)
+        assert found[: int(number)].tolist() == expected
 
 
 CONFIG = EngineConfig(
@@ -84,11 +85,16 @@ CONFIG = EngineConfig(
     rules=RuleSizes(num_bias=1),
     automata=AutomataSizes(VOCABULARY, 1, 4, 4, 4),
 )
-# The smallest pool that holds the longest request: preemptions, and no block to spare.
-TIGHT = dataclasses.replace(CONFIG, num_blocks=14)
+# The smallest pool that holds the longest request: there are preemptions.
+TIGHT = one_size(dataclasses.replace(CONFIG, num_blocks=14))
 METHODS = {
     "prompt_lookup": Speculation("prompt_lookup", num_tokens=3),
     "model": Speculation("model", num_tokens=2),
+}
+# All step sizes are compiled for prompt lookup only.
+CONFIGS = {
+    "prompt_lookup": dataclasses.replace(CONFIG, speculation=METHODS["prompt_lookup"]),
+    "model": dataclasses.replace(one_size(CONFIG), speculation=METHODS["model"]),
 }
 
 
@@ -99,7 +105,7 @@ def target(tmp_path_factory) -> Decoder:
 
 @pytest.fixture(scope="module")
 def models(target) -> dict[str, engine.Model]:
-    # Half of the target's weights with noise: agrees with it often, and not always.
+    # The target's weights with noise: it often agrees with the target, but not always.
     noise = jax.random.normal(jax.random.key(0), ())
     rough = jax.tree.map(
         lambda w: w + 0.004 * jnp.sin(1000 * w + noise).astype(w.dtype), target
@@ -111,7 +117,7 @@ def models(target) -> dict[str, engine.Model]:
 
 
 def automaton():
-    """Tokens 10 to 19 and 20 to 29 by turns, any number of them."""
+    """Tokens 10 to 19 and 20 to 29 alternately, any number of them."""
     transitions = np.full((2, VOCABULARY), -1)
     transitions[0, 10:20], transitions[1, 20:30] = 1, 0
     return token_automaton(transitions, np.array([True, True]), EOS)
@@ -169,22 +175,21 @@ def plain(target):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_equal_those_without_drafts(method, models, plain):
-    config = dataclasses.replace(CONFIG, speculation=METHODS[method])
-    found, counters = run(models[method], config)
-    wanted, plain_counters = plain
-    assert found.keys() == wanted.keys()
-    for key, (tokens, reason, logprobs) in wanted.items():
+    found, counters = run(models[method], CONFIGS[method])
+    expected, plain_counters = plain
+    assert found.keys() == expected.keys()
+    for key, (tokens, reason, logprobs) in expected.items():
         assert found[key][:2] == (tokens, reason), key
         # A chunk's products are summed in another order than a single row's.
         np.testing.assert_allclose(found[key][2], logprobs, atol=2e-5)
     assert counters.num_generated == plain_counters.num_generated
     assert 0 < counters.num_accepted < counters.num_drafts
-    # The longest request may be one whose drafts never stand.
+    # The longest request may be one whose drafts are never accepted.
     assert counters.num_steps <= plain_counters.num_steps
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_in_the_smallest_pool_drafts_take_no_block_from_anyone(method, models, plain):
+def test_in_the_smallest_pool_drafts_change_no_token(method, models, plain):
     config = dataclasses.replace(TIGHT, speculation=METHODS[method])
     found, counters = run(models[method], config)
     assert {key: value[:2] for key, value in found.items()} == {
@@ -193,14 +198,15 @@ def test_in_the_smallest_pool_drafts_take_no_block_from_anyone(method, models, p
     assert counters.num_preemptions > 0
 
 
-def test_a_perfect_draft_is_accepted_whole(target):
-    config = dataclasses.replace(CONFIG, speculation=METHODS["model"])
+def test_all_tokens_of_a_perfect_draft_are_accepted(target):
+    config = CONFIGS["model"]
     state = engine.init(engine.DraftedModel(target, target), config)
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)
     state, _ = engine.submit(state, [[1, 2, 3]], params)
-    state = engine.run(engine.DraftedModel(target, target), state)
+    # The arguments of `run` below, so that both tests share a program.
+    state = engine.run(engine.DraftedModel(target, target), state, jnp.int32(FOREVER))
     counters = jax.device_get(state.counters)
-    # The prompt gives a token, and each step after it three; the last is the eighth.
+    # The prompt step generates one token, and each later step three; the last step two.
     assert counters.num_steps == 1 + 4
     assert counters.num_accepted == counters.num_drafts == 7
 
@@ -217,7 +223,7 @@ def test_sampled_tokens_have_the_models_distribution():
         **sizes,
     )
     model = engine.DraftedModel(init_model(config, seed=1), init_model(config, seed=2))
-    engine_config = EngineConfig(
+    engine_config = OneSizeConfig(
         num_blocks=400,
         block_size=4,
         max_num_seqs=100,
@@ -237,7 +243,7 @@ def test_sampled_tokens_have_the_models_distribution():
         state, _ = engine.submit(state, [prompt] * number, params)
         state = engine.run(model, state)
         counts.update(tuple(result.token_ids) for result in engine.collect(state))
-    # The two models are strangers, so few drafts stand; enough to show if one is wrong.
+    # The two models are unrelated, so few drafts are accepted, but enough for the test.
     assert int(state.counters.num_accepted) > number / 10
 
     # The exact probability of each of the 125 continuations, from the plain forward.
@@ -247,16 +253,16 @@ def test_sampled_tokens_have_the_models_distribution():
     chosen = jnp.take_along_axis(logprobs, rows[:, 3:, None], axis=2)[..., 0]
     expected = np.exp(np.asarray(chosen, np.float64).sum(axis=1)) * 4 * number
     observed = np.array([counts[tuple(row)] for row in grid.tolist()])
-    # Cells with few expected counts are put together, as the test asks.
+    # Merge cells with few expected counts, as the chi-square test requires.
     order = np.argsort(expected)
     groups = np.cumsum(expected[order]) // 8
     pairs = [
         (observed[order][groups == g].sum(), expected[order][groups == g].sum())
         for g in np.unique(groups)
     ]
-    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs)
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in pairs)
     degrees = len(pairs) - 1
-    # Five standard deviations of chi-square; drafts taken unjudged are far outside.
+    # Five standard deviations of chi-square; unverified drafts are far outside.
     assert statistic < degrees + 5 * np.sqrt(2 * degrees)
     drafted = jax.nn.log_softmax(model.draft(rows), axis=-1)[:, 2:5]
     wrong = jnp.take_along_axis(drafted, rows[:, 3:, None], axis=2)[..., 0]
@@ -270,7 +276,7 @@ def test_sampled_tokens_have_the_models_distribution():
 
 
 def test_a_draft_that_is_never_judged_is_noticed(monkeypatch, models, plain):
-    """The planted fault: every draft stands."""
+    """The planted fault: all drafts are accepted."""
 
     def credulous(table, new, entries, step, most):
         safe = jnp.minimum(new.seq_indices, table.tokens.shape[0] - 1)
@@ -283,9 +289,9 @@ def test_a_draft_that_is_never_judged_is_noticed(monkeypatch, models, plain):
 
     accept = speculation.accept
     monkeypatch.setattr(speculation, "accept", credulous)
-    # Another config than the other tests', for a program of its own.
+    # A config that no other test has, so that it is compiled with the fault.
     config = dataclasses.replace(
-        CONFIG, num_blocks=81, speculation=METHODS["prompt_lookup"]
+        one_size(CONFIG), num_blocks=81, speculation=METHODS["prompt_lookup"]
     )
     found, _ = run(models["prompt_lookup"], config)
     assert found != plain[0]
@@ -299,17 +305,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_impossible_speculation_is_refused(message):
+def test_invalid_speculation_raises(message):
     with pytest.raises(ValueError, match=message):
         Speculation(**WRONG[message])
 
 
-def test_a_draft_model_of_another_vocabulary_is_refused(target):
+def test_a_draft_model_that_does_not_fit_raises(target):
     other = dataclasses.replace(target.config, vocab_size=VOCABULARY - 1)
     config = dataclasses.replace(CONFIG, speculation=METHODS["model"])
     with pytest.raises(ValueError, match="expected the target's vocabulary"):
         engine.init(engine.DraftedModel(target, init_model(other)), config)
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(
+        ValueError, match="expected method 'model' together with a DraftedModel"
+    ):
         engine.init(target, config)
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(
+        ValueError, match="expected method 'model' together with a DraftedModel"
+    ):
         engine.init(engine.DraftedModel(target, target), CONFIG)

@@ -1,7 +1,7 @@
-"""The engine with a host's pool: the same tokens, and nothing is computed twice.
+"""The engine with a host pool: the same tokens, and swapped blocks are not recomputed.
 
-A run under constant swapping is compared with one in a pool that holds everything, and
-with a loop that knows no cache at all.
+A run with constant swapping is compared with one in a pool that holds all sequences,
+and with a loop without a cache.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from jpaged import engine, load_model, scheduler
-from jpaged.config import EngineConfig, Speculation
+from jpaged.config import Speculation
 from jpaged.engine import snapshots
 from jpaged.kv import block_manager
 from jpaged.llm import LLM
 from jpaged.models import Decoder
 from jpaged.params import BeamSearchParams, SamplingParams
+from tests.support.engine.configs import QUICKLY, OneSizeConfig
 from tests.support.engine.oracle import FOREVER, differences, naive
 from tests.support.models import checkpoints
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.long
 VOCABULARY = checkpoints.LLAMA["vocab_size"]
 MAX_LEN = 40
 # The smallest legal pool for a beam search of 3 rows at full length is 28 blocks.
-HUGE = EngineConfig(
+HUGE = OneSizeConfig(
     num_blocks=400,
     block_size=4,
     max_num_seqs=6,
@@ -37,14 +38,13 @@ HUGE = EngineConfig(
     max_num_prefixes=1,
     max_beam_width=3,
 )
-QUICKLY = {"xla_backend_optimization_level": 0}  # a program for every config
 TINY = dataclasses.replace(HUGE, num_blocks=30, watermark=0.0)
 SWAPS = dataclasses.replace(TINY, preemption="swap", num_swap_blocks=200)
 CONFIGS = {
     "swap": SWAPS,
-    # Few at a time find room there, the others are computed again.
+    # The host pool holds only few sequences; the others are recomputed.
     "swap_and_recompute": dataclasses.replace(SWAPS, num_swap_blocks=9),
-    # Who comes back takes blocks that the cache has to give up, and shares what it has.
+    # The cache evicts blocks for sequences that are swapped in, and shares its own.
     "swap_and_prefix_cache": dataclasses.replace(SWAPS, enable_prefix_caching=True),
 }
 
@@ -54,16 +54,6 @@ def run(model, state, max_steps=FOREVER):
     return engine.run.__wrapped__(model, state, max_steps)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_shapes():
-    """One decode shape and one prompt shape, so that the engines compile quickly."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(EngineConfig, "row_buckets", (HUGE.max_num_seqs,))
-    patch.setattr(EngineConfig, "token_buckets", (HUGE.max_num_batched_tokens,))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Decoder:
     folder = tmp_path_factory.mktemp("model") / "llama"
@@ -71,7 +61,7 @@ def model(tmp_path_factory) -> Decoder:
 
 
 def requests():
-    """Greedy ones, samples and beams, all at the longest that the tables hold."""
+    """Greedy requests, samples and beams, all up to max_model_len."""
     rng = np.random.default_rng(0)
     prompts, params = [], []
     for number in range(9):
@@ -102,7 +92,7 @@ def outputs(state) -> list[tuple]:
 
 
 def is_empty(state) -> bool:
-    """Nothing leaked: nobody uses a block of either pool, counted by the tables too."""
+    """Whether no block of either pool is in use, by counts and by tables."""
     assert engine.violations(state) == []
     pools = [state.blocks] + ([] if state.host is None else [state.host.blocks])
     return all(
@@ -113,7 +103,7 @@ def is_empty(state) -> bool:
 
 
 @pytest.fixture(scope="module")
-def wanted(model):
+def expected(model):
     state, _ = start(model, HUGE, *requests())
     state = run(model, state)
     assert int(state.counters.num_preemptions) == 0
@@ -122,7 +112,7 @@ def wanted(model):
 
 @pytest.fixture(scope="module")
 def ends(model):
-    """The idle engines after the same requests, in each of the configs."""
+    """The idle engines after the same requests, one for each config."""
     found = {}
     for name, config in CONFIGS.items():
         state, _ = start(model, config, *requests())
@@ -131,23 +121,23 @@ def ends(model):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tokens_are_those_of_a_pool_that_holds_everything(name, ends, wanted):
+def test_tokens_equal_those_of_a_pool_that_holds_all_sequences(name, ends, expected):
     state = ends[name]
     assert not bool(state.counters.is_stalled)
-    assert outputs(state) == wanted
+    assert outputs(state) == expected
     assert is_empty(state)
     assert int(state.counters.num_swap_outs) > 3
     assert int(state.counters.num_swapped_blocks) > 9
 
 
-def test_what_is_swapped_is_not_computed_again(model, ends):
+def test_swapped_tokens_are_not_recomputed(model, ends):
     counters = jax.device_get({name: end.counters for name, end in ends.items()})
     swap, mixed = counters["swap"], counters["swap_and_recompute"]
     assert swap.num_swap_outs == swap.num_preemptions
     assert 0 < mixed.num_swap_outs < mixed.num_preemptions
     state, _ = start(model, HUGE, *requests())
     once = run(model, state).counters.num_tokens
-    # But for samples whose source was away: they computed their prompts themselves.
+    # Except for samples whose source was swapped: they compute their prompts.
     assert swap.num_tokens - once < 20
     assert mixed.num_tokens - once > 20
 
@@ -161,8 +151,8 @@ def test_greedy_and_sampled_tokens_equal_a_loop_without_a_cache(model):
     results = [[] for _ in prompts]
     for result in engine.collect(state):
         results[result.arrival].append(result)
-    wanted = naive(model, prompts, params, max_model_len=MAX_LEN)
-    assert differences(state, results, wanted) == []
+    expected = naive(model, prompts, params, max_model_len=MAX_LEN)
+    assert differences(state, results, expected) == []
     assert int(state.counters.num_swap_outs) > 5
     assert is_empty(state)
 
@@ -171,29 +161,29 @@ def run_until_swapped(model, config):
     state, seq_indices = start(model, config, *requests())
     for _ in range(500):
         state = run(model, state, 1)
-        away = np.flatnonzero(
+        swapped = np.flatnonzero(
             np.asarray(state.requests.queue.status) == scheduler.SWAPPED
         )
-        if len(away) and int((np.asarray(state.host.blocks.ref_counts) > 1).sum()):
-            return state, seq_indices, away
-    raise AssertionError("nobody was swapped with shared blocks")
+        if len(swapped) and int((np.asarray(state.host.blocks.ref_counts) > 1).sum()):
+            return state, seq_indices, swapped
+    raise AssertionError("no sequence was swapped with shared blocks")
 
 
-def test_blocks_that_sequences_share_are_shared_on_the_host(model):
-    state, _, away = run_until_swapped(model, SWAPS)
+def test_shared_blocks_stay_shared_in_the_host_pool(model):
+    state, _, swapped = run_until_swapped(model, SWAPS)
     host = jax.device_get(state.host.blocks)
     assert engine.violations(state) == []
-    assert (host.context_lens[away] > 0).any()
+    assert (host.context_lens[swapped] > 0).any()
     held = np.asarray(-(-host.context_lens // 4)).sum()
     assert (host.ref_counts > 0).sum() < held
     assert state.host.cache.k_pages.sharding.memory_kind == "pinned_host"
 
 
-def test_who_is_ended_while_swapped_leaves_the_hosts_pool(model, wanted):
-    state, seq_indices, away = run_until_swapped(model, SWAPS)
-    gone = next(mine for mine in seq_indices if set(mine) & set(away.tolist()))
+def test_ending_a_swapped_request_frees_its_blocks_in_the_host_pool(model, expected):
+    state, seq_indices, swapped = run_until_swapped(model, SWAPS)
+    ended = next(mine for mine in seq_indices if set(mine) & set(swapped.tolist()))
     mask = np.zeros(SWAPS.max_num_requests, bool)
-    mask[gone] = True
+    mask[ended] = True
     before = int((np.asarray(state.host.blocks.ref_counts) > 0).sum())
     state = engine.end(state, mask, np.int32(3))
     assert block_manager.violations(state.host.blocks) == []
@@ -201,43 +191,44 @@ def test_who_is_ended_while_swapped_leaves_the_hosts_pool(model, wanted):
     state = run(model, state)
     assert not engine.has_work(state)
     assert is_empty(state)
-    arrival = seq_indices.index(gone)
+    arrival = seq_indices.index(ended)
     assert [one for one in outputs(state) if one[0] != arrival] == [
-        one for one in wanted if one[0] != arrival
+        one for one in expected if one[0] != arrival
     ]
 
 
-def test_what_is_on_the_host_is_in_a_snapshot(model, wanted, tmp_path):
+def test_snapshots_have_the_host_pool(model, expected, tmp_path):
     state, _, _ = run_until_swapped(model, SWAPS)
     snapshots.save(tmp_path / "here", state)
-    for config in (SWAPS, TINY):  # which has no host: everything is computed again
+    for config in (SWAPS, TINY):  # TINY has no host pool: all sequences are recomputed
         other = snapshots.load(tmp_path / "here", model, config)
         assert engine.violations(other) == []
         if config == SWAPS:
             kind = other.host.cache.k_pages.sharding.memory_kind
             assert kind == "pinned_host"
-        assert outputs(run(model, other)) == wanted
+        assert outputs(run(model, other)) == expected
 
 
-def test_faults_in_the_hosts_pool_are_reported(model):
-    state, _, away = run_until_swapped(model, SWAPS)
+def test_violations_in_the_host_pool_are_reported(model):
+    state, _, swapped = run_until_swapped(model, SWAPS)
     host, queue = state.host, state.requests.queue
     blocks = dataclasses.replace(
         host.blocks, ref_counts=host.blocks.ref_counts.at[0].add(1)
     )
     leaked = dataclasses.replace(host, blocks=blocks)
     assert (
-        "host: block 0" in engine.violations(dataclasses.replace(state, host=leaked))[0]
+        "host pool: block 0"
+        in engine.violations(dataclasses.replace(state, host=leaked))[0]
     )
     queue = dataclasses.replace(
-        queue, status=queue.status.at[int(away[0])].set(scheduler.WAITING)
+        queue, status=queue.status.at[int(swapped[0])].set(scheduler.WAITING)
     )
     table = dataclasses.replace(state.requests, queue=queue)
     (one,) = engine.violations(dataclasses.replace(state, requests=table))
-    assert f"place {away[0]}: has blocks on the host" in one
+    assert f"sequence {swapped[0]}: has blocks in the host pool" in one
 
 
-def test_nobody_is_admitted_while_somebody_is_swapped(model):
+def test_no_request_is_admitted_while_another_is_swapped(model):
     state, _, _ = run_until_swapped(model, SWAPS)
     before = np.asarray(state.requests.queue.status)
     for _ in range(20):
@@ -250,7 +241,7 @@ def test_nobody_is_admitted_while_somebody_is_swapped(model):
         before = after
 
 
-def test_prefixes_are_pinned_and_the_drafts_pages_travel_too(model, tmp_path):
+def test_swapping_with_a_pinned_prefix_and_a_draft_model(model, tmp_path):
     draft = load_model(
         checkpoints.write_tiny_llama(tmp_path / "draft", num_hidden_layers=1)
     )
@@ -278,14 +269,15 @@ def test_prefixes_are_pinned_and_the_drafts_pages_travel_too(model, tmp_path):
         state = engine.unpin(state, [seq_index])
         assert is_empty(state)
         found.append((outputs(state), jax.device_get(state.counters)))
-    (wanted, _), (tokens, counters) = found
-    assert tokens == wanted
+    (expected, _), (tokens, counters) = found
+    assert tokens == expected
     assert counters.num_swap_outs > 0
-    # The two models are one: had its pages stayed behind, it would guess otherwise.
+    # Both models are equal: if the draft model's pages were not swapped, some drafts
+    # would be rejected.
     assert counters.num_accepted == counters.num_drafts > 20
 
 
-def test_an_llm_swaps_and_counts_and_goes_on_after_it_was_compiled_anew(model):
+def test_an_llm_swaps_and_counts_also_after_a_larger_program_is_compiled(model):
     llm = LLM(
         model,
         num_blocks=12,
@@ -299,12 +291,14 @@ def test_an_llm_swaps_and_counts_and_goes_on_after_it_was_compiled_anew(model):
     )
     prompts = [list(range(i, i + 9)) for i in range(5)]
     params = [SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True)] * 5
-    wanted = [one[0].tokens for one in naive(model, prompts, params, max_model_len=40)]
+    expected = [
+        one[0].tokens for one in naive(model, prompts, params, max_model_len=40)
+    ]
     with llm:
         for one in (params[0], dataclasses.replace(params[0], logprobs=1)):
             before = llm.stats()["num_swapped_blocks"]
             outputs = llm.generate(prompts, one, progress=False)
-            assert [one.outputs[0].token_ids for one in outputs] == wanted
+            assert [one.outputs[0].token_ids for one in outputs] == expected
             assert llm.stats()["num_swapped_blocks"] > before
             assert sum(one.metrics["num_preemptions"] for one in outputs) > 0
         assert llm.stats()["num_compilations"] >= 2
@@ -326,7 +320,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_config_that_cannot_swap_is_refused(message):
+def test_an_invalid_swap_config_raises(message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(HUGE, **WRONG[message])
 
@@ -343,5 +337,5 @@ def test_the_compiled_run_copies_neither_pool(model):
         sum(pages.nbytes for pages in jax.tree.leaves(cache)) for cache in pools
     )
     assert memory.alias_size_in_bytes > device + host
-    # A few numbers for each block, and not the pages of one array.
+    # Some numbers per block, and not the pages of one array.
     assert memory.temp_size_in_bytes < device / 4

@@ -1,9 +1,9 @@
-"""Any sequence of moves leaves the engine sound, and every request its own tokens.
+"""Random walks: the engine stays sound, and each request generates its own tokens.
 
-Requests come, run for some steps in a pool that is too small for them, are swapped out
-or computed again, are aborted; the prefix cache is reset. After every move the state is
-counted anew, and at the end each request that was not aborted has the tokens of a loop
-that knows no engine.
+Requests are submitted, run for some steps in a pool that is too small, are swapped or
+recomputed, or are aborted; the prefix cache is reset. Each move is followed by a check
+of all invariants. At the end each request that was not aborted has the tokens of a
+loop.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ CONFIG = dataclasses.replace(
     TIGHT,
     enable_prefix_caching=True,
     preemption="swap",
-    num_swap_blocks=8,  # fewer than all need: some are computed again
+    num_swap_blocks=8,  # too few for all: some sequences are recomputed
     policy="longest_prefix",
     max_prompt_chunk=5,
 )
@@ -43,12 +43,12 @@ REQUESTS = st.tuples(
 
 
 class Walk:
-    """An engine, and what should come out of it."""
+    """An engine, and the requests that it should finish."""
 
     def __init__(self, model) -> None:
         self.model = model
         self.state = engine.init(model, CONFIG)
-        self.going: dict[int, tuple[list[int], SamplingParams, list[int]]] = {}
+        self.unfinished: dict[int, tuple[list[int], SamplingParams, list[int]]] = {}
         self.num_finished = 0
 
     def submit(self, stem: int, length: int, more: int, n: int, count: int) -> None:
@@ -56,21 +56,24 @@ class Walk:
         params = SamplingParams(
             n=max(n, 1), temperature=float(n > 0), seed=length, max_tokens=count
         )
-        if sum(len(seq_indices) for *_, seq_indices in self.going.values()) + 3 > 60:
+        if (
+            sum(len(seq_indices) for *_, seq_indices in self.unfinished.values()) + 3
+            > 60
+        ):
             return
         arrival = self.num_arrived = getattr(self, "num_arrived", -1) + 1
         self.state, (seq_indices,) = engine.submit(
             self.state, [prompt], params, arrivals=[arrival]
         )
-        self.going[arrival] = (prompt, params, seq_indices)
+        self.unfinished[arrival] = (prompt, params, seq_indices)
 
     def run(self, steps: int) -> None:
         self.state = engine.run(self.model, self.state, STEPS(steps))
 
     def abort(self, number: int) -> None:
-        if self.going:
-            arrival = sorted(self.going)[number % len(self.going)]
-            *_, seq_indices = self.going.pop(arrival)
+        if self.unfinished:
+            arrival = sorted(self.unfinished)[number % len(self.unfinished)]
+            *_, seq_indices = self.unfinished.pop(arrival)
             mask = self.mask(seq_indices)
             self.state = engine.end(self.state, mask, np.int32(request_table.ABORT))
             self.state = engine.release(self.state, mask)
@@ -92,18 +95,18 @@ class Walk:
         self.check()
         assert not engine.has_work(self.state)
         assert block_manager.num_free_blocks(self.state.blocks) == CONFIG.num_blocks
-        # Free or cached, and nothing left in the host's memory.
+        # Blocks are free or cached, and the host pool is empty.
         assert int(self.state.host.blocks.ref_counts.sum()) == 0
         cached = prefix_cache.is_cached(self.state.prefix_cache)
         assert cached.sum() <= CONFIG.num_blocks
-        got: dict[int, list[list[int]]] = {arrival: [] for arrival in self.going}
+        got: dict[int, list[list[int]]] = {arrival: [] for arrival in self.unfinished}
         for result in engine.collect(self.state):
             got[result.arrival].append(result.token_ids)
-        prompts = [prompt for prompt, *_ in self.going.values()]
-        params = [param for _, param, _ in self.going.values()]
+        prompts = [prompt for prompt, *_ in self.unfinished.values()]
+        params = [param for _, param, _ in self.unfinished.values()]
         if prompts:
-            wanted = naive(self.model, prompts, params, max_model_len=MAX_LEN)
-            for tokens, want in zip(got.values(), wanted, strict=True):
+            expected = naive(self.model, prompts, params, max_model_len=MAX_LEN)
+            for tokens, want in zip(got.values(), expected, strict=True):
                 assert tokens == [one.tokens for one in want]
         self.num_finished = len(prompts)
 
@@ -113,7 +116,7 @@ def llama(models):
     return models["llama"]
 
 
-def test_any_sequence_of_moves(llama):
+def test_random_walks_leave_the_engine_sound(llama):
     class Machine(stateful.RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
@@ -148,8 +151,8 @@ def test_any_sequence_of_moves(llama):
     )
 
 
-def test_a_crowd_in_the_smallest_pool_meets_everything(llama):
-    """What a walk of chance may miss: all of it in one, counted."""
+def test_many_requests_in_the_smallest_pool_use_all_features(llama):
+    """One walk that has all the events that a random walk may miss."""
     walk, rng = Walk(llama), np.random.default_rng(1)
     for round_ in range(6):
         for _ in range(5):

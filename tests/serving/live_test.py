@@ -610,7 +610,7 @@ def test_small_rings_keep_the_last_of_it_and_count_what_they_lost(size, slow_ste
     config = dataclasses.replace(
         SMALL, num_recorded_events=size, num_recorded_steps=size
     )
-    rings = [timeline.init(config), timeline.init(SMALL)]
+    rings = [timeline.init_timeline(config), timeline.init_timeline(SMALL)]
     most = 0
     for number, (before, after, blocks, _) in enumerate(slow_steps):
         step, count = jnp.int32(number), jnp.int32(7)

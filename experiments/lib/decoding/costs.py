@@ -64,7 +64,7 @@ def bookkeeping(
         seq_indices = lax.dynamic_update_slice(
             seq_indices, entries.seq_indices, (start,)
         )
-        table, states, parents, num_new = algorithms.decide(
+        table, states, parents, num_new = algorithms.step_algorithms(
             scheduled.table,
             state.states,
             scheduled.rows,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import scheduler
+from jpaged import engine, scheduler
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.decoding import constraints
@@ -30,9 +30,6 @@ from jpaged.engine import (
     iteration,
     request_table,
     submission,
-)
-from jpaged.engine import (
-    api as engine,
 )
 from jpaged.engine import (
     state as engine_state,
@@ -218,7 +215,7 @@ class EngineSystem:
 
         def insert(state: ServedState) -> ServedState:
             new = self._submission(template, request, seq_indices)
-            table = request_table.insert(state.engine.requests, new)
+            table = request_table.insert_sequences(state.engine.requests, new)
             inner = dataclasses.replace(
                 state.engine,
                 requests=table,
@@ -370,9 +367,9 @@ class EngineSystem:
         states, num_grouped = state.states, jnp.int32(0)
         parents = jnp.arange(scheduled.rows.shape[0], dtype=jnp.int32)
         grouped = jnp.where(is_grouped, seq_indices, table_size)
-        if algorithms.kinds(self.config):
+        if algorithms.config_algorithms(self.config):
             logits = self._made_logits(table, grouped)
-            table, states, parents, num_grouped = algorithms.decide(
+            table, states, parents, num_grouped = algorithms.step_algorithms(
                 table,
                 states,
                 scheduled.rows,
@@ -467,7 +464,7 @@ def _templates(config: EngineConfig, kinds: tuple[tuple[int, int], ...]) -> Subm
     table = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), table)
     found = []
     for kind in kinds:
-        encoded, _ = submission.encode(
+        encoded, _ = submission.encode_requests(
             table,
             config,
             [[0, 0]],

@@ -1,7 +1,7 @@
-"""What requests of algorithms should give: loops that recompute every token.
+"""References for requests of algorithms: plain loops that recompute every token.
 
-They know no cache, no block and no batch but that of one request's rows. What `drive`
-shares with the engine is the model and the algorithm's own `step`.
+They have no cache and no blocks, and no batch but one request's rows. `drive` shares
+with the engine the model and the algorithm's own `step`.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from jpaged.models import Decoder
 from jpaged.params import AlgorithmParams, BeamSearchParams
 from tests.support.beam_oracle import SlowBeams
 
-_WIDTH = 8  # prefixes that are computed side by side
+_WIDTH = 8  # prefixes that are computed in one batch
 
 
-class Wanted(NamedTuple):
-    """One output of a request."""
+class Expected(NamedTuple):
+    """The expected output of a request."""
 
     tokens: list[int]
     reason: str
@@ -44,7 +44,7 @@ class Plain:
     max_model_len: int
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """f32[..., V] of the token that follows each sequence."""
+        """f32[..., V] for the token that follows each sequence."""
         tokens = np.zeros((_WIDTH, self.max_model_len), np.int32)
         lengths = np.ones(_WIDTH, np.int32)
         for row, sequence in enumerate(sequences):
@@ -58,7 +58,7 @@ class Plain:
 
 def search(
     plain: Plain, prompt: Sequence[int], params: BeamSearchParams
-) -> list[Wanted]:
+) -> list[Expected]:
     """The beams of a slow search, best first."""
 
     def logprobs_of(prefixes):
@@ -73,7 +73,7 @@ def search(
         stop_ids=params.stop_token_ids,
     ).run(logprobs_of)
     return [
-        Wanted(
+        Expected(
             list(tokens),
             "stop" if tokens[-1] in params.stop_token_ids else "length",
             score * len(tokens) ** params.length_penalty,
@@ -91,7 +91,7 @@ class _Sequence:
 
 def drive(
     plain: Plain, prompt: Sequence[int], params: AlgorithmParams
-) -> tuple[list[Wanted], bool]:
+) -> tuple[list[Expected], bool]:
     """The outputs of an algorithm, and whether a row that had ended ran again."""
     num_rows = params.num_rows
     limit = plain.most_tokens(prompt, params.max_tokens)
@@ -111,15 +111,17 @@ def drive(
         )
         state, decision = step(keys, jnp.asarray(logprobs), state)
         decision = jax.tree.map(np.asarray, decision)
-        held = [_Sequence([], 0.0, "held")] * (len(decision.tokens) - num_rows)
-        now = [*now, *held][: len(decision.tokens)]
+        retained = [_Sequence([], 0.0, "retained")] * (len(decision.tokens) - num_rows)
+        now = [*now, *retained][: len(decision.tokens)]
         before, now = now, _follow(now, decision, limit, params.stop_token_ids)
         was_revived |= any(
             before[row].reason is not None and now[row].reason is None
             for row in range(num_rows)
         )
     outputs = now[num_rows:] or now
-    return [Wanted(one.tokens, one.reason, one.logprob) for one in outputs], was_revived
+    return [
+        Expected(one.tokens, one.reason, one.logprob) for one in outputs
+    ], was_revived
 
 
 @functools.cache

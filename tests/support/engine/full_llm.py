@@ -1,7 +1,7 @@
-"""An LLM whose engine is compiled for everything at once, and what it should give.
+"""An LLM whose engine is compiled for all features at once, and a reference for it.
 
-All test modules that use it share one compiled program. The oracle recomputes every
-token by the plain forward, with the rules of a request in numpy, in a loop.
+All test modules that use it share one compiled program. The reference recomputes every
+token with the plain forward pass in a loop, and applies the logits rules in numpy.
 """
 
 import functools
@@ -26,7 +26,7 @@ from tests.llm.llm_test import EOS, VOCAB_SIZE, write_folder
 MAX_LEN = 64
 SIZES = dict(
     max_num_seqs=8,
-    max_num_batched_tokens=16,  # most prompts take several steps
+    max_num_batched_tokens=16,  # most prompts need several steps
     block_size=4,
     num_blocks=48,
     max_model_len=MAX_LEN,
@@ -34,7 +34,7 @@ SIZES = dict(
     max_logprobs=VOCAB_SIZE,
     max_num_prefixes=2,
 )
-# Without the letter n, whose token is an EOS of these checkpoints.
+# Without the letter n: its token is an EOS token of these checkpoints.
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -53,7 +53,7 @@ CONSTRAINTS = {
     "choice": StructuredOutputsParams(choice=CHOICES),
     "one letter": StructuredOutputsParams(choice=["a"]),
 }
-Mask = Callable[[list[int]], np.ndarray]  # of the output so far: bool[V], allowed
+Mask = Callable[[list[int]], np.ndarray]  # output so far -> bool[V], allowed tokens
 
 
 def make_folder(root: pathlib.Path) -> pathlib.Path:
@@ -61,7 +61,7 @@ def make_folder(root: pathlib.Path) -> pathlib.Path:
 
 
 def grow(llm: LLM) -> None:
-    """Asks for everything in one call, so that one program serves all later ones."""
+    """Use all features in one call, so that one program serves all later calls."""
     rules = SamplingParams(
         max_tokens=2,
         logit_bias=dict.fromkeys(range(4), 1.0),
@@ -83,7 +83,7 @@ def grow(llm: LLM) -> None:
 
 
 def is_idle(llm: LLM) -> bool:
-    """Whether no sequence is left in the engine; prefixes may be."""
+    """Whether the engine has no sequences but pinned prefixes."""
     host = llm._host
     assert host is not None
     table_size = llm.config.max_num_requests - len(host.pinned)
@@ -96,7 +96,7 @@ def _forward() -> Callable:
 
 
 class Oracle:
-    """What an output should be, token by token."""
+    """The expected output of a request, token by token."""
 
     def __init__(self, llm: LLM):
         self.model, self.tokenizer = llm.model, llm.tokenizer
@@ -104,7 +104,7 @@ class Oracle:
         self.pieces = [self.tokenizer.decode([t]) for t in range(VOCAB_SIZE)]
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """f32[T, V] of the plain forward."""
+        """f32[T, V] of the plain forward pass."""
         padded = np.zeros((1, MAX_LEN), np.int32)
         padded[0, : len(token_ids)] = token_ids
         found = _forward()(self.model, jnp.asarray(padded))
@@ -124,7 +124,8 @@ class Oracle:
         number: int = 0,
         mask: Mask | None = None,
     ) -> tuple[list[int], str]:
-        """Sample `number` of a request, and why it ended. Text does not stop it."""
+        """Tokens of a request's sample `number`, and the reason of its end; no stop
+        strings."""
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(EOS))
         output: list[int] = []
         while True:
@@ -142,7 +143,7 @@ class Oracle:
                 return output, "length"
 
     def choice_mask(self, choices: Sequence[str]) -> Mask:
-        """The tokens behind which one of the choices can still be the whole text."""
+        """Allow the tokens after which one of the choices is still possible."""
 
         def mask(output: list[int]) -> np.ndarray:
             text = "".join(self.pieces[token] for token in output)
@@ -158,7 +159,7 @@ class Oracle:
 
 
 def change(logits, params: SamplingParams, prompt, output, stops) -> None:
-    """The rules of a request, in vLLM's order, in place."""
+    """Apply the logits rules of a request in place, in vLLM's order."""
     if params.allowed_token_ids is not None:
         for token in range(len(logits)):
             if token not in params.allowed_token_ids:

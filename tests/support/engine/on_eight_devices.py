@@ -1,7 +1,7 @@
-"""What `mesh_engine_test.py` reads: engines on meshes of 8 virtual CPU devices.
+"""Engines on meshes of 8 virtual CPU devices, for `tests/engine/mesh_test.py`.
 
-One process for everything, since the devices are chosen before jax starts. Run with an
-empty folder; the last line of its output is one JSON object.
+One process for all of it, because the number of devices is set before jax starts. Run
+it with an empty folder; the last line of its output is one JSON object.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ SIZES = dict(
     max_num_requests=8,
     max_num_stop_ids=1,
 )
-# Tight: everybody at full length needs 4 x 8 blocks.
+# A tight pool: four sequences of full length need 4 x 8 blocks.
 CONFIGS = {
     "recompute": EngineConfig(**SIZES, enable_prefix_caching=True),
     "swap": EngineConfig(**SIZES, preemption="swap", num_swap_blocks=12),
@@ -48,7 +48,7 @@ CONFIGS = {
     "cascade": EngineConfig(**SIZES, enable_prefix_caching=True, cascade=True),
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=18, ignore_eos=True)
-DRAWN = SamplingParams(temperature=1.0, seed=5, n=2, max_tokens=14, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.0, seed=5, n=2, max_tokens=14, ignore_eos=True)
 UNSEEDED = SamplingParams(temperature=1.0, max_tokens=9, ignore_eos=True)
 BEAMS = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
 PROMPTS = [[3, 5, 7, 9, 11, 2], [4, 6, 8], [3, 5, 7, 9, 11, 2, 8, 1], [12, 13]]
@@ -65,7 +65,7 @@ CASES = {
     "2 replicas, cascade": ("llama", "cascade", {"data": 2, "tensor": 2}),
 }
 
-# Saved after 12 steps on one mesh and gone on with on another: (config, from, to).
+# Saved after 12 steps on one mesh and continued on another: (config, from, to).
 MOVES = {
     "2 to one": ("recompute", {"tensor": 2}, None),
     "one to 8": ("recompute", None, {"tensor": 8}),
@@ -77,11 +77,11 @@ SAVED_AFTER = np.int32(12)
 
 def requests(config: str) -> list:
     last = BEAMS if config == "beams" else GREEDY
-    return [GREEDY, DRAWN, last, GREEDY]
+    return [GREEDY, SAMPLED, last, GREEDY]
 
 
 def scheduled(model, config: str, mesh) -> engine.EngineState:
-    """Everybody submitted. A second replica gets all but the last, and ends sooner."""
+    """Submit all requests; a second replica gets all but the last, and ends sooner."""
     state = engine.init(model, CONFIGS[config], mesh=mesh)
     state, _ = engine.submit(state, PROMPTS, requests(config))
     if mesh is not None and mesh.shape["data"] == 2:
@@ -91,13 +91,13 @@ def scheduled(model, config: str, mesh) -> engine.EngineState:
 
 
 def run(model, state: engine.EngineState) -> tuple[list, engine.EngineState]:
-    """The tokens of everybody, and the state at the end."""
+    """The tokens of all requests, and the state at the end."""
     state = engine.run(model, state, np.iinfo(np.int32).max)
     return [result.token_ids for result in engine.collect(state)], state
 
 
 def moved(folder: pathlib.Path, models: list, move: tuple, alone: tuple) -> dict:
-    """A run that began with one model, on its mesh, and ended with another."""
+    """Start a run with one model on its mesh, and continue it with another."""
     config, *sizes = move
     meshes = [size and make_mesh(**size) for size in sizes]
     state = engine.run(models[0], scheduled(models[0], config, meshes[0]), SAVED_AFTER)
@@ -108,7 +108,7 @@ def moved(folder: pathlib.Path, models: list, move: tuple, alone: tuple) -> dict
     return {
         "is_equal": tokens == alone[0],
         "num_swapped": num_swapped,
-        # What was not computed again.
+        # Equal if no page was recomputed.
         "computed": int(state.counters.num_tokens),
         "computed_alone": int(alone[1].counters.num_tokens),
         "violations": engine.violations(state),
@@ -116,7 +116,7 @@ def moved(folder: pathlib.Path, models: list, move: tuple, alone: tuple) -> dict
 
 
 def collectives(model, state) -> dict[str, int]:
-    """How many of each kind the compiled step has, and its temporaries in bytes."""
+    """Collectives of the compiled step by kind, and its temporaries in bytes."""
     step = jax.jit(engine.step, donate_argnums=1)
     compiled = step.lower(model, state).compile()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
@@ -130,7 +130,7 @@ def collectives(model, state) -> dict[str, int]:
 
 
 def measure(model, case: str, tokens: list, draft: pathlib.Path) -> dict:
-    """What a case of CASES gives, beside the tokens of one device."""
+    """Measurements of a case of CASES; `tokens` are those of one device."""
     _, config, sizes = CASES[case]
     mesh = make_mesh(**sizes)
     if config == "drafts":
@@ -153,7 +153,7 @@ def measure(model, case: str, tokens: list, draft: pathlib.Path) -> dict:
         more = dataclasses.replace(CONFIGS["recompute"], num_blocks=512)
         roomy = engine.init(model, more, mesh=mesh)
         found["roomy_collectives"] = collectives(model, roomy)
-        # Else each program is compiled once more when a state comes back from one.
+        # Otherwise each program compiles once more for a state that a program returned.
         where = shardings(roomy)
         roomy, _ = engine.submit(roomy, PROMPTS[:1], GREEDY)
         found["stays"] = shardings(roomy) == where
@@ -181,26 +181,26 @@ def refusal(function, *args, **options) -> str:
 
 
 def with_cascade(function, *args) -> dict:
-    """`function` where every shared block is read once, and whether there were any."""
-    find_shared_prefix, most = shared_prefix.find_shared_prefix, []
+    """Call `function` with cascade attention for every shared block; count these."""
+    find, most = shared_prefix.find, []
 
     def find_all(*tables):
-        found = find_shared_prefix(*tables, min_prefix_tokens=1, min_saved_tokens=1)
+        found = find(*tables, least_tokens=1, least_saved=1)
         jax.debug.callback(lambda n: most.append(int(n)), found.num_blocks.max())
         return found
 
-    with mock.patch.object(forward.shared_prefix, "find_shared_prefix", find_all):
+    with mock.patch.object(forward.shared_prefix, "find", find_all):
         found = function(*args)
     jax.effects_barrier()
     return found | {"most_shared_blocks": max(most)}
 
 
 def with_llm(folder: pathlib.Path) -> dict:
-    """The host's shell on 2 replicas of 2 devices, and on one device."""
+    """An LLM on 2 replicas of 2 devices, and one on a single device."""
     sizes = dict(num_blocks=24, block_size=4, max_num_seqs=3, max_model_len=48)
     sizes |= dict(max_num_batched_tokens=16, seed=7, check_invariants=True)
     prompts = [*PROMPTS, [7, 7, 7], [3, 5, 7, 9, 11]]
-    params = [GREEDY, DRAWN, BEAMS, UNSEEDED, UNSEEDED, DRAWN]
+    params = [GREEDY, SAMPLED, BEAMS, UNSEEDED, UNSEEDED, SAMPLED]
     texts = []
     for mesh in (None, make_mesh(data=2, tensor=2)):
         llm = LLM(folder, mesh=mesh, **sizes)
@@ -221,9 +221,9 @@ def with_llm(folder: pathlib.Path) -> dict:
 
 
 def live(llm: LLM, texts: list) -> dict:
-    """Pinned prefixes and requests that come and go, on replicas."""
+    """Pinned prefixes, and live requests that finish or are aborted, on replicas."""
     found = {}
-    # Twice its length in whole blocks: where it is cached, one block is computed.
+    # Of 21 tokens, the five whole blocks are cached.
     long = list(range(20, 41))
     llm.generate([long], GREEDY, progress=False)
     outputs = llm.generate([[*long, n] for n in range(3)], GREEDY, progress=False)
@@ -235,10 +235,10 @@ def live(llm: LLM, texts: list) -> dict:
         found["is_pinned_equal"] = all(
             out.outputs[0].token_ids == texts[0][0] for out in pinned
         )
-    first, gone = (llm.submit(PROMPTS[0], GREEDY) for _ in range(2))
-    gone.abort()
+    first, aborted = (llm.submit(PROMPTS[0], GREEDY) for _ in range(2))
+    aborted.abort()
     found["reasons"] = [
-        request.output().outputs[0].finish_reason for request in (first, gone)
+        request.output().outputs[0].finish_reason for request in (first, aborted)
     ]
     found["is_live_equal"] = first.output().outputs[0].token_ids == texts[0][0]
 
@@ -260,7 +260,7 @@ def live(llm: LLM, texts: list) -> dict:
 
 @contextlib.contextmanager
 def as_on_tpus(is_wanted: bool):
-    """Models are loaded with the output's weights in a TPU's order."""
+    """Load models with the output weights in the order that TPUs use."""
 
     def words_first(config):
         return dataclasses.replace(config, vocab_first=True)
@@ -280,7 +280,7 @@ def main(folder: pathlib.Path) -> None:
             folder / "tied", **GQA, tie_word_embeddings=True
         ),
     }
-    # The target's first layer: it guesses well now and then.
+    # The target's first layer: some of its drafts are accepted.
     draft = checkpoints.write_tiny_llama(folder / "draft", **GQA, num_hidden_layers=1)
     alone, found = {}, {}
     models = {name: load_model(path) for name, path in paths.items()}

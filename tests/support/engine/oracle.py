@@ -1,7 +1,7 @@
-"""The loop that an afternoon's script would be: every token recomputes everything.
+"""The reference for the engine: a plain loop in which each token recomputes everything.
 
-It knows no cache, no block, no schedule and no batch but that of equal shapes. What it
-shares with the engine is the model and, for requests that sample, the sampler.
+It has no cache, no blocks and no schedule, and batches only to keep shapes equal. It
+shares with the engine the model and, for requests that sample, the sampler.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ FOREVER = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What one sample of one request should give."""
+    """The expected output of one sample of a request."""
 
     tokens: list[int]
     reason: str
@@ -49,7 +49,7 @@ def naive(
     max_model_len: int,
     eos_token_ids: Sequence[int] = (),
 ) -> list[list[Generated]]:
-    """Of each request each sample's tokens and reason; sampling needs `seed`."""
+    """Tokens and reason of each request's samples; requests that sample need `seed`."""
     rows = [
         (list(prompt), param, number)
         for prompt, param in zip(prompts, params, strict=True)
@@ -67,8 +67,8 @@ def naive(
         logits = _last_logits(model, jnp.asarray(tokens), jnp.asarray(lengths))
         chosen = np.asarray(logits).argmax(axis=-1)
         if is_any_sampled:
-            drawn, _ = _sample(logits, sampling, jnp.asarray(lengths))
-            chosen = np.where(sampling.temperature > 0, drawn, chosen)
+            sampled, _ = _sample(logits, sampling, jnp.asarray(lengths))
+            chosen = np.where(sampling.temperature > 0, sampled, chosen)
         for row, (prompt, param, _) in enumerate(rows):
             if reasons[row] is not None:
                 continue
@@ -118,7 +118,10 @@ def generate(
     run: Callable[..., EngineState] = engine.run,
     **options,
 ) -> tuple[EngineState, list[list[Result]]]:
-    """The idle engine, and of each request each sample's result, in request order."""
+    """Run the engine on all requests.
+
+    Returns the idle engine, and the results of each request's samples.
+    """
     order = list(range(len(prompts))) if order is None else list(order)
     state = engine.init(model, config)
     state, _ = engine.submit(
@@ -134,19 +137,21 @@ def generate(
 def differences(
     state: EngineState,
     results: Sequence[Sequence[Result]],
-    wanted: Sequence[Sequence[Generated]],
+    expected: Sequence[Sequence[Generated]],
 ) -> list[str]:
-    """What is wrong with a finished run, one sentence each; empty if nothing is."""
+    """One sentence for each fault of a finished run; empty if there is none."""
     found = block_manager.violations(state.blocks)
     if int(block_manager.num_free_blocks(state.blocks)) != state.config.num_blocks:
         found.append("not all blocks are free at the end")
     if bool(state.counters.is_stalled):
         found.append("the engine stalled")
     if bool(engine.has_work(state)):
-        found.append("not all requests have ended")
-    for request, (got, want) in enumerate(zip(results, wanted, strict=True)):
+        found.append("not all requests have finished")
+    for request, (got, want) in enumerate(zip(results, expected, strict=True)):
         pairs = [(result.token_ids, result.finish_reason) for result in got]
-        expected = [(one.tokens, one.reason) for one in want]
-        if pairs != expected:
-            found.append(f"request {request}: expected {expected}, got {pairs}")
+        tokens_and_reasons = [(one.tokens, one.reason) for one in want]
+        if pairs != tokens_and_reasons:
+            found.append(
+                f"request {request}: expected {tokens_and_reasons}, got {pairs}"
+            )
     return found

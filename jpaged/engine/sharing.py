@@ -1,0 +1,252 @@
+"""Sharing: which blocks a sequence maps when it gets a row, from cache or sequences.
+
+Pipeline: prefix cache -> [look_up] -> scheduler -> [sharing] -> request table, blocks.
+
+`look_up` finds blocks in the prefix cache, and `append_tokens` makes the cache evict
+blocks that new tokens need. A sequence also maps the first `shared_lens` tokens of its
+source, another sequence. The source is set at submission (the request's leader, or a
+pinned prefix). Two functions change it later: `reassign_sources` for preempted
+sequences, which compares them within their request, and `join_running_rows` for newly
+admitted rows, which finds rows that compute the same prefix in this moment.
+
+Shape symbols: R sequences of the request table, S batch rows, L tokens of the longest
+sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jpaged import scheduler
+from jpaged.compat import when
+from jpaged.config import EngineConfig
+from jpaged.engine.request_table import RequestTable
+from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
+from jpaged.kv.prefix_cache import PrefixCache
+from jpaged.scheduler import WAITING, Hits
+
+
+def look_up(
+    known_blocks: PrefixCache | None,
+    table: RequestTable,
+    rows: jax.Array,
+    config: EngineConfig,
+) -> Hits | None:
+    """Look up the waiting sequences in the prefix cache, if any can be admitted.
+
+    Args:
+      known_blocks: the prefix cache, if there is one.
+      table: the request table.
+      rows: i32[S], sequence index of each row.
+      config: the engine's config.
+    """
+    if known_blocks is None:
+        return None
+    queue = table.queue
+    # At least one token is left to compute: its logits are needed.
+    most = jnp.where(queue.status == WAITING, queue.num_tokens - 1, 0)
+    most = jnp.where(table.params.keeps_prompt_logprobs | queue.has_ended, 0, most)
+
+    def match(hits: Hits) -> Hits:
+        return Hits(*prefix_cache.match(known_blocks, table.tokens, most))
+
+    none = Hits.none(config.max_num_requests, config.max_blocks_per_seq)
+    return when(scheduler.can_admit(queue, rows), match, none)
+
+
+def append_tokens(
+    cache: PrefixCache | None, blocks: BlockState, num_tokens: jax.Array
+) -> tuple[PrefixCache | None, BlockState, Append]:
+    """Append tokens to the rows; the prefix cache evicts blocks for them.
+
+    Args:
+      cache: the prefix cache, if there is one.
+      blocks: the block state.
+      num_tokens: i32[S], tokens to append to each row.
+
+    Returns:
+      The prefix cache, the blocks, and the copies to do before writing.
+    """
+    if cache is None:
+        return None, *block_manager.append(blocks, num_tokens)
+    needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
+    cache = prefix_cache.evict(cache, blocks.ref_counts, needed)
+    before, kept = blocks, prefix_cache.is_cached(cache)
+    blocks, appended = block_manager.append(blocks, num_tokens, kept)
+    # A row that was truncated may now write into a cached block of which it is the only
+    # owner. The cache must forget that block.
+    is_writer = (num_tokens > 0) & (before.context_lens % before.block_size != 0)
+    is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
+    rows = jnp.arange(is_writer.shape[0], dtype=jnp.int32)
+    last = before.block_tables[rows, before.context_lens // before.block_size]
+    is_writer &= kept[last]
+    cache = when(
+        jnp.any(is_writer),
+        lambda cache: prefix_cache.forget(cache, jnp.where(is_writer, last, NO_BLOCK)),
+        cache,
+    )
+    return cache, blocks, appended
+
+
+def reassign_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTable:
+    """Choose new sources for sequences that have lost their blocks.
+
+    The new source of a sequence is the sequence of its request with the longest common
+    prefix, among the given ones with a lower index. So no two sequences ever wait for
+    each other. The first sequence of each request keeps its source. The function
+    compares tokens, one sequence with all others at a time.
+
+    Args:
+      table: the request table.
+      seq_indices: i32[S], the sequences; R is padding.
+    """
+    table_size, _ = table.tokens.shape
+    seq_indices = jnp.sort(seq_indices)
+    valid = seq_indices < table_size
+    safe = jnp.where(valid, seq_indices, 0)
+    tokens, lens = table.tokens[safe], table.queue.num_tokens[safe]
+    leaders = jnp.where(valid, table.queue.leaders[safe], table_size)
+    is_candidate = valid & ~table.queue.has_ended[safe]
+    index = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
+
+    def compare(
+        j: jax.Array, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        sources, shared = carry
+        # At least one token is left to compute: its logits are needed.
+        most = jnp.minimum(lens, lens[j]) - 1
+        common = _num_common(tokens, tokens[j][None, :], most)
+        fits = valid & is_candidate[j] & (leaders == leaders[j]) & (index > j)
+        is_better = fits & (common > shared)
+        sources = jnp.where(is_better, seq_indices[j], sources)
+        return sources, jnp.where(is_better, common, shared)
+
+    first = (
+        jnp.full_like(seq_indices, scheduler.NO_REQUEST),
+        jnp.zeros_like(seq_indices),
+    )
+    num_lost = jnp.sum(valid, dtype=jnp.int32)  # padding is last after sorting
+    sources, shared = jax.lax.fori_loop(0, num_lost, compare, first)
+    found = jnp.where(shared > 0, seq_indices, table_size)
+    is_first = valid & ~jnp.any(
+        (leaders[None, :] == leaders[:, None]) & (index[None, :] < index[:, None]),
+        axis=1,
+    )
+    # Without a common prefix, the old source is no longer valid either.
+    alone = jnp.where(valid & ~is_first & (shared == 0), seq_indices, table_size)
+    queue = table.queue
+    new_sources = queue.sources.at[found].set(sources, mode="drop")
+    new_lens = queue.shared_lens.at[found].set(shared, mode="drop")
+    queue = dataclasses.replace(
+        queue,
+        sources=new_sources,
+        shared_lens=new_lens.at[alone].set(0, mode="drop"),
+    )
+    return dataclasses.replace(table, queue=queue)
+
+
+def _num_common(tokens: jax.Array, others: jax.Array, most: jax.Array) -> jax.Array:
+    """Length of the common prefix i32[S], at most `most` i32[S] (each below L)."""
+    is_other = tokens != others
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    is_other |= column[None, :] >= most[:, None]
+    return jnp.argmax(is_other, axis=1).astype(jnp.int32)
+
+
+def join_running_rows(
+    table: RequestTable,
+    rows: jax.Array,
+    blocks: BlockState,
+    is_new: jax.Array,
+) -> tuple[RequestTable, BlockState, jax.Array]:
+    """Let newly admitted rows wait for a prefix that another row is computing.
+
+    A new row joins a row before it if the next whole block of both has the same tokens,
+    behind the same blocks. That row becomes its source, with the tokens of their common
+    prefix. A row that has joined has no blocks and computes nothing until it maps those
+    of its source (`scheduler`).
+
+    Args:
+      table: after admission.
+      rows: i32[S], after admission.
+      blocks: after admission.
+      is_new: bool[S], rows that have just been admitted.
+
+    Returns:
+      The table, the blocks, and bool[S]: which rows have joined another row.
+    """
+    queue, seq_indices = table.queue, jnp.maximum(rows, 0)
+    known = queue.num_tokens[seq_indices]
+    start = blocks.context_lens  # of a new row: what the prefix cache had
+    # Tokens that never change: a lockstep row may get another's tokens behind its
+    # prompt.
+    fixed = jnp.where(
+        queue.is_lockstep[seq_indices], queue.prompt_lens[seq_indices], known
+    )
+    fixed = fixed - 1
+    is_before = scheduler.rows_before(queue, rows)
+    fits = _has_same_next_block(table, rows, blocks, is_new, fixed, is_before)
+    joins = jnp.any(fits, axis=1)
+    # The first of those before it, which may itself wait for another row.
+    ranks = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    order = jnp.where(fits, ranks[None, :], rows.shape[0])
+    source = jnp.argmin(order, axis=1).astype(jnp.int32)
+    most = jnp.minimum(known - 1, fixed[source])
+    shared = _num_common(
+        table.tokens[seq_indices], table.tokens[seq_indices[source]], most
+    )
+    at = jnp.where(joins, rows, queue.status.shape[0])
+    counts = scheduler.is_new_request(queue, seq_indices)
+    gained = jnp.where(counts, shared - start, 0)
+    queue = dataclasses.replace(
+        queue,
+        sources=queue.sources.at[at].set(seq_indices[source], mode="drop"),
+        shared_lens=queue.shared_lens.at[at].set(shared, mode="drop"),
+        num_cached=queue.num_cached.at[at].add(gained, mode="drop"),
+    )
+    table = dataclasses.replace(table, queue=queue)
+    return table, block_manager.free(blocks, joins), joins
+
+
+def _has_same_next_block(
+    table: RequestTable,
+    rows: jax.Array,
+    blocks: BlockState,
+    is_new: jax.Array,
+    fixed: jax.Array,
+    is_before: jax.Array,
+) -> jax.Array:
+    """bool[S, S]: row i can join row j, whose next whole block has the same tokens.
+
+    `fixed` i32[S]: tokens of each row that never change and are not the last one.
+    `is_before` bool[S, S]: whether row j comes before row i.
+    """
+    size, queue, seq_indices = blocks.block_size, table.queue, jnp.maximum(rows, 0)
+    known, start = queue.num_tokens[seq_indices], blocks.context_lens
+    can_join = is_new & ~table.params.keeps_prompt_logprobs[seq_indices]
+    can_join &= queue.sources[seq_indices] == seq_indices
+    can_join &= start + size < known
+    is_source = (rows != scheduler.NO_REQUEST) & (
+        queue.status[seq_indices] == scheduler.RUNNING
+    )
+    is_source &= ~queue.has_ended[seq_indices]
+
+    fits = can_join[:, None] & is_source[None, :] & is_before
+    fits &= fixed[None, :] >= (start + size)[:, None]
+    # The same block precedes the next one in both rows.
+    last = jnp.maximum(start // size - 1, 0)
+    tables, index = blocks.block_tables, jnp.arange(rows.shape[0], dtype=jnp.int32)
+    same_path = tables[:, last].T == tables[index, last][:, None]
+    same_path &= blocks.context_lens[None, :] >= start[:, None]
+    fits &= same_path | (start == 0)[:, None]
+
+    column = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
+    mine = table.tokens.at[seq_indices[:, None], column].get(mode="clip")
+    others = table.tokens.at[seq_indices[None, :, None], column[:, None, :]].get(
+        mode="clip"
+    )
+    return fits & jnp.all(others == mine[:, None, :], axis=2)

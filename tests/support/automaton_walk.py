@@ -4,11 +4,11 @@ tokenizer unless told otherwise."""
 import numpy as np
 
 from jpaged.decoding.automaton import DEAD, EOS_CLASS
-from jpaged.models.loading import bundled
+from jpaged.models.loading import sources
 from jpaged.structured import compile_constraint
 from jpaged.text.tokenizer import Tokenizer
 
-TINY = Tokenizer.from_folder(bundled.bundled_path("tiny-python"))
+TINY = Tokenizer.from_folder(sources.bundled_path("tiny-python"))
 TINY_EOS = 1
 
 

@@ -1,7 +1,8 @@
-"""Every family's small shapes, as configs of transformers: what the parity tests walk.
+"""Small configs of every family, as arguments of transformers, for the parity tests.
 
-`CASES` are names with what differs from the family's `SIZES`. All windows and trained
-lengths are short, so that prompts of 50 tokens reach beyond them.
+`SIZES` has the config of each family by model_type. `CASES` has, by name, a model_type
+and changes to its config. All windows and trained lengths are shorter than the prompts
+of 50 tokens.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _GATED
     | {"num_experts_per_tok": 2, "num_experts": 6, "moe_intermediate_size": 24},
     "gemma": _GATED,
-    # Caps low enough to bend these small logits and scores.
+    # The caps are low enough to affect these small logits and scores.
     "gemma2": _GATED
     | _ALTERNATING
     | {
@@ -180,5 +181,5 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def has_experts(kind: str) -> bool:
-    """Whether a family has experts, which transformers multiplies by several ways."""
+    """Whether a family has experts; transformers has several products for them."""
     return kind in ("mixtral", "qwen3_moe", "gpt_oss")

@@ -149,7 +149,7 @@ def test_integers_between_matches_every_number_of_a_small_range():
         ({"properties": {"a": {}}, "required": ["b"]}, "expected a list of names in p"),
         ({"type": "string", "pattern": ".*"}, 'matches quotes, .* write '),
         ({"type": "string", "format": "email"}, "json/format: expected one of date, "),
-        ({"pattern": "a", "maxLength": 3}, "expected one of pattern, format and length"),
+        ({"pattern": "a", "maxLength": 3}, "expected one of pattern, format and leng"),
         ({"type": "string", "minLength": -1}, "json/minLength: expected an integer"),
         ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems 3 is above"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no integer is at least 3"),

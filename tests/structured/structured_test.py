@@ -48,9 +48,8 @@ REGEXES = [
 def texts(pattern: str) -> list[str]:
     """Texts of the language: three tokens of three letters, and three more letters."""
     letters = "abc" if set(pattern) & set("c.") else "ab"
-    lengths = range(
-        13 if set(pattern) & set("*+") else 5
-    )  # others have up to 4 letters
+    # Regexes without repetition match at most 4 letters.
+    lengths = range(13 if set(pattern) & set("*+") else 5)
     words = (word for n in lengths for word in itertools.product(letters, repeat=n))
     return [text for word in words if re.fullmatch(pattern, text := "".join(word))]
 

@@ -62,8 +62,8 @@ def logits_of(model: Decoder, tokens: list[int]) -> np.ndarray:
 
 def test_stored_cases_are_those_of_the_live_tests_and_exceed_their_windows():
     assert GOLDEN.keys() == families.CASES.keys()
-    kinds = {families.CASES[name][0] for name in PAGED}
-    assert kinds == set(families.SIZES)
+    assert {families.CASES[name][0] for name in PAGED} == families.SIZES.keys()
+    assert set(QUICK) <= PAGED.keys()
     lengths = {len(prompt) for case in GOLDEN.values() for prompt in case["prompts"]}
     windows = {case["config"].get("sliding_window") for case in GOLDEN.values()}
     assert max(lengths) > 4 * 8

@@ -9,30 +9,17 @@ from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder
 from jpaged.params import SamplingParams
+from tests.support.models import families
 
 LENGTH = 96  # at least 50 prompt tokens and 32 generated ones
 # Compiling an engine takes seconds, so the quick tests run only these cases. Together
 # they have one window for all layers, windows that differ by layer, experts, sinks,
 # soft caps and two rotary bases. The engine's own tests have learned positions.
 QUICK = ("gemma3_linear", "gpt_oss", "qwen3_moe_mixed")
-# One case of each family, with different block sizes.
+# The last case of each family, with different block sizes.
 PAGED = dict(
     zip(
-        (
-            "llama_yarn",
-            "mistral",
-            "mixtral",
-            "qwen2_window",
-            "qwen3",
-            "qwen3_moe_mixed",
-            "gemma",
-            "gemma2",
-            "gemma3_linear",
-            "phi3_longrope",
-            "gpt_oss",
-            "opt_350m_shape",
-            "gpt2",
-        ),
+        {kind: name for name, (kind, _) in families.CASES.items()}.values(),
         itertools.cycle((16, 1, 64)),
         strict=False,
     )

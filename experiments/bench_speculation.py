@@ -34,7 +34,7 @@ from jpaged import engine, load_model
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig, Speculation
 from jpaged.models import Decoder
-from jpaged.models.loading import bundled
+from jpaged.models.loading import sources
 from jpaged.params import SamplingParams
 from jpaged.text.tokenizer import Tokenizer
 
@@ -114,7 +114,7 @@ def compare(
     rows: int, temperature: float, *, num_drafts: int, lengths: tuple[int, int], repeats
 ) -> list[Row]:
     """The methods beside each other for one load; their tokens must be equal."""
-    folder = bundled.bundled_path(MODEL)
+    folder = sources.bundled_path(MODEL)
     model, tokenizer = load_model(folder, "float32"), Tokenizer.from_folder(folder)
     assert tokenizer is not None
     prompt_len, output_len = lengths

@@ -35,7 +35,7 @@ from experiments.lib import python_text as text
 from experiments.lib import training as training
 from jpaged.arithmetic import cdiv
 from jpaged.models import ModelConfig, init_model, load_model, save_model
-from jpaged.models.loading.bundled import bundled_path
+from jpaged.models.loading.sources import bundled_path
 from jpaged.text.tokenizer import Tokenizer
 
 MODEL = "tiny-python"

@@ -1,6 +1,6 @@
-"""Models: one Flax NNX decoder, its config, and its checkpoints.
+"""Models: one Flax NNX decoder for all families, its config, and its checkpoints.
 
-Place on the road: StepInputs -> [models] -> attention -> logits.
+Pipeline: StepInputs -> [models] -> attention -> logits.
 """
 
 from jpaged.models.config import ModelConfig, RopeScaling

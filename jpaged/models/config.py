@@ -1,14 +1,16 @@
-"""ModelConfig: the shape of a decoder, in one vocabulary for all families.
+"""ModelConfig: the structure of a decoder, in one vocabulary for all families.
 
-Place on the road: config.json -> [models.config] -> decoder. Hugging Face's
-names stop at `families.py`; the rest of the code sees only the fields below.
+Pipeline: config.json -> [models.config] -> decoder.
+
+Only `models.families` uses the names of Hugging Face's config.json; all other modules
+use the fields below.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jpaged.models.loading import families
+from jpaged.models import families
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -19,11 +21,12 @@ QUANTIZATIONS = ("int8",)
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies were stretched to reach a longer context.
+    """How rotary frequencies are scaled to extend a model's context.
 
-    `kind` "linear" and "dynamic" use `factor` alone; "llama3" the next three fields
-    as well, "yarn" `original_max_position_embeddings` and those from `beta_fast` on,
-    "longrope" the two lists of factors.
+    The kinds "linear" and "dynamic" use only `factor`. "llama3" also uses the next
+    three fields; "yarn" uses `original_max_position_embeddings`, `beta_fast`,
+    `beta_slow`, `is_truncated` and `attention_factor`; "longrope" uses
+    `original_max_position_embeddings`, `attention_factor` and the lists of factors.
     """
 
     kind: str
@@ -33,15 +36,16 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    is_truncated: bool = True  # yarn: the ramp's ends are rounded to whole pairs
-    attention_factor: float = 1.0  # multiplies cosines and sines
-    short_factors: tuple[float, ...] = ()  # longrope: one for each pair
+    is_truncated: bool = True  # yarn: the ends of the ramp are rounded to whole pairs
+    attention_factor: float = 1.0  # multiplies the cosines and sines
+    short_factors: tuple[float, ...] = ()  # longrope: one per pair of dimensions
     long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ValueError(
-                f"rope type: expected default or one of {ROPE_KINDS}, got {self.kind!r}"
+                f"rope type: expected 'default' or one of {ROPE_KINDS}, "
+                f"got {self.kind!r}"
             )
         if self.factor <= 0:
             raise ValueError(f"rope factor: expected more than 0, got {self.factor}")
@@ -54,9 +58,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything the decoder needs to know; hashable, so it is static under jit.
+    """Structure of a decoder. Hashable, so that it can be static under jit.
 
-    Raises ValueError on construction for values that fit no model.
+    Raises:
+      ValueError: a value is out of range or contradicts another one.
     """
 
     architecture: str  # Hugging Face's class name, such as "LlamaForCausalLM"
@@ -72,42 +77,42 @@ class ModelConfig:
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     norm: str = "rms"  # "rms", "rms_plus_one" (times 1 + weight) or "layer"
     norm_eps: float = 1e-6
-    norm_first: bool = True  # norm before each sub-layer, else after its residual
-    sublayer_norms: bool = False  # and a norm of what each sub-layer gives
+    norm_first: bool = True  # norm before each sub-layer, else after the residual sum
+    sublayer_norms: bool = False  # another norm of each sub-layer's output
     final_norm: bool = True
     positions: str = "rotary"  # "rotary" or "learned"
-    position_offset: int = 0  # rows of a learned table that come before position 0
+    position_offset: int = 0  # rows of the learned table before that of position 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None  # of the sliding layers, where it differs
-    rotary_dim: int | None = None  # leading dimensions that turn, where not all do
-    qk_norm: bool = False  # an RMS norm of each query and key head
+    local_rope_theta: float | None = None  # of layers with a window, if it differs
+    rotary_dim: int | None = None  # leading dimensions that are rotated; None is all
+    qk_norm: bool = False  # RMS norm of each query and key head
     attention_scale: float | None = None  # of the scores; head_dim ** -0.5 if None
     attention_soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
-    attention_sinks: bool = False  # a learned score per head that takes no value
-    sliding_window: int | None = None  # tokens seen, the query's own included
-    full_layers: tuple[int, ...] = ()  # layers that see all, where others slide
-    scaled_embedding: bool = False  # embeddings times the root of hidden_size
+    attention_sinks: bool = False  # a learned score per head that has no value
+    sliding_window: int | None = None  # visible tokens, including the query's own
+    full_layers: tuple[int, ...] = ()  # layers without the window
+    scaled_embedding: bool = False  # embeddings are multiplied by hidden_size ** 0.5
     logits_soft_cap: float | None = None
     tie_word_embeddings: bool = False
-    embedding_size: int | None = None  # where it differs from hidden_size (OPT-350m)
+    embedding_size: int | None = None  # if it differs from hidden_size (OPT-350m)
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    num_experts: int = 0  # 0: every layer has an MLP in place of experts
+    num_experts: int = 0  # 0: every layer has an MLP instead of experts
     num_experts_per_token: int = 0
     expert_size: int = 0  # intermediate size of one expert
-    expert_bias: bool = False  # of router and experts
-    normalized_routing: bool = True  # the chosen experts' weights sum to 1
-    dense_layers: tuple[int, ...] = ()  # layers with an MLP, where others have experts
-    swiglu_limit: float | None = None  # gpt-oss's clamped gate
+    expert_bias: bool = False  # router and experts have biases
+    normalized_routing: bool = True  # the weights of a token's experts sum to 1
+    dense_layers: tuple[int, ...] = ()  # layers with an MLP instead of experts
+    swiglu_limit: float | None = None  # bound of gpt-oss's clamped gate
     swiglu_alpha: float = 1.702
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     dtype: str = "float32"  # of the parameters and activations
-    quantization: str | None = None  # "int8": weights of the layers' products
-    vocab_first: bool = False  # the output's weights are stored [V, E], for TPUs
+    quantization: str | None = None  # "int8": 8-bit weights inside the layers
+    vocab_first: bool = False  # output weights are stored as [V, E], for TPUs
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -130,7 +135,8 @@ class ModelConfig:
         if self.positions == "rotary" and self.rotary_size % 2:
             name = "head_dim" if self.rotary_dim is None else "rotary_dim"
             raise ValueError(
-                f"{name}: rotary positions need an even number, got {self.rotary_size}"
+                f"{name}: expected an even number for rotary positions, "
+                f"got {self.rotary_size}"
             )
         if not 0 < self.rotary_size <= self.head_dim:
             raise ValueError(
@@ -189,16 +195,16 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """Leading dimensions of a head that turn with the position."""
+        """Leading dimensions of a head that are rotated by the position."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence that is computed as its authors meant it.
+        """Length of the longest sequence for which the model is well defined.
 
-        Dynamic and long rotary scalings turn every position of a sequence by its
-        whole length once that exceeds the trained one, and with it keys that are
-        stored already. So such a model ends where that begins.
+        Dynamic and LongRoPE scaling change the rotation of every position once a
+        sequence exceeds the trained length, including keys that are already stored.
+        Such a model is therefore limited to the trained length.
         """
         return getattr(
             self.rope_scaling, self.longest_name, self.max_position_embeddings
@@ -206,45 +212,46 @@ class ModelConfig:
 
     @property
     def longest_name(self) -> str:
-        """What Hugging Face calls `max_length` in this model's config.json."""
+        """Name of `max_length` in this model's config.json."""
         is_long = self.rope_scaling is not None and self.rope_scaling.kind == "longrope"
         return f"{'original_' if is_long else ''}max_position_embeddings"
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each layer, the tokens that its queries see; None sees all."""
+        """For each layer, the tokens that a query sees; None means all."""
         return tuple(
             None if layer in self.full_layers else self.sliding_window
             for layer in range(self.num_layers)
         )
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts in place of one MLP."""
+        """Whether a layer has experts instead of one MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
     @classmethod
     def from_hf(
         cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None
     ) -> "ModelConfig":
-        """ModelConfig from a parsed config.json, in the style before or since 5.x.
+        """Convert a parsed config.json, as written by transformers 4 or 5.
 
         Args:
-          hf: the contents of config.json.
-          generation: the contents of generation_config.json, whose eos_token_id
-            then replaces the config's, as in transformers' `generate`.
+          hf: contents of config.json.
+          generation: contents of generation_config.json. Its eos_token_id, if any,
+            replaces that of config.json, as in transformers' `generate`.
 
         Raises:
-          ValueError: unknown architecture (names the supported ones), a missing
-            or impossible value, or a feature that this decoder does not have.
+          ValueError: the architecture is unknown (the message lists the supported
+            ones), a value is missing or impossible, or the model needs a feature that
+            the decoder does not have.
         """
-        fields = families.read(hf, generation)
+        fields = families.read_fields(hf, generation)
         if fields.get("rope_scaling") is not None:
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """Contents of a config.json that transformers 4 and 5 both read."""
-        return families.write(dataclasses.asdict(self))
+        """Contents of a config.json that transformers 4 and 5 can both read."""
+        return families.write_fields(dataclasses.asdict(self))
 
 
 def _check_size(name: str, value: Any) -> None:

@@ -1,12 +1,12 @@
-"""Decoder: one Flax NNX module for all families, put together from its config.
+"""Decoder: one Flax NNX module for all families, built from a ModelConfig.
 
-Place on the road: StepInputs -> [decoder] -> paged attention -> logits.
+Pipeline: StepInputs -> [models.decoder] -> paged attention -> logits.
 
-The decoder knows nothing of pages. Whoever calls `trunk` passes `attend`: the
-engine's writes keys and values into pages and reads them through block tables;
-`__call__` passes plain causal attention, for training and scoring.
+The decoder knows nothing about pages. The caller of `trunk` passes the function
+`attend`: that of the engine writes keys and values into pages and reads them through
+block tables; `__call__` passes plain causal attention, for training and scoring.
 
-Shape letters: B batch, T tokens, H query heads, K kv heads, D head_dim,
+Shape symbols: B batch, T tokens, H query heads, K kv heads, D head_dim,
 E hidden size, V vocabulary.
 """
 
@@ -37,15 +37,15 @@ from jpaged.models.layers import (
 from jpaged.models.loading import placing
 from jpaged.models.moe import Experts
 
-# Cosines and sines of the step's positions; None for learned positions.
+# Cosines and sines of the positions; None for learned positions.
 RotaryTables = tuple[jax.Array, jax.Array] | None
 
 
 class Attention(nnx.Module):
-    """Query, key and value of x [T, E], attention by the caller, and the way back.
+    """The projections around attention; attention itself is the caller's.
 
-    Three matrices and not one: fused, they gain nothing on a CPU, and apart each
-    can be sharded over its own heads.
+    Query, key and value are separate matrices: a fused one is no faster on a CPU, and
+    separate ones can each be sharded over their own heads.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -77,13 +77,13 @@ class Attention(nnx.Module):
     def project(
         self, x: jax.Array, angles: RotaryTables
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [T, H, D], k and v [T, K, D] of x [T, E], positions in q and k."""
+        """q [T, H, D], k and v [T, K, D] of x [T, E]; q and k are rotated."""
         num_tokens = x.shape[0]
         q, k, v = (
             linear(x).reshape(num_tokens, -1, self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
-        k, v = (parallel.select_kv_heads(x, self.num_kv_heads) for x in (k, v))
+        k, v = (parallel.own_kv_heads(x, self.num_kv_heads) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if angles is not None:
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
         return q, k, v
 
     def merge(self, attended: jax.Array) -> jax.Array:
-        """What the residual stream gains [T, E] of the heads' outputs [T, H, D]."""
+        """Output [T, E] for the residual stream, from the heads' outputs [T, H, D]."""
         return self.out(attended.reshape(attended.shape[0], -1))
 
 
@@ -107,9 +107,9 @@ class DecoderLayer(nnx.Module):
         has_experts = config.has_experts(layer)
         self.mlp = None if has_experts else Mlp(config, rngs)
         self.experts = Experts(config, rngs) if has_experts else None
-        has_more = config.sublayer_norms
-        self.attention_out_norm = make_norm(config) if has_more else None
-        self.mlp_out_norm = make_norm(config) if has_more else None
+        has_out_norms = config.sublayer_norms
+        self.attention_out_norm = make_norm(config) if has_out_norms else None
+        self.mlp_out_norm = make_norm(config) if has_out_norms else None
 
     def before(
         self, x: jax.Array, angles: RotaryTables
@@ -119,7 +119,7 @@ class DecoderLayer(nnx.Module):
         return self.attention.project(normed, angles)
 
     def after(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """x [T, E] after this layer, from what attention gave, [T, H, D]."""
+        """x [T, E] after this layer, given the output of attention [T, H, D]."""
         gain = self.attention.merge(attended)
         if self.attention_out_norm is not None:
             gain = self.attention_out_norm(gain)
@@ -140,13 +140,13 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A language model: tokens in, logits of the next token out."""
+    """A language model: maps tokens to the logits of their next tokens."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        """Random weights; see `init_model`, and `load_model` for a checkpoint's."""
+        """Initialise random weights; see also `init_model` and `load_model`."""
         self.config = config
         width, hidden, vocab = config.input_size, config.hidden_size, config.vocab_size
-        # Tied: the one array is the output's.
+        # A tied model uses the output's array.
         self.embedding = (
             None
             if config.tie_word_embeddings
@@ -177,22 +177,26 @@ class Decoder(nnx.Module):
         self.final_norm = make_norm(config) if config.final_norm else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits f32[B, T, V] for tokens i32[B, T]; causal, differentiable.
+        """Logits f32[B, T, V] of tokens i32[B, T]; causal, differentiable.
 
         Raises:
-          ValueError: tokens is not of rank 2, or longer than learned positions or a
-            dynamic rotary scaling reach.
+          ValueError: `tokens` does not have rank 2, or T exceeds the positions of a
+            model with learned positions or length-dependent rotary scaling.
         """
         return self.logits(self.hidden_states(tokens))
 
     def hidden_states(self, tokens: jax.Array) -> jax.Array:
-        """What `__call__` makes its logits of, [B, T, E]; raises as it does."""
+        """Hidden states [B, T, E] of tokens i32[B, T]; `logits` maps them to logits.
+
+        Raises:
+          ValueError: see `__call__`.
+        """
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected shape [B, T], got {tokens.shape}")
         batch, length = tokens.shape
         self._check_length(length)
 
-        def attend(layer, q, k, v):
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             rows = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
             options = self.attention_options(layer)
             return causal_attention(*rows, **options).reshape(q.shape)
@@ -204,13 +208,13 @@ class Decoder(nnx.Module):
     def trunk(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend
     ) -> jax.Array:
-        """Hidden states [T, E] after the last norm, for flat tokens and positions.
+        """Hidden states [T, E] after the final norm.
 
         Args:
-          tokens: i32[T], of one or many sequences.
-          positions: i32[T], each token's place in its sequence. Learned positions
-            past max_position_embeddings are the caller's mistake; nothing is
-            raised under jit.
+          tokens: i32[T], of one or several sequences, concatenated.
+          positions: i32[T], position of each token in its sequence. The caller ensures
+            that learned positions are below max_position_embeddings; under jit no
+            error is raised.
           attend: see `layers.Attend`; called once per layer, in order.
         """
         x, angles = self._start(tokens, positions)
@@ -225,21 +229,27 @@ class Decoder(nnx.Module):
         attend: AttendInLoop,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """What `trunk` gives, and the cache that `attend` handed from layer to layer.
+        """Hidden states as from `trunk`, with a cache that `attend` updates.
 
-        A loop over the layers, whose attention is compiled once and whose weights are
-        chosen by a switch: unrolled, a program with many step sizes compiles for
+        This is a loop over the layers. Attention is compiled once, and a switch selects
+        each layer's weights. An unrolled program with many step sizes compiles for
         minutes, and a scan over stacked weights copies each layer's weights on a CPU.
 
         Args:
-          tokens, positions: as for `trunk`.
+          tokens: as in `trunk`.
+          positions: as in `trunk`.
           attend: see `layers.AttendInLoop`; the layer's index is traced.
-          cache: a pytree; updated in place where it is donated.
+          cache: a pytree; updated in place if it is donated.
+
+        Returns:
+          Hidden states [T, E] after the final norm, and the updated cache.
         """
         x, angles = self._start(tokens, positions)
         qkv = self.layers[0].before(x, angles[self.layers[0].is_local])
 
-        def dense(layer: int, x: jax.Array, attended: jax.Array):
+        def dense(
+            layer: int, x: jax.Array, attended: jax.Array
+        ) -> tuple[jax.Array, Any]:
             x = self.layers[layer].after(x, attended)
             if layer + 1 == len(self.layers):
                 return x, jax.tree.map(jnp.zeros_like, qkv)
@@ -248,7 +258,10 @@ class Decoder(nnx.Module):
 
         branches = [functools.partial(dense, i) for i in range(len(self.layers))]
 
-        def body(layer: jax.Array, carry):
+        def body(
+            layer: jax.Array,
+            carry: tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], Cache],
+        ) -> Any:
             x, qkv, cache = carry
             attended, cache = attend(layer, *qkv, cache)
             x, qkv = jax.lax.switch(layer, branches, x, attended)
@@ -260,21 +273,22 @@ class Decoder(nnx.Module):
         return self._end(x), cache
 
     def attention_options(self, layer: int | jax.Array) -> dict[str, Any]:
-        """What a layer asks of its attention, as arguments of `paged_attention`.
+        """Options of a layer's attention, as arguments of `paged_attention`.
 
-        `layer` may be traced, as in `trunk_loop`; where layers differ in their window,
-        that is traced then as well, so that one attention serves them all.
+        Args:
+          layer: index of the layer, traced in `trunk_loop`. If the layers differ in
+            their window, a traced index makes the window traced as well, so that one
+            compiled attention serves all layers.
         """
         config = self.config
         options: dict[str, Any] = {"scale": config.attention_scale}
         options["logits_soft_cap"] = config.attention_soft_cap
         windows = config.windows
         if len(set(windows)) == 1 or isinstance(layer, int):
-            is_one = not isinstance(layer, int)
-            options["sliding_window"] = windows[0 if is_one else layer]
+            options["sliding_window"] = windows[layer if isinstance(layer, int) else 0]
         else:
-            everything = jnp.iinfo(jnp.int32).max
-            sizes = [everything if w is None else w for w in windows]
+            unlimited = jnp.iinfo(jnp.int32).max
+            sizes = [unlimited if w is None else w for w in windows]
             options["sliding_window"] = jnp.asarray(sizes, jnp.int32)[layer]
         if config.attention_sinks:
             sinks = [each.attention.sinks for each in self.layers]
@@ -288,7 +302,7 @@ class Decoder(nnx.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         logits = self.output(hidden)
-        logits = parallel.gather_logits(logits, self.config.vocab_size)
+        logits = parallel.gathered_logits(logits, self.config.vocab_size)
         return soft_cap(logits.astype(jnp.float32), self.config.logits_soft_cap)
 
     def _check_length(self, length: int) -> None:
@@ -306,7 +320,7 @@ class Decoder(nnx.Module):
     def _start(
         self, tokens: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, tuple[RotaryTables, RotaryTables]]:
-        """x [T, E] before the first layer, and rotary tables: not local, local."""
+        """x [T, E] before the first layer, and rotary tables by `layer.is_local`."""
         x, config = self._embed(tokens), self.config
         if self.position_embedding is not None:
             rows = positions + config.position_offset
@@ -320,18 +334,17 @@ class Decoder(nnx.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings [T, E] of tokens i32[T], in the width of the layers."""
-        tied = self.embedding is None
-        table = self.output.table if tied else self.embedding[...]
-        x = parallel.embed_tokens(table, tokens, self.config.vocab_size)
+        """Embeddings [T, E] of tokens i32[T], projected to the hidden size."""
+        table = self.output.table if self.embedding is None else self.embedding[...]
+        x = parallel.look_up(table, tokens, self.config.vocab_size)
         if self.config.scaled_embedding:
-            # Rounded to the dtype first, as transformers does.
+            # The factor is rounded to the dtype, as in transformers.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return x if self.project_in is None else self.project_in(x)
 
 
 def as_stored(config: ModelConfig) -> ModelConfig:
-    """The config with weights in the order that this process's backend wants."""
+    """The config with the weight layout that is fastest on this process's backend."""
     is_tpu = jax.default_backend() == "tpu"
     return dataclasses.replace(config, vocab_first=config.vocab_first or is_tpu)
 
@@ -342,23 +355,29 @@ def init_model(
     dtype: str | None = None,
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """Decoder with random weights as transformers draws them: normal, std 0.02.
+    """Decoder with random weights, distributed as in transformers.
 
-    Biases are zero and norms one. `dtype` replaces the config's. On a `mesh` of
-    `jpaged.make_mesh` each device draws its own part, of the same numbers but for
-    rounding.
+    Weights are normal with standard deviation `config.initializer_range`, biases are
+    zero and norms one.
+
+    Args:
+      config: structure of the decoder.
+      seed: of the random numbers.
+      dtype: replaces the config's.
+      mesh: a mesh from `jpaged.make_mesh`. Each device initialises only its own part.
+        The values equal those without a mesh up to rounding.
 
     Raises:
-      ValueError: the model does not divide over the mesh.
+      ValueError: the model cannot be divided over the mesh.
     """
     config = as_stored(config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
 
-    def draw() -> Decoder:
+    def make() -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(seed))
 
     sharding_of = placing.placement(config, mesh)
     if mesh is None:
-        return draw()
-    return placing.drawn(draw, sharding_of)
+        return make()
+    return placing.init_sharded(make, sharding_of)

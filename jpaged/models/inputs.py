@@ -1,8 +1,9 @@
-"""StepInputs: all that the decoder learns about a step.
+"""StepInputs: everything that the decoder knows about a step.
 
-Place on the road: scheduler, block manager -> [step_inputs] -> decoder.
+Pipeline: scheduler, block manager -> [models.inputs] -> decoder.
 
 The decoder never sees a request, and the scheduler never sees an activation.
+Shape symbols: T tokens of the step, S batch rows, M blocks per sequence.
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from jpaged.kv.shared_prefix import SharedPrefix
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """The tokens of one step, of the rows that take part in it, rows side by side.
+    """The tokens of one step, concatenated over the batch rows that take part in it.
 
-    A decode step has one token for each row, and `query_start_loc` None; a step with
-    prompt chunks says with `query_start_loc` which tokens are whose.
+    Attributes:
+      tokens: i32[T].
+      positions: i32[T], position of each token in its sequence.
+      slot_mapping: i32[T], slot to which each token's keys and values are written;
+        negative for padding.
+      block_tables: i32[S, M], NO_BLOCK after the last used entry.
+      context_lens: i32[S], including the tokens of this step; 0 for padding.
+      query_start_loc: i32[S + 1], where each row's tokens start in `tokens`. None in a
+        decode step, where row s has exactly token s.
+      shared_prefix: prefixes that several rows share and read once; None for none.
     """
 
-    tokens: jax.Array  # i32[T]
-    positions: jax.Array  # i32[T], of the tokens in their sequences
-    slot_mapping: jax.Array  # i32[T], slot to write; below 0: padding
-    block_tables: jax.Array  # i32[S, M], NO_BLOCK after the last used entry
-    context_lens: jax.Array  # i32[S], this step's tokens included; 0: padding
-    query_start_loc: jax.Array | None  # i32[S + 1], or None: row s has token s
-    shared_prefix: SharedPrefix | None = (
-        None  # rows that read their beginnings together
-    )
+    tokens: jax.Array
+    positions: jax.Array
+    slot_mapping: jax.Array
+    block_tables: jax.Array
+    context_lens: jax.Array
+    query_start_loc: jax.Array | None
+    shared_prefix: SharedPrefix | None = None

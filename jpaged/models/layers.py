@@ -1,10 +1,12 @@
-"""Layers: the small parts that every decoder family is put together from.
+"""Layers: the parts from which every decoder is built.
 
-Place on the road: decoder -> [models.layers] -> attention.
+Pipeline: decoder -> [models.layers] -> attention.
 
-Weights are stored [in, out]: with few rows, as in a decode step, XLA's CPU
-product is up to 1.7 times as fast as from [out, in]. Shape letters: T tokens,
-H query heads, K kv heads, D head_dim, E hidden size.
+Weights are stored as [in, out]. With few rows, as in a decode step, XLA's product on a
+CPU is up to 1.7 times as fast as with [out, in].
+
+Shape symbols: B batch, T tokens, H query heads, K kv heads, D head_dim, E hidden size,
+V vocabulary.
 """
 
 from collections.abc import Callable
@@ -16,13 +18,13 @@ from flax import nnx
 
 from jpaged import parallel
 from jpaged.models.config import ModelConfig
-from jpaged.models.quantize import empty_int8, product_int8
+from jpaged.models.quantize import product_int8, random_int8
 
-# (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k carry their
-# positions already; q is not scaled yet.
+# (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
+# rotated by their positions; q is not scaled.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# The same with the cache handed through: (layer i32[], q, k, v, cache) -> (out, cache).
+# The same with a cache: (layer i32[], q, k, v, cache) -> (out, cache).
 Cache = TypeVar("Cache")
 AttendInLoop = Callable[
     [jax.Array, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
@@ -39,15 +41,15 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def random_param(
     shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs
 ) -> nnx.Param:
-    """Parameter with normal values of the config's standard deviation."""
+    """Parameter with normal values of standard deviation `config.initializer_range`."""
     values = jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param((values * config.initializer_range).astype(config.dtype))
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] @ weight [in, out], in float32 with all of its bits.
+    """x [..., in] @ weight [in, out]; float32 products at full precision.
 
-    GPUs and TPUs would otherwise multiply float32 with 10 or 7 bits of mantissa.
+    By default, GPUs and TPUs multiply float32 with 10 or 7 bits of mantissa.
     """
     is_full = weight.dtype == jnp.float32
     return jnp.matmul(
@@ -56,11 +58,18 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x [..., in] -> [..., out], with a bias where asked for.
+    """x [..., in] -> [..., out], with an optional bias.
 
-    Where the config is quantised, the weight is int8 and has scales of its own, except
-    for products that are small or decide much: `may_be_quantized=False`. On many
-    devices a product may be a part of a sum, `part` of `parallel.PARTIAL_SUMS`.
+    Args:
+      in_size: size of the last axis of x.
+      out_size: size of the last axis of the result.
+      use_bias: whether to add a bias.
+      config: of the model. With `quantization`, the weight is int8 with a scale per
+        output.
+      rngs: random numbers for the weight.
+      may_be_quantized: False for products that are small or need high precision.
+      part: a name in `parallel.PARTIAL_SUMS`, if the product on one device is a part of
+        a sum over devices; None otherwise.
     """
 
     def __init__(
@@ -79,13 +88,13 @@ class Linear(nnx.Module):
         if config.quantization is None or not may_be_quantized:
             self.weight = random_param(shape, config, rngs)
         else:
-            self.weight, scale = empty_int8(shape, config, rngs)
+            self.weight, scale = random_int8(shape, config, rngs)
         self.scale = scale
         self.bias = nnx.Param(jnp.zeros(out_size, config.dtype)) if use_bias else None
         self.part = part
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The product [..., out], in the dtype of the weight, or x's where int8."""
+        """x @ weight + bias, [..., out]; in the dtype of x if the weight is int8."""
         if self.scale is None:
             out = matmul(x, self.weight[...])
         else:
@@ -98,11 +107,11 @@ class Linear(nnx.Module):
 
 
 class Output(nnx.Module):
-    """x [..., E] -> [..., V], the product that gives logits.
+    """x [..., E] -> [..., V], the product that computes logits.
 
-    Its weight is [E, V], or where `config.vocab_first` in its place `rows` [V, E]: a
-    TPU keeps a [E, V] array in the other order where V is no multiple of 128, and
-    copies it for each product; and tied words are looked up in rows.
+    The parameter is `weight` [E, V], or with `config.vocab_first` instead `rows`
+    [V, E]. A TPU stores an [E, V] array in transposed order if V is not a multiple of
+    128, and then copies it for each product. A tied embedding is also looked up by row.
     """
 
     def __init__(
@@ -114,16 +123,21 @@ class Output(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product [..., V], in the dtype of the weights."""
-        return matmul(x, self.weight[...] if self.rows is None else self.rows[...].T)
+        if self.weight is not None:
+            return matmul(x, self.weight[...])
+        return matmul(x, self.table.T)
 
     @property
     def table(self) -> jax.Array:
-        """The words' rows, [V, E]."""
-        return self.weight[...].T if self.rows is None else self.rows[...]
+        """The weights as an embedding table, [V, E]."""
+        if self.weight is not None:
+            return self.weight[...].T
+        assert self.rows is not None
+        return self.rows[...]
 
 
 class RMSNorm(nnx.Module):
-    """x [..., E] over its root mean square, times a weight; statistics in float32."""
+    """x [..., E] / its root mean square * a weight; statistics in float32."""
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         self.weight = nnx.Param(jnp.ones(size, config.dtype))
@@ -133,13 +147,13 @@ class RMSNorm(nnx.Module):
         """x normed over its last axis, in x's dtype."""
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        # Rounded before the weight, as transformers does.
+        # Rounded to the dtype before the weight is applied, as in transformers.
         normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         return normed * _as_last_axis(self.weight[...], x.ndim)
 
 
 class RMSNormPlusOne(nnx.Module):
-    """x [..., E] over its root mean square, times 1 + weight, in float32 (Gemma)."""
+    """x [..., E] / its root mean square * (1 + weight), in float32 (Gemma)."""
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         self.weight = nnx.Param(jnp.zeros(size, config.dtype))
@@ -155,7 +169,7 @@ class RMSNormPlusOne(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """x [..., E] to mean 0 and variance 1, times a weight plus a bias, in float32."""
+    """x [..., E] with mean 0 and variance 1, * a weight + a bias, in float32."""
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         self.weight = nnx.Param(jnp.ones(size, config.dtype))
@@ -178,12 +192,12 @@ _NORMS = {"rms": RMSNorm, "rms_plus_one": RMSNormPlusOne, "layer": LayerNorm}
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
-    """Norm over `size`, or the hidden size, of the kind that the config names."""
+    """Norm of the kind `config.norm` over `size`, by default the hidden size."""
     return _NORMS[config.norm](size or config.hidden_size, config)
 
 
 class Mlp(nnx.Module):
-    """x [..., E] -> [..., E] through the intermediate size, gated or plain."""
+    """x [..., E] -> [..., E]: a feed-forward layer, gated or plain."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         inner, hidden = config.intermediate_size, config.hidden_size
@@ -194,7 +208,7 @@ class Mlp(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """What the residual stream x [..., E] gains."""
+        """Output [..., E] for the residual stream."""
         act = ACTIVATION_FUNCTIONS[self.activation]
         if self.gate is None:
             return self.down(act(self.up(x)))
@@ -202,7 +216,7 @@ class Mlp(nnx.Module):
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap), which stays within the cap; x where there is none."""
+    """cap * tanh(x / cap), which is within [-cap, cap]; x if `cap` is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -212,15 +226,26 @@ def causal_attention(
     v: jax.Array,
     *,
     scale: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | jax.Array | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Every position attends to itself and what came before; softmax in float32.
+    """Attention of every position to itself and to earlier ones; softmax in float32.
 
-    q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]. Head h reads kv head
-    h // (H // K). The options are those of `attention.paged_attention`. Materialises
-    the scores, f32[B, H, T, T]: for training and scoring, not for serving.
+    Materialises the scores f32[B, H, T, T], so it is meant for training and scoring,
+    not for serving.
+
+    Args:
+      q: [B, T, H, D]; head h reads kv head h // (H // K).
+      k: [B, T, K, D].
+      v: [B, T, K, D].
+      scale: as in `attention.paged_attention`, like the following options.
+      sliding_window: see there; may be traced.
+      logits_soft_cap: see there.
+      sinks: [H], see there.
+
+    Returns:
+      [B, T, H, D], in the dtype of v.
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -250,5 +275,5 @@ def causal_attention(
 
 
 def _as_last_axis(vector: jax.Array, ndim: int) -> jax.Array:
-    """vector [E] as [1, ..., 1, E]: rank promotion is never left to chance."""
+    """vector [E] as [1, ..., 1, E], so that nothing is broadcast implicitly."""
     return vector.reshape((1,) * (ndim - 1) + vector.shape)

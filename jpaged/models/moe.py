@@ -1,12 +1,13 @@
-"""Mixture of experts: each token goes through the few experts that its router picks.
+"""Mixture of experts: each token is processed by the few experts its router selects.
 
-Place on the road: hidden states -> [models.moe] -> hidden states.
+Pipeline: hidden states -> [models.moe] -> hidden states.
 
-Tokens are sorted by expert, so that each expert multiplies a run of rows; no expert
-computes a token that is not its own. Shape letters: T tokens, E hidden size, X experts,
-F size of an expert, C chosen experts per token.
+Tokens are sorted by expert, so that each expert multiplies consecutive rows. No expert
+processes a token that was not routed to it.
 
-Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Gale et al. 2022 for the
+Shape symbols: T tokens, E hidden size, X experts, C selected experts per token.
+
+Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Gale et al. 2022 for
 products without padding to a capacity, https://arxiv.org/abs/2211.15841.
 """
 
@@ -19,13 +20,17 @@ from flax import nnx
 from jax import lax
 
 from jpaged import parallel
+from jpaged.arithmetic import cdiv
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import ACTIVATION_FUNCTIONS, Linear, random_param
-from jpaged.models.quantize import empty_int8
+from jpaged.models.quantize import random_int8
 
 
 class ExpertLinear(nnx.Module):
-    """x [T, in], sorted by expert -> [T, out], with a bias where asked for."""
+    """x [T, in], sorted by expert -> [T, out], with a bias if `config.expert_bias`.
+
+    `is_part` says that the product on one device is a part of a sum over devices.
+    """
 
     def __init__(
         self,
@@ -40,7 +45,7 @@ class ExpertLinear(nnx.Module):
         if config.quantization is None:
             self.weight = random_param(shape, config, rngs)
         else:
-            self.weight, scale = empty_int8(shape, config, rngs)
+            self.weight, scale = random_int8(shape, config, rngs)
         self.scale = scale
         self.bias = (
             nnx.Param(jnp.zeros((config.num_experts, out_size), config.dtype))
@@ -52,20 +57,29 @@ class ExpertLinear(nnx.Module):
     def __call__(
         self, x: jax.Array, counts: jax.Array, experts: jax.Array
     ) -> jax.Array:
-        """The products; `counts` i32[X] rows of each, `experts` i32[T] of each row."""
+        """Multiply each row by the weight of its expert.
+
+        Args:
+          x: [T, in], sorted by expert.
+          counts: i32[X], number of rows of each expert.
+          experts: i32[T], expert of each row.
+
+        Returns:
+          [T, out].
+        """
         out = grouped_matmul(x, self.weight[...], counts)
         if self.scale is not None:
             out = (out * self.scale[...][experts]).astype(x.dtype)
         if self.bias is None:
             return out
         bias = self.bias[...][experts]
-        if self.is_part:  # of a sum over devices, to which one of them adds the bias
-            bias = jnp.where(parallel.device_index("tensor") == 0, bias, 0)
+        if self.is_part:  # only one device adds the bias to the sum
+            bias = jnp.where(parallel.index("tensor") == 0, bias, 0)
         return out + bias
 
 
 class Experts(nnx.Module):
-    """x [..., E] -> [..., E] through the chosen experts, by the router's weights."""
+    """x [..., E] -> [..., E]: sum of the selected experts, weighted by the router."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         hidden, inner = config.hidden_size, config.expert_size
@@ -80,41 +94,39 @@ class Experts(nnx.Module):
         self.gate = ExpertLinear(hidden, inner, config, rngs)
         self.up = ExpertLinear(hidden, inner, config, rngs)
         self.down = ExpertLinear(inner, hidden, config, rngs, is_part=True)
-        self.num_chosen = config.num_experts_per_token
+        self.num_selected = config.num_experts_per_token
         self.is_normalized = config.normalized_routing
         self.activation = config.activation
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """What the residual stream x [..., E] gains."""
+        """Output [..., E] for the residual stream."""
         flat = x.reshape(-1, x.shape[-1])
         weights, experts = self._route(flat)
-        # On many devices each has some of the experts, and sums come from all. Rows
-        # that go to the others' are behind its own.
+        # On a mesh, each device has some of the experts, and the outputs of all devices
+        # are summed. Rows of other devices' experts are sorted to the end.
         num_own = self.gate.weight[...].shape[0]
-        experts = experts - parallel.device_index("expert") * num_own
+        experts = experts - parallel.index("expert") * num_own
         is_own = (experts >= 0) & (experts < num_own)
         experts = jnp.where(is_own, experts, num_own).reshape(-1)
         order = jnp.argsort(experts, stable=True)
         sorted_experts = experts[order]
         counts = jnp.bincount(sorted_experts, length=num_own + 1)[:num_own]
         counts = counts.astype(jnp.int32)
-        rows = flat[order // self.num_chosen]
+        rows = flat[order // self.num_selected]
         gate = self.gate(rows, counts, sorted_experts)
         up = self.up(rows, counts, sorted_experts)
         out = self.down(self._gated(gate, up), counts, sorted_experts)
-        # Back in the order of the tokens, and summed over each one's experts.
+        # Restore the order of the tokens, then sum over the experts of each token.
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
-        out = out.reshape(-1, self.num_chosen, out.shape[-1])
+        out = out.reshape(-1, self.num_selected, out.shape[-1])
         out = jnp.where(is_own[..., None], out * weights[..., None], 0)
-        return parallel.sum_partials(jnp.sum(out, axis=1), "experts.down").reshape(
-            x.shape
-        )
+        return parallel.summed(jnp.sum(out, axis=1), "experts.down").reshape(x.shape)
 
     def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights [T, C] in x's dtype and experts i32[T, C] of tokens x [T, E]."""
         scores = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
-        weights, experts = lax.top_k(scores, self.num_chosen)
+        weights, experts = lax.top_k(scores, self.num_selected)
         if self.is_normalized:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights.astype(x.dtype), experts.astype(jnp.int32)
@@ -131,12 +143,20 @@ class Experts(nnx.Module):
 
 @jax.custom_vjp
 def grouped_matmul(x: jax.Array, weight: jax.Array, counts: jax.Array) -> jax.Array:
-    """Rows x [T, in], the first counts[0] by weight[0], the next by weight[1], ...
+    """Multiply consecutive groups of rows, each by its own matrix.
 
-    weight [X, in, out], counts i32[X] with sum T -> [T, out] in x's dtype, or float32
-    where the weight is int8. `jax.lax.ragged_dot`, except on CPUs, where XLA expands
-    that to a product with every expert (docs/decisions/models.md); there in tiles of
-    rows of one expert. Differentiable by x and, where it is no int8, by weight.
+    This is `jax.lax.ragged_dot`, except on CPUs: there XLA expands it to a product with
+    every expert (docs/decisions/models.md), so a loop multiplies tiles of rows of one
+    expert. Differentiable with respect to `x` and, unless it is int8, `weight`.
+
+    Args:
+      x: [T, in]; the first counts[0] rows are multiplied by weight[0], the next
+        counts[1] rows by weight[1], and so on.
+      weight: [X, in, out].
+      counts: i32[X] with sum T.
+
+    Returns:
+      [T, out] in the dtype of x, or float32 if the weight is int8.
     """
     return lax.platform_dependent(
         x, weight, counts, cpu=_tiled_matmul, default=_ragged_dot
@@ -154,15 +174,15 @@ def _ragged_dot(x: jax.Array, weight: jax.Array, counts: jax.Array) -> jax.Array
 
 
 def _tiled_matmul(x: jax.Array, weight: jax.Array, counts: jax.Array) -> jax.Array:
-    """The same in a loop over tiles of rows that share an expert."""
+    """`grouped_matmul` as a loop over tiles of rows of one expert."""
     num_rows, in_size = x.shape
     num_experts, _, out_size = weight.shape
     size = 1
     while size < 32 and size * num_experts < num_rows:
         size *= 2
-    tiles = (counts + size - 1) // size
+    tiles = cdiv(counts, size)
     tile_ends, row_ends = jnp.cumsum(tiles), jnp.cumsum(counts)
-    # A tile may reach past its expert's rows: those behind are written later.
+    # A tile may extend past its expert's rows; later tiles overwrite those rows.
     padded = jnp.pad(x, ((0, size), (0, 0)))
     out = jnp.zeros((num_rows + size, out_size), _out_dtype(x, weight))
 
@@ -187,13 +207,13 @@ def _forward(x: jax.Array, weight: jax.Array, counts: jax.Array) -> tuple[Any, A
 
 def _backward(saved: Any, cotangent: jax.Array) -> tuple[Any, Any, Any]:
     x, weight, counts = saved
-    # The tiled loop's trip count is traced, so it has no transpose of its own.
-    none = np.zeros(counts.shape, jax.dtypes.float0)
+    # The trip count of the tiled loop is traced, so JAX cannot transpose the loop.
+    no_counts = np.zeros(counts.shape, jax.dtypes.float0)
     if jnp.issubdtype(weight.dtype, jnp.integer):
         _, vjp = jax.vjp(lambda x: _ragged_dot(x, weight, counts), x)
-        return *vjp(cotangent), np.zeros(weight.shape, jax.dtypes.float0), none
+        return *vjp(cotangent), np.zeros(weight.shape, jax.dtypes.float0), no_counts
     _, vjp = jax.vjp(lambda x, weight: _ragged_dot(x, weight, counts), x, weight)
-    return *vjp(cotangent), none
+    return *vjp(cotangent), no_counts
 
 
 grouped_matmul.defvjp(_forward, _backward)

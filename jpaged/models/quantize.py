@@ -1,12 +1,12 @@
-"""Weight-only quantisation: products whose weights are held in 8 bits.
+"""Weight-only quantisation: products with weights stored in 8 bits.
 
-Place on the road: weights -> [models.quantize] -> Linear, ExpertLinear.
+Pipeline: weights -> [models.quantize] -> Linear, ExpertLinear.
 
-Each output channel has a scale, its largest magnitude over 127, and the weights are the
-nearest multiples. Activations keep their dtype, and a product is scaled after its sum,
-which is exact: the scale does not depend on what is summed over.
+The scale of an output channel is its largest magnitude / 127, and each weight is
+rounded to the nearest multiple of it. Activations keep their dtype. A product is scaled
+after the sum, which is exact because the scale is constant along the summed axis.
 
-Source: Dettmers et al. 2022 for scales by output channel,
+Source: Dettmers et al. 2022 for scales per output channel,
 https://arxiv.org/abs/2208.07339, section 3 (without its treatment of outliers, which
 concerns activations).
 """
@@ -20,9 +20,12 @@ from jpaged.models.config import ModelConfig
 
 
 def quantize_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8[..., in, out] and scales f32[..., out], with weight ~ int8 * scale.
+    """Quantise weights [..., in, out], one scale per output channel.
 
-    Off by at most half a scale; a channel of zeros has scale 0.
+    The error is at most half a scale. A channel of zeros has scale 0.
+
+    Returns:
+      int8[..., in, out] and scales f32[..., out], with weight ~ int8 * scale.
     """
     weight = weight.astype(jnp.float32)
     scale = jnp.max(jnp.abs(weight), axis=-2) / 127
@@ -32,19 +35,20 @@ def quantize_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def round_int8(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """int8[..., in, out] of weights on the host, by scales f32[..., out] chosen before.
+    """Quantise weights [..., in, out] on the host with given scales f32[..., out].
 
-    With the scales of `quantize_int8`, its integers, of any part of a matrix.
+    Given the scales of `quantize_int8`, the result int8[..., in, out] equals that of
+    `quantize_int8`. `weight` may be any part of a matrix.
     """
     divisor = np.expand_dims(np.where(scale > 0, scale, np.float32(1)), -2)
-    with np.errstate(invalid="ignore"):  # NaN is the loader's to refuse, on request
+    with np.errstate(invalid="ignore"):  # the loader checks for NaN, on request
         return np.rint(weight.astype(np.float32) / divisor).astype(np.int8)
 
 
 def product_int8(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [..., in] @ (weight int8[in, out] * scale f32[out]), in x's dtype.
+    """x [..., in] @ (weight int8[in, out] * scale f32[out]), in the dtype of x.
 
-    Summed in float32: before the scale, sums of 127s pass float16's range.
+    The sum is float32: before scaling, it can exceed the range of float16.
     """
     product = jnp.matmul(
         x,
@@ -56,7 +60,7 @@ def product_int8(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array
     return (product * scale).astype(x.dtype)
 
 
-def empty_int8(
+def random_int8(
     shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs
 ) -> tuple[nnx.Param, nnx.Param]:
     """Random int8 weights [..., in, out] and their scales [..., out]."""

@@ -1,6 +1,9 @@
-"""Rotary positions: angles from positions, and the rotation of heads by them.
+"""Rotary positions: angles of positions, and the rotation of heads by them.
 
-Place on the road: positions -> [models.rotary] -> query and key of every layer.
+Pipeline: positions -> [models.rotary] -> query and key of every layer.
+
+Shape symbols: T tokens, H heads, D head_dim, R rotated dimensions of a head.
+
 Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; scalings as in transformers.
 """
 
@@ -14,14 +17,16 @@ from jpaged.models.config import ModelConfig, RopeScaling
 
 
 def frequencies(config: ModelConfig, *, is_local: bool = False) -> np.ndarray:
-    """Angle per position of each pair of dimensions that turns, f32[rotary size / 2].
+    """Angle per position of each rotated pair of dimensions, f32[R / 2].
 
-    `is_local`: those of the sliding layers, where they have a base of their own.
+    Args:
+      config: of the model.
+      is_local: for the layers with a window, whose base may differ.
     """
     size, theta = config.rotary_size, config.rope_theta
     if is_local and config.local_rope_theta is not None:
         theta = config.local_rope_theta
-    # The same float32 operations as transformers: another rounding here is
+    # The same float32 operations as in transformers: a rounding error here would be
     # multiplied by the position.
     exponents = np.arange(0, size, 2).astype(np.float32) / np.float32(size)
     powers = np.power(np.float32(theta), exponents)
@@ -33,7 +38,8 @@ def frequencies(config: ModelConfig, *, is_local: bool = False) -> np.ndarray:
         case "linear":
             return plain / np.float32(scaling.factor)
         case "dynamic":
-            # Scaled only beyond max_position_embeddings, where no sequence goes.
+            # Only positions from max_position_embeddings on are scaled, and the model
+            # is limited to shorter sequences.
             return plain
         case "longrope":
             factors = np.array(scaling.short_factors, np.float32)
@@ -45,7 +51,7 @@ def frequencies(config: ModelConfig, *, is_local: bool = False) -> np.ndarray:
 
 
 def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3.1's scaling: short waves kept, long ones slowed, a ramp between."""
+    """Llama 3.1: keep short wavelengths, stretch long ones, interpolate between."""
     original = scaling.original_max_position_embeddings
     wavelengths = np.float32(2 * np.pi) / plain
     slowed = plain / np.float32(scaling.factor)
@@ -60,13 +66,13 @@ def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 def _yarn(
     powers: np.ndarray, theta: float, size: int, scaling: RopeScaling
 ) -> np.ndarray:
-    """YaRN: pairs that turn often kept, those that turn seldom slowed, a ramp between.
+    """YaRN: keep high frequencies, divide low ones, interpolate between.
 
     Source: Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3.2.
     """
 
     def pair_with(rotations: float) -> float:
-        """The pair, as a real number, that turns so often over the trained length."""
+        """Index (a real number) of the pair with this many rotations in training."""
         length = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return size * math.log(length) / (2 * math.log(theta))
 
@@ -87,7 +93,7 @@ def _yarn(
 def tables(
     positions: jax.Array, config: ModelConfig, *, is_local: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines f32[T, 1, rotary size / 2] for positions i32[T]."""
+    """Cosines and sines f32[T, 1, R / 2] of positions i32[T]."""
     per_position = frequencies(config, is_local=is_local)[None, None, :]
     angles = positions.astype(jnp.float32)[:, None, None] * per_position
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -98,10 +104,18 @@ def tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Heads x [T, H, D] turned by their positions' angles, in x's dtype.
+    """Rotate heads by the angles of their positions.
 
-    Dimension i is paired with i + half of those that turn, as in transformers (not
-    with i + 1); dimensions past them stay as they are.
+    Dimension i is paired with dimension i + R / 2, as in transformers (not with i + 1).
+    Dimensions from R on are unchanged.
+
+    Args:
+      x: [T, H, D].
+      cos: f32[T, 1, R / 2], from `tables`.
+      sin: f32[T, 1, R / 2], from `tables`.
+
+    Returns:
+      [T, H, D] in the dtype of x.
     """
     size = 2 * cos.shape[-1]
     first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)

@@ -1,15 +1,14 @@
-"""Scoring: how likely a model finds text that is given, many texts at a time.
+"""Scoring: the log-probabilities that a model assigns to given texts.
 
-Place on the road: token ids -> [scoring] -> models -> log-probabilities.
+Pipeline: token ids -> [models.scoring] -> decoder -> log-probabilities.
 
-The same module computes it that the engine serves, without pages: whole texts at once,
-padded to few shapes, so that few programs are compiled.
+The decoder is the one that the engine serves. It runs without pages, on whole texts.
+These are padded to few shapes, so that few programs are compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -21,9 +20,9 @@ from jax import lax
 
 from jpaged.models.decoder import Decoder
 
-_SHORTEST = 32  # texts are padded to this length, or a power of two
-_BATCH_TOKENS = 4096  # of one call, padding included, where a text is not longer
-_LOGITS_TOKENS = 512  # whose logits are held at a time
+_SHORTEST = 32  # texts are padded to at least this length, and to powers of two
+_BATCH_TOKENS = 4096  # tokens of a batch including padding, unless one text is longer
+_LOGITS_TOKENS = 512  # tokens whose logits are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Score:
 
     prompt_token_ids: list[int]
     token_ids: list[int]  # of the continuation
-    token_logprobs: list[float]  # of each of them, given all before it
-    is_greedy: bool  # each of them is the most likely one
+    token_logprobs: list[float]  # of each token_id, given all tokens before it
+    is_greedy: bool  # every token_id is the most likely one
 
     @property
     def cumulative_logprob(self) -> float:
@@ -52,12 +51,12 @@ class Perplexity:
 
     perplexity: float
     cumulative_logprob: float
-    num_tokens: int  # that were predicted: all but the first
-    num_characters: int  # 0 where token ids were given
+    num_tokens: int  # predicted tokens: all but the first
+    num_characters: int  # 0 for a text given as token ids
 
     @property
     def bits_per_character(self) -> float:
-        """Comparable between models with other tokenizers; NaN without a text."""
+        """Comparable between models with different tokenizers; NaN for token ids."""
         if not self.num_characters:
             return math.nan
         return -self.cumulative_logprob / math.log(2) / self.num_characters
@@ -66,11 +65,19 @@ class Perplexity:
 def score(
     model: Decoder, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
 ) -> list[Score]:
-    """The Score of each continuation after its prompt.
+    """Score each continuation after its prompt.
+
+    Args:
+      model: the decoder.
+      prompts: token ids of each prompt, at least one.
+      continuations: token ids of the continuation of each prompt, at least one.
+
+    Returns:
+      A Score for each prompt.
 
     Raises:
-      ValueError: an empty prompt or continuation, unknown tokens, or more of them than
-        the model has positions.
+      ValueError: a prompt or continuation is empty, contains unknown tokens, or both
+        together are longer than the model's positions.
     """
     texts = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
     for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -106,21 +113,22 @@ def perplexity(
     overlap: int | None = None,
     num_characters: int = 0,
 ) -> Perplexity:
-    """Perplexity of one text of any length, in windows that overlap.
+    """Perplexity of one text of any length, computed in overlapping windows.
 
-    Each token is predicted once, from at least `overlap` tokens before it, or from all
-    where fewer come before it.
+    Each token is predicted once, given at least the `overlap` tokens before it, or all
+    tokens before it if there are fewer.
 
     Args:
-      token_ids: of the text, two or more.
-      window: tokens that are computed at once; the model's longest, at most 1024, if
-        None.
-      overlap: tokens of a window that only serve as context; half of it if None.
-      num_characters: of the text, for `bits_per_character`.
+      model: the decoder.
+      token_ids: the text, at least two tokens.
+      window: tokens that are computed at once. None is the model's maximum length, but
+        at most 1024.
+      overlap: tokens of a window that only serve as context. None is half the window.
+      num_characters: length of the text, for `bits_per_character`.
 
     Raises:
-      ValueError: a text of fewer than two tokens, unknown tokens, or sizes that do not
-        fit together.
+      ValueError: the text has fewer than two tokens or contains unknown ones, or
+        `window` or `overlap` is out of range.
     """
     longest = model.config.max_length
     window = min(longest, 1024) if window is None else window
@@ -150,8 +158,8 @@ def read_text(file: pathlib.Path) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not UTF-8.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not UTF-8.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
@@ -168,22 +176,26 @@ def _check_tokens(
     if limit and len(token_ids) > config.max_length:
         raise ValueError(
             f"{name}: expected at most {config.longest_name} ({config.max_length}) "
-            f"tokens with its continuation, got {len(token_ids)}"
+            f"tokens including the continuation, got {len(token_ids)}"
         )
-    strange = [t for t in token_ids if not 0 <= t < config.vocab_size]
-    if strange:
+    unknown = [t for t in token_ids if not 0 <= t < config.vocab_size]
+    if unknown:
         raise ValueError(
             f"{name}: expected token ids from 0 to {config.vocab_size - 1}, got "
-            f"{strange[0]}"
+            f"{unknown[0]}"
         )
 
 
 def _logprobs(
     model: Decoder, texts: Sequence[list[int]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each text f32[T - 1] of tokens after the first, and whether each is the best.
+    """For each text, values of its tokens after the first.
 
-    Texts of similar length share a batch, whose shape is one of few.
+    Texts of similar length share a batch, so that few shapes occur.
+
+    Returns:
+      For each text, log-probabilities f32[T - 1], and bool[T - 1]: whether the token is
+      the most likely one.
     """
     by_length: dict[int, list[int]] = {}
     for index, text in enumerate(texts):
@@ -206,11 +218,15 @@ def _logprobs(
     return [found[index] for index in range(len(texts))]
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _forward(model: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities f32[B, T] of the following tokens, and bool[B, T]: the best.
+    """Values of the token that follows each token of i32[B, T].
 
-    The last of each row is of no token. Logits are held for a few tokens at a time.
+    Logits are computed for a few tokens at a time, to limit memory. The last column is
+    meaningless, because no token follows.
+
+    Returns:
+      Log-probabilities f32[B, T], and bool[B, T]: whether it is the most likely token.
     """
     num_rows, length = tokens.shape
     hidden = model.hidden_states(tokens).reshape(num_rows * length, -1)

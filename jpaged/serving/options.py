@@ -152,7 +152,7 @@ def load(
         if sources.is_random(name):
             decoder = load_model(name, dtype, quantization=quantization, mesh=mesh)
         else:
-            folder = sources.find(name)
+            folder = sources.find_folder(name)
             decoder = load_model(folder, dtype, quantization=quantization, mesh=mesh)
             tokenizer = folder if tokenizer is None else tokenizer
     else:

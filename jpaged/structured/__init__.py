@@ -1,8 +1,10 @@
 """Structured output: regexes, choices and JSON schemas as automata over tokens.
 
-Place on the road: requests -> [structured] -> decoding.constraints. Host only.
-`regex` and `json_schema` read what the user wrote, `byte_automata` has its texts as
-bytes, `token_bytes` knows the tokenizer, `compile` puts them together.
+Pipeline: requests -> [structured] -> decoding.constraints. Host only.
+
+`json_schema` converts a schema to a regex, and `regex` converts a regex to an automaton
+over bytes (`byte_automata`). `token_bytes` finds the bytes of each token, and `compile`
+combines both into an automaton over tokens.
 """
 
 from jpaged.structured.compile import compile_constraint as compile_constraint

@@ -1,11 +1,11 @@
-"""Byte automata: the texts of a regex or of a list, as a table over bytes.
+"""Byte automata: the language of a regex or of a list of texts, as a table over bytes.
 
-Place on the road: regex or choices -> [byte_automata] -> token automaton. Host only.
+Pipeline: regex or choices -> [structured.byte_automata] -> token automaton. Host only.
 
-A text is its UTF-8 bytes, because tokens are bytes that may end within a character.
-`over_tokens` walks all tokens of a vocabulary through such a table at once.
+The alphabet is the bytes of UTF-8, because a token can end inside a character.
+`over_tokens` computes the transitions of all tokens of a vocabulary at once.
 
-Shape letters: Q states, B classes of bytes, V vocabulary, C classes of tokens.
+Shape symbols: Q states, B classes of bytes, V vocabulary, C classes of tokens.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-DEAD = -1  # no state: no text of the language begins so
+DEAD = -1  # no state: no text of the language has this prefix
 NUM_BYTES = 256
 
 
@@ -40,7 +40,7 @@ class ByteAutomaton:
 
 
 def from_choices(choices: Iterable[str]) -> ByteAutomaton:
-    """Return the automaton of exactly these texts: a tree of their bytes.
+    """Return the automaton that accepts exactly these texts, built as a tree of bytes.
 
     >>> from_choices(["yes", "no"]).matches("no")
     True
@@ -60,22 +60,25 @@ def from_choices(choices: Iterable[str]) -> ByteAutomaton:
 
 
 def _byte_classes(transitions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct columns i32[Q, B], and which one each byte has, [256]."""
+    """Return the distinct columns i32[Q, B], and the column of each byte, [256]."""
     columns, class_of_byte = np.unique(transitions.T, axis=0, return_inverse=True)
     return np.ascontiguousarray(columns.T), class_of_byte.reshape(-1)
 
 
 def minimised(transitions: np.ndarray, is_accepting: np.ndarray) -> ByteAutomaton:
-    """Return the least automaton of the same language (Moore 1956).
+    """Return the minimal automaton of the same language (Moore 1956).
 
-    All states must be reached from state 0.
+    The groups of equivalent states start as accepting and other states. They are split
+    by the groups of their successors until nothing changes. DEAD is treated as a state,
+    so states from which no accepting state can be reached are equivalent to it and are
+    removed.
 
-    States are told apart by whether they accept, then by where their bytes lead, until
-    nothing changes. DEAD is a state like others here, so states that reach no end are
-    equal to it, and vanish.
+    Args:
+        transitions: i32[Q, 256]; all states must be reachable from state 0.
+        is_accepting: bool[Q].
     """
     columns_QB, class_of_byte = _byte_classes(transitions)
-    # DEAD gets the last place, where -1 finds it.
+    # DEAD is the last row, which the index -1 selects.
     rows = np.append(columns_QB, np.full((1, columns_QB.shape[1]), DEAD), axis=0)
     groups = np.append(is_accepting, False).astype(np.int64)
     num_groups = len(np.unique(groups))
@@ -86,13 +89,13 @@ def minimised(transitions: np.ndarray, is_accepting: np.ndarray) -> ByteAutomato
             break
         num_groups = groups.max() + 1
     dead = groups[-1]
-    # Numbered in the order of their first state, so that the start stays 0.
+    # Groups are numbered in the order of their first state, so the start stays 0.
     _, first = np.unique(groups, return_index=True)
     order = np.argsort(first)
     order = order[order != dead]
     new_ids = np.full(num_groups, DEAD)
     new_ids[order] = np.arange(len(order))
-    if new_ids[groups[0]] == DEAD:  # the language is empty; one state that says so
+    if new_ids[groups[0]] == DEAD:  # the language is empty
         empty = np.full((1, NUM_BYTES), DEAD, np.int32)
         return ByteAutomaton(empty, np.zeros(1, np.bool_))
     merged = new_ids[groups[rows[first[order]]]]
@@ -103,10 +106,10 @@ def minimised(transitions: np.ndarray, is_accepting: np.ndarray) -> ByteAutomato
 def _split(
     groups: np.ndarray, rows: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return groups of states that agree in `groups` and in those of all successors.
+    """Split groups of states by the groups of their successors; return the new groups.
 
-    By a random 64-bit sum per row, which is checked: rows that only look equal would
-    show as unequal to the first of their group.
+    Rows are compared by a random 64-bit hash. A collision is detected, because each row
+    is then compared with the first row of its group, and leads to another hash.
     """
     signature = np.concatenate([groups[:, None], groups[rows]], axis=1)
     while True:
@@ -119,16 +122,16 @@ def _split(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenText:
-    """The bytes of all tokens of a vocabulary, one after the other."""
+    """The bytes of all tokens of a vocabulary, concatenated."""
 
     text: np.ndarray  # u8[total]
     starts: np.ndarray  # i64[V]
-    lengths: np.ndarray  # i64[V], 0 for tokens that stand for no text
-    distinct: frozenset[bytes]
+    lengths: np.ndarray  # i64[V], 0 for tokens without text
+    distinct: frozenset[bytes]  # the bytes of all tokens with text
 
     @classmethod
     def of(cls, token_bytes: Sequence[bytes | None]) -> "TokenText":
-        """Return the text of tokens given one by one; None stands for no text."""
+        """Concatenate the bytes of tokens; None means a token without text."""
         pieces = [token or b"" for token in token_bytes]
         lengths = np.array([len(piece) for piece in pieces], np.int64)
         text = np.frombuffer(b"".join(pieces), np.uint8)
@@ -139,16 +142,22 @@ class TokenText:
 def over_tokens(
     automaton: ByteAutomaton, tokens: TokenText
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the state after each token from each state, by classes of tokens.
+    """Return the transitions of tokens, by classes of tokens.
 
-    transitions i32[Q, C] and classes i32[V] as `token_automaton` wants them: a token's
-    class is the function from state to state that its bytes make, and tokens without
-    text lead nowhere. All tokens go byte by byte side by side, and each function that
-    occurs is worked out once.
+    The bytes of a token define a function from states to states. Tokens with the same
+    function form a class. All tokens advance byte by byte together, and each function
+    that occurs is computed once.
+
+    Args:
+        automaton: of the allowed texts.
+        tokens: the vocabulary. Tokens without text lead to DEAD.
+
+    Returns:
+        transitions i32[Q, C] and classes i32[V], arguments of `token_automaton`.
     """
     columns_QB, class_of_byte = _byte_classes(automaton.transitions)
     num_states, num_byte_classes = columns_QB.shape
-    # The added last row is what DEAD = -1 picks.
+    # DEAD = -1 selects the additional last row.
     columns_QB = np.append(columns_QB, np.full((1, num_byte_classes), DEAD), axis=0)
     columns_QB = columns_QB.astype(np.int32)
     nowhere, identity = 0, 1
@@ -158,10 +167,10 @@ def over_tokens(
     byte_class = class_of_byte[tokens.text]
     classes = np.where(tokens.lengths > 0, identity, nowhere)
     for position in range(tokens.lengths.max(initial=0)):
-        going = np.flatnonzero((tokens.lengths > position) & (classes != nowhere))
-        step = byte_class[tokens.starts[going] + position]
+        active = np.flatnonzero((tokens.lengths > position) & (classes != nowhere))
+        step = byte_class[tokens.starts[active] + position]
         pairs, which = np.unique(
-            classes[going] * num_byte_classes + step, return_inverse=True
+            classes[active] * num_byte_classes + step, return_inverse=True
         )
         for pair in pairs.tolist():
             if pair not in after:
@@ -171,7 +180,7 @@ def over_tokens(
                 if after[pair] == len(functions):
                     functions.append(function)
         reached = np.array([after[pair] for pair in pairs.tolist()], np.int64)
-        classes[going] = reached[which]
+        classes[active] = reached[which]
     used, classes = np.unique(classes, return_inverse=True)
     transitions = np.stack([functions[number] for number in used], axis=1)
     return transitions, classes.astype(np.int32)

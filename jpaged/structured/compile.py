@@ -1,7 +1,8 @@
-"""From what a text must be to the automaton of its tokens.
+"""Compile: from a constraint on a text to the automaton of its tokens.
 
-Place on the road: requests -> [structured] -> TokenAutomaton -> decoding. Host only:
-everything here happens once per constraint, before its request is taken.
+Pipeline: requests -> [structured.compile] -> TokenAutomaton -> decoding. Host only.
+
+This runs once per constraint, before its request is submitted.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jpaged.structured.regex import from_regex
 from jpaged.structured.token_bytes import token_bytes
 from jpaged.text.tokenizer import Tokenizer
 
-_NUM_KEPT = 64  # compiled constraints that are kept for the next request
+_CACHE_SIZE = 64  # compiled constraints
 
 
 def compile_constraint(
@@ -26,45 +27,45 @@ def compile_constraint(
     eos_token_ids: Sequence[int],
     max_tokens: int | None = None,
 ) -> TokenAutomaton:
-    """Return the automaton of all token sequences whose text is as `params` wants it.
+    """Return the automaton of all token sequences whose text satisfies `params`.
 
-    Any way to cut the text into tokens is allowed, then EOS. Special tokens are not.
-    The automata that were asked for last are kept: the same arguments give the same
-    object.
+    Every way to split the text into tokens is allowed, followed by EOS. Special tokens
+    are not allowed. Recent results are cached: equal arguments return the same object.
 
     Args:
-        params: what the text must be.
-        tokenizer: the model's; None raises.
-        vocab_size: the model's, which may be above the tokenizer's.
-        eos_token_ids: the tokens that end the text; none raises.
-        max_tokens: the request's limit, checked where given.
+        params: the constraint.
+        tokenizer: of the model.
+        vocab_size: of the model; may be larger than that of the tokenizer.
+        eos_token_ids: tokens that end the text, at least one.
+        max_tokens: limit of the request; None is not checked.
 
     Raises:
-        ValueError: the regex does not parse, the schema is not supported, the
-            vocabulary cannot spell a choice or any text at all, or no text with its
-            EOS is as short as `max_tokens`.
+        ValueError: `tokenizer` is None, there is no EOS token, the regex is invalid,
+            the schema is not supported, the vocabulary cannot spell a choice or any
+            allowed text, or every allowed text with its EOS has more than `max_tokens`
+            tokens.
     """
     if tokenizer is None:
         raise ValueError(
-            "structured_outputs: wanted a model with a tokenizer, got none: the "
-            "folder has no tokenizer.json, so there is no text to constrain"
+            "structured_outputs: expected a model with a tokenizer, got none: "
+            "without tokenizer.json in the folder there is no text to constrain"
         )
     if not eos_token_ids:
         raise ValueError(
-            "structured_outputs: wanted a model with an EOS token, got none: a "
+            "structured_outputs: expected a model with an EOS token, got none: a "
             "constrained text could not end"
         )
     automaton = _compiled(params, tokenizer, vocab_size, tuple(eos_token_ids))
     fewest = shortest(automaton)
     if max_tokens is not None and max_tokens < fewest:
         raise ValueError(
-            f"max_tokens: wanted at least {fewest}, the fewest tokens of a text that "
-            f"meets structured_outputs, EOS included; got {max_tokens}"
+            f"max_tokens: expected at least {fewest}, the number of tokens of the "
+            f"shortest text for structured_outputs including EOS, got {max_tokens}"
         )
     return automaton
 
 
-@functools.lru_cache(maxsize=_NUM_KEPT)
+@functools.lru_cache(maxsize=_CACHE_SIZE)
 def _compiled(
     params: StructuredOutputsParams,
     tokenizer: Tokenizer,
@@ -99,6 +100,6 @@ def _check_spelling(choices: Sequence[str], tokens: TokenText) -> None:
                     is_reached[end] |= text[start:end] in tokens.distinct
         if not is_reached[-1]:
             raise ValueError(
-                f"choice[{i}]: wanted a text that the model's tokens can spell, got "
+                f"choice[{i}]: expected a text that the model's tokens can spell, got "
                 f"{choice!r}"
             )

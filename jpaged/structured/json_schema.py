@@ -1,11 +1,11 @@
 r"""JSON schemas as regexes.
 
-Place on the road: JSON schema -> [json_schema] -> regex. Host only.
+Pipeline: JSON schema -> [structured.json_schema] -> regex. Host only.
 
-What the regex matches is JSON that the schema accepts; not all of it: objects have the
-properties of the schema, in its order, and no others; there may be one space after a
-comma or a colon, and no other blanks; strings have no \u escapes (every character but
-control characters can stand as it is). A keyword that is not understood is refused.
+Every text that the regex matches is JSON that the schema accepts, but not vice versa:
+objects have only the properties of the schema, in its order; the only white space is an
+optional space after a comma or a colon; strings have no \u escapes (every character
+except control characters can be written directly). An unknown keyword is an error.
 
 Source: JSON Schema 2020-12. https://json-schema.org/draft/2020-12
 """
@@ -33,12 +33,12 @@ from jpaged.structured.json_values import (
 )
 from jpaged.structured.regex import from_regex, without_anchors
 
-# Keywords that say nothing about what is valid.
-_NOTES = frozenset(
+# Keywords that do not affect what is valid.
+_ANNOTATIONS = frozenset(
     "title description default examples deprecated readOnly writeOnly "
     "$schema $id $comment $defs definitions".split()
 )
-# The keywords of each type.
+# Supported keywords of each type.
 _OF_TYPE = {
     "null": frozenset(),
     "boolean": frozenset(),
@@ -57,16 +57,16 @@ def to_regex(schema: Any) -> str:
         schema: a parsed JSON schema: a dict, or True for any value.
 
     Raises:
-        ValueError: it is no schema; it has a keyword that is not understood, refers to
-            itself, or accepts nothing. The message says where.
+        ValueError: `schema` is not a schema, has an unsupported keyword, refers to
+            itself, or accepts nothing. The message contains the path to the problem.
     """
     return _Writer(schema).value(schema, "json")
 
 
 class _Writer:
-    """Writes the parts of one schema; `where` is the path to a part."""
+    """Converts the parts of one schema; `where` is the path to a part."""
 
-    def __init__(self, root: Any):
+    def __init__(self, root: Any) -> None:
         self._root = root
         self._open_refs: list[str] = []
 
@@ -75,8 +75,10 @@ class _Writer:
         if schema is True:
             schema = {}
         if not isinstance(schema, Mapping):
-            raise ValueError(f"{where}: wanted a JSON schema (a dict), got {schema!r}")
-        keywords = set(schema) - _NOTES
+            raise ValueError(
+                f"{where}: expected a JSON schema (a dict), got {schema!r}"
+            )
+        keywords = set(schema) - _ANNOTATIONS
         if not keywords:
             return anything(ANY_DEPTH)
         if "$ref" in keywords:
@@ -93,7 +95,7 @@ class _Writer:
     def _reference(self, ref: Any, where: str) -> str:
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise ValueError(
-                f"{where}/$ref: wanted a path in this schema (#/...), got {ref!r}"
+                f"{where}/$ref: expected a path in this schema (#/...), got {ref!r}"
             )
         if ref in self._open_refs:
             raise ValueError(
@@ -116,20 +118,24 @@ class _Writer:
         _only(keywords, {name, "type"}, where)
         values = schema["enum"] if name == "enum" else [schema["const"]]
         if not isinstance(values, list):
-            raise ValueError(f"{where}/enum: wanted a list, got {values!r}")
+            raise ValueError(f"{where}/enum: expected a list, got {values!r}")
         if "type" in keywords:
             types = _types(schema, keywords, where)
             values = [value for value in values if _has_type(value, types)]
         if not values:
-            raise ValueError(f"{where}/{name}: no value is left that would be accepted")
+            raise ValueError(
+                f"{where}/{name}: expected at least one accepted value, got none"
+            )
         return any_of(literal(value, f"{where}/{name}") for value in values)
 
     def _combined(self, name: str, parts: Any, where: str) -> str:
         if not isinstance(parts, list) or not parts:
-            raise ValueError(f"{where}/{name}: wanted a list of schemas, got {parts!r}")
+            raise ValueError(
+                f"{where}/{name}: expected a list of schemas, got {parts!r}"
+            )
         if name == "allOf" and len(parts) > 1:
             raise ValueError(
-                f"{where}/allOf: wanted one schema, got {len(parts)}; merge them"
+                f"{where}/allOf: expected one schema, got {len(parts)}; merge them"
             )
         return any_of(
             self.value(part, f"{where}/{name}/{i}") for i, part in enumerate(parts)
@@ -161,15 +167,15 @@ class _Writer:
     def _object(self, schema: Mapping, where: str) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, Mapping):
-            raise ValueError(f"{where}/properties: wanted a dict, got {properties!r}")
+            raise ValueError(f"{where}/properties: expected a dict, got {properties!r}")
         names = list(properties)
         if not isinstance(required, list) or any(n not in names for n in required):
             raise ValueError(
-                f"{where}/required: wanted a list of names in properties, got "
+                f"{where}/required: expected a list of names in properties, got "
                 f"{required!r}; properties has {names}"
             )
         others = schema.get("additionalProperties", True)
-        if properties:  # and no others
+        if properties:  # other properties are not generated
             return object_of(
                 (
                     literal(name, where)
@@ -194,19 +200,19 @@ def _only(keywords: set[str], known: set[str], where: str) -> None:
 
 
 def _types(schema: Mapping, keywords: set[str], where: str) -> list[str]:
-    """Return the types a schema names, or the one that its keywords speak of."""
+    """Return the types of a schema, or else the one type that has its keywords."""
     if "type" not in keywords:
         types = [name for name, known in _OF_TYPE.items() if keywords & known]
         if len(types) == 1:
             return types
         raise ValueError(
-            f"{where}: wanted a schema with a type, got {sorted(keywords)}; supported "
-            "are type, enum, const, anyOf, allOf of one, $ref"
+            f"{where}: expected a schema with a type, got {sorted(keywords)}; "
+            "supported are type, enum, const, anyOf, allOf of one, $ref"
         )
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if not types or not all(isinstance(t, str) and t in _OF_TYPE for t in types):
         raise ValueError(
-            f"{where}/type: wanted one or more of {', '.join(_OF_TYPE)}, got "
+            f"{where}/type: expected one or more of {', '.join(_OF_TYPE)}, got "
             f"{schema['type']!r}"
         )
     return types
@@ -229,7 +235,7 @@ def _bounds(
     for name, number in ((low_name, low), (high_name, 0 if high is None else high)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise ValueError(
-                f"{where}/{name}: wanted an integer of at least 0, got {number!r}"
+                f"{where}/{name}: expected an integer of at least 0, got {number!r}"
             )
     if high is not None and low > high:
         raise ValueError(f"{where}: {low_name} {low} is above {high_name} {high}")
@@ -241,13 +247,13 @@ def _string(schema: Mapping, where: str) -> str:
     has_bounds = "minLength" in schema or "maxLength" in schema
     if len(given) + has_bounds > 1:
         raise ValueError(
-            f"{where}: wanted one of pattern, format and lengths, got several; write "
+            f"{where}: expected one of pattern, format and lengths, got several; write "
             "the lengths into the pattern"
         )
     if "format" in schema:
         if schema["format"] not in list(FORMATS):
             raise ValueError(
-                f"{where}/format: wanted one of {', '.join(FORMATS)}, got "
+                f"{where}/format: expected one of {', '.join(FORMATS)}, got "
                 f"{schema['format']!r}"
             )
         return f'"{FORMATS[schema["format"]]}"'
@@ -260,9 +266,9 @@ def _string(schema: Mapping, where: str) -> str:
 
 
 def _pattern(pattern: Any, where: str) -> str:
-    """Return the regex of strings with `pattern` in them; none may need escapes."""
+    """Return the regex of strings that contain `pattern`; they must need no escapes."""
     if not isinstance(pattern, str):
-        raise ValueError(f"{where}/pattern: wanted a string, got {pattern!r}")
+        raise ValueError(f"{where}/pattern: expected a string, got {pattern!r}")
     automaton = from_regex(pattern)
     to_escape = [*range(0x20), ord('"'), ord("\\")]
     if (automaton.transitions[:, to_escape] != DEAD).any():
@@ -271,13 +277,13 @@ def _pattern(pattern: Any, where: str) -> str:
             r'characters, which JSON escapes; write [^"\\\x00-\x1f] for .'
         )
     inner = without_anchors(pattern)
-    is_open = inner == pattern.removeprefix("^")  # no $ was taken away
+    is_open = inner == pattern.removeprefix("^")  # the pattern has no $
     before = "" if pattern.startswith("^") else f"{PLAIN}*"
     return f"{before}(?:{inner}){f'{PLAIN}*' if is_open else ''}"
 
 
 def _integer(schema: Mapping, where: str) -> str:
-    """Return the integers within the schema's bounds."""
+    """Return the regex of the integers within the bounds of the schema."""
     lows, highs = [], []
     for name, bounds, step in (
         ("minimum", lows, 0),
@@ -289,7 +295,7 @@ def _integer(schema: Mapping, where: str) -> str:
         if number is None:
             continue
         if not isinstance(number, int) or isinstance(number, bool):
-            raise ValueError(f"{where}/{name}: wanted an integer, got {number!r}")
+            raise ValueError(f"{where}/{name}: expected an integer, got {number!r}")
         bounds.append(number + step)
     low, high = max(lows, default=None), min(highs, default=None)
     if low is None and high is None:

@@ -1,7 +1,8 @@
-"""The texts of JSON values as regexes.
+"""JSON values: the regexes of their texts.
 
-Place on the road: [json_values] -> json_schema. Host only. In each regex the
-alternatives stand in brackets, so it can be put between others.
+Pipeline: [structured.json_values] -> json_schema. Host only.
+
+Alternatives in a regex are in brackets, so that regexes can be concatenated.
 """
 
 import json
@@ -9,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-ANY_DEPTH = 2  # of objects and arrays in a value of which the schema says nothing
-PLAIN = r'[^"\\\x00-\x1f]'  # a character that stands for itself in a string
+ANY_DEPTH = 2  # levels of objects and arrays in a value without a schema
+PLAIN = r'[^"\\\x00-\x1f]'  # a character that needs no escape in a string
 CHARACTER = rf'(?:{PLAIN}|\\["\\/bfnrt])'
 STRING = f'"{CHARACTER}*"'
 INTEGER = r"-?(?:0|[1-9][0-9]*)"
@@ -36,7 +37,7 @@ FORMATS = {
 
 
 def any_of(regexes: Iterable[str]) -> str:
-    """Return the regex of whatever one of `regexes` matches."""
+    """Return the regex that matches what any of `regexes` matches."""
     regexes = list(dict.fromkeys(regexes))
     return regexes[0] if len(regexes) == 1 else f"(?:{'|'.join(regexes)})"
 
@@ -54,13 +55,13 @@ def literal(value: Any, where: str) -> str:
     try:
         return re.escape(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: wanted a JSON value, got {value!r}") from error
+        raise ValueError(f"{where}: expected a JSON value, got {value!r}") from error
 
 
 def object_of(members: Iterable[tuple[str, bool]]) -> str:
-    """Return the object of members (regex, is_required) in this order."""
-    # From the last to the first: what follows where no member was written yet, and
-    # what follows where one was.
+    """Return the regex of objects with members (regex, is_required) in this order."""
+    # From the last member to the first: `first` is the rest of the object if no member
+    # has been written yet, `after` the rest if one has.
     first = after = ""
     for member, is_required in reversed(list(members)):
         if is_required:
@@ -74,13 +75,13 @@ def object_of(members: Iterable[tuple[str, bool]]) -> str:
 
 
 def free_object(value: str) -> str:
-    """Return the objects with any names, whose values are those of `value`."""
+    """Return the regex of objects with any names and with values that match `value`."""
     member = f"{STRING}{COLON}{value}"
     return rf"\{{(?:{member}(?:{COMMA}{member})*)?\}}"
 
 
 def anything(depth: int) -> str:
-    """Return the regex of any value, with objects and arrays `depth` levels deep."""
+    """Return the regex of any value with up to `depth` levels of objects and arrays."""
     values = ["null", "true", "false", NUMBER, STRING]
     if depth:
         inner = anything(depth - 1)
@@ -90,7 +91,7 @@ def anything(depth: int) -> str:
 
 
 def integers_between(low: int, high: int | None) -> str:
-    """Return the integers from `low`, which is not negative, to `high`."""
+    """Return the regex of the integers from `low` >= 0 to `high`; None is no bound."""
     longest = len(str(low if high is None else high))
     parts = []
     for num_digits in range(len(str(low)), longest + 1):
@@ -103,7 +104,7 @@ def integers_between(low: int, high: int | None) -> str:
 
 
 def _between(low: str, high: str) -> str:
-    """Return the numbers from `low` to `high`, which have equally many digits."""
+    """Return the regex of numbers from `low` to `high`, which have equal lengths."""
     num_digits = len(low)
     if not num_digits:
         return ""

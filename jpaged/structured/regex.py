@@ -1,6 +1,6 @@
-"""Regexes as byte automata, by the package outlines-core.
+"""Regexes: compile them to byte automata with the package outlines-core.
 
-Place on the road: regex or JSON schema -> [regex] -> byte automaton. Host only.
+Pipeline: regex or JSON schema -> [structured.regex] -> byte automaton. Host only.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from jpaged.structured.byte_automata import (
     minimised,
 )
 
-MAX_REGEX_STATES = 50_000  # of the library's table, before equal states are merged
+MAX_REGEX_STATES = 50_000  # in the library's table, before minimisation
 INSTALL = "pip install 'jpaged[structured]'"
-# The library needs a start that looks at nothing before it, so each pattern is compiled
-# behind this byte, which is neither part of a word nor refused by (?m)^.
+# The library needs a start without look-behind. So each pattern is compiled with this
+# byte before it, which is not part of a word and precedes a match of (?m)^.
 _BEFORE = b"\n"
-# About how many states a character class takes; others take a few.
+# Approximate number of states of character classes; others need few.
 _STATES_OF_CLASS = {r"\w": 320, r"\W": 320, r"\p": 320, r"\P": 320, r"\d": 25}
-# What a regex consists of. A bracket that comes first in a class, or first after ^, is
-# an ordinary character.
+# One item of a regex. A closing bracket that is the first character of a class, or the
+# first after ^, is an ordinary character.
 _ITEM = re.compile(
     r"\\.|\[\^?\]?|\{(?P<least>[0-9]+)(?:,(?P<most>[0-9]*))?\}|.", re.DOTALL
 )
@@ -33,22 +33,22 @@ _ITEM = re.compile(
 def from_regex(pattern: str) -> ByteAutomaton:
     r"""Return the automaton of the texts that `pattern` matches as a whole.
 
-    The syntax is that of Rust's crate `regex`, which is Python's without look-around
-    and back-references. ^ in front and $ behind change nothing.
+    The syntax is that of Rust's crate `regex`: that of Python without look-around and
+    back-references. ^ at the start and $ at the end have no effect.
 
     >>> from_regex("[a-c]+|no").matches("no")
     True
 
     Raises:
-        ValueError: the pattern does not parse, has what no automaton can do, matches
-            nothing, or is too large; or the extra `structured` is not installed.
+        ValueError: the pattern does not parse, cannot be an automaton, matches nothing,
+            or is too large; or the extra `structured` is not installed.
     """
     inner = without_anchors(pattern)
     outlines_core = _library()
     all_bytes = {bytes([byte]): [byte] for byte in range(NUM_BYTES)}
     vocabulary = outlines_core.Vocabulary(NUM_BYTES, all_bytes)
-    # Without \z the library's table stops at the first branch that matches: of a|ab
-    # it would not let ab through.
+    # Without \z the library's table ends at the first alternative that matches: a|ab
+    # would not match ab.
     try:
         index = outlines_core.Index(f"{_BEFORE.decode()}(?:{inner})\\z", vocabulary)
     except ValueError as error:
@@ -58,7 +58,7 @@ def from_regex(pattern: str) -> ByteAutomaton:
         raise _too_large(pattern, len(table))
     before = index.get_initial_state()
     start = table[before].get(_BEFORE[0])
-    # The start becomes state 0, and the state before it goes.
+    # The start becomes state 0; the state before it is removed.
     states = [start, *(state for state in table if state not in (start, before))]
     ids = {state: number for number, state in enumerate(states)}
     transitions = np.full((len(states), NUM_BYTES), DEAD, np.int32)
@@ -81,11 +81,11 @@ def _library() -> Any:
 
 
 def without_anchors(pattern: str) -> str:
-    r"""Return `pattern` without ^ in front and an unescaped $ behind.
+    r"""Return `pattern` without ^ at the start and an unescaped $ at the end.
 
     Raises:
-        ValueError: it has another start anchor, closes brackets that it did not open
-            (it is compiled in brackets of ours), or repeats too often.
+        ValueError: the pattern has another start anchor, an unmatched closing bracket
+            (it is compiled inside brackets), or too many repetitions.
     """
     item, position, class_depth, is_in_class = "", 0, 0, False
     sizes = [_Size()]
@@ -98,7 +98,7 @@ def without_anchors(pattern: str) -> str:
         elif item == r"\A" or (item == "^" and position and "(?m" not in pattern):
             raise ValueError(
                 f"regex: {_short(pattern)} has a start anchor at position {position}. "
-                "The whole text always has to match, so leave anchors out"
+                "The whole text must always match, so omit anchors"
             )
         elif item == ")" and len(sizes) == 1:
             raise ValueError(
@@ -115,16 +115,16 @@ def without_anchors(pattern: str) -> str:
 
 @dataclasses.dataclass
 class _Size:
-    """About how many states an open bracket needs so far."""
+    """Approximate number of states of an open bracket so far."""
 
     before: int = 0  # items before the last one
     item: int = 0  # the last one, which a repetition multiplies
 
 
 def _count_states(sizes: list[_Size], match: re.Match, is_in_class: bool) -> None:
-    """Add an item to the estimate, before the library spends hours on a huge regex."""
+    """Add an item to the estimate, which prevents hours of work on a huge regex."""
     item, size, count = match.group(), sizes[-1], match["most"] or match["least"]
-    if is_in_class:  # a class is one item, as large as what it holds
+    if is_in_class:  # a class is one item with the states of its contents
         size.item += _STATES_OF_CLASS.get(item, 0)
     elif item == "(":
         sizes.append(_Size())
@@ -141,13 +141,13 @@ def _count_states(sizes: list[_Size], match: re.Match, is_in_class: bool) -> Non
 
 def _too_large(pattern: str, num_states: int) -> ValueError:
     return ValueError(
-        f"regex: wanted at most {MAX_REGEX_STATES} states, got about {num_states} from "
-        f"{_short(pattern)}; repeat fewer times, or write [a-z] for \\w"
+        f"regex: expected at most {MAX_REGEX_STATES} states, got about {num_states} "
+        f"for {_short(pattern)}; repeat fewer times, or write [a-z] for \\w"
     )
 
 
 def _explained(pattern: str, error: ValueError) -> ValueError:
-    """Return an error that says what is wrong with `pattern`."""
+    """Return an error that explains what is wrong with `pattern`."""
     if "no transitions" in str(error):
         return ValueError(f"regex: {_short(pattern)} matches no text at all")
     try:

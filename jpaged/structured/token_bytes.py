@@ -1,9 +1,9 @@
-"""The bytes that each token of a tokenizer stands for.
+"""Token bytes: the bytes of each token of a tokenizer.
 
-Place on the road: tokenizer -> [token_bytes] -> token automaton. Host only.
+Pipeline: tokenizer -> [structured.token_bytes] -> token automaton. Host only.
 
-A token may end within a character, so its text alone says too little. What its bytes
-are follows from the tokenizer's decoder, which is read step by step.
+A token can end inside a character, so its decoded text is not sufficient. The steps of
+the tokenizer's decoder determine its bytes.
 """
 
 import json
@@ -17,14 +17,13 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """Return of each token id its bytes in the middle of a text.
+    """Return the bytes of each token id in the middle of a text.
 
-    None for special tokens, for ids that are no tokens, and for tokens that add
-    nothing. Byte-level tokenizers are understood, and those of SentencePiece's kind,
-    with byte tokens or without.
+    None for special tokens, unused ids and tokens without text. Supports byte-level
+    tokenizers and those like SentencePiece, with or without byte tokens.
 
     Raises:
-        ValueError: the tokenizer's decoder does something else.
+        ValueError: the tokenizer's decoder has other steps.
     """
     backend = tokenizer.backend
     steps = _steps(backend.decoder)
@@ -39,8 +38,8 @@ def _steps(decoder: Any) -> list[Mapping[str, Any]]:
     """Return the decoder's steps as their settings, or raise for unknown ones."""
     if decoder is None:
         raise ValueError(
-            "structured_outputs: the tokenizer has no decoder, so the bytes of its "
-            "tokens are not known; wanted a byte-level or SentencePiece tokenizer"
+            "structured_outputs: expected a byte-level or SentencePiece tokenizer, got "
+            "one without a decoder, so the bytes of its tokens are unknown"
         )
     settings = json.loads(decoder.__getstate__())
     steps = settings["decoders"] if settings["type"] == "Sequence" else [settings]
@@ -51,12 +50,12 @@ def _steps(decoder: Any) -> list[Mapping[str, Any]]:
         if step["type"] == "Replace":
             is_known = "String" in step["pattern"] and not is_fused
         elif step["type"] == "Strip":
-            # Of the whole text's beginning; what follows a prompt does not begin it.
+            # It strips the start of the whole text, which is that of the prompt.
             is_known = is_fused and step["stop"] == 0
         if not is_known:
             raise ValueError(
-                f"structured_outputs: wanted a byte-level or SentencePiece tokenizer, "
-                f"got one whose decoder has the step {step}"
+                "structured_outputs: expected a byte-level or SentencePiece tokenizer, "
+                f"got one with the decoder step {step}"
             )
         if step["type"] not in ("Fuse", "Strip"):
             kept.append(step)
@@ -79,8 +78,10 @@ def _bytes_of(token: str, steps: list[Mapping[str, Any]]) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's character for each byte: its own where it can be seen, else one
-    of those from U+0100, in order."""
+    """Return GPT-2's map from characters to bytes.
+
+    Visible bytes have their own character, the others those from U+0100 on, in order.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     alphabet = {chr(byte): byte for byte in visible}
@@ -91,7 +92,7 @@ _ALPHABET = _byte_alphabet()
 
 
 def _from_byte_level(token: str) -> bytes:
-    # An added token with a character that is no byte's stands for its own text.
+    # An added token with a character outside the alphabet is its own text.
     if all(character in _ALPHABET for character in token):
         return bytes(_ALPHABET[character] for character in token)
     return token.encode("utf-8")

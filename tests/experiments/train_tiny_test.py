@@ -12,7 +12,7 @@ from experiments import train_tiny
 from experiments.lib import python_text as text
 from experiments.lib import training as training
 from jpaged.models import init_model, load_model
-from jpaged.models.loading.bundled import bundled_models, bundled_path
+from jpaged.models.loading.sources import bundled_models, bundled_path
 from jpaged.text.tokenizer import Tokenizer
 from tests.support.paths import ROOT
 

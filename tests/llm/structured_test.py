@@ -249,10 +249,10 @@ def test_more_constraints_than_the_pool_has_room_for_take_turns(llm):
     ("params", "match"),
     [
         (dict(regex="(ab"), "regex"),
-        (dict(choice=["né"]), r"choice\[0\]: wanted a text that the model's tokens"),
+        (dict(choice=["né"]), r"choice\[0\]: .* a text that the model's tokens"),
         (dict(regex="[N]n"), "the constraint cannot be met"),
         (dict(json={"type": "tuple"}), "json"),
-        (dict(choice=["a" * 60]), "max_tokens: wanted at least"),
+        (dict(choice=["a" * 60]), "max_tokens: .* at least"),
     ],
 )
 def test_an_impossible_constraint_is_refused_before_work(params, match, llm):

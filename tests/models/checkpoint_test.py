@@ -1,4 +1,4 @@
-"""Configs and weights from Hugging Face folders: what is read, written and refused."""
+"""Loading and saving of configs and weights in Hugging Face layout, and the errors."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ def edit_json(file, **changes) -> None:
 
 
 def llama(**changes) -> ModelConfig:
-    """ModelConfig of the tiny Llama's config.json with some values changed or, where
-    the value is None, left out."""
+    """ModelConfig of the tiny Llama with changed entries in config.json; None removes
+    an entry."""
     changed = checkpoints.LLAMA | changes
     return ModelConfig.from_hf({k: v for k, v in changed.items() if v is not None})
 
@@ -36,7 +36,7 @@ def leaves(model) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
 
 
-# config.json
+# config.json.
 
 
 def test_both_styles_of_rope_and_dtype_give_the_same_config():
@@ -54,7 +54,7 @@ def test_both_styles_of_rope_and_dtype_give_the_same_config():
     assert before.dtype == "bfloat16"
 
 
-def test_a_default_rope_type_is_no_scaling_in_either_style():
+def test_the_default_rope_type_means_no_scaling_in_both_styles():
     plain = llama()
     assert plain.rope_scaling is None
     assert llama(rope_scaling={"type": "default"}) == plain
@@ -67,7 +67,7 @@ def test_the_older_name_of_a_rope_type_is_read():
     assert got == RopeScaling("linear", 4.0)
 
 
-def test_values_that_old_configs_leave_out_are_those_of_transformers():
+def test_missing_entries_have_the_defaults_of_transformers():
     config = llama(num_key_value_heads=None, head_dim=None, rms_norm_eps=None)
     assert config.num_kv_heads == config.num_heads == 4
     assert config.head_dim == 16
@@ -79,7 +79,7 @@ def test_values_that_old_configs_leave_out_are_those_of_transformers():
     assert by_type.architecture == "LlamaForCausalLM"
 
 
-def test_opt_is_read_with_its_learned_positions_and_its_350m_shape():
+def test_opt_configs_have_learned_positions_and_support_the_350m_variant():
     plain = opt()
     assert (plain.positions, plain.position_offset) == ("learned", 2)
     assert (plain.norm, plain.activation, plain.gated_mlp) == ("layer", "relu", False)
@@ -93,7 +93,7 @@ def test_opt_is_read_with_its_learned_positions_and_its_350m_shape():
 
 
 @pytest.mark.parametrize("eos", [7, [7, 9]])
-def test_eos_of_the_generation_config_comes_before_the_configs(eos, tmp_path):
+def test_eos_of_generation_config_overrides_that_of_config(eos, tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     assert load_config(folder).eos_token_ids == (2,)
     generation = {"eos_token_id": eos}
@@ -146,7 +146,7 @@ def test_to_hf_is_read_back_as_the_same_config(name, tmp_path):
             "partial_rotary_factor: expected 1, got 0.5",
         ),
         ({"hidden_act": "mish"}, r"activation: expected one of .*, got 'mish'"),
-        ({"hidden_size": None}, "config.json: expected a value for 'hidden_size'"),
+        ({"hidden_size": None}, "hidden_size: expected a value in config.json"),
         (
             {"head_dim": None, "num_attention_heads": 6, "num_key_value_heads": 6},
             r"hidden_size: expected a multiple of num_attention_heads \(6\), got 64",
@@ -162,24 +162,24 @@ def test_to_hf_is_read_back_as_the_same_config(name, tmp_path):
             {"num_key_value_heads": 3},
             r"num_kv_heads: expected a divisor of num_heads \(4\), got 3",
         ),
-        ({"head_dim": 15}, "head_dim: rotary positions need an even number, got 15"),
+        ({"head_dim": 15}, "head_dim: expected an even number for rotary .*, got 15"),
         ({"torch_dtype": "int8"}, "dtype: expected one of .*, got 'int8'"),
     ],
 )
-def test_a_config_that_cannot_be_served_is_refused_by_name(changes, message):
+def test_an_unsupported_config_is_refused_with_the_name_of_the_entry(changes, message):
     with pytest.raises(ValueError, match=message):
         llama(**changes)
 
 
-def test_opt_without_weights_in_its_norms_is_refused():
+def test_opt_with_weightless_norms_is_refused():
     with pytest.raises(ValueError, match="layer_norm_elementwise_affine: expected"):
         opt(layer_norm_elementwise_affine=False)
 
 
-# weights in
+# Loading weights.
 
 
-def test_every_tensor_arrives_in_its_place(tmp_path):
+def test_every_tensor_is_loaded_into_its_parameter(tmp_path):
     # Orientation of square matrices is checked by the logits in decoder_test.
     folder = checkpoints.write_tiny_llama(tmp_path, attention_bias=True)
     model, stored = load_model(folder), checkpoints.read_tensors(folder)
@@ -197,20 +197,20 @@ def test_every_tensor_arrives_in_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
-def test_weights_are_cast_from_what_is_stored_to_what_is_wanted(
-    stored, wanted, tmp_path
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_cast_from_the_stored_dtype_to_the_requested_one(
+    stored, dtype, tmp_path
 ):
     folder = checkpoints.write_tiny_llama(tmp_path, dtype=stored)
-    model = load_model(folder, dtype=wanted)
-    assert model.config.dtype == wanted
+    model = load_model(folder, dtype=dtype)
+    assert model.config.dtype == dtype
     kept = checkpoints.read_tensors(folder)["model.embed_tokens.weight"]
-    want = kept.astype(jnp.dtype(wanted))
+    want = kept.astype(jnp.dtype(dtype))
     assert model.embedding[...].dtype == want.dtype
     np.testing.assert_array_equal(np.asarray(model.embedding[...]), want)
 
 
-def test_dtype_auto_is_float32_on_cpu_and_the_checkpoints_elsewhere(
+def test_dtype_auto_is_float32_on_a_cpu_and_that_of_the_checkpoint_elsewhere(
     tmp_path, monkeypatch
 ):
     folder = checkpoints.write_tiny_llama(tmp_path, dtype="bfloat16")
@@ -222,7 +222,7 @@ def test_dtype_auto_is_float32_on_cpu_and_the_checkpoints_elsewhere(
 
 
 @pytest.mark.parametrize("name", ["llama", "opt_350m_shape"])
-def test_sharded_weights_are_read_like_one_file(name, tmp_path):
+def test_sharded_weights_are_loaded_like_one_file(name, tmp_path):
     folder = checkpoints.write_case(tmp_path, name)
     want = leaves(load_model(folder))
     checkpoints.shard(folder, 3)
@@ -231,7 +231,7 @@ def test_sharded_weights_are_read_like_one_file(name, tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_names_of_the_bare_opt_model_are_understood(tmp_path):
+def test_tensor_names_of_the_bare_opt_model_are_accepted(tmp_path):
     folder = checkpoints.write_tiny_opt(tmp_path)
     want, tensors = leaves(load_model(folder)), checkpoints.read_tensors(folder)
     bare = {name.removeprefix("model."): array for name, array in tensors.items()}
@@ -252,27 +252,27 @@ def test_tensors_that_repeat_the_config_are_ignored(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_loading_holds_no_second_copy_of_the_model(tmp_path):
+def test_loading_holds_no_second_copy_of_the_model_in_python_memory(tmp_path):
     folder = checkpoints.write_tiny_llama(
         tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=6
     )
-    load_model(folder)  # imports and caches are not what is measured
+    load_model(folder)  # exclude imports and caches from the measurement
     sizes = [array.nbytes for array in checkpoints.read_tensors(folder).values()]
     tracemalloc.start()
     model = load_model(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(leaf.nbytes for leaf in leaves(model)) == sum(sizes)
-    # Python's memory; JAX's arrays are not counted. One piece as it is read, the one
-    # before of which JAX lets go meanwhile, and 400 KB of names and shapes.
+    # Python's memory, without JAX's arrays: the piece that is being read, the previous
+    # one that JAX has not yet released, and 400 KB of names and shapes.
     assert max(sizes) < 4 * placing.PIECE
     assert peak < 2 * max(sizes) + 400_000 < sum(sizes) / 2
 
 
-# weights refused
+# Invalid checkpoints.
 
 
-def test_a_name_that_is_no_folder_says_that_hub_ids_need_a_download(tmp_path):
+def test_a_missing_folder_that_looks_like_a_hub_id_explains_the_download(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"meta-llama/L: no such .*hf downl"):
         load_model("meta-llama/L")
     file = tmp_path / "model.safetensors"
@@ -281,7 +281,7 @@ def test_a_name_that_is_no_folder_says_that_hub_ids_need_a_download(tmp_path):
         load_model(file)
 
 
-def test_a_folder_without_config_or_weights_says_what_a_checkpoint_needs(tmp_path):
+def test_a_folder_without_config_or_weights_is_refused_with_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json; a checkpoint is"):
         load_model(tmp_path)
     folder = checkpoints.write_tiny_llama(tmp_path)
@@ -290,16 +290,18 @@ def test_a_folder_without_config_or_weights_says_what_a_checkpoint_needs(tmp_pat
         load_model(folder)
 
 
-def test_pickled_weights_are_never_read_and_the_way_to_convert_is_named(tmp_path):
+def test_pickled_weights_are_refused_with_instructions_for_conversion(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = r"pytorch_model.bin is pickle, which is never read: convert .*save_pretr"
+    message = (
+        r"pytorch_model.bin is pickle, which is not supported: convert .*save_pretr"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         load_model(folder)
 
 
 @pytest.mark.parametrize("contents", ["{", "[1, 2]", "\x00\x01"])
-def test_a_config_that_is_no_json_object_is_refused(contents, tmp_path):
+def test_a_config_that_is_not_a_json_object_is_refused(contents, tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     (folder / "config.json").write_text(contents, "utf-8")
     with pytest.raises(ValueError, match=r"config.json: expected (a )?JSON"):
@@ -326,7 +328,7 @@ def test_garbage_in_the_header_is_refused(tmp_path):
 def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     tensors = checkpoints.read_tensors(folder)
-    tensors["model.layers.7.stranger"] = tensors.pop("model.norm.weight")
+    tensors["model.layers.7.unknown"] = tensors.pop("model.norm.weight")
     tensors["lm_head.weight"] = np.zeros((127, 64), np.float32)
     tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((64, 96), np.float32)
     checkpoints.write_tensors(folder, tensors)
@@ -334,29 +336,29 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path):
         load_model(folder)
     for part in (
         "missing model.norm.weight",
-        "unknown model.layers.7.stranger",
+        "unknown model.layers.7.unknown",
         "lm_head.weight: expected shape (128, 64), got (127, 64)",
         "model.layers.0.mlp.up_proj.weight: expected shape (96, 64), got (64, 96)",
     ):
         assert part in str(raised.value)
 
 
-def test_a_long_list_of_problems_is_cut_and_counted(tmp_path):
+def test_a_long_list_of_problems_is_shortened_and_counted(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     edit_json(folder / "config.json", num_hidden_layers=4)
-    # 9 tensors for each of 2 layers that are not there, 8 of them named.
+    # 9 tensors are missing for each of 2 layers; 8 are listed.
     with pytest.raises(ValueError, match=r"missing model.layers.2.*; and 10 more$"):
         load_model(folder)
 
 
-def test_a_bias_that_the_config_denies_is_refused(tmp_path):
+def test_a_bias_that_contradicts_the_config_is_refused(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path, attention_bias=True)
     edit_json(folder / "config.json", attention_bias=False)
     with pytest.raises(ValueError, match=r"unknown model.*0.self_attn.k_proj.bias"):
         load_model(folder)
 
 
-def test_weights_of_integers_are_refused(tmp_path):
+def test_integer_weights_are_refused(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     tensors = checkpoints.read_tensors(folder)
     tensors["lm_head.weight"] = np.zeros((128, 64), np.int8)
@@ -365,12 +367,14 @@ def test_weights_of_integers_are_refused(tmp_path):
         load_model(folder)
 
 
-def test_an_index_whose_shard_is_missing_or_elsewhere_is_refused(tmp_path):
+def test_an_index_with_a_missing_shard_or_a_path_outside_is_refused(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path / "model")
     checkpoints.shard(folder, 2)
     index = folder / "model.safetensors.index.json"
     (folder / "model-00002-of-00002.safetensors").rename(tmp_path / "outside")
-    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.*named in mode"):
+    with pytest.raises(
+        FileNotFoundError, match=r"model-00002.*no such file, but model"
+    ):
         load_model(folder)
     edit_json(index, weight_map={"lm_head.weight": "../outside"})
     with pytest.raises(
@@ -382,16 +386,16 @@ def test_an_index_whose_shard_is_missing_or_elsewhere_is_refused(tmp_path):
         load_model(folder)
 
 
-def test_an_unknown_dtype_is_refused_before_anything_is_read(tmp_path):
+def test_an_unknown_dtype_is_refused_before_any_file_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"dtype: expected 'auto' or one .*'int4'"):
         load_model(tmp_path, dtype="int4")
 
 
-# weights out
+# Saving weights.
 
 
 @pytest.mark.parametrize("name", checkpoints.CASES)
-def test_a_saved_model_is_stored_tensor_for_tensor_as_it_was(name, tmp_path):
+def test_a_saved_model_has_the_tensors_of_the_original_checkpoint(name, tmp_path):
     folder = checkpoints.write_case(tmp_path / "first", name)
     model = load_model(folder)
     save_model(model, tmp_path / "second" / "deeper")

@@ -1,4 +1,4 @@
-"""The decoder against float64 numpy, stored transformers logits, and laws."""
+"""The decoder against float64 numpy, stored transformers logits, and invariants."""
 
 import functools
 import itertools
@@ -22,10 +22,10 @@ from tests.support.models.reference_models import (
 )
 from tests.support.paths import ROOT
 
-# Float32 sums of 100 products in other orders differ by 1e-6; wrong weights, positions
-# or epsilons by 1e-3 and more (the planted faults below).
+# Float32 sums of 100 products differ by 1e-6 in another order. Wrong weights, positions
+# or epsilons cause differences of 1e-3 and more (see the planted faults below).
 TOLERANCE = 1e-4
-# The same products in another shape: a few roundings of float32 (2e-6 was seen).
+# The same products in another shape: a few float32 roundings (2e-6 was measured).
 SAME_SUMS = 1e-5
 GOLDEN = json.loads(
     (ROOT / "tests" / "support" / "golden" / "models.json").read_text("utf-8")
@@ -58,7 +58,7 @@ def logits_of(model: Decoder, tokens: list[int]) -> np.ndarray:
 
 
 def greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int]:
-    """Most likely tokens, one at a time, recomputing everything."""
+    """Greedy tokens, recomputing the whole sequence for each one."""
     tokens = list(prompt)
     for _ in range(num_tokens):
         tokens.append(int(logits_of(model, tokens)[-1].argmax()))
@@ -69,7 +69,7 @@ def greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int]:
 def packed_trunk(
     model: Decoder, tokens: jax.Array, positions: jax.Array, lengths: tuple[int, ...]
 ) -> jax.Array:
-    """Trunk over sequences that lie behind each other, each attending to itself."""
+    """Trunk over concatenated sequences, each of which attends only to itself."""
     ends = list(itertools.accumulate(lengths))
 
     def attend(layer, q, k, v):
@@ -85,7 +85,7 @@ def packed_trunk(
 
 @pytest.mark.parametrize("name", checkpoints.CASES)
 def test_logits_equal_those_of_the_float64_reference(name, folders, models):
-    # Causal: one reference run of 50 tokens holds those of every shorter prompt.
+    # The model is causal: one run of 50 tokens covers every shorter prompt.
     tokens = some_tokens(50)
     got = logits_of(models[name], tokens)
     assert got.dtype == np.float32
@@ -101,7 +101,7 @@ def test_logits_and_greedy_tokens_equal_those_stored_from_transformers(name, mod
     assert got == golden["greedy"]
 
 
-def test_every_stored_case_is_a_case_of_the_tests_and_no_model_repeats_itself():
+def test_stored_cases_are_those_of_the_tests_and_no_greedy_text_is_constant():
     assert GOLDEN.keys() == checkpoints.CASES.keys()
     assert all(len(set(case["greedy"])) > 1 for case in GOLDEN.values())
 
@@ -116,7 +116,7 @@ def test_a_later_token_never_changes_an_earlier_logit(name, models):
 
 
 @pytest.mark.parametrize("name", ["llama_biases", "opt_350m_shape"])
-def test_a_row_of_a_batch_gets_what_it_gets_alone(name, models):
+def test_logits_of_a_batch_row_do_not_depend_on_the_other_rows(name, models):
     rows = [some_tokens(9, seed) for seed in range(3)]
     together = apply(models[name], jnp.array(rows))
     alone = [logits_of(models[name], row) for row in rows]
@@ -135,7 +135,7 @@ def test_trunk_on_flat_tokens_of_two_sequences_equals_two_calls(name, models):
 
 
 @pytest.mark.parametrize("name", ["llama_wide_heads", "opt"])
-def test_attend_is_called_once_per_layer_in_order_with_heads_apart(name, models):
+def test_attend_is_called_once_per_layer_in_order_with_an_axis_of_heads(name, models):
     model, calls = models[name], []
 
     def attend(layer, q, k, v):
@@ -160,7 +160,9 @@ def test_rotary_attention_depends_on_distances_and_learned_positions_do_not(mode
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "opt_350m_shape"])
-def test_gradients_equal_the_slopes_of_the_float64_reference(name, folders, models):
+def test_gradients_equal_finite_differences_of_the_float64_reference(
+    name, folders, models
+):
     config = json.loads((folders[name] / "config.json").read_text("utf-8"))
     stored = checkpoints.read_tensors(folders[name])
     weights = {key: array.astype(np.float64) for key, array in stored.items()}
@@ -190,7 +192,7 @@ def test_gradients_equal_the_slopes_of_the_float64_reference(name, folders, mode
         ),
     }
     for key, got in checked.items():
-        # Move along the gradient: the slope is then its length.
+        # The slope in the direction of the gradient is the norm of the gradient.
         direction = np.asarray(got, np.float64)
         direction /= np.linalg.norm(direction)
         original, step = weights[key], 1e-5
@@ -205,7 +207,7 @@ def test_gradients_equal_the_slopes_of_the_float64_reference(name, folders, mode
 @pytest.mark.parametrize(
     ("name", "dtype"), [("llama_biases", "bfloat16"), ("opt_350m_shape", "float16")]
 )
-def test_half_precision_keeps_its_dtype_to_the_logits(name, dtype, folders):
+def test_half_precision_is_kept_up_to_the_logits(name, dtype, folders):
     model = load_model(folders[name], dtype=dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(dtype)}
     tokens = some_tokens(20)
@@ -234,7 +236,7 @@ def test_activations_are_their_formulas():
         np.testing.assert_allclose(got, want, atol=1e-6, err_msg=name)
 
 
-def test_a_tied_model_holds_its_embedding_once(models):
+def test_a_tied_model_stores_its_embedding_once(models):
     def size(model: Decoder) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(model))
 
@@ -249,7 +251,7 @@ def test_two_models_of_one_config_share_one_compiled_program(folders):
     assert count._cache_size() == 1
 
 
-def test_random_weights_follow_the_seed_and_the_deviation():
+def test_random_weights_depend_on_the_seed_and_have_the_configured_deviation():
     config = ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=512,
@@ -274,7 +276,7 @@ def test_random_weights_follow_the_seed_and_the_deviation():
     assert not np.allclose(embedding, other.embedding[...].astype(jnp.float32))
 
 
-def test_tokens_of_a_wrong_rank_or_too_many_are_refused(models):
+def test_tokens_of_the_wrong_rank_and_too_many_tokens_are_refused(models):
     with pytest.raises(
         ValueError, match=r"tokens: expected shape \[B, T\], got \(3,\)"
     ):
@@ -284,7 +286,7 @@ def test_tokens_of_a_wrong_rank_or_too_many_are_refused(models):
 
 
 @pytest.mark.parametrize("name", ["llama_llama3", "llama_linear"])
-def test_planted_fault_of_ignored_rope_scaling_breaks_the_tolerance(
+def test_planted_fault_ignored_rope_scaling_exceeds_the_tolerance(
     name, folders, models, monkeypatch
 ):
     want = reference_logits(folders[name], some_tokens(50))
@@ -296,17 +298,17 @@ def test_planted_fault_of_ignored_rope_scaling_breaks_the_tolerance(
     assert relative_error(got[0], want) > 100 * TOLERANCE
 
 
-def test_planted_fault_of_queries_one_position_late_breaks_the_tolerance(
+def test_planted_fault_queries_rotated_by_one_position_exceed_the_tolerance(
     folders, models
 ):
-    # One step too far for q and k alike would change nothing: rotary positions are
-    # relative. So only the queries are late.
+    # Rotary positions are relative: rotating queries and keys by one more position
+    # would change nothing. So only the queries are rotated.
     model, tokens = models["llama"], some_tokens(50)
 
     def attend(layer, q, k, v):
         one = jnp.ones(50, jnp.int32)
-        late = rotary.rotate(q, *rotary.tables(one, model.config))
-        return causal_attention(late[None], k[None], v[None])[0]
+        rotated = rotary.rotate(q, *rotary.tables(one, model.config))
+        return causal_attention(rotated[None], k[None], v[None])[0]
 
     trunk = jax.jit(lambda model, *inputs: model.trunk(*inputs, attend))
     got = model.logits(trunk(model, jnp.array(tokens), jnp.arange(50)))
@@ -315,7 +317,9 @@ def test_planted_fault_of_queries_one_position_late_breaks_the_tolerance(
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_planted_fault_of_keys_for_values_breaks_the_tolerance(name, tmp_path, folders):
+def test_planted_fault_exchanged_keys_and_values_exceed_the_tolerance(
+    name, tmp_path, folders
+):
     folder = checkpoints.write_case(tmp_path, name)
     tensors = checkpoints.read_tensors(folder)
     swapped = {

@@ -1,7 +1,8 @@
-"""Every family against what transformers computed, stored, in every way of serving.
+"""Every family against stored results of transformers: plain forward and engine.
 
-The weights are made by numpy here and were made so there; see golden/make_families.py.
-`model(tokens)` recomputes everything; the engine chunks prompts and decodes from pages.
+numpy generates the weights, the same ones as for the stored results; see
+golden/make_families.py. `model(tokens)` computes whole sequences; the engine splits
+prompts into chunks and decodes from pages.
 """
 
 import dataclasses
@@ -22,18 +23,20 @@ from tests.support.models.paged_greedy import LENGTH, PAGED, QUICK, served
 from tests.support.models.reference_models import relative_error
 from tests.support.paths import ROOT
 
-# Float32 errs by 2e-6 at most; the planted faults below by 1e-2 and more.
+# The float32 error is at most 2e-6, that of the planted faults below at least 1e-2.
 TOLERANCE = 1e-4
-STRIDE = 4  # of the stored logits, as in golden/make_families.py
+STRIDE = 4  # every 4th logit is stored, see golden/make_families.py
 GOLDEN = json.loads(
     (ROOT / "tests" / "support" / "golden" / "families.json").read_text("utf-8")
 )
+# decoder_test compares the same variants of Llama and OPT with transformers.
+STORED = [name for name in families.CASES if name not in checkpoints.CASES]
 apply = jax.jit(lambda model, tokens: model(tokens))
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """The decoder of a case, loaded once."""
+    """Function that returns the decoder of a case; each is loaded once."""
     root = tmp_path_factory.mktemp("families")
 
     @functools.cache
@@ -57,24 +60,24 @@ def logits_of(model: Decoder, tokens: list[int]) -> np.ndarray:
     return np.asarray(apply(model, padded))[0, : len(tokens)]
 
 
-def test_every_stored_case_is_a_case_of_the_live_tests():
+def test_stored_cases_are_those_of_the_live_tests_and_exceed_their_windows():
     assert GOLDEN.keys() == families.CASES.keys()
-    kinds = {families.CASES[name][0] for name in PAGED}
-    assert kinds == set(families.SIZES)
+    assert {families.CASES[name][0] for name in PAGED} == families.SIZES.keys()
+    assert set(QUICK) <= PAGED.keys()
     lengths = {len(prompt) for case in GOLDEN.values() for prompt in case["prompts"]}
     windows = {case["config"].get("sliding_window") for case in GOLDEN.values()}
     assert max(lengths) > 4 * 8
     assert 8 in windows
 
 
-@pytest.mark.parametrize("name", families.CASES)
+@pytest.mark.parametrize("name", STORED)
 def test_logits_and_greedy_tokens_equal_those_stored_from_transformers(name, load):
     case, model = GOLDEN[name], load(name)
     for prompt, want in zip(case["prompts"], case["last_logits"], strict=True):
         got = logits_of(model, prompt)[-1, ::STRIDE]
         assert relative_error(got, want) < TOLERANCE
     for prompt, want in zip(case["prompts"], case["greedy"], strict=True):
-        # Causal: the logits of the whole continuation choose each of its tokens.
+        # The model is causal: one forward pass predicts each of the tokens.
         chosen = logits_of(model, prompt + want)[len(prompt) - 1 : -1].argmax(-1)
         assert chosen.tolist() == want
 
@@ -82,18 +85,18 @@ def test_logits_and_greedy_tokens_equal_those_stored_from_transformers(name, loa
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.long)
         for name in PAGED
     ],
 )
-def test_paged_decode_after_chunked_prompts_gives_the_stored_greedy_tokens(name, load):
+def test_paged_decode_after_chunked_prompts_gives_the_stored_tokens(name, load):
     case = GOLDEN[name]
     got = served(load(name), case["prompts"], len(case["greedy"][0]), PAGED[name])
     assert got == case["greedy"]
 
 
-@pytest.mark.parametrize("name", families.CASES)
-def test_a_saved_model_is_stored_tensor_for_tensor_as_it_was(name, load, tmp_path):
+@pytest.mark.parametrize("name", STORED)
+def test_a_saved_model_has_the_tensors_of_the_original_checkpoint(name, load, tmp_path):
     model = load(name)
     save_model(model, tmp_path / "saved")
     want = checkpoints.read_tensors(write_case(tmp_path / "first", name))
@@ -101,19 +104,19 @@ def test_a_saved_model_is_stored_tensor_for_tensor_as_it_was(name, load, tmp_pat
     assert got.keys() == want.keys()
     for key, array in want.items():
         np.testing.assert_array_equal(got[key], array, err_msg=key)
-    # Written in the style before transformers 5, read from that since.
+    # The original config has the style of transformers 5, ours that of 4.
     assert load_config(tmp_path / "saved") == model.config
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
-def test_output_weights_in_a_tpus_order_are_the_same_model(
+def test_output_weights_in_the_layout_of_tpus_are_the_same_model(
     name, load, tmp_path, monkeypatch
 ):
-    def words_first(config):
+    def vocab_first(config):
         return dataclasses.replace(config, vocab_first=True)
 
     plain = load(name)
-    monkeypatch.setattr(checkpoint, "as_stored", words_first)
+    monkeypatch.setattr(checkpoint, "as_stored", vocab_first)
     model = load_model(write_case(tmp_path / "first", name))
     assert model.output.weight is None
     np.testing.assert_array_equal(model.output.rows[...].T, plain.output.weight[...])
@@ -129,14 +132,14 @@ def test_output_weights_in_a_tpus_order_are_the_same_model(
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_window", "gpt_oss"])
-def test_layers_slide_and_see_all_by_turns(name, load):
+def test_layers_with_and_without_a_window_alternate(name, load):
     windows = load(name).config.windows
     assert set(windows) == {None, 8}
     assert windows[-1] == (8 if name == "qwen2_window" else (8, None)[name != "gemma3"])
 
 
-def spoiled(name: str, folder: pathlib.Path, **changes) -> Decoder:
-    """A case's weights under a config that says something else."""
+def with_wrong_config(name: str, folder: pathlib.Path, **changes) -> Decoder:
+    """The weights of a case with changed entries in config.json."""
     write_case(folder, name)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes), "utf-8")
@@ -159,14 +162,14 @@ def spoiled(name: str, folder: pathlib.Path, **changes) -> Decoder:
         ("llama_yarn", {"rope_parameters": families.YARN | {"factor": 4.0}}),
     ],
 )
-def test_planted_fault_in_a_feature_breaks_the_tolerance(name, changes, tmp_path):
+def test_planted_fault_in_a_feature_exceeds_the_tolerance(name, changes, tmp_path):
     case = GOLDEN[name]
-    got = logits_of(spoiled(name, tmp_path, **changes), case["prompts"][-1])
+    got = logits_of(with_wrong_config(name, tmp_path, **changes), case["prompts"][-1])
     error = relative_error(got[-1, ::STRIDE], case["last_logits"][-1])
     assert error > 5 * TOLERANCE
 
 
-def test_planted_fault_of_forgotten_sinks_breaks_the_tolerance(load, monkeypatch):
+def test_planted_fault_missing_sinks_exceed_the_tolerance(load, monkeypatch):
     case, model = GOLDEN["gpt_oss"], load("gpt_oss")
     options = Decoder.attention_options
     monkeypatch.setattr(

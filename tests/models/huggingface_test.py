@@ -1,6 +1,7 @@
-"""Parity with transformers, live: its checkpoints loaded here, ours loaded there.
+"""Parity with transformers: we load its checkpoints, and it loads ours.
 
-Needs the extra `huggingface`. The stored cases of decoder_test need nothing.
+Needs the extra `huggingface`. decoder_test and families_test compare with stored
+results and need no extra.
 """
 
 import copy
@@ -15,7 +16,7 @@ from jpaged.decoding import beam_search
 from jpaged.models import Decoder, load_model, rotary, save_model
 from jpaged.models.loading.checkpoint import load_config
 from tests.support.models import checkpoints, families
-from tests.support.models.paged_greedy import PAGED, served
+from tests.support.models.paged_greedy import served
 from tests.support.models.reference_models import relative_error
 
 pytestmark = [
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_torch_thread"),
 ]
 
-TOLERANCE = 1e-4  # of float32 logits; wrong positions or weights are off by 1e-2
+TOLERANCE = 1e-4  # of float32 logits; wrong positions or weights cause 1e-2
 NUM_GREEDY = 32
 NUM_BEAM_TOKENS = 10
 apply = jax.jit(lambda model, tokens: model(tokens))
@@ -31,7 +32,7 @@ apply = jax.jit(lambda model, tokens: model(tokens))
 
 @functools.cache
 def make(name: str):
-    """A transformers model of this case, its weights large enough to say something."""
+    """A transformers model of this case, with weights that give distinct logits."""
     import torch
     import transformers
 
@@ -47,7 +48,7 @@ def make(name: str):
             size = 0.2 if not is_table else 0.05 if is_gemma else 0.5
             noise = torch.randn_like(param) * size
             is_norm = ("norm" in key or "ln_" in key) and key.endswith("weight")
-            # Gemma adds the 1 itself.
+            # Gemma multiplies by 1 + weight.
             param.copy_(noise + 1.0 if is_norm and not is_gemma else noise)
     return model
 
@@ -59,14 +60,14 @@ def exact(name: str):
 
 
 def options(name: str) -> dict[str, str]:
-    """transformers' fast products of experts do not take float64."""
+    """transformers' fast products of experts do not support float64."""
     has_experts = families.has_experts(families.CASES[name][0])
     return {"experts_implementation": "eager"} if has_experts else {}
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """Our decoder of a case, from what transformers saved; loaded once."""
+    """Function that returns our decoder of a case, as saved by transformers."""
     root = tmp_path_factory.mktemp("theirs")
 
     @functools.cache
@@ -77,8 +78,8 @@ def load(tmp_path_factory):
     return load_case
 
 
-def theirs(model, tokens: list[int]) -> np.ndarray:
-    """Logits [T, V] by transformers, in float64 where the model is."""
+def transformers_logits(model, tokens: list[int]) -> np.ndarray:
+    """Logits [T, V] of a transformers model, computed in its dtype."""
     import torch
 
     with torch.no_grad():
@@ -86,7 +87,7 @@ def theirs(model, tokens: list[int]) -> np.ndarray:
     return logits.to(torch.float64).numpy()
 
 
-def ours(model: Decoder, tokens: list[int]) -> np.ndarray:
+def our_logits(model: Decoder, tokens: list[int]) -> np.ndarray:
     """Logits f32[T, V], through one compiled program for every length."""
     padded = np.zeros((1, 128), np.int32)
     padded[0, : len(tokens)] = tokens
@@ -97,8 +98,8 @@ def some_tokens(length: int) -> list[int]:
     return np.random.default_rng(length).integers(3, 128, length).tolist()
 
 
-def planted(kind: str, folder) -> None:
-    """Spoils a saved checkpoint in place."""
+def corrupt(kind: str, folder) -> None:
+    """Plant a fault in a saved checkpoint."""
     tensors = checkpoints.read_tensors(folder)
     if kind == "keys for values":
         for key in [key for key in tensors if "k_proj" in key]:
@@ -112,10 +113,13 @@ def planted(kind: str, folder) -> None:
 
 @pytest.mark.parametrize("name", families.CASES)
 def test_float32_logits_equal_those_of_transformers_in_float64(name, load):
-    # 50 and 128 tokens reach beyond every window of these models.
+    # 50 and 128 tokens are longer than every window of these models.
     for length in (1, 5, 50, 128):
         tokens = some_tokens(length)
-        got, want = ours(load(name), tokens), theirs(exact(name), tokens)
+        got, want = (
+            our_logits(load(name), tokens),
+            transformers_logits(exact(name), tokens),
+        )
         assert relative_error(got, want) < TOLERANCE
 
 
@@ -144,13 +148,15 @@ def test_greedy_tokens_equal_those_of_transformers_over_32_steps(name, load):
     prompt = some_tokens(9)
     want = greedy_by_transformers(name, prompt)
     assert len(set(want)) > 1
-    # Causal: the logits of the whole continuation choose each of its tokens.
-    chosen = ours(load(name), prompt + want)[len(prompt) - 1 : -1].argmax(-1)
+    # The model is causal: one forward pass predicts each of the tokens.
+    chosen = our_logits(load(name), prompt + want)[len(prompt) - 1 : -1].argmax(-1)
     assert chosen.tolist() == want
 
 
-@pytest.mark.parametrize("block_size", [1, 16, 64])
-@pytest.mark.parametrize("name", PAGED)
+# families_test runs every family through the engine, with other block sizes.
+@pytest.mark.parametrize(
+    ("name", "block_size"), [("gemma3_linear", 1), ("gpt_oss", 16), ("gpt2", 64)]
+)
 def test_paged_greedy_tokens_equal_those_of_transformers(name, block_size, load):
     prompts = [some_tokens(length) for length in (1, 5, 50)]
     want = [greedy_by_transformers(name, prompt) for prompt in prompts]
@@ -175,19 +181,19 @@ def beams_by_transformers(name: str, prompt: list[int], width: int) -> list[list
 
 
 def beams_by_us(model: Decoder, prompt: list[int], width: int) -> list[list[int]]:
-    """Beam search over the plain forward: every row recomputes all that it holds."""
+    """Beam search over the plain forward; each step recomputes whole sequences."""
     search = beam_search(max_tokens=NUM_BEAM_TOKENS)
     state, step = search.init(width), jax.jit(search.step)
-    held = [prompt] * (2 * width)
+    rows = [prompt] * (2 * width)  # running beams, then finished hypotheses
     for _ in range(NUM_BEAM_TOKENS):
-        logits = jnp.stack([ours(model, tokens)[-1] for tokens in held[:width]])
+        logits = jnp.stack([our_logits(model, tokens)[-1] for tokens in rows[:width]])
         state, decision = step(None, jax.nn.log_softmax(logits), state)
         pairs = zip(decision.parents.tolist(), decision.tokens.tolist(), strict=True)
-        held = [
-            held[parent] + ([token] if parent < width else [])
+        rows = [
+            rows[parent] + ([token] if parent < width else [])
             for parent, token in pairs
         ]
-    return [tokens[len(prompt) :] for tokens in held[width:]]
+    return [tokens[len(prompt) :] for tokens in rows[width:]]
 
 
 @pytest.mark.parametrize("name", families.CASES)
@@ -199,16 +205,16 @@ def test_beams_equal_those_of_transformers(name, load):
 
 
 @pytest.mark.parametrize("name", ["llama", "opt_350m_shape"])
-def test_a_sharded_save_of_transformers_is_read(name, tmp_path):
+def test_a_sharded_checkpoint_of_transformers_is_loaded(name, tmp_path):
     model, tokens = make(name), some_tokens(20)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    got = ours(load_model(tmp_path), tokens)
-    assert relative_error(got, theirs(model, tokens)) < TOLERANCE
+    got = our_logits(load_model(tmp_path), tokens)
+    assert relative_error(got, transformers_logits(model, tokens)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llama_biases", "llama_tied", "opt"])
-def test_a_bfloat16_save_of_transformers_is_read_in_both_dtypes(name, tmp_path):
+def test_a_bfloat16_checkpoint_of_transformers_is_loaded_in_both_dtypes(name, tmp_path):
     import torch
     import transformers
 
@@ -219,11 +225,11 @@ def test_a_bfloat16_save_of_transformers_is_read_in_both_dtypes(name, tmp_path):
     narrow.save_pretrained(tmp_path / "narrow")
     tokens = some_tokens(30)
     assert load_config(tmp_path / "narrow").dtype == "bfloat16"
-    exact = theirs(narrow.float(), tokens)
-    got = ours(load_model(tmp_path / "narrow", dtype="float32"), tokens)
+    exact = transformers_logits(narrow.float(), tokens)
+    got = our_logits(load_model(tmp_path / "narrow", dtype="float32"), tokens)
     assert relative_error(got, exact) < TOLERANCE
-    got = ours(load_model(tmp_path / "narrow", dtype="bfloat16"), tokens)
-    # 8 bits of mantissa through three layers; transformers in bfloat16 errs as much.
+    got = our_logits(load_model(tmp_path / "narrow", dtype="bfloat16"), tokens)
+    # 8 bits of mantissa, two layers; the error of transformers in bfloat16 is as large.
     assert relative_error(got, exact) < 5e-2
 
 
@@ -238,13 +244,13 @@ def test_transformers_loads_what_we_save(name, load, tmp_path):
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    got, want = theirs(back, tokens), theirs(model, tokens)
-    # Equal bits, but for GPT-2, whose gelu has two names with other roundings.
+    got, want = transformers_logits(back, tokens), transformers_logits(model, tokens)
+    # Bitwise equal, except GPT-2: its gelu has two names with different rounding.
     assert relative_error(got, want) < (1e-6 if name == "gpt2" else 1e-30)
     assert load_config(tmp_path) == load(name).config
 
 
-def test_token_ids_are_those_of_the_config_or_its_class(tmp_path):
+def test_special_token_ids_are_those_of_the_config_or_its_class(tmp_path):
     for name in ("llama", "opt"):
         model = make(name)
         model.save_pretrained(tmp_path / name)
@@ -257,7 +263,7 @@ def test_token_ids_are_those_of_the_config_or_its_class(tmp_path):
 @pytest.mark.parametrize(
     "name", ["llama", "llama_linear", "llama_llama3", "llama_yarn", "phi3_longrope"]
 )
-def test_rotary_frequencies_are_those_of_transformers_to_the_last_bits(name, tmp_path):
+def test_rotary_frequencies_equal_those_of_transformers_up_to_two_ulps(name, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path)
     want = model.model.rotary_emb.inv_freq.numpy()
@@ -268,27 +274,29 @@ def test_rotary_frequencies_are_those_of_transformers_to_the_last_bits(name, tmp
 
 @pytest.mark.parametrize("kind", ["keys for values", "one weight"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_planted_fault_breaks_the_tolerance(name, kind, tmp_path):
+def test_planted_fault_in_the_weights_exceeds_the_tolerance(name, kind, tmp_path):
     model, tokens = make(name), some_tokens(50)
     model.save_pretrained(tmp_path)
-    planted(kind, tmp_path)
-    got = ours(load_model(tmp_path), tokens)
-    assert relative_error(got, theirs(model, tokens)) > 10 * TOLERANCE
+    corrupt(kind, tmp_path)
+    got = our_logits(load_model(tmp_path), tokens)
+    assert relative_error(got, transformers_logits(model, tokens)) > 10 * TOLERANCE
 
 
-def test_planted_fault_of_late_queries_breaks_the_tolerance(tmp_path, monkeypatch):
+def test_planted_fault_queries_rotated_by_one_position_exceed_the_tolerance(
+    tmp_path, monkeypatch
+):
     model, tokens = make("llama"), some_tokens(50)
     model.save_pretrained(tmp_path)
     loaded, rotate, calls = load_model(tmp_path), rotary.rotate, []
 
-    def late(x, cos, sin):
+    def rotate_queries_further(x, cos, sin):
         calls.append(x.shape)
         if len(calls) % 2 == 0:
             return rotate(x, cos, sin)
         one = rotary.tables(jnp.ones(len(x), jnp.int32), loaded.config)
         return rotate(rotate(x, cos, sin), *one)
 
-    monkeypatch.setattr(rotary, "rotate", late)
+    monkeypatch.setattr(rotary, "rotate", rotate_queries_further)
     got = jax.jit(lambda model, tokens: model(tokens))(loaded, jnp.array([tokens]))[0]
     assert len(calls) == 2 * 2
-    assert relative_error(got, theirs(model, tokens)) > 100 * TOLERANCE
+    assert relative_error(got, transformers_logits(model, tokens)) > 100 * TOLERANCE

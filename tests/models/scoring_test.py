@@ -1,4 +1,4 @@
-"""Scores against log-softmax by numpy, against rollouts, and against one another."""
+"""Scores against log-softmax in numpy and against generated log-probabilities."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.long
 
-SAME_SUMS = 1e-5  # log-probabilities in float32, in other shapes
+SAME_SUMS = 1e-5  # float32 log-probabilities that are computed in other shapes
 
 apply = jax.jit(lambda model, tokens: model(tokens))
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 
 def logprobs_by_numpy(model, tokens: list[int]) -> np.ndarray:
-    """Of each token after the first, given those before it, in float64."""
+    """Log-probability of each token after the first, given those before, in float64."""
     padded = np.zeros((1, 256), np.int32)
     padded[0, : len(tokens)] = tokens
     logits = np.asarray(apply(model, padded)[0, : len(tokens)], np.float64)
@@ -46,7 +46,7 @@ def some_tokens(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 128, length).tolist()
 
 
-def test_scores_equal_log_softmax_by_numpy_for_texts_of_all_lengths(model):
+def test_scores_of_texts_of_all_lengths_equal_log_softmax_in_numpy(model):
     lengths = [(1, 1), (3, 4), (1, 40), (60, 5), (31, 1), (32, 1), (100, 90)]
     prompts = [some_tokens(n, i) for i, (n, _) in enumerate(lengths)]
     continuations = [some_tokens(n, 50 + i) for i, (_, n) in enumerate(lengths)]
@@ -60,7 +60,7 @@ def test_scores_equal_log_softmax_by_numpy_for_texts_of_all_lengths(model):
         assert got.perplexity == pytest.approx(math.exp(-want.mean()), rel=1e-4)
 
 
-def test_log_probabilities_of_a_rollout_equal_their_scores(llm):
+def test_log_probabilities_of_generated_tokens_equal_their_scores(llm):
     prompts = ["def ", "class Reader", "import os\n\n\n", "for i in"]
     params = SamplingParams(n=2, temperature=0.9, seed=3, max_tokens=24, logprobs=0)
     outputs = llm.generate(prompts, params)
@@ -73,17 +73,17 @@ def test_log_probabilities_of_a_rollout_equal_their_scores(llm):
         [prompt for prompt, _ in pairs], [sample.token_ids for _, sample in pairs]
     )
     for (_, sample), got in zip(pairs, scores, strict=True):
-        rollout = [
+        generated = [
             entry[token].logprob
             for token, entry in zip(sample.token_ids, sample.logprobs, strict=True)
         ]
-        np.testing.assert_allclose(rollout, got.token_logprobs, atol=SAME_SUMS)
+        np.testing.assert_allclose(generated, got.token_logprobs, atol=SAME_SUMS)
         assert sample.cumulative_logprob == pytest.approx(
             got.cumulative_logprob, abs=24 * SAME_SUMS
         )
 
 
-def test_a_greedy_rollout_is_scored_as_greedy_and_another_is_not(llm):
+def test_only_a_greedy_continuation_is_scored_as_greedy(llm):
     (output,) = llm.generate(["def "], SamplingParams(temperature=0.0, max_tokens=9))
     (chosen,) = output.outputs
     greedy, other = llm.score(
@@ -94,7 +94,7 @@ def test_a_greedy_rollout_is_scored_as_greedy_and_another_is_not(llm):
     assert not other.is_greedy
 
 
-def test_text_is_scored_as_its_tokens(llm):
+def test_the_score_of_a_text_is_that_of_its_tokens(llm):
     encode = llm.tokenizer.encode
     (got,) = llm.score("def ", "main():")
     assert got.prompt_token_ids == encode("def ")
@@ -104,13 +104,13 @@ def test_text_is_scored_as_its_tokens(llm):
     assert llm.score([], []) == []
 
 
-def test_few_programs_are_compiled_for_texts_of_many_lengths(model):
+def test_texts_of_many_lengths_compile_few_programs(model):
     before = scoring._forward._cache_size()
     rng = np.random.default_rng(5)
     for _ in range(5):
         lengths = rng.integers(2, 120, 9)
         scoring.score(model, [some_tokens(n) for n in lengths], [[1]] * 9)
-    # Four lengths (32 to 256) by numbers of rows that are powers of two.
+    # Lengths of 32, 64 and 128; numbers of rows of 1, 2, 4, 8 and 16.
     assert scoring._forward._cache_size() - before <= 3 * 5
 
 
@@ -126,24 +126,26 @@ def test_few_programs_are_compiled_for_texts_of_many_lengths(model):
         (7, [[1]], "prompts: expected text, token ids, or a list of either, got 7"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(llm, prompts, continuations, message):
+def test_invalid_prompts_and_continuations_are_refused(
+    llm, prompts, continuations, message
+):
     with pytest.raises(ValueError, match=message):
         llm.score(prompts, continuations)
 
 
-# perplexity
+# Perplexity.
 
 
 @pytest.mark.parametrize(("window", "overlap"), [(16, 1), (16, 8), (33, 32), (200, 5)])
 @pytest.mark.parametrize("length", [2, 16, 17, 25, 150])
-def test_perplexity_counts_each_token_once_with_its_window(
+def test_perplexity_counts_each_token_once_given_its_window(
     model, length, window, overlap
 ):
     tokens = some_tokens(length, 7)
     got = scoring.perplexity(model, tokens, window=window, overlap=overlap)
     total, first, end = 0.0, 1, min(window, length)
     while first < length:
-        # Tokens `first` up to `end` are new in the window that begins at `start`.
+        # The window that begins at `start` adds the tokens from `first` to `end`.
         start = 0 if first == 1 else first - overlap
         part = logprobs_by_numpy(model, tokens[start:end])
         total += part[first - start - 1 :].sum()
@@ -153,7 +155,7 @@ def test_perplexity_counts_each_token_once_with_its_window(
     assert got.perplexity == pytest.approx(math.exp(-total / (length - 1)), rel=1e-4)
 
 
-def test_perplexity_of_a_file_is_that_of_its_text(llm, tmp_path):
+def test_the_perplexity_of_a_file_is_that_of_its_text(llm, tmp_path):
     text = "import os\n\n\ndef main():\n    return os.path.join('ä', 'b')\n" * 4
     file = tmp_path / "text.py"
     file.write_text(text, "utf-8")
@@ -165,11 +167,11 @@ def test_perplexity_of_a_file_is_that_of_its_text(llm, tmp_path):
     bits = -got.cumulative_logprob / math.log(2)
     assert got.bits_per_character == pytest.approx(bits / len(text))
     assert math.isnan(llm.perplexity(llm.tokenizer.encode(text)).bits_per_character)
-    # Code is likelier than noise to a model of code.
+    # A model of code predicts code better than noise.
     assert llm.perplexity("q zj xv kw; " * 20).perplexity > 3 * got.perplexity
 
 
-def test_what_has_no_perplexity_is_refused(llm, tmp_path):
+def test_invalid_texts_and_windows_are_refused(llm, tmp_path):
     with pytest.raises(ValueError, match="text: expected at least two tokens, got 1"):
         llm.perplexity([5])
     with pytest.raises(ValueError, match="window: expected from 2 to 1024, got 4096"):
@@ -183,7 +185,7 @@ def test_what_has_no_perplexity_is_refused(llm, tmp_path):
         llm.perplexity(tmp_path / "bytes")
 
 
-def test_sliding_windows_and_soft_caps_are_scored_as_they_are_served(tmp_path):
+def test_a_model_with_windows_and_soft_caps_scores_its_greedy_text_as_greedy(tmp_path):
     golden = json.loads(
         (ROOT / "tests" / "support" / "golden" / "families.json").read_text("utf-8")
     )["gemma2"]

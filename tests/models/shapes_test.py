@@ -1,4 +1,4 @@
-"""Built-in shapes, by the numbers of parameters that their authors published."""
+"""Built-in shapes against the published numbers of parameters."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jpaged import LLM, SamplingParams, load_model
+from jpaged import LLM, load_model
 from jpaged.models import Decoder
 from jpaged.models.loading.checkpoint import load_config
 from jpaged.models.shapes import SHAPES, random_config
 
-# Counted in the published safetensors (tied weights once).
+# Counted in the published safetensors; tied weights count once.
 PUBLISHED = {
     "opt-125m": 125_239_296,
     "opt-350m": 331_196_416,
@@ -39,7 +39,7 @@ PUBLISHED = {
     "phi-3-mini-4k": 3_821_079_552,
     "gpt-oss-20b": 20_914_757_184,
 }
-# By the names of the others, in billions.
+# Numbers for the other shapes, in billions, mostly from their names.
 NAMED = {
     "opt-1.3b": 1.3,
     "opt-2.7b": 2.7,
@@ -74,7 +74,7 @@ NAMED = {
 
 
 def num_params(name: str) -> int:
-    """Counted from models of one layer and of two: all further layers are alike."""
+    """Extrapolated from models with one and two layers: further layers are equal."""
     one, two = (
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shallow(name, n)))
         for n in (1, 2)
@@ -89,7 +89,7 @@ def shallow(name: str, num_layers: int) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def test_every_shape_is_checked():
+def test_every_shape_has_a_published_number():
     assert PUBLISHED.keys() | NAMED.keys() == SHAPES.keys()
 
 
@@ -99,11 +99,11 @@ def test_a_shape_has_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_shape_has_about_the_parameters_that_its_name_says(name):
+def test_a_shape_has_about_the_number_of_parameters_in_its_name(name):
     assert num_params(name) == pytest.approx(NAMED[name] * 1e9, rel=0.035)
 
 
-def test_a_random_model_is_made_by_name_and_serves(monkeypatch):
+def test_a_random_model_is_created_by_name(monkeypatch):
     small = dict(SHAPES["llama-3.2-1b"]) | {
         "hidden_size": 64,
         "num_hidden_layers": 1,
@@ -114,13 +114,14 @@ def test_a_random_model_is_made_by_name_and_serves(monkeypatch):
     with LLM("random:small", max_num_seqs=1, max_model_len=32) as llm:
         assert llm.tokenizer is None
         assert llm.model.config.rope_scaling.kind == "llama3"
-        (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
-        assert len(output.outputs[0].token_ids) == 3
+        (score,) = llm.score([[1, 2, 3]], [[4, 5]])
+        # Weights of standard deviation 0.02 predict nearly uniformly.
+        assert score.perplexity == pytest.approx(512, rel=0.1)
     narrow = load_model("random:SMALL", dtype="bfloat16")
     assert narrow.config.dtype == "bfloat16"
     assert load_config("random:small").hidden_size == 64
 
 
-def test_an_unknown_shape_names_those_that_there_are():
+def test_an_unknown_shape_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"expected 'random:' and one of opt-125m, .*"):
         LLM("random:llama-9")

@@ -1,4 +1,4 @@
-"""Where models come from: folders, the hub, and what must never be read or run."""
+"""Sources of models: folders, the hub, and files that must not be read or run."""
 
 import json
 import pathlib
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,10 +22,10 @@ def edit_json(file: pathlib.Path, **changes) -> None:
     file.write_text(json.dumps(contents), "utf-8")
 
 
-# the hub
+# The hub.
 
 
-def pretend_hub(monkeypatch, download) -> None:
+def fake_hub(monkeypatch, download) -> None:
     module = types.SimpleNamespace(snapshot_download=download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
 
@@ -38,7 +39,7 @@ def test_a_hub_id_is_downloaded_without_code_or_pickle(name, tmp_path, monkeypat
         params.append((hub_id, allow_patterns))
         return str(folder)
 
-    pretend_hub(monkeypatch, download)
+    fake_hub(monkeypatch, download)
     assert load_model(name).config.vocab_size == 128
     (hub_id, patterns) = params[0]
     assert hub_id == "org/model-1.5"
@@ -46,46 +47,46 @@ def test_a_hub_id_is_downloaded_without_code_or_pickle(name, tmp_path, monkeypat
     assert not any(p.endswith((".py", ".bin", ".pt", "*")) for p in patterns)
 
 
-def test_a_hub_that_cannot_be_reached_says_so_and_how_to_do_without(monkeypatch):
+def test_an_unreachable_hub_is_reported_with_an_alternative(monkeypatch):
     def download(hub_id, allow_patterns):
         raise OSError("no route\n to host")
 
-    pretend_hub(monkeypatch, download)
+    fake_hub(monkeypatch, download)
     with pytest.raises(
         FileNotFoundError,
-        match=r"org/m: no such folder, and the hub did not give it \(no route to host\)"
-        r".*hf download org/m --local-dir FOLDER",
+        match=r"org/m: no such folder, and the hub did not provide it "
+        r"\(no route to host\).*hf download org/m --local-dir FOLDER",
     ):
         LLM("org/m")
 
 
-def test_without_huggingface_hub_the_extra_is_named(monkeypatch):
+def test_without_huggingface_hub_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match=r"pip install 'jpaged\[hub\]'"):
         load_model("org/m")
 
 
 @pytest.mark.parametrize("name", ["hf://../etc", "hf://a/b/c", "hf://", "hf://x y/z"])
-def test_a_hub_id_of_another_form_is_refused(name, monkeypatch):
-    pretend_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
+def test_a_malformed_hub_id_is_refused(name, monkeypatch):
+    fake_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
     if name == "hf://../etc":
         name = "hf://../../etc"
     with pytest.raises(FileNotFoundError, match="expected a hub id like org/name"):
         load_model(name)
 
 
-def test_a_folder_comes_before_a_hub_id_of_its_name(tmp_path, monkeypatch):
+def test_an_existing_folder_has_precedence_over_a_hub_id(tmp_path, monkeypatch):
     checkpoints.write_tiny_llama(tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)
-    pretend_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
-    assert sources.find("org/model") == pathlib.Path("org/model")
+    fake_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
+    assert sources.find_folder("org/model") == pathlib.Path("org/model")
     assert load_model("tiny-python").config.vocab_size > 256
 
 
-# what must not be read or run
+# Files that must not be read or run.
 
 
-def test_code_and_pickles_beside_a_checkpoint_are_left_alone(tmp_path):
+def test_code_and_pickles_beside_a_checkpoint_are_not_read(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     trap = f"open({str(tmp_path / 'ran')!r}, 'w')"
     (folder / "modeling_trap.py").write_text(trap, "utf-8")
@@ -101,13 +102,13 @@ def test_code_and_pickles_beside_a_checkpoint_are_left_alone(tmp_path):
     load_model(folder)
     assert not (tmp_path / "ran").exists()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="pickle, which is never read"):
+    with pytest.raises(FileNotFoundError, match="pickle, which is not supported"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "consolidated.00.pth", "model.pt"])
-def test_other_formats_are_named_in_the_error(name, tmp_path):
+def test_the_error_names_other_formats(name, tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(FileNotFoundError, match=f"{name} is (pickle|GGUF), which is"):
@@ -117,7 +118,7 @@ def test_other_formats_are_named_in_the_error(name, tmp_path):
 @pytest.mark.parametrize(
     "method", ["gptq", "awq", "bitsandbytes", "mxfp4", "fp8", "compressed-tensors"]
 )
-def test_checkpoints_that_are_quantised_already_are_refused_by_name(method):
+def test_quantised_checkpoints_are_refused_with_their_method(method):
     config = checkpoints.LLAMA | {"quantization_config": {"quant_method": method}}
     with pytest.raises(ValueError, match=f"quantization_config: .*, got '{method}'"):
         ModelConfig.from_hf(config)
@@ -163,7 +164,7 @@ def test_checkpoints_that_are_quantised_already_are_refused_by_name(method):
         ),
     ],
 )
-def test_a_feature_that_a_known_family_has_and_we_have_not_is_refused_by_name(
+def test_an_unsupported_feature_of_a_known_family_is_refused_by_name(
     model_type, changes, message
 ):
     sizes = dict(checkpoints.LLAMA) | {"n_embd": 64, "n_head": 4, "n_layer": 2}
@@ -173,7 +174,7 @@ def test_a_feature_that_a_known_family_has_and_we_have_not_is_refused_by_name(
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_not_finite_are_refused_on_request(bad, tmp_path):
+def test_non_finite_weights_are_refused_on_request(bad, tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     load_model(folder, check_finite=True)
     tensors = checkpoints.read_tensors(folder)
@@ -184,20 +185,22 @@ def test_weights_that_are_not_finite_are_refused_on_request(bad, tmp_path):
         load_model(folder, check_finite=True)
 
 
-def test_a_sequence_longer_than_a_dynamic_scaling_reaches_is_refused(tmp_path):
+def test_a_sequence_longer_than_the_trained_length_of_dynamic_scaling_is_refused(
+    tmp_path,
+):
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     folder = checkpoints.write_tiny_llama(
         tmp_path, rope_scaling=scaling, max_position_embeddings=32
     )
     model = load_model(folder)
-    model(np.zeros((1, 32), np.int32))
+    jax.eval_shape(model, jax.ShapeDtypeStruct((1, 32), np.int32))
     with pytest.raises(ValueError, match=r"tokens: expected at most max_position_emb"):
-        model(np.zeros((1, 33), np.int32))
+        jax.eval_shape(model, jax.ShapeDtypeStruct((1, 33), np.int32))
     with pytest.raises(ValueError, match="max_model_len: expected at most the model's"):
         LLM(folder, max_num_seqs=1, max_model_len=33)
 
 
-# memory
+# Memory.
 
 MEASURE = """
 import gc, pathlib, re, sys
@@ -209,7 +212,7 @@ def status(name):
     text = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(re.search(name + r":\\s+(\\d+) kB", text)[1])
 
-# Imports, and what XLA needs to compile at all, are not what is measured.
+# Exclude imports and the memory that XLA needs to compile at all.
 piece, placing.PIECE = placing.PIECE, 2**14
 load_model("tiny-python")
 placing.PIECE = int(sys.argv[2]) or piece
@@ -219,16 +222,16 @@ model = load_model(sys.argv[1], dtype=sys.argv[3], quantization=sys.argv[4] or N
 peak = status("VmHWM") - before
 print(peak, sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
 """
-# What XLA keeps of compiling a program for each shape, and malloc of what was freed.
-# Up to 24 MiB were seen with jax 0.10, half of that with 0.12.
+# Memory of XLA for one compiled program per shape, and memory that malloc keeps after
+# it was freed. At most 24 MiB were measured with jax 0.10, half of that with 0.12.
 PROGRAMS = 32 * 2**20
 
 
 def peak_and_size(folder, piece=0, dtype="auto", quantization="") -> tuple[int, int]:
-    """What loading adds to this much of a fresh process at most, and to its end.
+    """Peak memory of loading in a fresh process, and the size of the model.
 
-    VmHWM is the most that a process ever held, pages of mapped files included. It
-    starts anew with a program; getrusage's ru_maxrss starts at what its parent held.
+    VmHWM is the peak of the process, including pages of mapped files. It is reset when
+    a program starts; getrusage's ru_maxrss starts at the value of the parent.
     """
     arguments = [str(folder), str(piece), dtype, quantization]
     done = subprocess.run(
@@ -244,7 +247,7 @@ def peak_and_size(folder, piece=0, dtype="auto", quantization="") -> tuple[int, 
 
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory):
-    """Stored in 139 MB, of which two tensors are 48 MiB each; in four files."""
+    """A checkpoint of 139 MB in four files; two tensors have 48 MiB each."""
     folder = checkpoints.write_tiny_llama(
         tmp_path_factory.mktemp("large"),
         dtype="bfloat16",
@@ -266,11 +269,11 @@ needs_proc = pytest.mark.skipif(
 
 @needs_proc
 def test_loading_peaks_at_the_model_and_one_tensor_of_its_file(large_folder):
-    # Stored in 16 bits and held in 32: cast on the way.
+    # Stored in 16 bits and loaded as float32, so it is cast.
     peak, size = peak_and_size(large_folder)
     assert size > 5 * LARGEST
     assert peak < size + LARGEST
-    # In pieces, not even one tensor: what is above the model does not grow with it.
+    # Tensors are read in pieces, so the overhead does not grow with the model.
     assert peak < size + PROGRAMS
 
 
@@ -278,14 +281,16 @@ def test_loading_peaks_at_the_model_and_one_tensor_of_its_file(large_folder):
 @pytest.mark.parametrize(
     ("dtype", "quantization"), [("bfloat16", ""), ("float32", "int8")]
 )
-@pytest.mark.slow
-def test_so_it_is_in_16_and_in_8_bits(dtype, quantization, large_folder):
+@pytest.mark.long
+def test_loading_in_16_and_8_bits_peaks_at_the_model_and_one_tensor(
+    dtype, quantization, large_folder
+):
     peak, size = peak_and_size(large_folder, 0, dtype, quantization)
     assert peak < size + LARGEST + PROGRAMS
 
 
 @needs_proc
-@pytest.mark.slow
-def test_planted_fault_of_tensors_in_one_piece_passes_that_peak(large_folder):
+@pytest.mark.long
+def test_planted_fault_reading_whole_tensors_exceeds_that_peak(large_folder):
     peak, size = peak_and_size(large_folder, 2**40)
     assert peak > size + LARGEST + PROGRAMS

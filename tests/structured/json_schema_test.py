@@ -1,4 +1,4 @@
-"""JSON schemas: random walks are read by `json`, and judged by rules written here."""
+"""JSON schemas: `json` parses random walks, and rules in this file validate them."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def test_random_walks_are_json_that_the_schema_accepts(name):
 
 
 @pytest.mark.parametrize(
-    ("schema", "accepted", "refused"),
+    ("schema", "accepted", "rejected"),
     [
         (PERSON, ['{"age":0,"born":null}', '{"name": "日本", "age": -3, "born": null}'],
          ['{"born":null}', '{"age":121,"born":null}', '{"age":0,"born":null,}']),
@@ -103,22 +103,22 @@ def test_random_walks_are_json_that_the_schema_accepts(name):
         ({"type": "string", "format": "time"}, ['"23:59:59Z"'], ['"24:00:00Z"']),
     ],
 )  # fmt: skip
-def test_schemas_accept_what_they_should(schema, accepted, refused):
+def test_a_schema_accepts_and_rejects_these_texts(schema, accepted, rejected):
     automaton = from_regex(to_regex(schema))
     for text in accepted:
         assert automaton.matches(text), text
-    for text in refused:
+    for text in rejected:
         assert not automaton.matches(text), text
 
 
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(st.integers(-1200, 1200), st.integers(0, 1500), st.booleans())
-def test_integers_between_bounds_are_exactly_those(low, width, is_open):
+def test_integer_bounds_accept_exactly_the_integers_between_them(low, width, is_open):
     bounds = {"minimum": low} | ({} if is_open else {"maximum": low + width})
     automaton = from_regex(to_regex({"type": "integer", **bounds}))
     for number in {low - 1, low, low + 1, low + width, low + width + 1, 0, -1, 10**6}:
-        wanted = low <= number and (is_open or number <= low + width)
-        assert automaton.matches(str(number)) == wanted, number
+        is_valid = low <= number and (is_open or number <= low + width)
+        assert automaton.matches(str(number)) == is_valid, number
     assert not automaton.matches("-0")
     assert not automaton.matches("00")
     below = from_regex(to_regex({"type": "integer", "maximum": low}))
@@ -126,7 +126,7 @@ def test_integers_between_bounds_are_exactly_those(low, width, is_open):
     assert not below.matches(str(low + 1))
 
 
-def test_integers_between_is_every_number_of_a_small_range():
+def test_integers_between_matches_every_number_of_a_small_range():
     for low, high in ((0, 9), (7, 123), (95, 105), (100, 100), (0, 1000)):
         automaton = from_regex(integers_between(low, high))
         matched = [n for n in range(1200) if automaton.matches(str(n))]
@@ -136,28 +136,28 @@ def test_integers_between_is_every_number_of_a_small_range():
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "strin"}, "json/type: wanted one or more of null, .*got 'strin'"),
+        ({"type": "strin"}, "json/type: expected one or more of null, .*got 'strin'"),
         ({"type": "number", "minimum": 3}, "json: the keyword 'minimum' is not "),
         ({"properties": {"a": {"type": "array", "uniqueItems": True}}},
          "json/properties/a: the keyword 'uniqueItems' is not supported here; what is"),
-        ({"oneOf": [{"type": "null"}]}, "json: wanted a schema with a type, got "),
-        ({"allOf": [{}, {}]}, "json/allOf: wanted one schema, got 2; merge them"),
-        ({"anyOf": []}, "json/anyOf: wanted a list of schemas"),
+        ({"oneOf": [{"type": "null"}]}, "json: expected a schema with a type, got "),
+        ({"allOf": [{}, {}]}, "json/allOf: expected one schema, got 2; merge them"),
+        ({"anyOf": []}, "json/anyOf: expected a list of schemas"),
         ({"$ref": "#/$defs/x"}, r"there is no '#/\$defs/x' in the schema"),
-        ({"$ref": "http://x"}, r"wanted a path in this schema \(#/...\)"),
+        ({"$ref": "http://x"}, r"expected a path in this schema \(#/...\)"),
         ({"properties": {"a": {"$ref": "#"}}}, "refers to itself"),
-        ({"properties": {"a": {}}, "required": ["b"]}, "wanted a list of names in pr"),
+        ({"properties": {"a": {}}, "required": ["b"]}, "expected a list of names in p"),
         ({"type": "string", "pattern": ".*"}, 'matches quotes, .* write '),
-        ({"type": "string", "format": "email"}, "json/format: wanted one of date, "),
-        ({"pattern": "a", "maxLength": 3}, "wanted one of pattern, format and lengths"),
-        ({"type": "string", "minLength": -1}, "json/minLength: wanted an integer"),
+        ({"type": "string", "format": "email"}, "json/format: expected one of date, "),
+        ({"pattern": "a", "maxLength": 3}, "expected one of pattern, format and leng"),
+        ({"type": "string", "minLength": -1}, "json/minLength: expected an integer"),
         ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems 3 is above"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no integer is at least 3"),
-        ({"type": "integer", "minimum": 1.5}, "json/minimum: wanted an integer"),
-        ({"enum": ["a"], "type": "null"}, "json/enum: no value is left"),
-        (False, "json: wanted a JSON schema"),
+        ({"type": "integer", "minimum": 1.5}, "json/minimum: expected an integer"),
+        ({"enum": ["a"], "type": "null"}, "json/enum: expected at least one acc"),
+        (False, "json: expected a JSON schema"),
     ],
 )  # fmt: skip
-def test_schemas_that_are_not_supported_are_refused_with_the_place(schema, message):
+def test_unsupported_schemas_are_refused_with_the_path(schema, message):
     with pytest.raises(ValueError, match=message):
         to_regex(schema)

@@ -1,14 +1,14 @@
-"""Random texts of a constraint: walks through its automaton, with the bundled model's
-tokenizer unless told otherwise."""
+"""Random walks through the automaton of a constraint, by default with the tokenizer of
+the bundled model."""
 
 import numpy as np
 
 from jpaged.decoding.automaton import DEAD, EOS_CLASS
-from jpaged.models.loading import bundled
+from jpaged.models.loading import sources
 from jpaged.structured import compile_constraint
 from jpaged.text.tokenizer import Tokenizer
 
-TINY = Tokenizer.from_folder(bundled.bundled_path("tiny-python"))
+TINY = Tokenizer.from_folder(sources.bundled_path("tiny-python"))
 TINY_EOS = 1
 
 
@@ -21,21 +21,21 @@ def step(automaton, state: int, token: int) -> int:
 
 
 def walk(automaton, rng, most: int = 60) -> list[int]:
-    """Tokens taken at random among the allowed ones, up to EOS, which is left out.
+    """Tokens sampled uniformly from the allowed ones, up to EOS, which is not included.
 
-    After `most` tokens the walk prefers tokens that lead nearer to the end.
+    After `most` tokens, the walk takes the shortest way to an accepting state.
     """
     distance = distances(automaton)
     tokens, state = [], 0
     while True:
         reached = automaton.transitions[state][automaton.classes]
-        can = np.flatnonzero(reached != DEAD)
-        assert len(can)
+        allowed = np.flatnonzero(reached != DEAD)
+        assert len(allowed)
         if len(tokens) >= most:
             if automaton.is_accepting[state]:
                 return tokens
-            can = can[distance[reached[can]] < distance[state]]
-        token = int(rng.choice(can))
+            allowed = allowed[distance[reached[allowed]] < distance[state]]
+        token = int(rng.choice(allowed))
         if automaton.classes[token] == EOS_CLASS:
             return tokens
         tokens.append(token)
@@ -43,13 +43,13 @@ def walk(automaton, rng, most: int = 60) -> list[int]:
 
 
 def distances(automaton) -> np.ndarray:
-    """Fewest tokens from each state to an accepting one, by relaxation."""
+    """Number of tokens on the shortest way from each state to an accepting one."""
     distance = np.where(automaton.is_accepting, 0, 10**6)
     for _ in range(automaton.num_states):
         reached = automaton.transitions[:, EOS_CLASS + 1 :]
         best = np.where(reached == DEAD, 10**6, distance[reached] + 1).min(axis=1)
-        nearer = np.minimum(distance, best)
-        if np.array_equal(nearer, distance):
+        shorter = np.minimum(distance, best)
+        if np.array_equal(shorter, distance):
             break
-        distance = nearer
+        distance = shorter
     return distance

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jpaged import LLM, SamplingParams
-from jpaged.models.loading.bundled import bundled_path
+from jpaged.models.loading.sources import bundled_path
 from jpaged.text import templates
 from jpaged.text.templates import ChatTemplates, render
 from jpaged.text.tokenizer import Tokenizer

@@ -1,1 +1,1 @@
-"""Checkpoints: from a model's name to a decoder with its weights, and back."""
+"""Loading: from the name of a model to a decoder with its weights, and saving."""

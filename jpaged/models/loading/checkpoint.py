@@ -1,8 +1,8 @@
-"""Checkpoints: Hugging Face folders in and out, tensor by tensor.
+"""Checkpoints: load and save folders in Hugging Face layout.
 
-Place on the road: config.json, *.safetensors -> [models.checkpoint] -> decoder.
+Pipeline: config.json, *.safetensors -> [models.loading] -> decoder.
 
-Only safetensors are read: pickle runs code, and so does remote code in a folder.
+Only safetensors are read. Pickle can run code, and so can Python files in a folder.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from jax.sharding import Mesh
 from jpaged.models import shapes
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
 from jpaged.models.decoder import Decoder, as_stored, init_model
-from jpaged.models.loading import families, placing, sources, stored, weights
+from jpaged.models.families import FAMILIES
+from jpaged.models.families.family import is_redundant
+from jpaged.models.loading import placing, sources, stored, weights
 from jpaged.models.loading.stored import Stored
 from jpaged.models.loading.weights import Target
 
@@ -29,15 +31,18 @@ _MAX_LISTED = 8  # names in one error message
 
 
 def load_config(path: str | pathlib.Path) -> ModelConfig:
-    """ModelConfig of a Hugging Face folder, dtype as the checkpoint's.
+    """ModelConfig of a checkpoint, with the checkpoint's dtype.
+
+    Args:
+      path: see `load_model`.
 
     Raises:
-      FileNotFoundError: no such folder, or no config.json in it.
-      ValueError: see `ModelConfig.from_hf`; also where a file is not JSON.
+      FileNotFoundError: the folder does not exist or has no config.json.
+      ValueError: see `ModelConfig.from_hf`; or a file is not valid JSON.
     """
     if sources.is_random(path):
         return shapes.random_config(path)
-    folder = sources.find(path)
+    folder = sources.find_folder(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no config.json; a checkpoint is a folder with config.json "
@@ -58,28 +63,28 @@ def load_model(
     check_finite: bool = False,
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """Decoder with the weights of a Hugging Face folder.
+    """Load a decoder from a checkpoint.
 
-    Tensors are read, cast and placed in pieces of a few MiB, so that memory peaks at
-    the model's size and less than one large tensor.
+    Tensors are read, cast and placed in pieces of a few MiB. Peak memory is the size of
+    the model plus less than one large tensor.
 
     Args:
-      path: folder with config.json and model.safetensors, or shards and an index; a
-        bundled model's name; a hub id, "org/name" or "hf://org/name"; or
-        "random:NAME" for random weights in the shape NAME, see `models.shapes`.
-      dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, but
-        float32 on CPU.
-      quantization: "int8" holds the weights of the layers' products in 8 bits.
-      check_finite: refuse weights that are NaN or infinite.
-      mesh: of `jpaged.make_mesh`; each device gets its part of each tensor, by
-        `jpaged.parallel.RULES`, and no other.
+      path: folder with config.json and model.safetensors, or shards and an index; the
+        name of a bundled model; a hub id, "org/name" or "hf://org/name"; or
+        "random:NAME" for random weights in the shape NAME of `models.shapes`.
+      dtype: "float32", "bfloat16", "float16", or "auto" for the dtype of the
+        checkpoint, except float32 on a CPU.
+      quantization: "int8" stores the weights of the products inside the layers in 8
+        bits; None does not quantise.
+      check_finite: raise if a weight is NaN or infinite.
+      mesh: a mesh from `jpaged.make_mesh`; each device reads only its own part of each
+        tensor, given by `jpaged.parallel.RULES`.
 
     Raises:
-      FileNotFoundError: folder, config.json, weights or a shard not there; a hub id
-        that cannot be had.
-      ValueError: config not supported; file truncated or corrupt; tensors missing,
-        unknown, or of another shape than the config says; a mesh over which the
-        model does not divide.
+      FileNotFoundError: the folder, config.json, the weights or a shard do not exist,
+        or the hub does not provide the model.
+      ValueError: the config is not supported; a file is truncated or corrupt; tensors
+        are missing, unknown or misshapen; or the model cannot be divided over the mesh.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or one of {DTYPES}, got {dtype!r}")
@@ -96,8 +101,8 @@ def load_model(
     sharding_of = placing.placement(config, mesh)
     if sources.is_random(path):
         return init_model(config, mesh=mesh)
-    folder = sources.find(path)
-    # The abstract model has shapes and no arrays: random weights are never drawn.
+    folder = sources.find_folder(path)
+    # The abstract model has shapes but no arrays: no random weights are computed.
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     files = [folder / name for name in _weight_files(folder)]
     where = _locate(files, weights.targets(model), config)
@@ -108,37 +113,37 @@ def load_model(
 def save_model(
     model: Decoder, path: str | pathlib.Path, dtype: str | None = None
 ) -> None:
-    """Writes config.json and model.safetensors, as transformers reads them.
+    """Save a decoder as config.json and model.safetensors, readable by transformers.
 
     Args:
       model: the decoder.
-      path: folder; made where it is not there, files of the same name replaced.
-      dtype: what to store; None keeps the parameters' own.
+      path: folder; created if it does not exist. Existing files are replaced.
+      dtype: dtype of the stored tensors; None keeps that of the parameters.
 
     Raises:
-      ValueError: an unknown dtype, or a model that is held in 8 bits.
+      ValueError: the dtype is unknown, or the model is quantised.
     """
     dtype = dtype or model.config.dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
     if model.config.quantization is not None:
         raise ValueError(
-            f"model: expected weights as they were loaded, got quantization="
-            f"{model.config.quantization!r}; load it without, and save that"
+            "model: expected unquantised weights, got quantization="
+            f"{model.config.quantization!r}; load it without quantization to save it"
         )
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(model.config, dtype=dtype)
-    # Renamed into place, so that a crash leaves no half a checkpoint behind.
+    # Written to another name first, so that a crash leaves no partial checkpoint.
     partial = folder / "model.safetensors.partial"
-    _write(partial, weights.targets(model), dtype)
+    _write_safetensors(partial, weights.targets(model), dtype)
     partial.replace(folder / "model.safetensors")
     text = json.dumps(config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _write(file: pathlib.Path, targets: list[Target], dtype: str) -> None:
-    """A safetensors file, tensor by tensor, so that no second copy of all is held.
+def _write_safetensors(file: pathlib.Path, targets: list[Target], dtype: str) -> None:
+    """Write a file tensor by tensor, so that memory holds no second copy of the model.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
@@ -156,7 +161,7 @@ def _write(file: pathlib.Path, targets: list[Target], dtype: str) -> None:
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for target in targets:
-            array = weights.joined(target, dtype)
+            array = weights.stored_array(target, dtype)
             opened.write(array.view(np.uint8).data if array.ndim else array.tobytes())
 
 
@@ -171,7 +176,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[str]:
-    """Names of the safetensors files in a folder, the index's where there is one."""
+    """Names of the safetensors files in a folder: model.safetensors, or its shards."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
@@ -185,7 +190,7 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
             others = sorted(file.name for file in folder.glob(pattern))
             if others and not hint:
                 hint = (
-                    f"; {others[0]} is {kind}, which is never read: convert it with "
+                    f"; {others[0]} is {kind}, which is not supported: convert it with "
                     "transformers, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
                 )
         raise FileNotFoundError(
@@ -200,7 +205,7 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
             raise ValueError(f"{index}: expected plain file names, got {name!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name}: named in {index.name}, not there"
+                f"{folder / name}: no such file, but {index.name} names it"
             )
     return names
 
@@ -208,32 +213,36 @@ def _weight_files(folder: pathlib.Path) -> list[str]:
 def _locate(
     files: list[pathlib.Path], targets: list[Target], config: ModelConfig
 ) -> dict[str, Stored]:
-    """What is stored under the name of each target, once all names and shapes agree."""
-    found = {tensor.name: tensor for file in files for tensor in stored.tensors(file)}
-    wanted = {target.tensor.name: target.stored_shape for target in targets}
-    # Checkpoints of the bare model lack the first part of the names.
-    prefix = families.FAMILIES[config.architecture].prefix
+    """Location of each target's tensor.
+
+    Raises:
+      ValueError: tensors are missing, unknown, misshapen or of an unsupported dtype.
+    """
+    found = {each.name: each for file in files for each in stored.read_header(file)}
+    expected = {target.tensor.name: target.stored_shape for target in targets}
+    # Checkpoints of the bare model omit the prefix of the names.
+    prefix = FAMILIES[config.architecture].prefix
     is_bare = not any(name.startswith(prefix) for name in found)
     where, problems = {}, []
     for stored_name, tensor in found.items():
-        is_renamed = is_bare and stored_name not in wanted
+        is_renamed = is_bare and stored_name not in expected
         name = prefix + stored_name if is_renamed else stored_name
-        if name not in wanted:
-            if not families.is_harmless(name, is_tied=config.tie_word_embeddings):
+        if name not in expected:
+            if not is_redundant(name, is_tied=config.tie_word_embeddings):
                 problems.append(f"unknown {stored_name}")
             continue
         where[name] = tensor
-        if wanted[name] != tensor.shape:
+        if expected[name] != tensor.shape:
             problems.append(
-                f"{stored_name}: expected shape {wanted[name]}, got {tensor.shape}"
+                f"{stored_name}: expected shape {expected[name]}, got {tensor.shape}"
             )
         if tensor.dtype not in stored.DTYPES:
             problems.append(
                 f"{stored_name}: expected one of {tuple(stored.DTYPES)}, "
                 f"got {tensor.dtype}"
             )
-    # What is missing says more than what is unknown, so it comes first.
-    problems = [f"missing {name}" for name in wanted if name not in where] + problems
+    # Missing tensors are the most informative problem, so they are listed first.
+    problems = [f"missing {name}" for name in expected if name not in where] + problems
     if problems:
         more = len(problems) - _MAX_LISTED
         listed = "; ".join(problems[:_MAX_LISTED])

@@ -1,6 +1,6 @@
-"""Placing: arrays that are put together on their devices, piece by piece.
+"""Placing: build arrays on their devices, piece by piece.
 
-Place on the road: parallel, stored -> [models.placing] -> weights, decoder.
+Pipeline: parallel, stored -> [models.loading.placing] -> weights, decoder.
 """
 
 import functools
@@ -18,22 +18,24 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jpaged import compat, parallel
 from jpaged.models.config import ModelConfig
 
-# Numbers that are read, cast and copied at a time, 2 MiB of float32. More is no faster,
-# and three or four such pieces live at once.
+# Number of values that are read, cast and copied at a time: 2 MiB of float32. Larger
+# pieces are no faster, and three or four of them are in memory at the same time.
 PIECE = 2**19
 
-Region = tuple[tuple[int, int], ...]  # of each axis, from where up to where
+Region = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
-# (path, shape) of a parameter -> where it lies; None is the default device.
+# (path, shape) of a parameter -> its sharding; None is the default device.
 ShardingOf = Callable[[Sequence[str | int], tuple[int, ...]], NamedSharding | None]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 def placement(config: ModelConfig, mesh: Mesh | None) -> ShardingOf:
-    """(path, shape) of a parameter -> where it lies on a mesh; None without one.
+    """The function from (path, shape) of a parameter to its sharding on a mesh.
+
+    Without a mesh, the function returns None.
 
     Raises:
-      ValueError: the model does not divide over the mesh.
+      ValueError: the model cannot be divided over the mesh.
     """
     if mesh is None:
         return lambda path, shape: None
@@ -44,7 +46,7 @@ def placement(config: ModelConfig, mesh: Mesh | None) -> ShardingOf:
 
 
 def split_sizes(config: ModelConfig) -> dict[str, int]:
-    """What the axis `tensor` of a mesh has to divide, by name."""
+    """Sizes that the axis `tensor` of a mesh must divide, by name."""
     sizes = {"num_heads": config.num_heads}
     for layer in range(config.num_layers):
         if config.has_experts(layer):
@@ -54,8 +56,8 @@ def split_sizes(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def drawn(make: Callable[[], Module], sharding_of: ShardingOf) -> Module:
-    """The module that `make` makes, each parameter made where it is to lie."""
+def init_sharded(make: Callable[[], Module], sharding_of: ShardingOf) -> Module:
+    """The module that `make` returns, with each parameter computed on its devices."""
     module = nnx.eval_shape(make)
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, leaf: sharding_of([step.key for step in path], leaf.shape),
@@ -69,9 +71,12 @@ def drawn(make: Callable[[], Module], sharding_of: ShardingOf) -> Module:
 
 
 def pieces(region: Region, order: Sequence[int]) -> Iterator[Region]:
-    """Regions of at most `PIECE` numbers that cover a region.
+    """Split a region into regions of at most `PIECE` values.
 
-    Cut along the first axes in `order`, which says how the numbers lie in their file.
+    Args:
+      region: the region to split.
+      order: axes in the order in which they are stored, outermost first. The region is
+        split along the first of them.
     """
     size = math.prod(stop - start for start, stop in region)
     if size <= PIECE or not order:
@@ -86,16 +91,22 @@ def pieces(region: Region, order: Sequence[int]) -> Iterator[Region]:
 
 
 class Shards:
-    """An array in the making: on each device, the part that it is to hold.
+    """An array that is being built: for each device, a buffer for its part.
 
-    Pieces are written in place, so that neither a device nor the host ever holds a part
-    twice; only where that is slow, the host puts a part together before it is copied.
+    Pieces are written in place, so that neither a device nor the host holds a part
+    twice. If in-place writes are slow, the host collects a part before copying it.
     """
 
     def __init__(
         self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None
     ) -> None:
-        """A `sharding` of None is the default device, which does not bind the array."""
+        """Create the buffers.
+
+        Args:
+          shape: of the whole array.
+          dtype: of the array.
+          sharding: of the array; None is the default device, uncommitted.
+        """
         self._shape, self._dtype, self._sharding = shape, dtype, sharding
         self._buffers: dict[Any, jax.Array] = {}
         self._staged: dict[Region, tuple[np.ndarray, list[int]]] = {}
@@ -113,7 +124,7 @@ class Shards:
             self.devices.setdefault(region, []).append(device)
 
     def write(self, region: Region, piece: Region, values: np.ndarray) -> None:
-        """Puts the values of a piece on the devices that hold the region around it."""
+        """Write a piece to all devices that hold `region`, which contains it."""
         shape = tuple(stop - start for start, stop in region)
         starts = [p[0] - r[0] for p, r in zip(piece, region, strict=True)]
         if self._is_staged and values.shape != shape:
@@ -123,16 +134,16 @@ class Shards:
             values = whole
         for device in self.devices[region]:
             if values.shape == shape:
-                # A copy, always: a JAX array on CPU may otherwise borrow the memory.
+                # Always a copy: a JAX array on a CPU could otherwise share the memory.
                 array = jnp.array(values, self._dtype)
                 if device is not None:
                     array = jax.device_put(array, device)
             else:
-                held = self._buffers.pop(device, None)
-                if held is None:
-                    held = jnp.zeros(shape, self._dtype, device=device)
-                array = _write(held, values, starts)
-            # One after the other, or pieces that wait for their turn fill the memory.
+                buffer = self._buffers.pop(device, None)
+                if buffer is None:
+                    buffer = jnp.zeros(shape, self._dtype, device=device)
+                array = _write(buffer, values, starts)
+            # Wait for each copy: pending pieces would otherwise fill the memory.
             self._buffers[device] = array.block_until_ready()
 
     def _stage(
@@ -142,7 +153,7 @@ class Shards:
         starts: list[int],
         values: np.ndarray,
     ) -> np.ndarray | None:
-        """The whole region, once its last piece is there."""
+        """Collect a piece; return the whole region once its last piece has arrived."""
         if region not in self._staged:
             whole = np.empty(shape, self._dtype)
             self._staged[region] = whole, [whole.size]
@@ -156,7 +167,7 @@ class Shards:
         return whole
 
     def array(self) -> jax.Array:
-        """The array, once all of it is written."""
+        """The complete array; call this after the last `write`."""
         buffers = list(self._buffers.values())
         if self._sharding is None:
             return buffers[0]
@@ -166,14 +177,15 @@ class Shards:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(held: jax.Array, values: jax.Array, starts: list[int]) -> jax.Array:
-    return lax.dynamic_update_slice(held, values, starts)
+def _write(buffer: jax.Array, values: jax.Array, starts: list[int]) -> jax.Array:
+    return lax.dynamic_update_slice(buffer, values, starts)
 
 
 def gathered(array: jax.Array, first: int | None = None) -> np.ndarray:
-    """The array on the host, or its part `first` along its first axis.
+    """Copy an array to the host, or only its part `first` along the first axis.
 
-    Put together from its shards: JAX would keep what it gathers beside the array.
+    The copy is assembled from the shards: `np.asarray` would make JAX keep a second
+    copy of the array.
     """
     shape = array.shape if first is None else array.shape[1:]
     whole = np.empty(shape, array.dtype)

@@ -1,6 +1,6 @@
-"""Stored tensors: where the numbers of a safetensors file lie, read piece by piece.
+"""Stored tensors: locations in safetensors files, from which pieces can be read.
 
-Place on the road: *.safetensors -> [models.stored] -> weights -> parameters.
+Pipeline: *.safetensors -> [models.loading.stored] -> weights -> parameters.
 """
 
 import json
@@ -20,34 +20,34 @@ DTYPES = {
 
 
 class Stored(NamedTuple):
-    """One tensor of a safetensors file, none of it read yet."""
+    """One tensor of a safetensors file; its values have not been read."""
 
     file: pathlib.Path
     name: str
-    dtype: str  # as safetensors calls it; only `DTYPES` can be read
+    dtype: str  # name in safetensors; only `DTYPES` can be read
     shape: tuple[int, ...]
-    start: int  # of its first byte in the file
+    start: int  # offset of its first byte in the file
 
     def view(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Its numbers at an index, read from the file as they are used.
+        """Values at an index, read from the file when they are used.
 
-        Mapped anew at each call: pages that were read count as memory of the process
-        for as long as they are mapped.
+        Each call maps the file again: pages that were read count as memory of the
+        process for as long as they are mapped.
         """
         mapped = np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape)
         return np.asarray(mapped)[index]
 
 
-def tensors(file: pathlib.Path) -> list[Stored]:
-    """The tensors of a safetensors file.
+def read_header(file: pathlib.Path) -> list[Stored]:
+    """All tensors of a safetensors file.
 
     Raises:
-      ValueError: truncated or corrupt.
+      ValueError: the file is truncated or corrupt.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
     try:
-        # The library checks the header, and that its tensors fill the file exactly.
+        # The library checks the header and that the tensors fill the file exactly.
         with safetensors.safe_open(file, framework="numpy"):
             pass
     except safetensors.SafetensorError as error:

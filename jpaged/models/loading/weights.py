@@ -1,6 +1,6 @@
-"""Weights: which tensors of a checkpoint hold which parameters, and the way across.
+"""Weights: which tensors of a checkpoint hold which parameters, and their conversion.
 
-Place on the road: families, stored, decoder -> [models.weights] -> checkpoint.
+Pipeline: families, stored, decoder -> [models.loading.weights] -> checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,29 +12,30 @@ import numpy as np
 from flax import nnx
 
 from jpaged.models.decoder import Decoder
-from jpaged.models.loading import families, placing
-from jpaged.models.loading.families import Path, Tensor
+from jpaged.models.families import FAMILIES
+from jpaged.models.families.family import Path, Tensor
+from jpaged.models.loading import placing
 from jpaged.models.loading.placing import Region, ShardingOf, Shards
 from jpaged.models.loading.stored import Stored
 from jpaged.models.quantize import round_int8
 
 
 class Target(NamedTuple):
-    """One tensor of a checkpoint, with the parameters of a decoder that it holds."""
+    """One tensor of a checkpoint, and the parameters of a decoder that it holds."""
 
     tensor: Tensor
-    modules: tuple[Any, ...]  # that own the parameters
-    names: tuple[str, ...]  # of the parameters in them
+    modules: tuple[Any, ...]  # modules that own the parameters
+    names: tuple[str, ...]  # names of the parameters in these modules
 
     @property
     def params(self) -> list[nnx.Param]:
-        """The parameters, in the order in which they lie in the tensor."""
+        """The parameters, in the order in which the tensor holds them."""
         pairs = zip(self.modules, self.names, strict=True)
         return [getattr(module, name) for module, name in pairs]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape that the tensor has in a checkpoint."""
+        """Shape of the tensor in a checkpoint."""
         skipped = 0 if self.tensor.expert is None else 1
         shapes = [param.shape[skipped:] for param in self.params]
         shape = [*shapes[0][:-1], sum(shape[-1] for shape in shapes)]
@@ -44,11 +45,10 @@ class Target(NamedTuple):
 
 
 def targets(model: Decoder) -> list[Target]:
-    """All tensors that a checkpoint of this decoder has."""
+    """All tensors of a checkpoint of this decoder."""
     config = model.config
     found = []
-    for tensor in families.tensors(
-        config.architecture,
+    for tensor in FAMILIES[config.architecture].tensors(
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         is_tied=config.tie_word_embeddings,
@@ -61,10 +61,10 @@ def targets(model: Decoder) -> list[Target]:
             for owner, name in zip(owners, names, strict=True)
         ):
             found.append(Target(tensor, tuple(owners), names))
-    held = {id(param) for target in found for param in target.params}
+    covered = {id(param) for target in found for param in target.params}
     scales = sum("scale" in path for path, _ in nnx.to_flat_state(nnx.state(model)))
     num_params = len(jax.tree.leaves(nnx.state(model, nnx.Param)))
-    assert len(held) + scales == num_params, (len(held), scales, num_params)
+    assert len(covered) + scales == num_params, (len(covered), scales, num_params)
     return found
 
 
@@ -76,11 +76,11 @@ def _owner(model: Decoder, path: Path) -> Any:
 
 
 class _Part(NamedTuple):
-    """One parameter of a target, and where in the stored tensor it lies."""
+    """One parameter of a target, and its location in the stored tensor."""
 
     target: Target
-    nth: int  # of the target's parameters
-    first: int  # along the tensor's last axis, after `transposed`
+    nth: int  # index among the target's parameters
+    first: int  # offset along the tensor's last axis, after `transposed`
 
     @property
     def param(self) -> nnx.Param:
@@ -88,14 +88,14 @@ class _Part(NamedTuple):
 
     @property
     def order(self) -> list[int]:
-        """Axes of the parameter in the order in which its numbers are stored."""
+        """Axes of the parameter in the order in which they are stored."""
         axes = list(range(len(self.param.shape)))
         if self.target.tensor.transposed:
             axes[-2:] = axes[:-3:-1]
         return axes
 
     def within(self, region: Region) -> Region | None:
-        """What the tensor holds of a region of the parameter: all, or one expert."""
+        """The part of a region of the parameter that the tensor holds, if any."""
         expert = self.target.tensor.expert
         if expert is None:
             return region
@@ -103,7 +103,7 @@ class _Part(NamedTuple):
         return ((expert, expert + 1), *region[1:]) if start <= expert < stop else None
 
     def read(self, stored: Stored, piece: Region, dtype: np.dtype) -> np.ndarray:
-        """The numbers of a piece of the parameter, in its axes, cast."""
+        """Values of a piece of the parameter, in its axes and cast to `dtype`."""
         tensor, shape = self.target.tensor, [stop - start for start, stop in piece]
         index = [slice(*bounds) for bounds in piece]
         start, stop = piece[-1]
@@ -128,19 +128,20 @@ def fill(
     sharding_of: ShardingOf,
     check_finite: bool = False,
 ) -> None:
-    """Reads the parameters of an abstract decoder, cast, and quantised where it is.
+    """Read, cast and, for a quantised config, quantise the parameters of a decoder.
 
     Args:
-      model: whose parameters are shapes; they become arrays.
-      stored: of every tensor that `targets` names, where it is stored.
-      sharding_of: of a parameter's path and shape, where it goes.
-      check_finite: refuse NaN and infinities.
+      model: a decoder whose parameters are abstract; they become arrays.
+      stored: location of the tensor of each of `targets`, by name.
+      sharding_of: see `placing.ShardingOf`.
+      check_finite: raise if a value is NaN or infinite.
 
     Raises:
-      ValueError: numbers that are not finite, where that is asked.
+      ValueError: a value is not finite, with `check_finite`.
     """
     dtype = jnp.dtype(model.config.dtype)
-    # The experts of a layer are many tensors and one parameter, so all are ended last.
+    # One parameter can need many tensors (the experts of a layer), so all arrays are
+    # completed at the end.
     shards: dict[Path, tuple[nnx.Param, Shards]] = {}
 
     def shards_of(path: Path, param: nnx.Param) -> Shards:
@@ -161,7 +162,12 @@ def fill(
                 order = range(scale.ndim)
                 _write(scales, part.within, lambda p, s=scale: s[_index(p)], order)
 
-            def read(piece: Region, part=part, tensor=tensor, scale=scale):
+            def read(
+                piece: Region,
+                part: _Part = part,
+                tensor: Stored = tensor,
+                scale: np.ndarray | None = scale,
+            ) -> np.ndarray:
                 values = part.read(tensor, piece, dtype)
                 if check_finite and not np.isfinite(values).all():
                     raise ValueError(
@@ -189,11 +195,11 @@ def _write(
     read: Callable[[Region], np.ndarray],
     order: Sequence[int],
 ) -> None:
-    """Fills shards, or what lies `within` a tensor, with what is read of each piece."""
+    """Write to the shards what `read` returns for each piece `within` the tensor."""
     for region in shards.devices:
-        held = within(region)
-        if held is not None:
-            for piece in placing.pieces(held, order):
+        available = within(region)
+        if available is not None:
+            for piece in placing.pieces(available, order):
                 shards.write(region, piece, read(piece))
 
 
@@ -202,9 +208,10 @@ def _index(piece: Region) -> tuple[slice, ...]:
 
 
 def _channel_scale(part: _Part, stored: Stored, dtype: np.dtype) -> np.ndarray:
-    """Scales f32[..., out] of a parameter [..., in, out], of its tensor's part of it.
+    """Scales f32[..., out] of the tensor's part of a parameter [..., in, out].
 
-    Read ahead of the weights, since an axis that is split or cut has one scale.
+    This is a separate pass before the weights are read, because the rows that share a
+    scale can be in different pieces and on different devices.
     """
     shape = tuple(part.param.shape)
     largest = np.zeros((*shape[:-2], shape[-1]), np.float32)
@@ -217,8 +224,8 @@ def _channel_scale(part: _Part, stored: Stored, dtype: np.dtype) -> np.ndarray:
     return largest / np.float32(127)
 
 
-def joined(target: Target, dtype: str) -> np.ndarray:
-    """What a checkpoint stores for the parameters of a target."""
+def stored_array(target: Target, dtype: str) -> np.ndarray:
+    """The tensor that a checkpoint stores for the parameters of a target."""
     tensor = target.tensor
     parts = []
     for param in target.params:

@@ -1,10 +1,10 @@
-"""Writes families.json: what transformers computes for a small model of each family.
+"""Write families.json: results of transformers for a small model of each family.
 
     python -m tests.support.golden.make_families [CASE ...]
 
-Needs torch and transformers. Each case holds the config.json that transformers wrote,
+Needs torch and transformers. Each case has the config.json that transformers writes,
 the names and shapes of its tensors, and results of a float64 forward pass. The weights
-are not stored: `checkpoints.py` makes the same ones everywhere.
+are not stored: `checkpoints.py` generates the same ones on every machine.
 """
 
 import json
@@ -21,21 +21,22 @@ from tests.support.models import (  # noqa: E402
 
 PROMPT_LENGTHS = (1, 5, 50)
 NUM_GREEDY = 32
-STRIDE = 4  # of the logits that are kept
-# Float32 errs by 1e-6 of the largest logit; a smaller gap could change a greedy token.
-SMALLEST_GAP = 1e-4
-MOST_SEEDS = 20
-LEAST_TOKENS = 6  # that are different, of a greedy continuation
+STRIDE = 4  # every 4th logit is stored
+# Smallest accepted gap between the two best logits, relative to the largest logit. The
+# float32 error is 1e-6, so that it cannot change a greedy token.
+MIN_GAP = 1e-4
+MAX_SEEDS = 20
+MIN_DISTINCT_TOKENS = 6  # in a greedy continuation
 
 
 def prompt(length: int) -> list[int]:
-    """Tokens that do not repeat early: powers of 3 modulo the prime 127."""
+    """Tokens with a long period: powers of 3 modulo the prime 127."""
     return [pow(3, i + 1, 127) for i in range(length)]
 
 
 def saved_by_transformers(name: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """config.json of a case, and the names and shapes of its tensors."""
-    # Here and not above: pytest looks for doctests in this file too, everywhere.
+    # Imported here because pytest imports this file to look for doctests.
     import safetensors.numpy
     import transformers
 
@@ -50,7 +51,7 @@ def saved_by_transformers(name: str) -> tuple[dict[str, Any], dict[str, list[int
 
 
 def case(name: str, seed: int) -> dict[str, Any] | None:
-    """Logits after prompts and greedy continuations; None where those say little."""
+    """Results for a seed; None if the greedy continuations have ties or repeat."""
     import torch
     import transformers
 
@@ -74,11 +75,11 @@ def case(name: str, seed: int) -> dict[str, Any] | None:
         for _ in range(NUM_GREEDY):
             logits = last_logits(tokens)
             (first, second), _ = torch.topk(logits, 2)
-            if first - second < SMALLEST_GAP * logits.abs().max():
+            if first - second < MIN_GAP * logits.abs().max():
                 return None
             tokens.append(int(logits.argmax()))
         greedy.append(tokens[len(start) :])
-        if len(set(greedy[-1])) < LEAST_TOKENS:
+        if len(set(greedy[-1])) < MIN_DISTINCT_TOKENS:
             return None
     return {
         "transformers": transformers.__version__,
@@ -98,7 +99,7 @@ if __name__ == "__main__":
     file = HERE / "families.json"
     golden = json.loads(file.read_text("utf-8")) if sys.argv[1:] else {}
     for name in sys.argv[1:] or families.CASES:
-        found = (case(name, seed) for seed in range(MOST_SEEDS))
+        found = (case(name, seed) for seed in range(MAX_SEEDS))
         golden[name] = next(result for result in found if result is not None)
         print(name, "seed", golden[name]["seed"], flush=True)
     file.write_text(json.dumps(golden) + "\n", "utf-8")

@@ -1,9 +1,9 @@
-"""Writes models.json: what transformers computes for the checkpoints of the tests.
+"""Write models.json: results of transformers for the cases of `checkpoints.py`.
 
     python -m tests.support.golden.make_models
 
-Needs torch and transformers. The weights are not stored: `checkpoints.py` makes the
-same ones everywhere. Logits are those of a float64 forward pass.
+Needs torch and transformers. The weights are not stored: `checkpoints.py` generates the
+same ones on every machine. Logits are those of a float64 forward pass.
 """
 
 import json
@@ -19,13 +19,13 @@ NUM_GREEDY = 32
 
 
 def prompt(length: int) -> list[int]:
-    """Tokens that do not repeat early: powers of 3 modulo the prime 127."""
+    """Tokens with a long period: powers of 3 modulo the prime 127."""
     return [pow(3, i + 1, 127) for i in range(length)]
 
 
 def case(name: str) -> dict[str, Any]:
-    """Prompts with the logits after their last token, and a greedy continuation."""
-    # Here and not above: pytest looks for doctests in this file too, everywhere.
+    """Logits after the last token of each prompt, and a greedy continuation."""
+    # Imported here because pytest imports this file to look for doctests.
     import torch
     import transformers
 

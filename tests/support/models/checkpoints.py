@@ -1,7 +1,7 @@
-"""Small checkpoints in Hugging Face layout, made by numpy alone, the same everywhere.
+"""Small checkpoints in Hugging Face layout, the same on every machine.
 
-`load_model(write_tiny_llama(tmp_path))` gives a model whose logits differ clearly
-from token to token, so that greedy decoding has no ties.
+`load_model(write_tiny_llama(tmp_path))` returns a model whose logits differ clearly
+between tokens, so that greedy decoding has no ties. The weights need only numpy.
 """
 
 import json
@@ -59,11 +59,11 @@ LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    # Short, so that the wavelengths of 8 pairs fall on both sides and between.
+    # Short, so that some of the 8 wavelengths are kept, some stretched, some between.
     "original_max_position_embeddings": 32,
 }
 
-# Every shape of the two families that tests walk through.
+# Variants of the two families.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -87,7 +87,7 @@ def write_tiny_llama(
 ) -> pathlib.Path:
     """Folder with a random Llama: vocabulary 128, hidden 64, 2 layers, 4 and 2 heads.
 
-    `overrides` replace values of config.json, whose names they carry.
+    `overrides` replace entries of config.json.
     """
     config = LLAMA | overrides
     return _write(pathlib.Path(path), config, llama_shapes(config), seed, dtype)
@@ -109,12 +109,12 @@ def write_case(path: str | pathlib.Path, name: str, **options: Any) -> pathlib.P
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a folder with one file."""
+    """The tensors of a folder with a single weights file."""
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
 def write_tensors(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Replaces the weights of a folder."""
+    """Replace the weights of a folder."""
     safetensors.numpy.save_file(
         {name: np.ascontiguousarray(array) for name, array in tensors.items()},
         folder / "model.safetensors",
@@ -123,7 +123,7 @@ def write_tensors(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def shard(folder: pathlib.Path, num_shards: int) -> None:
-    """Splits the weights of a folder over several files and an index."""
+    """Split the weights of a folder into several files with an index."""
     tensors = read_tensors(folder)
     (folder / "model.safetensors").unlink()
     weight_map = {}
@@ -137,7 +137,7 @@ def shard(folder: pathlib.Path, num_shards: int) -> None:
 
 
 def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that transformers gives a Llama's tensors."""
+    """Names and shapes of a Llama's tensors in transformers."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     q_size = config["num_attention_heads"] * config["head_dim"]
     kv_size = config["num_key_value_heads"] * config["head_dim"]
@@ -168,7 +168,7 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def opt_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that transformers gives an OPT's tensors."""
+    """Names and shapes of an OPT's tensors in transformers."""
     hidden, inner = config["hidden_size"], config["ffn_dim"]
     width, vocab = config["word_embed_proj_dim"], config["vocab_size"]
     top = "model.decoder."
@@ -220,16 +220,16 @@ def _write(
     is_gemma = config["model_type"].startswith("gemma")
     tensors = {}
     for name, shape in shapes.items():
-        # Uniform numbers come straight from the bits, so that no change of numpy's
-        # normal distribution can change the stored logits.
+        # Uniform numbers are computed directly from random bits: a new version of numpy
+        # can change normal numbers, and with them the stored logits.
         noise = rng.random(shape) * 2 - 1
         is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
-        is_norm &= not is_gemma  # 1 is added to theirs
-        # With larger embeddings a tied model only repeats its last token.
+        is_norm &= not is_gemma  # Gemma multiplies by 1 + weight
+        # With larger embeddings, a tied model would only repeat its last token.
         is_position = "embed_positions" in name or "wpe" in name
         scale = 1.0 if is_position else 0.3
         if is_gemma and "embed" in name:
-            scale = 0.05  # times the root of the hidden size
+            scale = 0.05  # the decoder multiplies it by hidden_size ** 0.5
         tensors[name] = (is_norm + scale * noise).astype(DTYPES[dtype])
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, tensors)

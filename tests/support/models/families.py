@@ -1,7 +1,8 @@
-"""Every family's small shapes, as configs of transformers: what the parity tests walk.
+"""Small configs of every family, as arguments of transformers, for the parity tests.
 
-`CASES` are names with what differs from the family's `SIZES`. All windows and trained
-lengths are short, so that prompts of 50 tokens reach beyond them.
+`SIZES` has the config of each family by model_type. `CASES` has, by name, a model_type
+and changes to its config. All windows and trained lengths are shorter than the prompts
+of 50 tokens. The last case of each family also runs in the engine (`PAGED`).
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _GATED
     | {"num_experts_per_tok": 2, "num_experts": 6, "moe_intermediate_size": 24},
     "gemma": _GATED,
-    # Caps low enough to bend these small logits and scores.
+    # The caps are low enough to affect these small logits and scores.
     "gemma2": _GATED
     | _ALTERNATING
     | {
@@ -109,7 +110,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "llama_yarn": ("llama", {"rope_parameters": YARN}),
     "llama_yarn_mscale": (
         "llama",
         {
@@ -118,8 +118,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama_llama3": ("llama", {"head_dim": 32, "rope_parameters": LLAMA3}),
-    "mistral": ("mistral", {}),
+    "llama_yarn": ("llama", {"rope_parameters": YARN}),
     "mistral_without_window": ("mistral", {"sliding_window": None}),
+    "mistral": ("mistral", {}),
     "mixtral": ("mixtral", {}),
     "mixtral_window": ("mixtral", {"sliding_window": 8}),
     "qwen2": ("qwen2", {}),
@@ -170,15 +171,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": ("gpt_oss", {}),
     "opt": ("opt", {}),
+    "opt_without_biases": ("opt", {"enable_bias": False}),
     "opt_350m_shape": (
         "opt",
         {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
     ),
-    "opt_without_biases": ("opt", {"enable_bias": False}),
     "gpt2": ("gpt2", {}),
 }
 
 
 def has_experts(kind: str) -> bool:
-    """Whether a family has experts, which transformers multiplies by several ways."""
-    return kind in ("mixtral", "qwen3_moe", "gpt_oss")
+    """Whether a family has experts; transformers has several products for them."""
+    return "num_experts_per_tok" in SIZES[kind]

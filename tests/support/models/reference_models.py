@@ -1,7 +1,7 @@
-"""Llama and OPT as a reader of the papers would write them: float64 numpy, by hand.
+"""Reference implementations of Llama and OPT in float64 numpy.
 
-Written from the formulas and the tensor names alone; one token attends at a time,
-heads and rotations are loops. Shares nothing with the package.
+Written from the formulas and the tensor names alone, with loops over tokens and heads.
+Shares no code with the package.
 """
 
 import json
@@ -16,14 +16,14 @@ Weights = dict[str, np.ndarray]
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """Largest difference over the largest magnitude of the reference."""
+    """Largest difference, relative to the largest magnitude of the reference."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, (got.shape, want.shape)
     return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
 
 
 def reference_logits(folder: pathlib.Path, tokens: list[int]) -> np.ndarray:
-    """Logits f64[T, V] of a checkpoint folder for one sequence."""
+    """Logits f64[T, V] of one sequence, for a checkpoint folder."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     stored = safetensors.numpy.load_file(folder / "model.safetensors")
     weights = {name: array.astype(np.float64) for name, array in stored.items()}
@@ -31,7 +31,7 @@ def reference_logits(folder: pathlib.Path, tokens: list[int]) -> np.ndarray:
 
 
 def forward(config: dict[str, Any], weights: Weights, tokens: list[int]) -> np.ndarray:
-    """Logits f64[T, V] for one sequence."""
+    """Logits f64[T, V] of one sequence."""
     family = {"llama": llama, "opt": opt}[config["model_type"]]
     return family(config, weights, tokens)
 
@@ -112,7 +112,7 @@ def split_heads(x: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, num_heads: int) -> np.ndarray:
-    """[T, H, D] -> [T, H * D], one token and one head at a time."""
+    """Causal attention [T, H, D] -> [T, H * D], with loops over tokens and heads."""
     num_kv_heads, head_dim = k.shape[1:]
     rows = []
     for t in range(len(q)):
@@ -127,16 +127,18 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, num_heads: int) -> np.nd
 
 
 def rotate_all(x: np.ndarray, thetas: list[float]) -> np.ndarray:
-    """Dimensions i and i + D / 2 of each head as one complex number, times e^(i t)."""
+    """Rotate dimensions i and i + D / 2 as one complex number, times e^(i t)."""
     half = len(thetas)
-    turns = np.exp(1j * np.outer(np.arange(len(x)), thetas))[:, None, :]
-    turned = (x[..., :half] + 1j * x[..., half:]) * turns
-    return np.concatenate([turned.real, turned.imag], -1)
+    rotations = np.exp(1j * np.outer(np.arange(len(x)), thetas))[:, None, :]
+    rotated = (x[..., :half] + 1j * x[..., half:]) * rotations
+    return np.concatenate([rotated.real, rotated.imag], -1)
 
 
 def rotary_frequencies(config: dict[str, Any]) -> list[float]:
-    """Angle per position of each pair, with Llama 3.1's scaling as its authors wrote
-    it (https://github.com/meta-llama/llama-models, apply_scaling)."""
+    """Angle per position of each pair of dimensions, with Llama 3.1's scaling.
+
+    Source: https://github.com/meta-llama/llama-models, apply_scaling.
+    """
     head_dim, base = config["head_dim"], config["rope_theta"]
     freqs = [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     scaling = config.get("rope_scaling")

@@ -1,22 +1,27 @@
-"""Rotary settings of a config.json, read in both styles and written in the older one.
+"""Rotary settings of a config.json: read in both styles, written in the older one.
 
-Place on the road: config.json -> [models.hf_rope] -> ModelConfig.
+Pipeline: config.json -> [models.families.rope] -> ModelConfig.
 
-Before transformers 5 a config has `rope_theta` beside `rope_scaling`; since, one object
-`rope_parameters` holds both, for Gemma 3 one of each kind of layer.
+transformers 4 writes `rope_theta` and `rope_scaling`. transformers 5 writes one object
+`rope_parameters` for both; for Gemma 3, one object for each kind of layer.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-_WANTED = {
+from jpaged.models.families.fields import required
+
+# Required entries of each rope type.
+_REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": (),
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+# Types whose trained length is, by default, the whole length.
+_TRAINED = ("yarn", "longrope")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -27,23 +32,23 @@ def read_rope(
     may_be_partial: bool = False,
     aliases: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rotary_dim of a ModelConfig.
+    """The fields rope_theta, rope_scaling and rotary_dim of a ModelConfig.
 
     Args:
-      hf: config.json; its `rope_theta` is the class's own where the file is silent.
-      head_dim: of the model.
-      may_be_partial: the class turns only a part of each head where told so.
-      aliases: names that this class alone gives to rope types.
+      hf: config.json, including the defaults of its class.
+      head_dim: size of a head.
+      may_be_partial: whether this class supports `partial_rotary_factor`.
+      aliases: additional names of rope types in this class.
 
     Raises:
-      ValueError: an unknown rope type, or one that lacks its values.
+      ValueError: the rope type is unknown, or values are missing.
     """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     _check_object(rope)
     if any(name in rope for name in _LAYER_TYPES):
         raise ValueError(
-            "rope_parameters: expected one object for all layers, got one for each "
-            f"of {sorted(rope)}, which {hf.get('model_type')!r} does not have"
+            "rope_parameters: expected one object for all layers of a "
+            f"{hf.get('model_type')!r} model, got one for each of {sorted(rope)}"
         )
     fields = _read_one(rope, hf, aliases or {})
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
@@ -55,8 +60,8 @@ def read_rope(
 
 
 def read_two_ropes(hf: Mapping[str, Any], *, head_dim: int) -> dict[str, Any]:
-    """The same for Gemma 3, whose sliding layers have a base of their own."""
-    del head_dim  # every dimension turns
+    """The same for Gemma 3, whose layers with a window have their own base."""
+    del head_dim  # all dimensions are rotated
     nested = hf.get("rope_parameters") or {}
     _check_object(nested)
     local = dict(nested.get("sliding_attention") or {})
@@ -80,24 +85,24 @@ def _read_one(
     fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": None}
     if kind == "default":
         return fields
-    if kind not in _WANTED:
+    if kind not in _REQUIRED:
         raise ValueError(
-            f"rope type: expected 'default' or one of {sorted(_WANTED)}, got {kind!r}"
+            f"rope type: expected 'default' or one of {sorted(_REQUIRED)}, got {kind!r}"
         )
-    positions = hf.get("max_position_embeddings")
-    original = (
+    original: int = (
         hf.get("original_max_position_embeddings")
         or rope.get("original_max_position_embeddings")
-        or (positions if kind in ("yarn", "longrope") else None)
+        or (hf.get("max_position_embeddings") if kind in _TRAINED else None)
+        or 0
     )
-    missing = [name for name in _WANTED[kind] if rope.get(name) is None]
-    if original is None and kind in ("llama3", "yarn", "longrope"):
+    missing = [name for name in _REQUIRED[kind] if rope.get(name) is None]
+    if not original and kind in ("llama3", *_TRAINED):
         missing.append("original_max_position_embeddings")
     if missing:
-        raise ValueError(f"rope type {kind!r}: expected values for {missing}")
+        raise ValueError(f"rope type {kind!r}: expected values for {missing}, got none")
     factor = rope.get("factor")
     if factor is None:
-        factor = positions / original
+        factor = required(hf, "max_position_embeddings") / original
     scaling: dict[str, Any] = {"kind": kind, "factor": factor}
     if kind in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = original
@@ -125,7 +130,7 @@ def _read_one(
 def _attention_factor(
     kind: str, factor: float, original: int, rope: Mapping[str, Any]
 ) -> float:
-    """What cosines and sines are multiplied with where the config does not say.
+    """Factor of cosines and sines for a config that does not contain one.
 
     Source: YaRN, https://arxiv.org/abs/2309.00071, section 3.4; LongRoPE,
     https://arxiv.org/abs/2402.13753, appendix.
@@ -144,7 +149,7 @@ def _attention_factor(
 
 
 def write_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a config.json, in the style before transformers 5."""
+    """The entries of config.json, in the style of transformers 4."""
     entries: dict[str, Any] = {"rope_theta": fields["rope_theta"], "rope_scaling": None}
     if fields["rotary_dim"] is not None:
         entries["partial_rotary_factor"] = fields["rotary_dim"] / fields["head_dim"]
@@ -170,7 +175,7 @@ def write_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "longrope":
         rope["short_factor"] = list(scaling["short_factors"])
         rope["long_factor"] = list(scaling["long_factors"])
-        # transformers 4 reads it here, and transformers 5 takes this one first.
+        # transformers 4 reads it here, and transformers 5 prefers this entry.
         entries["original_max_position_embeddings"] = rope.pop(
             "original_max_position_embeddings"
         )

@@ -126,7 +126,7 @@ def is_idle(llm):
     """Whether no sequence is left in the engine."""
     host = llm._host
     assert llm.stats()["num_free_blocks"] == llm.config.num_blocks
-    return host.num_empty == llm.config.max_num_requests and llm._batch.num_open == 0
+    return host.num_empty == llm.config.max_num_requests and llm._batcher.num_open == 0
 
 
 # What is generated
@@ -514,7 +514,7 @@ def test_a_stream_that_ends_early_leaves_nothing_behind(llm, monkeypatch):
     monkeypatch.setattr(batcher, "STREAM_S", 0.0)
     stream = llm.stream([[5, 6]] * 3, dataclasses.replace(GREEDY, max_tokens=50))
     next(stream)
-    assert llm._batch.num_open == 3
+    assert llm._batcher.num_open == 3
     stream.close()
     assert is_idle(llm)
     llm.stream([5, 6], GREEDY)  # never iterated

@@ -685,7 +685,7 @@ def test_times_are_those_of_a_clock_on_which_every_step_takes_a_second(
     folder, monkeypatch
 ):
     llm = LLM(folder, **SIZES)
-    host, run = llm._host, llm._host._run
+    host, run = llm._host, llm._host.runner._run
     now = [100.0]
     host.clock = lambda: now[0]
 

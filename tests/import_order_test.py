@@ -22,10 +22,12 @@ LAYERS = {
     "arithmetic":        [],
     "compat":            [],
     "compilation_cache": ["compat"],
+    # checks of argument values; host only
+    "validation":        [],
     # scores of arrays: who is admitted first
     "policies":          [],
     "config":            ["compat", "policies"],
-    "params":            ["compat", "config"],
+    "params":            ["compat", "config", "validation"],
     "outputs":           [],
     # meshes and processes
     "parallel":          ["compat", "config"],
@@ -47,16 +49,16 @@ LAYERS = {
     "attention":         ["compat", "config", "kv", "pages", "xla", "pallas", "triton"],
     "models":            ["compat", "config", "parallel", "kv", "attention"],
     # logits in, tokens and parents out: never sees a block
-    "decoding":          ["compat"],
+    "decoding":          ["compat", "params"],
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
     # the engine's state, its step and its loop: pure functions
     "engine":            ["compat", "policies", "config", "params", "parallel", "kv",
                           "scheduler", "attention", "models", "decoding"],
     # the host side: requests of all callers, clock, statistics
-    "serving":           ["config", "params", "outputs", "parallel", "text", "kv",
-                          "scheduler", "pages", "attention", "models", "decoding",
-                          "structured", "engine"],
+    "serving":           ["validation", "policies", "config", "params", "outputs",
+                          "parallel", "text", "kv", "scheduler", "pages", "attention",
+                          "models", "decoding", "structured", "engine"],
     "llm":               ["config", "policies", "params", "outputs",
                           "compilation_cache", "text", "parallel", "models", "engine",
                           "serving"],

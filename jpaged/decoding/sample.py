@@ -29,8 +29,8 @@ from jpaged.decoding.transforms import (
     grouped,
     leading,
 )
+from jpaged.params import GREEDY_BELOW
 
-GREEDY_BELOW = 1e-5  # temperatures below it mean greedy
 GROUP_SIZE = 128  # vocabulary entries per group
 
 

@@ -117,5 +117,5 @@ def test_a_planted_fault_in_the_groups_is_found(model, monkeypatch):
 def test_the_reference_serves_it_and_what_is_no_choice_is_refused(model):
     sizes = dict(num_blocks=8, max_num_seqs=2, max_model_len=32)
     LLM(model, cascade=True, attention="reference", **sizes)
-    with pytest.raises(ValueError, match="cascade: wanted True or False, got 1"):
+    with pytest.raises(ValueError, match="cascade: expected True or False, got 1"):
         LLM(model, cascade=1, **sizes)

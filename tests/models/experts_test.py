@@ -191,5 +191,5 @@ def test_a_quantised_model_is_not_saved_and_unknown_quantisations_are_refused(tm
         save_model(tiny_llm("int8").model, tmp_path)
     with pytest.raises(ValueError, match=r"quantization: expected None or .*'awq"):
         load_model(tmp_path, quantization="awq")
-    with pytest.raises(ValueError, match=r"quantization: wanted the Decoder's own"):
+    with pytest.raises(ValueError, match=r"quantization: expected the Decoder's own"):
         LLM(tiny_llm(None).model, quantization="int8")

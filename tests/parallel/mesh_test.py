@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused_with_what_would_work(found):
         for part in parts:
             assert part in refusals[key]
     refusal = found["llama"]["llm_refusal"]
-    assert "mesh: wanted the one that the Decoder lies on, which has 8 dev" in refusal
+    assert "mesh: expected the mesh of the Decoder, which is on 8 dev" in refusal
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, True, "2"])

@@ -199,16 +199,16 @@ def test_without_a_tokenizer_or_eos_there_is_no_constraint():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "wanted exactly one of regex, choice and json, got none"),
+        ({}, "expected exactly one of regex, choice and json, got none"),
         ({"regex": "a", "choice": ["b"]}, "exactly one .* got regex and choice"),
-        ({"regex": 3}, r"regex: wanted a string, got 3 \(int\)"),
-        ({"regex": "\ud800"}, "regex: wanted text without lone surrogates"),
-        ({"choice": "abc"}, "choice: wanted a sequence of strings, got 'abc'"),
-        ({"choice": []}, "choice: wanted at least one string"),
-        ({"choice": ["a", ""]}, r"choice\[1\]: wanted a string that is not empty"),
-        ({"json": "{"}, "json: wanted a JSON schema, got '{', which is no JSON"),
-        ({"json": {"const": {1, 2}}}, "json: wanted a JSON schema, .*no JSON"),
-        ({"json": "[1]"}, "json: wanted a JSON schema: a dict"),
+        ({"regex": 3}, r"regex: expected a string, got 3 \(int\)"),
+        ({"regex": "\ud800"}, "regex: expected text without lone surrogates"),
+        ({"choice": "abc"}, "choice: expected a sequence of strings, got 'abc'"),
+        ({"choice": []}, "choice: expected at least one string"),
+        ({"choice": ["a", ""]}, r"choice\[1\]: expected a string that is not empty"),
+        ({"json": "{"}, "json: expected a JSON schema, got '{', which is not JSON"),
+        ({"json": {"const": {1, 2}}}, "json: expected a JSON schema, .*not JSON"),
+        ({"json": "[1]"}, "json: expected a JSON schema: a dict"),
     ],
 )
 def test_parameters_that_say_nothing_clear_are_refused(values, message):
@@ -223,7 +223,7 @@ def test_both_kinds_of_requests_take_structured_outputs_and_nothing_else():
     beams = BeamSearchParams(2, max_tokens=4, structured_outputs=params)
     assert beams.structured_outputs is params
     for make in (SamplingParams, lambda **kw: BeamSearchParams(2, max_tokens=4, **kw)):
-        with pytest.raises(ValueError, match="structured_outputs: wanted StructuredO"):
+        with pytest.raises(ValueError, match="structured_outputs: expected Structured"):
             make(structured_outputs={"regex": "a"})
 
 

@@ -87,7 +87,7 @@ def is_idle(llm: LLM) -> bool:
     host = llm._host
     assert host is not None
     table_size = llm.config.max_num_requests - len(host.pinned)
-    return host.num_empty == table_size and llm._batch.num_open == 0
+    return host.num_empty == table_size and llm._batcher.num_open == 0
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from jpaged.params import (
     StructuredOutputsParams,
 )
 from tests.engine.algorithms_test import race
-from tests.llm.llm_test import EOS, VOCAB_SIZE, write_folder
+from tests.support.tiny_llm import EOS, VOCAB_SIZE, write_folder
 
 MAX_LEN = 64
 SIZES = dict(

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -269,8 +270,11 @@ def _num_programs() -> int:
 
 
 def _placed_like(array: jax.Array, value: np.ndarray) -> jax.Array:
-    """Return `value` with the shape, the dtype and the sharding of `array`."""
+    """Return `value` with the shape, the dtype and the placement of `array`."""
     value = np.asarray(value).astype(array.dtype).reshape(array.shape)
+    if not array.committed:
+        # A committed array would compile the engine's program again.
+        return jnp.asarray(value)
     return jax.make_array_from_callback(
         array.shape, array.sharding, lambda index: value[index]
     )

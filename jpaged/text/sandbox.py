@@ -100,7 +100,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a function; checks string methods whose results can be large."""
-        owner = getattr(called, "__self__", None)
+        # The sandbox wraps `str.format`.
+        method = getattr(called, "__wrapped__", called)
+        owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             _check_text_method(called.__name__, owner, args, kwargs)
         return super().call(context, called, *args, **kwargs)

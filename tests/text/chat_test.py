@@ -8,12 +8,14 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from jpaged import LLM, SamplingParams
 from jpaged.models.loading.bundled import bundled_path
 from jpaged.text import sandbox
 from jpaged.text.chat import ChatTemplates, render
 from jpaged.text.tokenizer import Tokenizer
+from tests.support.tiny_llm import SIZES, byte_tokenizer, write_folder
 
 pytestmark = pytest.mark.long
 
@@ -296,8 +298,15 @@ def test_a_missing_template_and_an_invalid_file_raise_errors(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def llm():
-    with LLM("tiny-python", max_num_seqs=2, max_model_len=128) as llm:
+def llm(tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("models") / "tiny")
+    backend = byte_tokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENS), "utf-8")
+    with LLM(folder, **SIZES) as llm:
         yield llm
 
 
@@ -311,7 +320,7 @@ def test_chat_generates_from_the_rendered_messages_with_one_bos(llm):
     params = SamplingParams(temperature=0.0, max_tokens=5)
     chats = [[{"role": "user", "content": text}] for text in ("add", "sort a list")]
     first, second = llm.chat(chats, params, chat_template=TEMPLATE)
-    bos = llm.tokenizer.backend.token_to_id("<|bos|>")
+    bos = llm.tokenizer.backend.token_to_id("<s>")
     assert first.prompt_token_ids.count(bos) == 1
     assert first.prompt_token_ids[0] == bos
     text = "# user: add\ndef "
@@ -330,7 +339,7 @@ def test_chat_without_a_template_or_a_tokenizer_is_refused(llm):
     with pytest.raises(ValueError, match="messages: expected a list"):
         llm.chat("hello", chat_template=TEMPLATE)
     with (
-        LLM(llm.model, max_num_seqs=2, max_model_len=64) as bare,
+        LLM(llm.model, **SIZES) as bare,
         pytest.raises(ValueError, match="messages: expected a model with a tokenizer"),
     ):
         bare.chat([{"role": "user", "content": "x"}], chat_template=TEMPLATE)

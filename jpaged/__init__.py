@@ -1,10 +1,12 @@
 """jpaged: the PagedAttention system as pure functions on arrays.
 
-The road that data takes, and the modules along it:
+The life of a request, and the packages that it passes through:
 
-  requests -> scheduler -> block_manager -> step_inputs -> models -> attention -> logits
-      ^                                                                            |
-      '---- llm <- engine <- block_manager (fork, free) <- (tokens, parents) <- decoding
+  requests -> scheduler -> kv.block_manager -> step inputs -> models -> attention
+      ^                                                                     |
+      |                                                                  logits
+      |                                                                     v
+      '---- llm <- engine <- kv.block_manager (fork, free) <- tokens <- decoding
 
     from jpaged import LLM, SamplingParams
 
@@ -28,11 +30,11 @@ from jpaged.params import AlgorithmParams as AlgorithmParams
 from jpaged.params import BeamSearchParams as BeamSearchParams
 from jpaged.params import SamplingParams as SamplingParams
 from jpaged.params import StructuredOutputsParams as StructuredOutputsParams
-from jpaged.serving.jobs import Delta as Delta
 from jpaged.serving.live import Request as Request
 from jpaged.serving.metrics import Event as Event
 from jpaged.serving.metrics import StepRecord as StepRecord
 from jpaged.serving.prefix import Prefix as Prefix
+from jpaged.serving.request_state import Delta as Delta
 
 __all__ = [
     "LLM",

@@ -1,17 +1,14 @@
-"""LLM: the host shell. Prompts in, text out; the clock, progress and statistics.
+"""LLM: the public class. Prompts in, text out, and statistics.
 
-Place on the road: user -> [llm] -> engine -> [llm] -> user. Names and meanings are
-vLLM's where it has them. Everything that happens per token happens in `engine`.
+Pipeline: user -> [llm] -> serving -> engine, and back. Names and meanings follow vLLM
+where it has them. This module only forwards: `serving.construction` creates the parts,
+`serving.intake` checks requests, `serving.batcher` runs them.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import (
     AsyncGenerator,
     Callable,
@@ -22,108 +19,111 @@ from collections.abc import (
 )
 from typing import Any, Literal
 
-from tqdm import tqdm
+from jax.sharding import Mesh
 
 from jpaged import compilation_cache
 from jpaged.config import EngineConfig
-from jpaged.engine import limits
 from jpaged.engine.limits import Params
 from jpaged.models import scoring
 from jpaged.models.decoder import Decoder
 from jpaged.models.scoring import Perplexity, Score
 from jpaged.outputs import RequestOutput
-from jpaged.params import BeamSearchParams, SamplingParams
 from jpaged.policies import Policy
-from jpaged.serving import intake, memory, metrics, options
-from jpaged.serving.batcher import Batch
+from jpaged.serving import construction, memory, stats
+from jpaged.serving.collect import collect_outputs
 from jpaged.serving.engine_host import EngineHost
-from jpaged.serving.jobs import Delta as Delta
-from jpaged.serving.jobs import Job, News
+from jpaged.serving.intake import Intake
 from jpaged.serving.live import Request
 from jpaged.serving.metrics import StepRecord
+from jpaged.serving.options import LLMOptions
 from jpaged.serving.prefix import Prefix
-from jpaged.text import chat as conversations
+from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
+from jpaged.text import chat
+from jpaged.text import prompts as text_prompts
 from jpaged.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 
-# What the engine keeps of its last steps between two looks of the host.
-NUM_RECORDED_EVENTS = 4096
-NUM_RECORDED_STEPS = 1024
-
-
 class LLM:
-    """A language model that writes: weights, tokenizer, KV pool and engine.
+    """A language model that generates text: weights, tokenizer, KV pool and engine.
 
     Args:
       model: folder in Hugging Face layout; a hub id ("org/name" or "hf://org/name");
-        the name of a bundled model; "random:" and the name of a shape, see
+        the name of a bundled model; "random:" followed by the name of a shape, see
         `models.shapes`; or a Decoder.
-      dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's, and float32
-        on a CPU.
-      kv_dtype: of keys and values in the pool; "auto" is the model's. "int8" and "fp8"
-        hold them in 8 bits, with a float32 scale for each token and head.
+      dtype: "float32", "bfloat16" or "float16"; "auto" is the checkpoint's dtype, and
+        float32 on a CPU.
+      kv_dtype: dtype of keys and values in the pool; "auto" is the model's. "int8" and
+        "fp8" store 8 bits per number, with a float32 scale per token and head.
       block_size: tokens per KV block.
-      num_blocks: blocks of the pool, of each replica's where there are several. None
-        takes what `max_num_seqs` sequences of `max_model_len` tokens can fill, as far
-        as it fits into `memory_fraction` of the device's free memory; on a CPU also at
-        most 1 GiB, or the model's own size where that is more.
+      num_blocks: blocks of the pool, per replica. None is what `max_num_seqs` sequences
+        of `max_model_len` tokens can fill, limited to `memory_fraction` of the device's
+        free memory; on a CPU also limited to 1 GiB, or to the model's own size if that
+        is more.
       memory_fraction: see `num_blocks`.
-      max_num_seqs: sequences that run at the same time, in each replica; others wait.
-      max_model_len: tokens of prompt and output together. None is the model's
-        longest, as far as one such sequence fits into the pool.
-      max_num_batched_tokens: tokens of one step, prompt chunks and decode together.
-      enable_prefix_caching: keep the blocks of ended requests while there is room, for
-        prompts that begin alike; they are mapped and not computed again. After a
-        change of the model's weights call `reset_prefix_cache`.
-      preemption: when blocks run out, the latest requests give theirs back:
-        "recompute" computes them again later; "swap" copies them to the host's memory
-        and back, as far as there is room, and admits nobody meanwhile.
-      num_swap_blocks: blocks in the host's memory, with preemption="swap".
-      policy: which waiting request is admitted first: "fcfs"; "priority": smaller
-        `SamplingParams.priority` first; "shortest_prompt"; "longest_prefix": most of
-        its prompt cached; or a function, see `jpaged.policies`.
-      attention: implementation of paged attention; None is the backend's best.
-      cascade: samples, beams and prompts with the same beginning read its keys and
-        values together, where that pays.
-      mesh: of `jpaged.make_mesh`: the devices that share the model and the pages, by
-        the rules of `jpaged.parallel`; None is one device. Each replica over `data` has
-        a pool, a request table and a schedule of its own, as large as said here; who
-        gets a request, `jpaged.routing` says. Where the devices are those of several
-        processes, each makes the same LLM and the same calls, in one order, and gets
-        all outputs (docs/hosts.md).
-      seed: requests without a seed draw from this one and their number.
-      speculative_config: guess tokens ahead, which changes no token, only how many come
-        in a step. {"method": "ngram", "num_speculative_tokens": 4} takes guesses from
-        the text so far, after its last `prompt_lookup_max` (3) to `prompt_lookup_min`
-        (1) tokens; {"model": ...} names a smaller model of the same vocabulary.
-      tokenizer: where `model` is a Decoder: a folder with tokenizer.json, or a
-        Tokenizer. None is the model folder's.
-      max_num_requests: places in the request table, waiting and running; where None,
-        four times `max_num_seqs` and `max_num_prefixes` together, fewer where they are
-        large. Calls may have any number of prompts.
-      max_num_stop_ids: stop tokens of one request, EOS included.
-      quantization: "int8" holds the weights of the layers' products in 8 bits.
-      max_logprobs: largest `SamplingParams.logprobs` and `prompt_logprobs`.
-      max_num_prefixes: prefixes that can be pinned at the same time, see `pin`.
-      max_prompt_chunk: tokens of one prompt in one step, at most; None has no limit but
-        max_num_batched_tokens.
-      watermark: share of the blocks that admission leaves free while others run.
-      check_invariants: count the engine's state anew after every step, on the host, and
-        raise RuntimeError where it is unsound. For debugging: milliseconds per step.
+      max_num_seqs: number of sequences that run at the same time, per replica; others
+        wait.
+      max_model_len: maximum number of tokens of prompt and output together. None is the
+        model's maximum, limited so that one such sequence fits into the pool.
+      max_num_batched_tokens: maximum number of tokens per step, prompt chunks and
+        decoded tokens together.
+      enable_prefix_caching: keep the blocks of finished requests while there is space.
+        Prompts with the same first tokens map these blocks instead of computing them
+        again. Call `reset_prefix_cache` after a change of the model's weights.
+      preemption: what happens to the latest requests when blocks run out. "recompute"
+        frees their blocks and computes them again later. "swap" copies the blocks to
+        the host pool and back, as far as it has space, and admits no other request
+        meanwhile.
+      num_swap_blocks: blocks of the host pool, with preemption="swap".
+      policy: order in which waiting requests are admitted. "fcfs": by arrival.
+        "priority": smallest `SamplingParams.priority` first. "shortest_prompt".
+        "longest_prefix": most cached prompt tokens first. Or a function, see
+        `jpaged.policies`.
+      policy_parameters: numbers that the policy reads.
+      attention: implementation of paged attention; None is the best one for the
+        device.
+      mesh: devices that share the model and the pages, as `jpaged.make_mesh` returns
+        them and split by the rules of `jpaged.parallel`; None is one device. Each
+        replica over the mesh axis `data` has its own pool, request table and schedule,
+        of the sizes given here; `serving.routing` assigns requests to replicas. If the
+        devices belong to several processes, each process creates the same LLM, makes
+        the same calls in the same order, and gets all outputs (docs/hosts.md).
+      seed: requests without a seed derive one from this seed and their number.
+      speculative_config: guess several tokens ahead. This changes no token, only how
+        many are generated per step. {"method": "ngram", "num_speculative_tokens": 4}
+        guesses the continuation of an earlier occurrence of the last
+        `prompt_lookup_max` (3) to `prompt_lookup_min` (1) tokens. {"model": ...} names
+        a smaller model with the same vocabulary.
+      tokenizer: a folder with tokenizer.json, or a Tokenizer, for a `model` that is a
+        Decoder. None is the tokenizer of the model's folder.
+      max_num_requests: entries of the request table, for waiting and running sequences.
+        None is four times the sum of `max_num_seqs` and `max_num_prefixes`, or less
+        where entries are large. A call may have any number of prompts.
+      max_num_stop_ids: maximum number of stop tokens per request, EOS included.
+      max_logprobs: maximum of `SamplingParams.logprobs` and `prompt_logprobs`.
+      max_num_prefixes: number of prefixes that can be pinned at the same time, see
+        `pin`.
+      max_prompt_chunk: maximum number of tokens of one prompt per step; None is
+        `max_num_batched_tokens`.
+      watermark: share of the blocks that admission leaves free while requests run.
+      check_invariants: check the engine's state on the host after every step, and raise
+        RuntimeError if it is inconsistent. For debugging: costs milliseconds per step.
+      quantization: "int8" stores the weights of the layers' products in 8 bits.
+      cascade: samples, beams and prompts with a shared prefix read its keys and values
+        together, where this is faster.
 
-    A call that asks for something that no call before it did (beams, logits rules, more
-    log-probabilities, another algorithm) compiles the engine again; `num_compilations`
-    of `stats` counts. Afterwards all calls share that program.
+    The first call that needs a feature (beams, logits rules, more log-probabilities,
+    another algorithm) compiles the engine again; `num_compilations` of `stats` counts
+    this. Afterwards all calls share that program.
 
-    Compiled programs are kept in a cache folder of the user, see
-    `jpaged.compilation_cache`. Not for several threads at once.
+    Compiled programs are stored in a cache folder of the user, see
+    `jpaged.compilation_cache`. An LLM is not thread-safe.
 
     Raises:
-      ValueError: an argument that is wrong, or asks for what is not built yet.
-      FileNotFoundError: no such folder, or no checkpoint in it.
+      ValueError: an argument is invalid or unsupported.
+      FileNotFoundError: the folder does not exist or is not a checkpoint.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class LLM:
         policy: str | Policy = "fcfs",
         policy_parameters: Sequence[float] = (),
         attention: str | None = None,
-        mesh: Any = None,
+        mesh: Mesh | None = None,
         seed: int = 0,
         speculative_config: Mapping[str, Any] | None = None,
         *,
@@ -159,93 +159,24 @@ class LLM:
         cascade: bool = False,
     ):
         arguments = dict(locals())
-        options.check_sizes(
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            seed=seed,
-        )
-        options.check_choices(
-            kv_dtype=kv_dtype,
-            enable_prefix_caching=enable_prefix_caching,
-            preemption=preemption,
-            num_swap_blocks=num_swap_blocks,
-            attention=attention,
-            cascade=cascade,
-            mesh=mesh,
-            memory_fraction=memory_fraction,
-        )
-        options.check_alike(arguments)
+        del arguments["self"]
+        options = LLMOptions(**arguments)
         compilation_cache.turn_on()
-        self.model, self.tokenizer, self._name = options.load(
-            model, dtype, tokenizer, quantization, mesh
-        )
+        parts = construction.build(options)
+        self.model = parts.model
+        self.tokenizer = parts.tokenizer
         self.seed = seed
         self.max_logprobs = max_logprobs
-        self._kv_dtype = self.model.config.dtype if kv_dtype == "auto" else kv_dtype
-        speculation, draft = options.speculation(speculative_config, self.model, mesh)
-        num_blocks, max_model_len = memory.choose_sizes(
-            self.model,
-            draft,
-            block_size=block_size,
-            kv_dtype=self._kv_dtype,
-            num_blocks=num_blocks,
-            memory_fraction=memory_fraction,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            attention=attention,
-            mesh=mesh,
-        )
-        config = _with_places(
-            EngineConfig(
-                num_blocks=num_blocks,
-                block_size=block_size,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_num_requests=max_num_requests or max_num_seqs + max_num_prefixes,
-                max_num_prefixes=max_num_prefixes,
-                max_num_stop_ids=max_num_stop_ids,
-                policy=policy,
-                policy_parameters=tuple(policy_parameters),
-                preemption=preemption,
-                num_swap_blocks=num_swap_blocks,
-                max_prompt_chunk=max_prompt_chunk,
-                watermark=watermark,
-                enable_prefix_caching=enable_prefix_caching,
-                attention=attention,
-                cascade=cascade,
-                speculation=speculation,
-                num_recorded_events=NUM_RECORDED_EVENTS,
-                num_recorded_steps=NUM_RECORDED_STEPS,
-            ),
-            max_num_requests,
-        )
-        self._host: EngineHost | None = EngineHost(
-            self.model,
-            config,
-            draft=draft,
-            kv_dtype=self._kv_dtype,
-            mesh=mesh,
-            seed=seed,
-            check_invariants=check_invariants,
-        )
-        vocab_size = self.model.config.vocab_size
-
-        # It must not hold the LLM, whose memory is free when its last user lets it go.
-        def grow(config: EngineConfig, params: Sequence[Params]) -> EngineConfig:
-            grown = intake.grow(config, params, vocab_size)
-            return _with_places(grown, max_num_requests)
-
-        self._batch = Batch(self._host, grow)
-        self._num_arrivals = 0
-        self._num_prompt_tokens = 0
+        self._name = parts.name
+        self._kv_dtype = parts.kv_dtype
+        self._host: EngineHost | None = parts.host
+        self._batcher = parts.batcher
+        self._intake = Intake(parts.host, parts.tokenizer, max_logprobs)
 
     @property
     def config(self) -> EngineConfig:
-        """The engine's sizes; they grow with what requests ask for."""
-        return self._batch.host.config
+        """The engine's sizes and features; features grow with what requests need."""
+        return self._batcher.host.config
 
     def generate(
         self,
@@ -256,67 +187,57 @@ class LLM:
         on_error: Literal["raise", "return"] = "raise",
         on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
-        """One RequestOutput for each prompt, in order.
+        """Generate outputs for prompts.
 
         Args:
           prompts: a text, a list of token ids, or a list of either.
-          params: one for all, or one for each prompt; None is SamplingParams().
-          progress: show a bar on stderr, where that is a terminal or a notebook.
-          on_error: all requests are checked before anything runs. "raise" refuses the
-            call with all that is wrong; "return" runs the others, and gives for a
-            wrong one a RequestOutput without outputs that has its `error`.
-          on_output: called with (place in `prompts`, output) as soon as one is ready.
+          params: parameters for all prompts, or one for each; None is SamplingParams().
+          progress: show a progress bar on stderr if it is a terminal or a notebook.
+          on_error: what to do if a request is invalid. All requests are checked before
+            any runs. "raise" raises ValueError with all errors. "return" runs the valid
+            requests and returns a RequestOutput with `error` for each invalid one.
+          on_output: called with (index in `prompts`, output) as soon as an output is
+            complete.
+
+        Returns:
+          One RequestOutput per prompt, in order.
 
         Raises:
-          ValueError: requests that are wrong, by their places in `prompts`.
+          ValueError: requests are invalid; the message names their indices.
         """
         if on_error not in ("raise", "return"):
-            raise ValueError(f"on_error: wanted 'raise' or 'return', got {on_error!r}")
-        jobs, outputs = self._jobs(prompts, params, on_error=on_error)
-        bar = tqdm(
-            total=len(outputs),
-            unit="request",
-            delay=0.5,
-            # A notebook's stderr is no terminal, but shows a bar well.
-            disable=(None if "ipykernel" not in sys.modules else False)
-            if progress
-            else True,
+            raise ValueError(
+                f"on_error: expected 'raise' or 'return', got {on_error!r}"
+            )
+        self._open_host()
+        requests, outputs = self._intake.call(prompts, params, on_error)
+        return collect_outputs(
+            self._batcher, requests, outputs, progress=progress, on_output=on_output
         )
-        with bar:
-            for index, output in enumerate(outputs):
-                if output is not None:
-                    _report(bar, index, output, on_output)
-            for job in jobs:
-                job.is_awaited = on_output is not None or not bar.disable
-            with contextlib.closing(self._follow(jobs)) as followed:
-                for news in followed:
-                    if news.is_over:
-                        index, output = news.job.index, news.job.output()
-                        outputs[index] = output
-                        _report(bar, index, output, on_output)
-                    bar.set_postfix_str(f"{self._tokens_per_s():.0f} tokens/s")
-        return [output for output in outputs if output is not None]
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: Params | Sequence[Params] | None = None,
     ) -> Iterator[Delta]:
-        """Yields what each output gained, as it comes; see `generate` for arguments.
+        """Yield what each output gains while it grows; see `generate` for arguments.
 
-        Text comes in whole characters, and what may become a stop string is held back
-        until it is known. An output's deltas put together are what `generate` gives.
-        The requests are checked here and now. They are in the engine from the first
-        delta on, run while somebody waits for this or for another call, and are dropped
-        when the iteration ends early.
+        Text comes in whole characters. Characters that can become part of a stop string
+        are held back until this is certain. The concatenated deltas of an output equal
+        what `generate` returns.
+
+        The requests are checked by the call itself. They are submitted with the first
+        delta, run while a caller waits for this stream or for another call, and are
+        dropped if the iteration ends early.
         """
-        jobs, _ = self._jobs(prompts, params)
-        for job in jobs:
-            job.is_streamed = True
-        return (delta for news in self._follow(jobs) for delta in news.deltas)
+        self._open_host()
+        requests, _ = self._intake.call(prompts, params)
+        for request in requests:
+            request.is_streamed = True
+        return (delta for update in self._follow(requests) for delta in update.deltas)
 
     def submit(self, prompt: Prompt, params: Params | None = None) -> Request:
-        """A request that runs beside all others from now on.
+        """Submit a request that runs beside all others from now on.
 
             first = llm.submit("def ", SamplingParams(max_tokens=50))
             second = llm.submit("import ")
@@ -324,37 +245,39 @@ class LLM:
                 print(delta.text)
             output = second.output()
 
-        Iterate it or wait for it, with or without `async`; see `jpaged.live.Request`.
-        Where the engine has no place for it, it waits in a queue, as those of
-        `generate` do.
+        Iterate over the request or wait for it, with or without `async`; see
+        `serving.live.Request`. If the request table is full, it waits in a queue as
+        the requests of `generate` do.
 
         Raises:
-          ValueError: the request is wrong; others are not concerned.
+          ValueError: the request is invalid; other requests are not affected.
         """
-        job = self._live_job(prompt, params)
-        self._batch.add([job])
-        return Request(self._batch, job)
+        self._open_host()
+        state = self._intake.live(prompt, params)
+        self._batcher.add([state])
+        return Request(self._batcher, state)
 
     def astream(
         self, prompt: Prompt, params: Params | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Yields what the outputs of one request gain, as an async iterator.
+        """Yield what the outputs of one request gain, as an async iterator.
 
-        Any number of coroutines can do so at the same time, and share the engine's
+        Any number of coroutines can iterate at the same time and share the engine's
         batch: each `await` lets the others run, submit and abort, while a thread runs
-        the next steps for all of them. The request is checked here and now, begins with
-        the first delta, and is aborted where the iteration ends early; wrap it in
-        `contextlib.aclosing` for that to happen at once.
+        the next steps for all of them. The request is checked by the call itself, is
+        submitted with the first delta, and is aborted if the iteration ends early; use
+        `contextlib.aclosing` to abort it at once.
 
         Raises:
-          ValueError: the request is wrong.
+          ValueError: the request is invalid.
         """
-        job = self._live_job(prompt, params)
+        self._open_host()
+        state = self._intake.live(prompt, params)
 
         async def deltas() -> AsyncGenerator[Delta, None]:
             self._open_host()
-            self._batch.add([job])
-            request = Request(self._batch, job)
+            self._batcher.add([state])
+            request = Request(self._batcher, state)
             try:
                 async for delta in request:
                     yield delta
@@ -364,33 +287,33 @@ class LLM:
         return deltas()
 
     def abort(self, request: Request | int) -> None:
-        """Ends a request that is open, of any call; its finish_reason is "abort".
+        """End an open request of any call, with finish_reason "abort".
 
-        Its outputs are what they are until now; those of an algorithm, such as beams,
-        are not known before its end, and stay empty.
+        Its outputs keep the tokens that they have. Those of an algorithm, beams
+        included, are unknown before its end and stay empty.
 
         Args:
-          request: what `submit` gave, or a request_id.
+          request: what `submit` returned, or a request_id.
 
         Raises:
-          ValueError: no such request is open: it never was, or has ended.
+          ValueError: no such request is open: it has ended or never existed.
         """
         self._open_host()
         number = request.request_id if isinstance(request, Request) else request
-        job = self._batch.open_job(number)
-        if job is None:
+        state = self._batcher.find_open(number)
+        if state is None:
             raise ValueError(
-                "request: wanted one that is open, or its request_id, got "
-                f"{request!r}, which has ended or never was"
+                "request: expected an open request or its request_id, got "
+                f"{request!r}, which has ended or never existed"
             )
-        self._batch.abort([job])
+        self._batcher.abort([state])
 
     def pin(self, prefix: Prompt) -> Prefix:
-        """A prefix that is computed once and kept until it is released.
+        """Compute a prefix once and keep it until it is released.
 
-        Every request whose prompt begins with the same tokens maps its blocks (the last
-        one is copied when it is written), which saves their memory and computation. Put
-        text behind it with `Prefix.prompt`, whose tokens are sure to begin so.
+        Every request whose prompt starts with the same tokens maps its blocks, which
+        saves their memory and computation (the last block is copied when a request
+        writes to it). `Prefix.prompt` appends text in a way that keeps these tokens.
 
             with llm.pin(instructions) as prefix:
                 outputs = llm.generate([prefix.prompt(text) for text in texts])
@@ -399,14 +322,14 @@ class LLM:
           prefix: a text or a list of token ids.
 
         Raises:
-          ValueError: it is not a prompt; max_num_prefixes are pinned; or it is too
-            long for the pool.
+          ValueError: `prefix` is not a prompt, `max_num_prefixes` are pinned, or the
+            prefix is too long for the pool.
 
         Source: paper section 4.4, shared prefix.
         """
         host = self._open_host()
         with host.lock:
-            return Prefix(host, self.tokenizer, self._intake().token_ids(prefix))
+            return Prefix(host, self.tokenizer, self._intake.token_ids(prefix))
 
     def chat(
         self,
@@ -417,21 +340,25 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """One RequestOutput for each conversation: `generate` after its chat template.
+        """Generate answers to conversations, with the model's chat template.
 
         Args:
-          messages: `[{"role": "user", "content": "..."}, ...]`, or a list of such.
+          messages: `[{"role": "user", "content": "..."}, ...]`, or a list of these.
           params: as for `generate`.
-          add_generation_prompt: end the prompt with the head of an answer.
-          chat_template: source of a template, or the name of one of the folder's;
-            None takes the folder's own.
-          tools: JSON schemas of functions, for templates that tell the model of them.
+          add_generation_prompt: end the prompt with the header of the answer.
+          chat_template: source of a template, or the name of one in the model's folder;
+            None is the folder's default.
+          tools: JSON schemas of functions, for templates that support them.
           options: the other arguments of `generate`.
 
+        Returns:
+          One RequestOutput per conversation, in order.
+
         Raises:
-          ValueError: no template; messages that it refuses; see `chat.render`.
+          ValueError: there is no template, or it refuses the messages; see
+            `text.chat.render`.
         """
-        prompts = conversations.prompts(
+        prompts = chat.chat_prompts(
             self.tokenizer,
             messages,
             chat_template=chat_template,
@@ -443,20 +370,21 @@ class LLM:
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Prompt | Sequence[Any]
     ) -> list[Score]:
-        """How likely the model finds each continuation after its prompt.
+        """Return how probable the model finds each continuation after its prompt.
 
-        A continuation's text is tokenized on its own, without special tokens. Padded
-        to few shapes and computed in batches, beside the engine; no pages are used.
+        The text of a continuation is tokenized without special tokens. The model runs
+        on padded batches of few shapes, beside the engine and without pages.
 
         Args:
           prompts: a text, a list of token ids, or a list of either.
           continuations: the same, one for each prompt.
 
         Raises:
-          ValueError: see `scoring.score`; also where the numbers differ.
+          ValueError: the numbers of prompts and continuations differ; see also
+            `scoring.score`.
         """
         self._open_host()
-        pairs = conversations.pairs(self.tokenizer, prompts, continuations)
+        pairs = text_prompts.scoring_pairs(self.tokenizer, prompts, continuations)
         return scoring.score(self.model, *pairs)
 
     def perplexity(
@@ -466,7 +394,7 @@ class LLM:
         window: int | None = None,
         overlap: int | None = None,
     ) -> Perplexity:
-        """How well the model predicts a text, or that of a file (a `pathlib.Path`).
+        """Return how well the model predicts a text, or a file (a `pathlib.Path`).
 
         See `scoring.perplexity` for the arguments and errors.
         """
@@ -475,7 +403,7 @@ class LLM:
             text = scoring.read_text(pathlib.Path(text))
         return scoring.perplexity(
             self.model,
-            conversations.token_ids(self.tokenizer, "text", text),
+            text_prompts.token_ids(self.tokenizer, "text", text),
             window=window,
             overlap=overlap,
             num_characters=len(text) if isinstance(text, str) else 0,
@@ -486,87 +414,56 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: Params | Sequence[Params] | None = None,
     ) -> list[str | None]:
-        """For each prompt why `generate` would refuse it, or None; nothing runs."""
-        prompts, params = intake.pairs(prompts, params)
-        check = self._intake().check
-        return [
-            check(prompt, param).error
-            for prompt, param in zip(prompts, params, strict=True)
-        ]
+        """Return for each prompt why `generate` would refuse it, or None.
+
+        Runs no steps. See `generate` for the arguments.
+        """
+        self._open_host()
+        return self._intake.errors(prompts, params)
 
     def stats(self) -> dict[str, int | float]:
-        """What happened since this LLM was made, as a flat dict of numbers.
+        """Return statistics since the LLM was created, as a flat dict of numbers.
 
-        kv_token_share: token states / slots of blocks in use; blocks_saved_by_sharing:
-        share of the blocks that would be needed without sharing; both are means over
-        steps. prefix_hit_ratio: share of the prompts' tokens that were mapped, from the
-        prefix cache, another request or a pinned prefix, and not computed.
-        num_cached_blocks: of full blocks whose contents can be found, in use or not;
-        those that are not in use count as free too. tokens_per_s: generated tokens by
-        the seconds of running steps, without compiling. num_compilations: of the
-        engine's program. mean_queue_s and the other means: see `metrics.latencies`,
-        over the num_finished_requests that ended by themselves. num_lost_events:
-        happened in slices of so many that nobody saw them.
+        - kv_token_share: token states divided by slots of used blocks.
+          blocks_saved_by_sharing: share of the blocks that would be needed without
+          sharing. Both are means over steps.
+        - prefix_hit_ratio: share of the prompts' tokens that were mapped from the
+          prefix cache, another request or a pinned prefix, and not computed.
+        - num_cached_blocks: full blocks that the prefix cache can find. Those that no
+          sequence uses count as free too.
+        - tokens_per_s: generated tokens per second of running steps, without
+          compilation. num_compilations: compilations of the engine's program.
+        - mean_queue_s and the other means: see `serving.metrics.latencies`; over the
+          num_finished_requests that ended by themselves.
+        - num_lost_events: events that were overwritten before the host read them.
 
-        Of several replicas, blocks, bytes, steps and tokens are sums, and shares are of
-        the sums; `replica_stats` has them one by one.
+        With several replicas, blocks, bytes, steps and tokens are sums, and shares are
+        shares of the sums; `replica_stats` has them per replica.
         """
         host = self._open_host()
-        with host.lock:
-            self._batch.end_aborted()
-            num_free_blocks, num_cached_blocks = host.known_blocks()
-        num_blocks = self.config.num_blocks * host.num_replicas
         size = memory.block_bytes(
             self.model.config,
             self.config.block_size,
             self._kv_dtype,
             self.config.attention,
         )
-        return {
-            "num_replicas": host.num_replicas,
-            "num_blocks": num_blocks,
-            "block_size": self.config.block_size,
-            "kv_bytes": size * num_blocks,
-            "num_free_blocks": int(num_free_blocks.sum()),
-            "num_cached_blocks": int(num_cached_blocks.sum()),
-            **metrics.engine_stats(host.counters),
-            "num_compilations": host.num_compilations,
-            "compile_s": host.compile_s,
-            "run_s": host.run_s,
-            "prompt_tokens": self._num_prompt_tokens,
-            "generated_tokens": self._batch.num_generated,
-            "tokens_per_s": self._tokens_per_s(),
-            "num_finished_requests": self._batch.means.num_requests,
-            **self._batch.means.means(),
-            "num_lost_events": host.num_lost_events,
-        }
+        return stats.llm_stats(
+            host, self._batcher, size, self._intake.num_prompt_tokens
+        )
 
     def replica_stats(self) -> list[dict[str, int | float]]:
-        """Of each replica what `stats` has of its engine: blocks, steps, tokens.
+        """Return the engine's part of `stats` per replica: blocks, steps, tokens.
 
-        One dict, where the mesh has no replicas.
+        The list has one dict if the mesh has no replicas.
         """
-        host = self._open_host()
-        with host.lock:
-            self._batch.end_aborted()
-            num_free_blocks, num_cached_blocks = host.known_blocks()
-        return [
-            {
-                "num_blocks": self.config.num_blocks,
-                "num_free_blocks": int(num_free_blocks[replica]),
-                "num_cached_blocks": int(num_cached_blocks[replica]),
-                **metrics.engine_stats(
-                    {n: c[replica].item() for n, c in host.counters_of_each.items()}
-                ),
-            }
-            for replica in range(host.num_replicas)
-        ]
+        return stats.replica_stats(self._open_host(), self._batcher)
 
     def timeline(self, replica: int = 0) -> list[StepRecord]:
-        """The engine's last steps, oldest first: memory, queue and tokens of each.
+        """Return the engine's last steps, oldest first: memory, queue and tokens.
 
-        Rows of a table: `csv.writer(file).writerows([StepRecord._fields, *rows])`.
-        At most 65,536 are kept. Replicas over `data` have steps of their own.
+        The records are rows of a table, which
+        `csv.writer(file).writerows([StepRecord._fields, *rows])` writes. At most 65,536
+        are kept. Each replica over `data` has its own steps.
 
         Raises:
           ValueError: there is no such replica.
@@ -574,27 +471,27 @@ class LLM:
         host = self._open_host()
         if not 0 <= replica < host.num_replicas:
             raise ValueError(
-                f"replica: wanted 0 to {host.num_replicas - 1}, got {replica!r}"
+                f"replica: expected 0 to {host.num_replicas - 1}, got {replica!r}"
             )
         with host.lock:
             return host.step_records(replica)
 
     def reset_prefix_cache(self) -> None:
-        """Forgets what the blocks hold, as after a change of the model's weights.
+        """Empty the prefix cache, for example after a change of the model's weights.
 
-        Requests that run keep their blocks. Pinned prefixes are computed again.
+        Running requests keep their blocks. Pinned prefixes are computed again.
         """
         host = self._open_host()
         with host.lock:
             host.reset_prefix_cache()
 
     def close(self) -> None:
-        """Aborts what is open, and lets go of the model and the pool.
+        """Abort open requests, and release the model and the pool.
 
-        A second time it does nothing.
+        Further calls have no effect.
         """
         if self._host is not None:
-            self._batch.close()
+            self._batcher.close()
             self._host = None
             del self.model
 
@@ -616,118 +513,15 @@ class LLM:
             )
         return f"LLM({self._name!r}, {sizes})"
 
-    def _tokens_per_s(self) -> float:
-        host = self._open_host()
-        return host.counters["num_generated"] / host.run_s if host.run_s else 0.0
-
     def _open_host(self) -> EngineHost:
+        """Return the engine; raise RuntimeError if the LLM is closed."""
         if self._host is None:
-            raise RuntimeError("this LLM was closed; make a new one")
+            raise RuntimeError("this LLM is closed; create a new one")
         return self._host
 
-    def _follow(self, jobs: list[Job]) -> Generator[News, None, None]:
-        """`Batch.follow`, by a caller that may have waited until the LLM was closed."""
+    def _follow(
+        self, requests: list[RequestState]
+    ) -> Generator[RequestUpdate, None, None]:
+        """`Batcher.follow`, for a caller that may start after the LLM was closed."""
         self._open_host()
-        yield from self._batch.follow(jobs)
-
-    def _intake(self) -> intake.Intake:
-        return intake.Intake(
-            self.model.config,
-            self.tokenizer,
-            self.config,
-            self.max_logprobs,
-            self._open_host().num_open_blocks(),
-        )
-
-    def _jobs(
-        self, prompts: Any, params: Any, *, on_error: str = "raise"
-    ) -> tuple[list[Job], list[RequestOutput | None]]:
-        """The requests that can run, and for each prompt its output if it cannot."""
-        prompts, params = intake.pairs(prompts, params)
-        self._open_host()
-        inbox: collections.deque[News] = collections.deque()
-        jobs, outputs, errors = [], [], []
-        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            arrival = self._num_arrivals + index
-            made = self._job(prompt, param, index, arrival, inbox)
-            if isinstance(made, Job):
-                jobs.append(made)
-                outputs.append(None)
-            else:
-                outputs.append(made)
-                errors.append(f"prompts[{index}]: {made.error}")
-        if errors and on_error == "raise":
-            head = f"{len(errors)} of {len(prompts)} requests are wrong, none was run:"
-            message = "\n  ".join([head, *errors]) if len(prompts) > 1 else errors[0]
-            raise ValueError(message)
-        self._num_arrivals += len(prompts)
-        self._num_prompt_tokens += sum(len(job.prompt_token_ids) for job in jobs)
-        return jobs, outputs
-
-    def _live_job(self, prompt: Any, params: Any) -> Job:
-        """A request that is not one of a call's; ValueError if it is wrong."""
-        self._open_host()
-        params = SamplingParams() if params is None else params
-        number = self._num_arrivals
-        job = self._job(prompt, params, number, number, collections.deque())
-        if not isinstance(job, Job):
-            raise ValueError(job.error)
-        job.is_streamed = True
-        self._num_arrivals += 1
-        self._num_prompt_tokens += len(job.prompt_token_ids)
-        return job
-
-    def _job(
-        self,
-        prompt: Any,
-        params: Any,
-        index: int,
-        arrival: int,
-        inbox: collections.deque[News],
-    ) -> Job | RequestOutput:
-        """The request if it can run, else its output, which says why not."""
-        token_ids, params, error = self._intake().check(prompt, params)
-        text = prompt if isinstance(prompt, str) else None
-        if error is not None:
-            return RequestOutput(arrival, text, token_ids, [], error=error)
-        vocab_size = self.model.config.vocab_size
-        config = intake.grow(self.config, [params], vocab_size)
-        shape = limits.request_shape(params, config, vocab_size)
-        num_outputs = len(shape.outputs(shape.numbers))
-        if isinstance(params, BeamSearchParams) and params.num_return is not None:
-            num_outputs = params.num_return
-        return Job(
-            index=index,
-            arrival=arrival,
-            prompt=text,
-            prompt_token_ids=token_ids,
-            params=params,
-            eos_token_ids=self.model.config.eos_token_ids,
-            tokenizer=self.tokenizer,
-            table_size=len(shape.numbers),
-            num_outputs=num_outputs,
-            inbox=inbox,
-        )
-
-
-def _with_places(config: EngineConfig, max_num_requests: int | None) -> EngineConfig:
-    """`config` with the request table's places, where the user left them open."""
-    if max_num_requests is not None:
-        return config
-    seq_indices = memory.max_places(
-        config.num_rows, config.max_model_len, config.num_logprobs
-    )
-    return dataclasses.replace(config, max_num_requests=seq_indices)
-
-
-def _report(
-    bar: tqdm[Any],
-    index: int,
-    output: RequestOutput,
-    on_output: Callable[[int, RequestOutput], None] | None,
-) -> None:
-    """Counts a finished request, and hands it on without the bar in the way."""
-    bar.update()
-    if on_output is not None:
-        with tqdm.external_write_mode(file=sys.stdout):
-            on_output(index, output)
+        yield from self._batcher.follow(requests)

@@ -1,4 +1,4 @@
-"""What a request returns: its outputs, log-probabilities and measurements."""
+"""The output of a request: texts, tokens, log-probabilities and measurements."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 
 class Logprob(NamedTuple):
-    """One token's log-probability under the raw model, as reported to the user."""
+    """The log-probability of one token, in the model's distribution before rules."""
 
     logprob: float
     rank: int | None = None  # 1 + number of more probable tokens
-    decoded_token: str | None = None  # None without a tokenizer
+    decoded_token: str | None = None  # text of the token; None without a tokenizer
 
 
-# Per position: the chosen token's and the most probable tokens' log-probabilities.
+# Per position: log-probabilities of the sampled token and the most probable tokens.
 Logprobs = list[dict[int, Logprob]]
 
 
@@ -22,53 +22,63 @@ class CompletionOutput:
     """One output of a request: a sample, or a beam."""
 
     index: int
-    token_ids: Sequence[int]  # with the token that ended it
-    text: str  # without what ended it; empty without a tokenizer
+    token_ids: Sequence[int]  # including the token that ended the output
+    text: str  # excluding the stop token or string; empty without a tokenizer
     cumulative_logprob: float
     logprobs: Logprobs | None = None
-    finish_reason: str | None = None  # "stop", "length" or "abort"; None while it runs
+    # "stop", "length", "abort" or "dead_end"; None while the output grows
+    finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token or string; None for EOS
     score: float | None = None  # beams: cumulative_logprob / length ** length_penalty
 
     def __repr__(self) -> str:
-        """Return the output on one line, with long lists cut."""
+        """Return the output on one line, with long lists shortened."""
         return _repr(self)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RequestOutput:
-    """What a request gave: its prompt, its outputs, what was measured.
+    """The result of a request: its prompt, its outputs and its measurements.
 
-    `metrics`: num_prompt_tokens, and of them num_cached_tokens that were not computed
-    for it; num_generated_tokens of all outputs; first_step and last_step that gave it a
-    token; num_preemptions of its sequences; and the seconds queue_s, first_token_s,
-    time_per_output_token_s, total_s and normalized_latency_s, see `metrics.latencies`.
-    `events`: what happened to it and when, in order, see `metrics.Event`.
+    Attributes:
+      request_id: number of the request since the LLM was created.
+      prompt: text of the prompt; None for a prompt of token ids.
+      prompt_token_ids: tokens of the prompt.
+      outputs: samples in order, or beams, best first; empty if there is an error.
+      prompt_logprobs: per token of the prompt, log-probabilities; None for the first.
+      metrics: num_prompt_tokens; num_cached_tokens, those among them that were mapped
+        and not computed; num_generated_tokens of all outputs; first_step and last_step,
+        the first and last step that generated one of its tokens; num_preemptions of its
+        sequences; and, in seconds, queue_s, first_token_s, time_per_output_token_s,
+        total_s and normalized_latency_s, see `serving.metrics.latencies`.
+      error: why there are no outputs.
+      events: what happened to the request and when, in order, see
+        `serving.metrics.Event`.
     """
 
     request_id: int | str
-    prompt: str | None  # None for a prompt of token ids
+    prompt: str | None
     prompt_token_ids: Sequence[int]
     outputs: Sequence[CompletionOutput]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # [0] is None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: Mapping[str, Any] | None = None
-    error: str | None = None  # why there are no outputs
+    error: str | None = None
     events: Sequence[Any] | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come: all outputs ended, or there was an error."""
+        """Whether all outputs have ended, or there was an error."""
         if self.error is not None:
             return True
         return all(output.finish_reason is not None for output in self.outputs)
 
     def __repr__(self) -> str:
-        """Return the request on one line, with long lists cut."""
+        """Return the request on one line, with long lists shortened."""
         return _repr(self)
 
 
 def _repr(record: Any) -> str:
-    """Return Name(field=value, ...) without fields that are None."""
+    """Return `Name(field=value, ...)` without fields that are None."""
     fields = [
         f"{field.name}={_short(value)}"
         for field in dataclasses.fields(record)
@@ -78,7 +88,7 @@ def _repr(record: Any) -> str:
 
 
 def _short(value: Any, most: int = 8) -> str:
-    """Return repr of `value`; long lists by their first items and their length."""
+    """Return the repr of `value`; of a long list its first items and its length."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,176 +1,97 @@
-"""Request parameters: sampling, beam search, algorithms and structured output.
+"""Request parameters: sampling, beam search, algorithms and structured outputs.
 
-Host only: the engine turns parameters into arrays. Names and meanings
-are vLLM's unless said otherwise; nothing is clamped, dropped or replaced silently.
+Host only: the engine turns parameters into arrays. Names and meanings follow vLLM
+unless a docstring says otherwise. Values out of range raise ValueError; they are never
+clamped, dropped or replaced silently.
 """
 
 import dataclasses
 import json
-import math
-import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-GREEDY_BELOW = 1e-5  # temperatures below it mean greedy decoding
-LEAST_TEMPERATURE = 0.01  # smaller ones overflow the softmax of large logits
+from jpaged.decoding.sample import GREEDY_BELOW
+from jpaged.validation import error, flag, integer, number, strings, text, token_ids
+
+LEAST_TEMPERATURE = 0.01  # smaller temperatures overflow the softmax of large logits
 MAX_SEED = 2**32 - 1
 
 
-def _wrong(name: str, wanted: str, got: Any) -> ValueError:
-    return ValueError(f"{name}: wanted {wanted}, got {got!r} ({type(got).__name__})")
-
-
-def _integer(name: str, value: Any, low: int | None = None, high: int | None = None):
-    """Return `value` as int, or raise; bool and float are no integers."""
-    wanted = "an integer"
-    if low is not None:
-        wanted += f" of at least {low}"
-    if high is not None:
-        wanted += f" and at most {high}" if low is not None else f" of at most {high}"
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise _wrong(name, wanted, value)
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise _wrong(name, wanted, value)
-    return int(value)
-
-
-def _number(
-    name: str,
-    value: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    above: float | None = None,
-) -> float:
-    """Return `value` as float if it is finite, in [low, high] and over `above`."""
-    wanted = "a finite number"
-    if above is not None:
-        wanted += f" above {above:g}"
-    if low > -math.inf:
-        wanted += f" of at least {low:g}"
-    if high < math.inf:
-        wanted += f"{' and' if 'a finite number' != wanted else ' of'} at most {high:g}"
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise _wrong(name, wanted, value)
-    number = float(value)
-    if not math.isfinite(number) or not low <= number <= high:
-        raise _wrong(name, wanted, value)
-    if above is not None and number <= above:
-        raise _wrong(name, wanted, value)
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(name, "True or False", value)
-    return value
-
-
 def _seed(value: Any) -> int | None:
-    """Return a seed, or None for None and -1."""
+    """Return a seed; None and -1 both mean None."""
     if value is None:
         return None
-    seed = _integer("seed", value, low=-1, high=MAX_SEED)
+    seed = integer("seed", value, low=-1, high=MAX_SEED)
     return None if seed == -1 else seed
 
 
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise _wrong(name, "a sequence of token ids", value)
-    return tuple(
-        _integer(f"{name}[{i}]", token, low=0) for i, token in enumerate(value)
-    )
-
-
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    """Return a string or several as a tuple; none of them may be empty."""
-    if isinstance(value, str):
-        value = (value,)
-    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
-        raise _wrong(name, "a string or a sequence of strings", value)
-    strings = tuple(value)
-    for i, string in enumerate(strings):
-        if not isinstance(string, str) or not string:
-            raise _wrong(f"{name}[{i}]", "a string that is not empty", string)
-    return strings
-
-
-def _words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+def _bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
     """Return bad words: strings that are not empty, or tuples of token ids."""
     words = (value,) if isinstance(value, str) else () if value is None else value
     if isinstance(words, (bytes, Mapping)) or not isinstance(words, Iterable):
-        raise _wrong("bad_words", "strings or sequences of token ids", value)
+        raise error("bad_words", "strings or sequences of token ids", value)
     checked: list[str | tuple[int, ...]] = []
     for i, word in enumerate(words):
         name = f"bad_words[{i}]"
         if not isinstance(word, str):
-            word = _token_ids(name, word)
+            word = token_ids(name, word)
         if not word:
-            raise _wrong(name, "a string that is not empty, or token ids", word)
+            raise error(name, "a string that is not empty, or token ids", word)
         checked.append(word)
     return tuple(checked)
 
 
 def _logit_bias(name: str, value: Any) -> dict[int, float]:
+    """Return a dict of token id -> finite number."""
     if not isinstance(value, Mapping):
-        raise _wrong(name, "a dict of token id -> number", value)
+        raise error(name, "a dict of token id -> number", value)
     return {
-        _integer(f"{name} key", token, low=0): _number(f"{name}[{token}]", bias)
+        integer(f"{name} key", token, low=0): number(f"{name}[{token}]", bias)
         for token, bias in value.items()
     }
 
 
-def _text(name: str, value: Any) -> str:
-    """Return `value` if it is a string that can be written as UTF-8."""
-    if not isinstance(value, str):
-        raise _wrong(name, "a string", value)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _wrong(name, "text without lone surrogates", value) from None
-    return value
-
-
 def _choices(value: Any) -> tuple[str, ...]:
+    """Return the texts of `StructuredOutputsParams.choice`, at least one."""
     if isinstance(value, str):
-        raise _wrong("choice", "a sequence of strings", value)
-    choices = _strings("choice", value)
+        raise error("choice", "a sequence of strings", value)
+    choices = strings("choice", value)
     if not choices:
-        raise _wrong("choice", "at least one string", choices)
-    return tuple(_text(f"choice[{i}]", choice) for i, choice in enumerate(choices))
+        raise error("choice", "at least one string", choices)
+    return tuple(text(f"choice[{i}]", choice) for i, choice in enumerate(choices))
 
 
 def _json_schema(value: Any) -> str:
-    """Return a schema, given as dict, bool or JSON text, as JSON text."""
+    """Return a schema as JSON text; `value` is a dict, a bool or JSON text."""
     schema = value
     try:
         if isinstance(value, str):
-            schema = json.loads(_text("json", value))
+            schema = json.loads(text("json", value))
         if isinstance(schema, Mapping | bool):
             return json.dumps(schema, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError) as cause:
         raise ValueError(
-            f"json: wanted a JSON schema, got {value!r}, which is no JSON: {error}"
-        ) from error
-    raise _wrong("json", "a JSON schema: a dict, or one as JSON text", value)
+            f"json: expected a JSON schema, got {value!r}, which is not JSON: {cause}"
+        ) from cause
+    raise error("json", "a JSON schema: a dict, or one as JSON text", value)
 
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputsParams:
-    r"""What the generated text must be, as a whole; exactly one of the three.
+    r"""A constraint on the whole generated text; set exactly one attribute.
 
     Attributes:
         regex: a pattern that the whole text matches.
-        choice: texts, of which the whole text is one.
-        json: a JSON schema as a dict or as JSON text; {"type": "object"} for any
-            object. It is kept as JSON text.
+        choice: the texts that are allowed; the output is one of them.
+        json: a JSON schema as a dict or as JSON text; {"type": "object"} allows any
+            object. It is stored as JSON text.
 
     >>> StructuredOutputsParams(choice=["yes", "no"])
     StructuredOutputsParams(regex=None, choice=('yes', 'no'), json=None)
 
     Raises:
-        ValueError: none or several are given, or one is not what is said here.
+        ValueError: no attribute or several are set, or a value is invalid.
     """
 
     regex: str | None = None
@@ -178,73 +99,81 @@ class StructuredOutputsParams:
     json: Mapping[str, Any] | bool | str | None = None
 
     def __post_init__(self) -> None:
-        """Check every value and bring it to one form that can be hashed."""
+        """Check the constraint and convert it to a form that can be hashed."""
         fields = dataclasses.fields(self)
         given = [
             field.name for field in fields if getattr(self, field.name) is not None
         ]
         if len(given) != 1:
             raise ValueError(
-                "structured_outputs: wanted exactly one of regex, choice and json, got "
-                f"{' and '.join(given) or 'none'}"
+                "structured_outputs: expected exactly one of regex, choice and json, "
+                f"got {' and '.join(given) or 'none'}"
             )
         name, value = given[0], getattr(self, given[0])
         checked: Any
         if name == "regex":
-            checked = _text("regex", value)
+            checked = text("regex", value)
         else:
             checked = _choices(value) if name == "choice" else _json_schema(value)
         object.__setattr__(self, name, checked)
 
 
 def _check_can_end(structured_outputs: Any, ignore_eos: Any) -> None:
+    """Raise ValueError if EOS is ignored although the constraint needs it."""
     if structured_outputs is not None and ignore_eos is True:
         raise ValueError(
-            "ignore_eos: wanted False with structured_outputs, got True: EOS is what "
-            "ends a text that must not go on"
+            "ignore_eos: expected False with structured_outputs, got True: only EOS "
+            "can end a text that is complete"
         )
 
 
-def _structured_outputs(value: Any) -> None:
+def _check_structured_outputs(value: Any) -> None:
+    """Raise ValueError unless `value` is a constraint, compiled or not, or None."""
     is_compiled = hasattr(value, "transitions") and hasattr(value, "classes")
     if not (value is None or is_compiled or isinstance(value, StructuredOutputsParams)):
-        wanted = "StructuredOutputsParams, a TokenAutomaton or None"
-        raise _wrong("structured_outputs", wanted, value)
+        expected = "StructuredOutputsParams, a TokenAutomaton or None"
+        raise error("structured_outputs", expected, value)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen and when it ends.
+    """How the tokens of one request are sampled, and when its outputs end.
 
     Attributes:
-        n: number of samples; their prompt is computed once.
-        temperature: below 1e-5 becomes 0, which is greedy: top_k, top_p and min_p
-            do not matter. From there to 0.01 it becomes 0.01, with a warning, as in
-            vLLM.
-        top_k: keep the k largest logits and their ties; 0 or -1 keeps all.
-        top_p: keep the fewest tokens with this mass, after top_k; 1 keeps all.
-        min_p: drop tokens below this share of the largest probability; 0 is off.
-        repetition_penalty: over prompt and output; 1 is off.
-        presence_penalty, frequency_penalty: over the output, -2 to 2; 0 is off.
-        max_tokens: most tokens to generate.
-        min_tokens: tokens before which neither EOS nor any stop ends the output.
-        stop: string or strings that end the output; not part of the text.
+        n: number of samples; the prompt is computed once for all of them.
+        temperature: values below 1e-5 become 0, which means greedy decoding and
+            disables top_k, top_p and min_p. Values from 1e-5 to 0.01 are raised to
+            0.01 with a warning, as in vLLM.
+        top_k: keep the k largest logits and ties with the last of them; 0 and -1
+            keep all.
+        top_p: after top_k, keep the smallest set of most probable tokens whose
+            probabilities sum to at least this; 1 keeps all.
+        min_p: drop tokens whose probability is below this fraction of the largest;
+            0 disables it.
+        repetition_penalty: penalty on tokens of prompt and output; 1 disables it.
+        presence_penalty, frequency_penalty: penalties on tokens of the output, from
+            -2 to 2; 0 disables them.
+        max_tokens: maximum number of tokens to generate.
+        min_tokens: number of tokens before which neither EOS nor a stop token or stop
+            string ends the output.
+        stop: one or more strings that end the output; the text excludes them.
         stop_token_ids: tokens that end the output as EOS does.
-        ignore_eos: go on after the model's own EOS. `stop_token_ids` still end it.
-        logprobs: report this many most probable tokens per position besides the
-            chosen one; -1 is the whole vocabulary; None reports none.
-        prompt_logprobs: the same for the prompt's tokens.
-        logit_bias: numbers to add to the logits of tokens.
-        allowed_token_ids: the only tokens that may be chosen; None allows all.
+        ignore_eos: continue after the model's own EOS. `stop_token_ids` still end the
+            output.
+        logprobs: number of most probable tokens to report per position, besides the
+            sampled one; -1 reports the whole vocabulary, None reports nothing.
+        prompt_logprobs: the same for the tokens of the prompt.
+        logit_bias: numbers to add to the logits, keyed by token id.
+        allowed_token_ids: the only tokens that may be sampled; None allows all.
         bad_words: strings, or sequences of token ids, that must not be generated.
         seed: 0 to 2**32 - 1; the same seed gives the same tokens in any batch.
-            None (or -1) takes one from the engine's seed.
-        priority: the smaller, the earlier, under policy "priority".
-        structured_outputs: what the text must be: a regex, one of several texts, JSON
-            by a schema. None leaves it free.
+            None and -1 derive a seed from the engine's.
+        priority: under policy "priority", smaller values are admitted first.
+        structured_outputs: constraint on the text: a regex, a list of texts, or a JSON
+            schema. None leaves the text unconstrained.
 
     Raises:
-        ValueError: a value is outside what is said here, or two contradict.
+        ValueError: a value is out of range, or two values contradict each other.
     """
 
     n: int = 1
@@ -270,75 +199,76 @@ class SamplingParams:
     structured_outputs: Any = None
 
     def __post_init__(self) -> None:
-        """Check every value and bring it to one form: tuples, ints, floats."""
+        """Check all values and convert them to tuples, ints and floats."""
         self._check_numbers()
         self._check_ends()
         self._check_tokens()
-        _structured_outputs(self.structured_outputs)
+        _check_structured_outputs(self.structured_outputs)
         _check_can_end(self.structured_outputs, self.ignore_eos)
         if self.is_greedy and self.n > 1:
             raise ValueError(
-                f"n: wanted 1 with greedy decoding (temperature {self.temperature:g}), "
-                f"got {self.n}: all samples would be equal. Set a temperature above 0"
+                "n: expected 1 with greedy decoding (temperature "
+                f"{self.temperature:g}), got {self.n}: all samples would be equal; set "
+                "a temperature above 0"
             )
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the most probable one."""
+        """Whether decoding is greedy: each token is the most probable one."""
         return self.temperature == 0.0
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _check_numbers(self) -> None:
-        self._set("n", _integer("n", self.n, low=1))
-        self._set("temperature", _number("temperature", self.temperature, low=0))
+        self._set("n", integer("n", self.n, low=1))
+        self._set("temperature", number("temperature", self.temperature, low=0))
         if self.temperature < GREEDY_BELOW:
             self._set("temperature", 0.0)
         elif self.temperature < LEAST_TEMPERATURE:
             warnings.warn(
                 f"temperature {self.temperature:g} is raised to {LEAST_TEMPERATURE}: "
-                "smaller ones overflow. 0 asks for greedy decoding",
+                "smaller values overflow; use 0 for greedy decoding",
                 stacklevel=4,
             )
             self._set("temperature", LEAST_TEMPERATURE)
-        self._set("top_k", max(0, _integer("top_k", self.top_k, low=-1)))
-        self._set("top_p", _number("top_p", self.top_p, above=0, high=1))
-        self._set("min_p", _number("min_p", self.min_p, low=0, high=1))
+        self._set("top_k", max(0, integer("top_k", self.top_k, low=-1)))
+        self._set("top_p", number("top_p", self.top_p, above=0, high=1))
+        self._set("min_p", number("min_p", self.min_p, low=0, high=1))
         for name in ("presence_penalty", "frequency_penalty"):
-            self._set(name, _number(name, getattr(self, name), low=-2, high=2))
-        penalty = _number("repetition_penalty", self.repetition_penalty, above=0)
+            self._set(name, number(name, getattr(self, name), low=-2, high=2))
+        penalty = number("repetition_penalty", self.repetition_penalty, above=0)
         self._set("repetition_penalty", penalty)
-        self._set("priority", _integer("priority", self.priority))
+        self._set("priority", integer("priority", self.priority))
         self._set("seed", _seed(self.seed))
 
     def _check_ends(self) -> None:
-        self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1))
-        self._set("min_tokens", _integer("min_tokens", self.min_tokens, low=0))
+        self._set("max_tokens", integer("max_tokens", self.max_tokens, low=1))
+        self._set("min_tokens", integer("min_tokens", self.min_tokens, low=0))
         if self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens: wanted at most max_tokens ({self.max_tokens}), got "
+                f"min_tokens: expected at most max_tokens ({self.max_tokens}), got "
                 f"{self.min_tokens}"
             )
-        self._set("stop", _strings("stop", () if self.stop is None else self.stop))
+        self._set("stop", strings("stop", () if self.stop is None else self.stop))
         stop_ids = () if self.stop_token_ids is None else self.stop_token_ids
-        self._set("stop_token_ids", _token_ids("stop_token_ids", stop_ids))
-        _flag("ignore_eos", self.ignore_eos)
+        self._set("stop_token_ids", token_ids("stop_token_ids", stop_ids))
+        flag("ignore_eos", self.ignore_eos)
 
     def _check_tokens(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                self._set(name, _integer(name, getattr(self, name), low=-1))
+                self._set(name, integer(name, getattr(self, name), low=-1))
         if self.logit_bias is not None:
             self._set("logit_bias", _logit_bias("logit_bias", self.logit_bias))
         if self.allowed_token_ids is not None:
-            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            allowed = token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
-                raise _wrong(
+                raise error(
                     "allowed_token_ids", "None, or at least one token id", allowed
                 )
             self._set("allowed_token_ids", allowed)
-        self._set("bad_words", _words(self.bad_words))
+        self._set("bad_words", _bad_words(self.bad_words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,20 +276,22 @@ class BeamSearchParams:
     """Beam search with the semantics of Hugging Face `generate`.
 
     Attributes:
-        beam_width: number of beams that are kept.
-        max_tokens: most tokens to generate.
-        length_penalty: a beam's score is cumulative_logprob / length ** this, the
-            length counted over generated tokens.
-        early_stopping: True ends when beam_width beams have ended; False when no
-            running beam can be expected to be better; "never" when none can be.
-        ignore_eos: go on after the model's own EOS. `stop_token_ids` still end.
+        beam_width: number of beams to keep.
+        max_tokens: maximum number of tokens to generate.
+        length_penalty: exponent of the score, cumulative_logprob / length **
+            length_penalty. The length counts generated tokens only.
+        early_stopping: when the search ends. True: as soon as beam_width beams have
+            finished. False: when no running beam is expected to beat the finished
+            ones. "never": when no running beam can possibly beat them.
+        ignore_eos: continue after the model's own EOS. `stop_token_ids` still end a
+            beam.
         stop_token_ids: tokens that end a beam as EOS does.
-        num_return: how many beams come back, best first; None is all.
-        priority: the smaller, the earlier, under policy "priority".
-        structured_outputs: what the text must be, as in `SamplingParams`.
+        num_return: number of beams to return, best first; None returns all.
+        priority: under policy "priority", smaller values are admitted first.
+        structured_outputs: constraint on the text, as in `SamplingParams`.
 
     Raises:
-        ValueError: a value is outside what is said here, or two contradict.
+        ValueError: a value is out of range, or two values contradict each other.
     """
 
     beam_width: int
@@ -373,31 +305,30 @@ class BeamSearchParams:
     structured_outputs: Any = None
 
     def __post_init__(self) -> None:
-        """Check every value and bring it to one form: tuples, ints, floats."""
-        width = _integer("beam_width", self.beam_width, low=1)
-        penalty = _number("length_penalty", self.length_penalty)
+        """Check all values and convert them to tuples, ints and floats."""
+        width = integer("beam_width", self.beam_width, low=1)
+        penalty = number("length_penalty", self.length_penalty)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise _wrong(
-                "early_stopping", "False, True or 'never'", self.early_stopping
-            )
-        _flag("ignore_eos", self.ignore_eos)
-        _structured_outputs(self.structured_outputs)
+            raise error("early_stopping", "False, True or 'never'", self.early_stopping)
+        flag("ignore_eos", self.ignore_eos)
+        _check_structured_outputs(self.structured_outputs)
         _check_can_end(self.structured_outputs, self.ignore_eos)
-        stop_ids = _token_ids("stop_token_ids", self.stop_token_ids)
+        stop_ids = token_ids("stop_token_ids", self.stop_token_ids)
         num_return = self.num_return
         if num_return is not None:
-            num_return = _integer("num_return", num_return, low=1)
+            num_return = integer("num_return", num_return, low=1)
             if num_return > width:
                 raise ValueError(
-                    f"num_return: wanted at most beam_width ({width}), got {num_return}"
+                    f"num_return: expected at most beam_width ({width}), got "
+                    f"{num_return}"
                 )
         checked = {
             "beam_width": width,
-            "max_tokens": _integer("max_tokens", self.max_tokens, low=1),
+            "max_tokens": integer("max_tokens", self.max_tokens, low=1),
             "length_penalty": penalty,
             "stop_token_ids": stop_ids,
             "num_return": num_return,
-            "priority": _integer("priority", self.priority),
+            "priority": integer("priority", self.priority),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -405,21 +336,25 @@ class BeamSearchParams:
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmParams:
-    """A request that is decoded by an algorithm of the user's, see `jpaged.decoding`.
+    """Parameters of a request that a custom decoding algorithm decodes.
+
+    See `jpaged.decoding` for how to write one.
 
     Attributes:
-        algorithm: a DecodingAlgorithm, or any object with its `init` and `step`. It
-            becomes part of the compiled step: make it once, and use it again.
-        num_rows: sequences that run, the S of the algorithm.
-        max_tokens: most tokens to generate.
-        ignore_eos: go on after the model's own EOS. `stop_token_ids` still end.
+        algorithm: a DecodingAlgorithm, or any object with its functions `init` and
+            `step`. It becomes part of the compiled step, so create it once and reuse
+            it: another object compiles the engine again.
+        num_rows: number of sequences that run, the S of the algorithm.
+        max_tokens: maximum number of tokens to generate.
+        ignore_eos: continue after the model's own EOS. `stop_token_ids` still end a
+            sequence.
         stop_token_ids: tokens that end a sequence as EOS does.
-        seed: 0 to 2**32 - 1; None (or -1) takes one from the engine's seed.
-        priority: the smaller, the earlier, under policy "priority".
-        structured_outputs: what the text must be, as in `SamplingParams`.
+        seed: 0 to 2**32 - 1; None and -1 derive a seed from the engine's.
+        priority: under policy "priority", smaller values are admitted first.
+        structured_outputs: constraint on the text, as in `SamplingParams`.
 
     Raises:
-        ValueError: a value is outside what is said here.
+        ValueError: a value is out of range.
     """
 
     algorithm: Any
@@ -432,20 +367,20 @@ class AlgorithmParams:
     structured_outputs: Any = None
 
     def __post_init__(self) -> None:
-        """Check every value and bring it to one form: tuples, ints."""
-        _structured_outputs(self.structured_outputs)
+        """Check all values and convert them to tuples and ints."""
+        _check_structured_outputs(self.structured_outputs)
         for name in ("init", "step"):
             if not callable(getattr(self.algorithm, name, None)):
-                wanted = "an object with functions init and step"
-                raise _wrong("algorithm", wanted, self.algorithm)
-        _flag("ignore_eos", self.ignore_eos)
+                expected = "an object with functions init and step"
+                raise error("algorithm", expected, self.algorithm)
+        flag("ignore_eos", self.ignore_eos)
         _check_can_end(self.structured_outputs, self.ignore_eos)
         checked = {
-            "num_rows": _integer("num_rows", self.num_rows, low=1),
-            "max_tokens": _integer("max_tokens", self.max_tokens, low=1),
-            "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
+            "num_rows": integer("num_rows", self.num_rows, low=1),
+            "max_tokens": integer("max_tokens", self.max_tokens, low=1),
+            "stop_token_ids": token_ids("stop_token_ids", self.stop_token_ids),
             "seed": _seed(self.seed),
-            "priority": _integer("priority", self.priority),
+            "priority": integer("priority", self.priority),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

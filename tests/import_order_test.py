@@ -22,12 +22,14 @@ LAYERS = {
     "arithmetic":        [],
     "compat":            [],
     "compilation_cache": ["compat"],
+    # checks of argument values; host only
+    "validation":        [],
     # scores of arrays: who is admitted first
     "policies":          [],
     # logits in, tokens and parents out: never sees a block
     "decoding":          ["compat"],
     "config":            ["compat", "policies", "decoding"],
-    "params":            ["compat", "config"],
+    "params":            ["compat", "config", "validation", "decoding"],
     "outputs":           [],
     # meshes and processes
     "parallel":          ["compat", "config"],
@@ -54,9 +56,9 @@ LAYERS = {
     "engine":            ["compat", "policies", "config", "params", "parallel", "kv",
                           "scheduler", "attention", "models", "decoding"],
     # the host side: requests of all callers, clock, statistics
-    "serving":           ["config", "params", "outputs", "parallel", "text", "kv",
-                          "scheduler", "pages", "attention", "models", "decoding",
-                          "structured", "engine"],
+    "serving":           ["validation", "policies", "config", "params", "outputs",
+                          "parallel", "text", "kv", "scheduler", "pages", "attention",
+                          "models", "decoding", "structured", "engine"],
     "llm":               ["config", "policies", "params", "outputs",
                           "compilation_cache", "text", "parallel", "models", "engine",
                           "serving"],

@@ -1,4 +1,4 @@
-"""Request parameters: what is accepted, what is refused and in which words."""
+"""Request parameters: accepted values, refused values and their error messages."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
 from jpaged.params import BeamSearchParams, SamplingParams
 
 
-def test_defaults_are_those_that_users_know():
+def test_defaults_are_those_of_vllm():
     params = SamplingParams()
     assert dataclasses.asdict(params) == {
         "n": 1,
@@ -37,7 +37,7 @@ def test_defaults_are_those_that_users_know():
     }
 
 
-def test_values_come_out_in_one_form():
+def test_values_are_converted_to_python_types():
     params = SamplingParams(
         n=np.int64(2),
         temperature=1,
@@ -61,7 +61,7 @@ def test_values_come_out_in_one_form():
     assert params.allowed_token_ids == (0, 1)
     assert params.bad_words == ("no",)
     assert params.seed is None
-    # And stays the same when a part of it is replaced.
+    # dataclasses.replace keeps the converted values.
     assert dataclasses.replace(params, top_k=3).stop == ("END",)
 
 
@@ -79,52 +79,52 @@ INTEGERS = ["n", "top_k", "max_tokens", "min_tokens", "priority"]
 
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
-def test_what_is_no_finite_number_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: wanted a finite number.* got "):
+def test_a_value_that_is_not_a_finite_number_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected a finite number.* got "):
         SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("name", [*INTEGERS, "seed", "logprobs", "prompt_logprobs"])
 @pytest.mark.parametrize("value", [1.0, math.nan, True, np.True_, "1", [1]], ids=repr)
-def test_what_is_no_integer_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: wanted an integer.* got "):
+def test_a_value_that_is_not_an_integer_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected an integer.* got "):
         SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, r"n: wanted an integer of at least 1, got 0 \(int\)"),
-        ({"temperature": -0.1}, "temperature: wanted a finite number of at least 0, "),
-        ({"top_k": -2}, "top_k: wanted an integer of at least -1, got -2"),
-        ({"top_p": 0}, "top_p: wanted a finite number above 0 and at most 1, got 0"),
-        ({"top_p": 1.1}, "top_p: wanted a finite number above 0 and at most 1, got"),
-        ({"min_p": 1.1}, "min_p: wanted a finite number of at least 0 and at most 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty: wanted .* above 0, got 0"),
+        ({"n": 0}, r"n: expected an integer of at least 1, got 0 \(int\)"),
+        ({"temperature": -0.1}, "temperature: expected a finite number of at least 0, "),
+        ({"top_k": -2}, "top_k: expected an integer of at least -1, got -2"),
+        ({"top_p": 0}, "top_p: expected a finite number above 0 and at most 1, got 0"),
+        ({"top_p": 1.1}, "top_p: expected a finite number above 0 and at most 1, got"),
+        ({"min_p": 1.1}, "min_p: expected a finite number of at least 0 and at most 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty: expected .* above 0, got 0"),
         ({"presence_penalty": 2.1}, "presence_penalty: .* at least -2 and at most 2"),
         ({"frequency_penalty": -3}, "frequency_penalty: .* at least -2 and at most 2"),
-        ({"max_tokens": 0}, "max_tokens: wanted an integer of at least 1, got 0"),
-        ({"min_tokens": -1}, "min_tokens: wanted an integer of at least 0, got -1"),
-        ({"min_tokens": 17}, r"min_tokens: wanted at most max_tokens \(16\), got 17"),
-        ({"stop": [""]}, r"stop\[0\]: wanted a string that is not empty, got ''"),
-        ({"stop": ["a", 1]}, r"stop\[1\]: wanted a string that is not empty, got 1"),
-        ({"stop": 3}, "stop: wanted a string or a sequence of strings, got 3"),
-        ({"stop_token_ids": [1, -1]}, r"stop_token_ids\[1\]: wanted an integer of at"),
-        ({"stop_token_ids": "12"}, "stop_token_ids: wanted a sequence of token ids"),
-        ({"stop_token_ids": 12}, "stop_token_ids: wanted a sequence of token ids"),
-        ({"ignore_eos": 1}, "ignore_eos: wanted True or False, got 1"),
-        ({"logprobs": -2}, "logprobs: wanted an integer of at least -1, got -2"),
-        ({"logit_bias": [1]}, "logit_bias: wanted a dict of token id -> number"),
-        ({"logit_bias": {"1": 1.0}}, "logit_bias key: wanted an integer of at least"),
-        ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]: wanted a finite number"),
-        ({"allowed_token_ids": []}, "allowed_token_ids: wanted None, or at least one"),
-        ({"bad_words": ["x", ""]}, r"bad_words\[1\]: wanted a string that is not"),
-        ({"seed": 2**32}, "seed: wanted an integer of at least -1 and at most 4294967"),
-        ({"n": 2, "temperature": 0}, "n: wanted 1 with greedy decoding .* above 0"),
+        ({"max_tokens": 0}, "max_tokens: expected an integer of at least 1, got 0"),
+        ({"min_tokens": -1}, "min_tokens: expected an integer of at least 0, got -1"),
+        ({"min_tokens": 17}, r"min_tokens: expected at most max_tokens \(16\), got 17"),
+        ({"stop": [""]}, r"stop\[0\]: expected a string that is not empty, got ''"),
+        ({"stop": ["a", 1]}, r"stop\[1\]: expected a string that is not empty, got 1"),
+        ({"stop": 3}, "stop: expected a string or a sequence of strings, got 3"),
+        ({"stop_token_ids": [1, -1]}, r"stop_token_ids\[1\]: expected an integer of at"),
+        ({"stop_token_ids": "12"}, "stop_token_ids: expected a sequence of token ids"),
+        ({"stop_token_ids": 12}, "stop_token_ids: expected a sequence of token ids"),
+        ({"ignore_eos": 1}, "ignore_eos: expected True or False, got 1"),
+        ({"logprobs": -2}, "logprobs: expected an integer of at least -1, got -2"),
+        ({"logit_bias": [1]}, "logit_bias: expected a dict of token id -> number"),
+        ({"logit_bias": {"1": 1.0}}, "logit_bias key: expected an integer of at least"),
+        ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]: expected a finite number"),
+        ({"allowed_token_ids": []}, "allowed_token_ids: expected None, or at least one"),
+        ({"bad_words": ["x", ""]}, r"bad_words\[1\]: expected a string that is not"),
+        ({"seed": 2**32}, "seed: expected an integer of at least -1 and at most 4294967"),
+        ({"n": 2, "temperature": 0}, "n: expected 1 with greedy decoding .* above 0"),
     ],
     ids=str,
 )
-def test_bad_values_are_refused_with_name_wanted_and_got(arguments, message):
+def test_an_invalid_value_raises_an_error_with_name_expected_and_got(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         SamplingParams(**arguments)
 
@@ -136,7 +136,7 @@ def test_unknown_arguments_are_refused():
         BeamSearchParams(beam_width=2, max_tokens=4, temperature=1.0)
 
 
-def test_tiny_temperatures_are_greedy_or_raised_with_a_warning():
+def test_tiny_temperatures_become_greedy_or_are_raised_with_a_warning():
     assert SamplingParams(temperature=9e-6).is_greedy
     assert SamplingParams(temperature=9e-6).temperature == 0.0
     assert not SamplingParams(temperature=0.01).is_greedy
@@ -149,32 +149,32 @@ def test_tiny_temperatures_are_greedy_or_raised_with_a_warning():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"beam_width": 0}, "beam_width: wanted an integer of at least 1, got 0"),
-        ({"beam_width": True}, "beam_width: wanted an integer of at least 1, got True"),
-        ({"max_tokens": 2.0}, "max_tokens: wanted an integer of at least 1, got 2.0"),
-        ({"length_penalty": math.inf}, "length_penalty: wanted a finite number, got"),
-        ({"early_stopping": "no"}, "early_stopping: wanted False, True or 'never'"),
-        ({"early_stopping": 1}, "early_stopping: wanted False, True or 'never'"),
-        ({"ignore_eos": None}, "ignore_eos: wanted True or False, got None"),
-        ({"stop_token_ids": [0.5]}, r"stop_token_ids\[0\]: wanted an integer"),
-        ({"num_return": 5}, r"num_return: wanted at most beam_width \(4\), got 5"),
-        ({"num_return": 0}, "num_return: wanted an integer of at least 1, got 0"),
+        ({"beam_width": 0}, "beam_width: expected an integer of at least 1, got 0"),
+        ({"beam_width": True}, "beam_width: expected an integer of at least 1, got True"),
+        ({"max_tokens": 2.0}, "max_tokens: expected an integer of at least 1, got 2.0"),
+        ({"length_penalty": math.inf}, "length_penalty: expected a finite number, got"),
+        ({"early_stopping": "no"}, "early_stopping: expected False, True or 'never'"),
+        ({"early_stopping": 1}, "early_stopping: expected False, True or 'never'"),
+        ({"ignore_eos": None}, "ignore_eos: expected True or False, got None"),
+        ({"stop_token_ids": [0.5]}, r"stop_token_ids\[0\]: expected an integer"),
+        ({"num_return": 5}, r"num_return: expected at most beam_width \(4\), got 5"),
+        ({"num_return": 0}, "num_return: expected an integer of at least 1, got 0"),
     ],
     ids=str,
 )
-def test_bad_beam_search_values_are_refused(arguments, message):
+def test_an_invalid_beam_search_value_is_refused(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         BeamSearchParams(**({"beam_width": 4, "max_tokens": 8} | arguments))
 
 
-def test_good_beam_search_values_are_kept():
+def test_valid_beam_search_values_are_kept():
     params = BeamSearchParams(4, 8, early_stopping="never", stop_token_ids=[2])
     assert params.stop_token_ids == (2,)
     assert params.length_penalty == 1.0
     assert params.num_return is None
 
 
-def test_outputs_print_on_one_line_without_what_is_missing():
+def test_repr_of_outputs_is_one_line_without_fields_that_are_none():
     output = CompletionOutput(0, list(range(30)), "some text", -1.25, score=-0.5)
     assert repr(output) == (
         "CompletionOutput(index=0, token_ids=[0, 1, 2, 3, 4, 5, 6, 7, ... 30 in all], "

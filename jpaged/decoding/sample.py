@@ -30,7 +30,7 @@ from jpaged.decoding.transforms import (
     leading,
 )
 
-GREEDY_BELOW = 1e-5  # temperatures below it mean greedy
+GREEDY_BELOW = 1e-5  # temperatures below it mean greedy decoding
 GROUP_SIZE = 128  # vocabulary entries per group
 
 

@@ -1,1 +1,1 @@
-"""The host side of serving: requests of all callers, batching, clock, statistics."""
+"""The host side of serving: requests of all callers, batching and statistics."""

@@ -1,17 +1,14 @@
-"""Intake: what users hand in, checked before anything runs.
+"""Intake: prompts and parameters of users, checked before anything runs.
 
-Place on the road: user -> [intake] -> llm. Host only.
+Pipeline: user -> [intake] -> batcher. Host only.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import jax
-import numpy as np
 
 from jpaged import engine
 from jpaged.config import EngineConfig
@@ -19,93 +16,204 @@ from jpaged.decoding.constraints import AutomataSizes
 from jpaged.engine import algorithms as groups
 from jpaged.engine import limits
 from jpaged.engine.limits import Params
-from jpaged.models.config import ModelConfig
+from jpaged.outputs import RequestOutput
 from jpaged.params import (
     AlgorithmParams,
     BeamSearchParams,
     SamplingParams,
     StructuredOutputsParams,
 )
+from jpaged.serving.engine_host import EngineHost
+from jpaged.serving.request_state import RequestState, RequestUpdate
 from jpaged.structured import compile_constraint
+from jpaged.text import prompts as text_prompts
 from jpaged.text.tokenizer import Tokenizer, bad_word_token_ids
 
 
-class Checked(NamedTuple):
-    """A request after the checks."""
+class CheckedRequest(NamedTuple):
+    """The result of checking a request."""
 
     token_ids: list[int]  # of the prompt
-    params: Any  # in the form that the engine takes
-    error: str | None  # what is wrong with it
+    params: Any  # with token ids and automata in place of text
+    error: str | None  # why the request is invalid
 
 
-@dataclasses.dataclass(frozen=True)
 class Intake:
-    """What a request must fit: a model, a tokenizer, an engine."""
+    """Checks, tokenizes and numbers the requests of an LLM.
 
-    model: ModelConfig
-    tokenizer: Tokenizer | None
-    config: EngineConfig
-    max_logprobs: int
-    num_blocks: int  # that are not pinned
+    Args:
+      host: the engine that runs the requests.
+      tokenizer: the model's tokenizer, or None.
+      max_logprobs: limit of `logprobs` and `prompt_logprobs`.
+    """
 
-    def check(self, prompt: Any, params: Any) -> Checked:
-        """The request as the engine takes it, and what is wrong with it, or None."""
+    def __init__(
+        self, host: EngineHost, tokenizer: Tokenizer | None, max_logprobs: int
+    ):
+        self.num_arrivals = 0  # requests so far
+        self.num_prompt_tokens = 0  # of all requests so far
+        self._host = host
+        self._model = host.model.config
+        self._tokenizer = tokenizer
+        self._max_logprobs = max_logprobs
+
+    def call(
+        self, prompts: Any, params: Any, on_error: str = "raise"
+    ) -> tuple[list[RequestState], list[RequestOutput | None]]:
+        """Create the requests of one call, which share an inbox.
+
+        Args:
+          prompts: one prompt or several.
+          params: parameters for all prompts, or one for each; None for the defaults.
+          on_error: "raise" or "return", see `LLM.generate`.
+
+        Returns:
+          The valid requests; and per prompt the output if it is invalid, else None.
+
+        Raises:
+          ValueError: a request is invalid and `on_error` is "raise".
+        """
+        prompts, params = match_params(prompts, params)
+        inbox: collections.deque[RequestUpdate] = collections.deque()
+        states: list[RequestState] = []
+        outputs: list[RequestOutput | None] = []
+        errors: list[str] = []
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            arrival = self.num_arrivals + index
+            found = self._request(prompt, param, index, arrival, inbox)
+            if isinstance(found, RequestState):
+                states.append(found)
+                outputs.append(None)
+            else:
+                outputs.append(found)
+                errors.append(f"prompts[{index}]: {found.error}")
+        if errors and on_error == "raise":
+            head = (
+                f"{len(errors)} of {len(prompts)} requests are invalid, none was run:"
+            )
+            message = "\n  ".join([head, *errors]) if len(prompts) > 1 else errors[0]
+            raise ValueError(message)
+        self.num_arrivals += len(prompts)
+        self.num_prompt_tokens += sum(len(each.prompt_token_ids) for each in states)
+        return states, outputs
+
+    def live(self, prompt: Any, params: Any) -> RequestState:
+        """Create a request of its own, with an inbox of its own.
+
+        Raises:
+          ValueError: the request is invalid.
+        """
+        params = SamplingParams() if params is None else params
+        number = self.num_arrivals
+        found = self._request(prompt, params, number, number, collections.deque())
+        if not isinstance(found, RequestState):
+            raise ValueError(found.error)
+        found.is_streamed = True
+        self.num_arrivals += 1
+        self.num_prompt_tokens += len(found.prompt_token_ids)
+        return found
+
+    def errors(self, prompts: Any, params: Any) -> list[str | None]:
+        """Return for each request why it is invalid, or None."""
+        pairs = zip(*match_params(prompts, params), strict=True)
+        return [self._check(prompt, param).error for prompt, param in pairs]
+
+    def token_ids(self, prompt: Any) -> list[int]:
+        """Return a prompt's token ids; raise ValueError if it is not a prompt."""
+        return text_prompts.token_ids(self._tokenizer, "prompt", prompt)
+
+    def _request(
+        self,
+        prompt: Any,
+        params: Any,
+        index: int,
+        arrival: int,
+        inbox: collections.deque[RequestUpdate],
+    ) -> RequestState | RequestOutput:
+        """Return the request if it is valid, else an output with its error."""
+        token_ids, params, error = self._check(prompt, params)
+        text = prompt if isinstance(prompt, str) else None
+        if error is not None:
+            return RequestOutput(arrival, text, token_ids, [], error=error)
+        vocab_size = self._model.vocab_size
+        config = grown_config(self._host.config, [params], vocab_size)
+        shape = limits.shape(params, config, vocab_size)
+        num_outputs = len(shape.outputs(shape.numbers))
+        if isinstance(params, BeamSearchParams) and params.num_return is not None:
+            num_outputs = params.num_return
+        return RequestState(
+            index=index,
+            arrival=arrival,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            eos_token_ids=self._model.eos_token_ids,
+            tokenizer=self._tokenizer,
+            table_size=len(shape.numbers),
+            num_outputs=num_outputs,
+            inbox=inbox,
+        )
+
+    def _check(self, prompt: Any, params: Any) -> CheckedRequest:
+        """Convert a request for the engine; errors are returned, not raised."""
         token_ids: list[int] = []
         try:
             self._check_params(params)
             params = self._resolve(params)
             token_ids = self.token_ids(prompt)
             engine.check_request(
-                grow(self.config, [params], self.model.vocab_size),
+                grown_config(self._host.config, [params], self._model.vocab_size),
                 token_ids,
                 params,
-                vocab_size=self.model.vocab_size,
-                eos_token_ids=self.model.eos_token_ids,
-                num_blocks=self.num_blocks,
+                vocab_size=self._model.vocab_size,
+                eos_token_ids=self._model.eos_token_ids,
+                num_blocks=self._host.num_open_blocks(),
             )
         except ValueError as error:
-            return Checked(token_ids, params, str(error))
-        return Checked(token_ids, params, None)
+            return CheckedRequest(token_ids, params, str(error))
+        return CheckedRequest(token_ids, params, None)
 
     def _check_params(self, params: Any) -> None:
+        """Raise ValueError if the parameters do not fit the model or the engine."""
         if not isinstance(params, Params):
             raise ValueError(
-                "params: wanted SamplingParams, BeamSearchParams or AlgorithmParams, "
+                "params: expected SamplingParams, BeamSearchParams or AlgorithmParams, "
                 f"got {params!r}"
             )
-        vocab_size = self.model.vocab_size
+        vocab_size = self._model.vocab_size
         for token in params.stop_token_ids:
             if token >= vocab_size:
                 raise ValueError(
-                    f"stop_token_ids: wanted ids from 0 to {vocab_size - 1} (the "
+                    f"stop_token_ids: expected ids from 0 to {vocab_size - 1} (the "
                     f"model's vocabulary), got {token}"
                 )
-        limits.check_rows(params, self.config)
+        limits.check_rows(params, self._host.config)
         if isinstance(params, AlgorithmParams):
             groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
         if not isinstance(params, SamplingParams):
             return
-        if params.stop and self.tokenizer is None:
+        if params.stop and self._tokenizer is None:
             raise ValueError(
-                f"stop: wanted none, got {params.stop!r}: the model has no tokenizer, "
-                "so there is no text; use stop_token_ids"
+                f"stop: expected none, got {params.stop!r}: the model has no "
+                "tokenizer, so there is no text; use stop_token_ids"
             )
-        if (count := num_logprobs_of(params, vocab_size)) > self.max_logprobs:
+        count = _num_logprobs(params, vocab_size)
+        if count > self._max_logprobs:
             name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
             raise ValueError(
-                f"{name}: wanted at most max_logprobs ({self.max_logprobs}), got "
-                f"{count}; make the LLM with a larger max_logprobs"
+                f"{name}: expected at most max_logprobs ({self._max_logprobs}), got "
+                f"{count}; create the LLM with a larger max_logprobs"
             )
 
     def _resolve(self, params: Params) -> Params:
-        """`params` with token ids and automata in place of text."""
+        """Replace text in the parameters by token ids and automata."""
         structured = params.structured_outputs
         if isinstance(structured, StructuredOutputsParams):
             automaton = compile_constraint(
                 structured,
-                self.tokenizer,
-                self.model.vocab_size,
-                self.model.eos_token_ids,
+                self._tokenizer,
+                self._model.vocab_size,
+                self._model.eos_token_ids,
                 params.max_tokens,
             )
             params = dataclasses.replace(params, structured_outputs=automaton)
@@ -114,54 +222,65 @@ class Intake:
         texts = [word for word in params.bad_words if isinstance(word, str)]
         ids = [word for word in params.bad_words if not isinstance(word, str)]
         if texts:
-            ids += bad_word_token_ids(self.tokenizer, texts)
+            ids += bad_word_token_ids(self._tokenizer, texts)
         return dataclasses.replace(params, bad_words=ids)
 
-    def token_ids(self, prompt: Any) -> list[int]:
-        """The prompt's token ids; a ValueError where it is none."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    "prompt: wanted token ids, got text: the model has no tokenizer"
-                )
-            return self.tokenizer.encode(prompt)
-        if not _is_token_ids(prompt):
-            raise ValueError(
-                f"prompt: wanted text or a list of token ids, got {prompt!r:.80} "
-                f"({type(prompt).__name__})"
-            )
-        return [int(token) for token in prompt]
+
+def match_params(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
+    """Return lists of prompts and of their parameters, of one length.
+
+    Raises:
+      ValueError: `prompts` is not a prompt or several, or there are several
+        parameters but not one for each prompt.
+    """
+    prompts = text_prompts.prompt_list("prompts", prompts)
+    if params is None:
+        params = SamplingParams()
+    if not isinstance(params, Sequence):
+        params = [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(
+            f"params: expected one, or one for each of {len(prompts)} prompts, got "
+            f"{len(params)}"
+        )
+    return prompts, list(params)
 
 
-def grow(
+def grown_config(
     config: EngineConfig, params: Sequence[Params], vocab_size: int
 ) -> EngineConfig:
-    """The engine's config with what all of the requests need compiled.
+    """Return a config with all features that `config` or the requests need.
 
-    Nothing that it has is taken away, and sizes are powers of two: few programs.
+    Features are never removed, and sizes are rounded up to powers of two, so that few
+    programs are compiled.
+
+    Args:
+      config: the engine's config.
+      params: parameters of requests, as `Intake` resolves them.
+      vocab_size: size of the model's vocabulary.
     """
     num_logprobs, width = config.num_logprobs, config.max_beam_width
     rules, algorithms = config.rules, list(config.algorithms)
     for param in params:
         if isinstance(param, SamplingParams):
-            num_logprobs = max(num_logprobs, num_logprobs_of(param, vocab_size))
-            mine = limits.rule_sizes(param, vocab_size)
-            if mine is not None:
-                rules = mine if rules is None else rules.grown(mine)
+            num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
+            sizes = limits.rule_sizes(param, vocab_size)
+            if sizes is not None:
+                rules = sizes if rules is None else rules.grown(sizes)
         elif isinstance(param, BeamSearchParams):
             width = max(width, _power_of_two(param.beam_width))
         elif (param.algorithm, param.num_rows) not in algorithms:
             algorithms.append((param.algorithm, param.num_rows))
-    # Requests' distinct automata are in the pool together.
+    # The distinct automata of all requests are in the pool at the same time.
     automata = {
         param.structured_outputs.digest.tobytes(): param.structured_outputs
         for param in params
         if param.structured_outputs is not None
     }
-    sizes = config.automata
+    automata_sizes = config.automata
     if automata:
-        sizes = AutomataSizes.of(list(automata.values()))
-        sizes = sizes.grown(config.automata or AutomataSizes())
+        automata_sizes = AutomataSizes.of(list(automata.values()))
+        automata_sizes = automata_sizes.grown(config.automata or AutomataSizes())
     if num_logprobs > config.num_logprobs:
         num_logprobs = min(_power_of_two(num_logprobs), vocab_size)
     return dataclasses.replace(
@@ -171,52 +290,22 @@ def grow(
         or any(map(limits.keeps_prompt_logprobs, params)),
         max_beam_width=min(width, config.max_num_seqs),
         rules=rules,
-        automata=sizes,
+        automata=automata_sizes,
         algorithms=tuple(algorithms),
     )
 
 
-def num_logprobs_of(params: SamplingParams, vocab_size: int) -> int:
-    """Most likely tokens that the engine has to keep for a request."""
-    wanted = 0
+def _num_logprobs(params: SamplingParams, vocab_size: int) -> int:
+    """Return how many most probable tokens the engine keeps for a request."""
+    needed = 0
     for count in (params.logprobs, params.prompt_logprobs):
         if count is not None:
-            # The chosen token's rank is kept only along with them.
+            # The sampled token's rank is only kept together with at least one.
             count = vocab_size if count == -1 else max(count, 1)
-            wanted = max(wanted, count)
-    return wanted
+            needed = max(needed, count)
+    return needed
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
-
-
-def pairs(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
-    """Prompts and params, side by side."""
-    is_one = isinstance(prompts, str) or (_is_token_ids(prompts) and len(prompts) > 0)
-    prompts = [prompts] if is_one else prompts
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise ValueError(
-            "prompts: wanted text, a list of token ids, or a list of either, got "
-            f"{prompts!r:.80} ({type(prompts).__name__})"
-        )
-    if params is None:
-        params = SamplingParams()
-    if not isinstance(params, Sequence):
-        params = [params] * len(prompts)
-    if len(params) != len(prompts):
-        raise ValueError(
-            f"params: wanted one, or one for each of {len(prompts)} prompts, got "
-            f"{len(params)}"
-        )
-    return list(prompts), list(params)
-
-
-def _is_token_ids(value: Any) -> bool:
-    if isinstance(value, np.ndarray | jax.Array):
-        return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
-    return isinstance(value, Sequence) and all(
-        isinstance(token, numbers.Integral) and not isinstance(token, bool)
-        for token in value
-    )

@@ -1,6 +1,6 @@
-"""Live: requests that come and go while others run.
+"""Live requests: handles of requests that run beside all others.
 
-Place on the road: user -> [live] -> batch. Host only.
+Pipeline: user -> [live] -> batcher. Host only.
 """
 
 from __future__ import annotations
@@ -9,51 +9,56 @@ import collections
 from collections.abc import AsyncIterator, Generator, Iterator
 
 from jpaged.outputs import RequestOutput
-from jpaged.serving.batcher import Batch
-from jpaged.serving.jobs import Delta, Job
+from jpaged.serving.batcher import Batcher
+from jpaged.serving.request_state import Delta, RequestState
 
 
 class Request:
-    """A request that was submitted; see `LLM.submit`.
+    """Handle of a submitted request; see `LLM.submit`.
 
-    It is its own iterator, with `for` and `async for`: what its outputs gain, each
-    Delta once. So a second loop goes on where the first one was left, and a loop behind
-    the end gives nothing. The request runs while somebody waits: for this one, for
-    another one, or for a call of the LLM.
+    The handle is its own iterator, for `for` and `async for`. It yields the deltas of
+    the outputs, each Delta once: a second loop continues where the first one stopped,
+    and a loop after the end yields nothing. The request runs while a caller waits for
+    it, for another live request, or for a call of the LLM.
 
-    Raises, where it is iterated or waited for:
-      ValueError: it does not fit beside prefixes that were pinned since.
-      RuntimeError: an interrupt in another call took the engine's state with it.
+    Raises, when it is iterated or waited for:
+      ValueError: it does not fit into the blocks beside prefixes that were pinned after
+        its submission.
+      RuntimeError: an interrupt in another call lost the engine's state.
     """
 
-    def __init__(self, batch: Batch, job: Job):
-        self._batch = batch
-        self._job = job
+    def __init__(self, batcher: Batcher, state: RequestState):
+        self._batcher = batcher
+        self._state = state
         self._deltas: collections.deque[Delta] = collections.deque()
-        self._is_over = False
+        self._is_finished = False
 
     @property
     def request_id(self) -> int:
-        """Its number in the LLM's life, which `LLM.abort` takes."""
-        return self._job.arrival
+        """Number of the request since the LLM was created; `LLM.abort` accepts it."""
+        return self._state.arrival
 
     @property
     def finished(self) -> bool:
-        """Whether it has ended, as far as is known here; asks nobody, runs nothing."""
-        self._take_news()
-        return self._is_over
+        """Whether the request has ended, as of the last slice; runs no steps."""
+        self._read_inbox()
+        return self._is_finished
 
     def abort(self) -> None:
-        """Ends it with what it has, finish_reason "abort"; blocks and places are free.
+        """End the request with the tokens it has, finish_reason "abort".
 
-        One that has ended already stays as it is.
+        Its blocks and its entries in the request table become free. A request that has
+        ended does not change.
         """
-        self._batch.abort([self._job])
+        self._batcher.abort([self._state])
 
     def output(self) -> RequestOutput:
-        """Waits for its end; what it gave. Deltas that nobody took are still there."""
+        """Wait until the request ends and return its output.
+
+        Deltas that were not read remain available.
+        """
         while not self.finished:
-            self._batch.turn()
+            self._batcher.run_slice()
         return self._output()
 
     def __iter__(self) -> Iterator[Delta]:
@@ -61,9 +66,9 @@ class Request:
 
     def __next__(self) -> Delta:
         while not self._has_delta():
-            if self._is_over:
+            if self._is_finished:
                 raise StopIteration
-            self._batch.turn()
+            self._batcher.run_slice()
         return self._deltas.popleft()
 
     def __await__(self) -> Generator[None, None, RequestOutput]:
@@ -75,9 +80,9 @@ class Request:
 
     async def __anext__(self) -> Delta:
         while not self._has_delta():
-            if self._is_over:
+            if self._is_finished:
                 raise StopAsyncIteration
-            await self._batch.turn_async()
+            await self._batcher.run_slice_async()
         return self._deltas.popleft()
 
     def __repr__(self) -> str:
@@ -86,22 +91,22 @@ class Request:
 
     async def _wait(self) -> RequestOutput:
         while not self.finished:
-            await self._batch.turn_async()
+            await self._batcher.run_slice_async()
         return self._output()
 
-    def _take_news(self) -> None:
-        while self._job.inbox:
-            news = self._job.inbox.popleft()
-            self._deltas += news.deltas
-            self._is_over |= news.is_over
+    def _read_inbox(self) -> None:
+        while self._state.inbox:
+            update = self._state.inbox.popleft()
+            self._deltas += update.deltas
+            self._is_finished |= update.is_finished
 
     def _has_delta(self) -> bool:
-        self._take_news()
-        if self._job.error is not None and not self._deltas:
-            raise self._job.error
+        self._read_inbox()
+        if self._state.error is not None and not self._deltas:
+            raise self._state.error
         return bool(self._deltas)
 
     def _output(self) -> RequestOutput:
-        if self._job.error is not None:
-            raise self._job.error
-        return self._job.output()
+        if self._state.error is not None:
+            raise self._state.error
+        return self._state.request_output()

@@ -1,6 +1,6 @@
-"""Memory: how many KV blocks the pool gets, and how long a sequence may become.
+"""Memory: the default sizes of the KV pool, of sequences and of the request table.
 
-Place on the road: model, device -> [memory] -> EngineConfig. Host only.
+Pipeline: model, device -> [memory] -> EngineConfig. Host only.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.parallel import distributed
 
-# On a CPU the pool's memory is the user's own, so it is kept modest.
+# On a CPU the pool uses the same memory as other programs, so its default is small.
 CPU_POOL_BYTES = 2**30
-_TABLE_BYTES = 2**30  # most that the request table takes without being told
+_TABLE_BYTES = 2**30  # limit of the request table's default size
 _TABLE_BYTES_PER_TOKEN = 8  # token id and log-probability
 _TABLE_BYTES_PER_LOGPROB = 8  # id and log-probability
 
@@ -32,7 +32,7 @@ def block_bytes(
     attention: str | None = None,
     tensor: int = 1,
 ) -> int:
-    """Bytes of one block on a device: keys and values of its tokens in all layers."""
+    """Return the bytes of one block per device: keys and values of all layers."""
     stored = parallel.stored_kv_heads(model.num_kv_heads, tensor)
     return kv_cache.bytes_per_block(
         num_layers=model.num_layers,
@@ -57,16 +57,17 @@ def choose_sizes(
     attention: str | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[int, int]:
-    """(num_blocks, max_model_len), where the user left them open.
+    """Return (num_blocks, max_model_len), with defaults in place of None.
 
-    The pool is never larger than `max_num_seqs` sequences of `max_model_len` tokens
-    can fill. Up to there it takes `memory_fraction` of the device's free memory; on a
-    CPU also at most 1 GiB or the model's own size, whichever is more. `max_model_len`
-    is the model's longest, as far as one such sequence fits into the pool.
+    The default of `num_blocks` is what `max_num_seqs` sequences of `max_model_len`
+    tokens can fill, limited to `memory_fraction` of the device's free memory. On a CPU
+    it is also limited to 1 GiB or the model's own size, whichever is more. The default
+    of `max_model_len` is the model's maximum, limited so that one such sequence fits
+    into the pool.
 
     Raises:
-      ValueError: max_model_len exceeds the model's positions, or not even a block
-        fits into memory.
+      ValueError: max_model_len exceeds the model's maximum, or not even one block fits
+        into memory.
     """
     models = [model] if draft is None else [model, draft]
     longest = min(each.config.max_length for each in models)
@@ -78,7 +79,7 @@ def choose_sizes(
     length = longest if max_model_len is None else max_model_len
     if num_blocks is None:
         budget = pool_budget(model, memory_fraction)
-        # The draft model's pages lie under the same block tables.
+        # The draft model has pages of its own under the same block tables.
         tensor = 1 if mesh is None else mesh.shape["tensor"]
         if mesh is not None and mesh.devices.flat[0].platform == "cpu":
             budget //= mesh.size  # virtual devices share the machine's memory
@@ -89,20 +90,21 @@ def choose_sizes(
             for each in models
         )
         useful = max_num_seqs * cdiv(length, block_size)
-        num_blocks = min(useful, budget // size)
-        if num_blocks < 1:
+        chosen = int(min(useful, budget // size))
+        if chosen < 1:
             raise ValueError(
                 f"num_blocks: expected memory for at least one block of {size} bytes, "
-                f"got {budget} bytes ({memory_fraction:g} of what is free); take a "
-                "smaller block_size or model, or give num_blocks"
+                f"got {budget} bytes ({memory_fraction:g} of what is free); use a "
+                "smaller block_size or model, or set num_blocks"
             )
+        num_blocks = chosen
     if max_model_len is None:
         length = min(length, num_blocks * block_size)
     return num_blocks, length
 
 
 def pool_budget(model: Decoder, memory_fraction: float) -> int:
-    """Bytes that the pool may take on the model's device, one of this process."""
+    """Return the bytes that the pool may use per device of this process."""
     leaves = jax.tree.leaves(model)
     device = leaves[0].addressable_shards[0].device
     stats = None if device.platform == "cpu" else device.memory_stats()
@@ -116,20 +118,24 @@ def pool_budget(model: Decoder, memory_fraction: float) -> int:
 
 
 def available_bytes() -> int:
-    """Bytes of main memory that programs can still have."""
+    """Return the bytes of main memory that are available to programs."""
     try:
         for line in pathlib.Path("/proc/meminfo").read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    # macOS does not say in Python what is free; half of all memory usually is.
+    # macOS does not report free memory to Python; usually half of it is free.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def max_places(max_num_seqs: int, max_model_len: int, num_logprobs: int) -> int:
-    """Places of the request table: four times the rows, fewer where they are large."""
-    place_bytes = max_model_len * (
+def max_table_size(max_num_seqs: int, max_model_len: int, num_logprobs: int) -> int:
+    """Return the default size of the request table, in sequences.
+
+    It is four times `max_num_seqs`, or less where entries are large, but at least
+    `max_num_seqs`.
+    """
+    entry_bytes = max_model_len * (
         _TABLE_BYTES_PER_TOKEN + _TABLE_BYTES_PER_LOGPROB * num_logprobs
     )
-    return max(max_num_seqs, min(4 * max_num_seqs, _TABLE_BYTES // place_bytes))
+    return max(max_num_seqs, min(4 * max_num_seqs, _TABLE_BYTES // entry_bytes))

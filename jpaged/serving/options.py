@@ -1,229 +1,140 @@
-"""Options: the arguments of `LLM`, checked, and the model that they name.
+"""Options: the arguments of `LLM`, checked before anything is loaded.
 
-Place on the road: user -> [options] -> llm. What does not exist is refused, never
-replaced by something else.
+Pipeline: user -> [options] -> construction. Unsupported values raise ValueError; they
+are never replaced by something else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jpaged import parallel
-from jpaged.attention import backends
-from jpaged.config import PREEMPTIONS, Speculation
-from jpaged.engine import replicas
+from jpaged.attention import api as attention_module
+from jpaged.config import PREEMPTIONS
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
-from jpaged.models.loading import sources
-from jpaged.models.loading.checkpoint import load_model
 from jpaged.pages.quantised import PAGE_DTYPES
 from jpaged.parallel import distributed
+from jpaged.policies import Policy
 from jpaged.text.tokenizer import Tokenizer
+from jpaged.validation import error, flag, integer, number, one_of
+
+# The hardware that an attention backend needs, and jax's name of it.
+_HARDWARE = {
+    "mosaic_tpu": ("TPU", "tpu"),
+    "mosaic_gpu": ("Hopper GPU", "gpu"),
+    "triton": ("NVIDIA GPU", "gpu"),
+}
 
 
-def check_sizes(seed: Any, **sizes: Any) -> None:
-    """Raises ValueError for sizes that are no integers above 0, or a wrong seed."""
-    for name, value in sizes.items():
-        is_open = value is None and name in ("num_blocks", "max_model_len")
-        if not is_open and not _is_integer(value, least=1):
-            raise ValueError(f"{name}: wanted an integer of at least 1, got {value!r}")
-    if not _is_integer(seed, least=0):
-        raise ValueError(f"seed: wanted an integer of at least 0, got {seed!r}")
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    return is_integer and value >= least
-
-
-def check_choices(
-    *,
-    kv_dtype: Any,
-    enable_prefix_caching: Any,
-    preemption: Any,
-    num_swap_blocks: Any,
-    attention: Any,
-    cascade: Any,
-    mesh: Any,
-    memory_fraction: Any,
-) -> None:
-    """Raises ValueError for what does not exist, or not yet."""
-    kv_dtypes = ("auto", *DTYPES, *PAGE_DTYPES)
-    if kv_dtype not in kv_dtypes:
-        raise ValueError(f"kv_dtype: wanted one of {kv_dtypes}, got {kv_dtype!r}")
-    if not isinstance(enable_prefix_caching, bool):
-        raise ValueError(
-            f"enable_prefix_caching: wanted True or False, got "
-            f"{enable_prefix_caching!r}"
-        )
-    if preemption not in PREEMPTIONS:
-        raise ValueError(f"preemption: wanted one of {PREEMPTIONS}, got {preemption!r}")
-    least = 1 if preemption == "swap" else 0
-    if not _is_integer(num_swap_blocks, least=0) or num_swap_blocks < least:
-        raise ValueError(
-            f"num_swap_blocks: wanted an integer of at least {least} with "
-            f"preemption={preemption!r}, got {num_swap_blocks!r}"
-        )
-    if num_swap_blocks and preemption != "swap":
-        raise ValueError(
-            f"num_swap_blocks: wanted 0 with preemption={preemption!r}, got "
-            f"{num_swap_blocks}; take preemption='swap' to use them"
-        )
-    _check_attention(attention)
-    if not isinstance(cascade, bool):
-        raise ValueError(f"cascade: wanted True or False, got {cascade!r}")
-    if mesh is not None:
-        parallel.check_is_mesh(mesh)
-    is_number = isinstance(memory_fraction, int | float)
-    if not is_number or not 0 < memory_fraction <= 1:
-        raise ValueError(
-            f"memory_fraction: wanted a share above 0 and up to 1, got "
-            f"{memory_fraction!r}"
-        )
-
-
-def _check_attention(name: Any) -> None:
-    """Raises ValueError for a backend that does not exist or needs another device."""
-    if name is None:
-        return
-    if name not in backends.IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention: expected None or one of {backends.IMPLEMENTATIONS}, "
-            f"got {name!r}"
-        )
-    backend = backends.find_backend(name)
-    if backend.platform not in (None, jax.default_backend()):
-        raise ValueError(
-            f"attention: {name!r} needs a {backend.device}, and this process's backend "
-            f"is {jax.default_backend()!r}; use None for the best one here"
-        )
-
-
-def check_alike(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError where processes that share the mesh have other arguments.
-
-    A folder may lie elsewhere on another host, but its name is the same.
-    """
-    if not distributed.is_shared(arguments["mesh"]):
-        return
-    model = arguments["model"]
-    is_decoder = isinstance(model, Decoder)
-    name = model.config if is_decoder else pathlib.PurePath(str(model)).name
-    alike = {"self": None, "tokenizer": None, "model": name}
-    distributed.check_same_options({**arguments, **alike})
-
-
-def load(
-    model: Any,
-    dtype: str,
-    tokenizer: Any,
-    quantization: str | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Decoder, Tokenizer | None, str]:
-    """Decoder, on the mesh if there is one, tokenizer and a name to show."""
-    if isinstance(model, Decoder):
-        config = model.config
-        for argument, value, own in (
-            ("dtype", None if dtype == "auto" else dtype, config.dtype),
-            ("quantization", quantization, config.quantization),
-        ):
-            if value not in (None, own):
-                raise ValueError(
-                    f"{argument}: wanted the Decoder's own ({own!r}), got {value!r}; "
-                    f"load_model takes a {argument}"
-                )
-        devices = {d for leaf in jax.tree.leaves(model) for d in leaf.devices()}
-        if mesh is None and len(devices) > 1:
-            raise ValueError(
-                "mesh: wanted the one that the Decoder lies on, which has "
-                f"{len(devices)} devices, got None"
-            )
-        decoder, name = model, config.architecture
-        if mesh is not None:
-            decoder = replicas.shard_model(model, mesh)
-    elif isinstance(model, str | os.PathLike):
-        name = os.fspath(model)
-        if sources.is_random(name):
-            decoder = load_model(name, dtype, quantization=quantization, mesh=mesh)
-        else:
-            folder = sources.find_folder(name)
-            decoder = load_model(folder, dtype, quantization=quantization, mesh=mesh)
-            tokenizer = folder if tokenizer is None else tokenizer
-    else:
-        raise ValueError(
-            "model: wanted a folder, a hub id, the name of a bundled model, 'random:' "
-            f"and a shape, or a Decoder, got {model!r:.80} ({type(model).__name__})"
-        )
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.from_folder(tokenizer)
-    if tokenizer is not None:
-        tokenizer.check_fits(decoder.config.vocab_size)
-    return decoder, tokenizer, name
-
-
-_SPECULATIVE_KEYS = (
-    "method",
-    "model",
-    "num_speculative_tokens",
-    "prompt_lookup_min",
-    "prompt_lookup_max",
-)
-
-
-def speculation(
-    params: Mapping[str, Any] | None, target: Decoder, mesh: Mesh | None = None
-) -> tuple[Speculation | None, Decoder | None]:
-    """What `LLM(speculative_config=...)` asks for, and the draft model if it names one.
+@dataclasses.dataclass(frozen=True)
+class LLMOptions:
+    """The arguments of `LLM`, see there.
 
     Raises:
-      ValueError: an unknown or contradictory key, or another vocabulary.
+      ValueError: an argument is invalid or unsupported.
     """
-    if params is None:
-        return None, None
-    if not isinstance(params, Mapping) or set(params) - set(_SPECULATIVE_KEYS):
+
+    model: str | os.PathLike[str] | Decoder
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    num_blocks: int | None
+    memory_fraction: float
+    max_num_seqs: int
+    max_model_len: int | None
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool
+    preemption: str
+    num_swap_blocks: int
+    policy: str | Policy
+    policy_parameters: Sequence[float]
+    attention: str | None
+    mesh: Mesh | None
+    seed: int
+    speculative_config: Mapping[str, Any] | None
+    tokenizer: str | os.PathLike[str] | Tokenizer | None
+    max_num_requests: int | None
+    max_num_stop_ids: int
+    max_logprobs: int
+    max_num_prefixes: int
+    max_prompt_chunk: int | None
+    watermark: float
+    check_invariants: bool
+    quantization: str | None
+    cascade: bool
+
+    def __post_init__(self) -> None:
+        """Check the arguments that neither the model nor `EngineConfig` checks."""
+        for name in ("block_size", "max_num_seqs"):
+            integer(name, getattr(self, name), low=1)
+        for name in ("num_blocks", "max_model_len"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), low=1)
+        integer("seed", self.seed, low=0)
+        one_of("kv_dtype", self.kv_dtype, ("auto", *DTYPES, *PAGE_DTYPES))
+        flag("enable_prefix_caching", self.enable_prefix_caching)
+        flag("cascade", self.cascade)
+        self._check_preemption()
+        _check_attention(self.attention)
+        if self.mesh is not None:
+            parallel.check_is_mesh(self.mesh)
+        number("memory_fraction", self.memory_fraction, above=0, high=1)
+        self._check_processes()
+
+    def _check_preemption(self) -> None:
+        """Raise ValueError for an unknown kind of preemption or a wrong host pool."""
+        one_of("preemption", self.preemption, PREEMPTIONS)
+        count, with_kind = self.num_swap_blocks, f"with preemption={self.preemption!r}"
+        least = 1 if self.preemption == "swap" else 0
+        is_integer = isinstance(count, int) and not isinstance(count, bool)
+        if not is_integer or count < least:
+            raise error(
+                "num_swap_blocks", f"an integer of at least {least} {with_kind}", count
+            )
+        if count and self.preemption != "swap":
+            raise ValueError(
+                f"num_swap_blocks: expected 0 {with_kind}, got {count}; set "
+                "preemption='swap' to use them"
+            )
+
+    def _check_processes(self) -> None:
+        """Raise ValueError if processes that share the mesh have other arguments.
+
+        The folder of the model may differ between hosts, but not its name.
+        """
+        if not distributed.is_shared(self.mesh):
+            return
+        if isinstance(self.model, Decoder):
+            name = self.model.config
+        else:
+            name = pathlib.PurePath(str(self.model)).name
+        own = {field.name: getattr(self, field.name) for field in _FIELDS}
+        distributed.check_alike({**own, "tokenizer": None, "model": name})
+
+
+_FIELDS = dataclasses.fields(LLMOptions)
+
+
+def _check_attention(name: str | None) -> None:
+    """Raise ValueError for an attention backend that is unknown or cannot run here."""
+    if name is None:
+        return
+    if name not in attention_module.IMPLEMENTATIONS:
+        raise error(
+            "attention", f"None or one of {attention_module.IMPLEMENTATIONS}", name
+        )
+    present = jax.default_backend()
+    hardware, backend = _HARDWARE.get(name, ("", present))
+    if present != backend:
         raise ValueError(
-            f"speculative_config: wanted a dict with keys among {_SPECULATIVE_KEYS}, "
-            f"got {params!r:.200}"
+            f"attention: expected a backend that runs on {present!r}, got {name!r}, "
+            f"which needs a {hardware}; None chooses the best one"
         )
-    model = params.get("model")
-    method = params.get("method", "ngram" if model is None else "draft_model")
-    if method not in ("ngram", "draft_model"):
-        raise ValueError(
-            "speculative_config['method']: wanted 'ngram' or 'draft_model', got "
-            f"{method!r}"
-        )
-    if (model is None) != (method == "ngram"):
-        raise ValueError(
-            "speculative_config['model']: wanted a model with method 'draft_model' "
-            f"and none with 'ngram', got {model!r:.80} with {method!r}"
-        )
-    lookup = {
-        ours: params[name]
-        for ours, name in (
-            ("min_ngram", "prompt_lookup_min"),
-            ("max_ngram", "prompt_lookup_max"),
-        )
-        if name in params
-    }
-    if lookup and model is not None:
-        raise ValueError(
-            "speculative_config: wanted no prompt_lookup_* with a draft model, got "
-            f"{dict(params)!r:.200}"
-        )
-    number = params.get("num_speculative_tokens", 4)
-    if model is None:
-        return Speculation("prompt_lookup", number, **lookup), None
-    draft, _, name = load(model, target.config.dtype, None, mesh=mesh)
-    sizes = (draft.config.vocab_size, target.config.vocab_size)
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"speculative_config['model']: wanted the model's vocabulary of {sizes[1]} "
-            f"tokens, got {sizes[0]} ({name}); take a smaller model of the same family"
-        )
-    return Speculation("model", number), draft

@@ -1,6 +1,6 @@
-"""Prefix: the beginning of prompts, computed once and kept.
+"""Pinned prefixes: first tokens of prompts that are computed once and kept.
 
-Place on the road: user -> [prefix] -> serving -> engine. Host only.
+Pipeline: user -> [prefix] -> engine host -> engine. Host only.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jpaged.serving.engine_host import EngineHost
+from jpaged.text import prompts
 from jpaged.text.tokenizer import Tokenizer
 
 
 class Prefix:
-    """A pinned prefix; see `LLM.pin`. Ends with `release`, or as a context manager."""
+    """A pinned prefix, kept until `release` or the end of `with`; see `LLM.pin`."""
 
     def __init__(
         self, host: EngineHost, tokenizer: Tokenizer | None, token_ids: Sequence[int]
@@ -23,27 +24,29 @@ class Prefix:
 
     @property
     def token_ids(self) -> list[int]:
-        """The prefix's tokens."""
+        """Token ids of the prefix."""
         return list(self._pinned.token_ids)
 
     def prompt(self, continuation: str | Sequence[int]) -> list[int]:
-        """The token ids of the prefix and of what follows it, a text or token ids.
+        """Return the token ids of the prefix followed by a continuation.
+
+        Args:
+          continuation: a text, which gets no special tokens because a BOS may only
+            start the prefix; or token ids.
 
         Raises:
-          ValueError: a text, where the model has no tokenizer.
+          ValueError: a text, if the model has no tokenizer.
         """
-        if not isinstance(continuation, str):
-            return [*self.token_ids, *map(int, continuation)]
-        if self._tokenizer is None:
-            raise ValueError(
-                "continuation: wanted token ids, got text: the model has no tokenizer"
-            )
-        # A BOS belongs at the beginning of the prefix alone.
-        rest = self._tokenizer.encode(continuation, add_special_tokens=False)
+        rest = prompts.token_ids(
+            self._tokenizer, "continuation", continuation, add_special_tokens=False
+        )
         return [*self.token_ids, *rest]
 
     def release(self) -> None:
-        """Lets the prefix go; requests that map its blocks keep them. Idempotent."""
+        """Release the prefix; requests that map its blocks keep them.
+
+        Further calls have no effect.
+        """
         with self._host.lock:
             self._host.unpin(self._pinned)
 

@@ -1,13 +1,15 @@
-"""Readout: what the host sees of the engine's state, as numpy arrays.
+"""Readout: parts of the engine's state, copied to the host as numpy arrays.
 
-Place on the road: engine -> [readout] -> serving. Host only.
+Pipeline: engine -> [readout] -> engine host. Host only.
 
-Each function is one device call and few transfers. What it gives out are new arrays:
-the state's own are donated to the next call. Where there are several replicas, the
-state's arrays have them as a first axis; here all do, even of one replica. Their
-request tables are one long one outside, in which they stand one behind the other.
+Each function is one device call and few transfers. The arrays that it returns are new,
+because the state's own arrays are donated to the next call. With several replicas, the
+state's arrays have the replicas as first axis. The arrays returned here always have
+that axis, even with one replica. The host concatenates the request tables of all
+replicas: sequence index `i` is in replica `i // R`.
 
-Letters: D replicas, R places of a replica's table, C log-probabilities of a token.
+Shape symbols: D replicas, R entries of a replica's request table, C log-probabilities
+kept per token, E events and K steps of a timeline, N columns of a step.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from jpaged import engine, parallel
 from jpaged.engine import EngineState, events, replicas
 from jpaged.kv import block_manager, prefix_cache
 
-READ_WIDTH = 64  # tokens of a sequence that come to the host in one piece
-_READ_PIECES = 64  # pieces per device call
-_LOOK_UPS = 16  # prompts that are looked up in one device call
+READ_WIDTH = 64  # tokens per window: a part of a sequence that is copied at once
+_NUM_WINDOWS = 64  # windows per device call
+_NUM_LOOKUPS = 16  # prompts that one device call looks up
 
 
-class Progress(NamedTuple):
-    """How far the sequences in all replicas' tables are; i32[D * R] each."""
+class SequenceProgress(NamedTuple):
+    """The progress of all sequences in all request tables; each i32[D * R]."""
 
     status: np.ndarray
     num_tokens: np.ndarray
@@ -41,27 +43,29 @@ class Progress(NamedTuple):
     num_cached: np.ndarray
 
 
-class Tokens(NamedTuple):
-    """Generated tokens of one sequence, in order."""
+class SequenceTokens(NamedTuple):
+    """Tokens of one sequence, in order, with what the engine keeps of each."""
 
     ids: list[int]
     logprobs: np.ndarray  # f32[n]
-    ranks: np.ndarray  # i32[n], or i32[n, 0] where none are kept
+    ranks: np.ndarray  # i32[n], or i32[n, 0] if the engine keeps no ranks
     top_ids: np.ndarray  # i32[n, C]
     top_logprobs: np.ndarray  # f32[n, C]
 
 
-class Wanted(NamedTuple):
-    """Positions `start` to `end` of the sequence at a place."""
+class TokenSpan(NamedTuple):
+    """Positions `start` to `end` (exclusive) of one sequence."""
 
     seq_index: int
     start: int
     end: int
 
 
-def progress(state: EngineState) -> tuple[Progress, dict[str, np.ndarray]]:
-    """How far the sequences are, and of each replica the counters; [D] each."""
-    columns, integers, floats = (_of_each(x, state) for x in _summary(state))
+def read_progress(
+    state: EngineState,
+) -> tuple[SequenceProgress, dict[str, np.ndarray]]:
+    """Return the progress of all sequences, and the counters, each [D]."""
+    columns, integers, floats = (_per_replica(x, state) for x in _summary(state))
     integers, floats = iter(integers.T), iter(floats.T)
     counters = {
         field.name: next(floats if _is_float(counter) else integers)
@@ -71,83 +75,101 @@ def progress(state: EngineState) -> tuple[Progress, dict[str, np.ndarray]]:
             strict=True,
         )
     }
-    found = Progress(*(column.reshape(-1) for column in columns.swapaxes(0, 1)))
+    found = SequenceProgress(*(column.reshape(-1) for column in columns.swapaxes(0, 1)))
     return found, counters
 
 
-def records(state: EngineState) -> Iterator[tuple[np.ndarray, ...]]:
-    """Of each replica its timeline in order: the number of events of all times, the
-    last ones i32[E, 3], and the rows of the last steps i32[K, C]."""
-    return zip(*(_of_each(x, state) for x in _recorded(state)), strict=True)
+def read_timelines(state: EngineState) -> Iterator[tuple[np.ndarray, ...]]:
+    """Return the timeline of each replica, oldest entries first.
+
+    Yields:
+      Per replica: the number of events so far; the last events, i32[E, 3]; the rows of
+      the last steps, i32[K, N].
+    """
+    return zip(*(_per_replica(x, state) for x in _timeline(state)), strict=True)
 
 
-def known_blocks(state: EngineState) -> tuple[np.ndarray, np.ndarray]:
-    """Of each replica the blocks that hold nothing now, and those whose contents its
-    prefix cache knows; i32[D]."""
-    num_free, num_cached = (_of_each(x, state) for x in _known_blocks(state))
+def count_blocks(state: EngineState) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of free and of cached blocks, each i32[D].
+
+    A free block belongs to no sequence. A cached block is one that the prefix cache can
+    find; cached blocks that belong to no sequence count as free too.
+    """
+    num_free, num_cached = (_per_replica(x, state) for x in _count_blocks(state))
     return num_free, num_cached
 
 
 def cached_lens(
-    state: EngineState, prompts: Sequence[Sequence[int]], most: Sequence[int]
+    state: EngineState, prompts: Sequence[Sequence[int]], limits: Sequence[int]
 ) -> np.ndarray:
-    """i32[n, D], tokens of each prompt that each replica's prefix cache holds.
+    """Return the number of tokens of each prompt in each replica's prefix cache.
 
-    `most` are those that may be taken from it.
+    Args:
+      state: the engine's state.
+      prompts: token ids of n prompts.
+      limits: per prompt, the maximum number of tokens to look up.
+
+    Returns:
+      i32[n, D].
     """
     num_replicas = parallel.num_replicas(state.mesh)
     found = np.zeros((len(prompts), num_replicas), np.int32)
     if state.prefix_cache is None:
         return found
-    for at in range(0, len(prompts), _LOOK_UPS):
-        chunk = prompts[at : at + _LOOK_UPS]
-        tokens = np.zeros((_LOOK_UPS, state.config.max_model_len), np.int32)
-        limits = np.zeros((_LOOK_UPS,), np.int32)
-        limits[: len(chunk)] = most[at : at + _LOOK_UPS]
+    for at in range(0, len(prompts), _NUM_LOOKUPS):
+        chunk = prompts[at : at + _NUM_LOOKUPS]
+        tokens = np.zeros((_NUM_LOOKUPS, state.config.max_model_len), np.int32)
+        most = np.zeros((_NUM_LOOKUPS,), np.int32)
+        most[: len(chunk)] = limits[at : at + _NUM_LOOKUPS]
         for row, prompt in zip(tokens, chunk, strict=False):
             row[: len(prompt)] = prompt
-        lens = jax.device_get(_cached_lens(state, tokens, limits))
-        lens = lens.reshape(num_replicas, _LOOK_UPS)
+        lens = jax.device_get(_cached_lens(state, tokens, most))
+        lens = lens.reshape(num_replicas, _NUM_LOOKUPS)
         found[at : at + len(chunk)] = lens[:, : len(chunk)].T
     return found
 
 
-def tokens(state: EngineState, wanted: Sequence[Wanted]) -> list[Tokens]:
-    """The tokens of each that is wanted, in pieces of one width: one program."""
+def read_tokens(state: EngineState, spans: Sequence[TokenSpan]) -> list[SequenceTokens]:
+    """Return the tokens of each span.
+
+    All windows have one width and all calls one number of windows, so one compiled
+    program serves spans of any length.
+    """
     num_replicas = parallel.num_replicas(state.mesh)
-    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(num_replicas)]
-    for number, (seq_index, start, end) in enumerate(wanted):
-        replica, own = divmod(seq_index, state.config.max_num_requests)
-        # Nothing to read is a piece too, of no tokens.
+    # Per replica: (index of the span, sequence index in the replica, first position).
+    windows: list[list[tuple[int, int, int]]] = [[] for _ in range(num_replicas)]
+    for number, (seq_index, start, end) in enumerate(spans):
+        replica, own_index = divmod(seq_index, state.config.max_num_requests)
+        # An empty span has one window, of which no token is used.
         for first in range(start, max(end, start + 1), READ_WIDTH):
-            pieces[replica].append((number, own, first))
-    parts: list[list[Any]] = [[] for _ in wanted]
-    for at in range(0, max(map(len, pieces)), _READ_PIECES):
-        chunks = [mine[at : at + _READ_PIECES] for mine in pieces]
-        index = np.zeros((2, num_replicas, _READ_PIECES), np.int32)
+            windows[replica].append((number, own_index, first))
+    parts: list[list[Any]] = [[] for _ in spans]
+    for at in range(0, max(map(len, windows)), _NUM_WINDOWS):
+        chunks = [each[at : at + _NUM_WINDOWS] for each in windows]
+        index = np.zeros((2, num_replicas, _NUM_WINDOWS), np.int32)
         for replica, chunk in enumerate(chunks):
-            for i, (_, own, first) in enumerate(chunk):
-                index[:, replica, i] = own, first
-        read = _windows(state, *(for_each(side, state) for side in index))
-        columns = [_of_each(column, state) for column in read]
+            for i, (_, own_index, first) in enumerate(chunk):
+                index[:, replica, i] = own_index, first
+        read = _read_windows(state, *(for_state(side, state) for side in index))
+        columns = [_per_replica(column, state) for column in read]
         for replica, chunk in enumerate(chunks):
             for i, (number, _, first) in enumerate(chunk):
-                size = min(READ_WIDTH, wanted[number].end - first)
+                size = min(READ_WIDTH, spans[number].end - first)
                 parts[number].append([c[replica, i, :size] for c in columns])
     found = []
-    for mine in parts:
-        ids, *rest = (np.concatenate(column) for column in zip(*mine, strict=True))
-        found.append(Tokens(ids.tolist(), *rest))
+    for part in parts:
+        ids, *rest = (np.concatenate(column) for column in zip(*part, strict=True))
+        found.append(SequenceTokens(ids.tolist(), *rest))
     return found
 
 
-def for_each(array: np.ndarray, state: EngineState) -> np.ndarray:
-    """What has the replicas as first axis, as the state wants it."""
+def for_state(array: np.ndarray, state: EngineState) -> np.ndarray:
+    """Return `array` [D, ...] as the state expects it: without D if there is one."""
     return array if parallel.num_replicas(state.mesh) > 1 else array[0]
 
 
-def _of_each(array: jax.Array, state: EngineState) -> np.ndarray:
-    """An array of `sharded.read` with the replicas as first axis, even of one."""
+def _per_replica(array: jax.Array, state: EngineState) -> np.ndarray:
+    """Return an array of `replicas.read` with the replicas as first axis, even one."""
     found = jax.device_get(array)
     return found if parallel.num_replicas(state.mesh) > 1 else found[None]
 
@@ -158,7 +180,7 @@ def _is_float(counter: jax.Array) -> bool:
 
 @jax.jit
 def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Progress as i32[7, R], and the counters, integers and floats."""
+    """Return the progress i32[7, R], and the counters: integers and floats."""
 
     def summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         table, queue = state.requests, state.requests.queue
@@ -177,51 +199,62 @@ def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         integers = [counter.astype(jnp.int32) for counter in others]
         return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
 
-    return replicas.read_each(summary, state)
+    return replicas.read(summary, state)
 
 
 @jax.jit
-def _recorded(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The timeline in order."""
+def _timeline(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the number of events, the events and the steps, oldest first."""
 
-    def recorded(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def timeline(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         ordered = events.in_order(state.timeline, state.counters.num_steps)
         return state.timeline.num_events, *ordered
 
-    return replicas.read_each(recorded, state)
+    return replicas.read(timeline, state)
 
 
 @jax.jit
-def _known_blocks(state: EngineState) -> tuple[jax.Array, jax.Array]:
-    """i32[] blocks that are free, and i32[] those that the prefix cache knows."""
+def _count_blocks(state: EngineState) -> tuple[jax.Array, jax.Array]:
+    """Return the number of free blocks i32[] and of cached blocks i32[]."""
 
-    def known(state: EngineState) -> tuple[jax.Array, jax.Array]:
+    def count(state: EngineState) -> tuple[jax.Array, jax.Array]:
         cache, num_cached = state.prefix_cache, jnp.int32(0)
         if cache is not None:
             num_cached = jnp.sum(prefix_cache.is_cached(cache), dtype=jnp.int32)
         return block_manager.num_free_blocks(state.blocks), num_cached
 
-    return replicas.read_each(known, state)
+    return replicas.read(count, state)
 
 
 @jax.jit
 def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.Array:
-    """i32[B], of prompts [B, L] the tokens that are cached, of the first `most`."""
+    """Return i32[B]: cached tokens among the first `most` of each prompt [B, L]."""
 
     def match(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.Array:
+        assert state.prefix_cache is not None
         return prefix_cache.match(state.prefix_cache, tokens, most)[1]
 
-    parts = replicas.broadcast_to_replicas((tokens, most), state.mesh)
-    return replicas.read_each(match, state, *parts)
+    return replicas.read(match, state, *replicas.stacked((tokens, most), state.mesh))
 
 
 @jax.jit
-def _windows(
+def _read_windows(
     state: EngineState, seq_indices: jax.Array, starts: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """[B, READ_WIDTH] (and [B, READ_WIDTH, C]) of each column, zeros behind it."""
+    """Return READ_WIDTH positions of each column, zeros past its end.
 
-    def read(state: EngineState, seq_indices: jax.Array, starts: jax.Array):
+    Args:
+      state: the engine's state.
+      seq_indices: i32[B], index of each window's sequence.
+      starts: i32[B], first position of each window.
+
+    Returns:
+      The columns of `SequenceTokens`: [B, READ_WIDTH] or [B, READ_WIDTH, C].
+    """
+
+    def read(
+        state: EngineState, seq_indices: jax.Array, starts: jax.Array
+    ) -> tuple[jax.Array, ...]:
         table = state.requests
         offsets = jnp.arange(READ_WIDTH, dtype=jnp.int32)
         positions = starts[:, None] + offsets[None, :]
@@ -240,4 +273,4 @@ def _windows(
             window(table.top_logprobs),
         )
 
-    return replicas.read_each(read, state, seq_indices, starts)
+    return replicas.read(read, state, seq_indices, starts)

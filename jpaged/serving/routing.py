@@ -1,54 +1,57 @@
 """Routing: which replica gets a request.
 
-Place on the road: batch -> [routing] -> serving. Host only.
+Pipeline: batcher -> [routing] -> engine host. Host only.
 
-Where a replica's prefix cache holds the beginning of a prompt, nobody has to compute
-it; where many wait for it, others are idle meanwhile. So the longest beginning decides
-as long as loads are alike, and the load where they are not.
+If a replica's prefix cache has the first tokens of a prompt, they need not be computed.
+But if all such requests go to one replica, the others are idle. So the longest cached
+prefix decides while loads are similar, and the load decides otherwise.
 
-Source: the cache-aware load balancer of SGLang, which guesses what its servers' caches
-hold from what it sent them, and goes by load where the longest queue exceeds the
-shortest by a number and by a factor. https://lmsys.org/blog/2024-12-04-sglang-v0-4/
-Here caches are looked up, and each candidate's load is compared.
+Source: the cache-aware load balancer of SGLang.
+https://lmsys.org/blog/2024-12-04-sglang-v0-4/ SGLang estimates the contents of its
+servers' caches from the requests it sent them, and routes by load when the longest
+queue exceeds the shortest by a number and by a factor. Here the caches are looked up,
+and the loads of the candidates are compared.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# Share of a pool's slots by which loads may differ and still be alike.
-MARGIN = 0.25
+# Loads are similar if they differ by at most this share of a pool's slots.
+LOAD_MARGIN = 0.25
 
 
-def choose(
-    hits: np.ndarray, loads: np.ndarray, has_room: np.ndarray, margin: float
+def choose_replica(
+    cached_lens: np.ndarray, loads: np.ndarray, has_capacity: np.ndarray, margin: float
 ) -> int | None:
-    """The replica that gets a request, or None where none has room.
+    """Return the replica that gets a request, or None if none has capacity.
 
-    Of those with room it is the one with the longest hit, of these the lightest, of
-    these the first; unless its load exceeds that of the lightest with room by more than
-    `margin`. Then it is the lightest, of these the one with the longest hit.
+    Only replicas with capacity are considered. The first choice is the replica with the
+    longest cached prefix; ties go to the lowest load, then to the lowest index. If its
+    load exceeds the lowest load by more than `margin`, the replica with the lowest load
+    is chosen instead; ties go to the longest cached prefix, then to the lowest index.
 
     Args:
-      hits: i[D], tokens of the prompt's beginning that each replica's cache holds.
-      loads: i[D], tokens of the sequences that run or wait in each.
-      has_room: bool[D], which of them can take the request now.
-      margin: tokens.
+      cached_lens: i[D], leading tokens of the prompt that each replica has cached.
+      loads: i[D], tokens of the sequences that run or wait in each replica.
+      has_capacity: bool[D], whether each replica can accept the request now.
+      margin: number of tokens.
 
-    >>> hits, all_ = np.array([0, 64, 32]), np.ones(3, bool)
-    >>> choose(hits, np.array([10, 50, 20]), all_, margin=40)
+    >>> cached, every = np.array([0, 64, 32]), np.ones(3, bool)
+    >>> choose_replica(cached, np.array([10, 50, 20]), every, margin=40)
     1
-    >>> choose(hits, np.array([10, 51, 20]), all_, margin=40)
+    >>> choose_replica(cached, np.array([10, 51, 20]), every, margin=40)
     0
-    >>> choose(hits, np.array([10, 50, 20]), np.array([False, False, True]), margin=40)
+    >>> last = np.array([False, False, True])
+    >>> choose_replica(cached, np.array([10, 50, 20]), last, margin=40)
     2
     """
-    with_room = np.flatnonzero(has_room)
-    if not with_room.size:
+    candidates = np.flatnonzero(has_capacity)
+    if not candidates.size:
         return None
-    hits, loads = hits[with_room], loads[with_room]
-    # The last key is the first to decide.
-    best = np.lexsort((loads, -hits))[0]
-    lightest = np.lexsort((-hits, loads))[0]
-    is_alike = loads[best] - loads[lightest] <= margin
-    return int(with_room[best if is_alike else lightest])
+    cached_lens, loads = cached_lens[candidates], loads[candidates]
+    # np.lexsort sorts by its last key first.
+    best = np.lexsort((loads, -cached_lens))[0]
+    lightest = np.lexsort((-cached_lens, loads))[0]
+    is_similar = loads[best] - loads[lightest] <= margin
+    return int(candidates[best if is_similar else lightest])

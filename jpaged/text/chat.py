@@ -1,22 +1,25 @@
-"""Conversations: chats, and texts to be scored, as token ids.
+"""Chat: from messages to prompts, by the chat template of a checkpoint.
 
-Place on the road: user -> [conversations] -> llm. Host only.
+Pipeline: messages -> [chat] -> token ids -> llm. Host only.
 """
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Mapping, Sequence
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import jinja2
 
-from jpaged.text import templates as chat
-from jpaged.text.templates import ChatTemplates
+from jpaged.text import sandbox
 from jpaged.text.tokenizer import Tokenizer
 
+_SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
-def prompts(
+
+def chat_prompts(
     tokenizer: Tokenizer | None,
     messages: Any,
     *,
@@ -24,106 +27,219 @@ def prompts(
     add_generation_prompt: bool,
     tools: Any,
 ) -> list[list[int]]:
-    """Token ids of each conversation's prompt.
+    """Return the token ids of the prompt of each conversation.
 
-    The template writes the special tokens, so the tokenizer adds none of its own.
+    The template writes the special tokens, so the tokenizer adds none.
+
+    Args:
+      tokenizer: the model's tokenizer, or None if it has none.
+      messages: one conversation (a list of messages), or a list of conversations.
+      chat_template: source or name of a template; None uses the folder's own.
+      add_generation_prompt: end each prompt with the header of the answer.
+      tools: JSON schemas of functions that the model may call, or None.
 
     Raises:
-      ValueError: no tokenizer, no template, or what `chat.render` raises.
+      ValueError: there is no tokenizer or no template, or see `render`.
     """
     if tokenizer is None:
         raise ValueError(
-            "messages: chat needs a tokenizer, and the model's folder has no "
-            "tokenizer.json"
+            "messages: expected a model with a tokenizer for chat, got one whose "
+            "folder has no tokenizer.json; pass token ids to generate instead"
         )
     is_one = (
         isinstance(messages, Sequence)
         and len(messages) > 0
         and isinstance(messages[0], Mapping)
     )
-    many = [messages] if is_one else messages
-    if not isinstance(many, Sequence) or isinstance(many, str):
-        chat.check_messages(many)
+    conversations = [messages] if is_one else messages
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
+        check_messages(conversations)
     templates = ChatTemplates({}, {})
     if tokenizer.folder is not None:
         templates = ChatTemplates.from_folder(tokenizer.folder)
     template = templates.choose(chat_template, tools)
-    found = []
-    for each in many:
-        text = chat.render(
-            each,
+    texts = [
+        render(
+            conversation,
             template,
             special_tokens=templates.special_tokens,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
         )
-        found.append(tokenizer.encode(text, add_special_tokens=False))
-    return found
+        for conversation in conversations
+    ]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def pairs(
-    tokenizer: Tokenizer | None, prompts: Any, continuations: Any
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts, and of the continuation of each.
+class ChatTemplates:
+    """The chat templates of a folder, by name, and its special tokens."""
 
-    Raises:
-      ValueError: numbers that differ, or what is neither text nor token ids.
-    """
-    prompts, continuations = (
-        _many("prompts", prompts),
-        _many("continuations", continuations),
-    )
-    if len(prompts) != len(continuations):
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]):
+        self.templates = dict(templates)
+        self.special_tokens = dict(special_tokens)
+
+    @classmethod
+    def from_folder(cls, folder: pathlib.Path) -> ChatTemplates:
+        """Read the templates where transformers stores them.
+
+        `chat_template.jinja` takes precedence over `tokenizer_config.json`.
+
+        Raises:
+          ValueError: a file is not a JSON object.
+        """
+        config = _read_json(folder / "tokenizer_config.json")
+        tokens = _read_json(folder / "special_tokens_map.json") | config
+        special = {}
+        for kind in _SPECIAL_TOKENS:
+            token = tokens.get(f"{kind}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                special[f"{kind}_token"] = token
+        found = config.get("chat_template")
+        if isinstance(found, list):
+            templates = {entry["name"]: entry["template"] for entry in found}
+        else:
+            templates = {"default": found} if isinstance(found, str) else {}
+        for file in (folder / "additional_chat_templates").glob("*.jinja"):
+            templates[file.stem] = file.read_text("utf-8")
+        if (folder / "chat_template.jinja").is_file():
+            templates["default"] = (folder / "chat_template.jinja").read_text("utf-8")
+        return cls(templates, special)
+
+    def choose(self, requested: str | None, tools: Any) -> str:
+        """Return the source of a template.
+
+        Args:
+          requested: the name of a template or its source. None chooses "tool_use" if
+            there are tools and such a template, otherwise "default".
+          tools: the conversation's tools, or None.
+
+        Raises:
+          ValueError: no template is requested and the folder has no default.
+        """
+        if requested is not None:
+            return self.templates.get(requested, requested)
+        if tools is not None and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        if "default" in self.templates:
+            return self.templates["default"]
         raise ValueError(
-            f"continuations: expected one for each of {len(prompts)} prompts, got "
-            f"{len(continuations)}"
+            "chat_template: expected one in the model's folder (chat_template.jinja or "
+            f"tokenizer_config.json), got {sorted(self.templates) or 'none'} without "
+            "a default; pass chat_template="
         )
-    return (
-        [token_ids(tokenizer, f"prompts[{i}]", p) for i, p in enumerate(prompts)],
-        [
-            token_ids(tokenizer, f"continuations[{i}]", c, add_special_tokens=False)
-            for i, c in enumerate(continuations)
-        ],
-    )
 
 
-def token_ids(
-    tokenizer: Tokenizer | None, name: str, value: Any, add_special_tokens: bool = True
-) -> list[int]:
-    """Token ids of a text, or as they are.
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    template: str,
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> str:
+    """Render messages with a chat template, as transformers does.
+
+    Args:
+      messages: `{"role": ..., "content": ...}`, with any other keys that the template
+        reads.
+      template: source of a jinja2 template.
+      special_tokens: `bos_token` and so on.
+      add_generation_prompt: end the text with the header of the answer.
+      tools: JSON schemas of functions that the model may call.
+      variables: further variables of the template.
+
+    Returns:
+      The text of the prompt.
 
     Raises:
-      ValueError: `value` is neither, or a text where there is no tokenizer.
+      ValueError: `messages` is not a list of messages; the template is invalid, refuses
+        the messages, or exceeds the limits of the sandbox.
     """
-    if isinstance(value, str):
-        if tokenizer is None:
+    check_messages(messages)
+    chat = [
+        _with_reasoning(
+            {key: value for key, value in each.items() if value is not None}
+        )
+        for each in messages
+    ]
+    names = {**(special_tokens or {}), **variables}
+    try:
+        return sandbox.compile_template(template).render(
+            messages=_plain(chat),
+            tools=_plain(tools),
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **_plain(names),
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"chat_template: expected a jinja2 template, got a syntax error in line "
+            f"{error.lineno}: {error}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(
+            "chat_template: expected a template that ends, got one that calls itself "
+            "too deeply"
+        ) from error
+    # A template is a program: it can fail in any way.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"chat_template: the template refused the messages: {reason}"
+        ) from error
+
+
+def check_messages(messages: Any) -> None:
+    """Raise ValueError unless `messages` is a list of mappings with a role."""
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not is_list or not messages:
+        raise ValueError(
+            f"messages: expected a list with at least one message, got {messages!r:.80}"
+        )
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f"{name}: expected token ids, got text: the model has no tokenizer"
+                f"messages[{index}]: expected a dict with a 'role', got {message!r:.80}"
             )
-        return tokenizer.encode(value, add_special_tokens)
-    if not _is_token_ids(value):
-        raise ValueError(
-            f"{name}: expected text or a list of token ids, got {value!r:.80} "
-            f"({type(value).__name__})"
-        )
-    return [int(token) for token in value]
 
 
-def _many(name: str, values: Any) -> list[Any]:
-    if isinstance(values, str) or (_is_token_ids(values) and len(values)):
-        return [values]
-    if not isinstance(values, Sequence) or isinstance(values, bytes):
-        raise ValueError(
-            f"{name}: expected text, token ids, or a list of either, got "
-            f"{values!r:.80} ({type(values).__name__})"
-        )
-    return list(values)
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        contents = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: expected JSON, got {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {contents!r:.40}")
+    return contents
 
 
-def _is_token_ids(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
-    return isinstance(value, Sequence) and all(
-        isinstance(token, numbers.Integral) and not isinstance(token, bool)
-        for token in value
-    )
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Store a message's reasoning under each of the names that templates use."""
+    found = [message[name] for name in _REASONING if name in message]
+    if not found:
+        return message
+    return {"thinking": found[0], **message, "reasoning_content": found[0]}
+
+
+def _plain(value: Any) -> Any:
+    """Convert a value to plain JSON types.
+
+    Other objects have methods that the sandbox would let a template call.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, Iterable) and isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"

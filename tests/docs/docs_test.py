@@ -1,13 +1,13 @@
-"""What README.md and docs/ show is run: Python blocks, commands and transcripts.
+"""README.md and docs/: their Python blocks, commands and transcripts are run.
 
 A fenced block tagged `python` is executed; the blocks of one file share a namespace.
 In a block tagged `bash` or `console`, a line `python -m experiments.NAME ...` is run
-with this Python, and in `console` what follows its `$ ` must be what it prints. There
-`...` stands for anything on a line, and a line of nothing but `...` for any lines.
+with this Python. In `console`, the lines after the command (`$ `) must be its output:
+`...` matches anything within a line, and a line `...` matches any lines.
 
-    <!-- not run: why -->
+    <!-- not run: reason -->
 
-directly above a block leaves it out; its Python must still parse, and the flags of its
+directly above a block skips it. Its Python must still parse, and the flags of its
 commands must still exist.
 """
 
@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import doctest
 import functools
+import json
 import os
 import pathlib
 import re
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.long
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 SECONDS_PER_COMMAND = 300
-# A transcript may show the command that a reader types first.
+# Commands of transcripts that are run as other commands.
 MAKE_RUNS = {"make demo": "python -m experiments.generate"}
 
 NOT_RUN = re.compile(r"<!--\s*not run:?(?P<reason>.*?)-->", re.DOTALL)
@@ -45,7 +46,7 @@ EXPERIMENT = re.compile(r"python3? -m experiments\.(?P<name>\w+)")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block: where it stands, its language and text, and why it is not run."""
+    """A fenced block: its position, its language and text, and why it is not run."""
 
     where: str
     line: int
@@ -56,14 +57,14 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command line of a block, and in a transcript what it is said to print."""
+    """A command line of a block, and in a transcript the output that is shown."""
 
     block: Block
     line: str
     shown: str | None = None
 
     def __str__(self) -> str:
-        """Names the test, and says where the line stands."""
+        """The position of the line, and the line."""
         return f"{self.block.where}:{self.block.line}: {self.line}"
 
 
@@ -130,11 +131,14 @@ def pattern_of(shown: str) -> str:
 
 
 def run_command(line: str, cwd: pathlib.Path) -> tuple[str, str]:
-    """What a documented command line prints, and what is wrong with how it ended.
+    """Runs a documented command line in a shell, with this Python, for a limited time.
 
-    It is run by a shell, with this Python in place of its own, for a limited time.
+    Args:
+      line: the command line.
+      cwd: a temporary folder, so that no document writes into the checkout.
 
-    The folder is temporary, so that no document writes into the checkout.
+    Returns:
+      What it prints; and how it failed, or an empty string.
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     python = shlex.quote(sys.executable)
@@ -156,7 +160,7 @@ def run_command(line: str, cwd: pathlib.Path) -> tuple[str, str]:
 
 
 def difference(shown: str, printed: str) -> str:
-    """Empty if the output is as the transcript shows it, else a diff for the reader."""
+    """Empty if the output matches the transcript, else a diff."""
     if not printed.endswith("\n"):
         printed += "\n"
     if re.fullmatch(pattern_of(shown), printed):
@@ -167,23 +171,57 @@ def difference(shown: str, printed: str) -> str:
     return "\n".join(lines)
 
 
+# Prints a dict of runner -> output of its `--helpfull`. One process imports what all
+# runners need, and a fork of it runs each of them: their flags would be in conflict.
+HELP_OF_RUNNERS = """
+import contextlib, io, json, os, runpy, sys, tempfile
+import jpaged, absl.app
+
+texts = {}
+for name in sys.argv[1:]:
+    with tempfile.TemporaryFile("w+") as file:
+        child = os.fork()
+        if child == 0:
+            os.dup2(file.fileno(), 1)
+            sys.argv = [name, "--helpfull"]
+            try:
+                runpy.run_module("experiments." + name, run_name="__main__")
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+        file.seek(0)
+        texts[name] = file.read()
+json.dump(texts, sys.stdout)
+"""
+
+
 @functools.cache
-def flags_of(experiment: str) -> frozenset[str]:
-    """The names of all flags of a runner, from its own `--helpfull`."""
+def help_of_runners() -> dict[str, str]:
+    """The output of `--helpfull` of all runners in commands that are not run."""
+    commands = [command.line for command in COMMANDS if command.block.not_run]
+    names = {match["name"] for match in map(EXPERIMENT.search, commands) if match}
     done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{experiment}", "--helpfull"],
+        [sys.executable, "-W", "ignore", "-c", HELP_OF_RUNNERS, *sorted(names)],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=SECONDS_PER_COMMAND,
     )
-    found = flags_listed(done.stdout)
-    assert found, f"experiments.{experiment} has no flags\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def flags_of(experiment: str) -> frozenset[str]:
+    """The names of all flags of a runner."""
+    found = flags_listed(help_of_runners()[experiment])
+    assert found, f"experiments.{experiment} has no flags, or it does not exist"
     return found
 
 
 def flags_listed(text: str) -> frozenset[str]:
-    """The names that a help text of absl gives, short and negated ones among them.
+    """The names of flags in a help text of absl, including short and negated names.
 
     >>> sorted(flags_listed("  -p,--prompt: a prompt\\n  --[no]progress: a bar"))
     ['noprogress', 'p', 'progress', 'prompt']
@@ -195,7 +233,7 @@ def flags_listed(text: str) -> frozenset[str]:
 
 
 def flags_used(line: str) -> set[str]:
-    """The names of the flags in a command line, up to the first pipe or redirection."""
+    """The names of flags in a command line, before the first pipe or redirection."""
     words = shlex.split(re.split(r"[|>;]|&&", line)[0], comments=True)
     return {
         re.sub(r"^--?|=.*$", "", word)
@@ -222,14 +260,14 @@ def test_python_blocks_run(where, tmp_path, monkeypatch):
                 assert failed == 0, f"{at}: see the report above"
                 namespace = example.globs
             continue
-        # Blank lines before it make a traceback name the line of the document.
+        # The blank lines make tracebacks show the line of the document.
         code = compile("\n" * block.line + block.text, where, "exec")
         if block.not_run is None:
             exec(code, namespace)
 
 
 @pytest.mark.parametrize("where", DOCUMENTS)
-def test_documented_commands_run_and_print_what_is_shown(where, tmp_path):
+def test_documented_commands_run_and_print_the_shown_output(where, tmp_path):
     wrong = []
     for command in COMMANDS:
         line = MAKE_RUNS.get(command.line, command.line)
@@ -244,7 +282,7 @@ def test_documented_commands_run_and_print_what_is_shown(where, tmp_path):
 
 
 @pytest.mark.parametrize("where", DOCUMENTS)
-def test_commands_that_are_not_run_say_why_and_use_flags_that_exist(where):
+def test_skipped_commands_have_a_reason_and_use_existing_flags(where):
     for block in BLOCKS:
         if block.where == where and block.not_run is not None:
             assert block.not_run, f"{where}:{block.line}: `not run:` needs a reason"
@@ -263,14 +301,14 @@ def test_documented_make_targets_and_linked_files_exist(where):
             words = shlex.split(command.line, comments=True)[1:]
             named = {word for word in words if "=" not in word and word[0] != "-"}
             assert named <= targets, f"{command}: the Makefile has {sorted(targets)}"
-    # A link in a block of code is text, and an anchor or a web page is not a file.
+    # Links in code blocks are text; anchors and web pages are not files.
     prose = FENCE.sub("", DOCUMENTS[where])
     for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", prose):
         if ":" not in link:
             assert (ROOT / where).parent.joinpath(link).exists(), f"{where}: {link}"
 
 
-def test_make_demo_is_the_command_that_transcripts_of_it_are_compared_with():
+def test_make_demo_runs_the_command_that_its_transcripts_are_compared_with():
     for target, runs in MAKE_RUNS.items():
         recipe = rf"^{target.removeprefix('make ')}: env\n\t@\$\(RUN\)(.*)\n\n"
         found = re.search(recipe, MAKEFILE, re.MULTILINE)
@@ -331,11 +369,11 @@ def test_blocks_and_commands_of_a_sample_are_found():
         ("a.c\n", "abc\n", False),
     ],
 )
-def test_a_transcript_matches_only_where_it_says_so(shown, printed, same):
+def test_an_ellipsis_matches_and_other_text_must_be_equal(shown, printed, same):
     assert (difference(shown, printed) == "") == same
 
 
-def test_a_command_that_fails_or_prints_something_else_is_reported(tmp_path):
+def test_a_command_that_fails_or_prints_other_output_is_reported(tmp_path):
     assert run_command("echo hello", tmp_path) == ("hello\n", "")
     printed, problem = run_command("echo hello; echo why >&2; exit 3", tmp_path)
     assert (printed, problem) == ("hello\n", "exit code 3\nwhy\n")

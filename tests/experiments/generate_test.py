@@ -12,8 +12,8 @@ from absl.testing import flagsaver
 from experiments import generate
 from experiments.generate import read_lines
 from jpaged.params import BeamSearchParams, StructuredOutputsParams
-from tests.llm.llm_test import SIZES, write_folder
 from tests.support.paths import ROOT
+from tests.support.tiny_llm import SIZES, write_folder
 
 FLAGS = flags.FLAGS
 generate.define_flags()

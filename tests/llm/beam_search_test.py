@@ -1,4 +1,4 @@
-"""Beam search of the LLM beside `generate` of transformers, live.
+"""Beam search of the LLM against `generate` of transformers.
 
 Needs the extra `huggingface`. All beams of a family run in one call of the LLM.
 """
@@ -23,7 +23,7 @@ pytestmark = [
 MAX_TOKENS = 10
 SIZES = dict(
     max_num_seqs=8,
-    max_num_batched_tokens=8,  # prompts take several steps
+    max_num_batched_tokens=8,  # prompts need several steps
     block_size=4,
     num_blocks=40,
     max_model_len=40,
@@ -40,12 +40,12 @@ PROMPTS = [
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One checkpoint, there and here."""
+    """One checkpoint, in transformers and in jpaged."""
 
     theirs: Any
     ours: LLM
-    eos: tuple[int, ...]  # of the checkpoint; beams come to it
-    others: tuple[int, ...]  # more tokens that beams come to
+    eos: tuple[int, ...]  # the checkpoint's; beams generate them
+    others: tuple[int, ...]  # further tokens that beams generate
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -56,7 +56,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / request.param
     write(folder, tie_word_embeddings=False)
     tensors = checkpoints.read_tensors(folder)
-    # A sharper last layer: beams part and meet.
+    # A sharper last layer: beams diverge and merge.
     tensors["lm_head.weight"] = tensors["lm_head.weight"] * np.float32(sharpness)
     checkpoints.write_tensors(folder, tensors)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -68,7 +68,7 @@ def pair(request, tmp_path_factory):
 
 
 def generate(model, prompt, params, stop_ids):
-    """Tokens and scores by transformers, without what fills ended sequences."""
+    """Tokens and scores of transformers, without the padding of ended sequences."""
     import torch
 
     width = params.beam_width
@@ -95,13 +95,13 @@ def generate(model, prompt, params, stop_ids):
     tokens = []
     for row in out.sequences.tolist():
         row = row[len(prompt) :]
-        ends = [seq_index for seq_index, token in enumerate(row) if token in stop_ids]
+        ends = [i for i, token in enumerate(row) if token in stop_ids]
         tokens.append(row[: ends[0] + 1] if ends else row)
     return tokens, None if width == 1 else out.sequences_scores.tolist()
 
 
 def likely_tokens(model):
-    """Tokens of free beams behind their first two, the most frequent first."""
+    """Tokens of beams that nothing ends, after the first two; most frequent first."""
     found = []
     for prompt in PROMPTS:
         tokens, _ = generate(model, prompt, BeamSearchParams(8, 7), ())
@@ -111,7 +111,7 @@ def likely_tokens(model):
 
 
 def requests_of(pair):
-    """Every width and way to stop early, with penalties and stop tokens in turn."""
+    """All widths and kinds of early stopping, with varied penalties and stop tokens."""
     penalties = (1.0, 0.0, 0.7, 2.0, -1.0)
     ends = (
         dict(),  # the checkpoint's own EOS
@@ -147,9 +147,9 @@ def test_tokens_scores_and_order_are_those_of_generate_for_widths_1_to_8(pair):
         eos = () if param.ignore_eos else pair.eos
         stop_ids = {*param.stop_token_ids, *eos}
         tokens, scores = generate(pair.theirs, prompt, param, stop_ids)
-        wanted = tokens[: param.num_return]
-        assert [sample.token_ids for sample in output.outputs] == wanted, param
-        assert [sample.index for sample in output.outputs] == list(range(len(wanted)))
+        expected = tokens[: param.num_return]
+        assert [sample.token_ids for sample in output.outputs] == expected, param
+        assert [sample.index for sample in output.outputs] == list(range(len(expected)))
         for sample in output.outputs:
             last = sample.token_ids[-1]
             reason = "stop" if last in stop_ids else "length"
@@ -157,28 +157,28 @@ def test_tokens_scores_and_order_are_those_of_generate_for_widths_1_to_8(pair):
             assert sample.stop_reason == (last if last in stop_ids - {*eos} else None)
             reasons.add(reason)
             lengths.add(len(sample.token_ids))
-        leaders.add((tuple(prompt), tuple(wanted[0])))
+        leaders.add((tuple(prompt), tuple(expected[0])))
         if scores is not None:
             got = [sample.score for sample in output.outputs]
-            # A penalty of -1 makes scores of hundreds: the last bits of float32.
+            # With a penalty of -1 scores are in the hundreds, near float32 precision.
             np.testing.assert_allclose(
                 got, scores[: param.num_return], atol=1e-4, rtol=1e-6
             )
     assert reasons == {"stop", "length"}
     assert len(lengths) > 4
-    assert len(leaders) > 6  # of 2 prompts: the best beam depends on how one searches
+    assert len(leaders) > 6  # for 2 prompts: the best beam depends on the parameters
     stats = pair.ours.stats()
     assert stats["num_free_blocks"] == stats["num_blocks"]
     assert stats["num_compilations"] == 1
 
 
-def test_width_1_is_greedy_there_and_here(pair):
+def test_width_1_is_greedy_decoding(pair):
     for prompt in PROMPTS:
         (beam,) = pair.ours.generate([prompt], BeamSearchParams(1, MAX_TOKENS))
         params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
         (greedy,) = pair.ours.generate([prompt], params)
-        ((wanted,), _) = generate(
+        ((expected,), _) = generate(
             pair.theirs, prompt, BeamSearchParams(1, MAX_TOKENS), pair.eos
         )
-        assert beam.outputs[0].token_ids == greedy.outputs[0].token_ids == wanted
+        assert beam.outputs[0].token_ids == greedy.outputs[0].token_ids == expected
         assert beam.outputs[0].finish_reason == greedy.outputs[0].finish_reason

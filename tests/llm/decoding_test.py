@@ -1,6 +1,6 @@
-"""Everything of SamplingParams through the LLM, beside beams and a user's algorithm.
+"""All of SamplingParams through the LLM, beside beams and a custom algorithm.
 
-Compared with loops over the plain forward whose rules are written in numpy.
+The expected tokens come from loops over the plain forward, with the rules in numpy.
 """
 
 import dataclasses
@@ -9,21 +9,12 @@ import math
 import numpy as np
 import pytest
 
-from jpaged.llm import LLM
 from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
 from jpaged.serving import batcher
 from tests.engine.algorithms_test import race
-from tests.llm.llm_test import EOS
 from tests.support.engine.algorithms_oracle import Plain, drive, search
-from tests.support.engine.full_llm import (
-    MAX_LEN,
-    SIZES,
-    VOCAB_SIZE,
-    Oracle,
-    grow,
-    is_idle,
-    make_folder,
-)
+from tests.support.engine.full_llm import MAX_LEN, VOCAB_SIZE
+from tests.support.tiny_llm import EOS, is_idle
 
 pytestmark = pytest.mark.long
 
@@ -31,21 +22,14 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
 PROMPT = [7, 30, 111, 222, 9]
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    llm = LLM(make_folder(tmp_path_factory.mktemp("models")), **SIZES)
-    grow(llm)
-    return llm
-
-
-@pytest.fixture(scope="module")
-def oracle(llm):
-    return Oracle(llm)
+@pytest.fixture
+def llm(full_llm):
+    return full_llm
 
 
 @pytest.fixture(scope="module")
 def free_run(oracle):
-    """What the model writes behind PROMPT when nothing is asked of it."""
+    """The greedy tokens after PROMPT without any rule."""
     tokens, _ = oracle.tokens(PROMPT, GREEDY)
     return tokens
 
@@ -60,7 +44,7 @@ def outputs_of(output):
     return [(one.token_ids, one.finish_reason) for one in output.outputs]
 
 
-# Rules. Each gets what the model writes without it, so that it has something to change.
+# Rules. Each gets the tokens without it, so that it has something to change.
 
 RULES = {
     "repetition_penalty": lambda run: dict(repetition_penalty=1.8),
@@ -78,7 +62,7 @@ RULES = {
     "logit_bias": lambda run: dict(logit_bias={run[0]: -9.0, 50: 3.5, 51: 3.4}),
     "allowed_token_ids": lambda run: dict(allowed_token_ids=range(100, 130)),
     "bad_words": lambda run: dict(bad_words=[[run[0]], run[3:5], run[5:8]]),
-    "a bad word that the prompt begins": lambda run: dict(bad_words=[[9, run[0]]]),
+    "a bad word that starts in the prompt": lambda run: dict(bad_words=[[9, run[0]]]),
     "all": lambda run: dict(
         repetition_penalty=1.2,
         presence_penalty=0.5,
@@ -94,7 +78,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_gives_what_a_loop_with_it_in_numpy_gives(name, llm, oracle, free_run):
+def test_a_rule_has_the_same_effect_as_in_numpy(name, llm, oracle, free_run):
     greedy = dataclasses.replace(GREEDY, **RULES[name](free_run))
     sampled = dataclasses.replace(
         greedy, n=3, temperature=0.9, top_p=0.95, seed=11, max_tokens=8
@@ -102,30 +86,28 @@ def test_a_rule_gives_what_a_loop_with_it_in_numpy_gives(name, llm, oracle, free
     params = [greedy, sampled, GREEDY]
     outputs = llm.generate([PROMPT] * 3, params)
     for param, output in zip(params, outputs, strict=True):
-        wanted = [oracle.tokens(PROMPT, param, number=i) for i in range(param.n)]
-        assert outputs_of(output) == wanted
-    # The one beside it has no rule, and the rule does something.
+        expected = [oracle.tokens(PROMPT, param, number=i) for i in range(param.n)]
+        assert outputs_of(output) == expected
+    # The request beside it has no rule, and the rule changes tokens.
     assert outputs_of(outputs[2]) == [(free_run, "length")]
     changes = outputs_of(outputs[0]) != [(free_run, "length")]
-    assert changes == (name != "a bad word that the prompt begins")
+    assert changes == (name != "a bad word that starts in the prompt")
 
 
-def test_bad_words_of_text_never_come(llm, oracle, free_run):
+def test_bad_words_of_text_are_never_generated(llm, oracle, free_run):
     pieces = [oracle.pieces[token] for token in free_run]
     words = [pieces[0][0], pieces[3]]
     params = SamplingParams(n=4, seed=3, max_tokens=12, bad_words=words)
     (output,) = llm.generate([PROMPT], params)
     ids = [tuple(llm.tokenizer.encode(word)) for word in words]
     resolved = dataclasses.replace(params, bad_words=ids)
-    wanted = [oracle.tokens(PROMPT, resolved, number=i) for i in range(4)]
-    assert outputs_of(output) == wanted
+    expected = [oracle.tokens(PROMPT, resolved, number=i) for i in range(4)]
+    assert outputs_of(output) == expected
     for sample in output.outputs:
         assert ids[0][0] not in sample.token_ids
 
 
-def test_neither_a_stop_string_nor_a_stop_token_ends_before_min_tokens(
-    llm, oracle, free_run
-):
+def test_stop_strings_are_ignored_before_min_tokens(llm, oracle, free_run):
     pieces = [oracle.pieces[token] for token in free_run]
     text = "".join(pieces)
     early, late = pieces[2] + pieces[3], pieces[9] + pieces[10]
@@ -142,7 +124,7 @@ def test_neither_a_stop_string_nor_a_stop_token_ends_before_min_tokens(
     assert len(output.outputs[0].token_ids) == 4
 
 
-def test_a_seed_gives_the_same_tokens_in_every_company(llm):
+def test_a_seed_gives_the_same_tokens_beside_any_requests(llm):
     params = SamplingParams(n=2, seed=5, temperature=1.1, max_tokens=10, min_tokens=4)
     (alone,) = llm.generate([PROMPT], params)
     others = [BeamSearchParams(4, 9), GREEDY, dataclasses.replace(params, seed=6)]
@@ -161,14 +143,14 @@ def check_entries(found, row, token, count, tokenizer):
     assert next(iter(found)) == token
     for other, entry in found.items():
         assert math.isclose(entry.logprob, row[other], abs_tol=1e-4)
-        # Of 300 some are as near as float32 can tell.
+        # Some of 300 tokens differ by less than the error of float32.
         above = (row > row[other] + 1e-4).sum()
         assert above < entry.rank <= 1 + (row > row[other] - 1e-4).sum()
         assert entry.decoded_token == tokenizer.decoded_token(other)
 
 
 @pytest.mark.parametrize("count", [0, 3, -1])
-def test_logprobs_are_the_models_whatever_the_rules_and_temperature(count, llm, oracle):
+def test_logprobs_are_the_models_own_with_any_rules_and_temperature(count, llm, oracle):
     params = SamplingParams(
         n=2, seed=2, temperature=1.7, top_k=50, max_tokens=6, logprobs=count,
         repetition_penalty=1.5, logit_bias={8: 5.0}, bad_words=[[9]],
@@ -198,7 +180,7 @@ def check_prompt(output, prompt, count, oracle, tokenizer):
 
 @pytest.mark.parametrize("count", [0, 3, -1])
 def test_prompt_logprobs_are_those_of_the_plain_forward(count, llm, oracle):
-    # One token, a few, and more than three steps take.
+    # One token, a few tokens, and more tokens than three steps compute.
     prompts = [[40], *random_prompts(3, seed=4), list(range(100, 150))]
     params = SamplingParams(max_tokens=2, seed=0, prompt_logprobs=count)
     params = [
@@ -223,11 +205,11 @@ def test_prompt_logprobs_survive_preemption(llm, oracle):
     assert llm.stats()["num_preemptions"] > before
     for prompt, output in zip(prompts, outputs, strict=True):
         check_prompt(output, prompt, 1, oracle, llm.tokenizer)
-        wanted = [oracle.tokens(prompt, params, number=i) for i in range(2)]
-        assert outputs_of(output) == wanted
+        expected = [oracle.tokens(prompt, params, number=i) for i in range(2)]
+        assert outputs_of(output) == expected
 
 
-# All kinds in one call
+# All kinds of requests in one call
 
 
 def mixed_load(free_run):
@@ -242,7 +224,7 @@ def mixed_load(free_run):
     return prompts, [kinds[i % len(kinds)] for i in range(len(prompts))]
 
 
-def test_all_kinds_in_one_call_give_what_each_should_and_compile_nothing(
+def test_all_kinds_in_one_call_match_their_references_and_compile_nothing(
     llm, oracle, free_run
 ):
     compiled = llm.stats()["num_compilations"]
@@ -252,14 +234,14 @@ def test_all_kinds_in_one_call_give_what_each_should_and_compile_nothing(
     for prompt, param, output in zip(prompts, params, outputs, strict=True):
         if isinstance(param, BeamSearchParams):
             ends = dataclasses.replace(param, stop_token_ids=EOS)
-            wanted = search(plain, prompt, ends)[: param.num_return]
-            assert outputs_of(output) == [(one.tokens, one.reason) for one in wanted]
-            for sample, one in zip(output.outputs, wanted, strict=True):
+            expected = search(plain, prompt, ends)[: param.num_return]
+            assert outputs_of(output) == [(one.tokens, one.reason) for one in expected]
+            for sample, one in zip(output.outputs, expected, strict=True):
                 score = one.logprob / len(one.tokens) ** param.length_penalty
                 assert math.isclose(sample.score, score, abs_tol=1e-4)
         elif isinstance(param, AlgorithmParams):
-            wanted, _ = drive(plain, prompt, param)
-            assert outputs_of(output) == [(one.tokens, one.reason) for one in wanted]
+            expected, _ = drive(plain, prompt, param)
+            assert outputs_of(output) == [(one.tokens, one.reason) for one in expected]
             assert all(sample.score is None for sample in output.outputs)
         else:
             for sample in output.outputs:
@@ -274,7 +256,7 @@ def test_all_kinds_in_one_call_give_what_each_should_and_compile_nothing(
     assert llm.stats()["num_compilations"] == compiled
 
 
-def test_a_stream_with_beams_put_together_is_what_generate_gives(
+def test_the_deltas_of_a_stream_with_beams_equal_the_outputs_of_generate(
     llm, free_run, monkeypatch
 ):
     monkeypatch.setattr(batcher, "STREAM_S", 0.0)
@@ -294,7 +276,7 @@ def test_a_stream_with_beams_put_together_is_what_generate_gives(
             key = (i, sample.index)
             assert (text[key], token_ids[key]) == (sample.text, sample.token_ids)
             assert ends[key] == (sample.finish_reason, sample.stop_reason)
-            # Which beams win is known at the end only; samples come as they grow.
+            # The best beams are only known at the end; samples are streamed.
             if not isinstance(params[i], SamplingParams):
                 assert counts[key] == 1
     assert max(counts.values()) > 3
@@ -302,26 +284,26 @@ def test_a_stream_with_beams_put_together_is_what_generate_gives(
     assert is_idle(llm)
 
 
-def test_wrong_requests_come_back_with_their_error_while_the_others_run(llm, free_run):
-    wrong = [
+def test_invalid_requests_return_their_error_while_the_others_run(llm, free_run):
+    invalid = [
         (BeamSearchParams(9, 4), r"beam_width: expected at most max_num_seqs (8)"),
         (AlgorithmParams(race, 12), "num_rows: expected at most max_num_seqs (8)"),
-        (SamplingParams(logit_bias={999: 1}), "logit_bias: wanted token ids below"),
+        (SamplingParams(logit_bias={999: 1}), "token ids below the model's vocab_size"),
         (SamplingParams(prompt_logprobs=400), "at most max_logprobs (300), got 400"),
-        (SamplingParams(bad_words=["é"]), "bad_words[0]: wanted text"),
+        (SamplingParams(bad_words=["é"]), "bad_words[0]: expected text"),
         (BeamSearchParams(8, 60), "in each of 8 rows need"),
     ]
-    params = [GREEDY, *(param for param, _ in wrong)]
+    params = [GREEDY, *(param for param, _ in invalid)]
     before = llm.stats()
-    with pytest.raises(ValueError, match="6 of 7 requests are wrong, none was run"):
+    with pytest.raises(ValueError, match="6 of 7 requests are invalid, none was run"):
         llm.generate([PROMPT] * 7, params)
     assert llm.stats()["num_steps"] == before["num_steps"]
     assert [error is None for error in llm.check([PROMPT] * 7, params)] == (
         [True] + [False] * 6
     )
-    right, *others = llm.generate([PROMPT] * 7, params, on_error="return")
-    assert outputs_of(right) == [(free_run, "length")]
-    for output, (_, message) in zip(others, wrong, strict=True):
+    valid, *others = llm.generate([PROMPT] * 7, params, on_error="return")
+    assert outputs_of(valid) == [(free_run, "length")]
+    for output, (_, message) in zip(others, invalid, strict=True):
         assert message in output.error
         assert output.outputs == []
     assert llm.stats()["num_compilations"] == before["num_compilations"]

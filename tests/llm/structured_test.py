@@ -1,7 +1,7 @@
-"""Structured output through the LLM: sampled, greedy, and beams, side by side.
+"""Structured outputs through the LLM: sampled, greedy and beams in one batch.
 
-What must come is computed by a loop over the plain forward that asks of every token
-whether a text of the constraint can still begin so.
+The expected tokens come from a loop over the plain forward that checks for each token
+whether a text of the constraint can still start that way.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import re
 import numpy as np
 import pytest
 
-from jpaged.llm import LLM
 from jpaged.params import (
     AlgorithmParams,
     BeamSearchParams,
@@ -20,19 +19,14 @@ from jpaged.params import (
 )
 from jpaged.serving import batcher
 from tests.engine.algorithms_test import race
-from tests.llm.llm_test import EOS
 from tests.support.engine.algorithms_oracle import Plain
 from tests.support.engine.full_llm import (
     CHOICES,
     CONSTRAINTS,
     MAX_LEN,
     REGEX,
-    SIZES,
-    Oracle,
-    grow,
-    is_idle,
-    make_folder,
 )
+from tests.support.tiny_llm import EOS, is_idle
 
 pytestmark = pytest.mark.long
 
@@ -40,16 +34,9 @@ PROMPTS = [[7, 30, 111], [9], [222, 3, 14, 15, 92, 65, 35, 89, 79]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=50)
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    llm = LLM(make_folder(tmp_path_factory.mktemp("models")), **SIZES)
-    grow(llm)
-    return llm
-
-
-@pytest.fixture(scope="module")
-def oracle(llm):
-    return Oracle(llm)
+@pytest.fixture
+def llm(full_llm):
+    return full_llm
 
 
 def is_valid(name, text):
@@ -69,7 +56,7 @@ def is_valid(name, text):
     )
 
 
-def test_every_kind_of_request_gives_texts_of_its_constraint(llm):
+def test_all_kinds_of_requests_generate_texts_of_their_constraints(llm):
     compiled = llm.stats()["num_compilations"]
     names = ["json", "regex", "choice"]
     kinds = [
@@ -93,42 +80,42 @@ def test_every_kind_of_request_gives_texts_of_its_constraint(llm):
     for (name, kind), output in zip(cases, outputs, strict=False):
         for sample in output.outputs:
             if kind.__class__ is AlgorithmParams:
-                # Its rows also end by its own rule, within a text.
+                # The algorithm also ends rows within a text.
                 continue
             assert sample.finish_reason == "stop"
             assert sample.token_ids[-1] in EOS
             assert is_valid(name, sample.text), (name, sample.text)
             texts.add(sample.text)
     assert len(texts) > 12
-    # The request beside them is free.
+    # The request beside them is unconstrained.
     assert outputs[-1].outputs[0].token_ids == alone
     assert llm.stats()["num_compilations"] == compiled
     assert is_idle(llm)
 
 
-def test_tokens_are_those_of_a_loop_that_tries_every_token(llm, oracle):
+def test_tokens_are_those_of_a_loop_that_checks_each_token(llm, oracle):
     sampled = SamplingParams(n=3, seed=4, temperature=1.5, max_tokens=20)
     for kind in (GREEDY, sampled):
         params = dataclasses.replace(kind, structured_outputs=CONSTRAINTS["choice"])
         outputs = llm.generate(PROMPTS, params)
         for prompt, output in zip(PROMPTS, outputs, strict=True):
             for sample in output.outputs:
-                wanted = oracle.tokens(
+                expected = oracle.tokens(
                     prompt, kind, number=sample.index, mask=oracle.choice_mask(CHOICES)
                 )
-                assert (sample.token_ids, sample.finish_reason) == wanted
+                assert (sample.token_ids, sample.finish_reason) == expected
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])
-def test_beams_are_those_of_a_slow_search_among_the_allowed_tokens(width, llm, oracle):
+def test_beams_are_those_of_a_slow_search_over_the_allowed_tokens(width, llm, oracle):
     params = BeamSearchParams(
         width, 12, structured_outputs=CONSTRAINTS["choice"], early_stopping="never"
     )
     outputs = llm.generate(PROMPTS, params)
     mask, plain = oracle.choice_mask(CHOICES), Plain(llm.model, MAX_LEN)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
-        wanted = constrained_search(plain, prompt, params, mask)
-        assert [sample.token_ids for sample in output.outputs] == wanted
+        expected = constrained_search(plain, prompt, params, mask)
+        assert [sample.token_ids for sample in output.outputs] == expected
 
 
 def constrained_search(plain, prompt, params, mask):
@@ -149,8 +136,8 @@ def constrained_search(plain, prompt, params, mask):
     return [list(tokens) for _, tokens in found]
 
 
-def test_fewer_texts_than_beams_leave_outputs_that_say_so(llm):
-    # One letter and then one of the EOS tokens: so many texts, and no more.
+def test_beams_without_a_text_of_the_constraint_end_as_dead_ends(llm):
+    # The letter followed by one of the EOS tokens: there are no other outputs.
     params = BeamSearchParams(8, 12, structured_outputs=CONSTRAINTS["one letter"])
     (output,) = llm.generate([PROMPTS[0]], params)
     real, rest = output.outputs[: len(EOS)], output.outputs[len(EOS) :]
@@ -172,7 +159,7 @@ def id_of(llm, text):
 
 
 def dead_ends(llm, oracle):
-    """Requests whose rules contradict their constraint, and how far each comes."""
+    """Rules that contradict the constraint after a different number of tokens."""
     y, e, oh = id_of(llm, "y"), id_of(llm, "e"), oracle.pieces.index("ev")
     choice = CONSTRAINTS["choice"]
     return [
@@ -187,7 +174,7 @@ def dead_ends(llm, oracle):
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_dead_end_ends_its_request_with_a_reason_and_the_others_go_on(
+def test_a_dead_end_ends_its_request_with_a_reason_and_the_others_continue(
     is_streamed, llm, oracle, monkeypatch
 ):
     monkeypatch.setattr(batcher, "STREAM_S", 0.0)
@@ -217,10 +204,10 @@ def test_a_dead_end_ends_its_request_with_a_reason_and_the_others_go_on(
             for output in llm.generate(prompts, params)
         ]
     for prompt, param, output in zip(prompts[1:], ends, outputs[1:], strict=False):
-        wanted = [
+        expected = [
             oracle.tokens(prompt, param, number=i, mask=mask) for i in range(param.n)
         ]
-        assert output == wanted
+        assert output == expected
         assert {reason for _, reason in output} == {"dead_end"}
     assert {len(tokens) for output in outputs[1:-1] for tokens, _ in output} >= {0, 1}
     for output, one in zip((outputs[0], outputs[-1]), alone, strict=True):
@@ -229,7 +216,7 @@ def test_a_dead_end_ends_its_request_with_a_reason_and_the_others_go_on(
     assert llm.stats()["num_free_blocks"] == llm.stats()["num_blocks"]
 
 
-def test_more_constraints_than_the_pool_has_room_for_take_turns(llm):
+def test_more_constraints_than_the_pool_holds_run_one_after_the_other(llm):
     words = ["a", "ba", "hot", "old", "dad", "cat", "fee"]
     params = [
         SamplingParams(
@@ -237,7 +224,7 @@ def test_more_constraints_than_the_pool_has_room_for_take_turns(llm):
         )
         for i, w in enumerate(words)
     ]
-    # One after the other they pass through the four places of the pool.
+    # The pool has space for four automata.
     for _ in range(2):
         for word, param in zip(words, params, strict=True):
             (output,) = llm.generate([PROMPTS[0]], param)
@@ -249,13 +236,13 @@ def test_more_constraints_than_the_pool_has_room_for_take_turns(llm):
     ("params", "match"),
     [
         (dict(regex="(ab"), "regex"),
-        (dict(choice=["né"]), r"choice\[0\]: .* a text that the model's tokens"),
+        (dict(choice=["né"]), r"choice\[0\]: \w+ a text that the model's tokens"),
         (dict(regex="[N]n"), "the constraint cannot be met"),
         (dict(json={"type": "tuple"}), "json"),
-        (dict(choice=["a" * 60]), "max_tokens: .* at least"),
+        (dict(choice=["a" * 60]), r"max_tokens: \w+ at least"),
     ],
 )
-def test_an_impossible_constraint_is_refused_before_work(params, match, llm):
+def test_an_impossible_constraint_is_refused_before_any_step_runs(params, match, llm):
     steps = llm.stats()["num_steps"]
     constraint = StructuredOutputsParams(**params)
     for kind in (

@@ -1,4 +1,4 @@
-"""Sizes of the pool and of the request table, and the folder of compiled programs."""
+"""Default sizes of the pool and the request table; the cache of compiled programs."""
 
 import dataclasses
 import os
@@ -44,14 +44,14 @@ def sizes(model, **changes):
     return memory.choose_sizes(model, **(arguments | changes))
 
 
-def test_the_pool_holds_every_row_at_its_longest_where_memory_allows(model):
+def test_the_pool_has_space_for_all_rows_at_full_length_if_memory_suffices(model):
     assert sizes(model) == (4 * 10, 100)
     assert sizes(model, max_model_len=21) == (4 * 3, 21)
     assert sizes(model, num_blocks=7) == (7, 70)
     assert sizes(model, num_blocks=7, max_model_len=100) == (7, 100)
 
 
-def test_the_pool_stays_within_the_share_of_free_memory(model, monkeypatch):
+def test_the_pool_uses_at_most_its_fraction_of_free_memory(model, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 * 5 * BLOCK_BYTES + 1)
     assert sizes(model) == (5, 50)
     assert sizes(model, kv_dtype="bfloat16") == (10, 100)
@@ -59,7 +59,7 @@ def test_the_pool_stays_within_the_share_of_free_memory(model, monkeypatch):
         sizes(model, memory_fraction=0.01)
 
 
-def test_on_a_cpu_the_pool_stays_modest_whatever_is_free(model, monkeypatch):
+def test_on_a_cpu_the_pool_has_a_limit_of_its_own(model, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**40)
     assert memory.pool_budget(model, 0.9) == memory.CPU_POOL_BYTES
     monkeypatch.setattr(memory, "CPU_POOL_BYTES", 0)
@@ -68,19 +68,19 @@ def test_on_a_cpu_the_pool_stays_modest_whatever_is_free(model, monkeypatch):
     )
 
 
-def test_free_memory_is_read_from_this_machine():
+def test_free_memory_is_read_from_the_machine():
     assert 2**20 < memory.available_bytes() < 2**50
 
 
-def test_the_request_table_stays_modest():
-    assert memory.max_places(64, 2048, 0) == 256
-    assert 64 <= memory.max_places(64, 131072, 20) < 256
-    assert memory.max_places(64, 10**8, 20) == 64
+def test_the_request_table_has_a_limit_in_bytes():
+    assert memory.max_table_size(64, 2048, 0) == 256
+    assert 64 <= memory.max_table_size(64, 131072, 20) < 256
+    assert memory.max_table_size(64, 10**8, 20) == 64
 
 
 @pytest.fixture
 def no_cache():
-    """jax as in a process whose user configured nothing."""
+    """Resets the configuration of jax's compilation cache to its defaults."""
     names = ["jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"]
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], None)
@@ -92,24 +92,24 @@ def no_cache():
 
 
 @pytest.mark.usefixtures("no_cache")
-def test_compiled_programs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path):
+def test_compiled_programs_are_stored_in_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("JPAGED_COMPILATION_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    jax.block_until_ready(jax.jit(lambda x: x + 1)(1))  # before the cache is there
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(1))  # before the cache is enabled
     folder = compilation_cache.turn_on()
     assert folder.parent == tmp_path / "jpaged" / "xla"
     assert jax.config.jax_compilation_cache_dir == str(folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.block_until_ready(jax.jit(lambda x: x + 2)(1))
     assert os.listdir(folder)
-    # What is configured now stays.
+    # A configured folder is not replaced.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert compilation_cache.turn_on() is None
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 
 @pytest.mark.usefixtures("no_cache")
-def test_the_cache_can_be_switched_off_and_needs_no_writable_home(
+def test_the_cache_can_be_disabled_and_is_skipped_without_a_writable_home(
     monkeypatch, tmp_path
 ):
     monkeypatch.setenv("JPAGED_COMPILATION_CACHE", "off")
@@ -121,7 +121,9 @@ def test_the_cache_can_be_switched_off_and_needs_no_writable_home(
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_the_cache_folder_follows_the_platforms_custom(monkeypatch, tmp_path):
+def test_the_cache_folder_follows_the_conventions_of_the_platform(
+    monkeypatch, tmp_path
+):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
@@ -131,8 +133,8 @@ def test_the_cache_folder_follows_the_platforms_custom(monkeypatch, tmp_path):
     assert compilation_cache.user_folder() == expected
 
 
-def test_block_bytes_follow_the_paper():
-    # OPT-13B in float16: 800 KB a token (paper section 3).
+def test_block_bytes_match_the_paper():
+    # OPT-13B in float16: 800 KB per token (paper section 3).
     opt = dataclasses.replace(
         CONFIG, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128
     )

@@ -1,4 +1,4 @@
-"""Routing: which replica gets a request, beside the rule in plain words."""
+"""Routing: the chosen replica against a second implementation of the rule."""
 
 import numpy as np
 from hypothesis import given
@@ -13,32 +13,35 @@ REPLICAS = st.lists(
 )
 
 
-def in_plain_words(replicas, margin):
-    """The same, by sorting lists of Python."""
-    open_ = [(i, *one[:2]) for i, one in enumerate(replicas) if one[2]]
-    if not open_:
+def choose_by_sorting(replicas, margin):
+    """The same rule, on Python lists."""
+    able = [
+        (i, cached, load)
+        for i, (cached, load, is_able) in enumerate(replicas)
+        if is_able
+    ]
+    if not able:
         return None
-    lightest = min(load for _, _, load in open_)
-    longest = max(hit for _, hit, _ in open_)
-    wanted = sorted((load, i) for i, hit, load in open_ if hit == longest)
-    load, number = wanted[0]
+    lightest = min(load for _, _, load in able)
+    longest = max(cached for _, cached, _ in able)
+    load, index = min((load, i) for i, cached, load in able if cached == longest)
     if load <= lightest + margin:
-        return number
-    return sorted((-hit, i) for i, hit, load in open_ if load == lightest)[0][1]
+        return index
+    return min((-cached, i) for i, cached, load in able if load == lightest)[1]
 
 
 @given(replicas=REPLICAS, margin=st.sampled_from([0, 1, 2.5, 10]))
-def test_the_choice_is_that_of_the_rule_in_plain_words(replicas, margin):
-    hits, loads, has_room = (np.array(column) for column in zip(*replicas, strict=True))
-    got = routing.choose(hits, loads, has_room, margin)
-    assert got == in_plain_words(replicas, margin)
+def test_the_choice_is_that_of_the_second_implementation(replicas, margin):
+    columns = (np.array(column) for column in zip(*replicas, strict=True))
+    got = routing.choose_replica(*columns, margin)
+    assert got == choose_by_sorting(replicas, margin)
 
 
-def test_with_nothing_cached_requests_alternate():
-    loads, nothing, everyone = np.zeros(3, int), np.zeros(3, int), np.ones(3, bool)
+def test_without_cached_prefixes_requests_alternate():
+    loads, cached, has_capacity = np.zeros(3, int), np.zeros(3, int), np.ones(3, bool)
     got = []
     for _ in range(6):
-        replica = routing.choose(nothing, loads, everyone, margin=100)
+        replica = routing.choose_replica(cached, loads, has_capacity, margin=100)
         loads[replica] += 5
         got.append(replica)
     assert got == [0, 1, 2, 0, 1, 2]

@@ -1,6 +1,6 @@
-"""Chat templates: what they render, what they may not do, and how `llm.chat` uses them.
+"""Chat templates: their text, their limits, and how `llm.chat` uses them.
 
-transformers renders the same templates in the tests marked `huggingface`.
+In the tests marked `huggingface`, transformers renders the same templates.
 """
 
 import dataclasses
@@ -8,12 +8,14 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from jpaged import LLM, SamplingParams
-from jpaged.models.loading.sources import bundled_path
-from jpaged.text import templates
-from jpaged.text.templates import ChatTemplates, render
+from jpaged.models.loading.bundled import bundled_path
+from jpaged.text import sandbox
+from jpaged.text.chat import ChatTemplates, render
 from jpaged.text.tokenizer import Tokenizer
+from tests.support.tiny_llm import SIZES, byte_tokenizer, write_folder
 
 pytestmark = pytest.mark.long
 
@@ -34,7 +36,7 @@ TOOLS = [
     }
 ]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-# Each uses what published templates use, in words of its own.
+# Each uses features of published templates; the wording is our own.
 TEMPLATES = {
     "roles between marks": """{% for message in messages %}
 {{ '<|' + message['role'] + '|>' }}
@@ -114,7 +116,7 @@ def test_json_is_neither_escaped_for_html_nor_reduced_to_ascii():
     assert text.endswith("True system, user, assistant")
 
 
-def test_values_of_none_are_left_out_and_reasoning_has_all_its_names():
+def test_none_values_are_omitted_and_reasoning_has_all_its_names():
     text = rendered("a macro, generation and reasoning")
     assert "named" not in text.replace("unnamed", "")
     assert "(short)" in text
@@ -125,7 +127,7 @@ def test_values_of_none_are_left_out_and_reasoning_has_all_its_names():
 @pytest.mark.parametrize("with_tools", [False, True])
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_transformers_renders_every_template_to_the_same_text(
+def test_transformers_renders_each_template_to_the_same_text(
     name, with_head, with_tools
 ):
     import transformers
@@ -171,9 +173,11 @@ def test_a_template_can_refuse_the_messages():
         "{% import 'os' as os %}",
     ],
 )
-def test_a_template_that_reaches_for_the_interpreter_is_refused(template):
+def test_a_template_cannot_reach_the_interpreter(template):
     before = json.dumps(MESSAGES)
-    with pytest.raises(ValueError, match="chat_template: it refused the messages"):
+    with pytest.raises(
+        ValueError, match="chat_template: the template refused the messages"
+    ):
         render(MESSAGES, template)
     assert json.dumps(MESSAGES) == before
 
@@ -208,13 +212,13 @@ def test_a_template_that_reaches_for_the_interpreter_is_refused(template):
         "{% set x = 'a' * 10 ** 6 %}{% for i in range(100) %}{{ x }}{% endfor %}",
     ],
 )
-def test_a_template_that_would_run_for_ever_or_fill_the_memory_is_refused(template):
+def test_a_template_cannot_run_forever_or_fill_the_memory(template):
     with pytest.raises(ValueError, match="chat_template: "):
         render(MESSAGES, template)
 
 
-def test_a_wrong_template_is_refused_with_its_line():
-    with pytest.raises(ValueError, match="chat_template: wrong in line 2"):
+def test_a_syntax_error_is_reported_with_its_line():
+    with pytest.raises(ValueError, match=r"chat_template: .* syntax error in line 2"):
         render(MESSAGES, "x\n{% for %}")
 
 
@@ -227,12 +231,12 @@ def test_a_wrong_template_is_refused_with_its_line():
         (["x"], r"messages\[0\]: expected a dict with a 'role', got 'x'"),
     ],
 )
-def test_messages_of_another_shape_are_refused(messages, message):
+def test_invalid_messages_are_refused(messages, message):
     with pytest.raises(ValueError, match=message):
         render(messages, "{{ messages }}")
 
 
-def test_a_template_sees_plain_values_only():
+def test_a_template_receives_only_plain_values():
     @dataclasses.dataclass
     class Picture:
         pixels: bytes = b""
@@ -247,7 +251,7 @@ def test_a_template_sees_plain_values_only():
         render(messages, "{{ messages[0].content.save() }}")
 
 
-# templates in folders
+# Templates in folders
 
 
 def folder_with(tmp_path, config, **files):
@@ -257,7 +261,7 @@ def folder_with(tmp_path, config, **files):
     return ChatTemplates.from_folder(tmp_path)
 
 
-def test_templates_are_found_where_transformers_puts_them(tmp_path):
+def test_templates_are_found_where_transformers_stores_them(tmp_path):
     found = folder_with(tmp_path, {"chat_template": "A", "bos_token": "<s>"})
     assert found.choose(None, None) == "A"
     assert found.special_tokens == {"bos_token": "<s>"}
@@ -280,20 +284,29 @@ def test_templates_are_found_where_transformers_puts_them(tmp_path):
     assert found.special_tokens == {"bos_token": "<b>", "eos_token": "</s>"}
 
 
-def test_a_folder_without_a_template_and_a_broken_one_say_so(tmp_path):
-    with pytest.raises(ValueError, match=r"chat_template: expected one in .* 'none'|"):
+def test_a_missing_template_and_an_invalid_file_raise_errors(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"chat_template: expected one in .* got none without"
+    ):
         ChatTemplates.from_folder(tmp_path).choose(None, None)
     (tmp_path / "tokenizer_config.json").write_text("[1]", "utf-8")
     with pytest.raises(ValueError, match="expected a JSON object"):
         ChatTemplates.from_folder(tmp_path)
 
 
-# llm.chat
+# LLM.chat
 
 
 @pytest.fixture(scope="module")
-def llm():
-    with LLM("tiny-python", max_num_seqs=2, max_model_len=128) as llm:
+def llm(tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("models") / "tiny")
+    backend = byte_tokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENS), "utf-8")
+    with LLM(folder, **SIZES) as llm:
         yield llm
 
 
@@ -307,12 +320,12 @@ def test_chat_generates_from_the_rendered_messages_with_one_bos(llm):
     params = SamplingParams(temperature=0.0, max_tokens=5)
     chats = [[{"role": "user", "content": text}] for text in ("add", "sort a list")]
     first, second = llm.chat(chats, params, chat_template=TEMPLATE)
-    bos = llm.tokenizer.backend.token_to_id("<|bos|>")
+    bos = llm.tokenizer.backend.token_to_id("<s>")
     assert first.prompt_token_ids.count(bos) == 1
     assert first.prompt_token_ids[0] == bos
     text = "# user: add\ndef "
     assert llm.tokenizer.decode(first.prompt_token_ids) == text
-    # The tokenizer adds a BOS to plain text; the template has written its own.
+    # The tokenizer adds a BOS to plain text; the template writes its own.
     (plain,) = llm.generate([text], params)
     assert plain.prompt_token_ids == first.prompt_token_ids
     assert plain.outputs[0].token_ids == first.outputs[0].token_ids
@@ -320,28 +333,28 @@ def test_chat_generates_from_the_rendered_messages_with_one_bos(llm):
     assert alone.outputs[0].token_ids == second.outputs[0].token_ids
 
 
-def test_chat_without_template_or_tokenizer_is_refused(llm):
+def test_chat_without_a_template_or_a_tokenizer_is_refused(llm):
     with pytest.raises(ValueError, match="chat_template: expected one in the model"):
         llm.chat([{"role": "user", "content": "x"}])
     with pytest.raises(ValueError, match="messages: expected a list"):
         llm.chat("hello", chat_template=TEMPLATE)
     with (
-        LLM(llm.model, max_num_seqs=2, max_model_len=64) as bare,
-        pytest.raises(ValueError, match="messages: chat needs a tokenizer"),
+        LLM(llm.model, **SIZES) as bare,
+        pytest.raises(ValueError, match="messages: expected a model with a tokenizer"),
     ):
         bare.chat([{"role": "user", "content": "x"}], chat_template=TEMPLATE)
 
 
-def test_a_tokenizer_of_another_kind_alone_names_the_way_to_convert_it(tmp_path):
+def test_a_tokenizer_of_another_kind_is_refused_with_a_way_to_convert_it(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0b")
     with pytest.raises(
-        ValueError, match=r"wanted tokenizer.json, got tokenizer.model alone; convert"
+        ValueError, match=r"expected tokenizer.json, got only tokenizer.model; convert"
     ):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_the_limits_are_far_from_what_long_chats_need():
+def test_the_limits_are_far_above_the_needs_of_long_chats():
     messages = [{"role": "user", "content": "x" * 1000}] * 1000
     text = render(messages, TEMPLATES["roles between marks"])
     assert len(text) > 1_000_000
-    assert templates.MAX_CHARACTERS > 10 * len(text)
+    assert sandbox.MAX_CHARACTERS > 10 * len(text)

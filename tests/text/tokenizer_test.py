@@ -1,4 +1,4 @@
-"""Text: tokenizers made here, against decoding everything at once."""
+"""Tokenizers: incremental decoding against decoding all tokens at once."""
 
 import hypothesis
 import pytest
@@ -68,7 +68,7 @@ def pieces_of(tokenizer: Tokenizer, token_ids: list[int], **settings) -> list[st
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_encoding_adds_special_tokens_and_decoding_takes_them_away(text):
+def test_encoding_adds_special_tokens_and_decoding_removes_them(text):
     token_ids = BYTE_LEVEL.encode(text)
     assert token_ids[0] == 0
     assert BYTE_LEVEL.decode(token_ids) == text
@@ -84,34 +84,34 @@ def test_no_piece_ends_within_a_character(text):
     assert "".join(pieces) == text
     if "\ufffd" not in text:
         assert all("\ufffd" not in piece for piece in pieces)
-    # Text comes when it can: the emoji take several tokens each, letters do not wait.
+    # Text is returned early: an emoji needs several tokens, letters do not wait.
     assert sum(piece != "" for piece in pieces) > len(text) // 4
 
 
 @hypothesis.given(st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=40))
-def test_pieces_of_any_tokens_are_the_text_of_all_at_once(token_ids):
-    # Random byte-level tokens are mostly broken characters.
+def test_pieces_of_any_tokens_equal_the_text_of_all_tokens(token_ids):
+    # Random byte-level tokens are mostly incomplete characters.
     assert "".join(pieces_of(BYTE_LEVEL, token_ids)) == BYTE_LEVEL.decode(token_ids)
 
 
 @hypothesis.given(st.lists(st.integers(1, 7) | st.integers(8, 263), max_size=30))
-def test_pieces_of_any_sentencepiece_tokens_are_the_text_of_all_at_once(token_ids):
+def test_pieces_of_any_sentencepiece_tokens_equal_the_text_of_all_tokens(token_ids):
     whole = SENTENCEPIECE.decode(token_ids)
     assert "".join(pieces_of(SENTENCEPIECE, token_ids)) == whole
 
 
 @hypothesis.given(st.text(max_size=30))
-def test_pieces_of_any_text_are_that_text(text):
+def test_pieces_of_any_text_equal_that_text(text):
     token_ids = BYTE_LEVEL.encode(text)
     assert "".join(pieces_of(BYTE_LEVEL, token_ids)) == text
 
 
-def test_after_a_prompt_the_first_token_keeps_its_space():
+def test_the_first_token_after_a_prompt_keeps_its_space():
     assert pieces_of(SENTENCEPIECE, [3], prompt_token_ids=[2]) == [" world", ""]
     assert pieces_of(SENTENCEPIECE, [3]) == ["world", ""]
 
 
-def test_a_prompt_that_ends_within_a_character_leaves_it_to_the_output():
+def test_the_output_completes_a_character_that_the_prompt_begins():
     first, second = BYTE_LEVEL.encode("Ω")[1:]  # not in the training text: two tokens
     prompt = [*BYTE_LEVEL.encode("ab"), first]
     letter = BYTE_LEVEL.encode("d")[-1]
@@ -119,9 +119,7 @@ def test_a_prompt_that_ends_within_a_character_leaves_it_to_the_output():
     assert "".join(pieces) == BYTE_LEVEL.decode([second, letter]) == "\ufffdd"
 
 
-def test_a_folder_gives_its_tokenizer_or_none_or_an_error_that_names_the_file(
-    tmp_path,
-):
+def test_from_folder_returns_a_tokenizer_or_none_or_names_an_invalid_file(tmp_path):
     assert Tokenizer.from_folder(tmp_path) is None
     path = tmp_path / "tokenizer.json"
     backend = train()
@@ -129,29 +127,31 @@ def test_a_folder_gives_its_tokenizer_or_none_or_an_error_that_names_the_file(
     backend.enable_padding(length=50)
     backend.save(str(path))
     loaded = Tokenizer.from_folder(tmp_path)
-    # What training asked for, truncation and padding, is not done to prompts.
+    # Truncation and padding, which training enables, do not apply to prompts.
     assert loaded.encode(TEXTS[0]) == BYTE_LEVEL.encode(TEXTS[0])
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: wanted a tokenizer, got"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer, got"):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes():
+def test_a_tokenizer_larger_than_the_model_is_refused():
     size = BYTE_LEVEL.vocab_size
     BYTE_LEVEL.check_fits(size)
-    with pytest.raises(ValueError, match=f"up to {size - 1}, .* is {size - 1};"):
+    with pytest.raises(
+        ValueError, match=rf"vocab_size \({size - 1}\), got ids up to {size - 1};"
+    ):
         BYTE_LEVEL.check_fits(size - 1)
 
 
-def test_what_is_no_text_is_refused():
-    with pytest.raises(ValueError, match=r"prompt: wanted a string, got 3 \(int\)"):
+def test_a_prompt_that_is_not_text_is_refused():
+    with pytest.raises(ValueError, match=r"prompt: expected a string, got 3 \(int\)"):
         BYTE_LEVEL.encode(3)
     with pytest.raises(ValueError, match=r"lone surrogate .* at character 1"):
         BYTE_LEVEL.encode("a\ud800")
 
 
 def first_stop(text: str, stop: list[str]) -> tuple[str, str | None]:
-    """Return the text before the first stop string to be complete, by letters."""
+    """Return the text before the first complete stop string, letter by letter."""
     for end in range(1, len(text) + 1):
         for string in sorted(stop, key=len, reverse=True):
             if text[:end].endswith(string):
@@ -167,7 +167,7 @@ letters = st.text("abc", max_size=6)
     st.lists(letters, max_size=10),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
 )
-def test_stop_strings_are_found_across_any_cuts(pieces, stop):
+def test_stop_strings_are_found_across_any_division_into_pieces(pieces, stop):
     checker = StopChecker(stop)
     shown = [checker.push(piece) for piece in pieces]
     is_stopped = checker.stop_reason is not None
@@ -176,7 +176,7 @@ def test_stop_strings_are_found_across_any_cuts(pieces, stop):
     assert checker.text == "".join(shown) == text
     assert checker.stop_reason == reason
     if is_stopped:
-        # The token that completed it: with it the string is there, without it not.
+        # num_tokens ends with the token that completes the stop string.
         before = "".join(pieces[: checker.num_tokens - 1])
         assert first_stop(before, stop)[1] is None
         assert first_stop(before + pieces[checker.num_tokens - 1], stop)[1] == reason
@@ -184,7 +184,7 @@ def test_stop_strings_are_found_across_any_cuts(pieces, stop):
         assert checker.num_tokens == len(pieces)
 
 
-def test_the_last_characters_are_held_back_while_they_may_become_a_stop_string():
+def test_the_last_characters_are_held_back_while_they_can_become_a_stop_string():
     checker = StopChecker(["END"])
     assert checker.push("text E") == "text"
     assert checker.push("N") == " "
@@ -197,18 +197,18 @@ def test_the_last_characters_are_held_back_while_they_may_become_a_stop_string()
     assert checker.num_tokens == 4
 
 
-def test_without_stop_strings_nothing_is_held_back():
+def test_without_stop_strings_no_text_is_held_back():
     assert StopChecker().push("abc") == "abc"
 
 
-def test_stop_strings_do_not_count_in_the_first_min_tokens():
+def test_stop_strings_in_the_first_min_tokens_are_ignored():
     checker = StopChecker(["b"], min_tokens=2)
     for piece in ["ab", "b", "ab"]:
         checker.push(piece)
     assert (checker.text, checker.num_tokens) == ("abba", 3)
 
 
-def test_the_output_text_stops_within_a_token_and_counts_it():
+def test_output_text_stops_within_a_token_and_counts_that_token():
     token_ids = BYTE_LEVEL.encode("日本語。hello world")[1:]
     output = OutputText(BYTE_LEVEL, stop=["o w"])
     shown = "".join(output.push(token) for token in token_ids) + output.finish()
@@ -219,16 +219,16 @@ def test_the_output_text_stops_within_a_token_and_counts_it():
     assert "o w" not in BYTE_LEVEL.decode(token_ids[: output.num_tokens - 1])
 
 
-def test_without_a_tokenizer_tokens_are_counted_and_stop_strings_refused():
+def test_without_a_tokenizer_tokens_are_counted_and_stop_strings_are_refused():
     output = OutputText(None)
     assert output.push(5) == ""
     assert (output.finish(), output.text, output.num_tokens) == ("", "", 1)
-    with pytest.raises(ValueError, match=r"stop: wanted none, got .* stop_token_ids"):
+    with pytest.raises(ValueError, match=r"stop: expected none, got .* stop_token_ids"):
         OutputText(None, stop=["x"])
 
 
 def four_letters() -> Tokenizer:
-    """Return a byte-level BPE of a few pieces, Ġ is a space and Ċ a line end."""
+    """Return a byte-level BPE of a few pieces; Ġ is a space and Ċ a line end."""
     pieces = ["<s>", "a", "b", "c", "Ġ", "Ċ", "ab", "Ġab"]
     vocab = {piece: token_id for token_id, piece in enumerate(pieces)}
     merges = [("a", "b"), ("Ġ", "ab")]
@@ -243,7 +243,7 @@ def four_letters() -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("words", "expected"),
     [
         ([], []),
         (["ab"], [(6,), (7,)]),  # "ab" and " ab" are one token each
@@ -256,17 +256,15 @@ def four_letters() -> Tokenizer:
         (["ab ab"], [(6, 7), (7, 7)]),
     ],
 )
-def test_bad_words_are_written_with_a_space_and_without(words, wanted):
-    assert bad_word_token_ids(four_letters(), words) == wanted
+def test_bad_words_are_tokenized_with_and_without_a_leading_space(words, expected):
+    assert bad_word_token_ids(four_letters(), words) == expected
 
 
-def test_bad_words_that_have_no_tokens_are_refused_by_their_number():
-    with pytest.raises(ValueError, match=r"bad_words: wanted none, got \('a',\): "):
+def test_bad_words_that_cannot_be_encoded_are_refused_with_their_index():
+    with pytest.raises(ValueError, match=r"bad_words: expected none, got \('a',\): "):
         bad_word_token_ids(None, ["a"])
     assert bad_word_token_ids(None, []) == []
-    with pytest.raises(
-        ValueError, match=r"bad_words\[1\]: .* got 'd', which it cannot"
-    ):
+    with pytest.raises(ValueError, match=r"bad_words\[1\]: .* got 'd'"):
         bad_word_token_ids(four_letters(), ["a", "d"])
     with pytest.raises(ValueError, match=r"bad_words\[0\]: .* a lone surrogate"):
         bad_word_token_ids(four_letters(), ["a\ud800"])
@@ -274,5 +272,5 @@ def test_bad_words_that_have_no_tokens_are_refused_by_their_number():
     backend = tokenizers.Tokenizer(known)
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     assert bad_word_token_ids(Tokenizer(backend), ["one"]) == [(1,)]
-    with pytest.raises(ValueError, match=r"bad_words\[0\]: .* got 'one two', which"):
+    with pytest.raises(ValueError, match=r"bad_words\[0\]: .* got 'one two'"):
         bad_word_token_ids(Tokenizer(backend), ["one two"])

@@ -21,7 +21,7 @@ from jpaged.params import (
     StructuredOutputsParams,
 )
 from tests.engine.algorithms_test import race
-from tests.llm.llm_test import EOS, VOCAB_SIZE, write_folder
+from tests.support.tiny_llm import EOS, VOCAB_SIZE, write_folder
 
 MAX_LEN = 64
 SIZES = dict(
@@ -87,7 +87,7 @@ def is_idle(llm: LLM) -> bool:
     host = llm._host
     assert host is not None
     table_size = llm.config.max_num_requests - len(host.pinned)
-    return host.num_empty == table_size and llm._batch.num_open == 0
+    return host.num_empty == table_size and llm._batcher.num_open == 0
 
 
 @functools.cache

@@ -253,7 +253,7 @@ def live(llm: LLM, texts: list) -> dict:
     llm.reset_prefix_cache()
     found["left"] = [
         llm.stats()["num_blocks"] - llm.stats()["num_free_blocks"],
-        int((llm.config.max_num_requests - llm._host.empty_places).sum()),
+        int((llm.config.max_num_requests - llm._host.empty_entries).sum()),
     ]
     return found
 

@@ -1,0 +1,280 @@
+"""Engine runner: the engine's state, and the programs that run on it.
+
+Pipeline: engine host -> [runner] -> engine -> [runner] -> engine host. Host only.
+
+A call of a jitted function that donates the state can be interrupted after the old
+state is deleted and before the new one is assigned. The state is then lost
+(`EngineRunner.is_lost`), and `EngineRunner.restart` creates a new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jpaged import engine, parallel
+from jpaged.config import EngineConfig
+from jpaged.engine import DraftedModel, EngineState, algorithms, replicas, request_table
+from jpaged.engine import state as engine_state
+from jpaged.models.decoder import Decoder
+from jpaged.parallel import distributed
+from jpaged.scheduler import RUNNING, SWAPPED, WAITING
+from jpaged.serving import readout
+from jpaged.serving.readout import SequenceProgress
+from jpaged.serving.step_log import Slice, StepLog
+
+_FIRST_STEPS = 4  # steps of a slice while the time of a step is unknown
+_MAX_STEPS = 1 << 30
+# What all processes that share a mesh must do in the same order: use the same sizes,
+# submit the same requests, and end or release the same sequences.
+_SHARED_CALLS = ("config", "prompts", "params", "ends")
+
+
+class EngineRunner:
+    """Owns the engine's state and runs its compiled programs.
+
+    Args:
+      model: the model.
+      draft: the draft model of speculation, or None.
+      config: the engine's config.
+      kv_dtype: dtype of keys and values; None is the model's.
+      mesh: devices that share the model and the pages; None is one device.
+      seed: seed of requests without one.
+      check_invariants: run single steps, and check the state after each.
+
+    Attributes:
+      state: the engine's state.
+      config: its config.
+      progress: progress of all sequences, as last read.
+      replica_counters: counters of each replica, [D] each, as last read.
+      counters: sums of the counters over replicas.
+      log: events and steps.
+      run_s: seconds of running steps.
+      compile_s: seconds of compiling programs or loading them from the cache.
+      num_compilations: programs that were compiled or loaded.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        draft: Decoder | None,
+        config: EngineConfig,
+        *,
+        kv_dtype: str | None,
+        mesh: Mesh | None,
+        seed: int,
+        check_invariants: bool,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.clock = time.perf_counter
+        self.num_replicas = parallel.num_replicas(mesh)
+        self.replica_counters: dict[str, np.ndarray] = {}
+        self.counters: dict[str, Any] = {}
+        self.run_s = 0.0
+        self.compile_s = 0.0
+        self.num_compilations = 0
+        self.log = StepLog(self.num_replicas)
+        self._models = model if draft is None else DraftedModel(model, draft)
+        self._kv_dtype = kv_dtype
+        self._checks = check_invariants
+        self._seconds_per_step: float | None = None
+        self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
+        is_shared = distributed.is_shared(mesh)
+        self._calls = distributed.Asked(*_SHARED_CALLS) if is_shared else None
+        sizes = (model.config, None if draft is None else draft.config)
+        self.note("config", (sizes, config, kv_dtype, seed))
+        self.state = self._new_state()
+        self.read_progress()
+
+    def note(self, kind: str, what: Any) -> None:
+        """Note a call, to be compared with those of other processes before a slice."""
+        if self._calls is not None:
+            self._calls.note(kind, what)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether an interrupted call deleted the state."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+
+    def restart(self) -> None:
+        """Replace the state by an empty one; counters continue as last read."""
+        self.log.forget_events()
+        self.state = self._new_state()
+
+    def _new_state(self) -> EngineState:
+        init = functools.partial(
+            engine.init,
+            self._models,
+            self.config,
+            kv_dtype=self._kv_dtype,
+            mesh=self.mesh,
+        )
+        # jit makes one program of it instead of one per array; a mesh does so already.
+        state = jax.jit(init)() if self.mesh is None else init()
+        if not self.counters:
+            return state
+        is_stalled = np.zeros((self.num_replicas,), np.bool_)
+        values: dict[str, Any] = self.replica_counters | {"is_stalled": is_stalled}
+        counters = jax.tree.map(_placed_like, state.counters, engine.Counters(**values))
+        return dataclasses.replace(state, counters=counters)
+
+    def reconfigure(self, config: EngineConfig) -> None:
+        """Replace the request table by an empty one of another config; keep pages.
+
+        No sequence may be in the table.
+        """
+        self.note("config", config)
+        self.config = config
+        host = self.state.host
+
+        def make() -> tuple[Any, ...]:
+            # The host pool's block tables have one row per entry of the request table.
+            blocks = None if host is None else engine_state.init_host_blocks(config)
+            return (
+                request_table.init_table(config),
+                algorithms.init_states(config),
+                blocks,
+            )
+
+        table, states, blocks = replicas.made(make, self.mesh)
+        if host is not None:
+            host = dataclasses.replace(host, blocks=blocks)
+        self.state = dataclasses.replace(
+            self.state, requests=table, states=states, host=host, config=config
+        )
+        self._compiled.clear()
+
+    def run(self, seconds: float, least_steps: int) -> SequenceProgress:
+        """Run steps until all sequences have ended, or for about `seconds`.
+
+        Args:
+          seconds: length of the slice; process 0's where processes share a mesh.
+          least_steps: minimum number of steps, so that a call is worth its overhead on
+            slow machines too.
+
+        Raises:
+          ValueError: other processes that run this engine made other calls.
+        """
+        max_steps = self._num_steps(seconds, least_steps)
+        if self._calls is not None:
+            self._calls.check()
+            max_steps = distributed.first(max_steps)
+        self.read_progress()
+        limits = self._choose_program()
+        first = self.replica_counters["num_steps"]
+        start = self.clock()
+        progress = self._run(max_steps, limits)
+        end = self.clock()
+        self.run_s += end - start
+        last = self.replica_counters["num_steps"]
+        if num_steps := int((last - first).max()):
+            self._seconds_per_step = (end - start) / num_steps
+            steps = zip(first.tolist(), last.tolist(), strict=True)
+            slices = [Slice(*pair, start, end) for pair in steps]
+            timelines = readout.read_timelines(self.state)
+            self.log.add(slices, timelines, self.config.max_num_requests)
+        return progress
+
+    def fault(self) -> str | None:
+        """Return what is wrong with the engine after a slice, which is a bug."""
+        found = None
+        if self.counters["is_stalled"]:
+            found = "the engine has work and cannot continue"
+        elif self._checks and (wrong := engine.violations(self.state)):
+            found = f"the engine's state violates invariants: {'; '.join(wrong)}"
+        if found is None:
+            return None
+        return (
+            f"{found}. This is a bug: please report it with the prompts' lengths and "
+            f"params, and {self.config}, counters {self.counters}. The requests of "
+            "this call are lost; the LLM can be used again"
+        )
+
+    def _num_steps(self, seconds: float, least_steps: int) -> int:
+        """Return the number of steps that take about `seconds`."""
+        if self._checks:
+            return 1
+        steps = _FIRST_STEPS
+        if self._seconds_per_step is not None:
+            steps = int(seconds / self._seconds_per_step)
+        # Records of more steps would overwrite each other before the host reads them.
+        most = self.config.num_recorded_steps or _MAX_STEPS
+        return min(max(steps, least_steps), most)
+
+    def _choose_program(self) -> tuple[int, int]:
+        """Return the limits of the smallest program that serves the request table.
+
+        A new program is compiled here, before the slice's time is measured, so that
+        compilation is not part of any request's time to first token.
+        """
+        num_seqs, num_tokens = self.live_sequences()
+        limits = self.config.limits(int(num_seqs.max()), int(num_tokens.max()))
+        if limits not in self._compiled:
+            start = self.clock()
+            self._run(0, limits)
+            self.compile_s += self.clock() - start
+            self._compiled.add(limits)
+        return limits
+
+    def live_sequences(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of live sequences and of their tokens, each i64[D].
+
+        Live sequences wait, run, or are swapped out.
+        """
+        shape = (self.num_replicas, self.config.max_num_requests)
+        status = self.progress.status.reshape(shape)
+        is_live = np.isin(status, (WAITING, RUNNING, SWAPPED))
+        num_tokens = self.progress.num_tokens.reshape(shape)
+        return is_live.sum(axis=1), (num_tokens * is_live).sum(axis=1, dtype=np.int64)
+
+    def _run(self, max_steps: int, limits: tuple[int, int]) -> SequenceProgress:
+        """Run the program with these limits, and return the progress."""
+        known = _num_programs()
+        max_num_seqs, max_num_batched_tokens = limits
+        self.state = engine.run(
+            self._models,
+            self.state,
+            np.int32(max_steps),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self.num_compilations += _num_programs() - known
+        return self.read_progress()
+
+    def read_progress(self) -> SequenceProgress:
+        """Read the progress of all sequences and the counters from the state."""
+        self.progress, self.replica_counters = readout.read_progress(self.state)
+        self.counters = {
+            name: counter.sum().item()
+            for name, counter in self.replica_counters.items()
+        }
+        return self.progress
+
+    def close(self) -> None:
+        """Release the state and the models."""
+        del self.state, self._models
+
+
+def _num_programs() -> int:
+    """Return the number of programs that jit has compiled for `engine.run`."""
+    # jax has no public function for this.
+    return engine.run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _placed_like(array: jax.Array, value: np.ndarray) -> jax.Array:
+    """Return `value` with the shape, the dtype and the placement of `array`."""
+    value = np.asarray(value).astype(array.dtype).reshape(array.shape)
+    if not array.committed:
+        # A committed array would compile the engine's program again.
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(
+        array.shape, array.sharding, lambda index: value[index]
+    )

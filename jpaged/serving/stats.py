@@ -1,0 +1,87 @@
+"""Statistics: the dicts that `LLM.stats` and `LLM.replica_stats` return.
+
+Pipeline: engine host, batcher -> [stats] -> llm. Host only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jpaged.serving.batcher import Batcher
+from jpaged.serving.engine_host import EngineHost
+
+Stats = dict[str, int | float]
+
+
+def llm_stats(
+    host: EngineHost, batcher: Batcher, block_bytes: int, num_prompt_tokens: int
+) -> Stats:
+    """Return the statistics of an LLM, summed over replicas; see `LLM.stats`.
+
+    Args:
+      host: the engine.
+      batcher: its open requests.
+      block_bytes: bytes of one KV block.
+      num_prompt_tokens: prompt tokens of all requests so far.
+    """
+    with host.lock:
+        batcher.end_aborted()
+        num_free_blocks, num_cached_blocks = host.count_blocks()
+    num_blocks = host.config.num_blocks * host.num_replicas
+    return {
+        "num_replicas": host.num_replicas,
+        "num_blocks": num_blocks,
+        "block_size": host.config.block_size,
+        "kv_bytes": block_bytes * num_blocks,
+        "num_free_blocks": int(num_free_blocks.sum()),
+        "num_cached_blocks": int(num_cached_blocks.sum()),
+        **_engine_stats(host.counters),
+        "num_compilations": host.runner.num_compilations,
+        "compile_s": host.runner.compile_s,
+        "run_s": host.runner.run_s,
+        "prompt_tokens": num_prompt_tokens,
+        "generated_tokens": batcher.num_generated,
+        "tokens_per_s": host.tokens_per_s,
+        "num_finished_requests": batcher.latencies.num_requests,
+        **batcher.latencies.means(),
+        "num_lost_events": host.runner.log.num_lost_events,
+    }
+
+
+def replica_stats(host: EngineHost, batcher: Batcher) -> list[Stats]:
+    """Return the statistics of each replica's engine; see `LLM.replica_stats`."""
+    with host.lock:
+        batcher.end_aborted()
+        num_free_blocks, num_cached_blocks = host.count_blocks()
+    return [
+        {
+            "num_blocks": host.config.num_blocks,
+            "num_free_blocks": int(num_free_blocks[replica]),
+            "num_cached_blocks": int(num_cached_blocks[replica]),
+            **_engine_stats(
+                {n: c[replica].item() for n, c in host.replica_counters.items()}
+            ),
+        }
+        for replica in range(host.num_replicas)
+    ]
+
+
+def _engine_stats(counters: Mapping[str, Any]) -> Stats:
+    """Return the statistics that follow from an engine's counters, or from sums."""
+    num_steps = max(counters["num_steps"], 1)
+    return {
+        "max_used_blocks": counters["max_used_blocks"],
+        "kv_token_share": counters["token_share"] / num_steps,
+        "blocks_saved_by_sharing": counters["saved_share"] / num_steps,
+        "prefix_hit_ratio": counters["num_cached_tokens"]
+        / max(counters["num_prompt_tokens"], 1),
+        "num_block_copies": counters["num_block_copies"],
+        "num_preemptions": counters["num_preemptions"],
+        "num_swapped_blocks": counters["num_swapped_blocks"],
+        "draft_tokens": counters["num_drafts"],
+        "accepted_tokens": counters["num_accepted"],
+        "acceptance_rate": counters["num_accepted"] / max(counters["num_drafts"], 1),
+        "num_steps": counters["num_steps"],
+        "computed_tokens": counters["num_tokens"],
+    }

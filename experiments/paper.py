@@ -41,15 +41,15 @@ from experiments.lib.paper import (
 from experiments.lib.paper import (
     figures as lib_paper_figures,
 )
-from experiments.lib.paper.curves import Row
-from experiments.lib.paper.figures import Figure, Plan, Shown
+from experiments.lib.paper.curves import PaperRow
+from experiments.lib.paper.figures import PaperFigure, FigureSettings, Shown
 from experiments.lib.paper.report import file_name
-from experiments.lib.paper.runs import Case, Clock, Run, cost_model_of, run_all
+from experiments.lib.paper.runs import PaperCase, CostChoice, PaperRun, cost_model_of, run_all
 from experiments.lib.timing import progress
 from jpaged import compilation_cache
 
 FLAGS = flags.FLAGS
-FIGURES: dict[str, Figure] = dict(
+FIGURES: dict[str, PaperFigure] = dict(
     sorted((lib_paper_figures.FIGURES | rates.FIGURES | blocks.FIGURES).items())
 )
 # Figures of the paper whose number says more: 18b is all of 18 that is simulated.
@@ -79,14 +79,14 @@ def define_flags() -> None:
     )
 
 
-def chosen_figures(names: list[str]) -> dict[str, Figure]:
+def chosen_figures(names: list[str]) -> dict[str, PaperFigure]:
     """The figures of those names.
 
     Raises:
       ValueError: there is none of a name.
     """
     known = FIGURES | kernel.FIGURES | rates.PANEL_FIGURES
-    found: dict[str, Figure] = {}
+    found: dict[str, PaperFigure] = {}
     for name in names:
         if name == ALL:
             found |= FIGURES
@@ -102,7 +102,7 @@ def chosen_figures(names: list[str]) -> dict[str, Figure]:
     return found
 
 
-def make_plan() -> Plan:
+def make_plan() -> FigureSettings:
     """What the flags decide for all figures.
 
     Raises:
@@ -117,16 +117,16 @@ def make_plan() -> Plan:
     for name, path in [*files.items(), ("step_fit", FLAGS.step_fit)]:
         if path is not None and not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"{name}: no such file: {path}")
-    clock = Clock(FLAGS.step_fit, FLAGS.decoding_factor, FLAGS.separate_prompts)
-    if clock.step_fit is None and clock.decoding != 1:
+    cost = CostChoice(FLAGS.step_fit, FLAGS.decoding_factor, FLAGS.separate_prompts)
+    if cost.step_fit is None and cost.decoding != 1:
         raise ValueError(
             "decoding_factor: expected --step_fit beside it, whose decoding steps it "
-            f"multiplies, got {clock.decoding:g} alone"
+            f"multiplies, got {cost.decoding:g} alone"
         )
-    return Plan(seeds=seeds, scale=FLAGS.scale, files=files, clock=clock)
+    return FigureSettings(seeds=seeds, scale=FLAGS.scale, files=files, cost=cost)
 
 
-def check_clock(plan: Plan, figures: dict[str, Figure]) -> None:
+def check_clock(plan: FigureSettings, figures: dict[str, PaperFigure]) -> None:
     """Before anything is simulated, that there is a time for all models.
 
     Raises:
@@ -135,19 +135,19 @@ def check_clock(plan: Plan, figures: dict[str, Figure]) -> None:
     cases = [case for figure in figures.values() for case in figure.cases(plan)]
     for model in dict.fromkeys(case.model for case in cases):
         try:
-            cost_model_of(model, plan.clock)
+            cost_model_of(model, plan.cost)
         except ValueError as error:
             raise ValueError(
                 f"step_fit: {error}; take --figure's without {model}, such as fig13"
             ) from None
 
 
-def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list[Run]]:
+def simulate(plan: FigureSettings, figures: dict[str, PaperFigure]) -> dict[PaperCase, list[PaperRun]]:
     """The runs of all figures, each case once, with progress on stderr."""
     cases = [case for figure in figures.values() for case in figure.cases(plan)]
     count, begin, done = len(set(cases)), time.perf_counter(), 0
 
-    def on_done(case: Case) -> None:
+    def on_done(case: PaperCase) -> None:
         nonlocal done
         done += 1
         what = f"{case.system}, {case.model}, {case.requests}"
@@ -157,7 +157,7 @@ def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list[Run]]:
     return run_all(cases, FLAGS.jobs, on_done)
 
 
-def with_skipped(shown: Shown, runs: list[Run]) -> Shown:
+def with_skipped(shown: Shown, runs: list[PaperRun]) -> Shown:
     """The same, with a remark on the requests that the runs left out."""
     skipped = sum(run.num_skipped for run in runs)
     if not skipped:
@@ -172,10 +172,10 @@ def with_skipped(shown: Shown, runs: list[Run]) -> Shown:
 
 def write(
     folder: pathlib.Path,
-    plan: Plan,
-    figures: dict[str, Figure],
-    runs: dict[Case, list[Run]],
-) -> list[Row]:
+    plan: FigureSettings,
+    figures: dict[str, PaperFigure],
+    runs: dict[PaperCase, list[PaperRun]],
+) -> list[PaperRow]:
     """All files; returns the rows of all figures."""
     folder.mkdir(parents=True, exist_ok=True)
     shown: dict[str, Shown] = {}

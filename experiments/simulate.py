@@ -43,7 +43,7 @@ from experiments.lib.timing import environment
 from jpaged.simulator.costs.chips import CHIPS, find_chip
 from jpaged.simulator.costs.load import CostModel
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
-from jpaged.simulator.costs.separate import Separate
+from jpaged.simulator.costs.separate import SeparatePrompts
 from jpaged.simulator.costs.served_models import PAPER_SETTINGS, kv_slots, served_model
 from jpaged.simulator.optimum import MOST_ORDERED, alone_seconds, best_order
 from jpaged.simulator.simulate import Outcome, simulate
@@ -167,7 +167,7 @@ def make_machine() -> tuple[CostModel, int, dict[str, Any]]:
     params = FLAGS.separate_prompts
     is_separate = is_papers if params is None else params
     if is_separate:
-        cost_model = Separate(cost_model)
+        cost_model = SeparatePrompts(cost_model)
     said = {"gpu": chip_name, "num_chips": num_chips, "num_slots": slots}
     said |= {"num_slots_source": source, "separate_prompts": is_separate}
     return cost_model, slots, said

@@ -14,8 +14,8 @@ from experiments import paper
 from experiments.lib.paper import blocks, curves, kernel
 from experiments.lib.paper import numbers as numbers
 from experiments.lib.paper import report as lib_paper_report
-from experiments.lib.paper.curves import Row
-from experiments.lib.paper.runs import Case, Clock, Run, run_all, workload_of
+from experiments.lib.paper.curves import PaperRow
+from experiments.lib.paper.runs import PaperCase, CostChoice, PaperRun, run_all, workload_of
 from tests.support.runners import run_experiment
 from tests.support.step_loads import shared_profile
 
@@ -33,8 +33,8 @@ def printed(*key):
 
 def a_run(rate, seed, latency):
     """A run of which only rate, seed and latency count."""
-    fields = {field.name: 0 for field in dataclasses.fields(Run)}
-    return Run(**fields | {"rate": rate, "seed": seed, "normalized_latency_s": latency})
+    fields = {field.name: 0 for field in dataclasses.fields(PaperRun)}
+    return PaperRun(**fields | {"rate": rate, "seed": seed, "normalized_latency_s": latency})
 
 
 def test_the_papers_numbers_are_what_its_sizes_give():
@@ -71,7 +71,7 @@ def test_figure_18a_times_two_ways_to_the_same_numbers(monkeypatch):
     monkeypatch.setattr(kernel, "BATCHES", (2,))
     monkeypatch.setattr(kernel, "CONTEXTS", (32,))
     figure = kernel.FIGURES["fig18a"]
-    plan = paper.Plan(seeds=(0,), scale=1.0, files={})
+    plan = paper.FigureSettings(seeds=(0,), scale=1.0, files={})
     assert figure.cases(plan) == []
     (one,) = figure.show(plan, {}).rows
     assert one.here > 0
@@ -140,7 +140,7 @@ def test_swapping_a_sequence_costs_more_in_small_blocks_and_computing_does_not()
 
 
 def test_a_curve_gets_rates_until_it_passes_its_levels():
-    case = Case(
+    case = PaperCase(
         system="orca_max",
         model="opt-13b",
         requests="sharegpt",
@@ -172,7 +172,7 @@ def figure_2(tmp_path_factory):
 
 def test_a_small_run_has_its_table_figure_and_report(figure_2):
     _, folder, rows = figure_2
-    assert all(set(row) == KEYS == set(Row.__dataclass_fields__) for row in rows)
+    assert all(set(row) == KEYS == set(PaperRow.__dataclass_fields__) for row in rows)
     by_name = {row["quantity"]: row for row in rows if row["figure"] == "fig02"}
     external = by_name["Orca (Max): external, %"]
     assert external["paper"] == "8.9"
@@ -262,8 +262,8 @@ def test_measured_steps_replace_the_roofline(tmp_path):
     path = tmp_path / "fits.json"
     path.write_text(json.dumps({"vllm": FITS}))
     # 6 ms of a decoding step are the device's, and become 3: with the host's, 8.2.
-    clock = Clock(str(path), decoding=0.5)
-    case = Case("vllm", "opt-13b", "alpaca", (0.01,), 900.0, (0,), clock=clock)
+    cost = CostChoice(str(path), decoding=0.5)
+    case = PaperCase("vllm", "opt-13b", "alpaca", (0.01,), 900.0, (0,), cost=cost)
     (alone,) = run_all([case])[case]
     workload = workload_of(case, 0.01, 0)
     outputs = workload.output_lens
@@ -275,7 +275,7 @@ def test_measured_steps_replace_the_roofline(tmp_path):
     assert (status, out) == (1, "")
     assert "step_fit: model: " in err
     assert "has facebook/opt-13b, got 'facebook/opt-175b'" in err
-    said = "\n".join(lib_paper_report.constants(["opt-13b"], clock))
+    said = "\n".join(lib_paper_report.constants(["opt-13b"], cost))
     assert "Steps take what fits.json says of vLLM's" in said
     assert "takes what two take" in said
 
@@ -284,11 +284,11 @@ def test_measured_steps_replace_the_roofline(tmp_path):
 def test_figure_13_is_the_papers_by_measured_steps():
     """No number was fitted to the paper: vLLM's steps on A100-80GB, by DistServe's
     published fit, and the two chips' bandwidths, 2,039 and 1,555 GB/s."""
-    clock = Clock(
+    cost = CostChoice(
         str(shared_profile("a100_80g_opt_fitted_step_times.json")), 2039 / 1555
     )
     cases = {
-        (requests, system): Case(
+        (requests, system): PaperCase(
             system,
             "opt-13b",
             requests,
@@ -296,7 +296,7 @@ def test_figure_13_is_the_papers_by_measured_steps():
             900.0,
             (0, 1),
             lengths_file=str(shared_profile(f"../{requests}_lengths.csv")),
-            clock=clock,
+            cost=cost,
         )
         for requests, rate in (("sharegpt", 2.0), ("alpaca", 30.0))
         for system in ("vllm", "orca_max", "orca_pow2", "orca_oracle")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged.simulator.systems import baselines, buddy
-from jpaged.simulator.systems.base import Request
+from jpaged.simulator.systems.base import SimulatedRequest
 from jpaged.simulator.systems.baselines import Contiguous, FasterTransformer, Orca
 from jpaged.simulator.systems.buddy import NO_CHUNK, BuddyState
 from jpaged.simulator.systems.no_evict import NoEvict
@@ -145,9 +145,9 @@ def jitted(system):
     return jax.jit(system.submit), jax.jit(system.begin), jax.jit(system.end)
 
 
-def request(index, prompt, output, samples=1, beams=0) -> Request:
+def request(index, prompt, output, samples=1, beams=0) -> SimulatedRequest:
     numbers = (index, prompt, output, samples, beams)
-    return Request(*map(jnp.int32, numbers), content=jnp.zeros(0, jnp.int32))
+    return SimulatedRequest(*map(jnp.int32, numbers), content=jnp.zeros(0, jnp.int32))
 
 
 def drive(system, slow, arrivals, max_steps=4000):

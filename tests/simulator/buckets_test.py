@@ -10,7 +10,7 @@ import pytest
 
 from jpaged.config import EngineConfig
 from jpaged.simulator.costs.buckets import Bucketed, fit_buckets
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 
 CONFIG = EngineConfig(num_blocks=64, max_num_seqs=16, max_num_batched_tokens=64)
 ROWS, TOKENS = [1, 4, 8, 16], [32, 64]
@@ -28,10 +28,10 @@ def staircase(chunks: list[int], contexts: list[int]) -> float:
     return seconds + ROW_S[bisect.bisect_left(ROWS, len(busy))]
 
 
-def load(chunks, contexts) -> Load:
+def load(chunks, contexts) -> StepLoad:
     zero = jnp.zeros(np.shape(chunks)[:-1], jnp.int32)
     chunks, contexts = (jnp.asarray(x, jnp.int32) for x in (chunks, contexts))
-    return Load(chunks, contexts, zero, zero, zero, zero)
+    return StepLoad(chunks, contexts, zero, zero, zero, zero)
 
 
 def drawn(count: int, seed: int, most_rows: int = 16):

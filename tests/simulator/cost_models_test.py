@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jpaged.simulator.costs.chips import CHIPS, find_chip
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
 from jpaged.simulator.costs.scaled import scale
-from jpaged.simulator.costs.separate import Separate
+from jpaged.simulator.costs.separate import SeparatePrompts
 from jpaged.simulator.costs.served_models import (
     PAPER_SETTINGS,
     kv_slots,
@@ -41,10 +41,10 @@ def test_a_chip_is_found_in_any_case_and_an_unknown_one_lists_those_there_are():
 def test_every_chip_names_its_sources_and_no_program_exceeds_its_peaks():
     for chip in CHIPS.values():
         assert chip.source
-        assert chip.reach.source
-        for field in dataclasses.fields(chip.reach):
+        assert chip.efficiency.source
+        for field in dataclasses.fields(chip.efficiency):
             if field.name.endswith("_share"):
-                assert 0 < getattr(chip.reach, field.name) <= 1, (chip.name, field.name)
+                assert 0 < getattr(chip.efficiency, field.name) <= 1, (chip.name, field.name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -127,7 +127,7 @@ def test_slots_that_cannot_be_are_refused(arguments, message):
 
 def by_hand(model, chip, num_chips, rows, num_logits):
     """Seconds of a step, in plain Python, one query at a time."""
-    reach, layers = chip.reach, model.num_layers
+    efficiency, layers = chip.efficiency, model.num_layers
     reads = num_chips * chip.memory_bytes_per_s
     flops = num_chips * chip.flops_per_s
     tokens = sum(query for query, _ in rows)
@@ -140,12 +140,12 @@ def by_hand(model, chip, num_chips, rows, num_logits):
     head = 2 * model.head_params if num_logits else 0
     between = tokens * model.activation_bytes_per_token
     total = max(
-        weights / reads / reach.read_share, compute / flops / reach.matmul_share
+        weights / reads / efficiency.read_share, compute / flops / efficiency.matmul_share
     )
     total += max(
-        head / reads / reach.read_share, head * num_logits / flops / reach.matmul_share
+        head / reads / efficiency.read_share, head * num_logits / flops / efficiency.matmul_share
     )
-    total += between / reads / reach.read_share
+    total += between / reads / efficiency.read_share
     slides = model.num_sliding_layers
     for query, context in rows:
         for count, window in (
@@ -156,14 +156,14 @@ def by_hand(model, chip, num_chips, rows, num_logits):
             read = min(context, window + query - 1) * model.kv_bytes_per_token
             work = pairs * 4 * model.num_heads * model.head_dim * layers
             slower = max(
-                read / reads / reach.attention_read_share,
-                work / flops / reach.attention_matmul_share,
+                read / reads / efficiency.attention_read_share,
+                work / flops / efficiency.attention_matmul_share,
             )
             total += slower * count / layers
-    total += layers * reach.layer_s
+    total += layers * efficiency.layer_s
     if num_chips > 1:
         sent = 2 * (num_chips - 1) / num_chips * tokens * model.hidden_size * 2
-        each = reach.all_reduce_s + sent / (chip.link_bytes_per_s * reach.link_share)
+        each = efficiency.all_reduce_s + sent / (chip.link_bytes_per_s * efficiency.link_share)
         total += 2 * layers * each
     return total
 
@@ -355,7 +355,7 @@ def test_prompts_apart_take_what_two_steps_take(kind, fits):
     model = Roofline.of(OPT, find_chip("a100-80g"), step_s=2e-3)
     if kind == "fit":
         model = read_step_fit(fits, model="opt", transfers=model.transfers)
-    apart = Separate(model)
+    apart = SeparatePrompts(model)
     prompts, decodes = [(100, 300), (2, 2)], [(1, 10), (1, 20)]
     moved = dict.fromkeys(MOVES, jnp.int32(7))
 

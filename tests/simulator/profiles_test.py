@@ -320,5 +320,5 @@ def test_the_shares_of_the_a100_are_those_of_its_profile():
     by_tokens = dict(zip(dense.tokens.tolist(), products.tolist(), strict=True))
     read = 2 * params / by_tokens[1] / chip.memory_bytes_per_s
     computed = 2 * params * 2048 / by_tokens[2048] / chip.flops_per_s
-    assert read == pytest.approx(chip.reach.read_share, abs=0.01)
-    assert computed == pytest.approx(chip.reach.matmul_share, abs=0.01)
+    assert read == pytest.approx(chip.efficiency.read_share, abs=0.01)
+    assert computed == pytest.approx(chip.efficiency.matmul_share, abs=0.01)

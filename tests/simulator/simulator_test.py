@@ -16,7 +16,7 @@ from jpaged.config import EngineConfig
 from jpaged.models import config as model_config
 from jpaged.params import SamplingParams
 from jpaged.simulator import loop
-from jpaged.simulator.clock import Clock
+from jpaged.simulator.clock import VirtualTime
 from jpaged.simulator.simulate import simulate, sweep
 from jpaged.simulator.systems.engine_system import EngineSystem
 from jpaged.simulator.systems.registry import SYSTEMS, engine_system, find_system
@@ -160,7 +160,7 @@ def test_means_count_between_the_warm_up_and_the_last_arrival():
 )
 def test_the_clock_adds_up_microseconds_exactly(start, steps):
     micros = start % (2**30 * 10**6)
-    clock = Clock(*map(jnp.int32, divmod(micros, 10**6)))
+    clock = VirtualTime(*map(jnp.int32, divmod(micros, 10**6)))
     for seconds in steps:
         before = clock
         clock = clock.after(jnp.float32(seconds))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 from tests.support.paths import ROOT
 
 
@@ -13,7 +13,7 @@ def step_load(*rows, num_logits=None, copied=0, swapped=0, pieces=0, size=8):
     query_lens, context_lens = (
         jnp.array(column, jnp.int32) for column in zip(*padded, strict=True)
     )
-    return Load(
+    return StepLoad(
         query_lens,
         context_lens,
         jnp.int32(len(rows) if num_logits is None else num_logits),

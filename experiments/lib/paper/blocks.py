@@ -9,10 +9,10 @@ import numpy as np
 
 from experiments.lib.paper import numbers as numbers
 from experiments.lib.paper.curves import row
-from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown, by_seed
-from experiments.lib.paper.runs import Case, Run, roofline_of
+from experiments.lib.paper.figures import Drawing, PaperFigure, FigureSettings, Shown, by_seed
+from experiments.lib.paper.runs import PaperCase, PaperRun, roofline_of
 from jpaged.arithmetic import cdiv
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 
 _X = "tokens of a block"
 _LATENCY = "normalized_latency_s"
@@ -21,7 +21,7 @@ GOOD = 0.05  # of the least latency: a block size that works well
 PREEMPTIONS = ("recompute", "swap")
 
 
-def _cases_18(plan: Plan) -> list[Case]:
+def _cases_18(plan: FigureSettings) -> list[PaperCase]:
     duration = plan.duration("fig18")
     return [
         plan.case("vllm", requests, [rate], duration=duration, block_size=size)
@@ -30,7 +30,7 @@ def _cases_18(plan: Plan) -> list[Case]:
     ]
 
 
-def _show_18(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_18(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, lines = [], {}
     cases = _cases_18(plan)
     for requests in numbers.RATES_18:
@@ -57,7 +57,7 @@ def _show_18(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, [drawing], remarks)
 
 
-def _cases_19(plan: Plan) -> list[Case]:
+def _cases_19(plan: FigureSettings) -> list[PaperCase]:
     duration = plan.duration("fig19")
     return [
         plan.case(
@@ -80,14 +80,14 @@ def recompute_and_swap_s(size: int) -> tuple[float, float]:
     zero, blocks = jnp.int32(0), jnp.int32(cdiv(SWAPPED_TOKENS, size))
 
     def seconds(lens, swapped, pieces) -> float:
-        load = Load(lens, lens, zero, zero, jnp.int32(swapped), jnp.int32(pieces))
+        load = StepLoad(lens, lens, zero, zero, jnp.int32(swapped), jnp.int32(pieces))
         return float(model(load)) - model.step_s
 
     moved = blocks * size
     return seconds(one, 0, 0), seconds(none, 2 * moved, 2 * blocks)
 
 
-def _show_19(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_19(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, micro = [], {how: ([], []) for how in PREEMPTIONS}
     for size in numbers.BLOCK_SIZES:
         both = recompute_and_swap_s(size)
@@ -124,6 +124,6 @@ def _show_19(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
 
 
 FIGURES = {
-    "fig18": Figure("Figure 18: block size", _cases_18, _show_18),
-    "fig19": Figure("Figure 19: recomputing or swapping", _cases_19, _show_19),
+    "fig18": PaperFigure("Figure 18: block size", _cases_18, _show_18),
+    "fig19": PaperFigure("Figure 19: recomputing or swapping", _cases_19, _show_19),
 }

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from experiments.lib.paper.numbers import PRINTED, Printed
-from experiments.lib.paper.runs import Run
+from experiments.lib.paper.runs import PaperRun
 
 # Seconds per token at which systems are compared: three to four times what a lone
 # request of OPT-13B takes, and half of the paper's axis (figure 12, up to 1).
@@ -22,7 +22,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One number beside the paper's; None where there is none."""
 
     figure: str
@@ -41,7 +41,7 @@ def row(
     values: Sequence[float | None],
     printed: tuple[str, ...] | Printed | None = None,
     remark: str = "",
-) -> Row:
+) -> PaperRow:
     """The mean of a number over seeds, beside the paper's.
 
     Args:
@@ -57,7 +57,7 @@ def row(
         lost = f"none for {len(values) - len(there)} of {len(values)} seeds"
         remark = f"{remark}; {lost}" if remark else lost
     here = float(np.mean(there)) if there else None
-    return Row(
+    return PaperRow(
         figure=figure,
         quantity=quantity,
         paper=paper and paper.text,
@@ -102,7 +102,7 @@ def sustained(points: Iterable[tuple[float, float]], level: float) -> float | No
     return None
 
 
-def sustained_by_seed(runs: Sequence[Run], level: float) -> dict[int, float | None]:
+def sustained_by_seed(runs: Sequence[PaperRun], level: float) -> dict[int, float | None]:
     """`sustained` of each seed's curve."""
     return {
         seed: sustained(
@@ -114,7 +114,7 @@ def sustained_by_seed(runs: Sequence[Run], level: float) -> dict[int, float | No
 
 
 def ratio_by_seed(
-    ours: Sequence[Run], theirs: Sequence[Run], level: float
+    ours: Sequence[PaperRun], theirs: Sequence[PaperRun], level: float
 ) -> list[float | None]:
     """How many times the rate of the other system one sustains, for each seed."""
     one, other = sustained_by_seed(ours, level), sustained_by_seed(theirs, level)

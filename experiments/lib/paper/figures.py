@@ -1,6 +1,6 @@
 """Figures: which simulations each figure of the paper needs, and what it says of them.
 
-A `Figure` has its cases, and a function from their runs to rows and drawings.
+A `PaperFigure` has its cases, and a function from their runs to rows and drawings.
 `lib_paper_rates` has those of latency against rate.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from experiments.lib.paper import numbers as numbers
-from experiments.lib.paper.curves import Row, row
-from experiments.lib.paper.runs import PAPER_CLOCK, Case, Clock, Run, workload_of
+from experiments.lib.paper.curves import PaperRow, row
+from experiments.lib.paper.runs import PAPER_COST, PaperCase, CostChoice, PaperRun, workload_of
 from jpaged.simulator.costs.served_models import paper_setting
 from jpaged.simulator.simulate import COMPOSITION
 
@@ -22,20 +22,20 @@ FOUR = ("orca_max", "orca_pow2", "orca_oracle", "vllm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FigureSettings:
     """What flags decide for all figures."""
 
     seeds: tuple[int, ...]
     scale: float  # share of the paper's hour
     files: Mapping[str, str | None]  # lengths by "sharegpt", "alpaca"
-    clock: Clock = PAPER_CLOCK
+    cost: CostChoice = PAPER_COST
 
     def duration(self, name: str = "") -> float:
         """Seconds of arrivals of a figure or model: at most the paper's own."""
         own = numbers.DURATIONS.get(name, numbers.HOUR)
         return round(min(own, numbers.HOUR * self.scale), 2)
 
-    def case(self, system: str, requests: str, rates: Sequence[float], **other) -> Case:
+    def case(self, system: str, requests: str, rates: Sequence[float], **other) -> PaperCase:
         """A case of OPT-13B with the plan's seeds and files, unless told otherwise."""
         source = "sharegpt" if requests == "chat" else requests
         params: dict[str, Any] = {
@@ -43,10 +43,10 @@ class Plan:
             "duration": self.duration(),
             "seeds": self.seeds,
             "lengths_file": self.files.get(source),
-            "clock": self.clock,
+            "clock": self.cost,
         }
         rates = tuple(map(float, rates))
-        return Case(system=system, requests=requests, rates=rates, **(params | other))
+        return PaperCase(system=system, requests=requests, rates=rates, **(params | other))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,31 +66,31 @@ class Drawing:
 class Shown:
     """What a figure says: rows, drawings, remarks for the report."""
 
-    rows: list[Row]
+    rows: list[PaperRow]
     drawings: list[Drawing]
     remarks: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class PaperFigure:
     """A figure of the paper."""
 
     title: str
-    cases: Callable[[Plan], list[Case]]
-    show: Callable[[Plan, Mapping[Case, list[Run]]], Shown]
+    cases: Callable[[FigureSettings], list[PaperCase]]
+    show: Callable[[FigureSettings, Mapping[PaperCase, list[PaperRun]]], Shown]
 
 
-def by_seed(runs: Sequence[Run], field: str, factor: float = 1.0) -> list[float]:
+def by_seed(runs: Sequence[PaperRun], field: str, factor: float = 1.0) -> list[float]:
     """A field of the runs, one for each."""
     return [getattr(one, field) * factor for one in runs]
 
 
-def _none(plan: Plan) -> list[Case]:
+def _none(plan: FigureSettings) -> list[PaperCase]:
     del plan
     return []
 
 
-def _show_1(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_1(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     del plan, found
     setting = paper_setting("opt-13b")
     model, chip = setting.sizes()
@@ -120,7 +120,7 @@ def _show_1(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, [drawing], [remark])
 
 
-def _cases_2(plan: Plan) -> list[Case]:
+def _cases_2(plan: FigureSettings) -> list[PaperCase]:
     duration = plan.duration("fig02")
     return [
         plan.case(system, "sharegpt", [numbers.RATE_2], duration=duration)
@@ -128,7 +128,7 @@ def _cases_2(plan: Plan) -> list[Case]:
     ]
 
 
-def _show_2(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_2(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, bars = [], {part: ([], []) for part in COMPOSITION}
     for case in _cases_2(plan):
         for part in COMPOSITION:
@@ -146,7 +146,7 @@ def _show_2(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, [Drawing(title, "", "%", bars, kind="stacked")], [remark])
 
 
-def _show_11(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_11(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     del found
     rows, drawings = [], []
     for requests in ("sharegpt", "alpaca"):
@@ -167,7 +167,7 @@ def _show_11(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, drawings, [remark])
 
 
-def _cases_13(plan: Plan) -> list[Case]:
+def _cases_13(plan: FigureSettings) -> list[PaperCase]:
     duration = plan.duration("fig13")
     return [
         plan.case(system, requests, [rate], duration=duration)
@@ -176,7 +176,7 @@ def _cases_13(plan: Plan) -> list[Case]:
     ]
 
 
-def _show_13(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_13(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, bars = [], {requests: ([], []) for requests in numbers.RATES_13}
     for case in _cases_13(plan):
         values = by_seed(found[case], "mean_batched_requests")
@@ -197,7 +197,7 @@ def _show_13(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, [Drawing(title, "", "requests", bars, kind="bars")])
 
 
-def _cases_15(plan: Plan) -> list[Case]:
+def _cases_15(plan: FigureSettings) -> list[PaperCase]:
     found = []
     for requests in ("alpaca", "sharegpt"):
         for width in (2, 4, 6):
@@ -211,7 +211,7 @@ def _cases_15(plan: Plan) -> list[Case]:
     return found
 
 
-def _show_15(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_15(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, lines = [], {}
     for case in _cases_15(plan):
         kind = "beams" if case.beam_width else "samples"
@@ -236,9 +236,9 @@ def _show_15(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
 
 
 FIGURES = {
-    "fig01": Figure("Figure 1: memory of OPT-13B on an A100-40GB", _none, _show_1),
-    "fig02": Figure("Figure 2: what KV memory holds", _cases_2, _show_2),
-    "fig11": Figure("Figure 11: lengths of requests", _none, _show_11),
-    "fig13": Figure("Figure 13: batched requests", _cases_13, _show_13),
-    "fig15": Figure("Figure 15: memory saved by sharing", _cases_15, _show_15),
+    "fig01": PaperFigure("Figure 1: memory of OPT-13B on an A100-40GB", _none, _show_1),
+    "fig02": PaperFigure("Figure 2: what KV memory holds", _cases_2, _show_2),
+    "fig11": PaperFigure("Figure 11: lengths of requests", _none, _show_11),
+    "fig13": PaperFigure("Figure 13: batched requests", _cases_13, _show_13),
+    "fig15": PaperFigure("Figure 15: memory saved by sharing", _cases_15, _show_15),
 }

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lib.paper.curves import Row, row
-from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown
-from experiments.lib.paper.runs import Case, Run
+from experiments.lib.paper.curves import PaperRow, row
+from experiments.lib.paper.figures import Drawing, PaperFigure, FigureSettings, Shown
+from experiments.lib.paper.runs import PaperCase, PaperRun
 from experiments.lib.timing import Contender, progress, time_in_turn
 from jpaged import attention
 
@@ -72,9 +72,9 @@ def _contenders(batch: int, context: int) -> dict[str, Contender]:
     }
 
 
-def _show(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     del plan, found
-    rows: list[Row] = []
+    rows: list[PaperRow] = []
     lines: dict[str, tuple[list[int], list[float]]] = {}
     for batch in BATCHES:
         for context in CONTEXTS:
@@ -100,4 +100,4 @@ def _show(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, [drawing], [remark])
 
 
-FIGURES = {"fig18a": Figure("Attention kernel, measured here", lambda _: [], _show)}
+FIGURES = {"fig18a": PaperFigure("Attention kernel, measured here", lambda _: [], _show)}

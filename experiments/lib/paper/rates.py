@@ -13,13 +13,13 @@ import numpy as np
 from experiments.lib.paper import numbers as numbers
 from experiments.lib.paper.curves import (
     LEVELS,
-    Row,
+    PaperRow,
     ratio_by_seed,
     row,
     sustained_by_seed,
 )
-from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown
-from experiments.lib.paper.runs import Case, Run
+from experiments.lib.paper.figures import Drawing, PaperFigure, FigureSettings, Shown
+from experiments.lib.paper.runs import PaperCase, PaperRun
 
 MODELS = ("opt-13b", "opt-66b", "opt-175b")
 REQUESTS = ("sharegpt", "alpaca")
@@ -27,7 +27,7 @@ ORCAS = ("orca_oracle", "orca_pow2", "orca_max")
 _AXES = ("requests per second", "normalised latency, s/token")
 
 
-def curves(title: str, cases: Sequence[Case], found: Mapping[Case, list[Run]]):
+def curves(title: str, cases: Sequence[PaperCase], found: Mapping[PaperCase, list[PaperRun]]):
     """A drawing of mean latency over the seeds against rate."""
     series = {}
     for case in cases:
@@ -41,8 +41,8 @@ def curves(title: str, cases: Sequence[Case], found: Mapping[Case, list[Run]]):
 
 
 def _sustained_rows(
-    figure: str, name: str, cases: Sequence[Case], found: Mapping[Case, list[Run]]
-) -> list[Row]:
+    figure: str, name: str, cases: Sequence[PaperCase], found: Mapping[PaperCase, list[PaperRun]]
+) -> list[PaperRow]:
     rows = []
     for case in cases:
         values = list(sustained_by_seed(found[case], LEVELS[0]).values())
@@ -55,11 +55,11 @@ def _sustained_rows(
 def _ratio_rows(
     figure: str,
     name: str,
-    ours: Case,
-    theirs: Case,
-    found: Mapping[Case, list[Run]],
+    ours: PaperCase,
+    theirs: PaperCase,
+    found: Mapping[PaperCase, list[PaperRun]],
     printed: tuple[str, ...],
-) -> list[Row]:
+) -> list[PaperRow]:
     """The engine's rate over the other's, at each level."""
     rows = []
     for level in LEVELS:
@@ -69,7 +69,7 @@ def _ratio_rows(
     return rows
 
 
-def _panel_12(plan: Plan, requests: str, model: str) -> list[Case]:
+def _panel_12(plan: FigureSettings, requests: str, model: str) -> list[PaperCase]:
     return [
         plan.case(
             system,
@@ -83,12 +83,12 @@ def _panel_12(plan: Plan, requests: str, model: str) -> list[Case]:
     ]
 
 
-def _cases_12(plan: Plan, panels: Sequence[tuple[str, str]]) -> list[Case]:
+def _cases_12(plan: FigureSettings, panels: Sequence[tuple[str, str]]) -> list[PaperCase]:
     return [case for panel in panels for case in _panel_12(plan, *panel)]
 
 
 def _show_12(
-    plan: Plan, found: Mapping[Case, list[Run]], panels: Sequence[tuple[str, str]]
+    plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]], panels: Sequence[tuple[str, str]]
 ) -> Shown:
     rows, drawings = [], []
     for requests, model in panels:
@@ -110,15 +110,15 @@ def _show_12(
     return Shown(rows, drawings, [remark])
 
 
-def _figure_12(title: str, panels: Sequence[tuple[str, str]]) -> Figure:
-    return Figure(
+def _figure_12(title: str, panels: Sequence[tuple[str, str]]) -> PaperFigure:
+    return PaperFigure(
         title,
         lambda plan: _cases_12(plan, panels),
         lambda plan, found: _show_12(plan, found, panels),
     )
 
 
-def _kinds_14(plan: Plan) -> dict[str, list[Case]]:
+def _kinds_14(plan: FigureSettings) -> dict[str, list[PaperCase]]:
     found = {}
     duration = round(plan.duration() / 3, 2)
     rates = {"n 1": [numbers.rates_12("alpaca", "opt-13b", s) for s in _PAIR]}
@@ -138,11 +138,11 @@ def _kinds_14(plan: Plan) -> dict[str, list[Case]]:
 _PAIR = ("vllm", "orca_oracle")
 
 
-def _cases_14(plan: Plan) -> list[Case]:
+def _cases_14(plan: FigureSettings) -> list[PaperCase]:
     return [case for cases in _kinds_14(plan).values() for case in cases]
 
 
-def _show_14(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_14(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, drawings = [], []
     for name, (ours, theirs) in _kinds_14(plan).items():
         rows += _ratio_rows("fig14", name, ours, theirs, found, ("fig14", name))
@@ -155,7 +155,7 @@ def _show_14(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, drawings, [remark])
 
 
-def _pairs_16(plan: Plan) -> dict[str, list[Case]]:
+def _pairs_16(plan: FigureSettings) -> dict[str, list[PaperCase]]:
     duration = round(min(plan.duration("fig16"), plan.duration() / 3), 2)
     return {
         requests: [
@@ -173,11 +173,11 @@ def _pairs_16(plan: Plan) -> dict[str, list[Case]]:
     }
 
 
-def _cases_16(plan: Plan) -> list[Case]:
+def _cases_16(plan: FigureSettings) -> list[PaperCase]:
     return [case for cases in _pairs_16(plan).values() for case in cases]
 
 
-def _show_16(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_16(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, drawings = [], []
     for name, cases in _pairs_16(plan).items():
         rows += _ratio_rows("fig16", name, *cases, found, ("fig16", name))
@@ -191,7 +191,7 @@ def _show_16(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     return Shown(rows, drawings, [remark])
 
 
-def _cases_17(plan: Plan) -> list[Case]:
+def _cases_17(plan: FigureSettings) -> list[PaperCase]:
     engine, orca = numbers.RATES_17
     return [
         plan.case(
@@ -201,7 +201,7 @@ def _cases_17(plan: Plan) -> list[Case]:
     ]
 
 
-def _show_17(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_17(plan: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]) -> Shown:
     rows, cases = [], _cases_17(plan)
     for case in cases[1:]:
         printed = ("fig17", case.system)
@@ -218,9 +218,9 @@ def _show_17(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
 PANELS = tuple((requests, model) for requests in REQUESTS for model in MODELS)
 FIGURES = {
     "fig12": _figure_12("Figure 12: latency against rate, one sequence", PANELS),
-    "fig14": Figure("Figure 14: samples and beams, Alpaca", _cases_14, _show_14),
-    "fig16": Figure("Figure 16: a shared prefix", _cases_16, _show_16),
-    "fig17": Figure("Figure 17: chat", _cases_17, _show_17),
+    "fig14": PaperFigure("Figure 14: samples and beams, Alpaca", _cases_14, _show_14),
+    "fig16": PaperFigure("Figure 16: a shared prefix", _cases_16, _show_16),
+    "fig17": PaperFigure("Figure 17: chat", _cases_17, _show_17),
 }
 # One panel of figure 12 alone, as "fig12:sharegpt:opt-13b".
 PANEL_FIGURES = {

@@ -11,24 +11,24 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments.lib.paper.curves import LEVELS, Row
-from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown
-from experiments.lib.paper.runs import WARMUP, Clock, Run
+from experiments.lib.paper.curves import LEVELS, PaperRow
+from experiments.lib.paper.figures import Drawing, PaperFigure, FigureSettings, Shown
+from experiments.lib.paper.runs import WARMUP, CostChoice, PaperRun
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S
 from jpaged.simulator.costs.served_models import PAPER_SETTINGS
 
-_RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
-_ROW_FIELDS = [field.name for field in dataclasses.fields(Row)]
+_RUN_FIELDS = [field.name for field in dataclasses.fields(PaperRun)]
+_ROW_FIELDS = [field.name for field in dataclasses.fields(PaperRow)]
 
 
-def write_csv(folder: pathlib.Path, name: str, shown: Shown, runs: Sequence[Run]):
+def write_csv(folder: pathlib.Path, name: str, shown: Shown, runs: Sequence[PaperRun]):
     """NAME.csv with the rows, and NAME_runs.csv with a line for each simulation."""
     _write_table(folder / f"{name}.csv", _ROW_FIELDS, shown.rows)
     if runs:
         _write_table(folder / f"{name}_runs.csv", _RUN_FIELDS, runs)
 
 
-def _write_table(path: pathlib.Path, fields: list[str], rows: Sequence[Row | Run]):
+def _write_table(path: pathlib.Path, fields: list[str], rows: Sequence[PaperRow | PaperRun]):
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
@@ -97,7 +97,7 @@ def _number(value: float | None) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[PaperRow]) -> list[str]:
     """The rows as a Markdown table."""
     lines = [
         "| quantity | paper | here | ± 95 % | ratio | where | remark |",
@@ -111,7 +111,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def constants(models: Sequence[str], clock: Clock) -> list[str]:
+def constants(models: Sequence[str], cost: CostChoice) -> list[str]:
     """The constants of the machines and of the clock, as Markdown."""
     lines = [
         "| model | machine | KV slots, tokens | source of the slots |",
@@ -124,9 +124,9 @@ def constants(models: Sequence[str], clock: Clock) -> list[str]:
         machine = f"{setting.num_chips} x {setting.chip}"
         lines.append(f"| {name} | {machine} | {setting.kv_slots} | {setting.source} |")
     for chip in chips.values():
-        reach = dataclasses.asdict(chip.reach)
-        source = reach.pop("source")
-        reached = ", ".join(f"{key} {value:g}" for key, value in reach.items())
+        efficiency = dataclasses.asdict(chip.efficiency)
+        source = efficiency.pop("source")
+        reached = ", ".join(f"{key} {value:g}" for key, value in efficiency.items())
         lines += [
             "",
             f"{chip.name}: {chip.memory_bytes_per_s / 1e9:g} GB/s, "
@@ -135,30 +135,30 @@ def constants(models: Sequence[str], clock: Clock) -> list[str]:
             f"{chip.host_bytes_per_s / 1e9:g} GB/s ({chip.source}); {reached} "
             f"({source}).",
         ]
-    lines += ["", _clock_line(clock)]
+    lines += ["", _clock_line(cost)]
     return lines
 
 
-def _clock_line(clock: Clock) -> str:
+def _clock_line(cost: CostChoice) -> str:
     text = (
         f"A step costs the host {VLLM_2023_STEP_S * 1e3:g} ms "
         "(`roofline.VLLM_2023_STEP_S`)"
     )
-    if clock.step_fit is not None:
-        name = pathlib.Path(clock.step_fit).name
+    if cost.step_fit is not None:
+        name = pathlib.Path(cost.step_fit).name
         text = (
             f"Steps take what {name} says of vLLM's, those that decode "
-            f"{clock.decoding:g} times that but for the host's "
+            f"{cost.decoding:g} times that but for the host's "
             f"{VLLM_2023_STEP_S * 1e3:g} ms; copies, swapping and figure 19a are the "
             "roofline's"
         )
-    together = "takes what two take" if clock.is_separate else "reads the weights once"
+    together = "takes what two take" if cost.is_separate else "reads the weights once"
     return f"{text}. A step of prompts and decodes {together}. All systems alike."
 
 
 def markdown(
-    plan: Plan,
-    figures: Mapping[str, Figure],
+    plan: FigureSettings,
+    figures: Mapping[str, PaperFigure],
     shown: Mapping[str, Shown],
     has_plots: bool,
 ) -> str:
@@ -190,7 +190,7 @@ def markdown(
         "",
         "## Constants",
         "",
-        *constants(list(PAPER_SETTINGS), plan.clock),
+        *constants(list(PAPER_SETTINGS), plan.cost),
     ]
     for name, one in shown.items():
         lines += ["", f"## {figures[name].title}", ""]

@@ -1,6 +1,6 @@
 """Runs: the simulations behind the paper's figures, each told by a few plain words.
 
-A `Case` is a system on a model's machine under one kind of requests; `run` simulates it
+A `PaperCase` is a system on a model's machine under one kind of requests; `run` simulates it
 at each rate and seed. Beside the road: it calls `jpaged.simulator` and adds nothing to
 a result.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from jpaged import compilation_cache
 from jpaged.simulator.costs.load import CostModel
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
-from jpaged.simulator.costs.separate import Separate
+from jpaged.simulator.costs.separate import SeparatePrompts
 from jpaged.simulator.costs.served_models import paper_setting
 from jpaged.simulator.costs.step_fits import read_step_fit
 from jpaged.simulator.simulate import Outcome, simulate
@@ -39,7 +39,7 @@ _MOST_NUM_SEQS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Clock:
+class CostChoice:
     """What says how long a step takes.
 
     Attributes:
@@ -56,11 +56,11 @@ class Clock:
     is_separate: bool = True
 
 
-PAPER_CLOCK = Clock()
+PAPER_COST = CostChoice()
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class PaperCase:
     """What is simulated, at some rates, once for each seed.
 
     Attributes:
@@ -90,11 +90,11 @@ class Case:
     preemption: str = "recompute"
     lengths_file: str | None = None
     levels: tuple[float, float] | None = None
-    clock: Clock = PAPER_CLOCK
+    cost: CostChoice = PAPER_COST
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class PaperRun:
     """What came of one simulation; fields as `Outcome.summary` has them."""
 
     system: str
@@ -121,7 +121,7 @@ class Run:
     makespan_s: float
 
 
-def max_num_seqs(case: Case) -> int:
+def max_num_seqs(case: PaperCase) -> int:
     """Sequences that may run at once in a case."""
     most = _MAX_NUM_SEQS.get(case.requests, _MOST_NUM_SEQS)
     if case.model == "opt-175b":  # memory for four times as many
@@ -137,7 +137,7 @@ def _lengths_of(path: str) -> Lengths:
     return traces.read_lengths(path, skip_empty=True)
 
 
-def workload_of(case: Case, rate: float, seed: int) -> Workload:
+def workload_of(case: PaperCase, rate: float, seed: int) -> Workload:
     """The requests of one run."""
     is_chat = case.requests == CHAT
     lengths: Lengths | str = "sharegpt" if is_chat else case.requests
@@ -153,7 +153,7 @@ def workload_of(case: Case, rate: float, seed: int) -> Workload:
     return workload.with_samples(case.num_samples)
 
 
-def system_of(case: Case, workload: Workload) -> System:
+def system_of(case: PaperCase, workload: Workload) -> System:
     """The system of a case, in shapes that all its runs share."""
     slots = paper_setting(case.model).kv_slots
     sizes = {"max_num_seqs": max_num_seqs(case)}
@@ -177,7 +177,7 @@ def roofline_of(model: str) -> Roofline:
     return Roofline.of(*setting.sizes(), setting.num_chips, step_s=VLLM_2023_STEP_S)
 
 
-def cost_model_of(model: str, clock: Clock) -> CostModel:
+def cost_model_of(model: str, cost: CostChoice) -> CostModel:
     """Seconds of a step by a clock, for all systems alike.
 
     Raises:
@@ -185,18 +185,18 @@ def cost_model_of(model: str, clock: Clock) -> CostModel:
       ValueError: the file is none of step fits, or has no such model on as many chips.
     """
     cost_model: CostModel = roofline_of(model)
-    if clock.step_fit is not None:
+    if cost.step_fit is not None:
         fit = read_step_fit(
-            clock.step_fit,
+            cost.step_fit,
             model=f"facebook/{model}",
             tensor_parallel=paper_setting(model).num_chips,
             transfers=cost_model.transfers,
         )
-        cost_model = fit.scaled(decoding=clock.decoding, host_s=VLLM_2023_STEP_S)
-    return Separate(cost_model) if clock.is_separate else cost_model
+        cost_model = fit.scaled(decoding=cost.decoding, host_s=VLLM_2023_STEP_S)
+    return SeparatePrompts(cost_model) if cost.is_separate else cost_model
 
 
-def simulate_one(case: Case, rate: float, seed: int) -> Run:
+def simulate_one(case: PaperCase, rate: float, seed: int) -> PaperRun:
     """One simulation.
 
     Raises:
@@ -210,16 +210,16 @@ def simulate_one(case: Case, rate: float, seed: int) -> Run:
             f"s at {rate} requests a second; raise --scale"
         )
     system = system_of(case, workload)
-    cost_model = cost_model_of(case.model, case.clock)
+    cost_model = cost_model_of(case.model, case.cost)
     outcome = simulate(system, workload, cost_model, warmup=WARMUP)
     return _run_of(case, rate, seed, outcome)
 
 
-def _run_of(case: Case, rate: float, seed: int, outcome: Outcome) -> Run:
+def _run_of(case: PaperCase, rate: float, seed: int, outcome: Outcome) -> PaperRun:
     found = outcome.summary()
-    names = {field.name for field in dataclasses.fields(Run)}
+    names = {field.name for field in dataclasses.fields(PaperRun)}
     shared = {name: value for name, value in vars(case).items() if name in names}
-    return Run(
+    return PaperRun(
         **shared,
         **{name: value for name, value in found.items() if name in names},
         **found["kv_composition"],
@@ -230,7 +230,7 @@ def _run_of(case: Case, rate: float, seed: int, outcome: Outcome) -> Run:
     )
 
 
-def run(case: Case) -> list[Run]:
+def run(case: PaperCase) -> list[PaperRun]:
     """All runs of a case: its rates, and those that its levels ask for besides."""
     found = [
         simulate_one(case, rate, seed) for rate in case.rates for seed in case.seeds
@@ -257,7 +257,7 @@ def run(case: Case) -> list[Run]:
     return sorted(found, key=lambda one: (one.rate, one.seed))
 
 
-def _run_and_forget(case: Case) -> list[Run]:
+def _run_and_forget(case: PaperCase) -> list[PaperRun]:
     """`run`, without keeping its programs: hardly any other case has their shapes."""
     found = run(case)
     jax.clear_caches()
@@ -265,10 +265,10 @@ def _run_and_forget(case: Case) -> list[Run]:
 
 
 def run_all(
-    cases: Sequence[Case],
+    cases: Sequence[PaperCase],
     jobs: int = 1,
-    on_done: Callable[[Case], None] | None = None,
-) -> dict[Case, list[Run]]:
+    on_done: Callable[[PaperCase], None] | None = None,
+) -> dict[PaperCase, list[PaperRun]]:
     """The runs of each case, in `jobs` processes; what comes out does not depend on it.
 
     Args:
@@ -277,7 +277,7 @@ def run_all(
       on_done: called with a case when it is done.
     """
     cases = list(dict.fromkeys(cases))
-    found: dict[Case, list[Run]] = {}
+    found: dict[PaperCase, list[PaperRun]] = {}
     for case, runs in _each(cases, jobs):
         found[case] = runs
         if on_done is not None:
@@ -285,7 +285,7 @@ def run_all(
     return {case: found[case] for case in cases}
 
 
-def _each(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, list[Run]]]:
+def _each(cases: Sequence[PaperCase], jobs: int) -> Iterator[tuple[PaperCase, list[PaperRun]]]:
     if jobs == 1 or len(cases) < 2:
         for case in cases:
             yield case, run(case)

@@ -33,8 +33,7 @@ class VirtualTime(NamedTuple):
         """Convert `times`, f64 seconds of at least 0, to the nearest microsecond."""
         micros = np.rint(np.asarray(times, np.float64) * MICROSECONDS).astype(np.int64)
         seconds, micros = np.divmod(micros, MICROSECONDS)
-        # NumPy arrays on purpose: `loop.trace` moves them to the device later.
-        return cls(*(part.astype(np.int32) for part in (seconds, micros)))
+        return cls(jnp.asarray(seconds, jnp.int32), jnp.asarray(micros, jnp.int32))
 
     def take(self, index: jax.Array) -> VirtualTime:
         """Select entries of an array of times; past the end, the last one."""

@@ -95,9 +95,11 @@ def trace(
     count = len(workload.arrivals)
     size = count if size is None else size
 
-    def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
+    def padded(values: np.ndarray | jax.Array, fill: int = 0) -> jax.Array:
+        values = np.asarray(values)
         shape = (size - count, *values.shape[1:])
-        return np.concatenate([values, np.full(shape, fill, values.dtype)])
+        padding = np.full(shape, fill, values.dtype)
+        return jnp.asarray(np.concatenate([values, padding]))
 
     contents = workload.contents
     if contents is None:
@@ -108,11 +110,12 @@ def trace(
     first, last = float(workload.arrivals[0]), float(workload.arrivals[-1])
     begin = first + warmup * (last - first)
     end = last if last > first else np.iinfo(np.int32).max
-    host: Any = Trace(
-        num_requests=np.int32(count),
-        arrivals=VirtualTime(*map(padded, VirtualTime.at(workload.arrivals))),
+    times = VirtualTime.at(workload.arrivals)
+    return Trace(
+        num_requests=jnp.int32(count),
+        arrivals=VirtualTime(padded(times.seconds), padded(times.micros)),
         requests=SimulatedRequest(
-            number=np.arange(size, dtype=np.int32),
+            number=jnp.arange(size, dtype=jnp.int32),
             prompt_len=padded(workload.prompt_lens, 1),
             output_len=padded(workload.output_lens, 1),
             num_samples=padded(workload.num_samples, 1),
@@ -122,7 +125,6 @@ def trace(
         begin=VirtualTime.at(np.array(begin)),
         end=VirtualTime.at(np.array(end)),
     )
-    return jax.tree.map(jnp.asarray, host)
 
 
 def _zero_totals() -> Totals:

@@ -197,11 +197,11 @@ def sweep(
             f"lengths, got lists of {counts}"
         )
     (count,) = set(counts.values())
-    each = [
-        list(value) if name in counts else [value] * count
+    each = {
+        name: list(value) if name in counts else [value] * count
         for name, value in given.items()
-    ]
-    return _simulate(*each, warmup, on_progress)
+    }
+    return _simulate(**each, warmup=warmup, on_progress=on_progress)
 
 
 def _simulate(
@@ -225,19 +225,20 @@ def _simulate(
         for system, trace in zip(systems, traces, strict=True)
     ]
     if len(workloads) == 1:
-        carry = (cost_models[0], traces[0], simulations[0])
+        cost_model, trace, simulation = cost_models[0], traces[0], simulations[0]
         run_steps = functools.partial(loop.run_steps, program)
     else:
-        carry = tuple(map(_stack, (cost_models, traces, simulations)))
+        cost_model, trace, simulation = map(_stack, (cost_models, traces, simulations))
         run_steps = functools.partial(_run_all_steps, program)
-    simulation, totals = _run(run_steps, *carry, on_progress)
+    simulation, totals = _run(run_steps, cost_model, trace, simulation, on_progress)
     ended = jax.device_get((simulation, totals))
     if len(workloads) == 1:
         return [_outcome(systems[0], workloads[0], *ended)]
-    return [
-        _outcome(system, workload, *jax.tree.map(operator.itemgetter(index), ended))
-        for index, (system, workload) in enumerate(zip(systems, workloads, strict=True))
-    ]
+    outcomes = []
+    for index, (system, workload) in enumerate(zip(systems, workloads, strict=True)):
+        simulation, totals = jax.tree.map(operator.itemgetter(index), ended)
+        outcomes.append(_outcome(system, workload, simulation, totals))
+    return outcomes
 
 
 def _enter(system: System, simulation: Simulation) -> Simulation:

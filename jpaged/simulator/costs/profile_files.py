@@ -184,7 +184,7 @@ def read_dense(
             raise ValueError(f"{path}: expected operations among {known}, got {name!r}")
     if not operations:
         raise ValueError(f"{path}: expected times of operations, got none")
-    logits = Curve(tokens, sum(heads), str(path)) if heads else None
+    logits = Curve(tokens, np.sum(heads, axis=0), str(path)) if heads else None
     return DenseTimes(tokens, operations, logits, str(path))
 
 
@@ -205,7 +205,7 @@ def read_per_sequence(path: str | os.PathLike[str]) -> Curve:
             f"{path}: expected layers among {', '.join(_PER_ROW)}, got "
             f"{', '.join(unknown) or 'none'}"
         )
-    return Curve(rows, sum(operations.values()), str(path))
+    return Curve(rows, np.sum(list(operations.values()), axis=0), str(path))
 
 
 def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
@@ -221,11 +221,15 @@ def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
     table = read_table(path)
     seconds = table.times("time")
     if "phase" not in table.columns:
-        columns = [
-            table.numbers(name)
-            for name in ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
-        ]
-        return AttentionTimes(*columns, seconds, True, str(path))
+        return AttentionTimes(
+            chunks=table.numbers("prefill_chunk"),
+            past=table.numbers("kv_prefill"),
+            rows=table.numbers("n_decode"),
+            contexts=table.numbers("kv_decode"),
+            seconds=seconds,
+            is_mixed=True,
+            path=str(path),
+        )
     phases = np.array(table.columns["phase"])
     for line, phase in zip(table.lines, table.columns["phase"], strict=True):
         if phase not in ("prefill", "decode"):
@@ -346,12 +350,12 @@ def _wide_operations(
             f"tensor_parallel: expected one of {have} in {table.path}, got "
             f"{tensor_parallel}"
         )
-    operations = {}
+    points, operations = tokens, {}
     for name in table.columns:
         if name[-3:] in _UNITS:
             points, times = _medians(tokens[mine], table.times(name[:-3])[mine])
             operations[name[:-3]] = times
-    return points if operations else tokens, operations
+    return points, operations
 
 
 def _long_operations(

@@ -65,7 +65,9 @@ class SeparateAttention:
 
     def limits(self) -> tuple[float, float, float, float]:
         """Return the largest measured chunk, tokens before it, rows, tokens before."""
-        return (*_ends(self.prompts), *_ends(self.decoding))
+        chunk, past = _ends(self.prompts)
+        rows, contexts = _ends(self.decoding)
+        return chunk, past, rows, contexts
 
 
 @jax.tree_util.register_dataclass
@@ -274,7 +276,7 @@ def _repeated(
     return repeated, np.repeat(seconds[which], len(values))
 
 
-def _build(
+def build(
     machine: Machine,
     *,
     dense: str | None = None,
@@ -282,6 +284,18 @@ def _build(
     per_sequence: str | None = None,
     step_s: float = 0.0,
 ) -> Profile:
+    """Build the profile of a model on one chip from files; see `profile_files`.
+
+    Args:
+      machine: the model on its chip.
+      dense, attention, per_sequence: the files; without `per_sequence`, `dense` has the
+        times of logits.
+      step_s: host time of a step.
+
+    Raises:
+      FileNotFoundError: a file does not exist.
+      ValueError: a file is missing or invalid, or there are several chips.
+    """
     if dense is None or attention is None:
         given = {"dense": dense, "attention": attention}
         raise ValueError(f"dense, attention: expected a CSV file each, got {given}")
@@ -305,7 +319,7 @@ def _build(
 
 ENTRY = CostEntry(
     "profile",
-    _build,
+    build,
     (
         Option("dense", "str", "Profile: CSV of a layer's operations by tokens."),
         Option("attention", "str", "Profile: CSV of a layer's attention."),

@@ -153,8 +153,11 @@ def read_step_fit(
 
 def _line(path: str | os.PathLike[str], entry: Any, name: str) -> Line:
     values = entry.get(name) if isinstance(entry, dict) else None
-    is_line = isinstance(values, list) and len(values) == 3
-    if not is_line or not all(isinstance(value, int | float) for value in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or not all(isinstance(value, int | float) for value in values)
+    ):
         raise ValueError(f"{path}: expected three numbers as {name}, got {values!r}")
     a, b, c = (float(value) * 1e-3 for value in values)
     return a, b, c

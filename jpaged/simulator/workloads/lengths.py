@@ -2,8 +2,8 @@
 
 Pipeline: [lengths] -> workload -> system -> step load -> cost model. Host only.
 
-The built-in lengths are tables of quantiles, so that nothing must be downloaded. A table
-has the quantiles of all prompts, and the quantiles of outputs for each fifth of
+The built-in lengths are tables of quantiles, so that nothing must be downloaded. A
+table has the quantiles of all prompts, and the quantiles of outputs for each fifth of
 the prompts, the shortest prompts first, because outputs depend on the length of the
 prompt. Between two quantiles, lengths are distributed uniformly. The tables were fitted
 by least squares, which keeps the mean. Outputs are cut so that prompt and output have
@@ -35,9 +35,8 @@ class Lengths:
 
     prompt_lens: np.ndarray  # i32[N]
     output_lens: np.ndarray  # i32[N]
-    skipped: Mapping[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # skipped requests, by reason
+    # skipped requests, by reason
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("prompt_lens", "output_lens"):
@@ -97,8 +96,8 @@ _PROMPT_SHARES = (
 _OUTPUT_SHARES = (0, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99, 1)
 
 # Means: 162.0 and 335.8; figure 11 of the paper prints 161.31 and 337.99. Fitted to
-# 80 % of the lengths below 2,048 tokens in the artifact of Kwon et al. 2023 (first round of
-# each conversation, tokens of OPT).
+# 80 % of the lengths below 2,048 tokens in the artifact of Kwon et al. 2023 (first
+# round of each conversation, tokens of OPT).
 _SHAREGPT = _Table(
     (1.4, 6.7, 8.9, 11.0, 13.0, 15.2, 17.9, 20.9, 24.4, 29.0, 35.3, 43.6, 54.6, 70.9,
      93.2, 131.5, 199.9, 318.9, 497.7, 685.6, 973.5, 1215.1, 1442.1, 1898.2),
@@ -159,8 +158,8 @@ def builtin_lengths(name: str, count: int, seed: int) -> Lengths:
     """Sample lengths like those of a data set of the paper.
 
     Args:
-      name: "sharegpt", "alpaca", "wmt16-1shot" or "wmt16-5shot". Prompts of the last two
-        include the prefix of `PREFIX_TOKENS`.
+      name: "sharegpt", "alpaca", "wmt16-1shot" or "wmt16-5shot". Prompts of the
+        last two include the prefix of `PREFIX_TOKENS`.
       count: number of requests.
       seed: of NumPy's default generator.
 

@@ -47,9 +47,8 @@ class Workload:
     beam_widths: np.ndarray = dataclasses.field(default_factory=lambda: np.array(0))
     contents: np.ndarray | None = None  # i32[N, H], NO_CONTENT after the last id
     content_size: int = 1  # tokens of a piece; the last piece may be partial
-    skipped: Mapping[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # skipped requests, by reason
+    # skipped requests, by reason
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         times = _checked_times(self.arrivals)

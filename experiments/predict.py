@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
             )
         measured = None if FLAGS.measured is None else read_measured(FLAGS.measured)
         model, chip = served_model(FLAGS.model), find_chip(FLAGS.gpu)
-        options = {"step_s": 0.0}
+        options: dict[str, Any] = {"step_s": 0.0}
         options |= given_options("profile", "profile", {"profile": OPTIONS})
         profile = profiles.build(Machine(model, chip), **options)
         profile.check_range(

@@ -18,10 +18,10 @@ Requests that do not fit into the memory at all are skipped and counted.
 The duration of a step comes from --cost_model. The default is a roofline of the model
 and its chips (`jpaged.simulator.costs.roofline`), from data sheets and measured
 efficiency; `--step_s` is the host's part. KV memory is the memory that the parameters
-leave free. In the paper's settings (its models on its chips), the memory is the paper's,
-and a step with prompts and decoding rows takes as long as two steps, as in the code of
-its figures. With `--noseparate_prompts`, such a step reads the weights once, as the
-engine does.
+leave free. In the paper's settings (its models on its chips), the memory is the
+paper's, and a step with prompts and decoding rows takes as long as two steps, as in the
+code of its figures. With `--noseparate_prompts`, such a step reads the weights once, as
+the engine does.
 
 Time: an hour of ShareGPT at 2 requests per second takes about 13 s for the engine and
 2 s for a baseline, after compiling (10 s), on one core. Expected: Orca (Max) batches
@@ -249,12 +249,11 @@ def main(argv: list[str]) -> None:
         system, workload = make_system(make_workload(), num_slots)
         begin = time.perf_counter()
         with tqdm(total=len(workload), unit="request", mininterval=2) as bar:
-            outcome = simulate(
-                system,
-                workload,
-                cost_model,
-                on_progress=lambda done, _: bar.update(done - bar.n),
-            )
+
+            def on_progress(done: int, _: int) -> None:
+                bar.update(done - bar.n)
+
+            outcome = simulate(system, workload, cost_model, on_progress=on_progress)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -58,7 +58,7 @@ def given_options(
     for name, value in given.items():
         if name not in allowed:
             raise ValueError(
-                f"--{name}: expected none with --{flag} {chosen}, as it is an option of "
-                f"{', '.join(owners[name])}; got {value!r}"
+                f"--{name}: expected none with --{flag} {chosen}, as it is an option "
+                f"of {', '.join(owners[name])}; got {value!r}"
             )
     return given

@@ -88,7 +88,7 @@ COST = Roofline.of(served_model("opt-13b"), find_chip("a100-40g"), 1, step_s=0.0
 def test_a_request_alone_meets_the_bound():
     # Each request runs alone: the bound is met, up to the clock's microseconds.
     far = Workload(np.array([0.0, 100.0, 200.0]), [5, 300, 1], [9, 1, 60])
-    system = find_system("vllm", far, 4096, max_num_seqs=8)
+    system = find_system("vllm", far, 4096, max_num_seqs=8, max_model_len=512)
     took = simulate(system, far, COST).end_times - far.arrivals
     np.testing.assert_allclose(took, alone_seconds(far, COST), atol=60e-6)
     # Together they delay each other, and none is faster.
@@ -105,7 +105,7 @@ def test_only_the_last_token_of_a_prompt_that_may_be_cached_counts():
     (mine,), (other,) = alone_seconds(shared, COST), alone_seconds(short, COST)
     (whole,) = alone_seconds(one, COST)
     prompt = simulate(
-        find_system("vllm", short, 4096, max_num_seqs=8), short, COST
+        find_system("vllm", short, 4096, max_num_seqs=8, max_model_len=512), short, COST
     ).times_to_first_token[0]
     assert mine == pytest.approx(other - prompt, abs=20e-6)
     assert mine < whole

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from jpaged.simulator.workloads import arrivals, lengths, traces, workload
 from jpaged.simulator.workloads.lengths import Lengths
 from jpaged.simulator.workloads.workload import Workload
-from tests.support.paths import ROOT
+from tests.support.step_loads import shared_data
 
-# The folder `shared` is next to the checkout, if it exists.
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+DATA = shared_data()
+needs_data = pytest.mark.skipif(
+    not DATA.exists(), reason="the shared data does not exist"
+)
 
 
 def i32(*numbers):

@@ -35,10 +35,15 @@ def step_load(
     )
 
 
+def shared_data() -> pathlib.Path:
+    """Return the folder of shared data beside the checkout; it may not exist."""
+    folders = [folder / "shared" / "data" for folder in ROOT.parents]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
 def shared_profile(name: str) -> pathlib.Path:
     """Return the path of a measured profile; skip the test if it does not exist."""
-    for folder in ROOT.parents:
-        path = folder / "shared" / "data" / "profiles" / name
-        if path.is_file():
-            return path
+    path = shared_data() / "profiles" / name
+    if path.is_file():
+        return path
     return pytest.skip(f"the measured profile {name} does not exist")

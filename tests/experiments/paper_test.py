@@ -275,8 +275,8 @@ def test_measured_steps_replace_the_roofline(tmp_path):
     (alone,) = run_cases([case])[case]
     workload = workload_of(case, 0.01, 0)
     outputs = workload.output_lens
-    apart = np.mean((2e-3 + 8.2e-3 * (outputs - 1)) / outputs)
-    assert alone.normalized_latency_s == pytest.approx(apart, rel=1e-3)
+    expected = np.mean((2e-3 + 8.2e-3 * (outputs - 1)) / outputs)
+    assert alone.normalized_latency_s == pytest.approx(expected, rel=1e-3)
     status, out, err = run(
         "--figure=fig12:sharegpt:opt-175b", f"--step_fit={path}", f"--out={tmp_path}"
     )

@@ -213,12 +213,12 @@ class SlowNoEvict(SlowOrca):
         return blocks * self.block_size
 
     def allocate(self, one):
-        wanted = self.needed(one) // self.block_size
-        if len(self.buddy.free) < wanted * one.num_seqs:
+        needed_blocks = self.needed(one) // self.block_size
+        if len(self.buddy.free) < needed_blocks * one.num_seqs:
             return False
         # Store the blocks of a sequence as one chunk: only their number counts.
         for _ in range(one.num_seqs):
-            blocks = [self.buddy.free.pop() for _ in range(wanted)]
+            blocks = [self.buddy.free.pop() for _ in range(needed_blocks)]
             one.chunks.append((blocks, self.needed(one)))
         return True
 

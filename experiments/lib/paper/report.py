@@ -30,7 +30,7 @@ _ROW_FIELDS = [field.name for field in dataclasses.fields(PaperRow)]
 
 def write_figure_csv(
     folder: pathlib.Path, name: str, shown: FigureContent, runs: Sequence[PaperRun]
-):
+) -> None:
     """Write NAME.csv with the rows, and NAME_runs.csv with a line per simulation."""
     _write_table(folder / f"{name}.csv", _ROW_FIELDS, shown.rows)
     if runs:
@@ -39,7 +39,7 @@ def write_figure_csv(
 
 def _write_table(
     path: pathlib.Path, fields: list[str], rows: Sequence[PaperRow | PaperRun]
-):
+) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()

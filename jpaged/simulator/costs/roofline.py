@@ -140,11 +140,8 @@ class Roofline:
             )
         if not step_s >= 0:
             raise ValueError(f"step_s: expected at least 0, got {step_s}")
-        efficiency, layers, size = (
-            chip.efficiency,
-            model.num_layers,
-            model.layer_param_bytes,
-        )
+        efficiency, layers = chip.efficiency, model.num_layers
+        size = model.layer_param_bytes
         # A ring sends each byte (n - 1) / n times in each of its two rounds.
         rounds = 2 * (num_chips - 1) / num_chips
         reduce_bytes = 2 * layers * rounds * model.hidden_size * model.dtype_bytes

@@ -119,7 +119,7 @@ def find_entries(
     return template, seq_indices, ok
 
 
-def complete(
+def complete_submission(
     config: EngineConfig,
     template: Submission,
     request: SimulatedRequest,

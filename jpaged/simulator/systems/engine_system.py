@@ -207,7 +207,7 @@ class EngineSystem:
         )
 
         def insert(state: EngineSystemState) -> EngineSystemState:
-            new = engine_submissions.complete(
+            new = engine_submissions.complete_submission(
                 self.config, template, request, seq_indices, self.content_size
             )
             inner = dataclasses.replace(
@@ -284,7 +284,7 @@ class EngineSystem:
         """Append the step's tokens and release ended requests; see `System`."""
         before, inner = scheduled
         step = before.engine.counters.num_steps
-        sampled = synthetic_tokens.decode(
+        sampled = synthetic_tokens.sample_tokens(
             before.engine, inner, self.config, self.beam_concentration
         )
         state = iteration.end_step(before.engine, inner, sampled)

@@ -69,7 +69,7 @@ def computes_last_token(scheduled: ScheduledStep) -> jax.Array:
     return is_last & (scheduled.plan.num_tokens > 0) & (scheduled.rows != NO_REQUEST)
 
 
-def decode(
+def sample_tokens(
     state: EngineState,
     scheduled: ScheduledStep,
     config: EngineConfig,

@@ -295,10 +295,7 @@ def chat_rounds(
     start conversations with probabilities of 0.5 and 0.1.
 
     Args:
-      lengths: lengths of a file, or the name of built-in ones (sampled with `seed`).
-      rate: rounds per second.
-      duration: seconds.
-      seed: of arrivals, order and conversations.
+      lengths, rate, duration, seed: of the rounds, as for `paper_trace`.
       new_conversation: probability that a round starts a conversation.
       max_prompt_len: most tokens of a prompt.
       max_output_len: most tokens of an output.
@@ -322,8 +319,8 @@ def chat_rounds(
     history: list[int] = []  # tokens of each conversation up to now
     prompt_lens = np.empty_like(rounds.prompt_lens)
     output_lens = np.minimum(rounds.output_lens, np.int32(max_output_len))
-    for index, (begins, which) in enumerate(samples):
-        if not history or begins < new_conversation:
+    for index, (start, which) in enumerate(samples):
+        if not history or start < new_conversation:
             history.append(0)
             conversation = len(history) - 1
         else:

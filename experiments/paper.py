@@ -1,23 +1,24 @@
-"""The paper's figures, simulated: every number beside the one that is printed.
+"""Simulate the paper's figures and compare every number with the printed one.
 
     python -m experiments.paper --figure fig13 --out paper_figures
     python -m experiments.paper --figure all --out paper_figures --jobs 2
 
 Runs the engine's own scheduler and block manager, and the baselines of the paper, on
 the clock of a cost model (`jpaged.simulator`): figures 1, 2, 11 to 17, 18b and 19 of
-Kwon et al., SOSP 2023. Figure 18a is timed on this device, and is not of `all`. Written
-are, for each figure, FIGURE.csv with its numbers beside the paper's, FIGURE_runs.csv
-with a line for each simulation, and FIGURE.png (with the extra `plot`); and REPORT.md
-for all. `--figure fig12:sharegpt:opt-13b` is one panel of figure 12. Lengths are
-built-in distributions unless --sharegpt and --alpaca name files with input_tokens and
-output_tokens.
+Kwon et al., SOSP 2023. Figure 18a is timed on this device, and is not included in
+`all`. `--figure fig12:sharegpt:opt-13b` is one panel of figure 12.
 
---scale is the share of the paper's hour that requests arrive for; the report says what
-follows from a short one.
+For each figure, the runner writes FIGURE.csv with the numbers and the paper's numbers,
+FIGURE_runs.csv with a line for each simulation, and FIGURE.png (with the extra `plot`).
+REPORT.md has all figures. Lengths are built-in distributions, unless --sharegpt and
+--alpaca name files with input_tokens and output_tokens.
 
-Time: half of a short run is compiling, about 10 s for each of 103 curves, which the
-second run of a machine finds in the cache. All figures took 23 minutes with --jobs 2,
-on two cores that others used as well.
+--scale is the share of the paper's hour in which requests arrive; the report states the
+effect of a short time.
+
+Time: half of a short run is compiling, about 10 s for each of 103 curves; a second run
+on the same machine finds the programs in the cache. All figures took 23 minutes with
+--jobs 2, on two cores that other processes used as well.
 
 Expected: figure 13, ShareGPT: 7.00 requests for Orca (Max), as in the paper.
 """
@@ -32,61 +33,61 @@ import time
 
 from absl import app, flags
 
-from experiments.lib.paper import (
-    blocks,
-    kernel,
-    rates,
-    report,
-)
-from experiments.lib.paper import (
-    figures as lib_paper_figures,
-)
-from experiments.lib.paper.curves import Row
-from experiments.lib.paper.figures import Figure, Plan, Shown
+from experiments.lib.option_flags import define_option_flags
+from experiments.lib.paper import blocks, kernel, rates, report
+from experiments.lib.paper import figures as basic_figures
+from experiments.lib.paper.curves import PaperRow
+from experiments.lib.paper.figures import FigureContent, FigureSettings, PaperFigure
 from experiments.lib.paper.report import file_name
-from experiments.lib.paper.runs import Case, Clock, Run, cost_model_of, run_all
+from experiments.lib.paper.runs import (
+    CostChoice,
+    PaperCase,
+    PaperRun,
+    cost_model_of,
+    run_cases,
+)
 from experiments.lib.timing import progress
 from jpaged import compilation_cache
+from jpaged.simulator.costs import step_fits
 
 FLAGS = flags.FLAGS
-FIGURES: dict[str, Figure] = dict(
-    sorted((lib_paper_figures.FIGURES | rates.FIGURES | blocks.FIGURES).items())
+FIGURES: dict[str, PaperFigure] = dict(
+    sorted((basic_figures.FIGURES | rates.FIGURES | blocks.FIGURES).items())
 )
-# Figures of the paper whose number says more: 18b is all of 18 that is simulated.
+# Names of parts of figures; 18b is the simulated part of figure 18.
 ALIASES = {"fig18b": "fig18", "fig19a": "fig19", "fig19b": "fig19"}
 ALL = "all"
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_list("figure", [ALL], f"Of {', '.join(FIGURES)}, a panel, or {ALL}.")
-    flags.DEFINE_string("out", "paper_figures", "Folder for what is written.")
+    """Define the flags when the runner is the main program, not when it is imported."""
+    flags.DEFINE_list(
+        "figure", [ALL], f"Some of {', '.join(FIGURES)}, a panel, or {ALL}."
+    )
+    flags.DEFINE_string("out", "paper_figures", "Output folder.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Of arrivals and lengths.")
     flags.DEFINE_float(
         "scale", 0.03, "Share of the paper's hour.", lower_bound=1e-5, upper_bound=1.0
     )
-    flags.DEFINE_string("sharegpt", None, "CSV of lengths; None: built-in ones.")
-    flags.DEFINE_string("alpaca", None, "CSV of lengths; None: built-in ones.")
+    flags.DEFINE_string("sharegpt", None, "CSV file of lengths; default: built-in.")
+    flags.DEFINE_string("alpaca", None, "CSV file of lengths; default: built-in.")
     flags.DEFINE_integer("jobs", 1, "Processes.", lower_bound=1)
-    flags.DEFINE_string(
-        "step_fit", None, "JSON of vLLM's measured steps; None: a roofline."
-    )
-    flags.DEFINE_float(
-        "decoding_factor", 1.0, "Times the measured decoding steps.", lower_bound=0.01
-    )
+    define_option_flags(step_fits.ENTRY.options)
     flags.DEFINE_bool(
-        "separate_prompts", True, "A step with prompts and decodes takes what two take."
+        "separate_prompts",
+        True,
+        "A step with prompts and decoding rows takes as long as two steps.",
     )
 
 
-def chosen_figures(names: list[str]) -> dict[str, Figure]:
-    """The figures of those names.
+def chosen_figures(names: list[str]) -> dict[str, PaperFigure]:
+    """Find figures by name.
 
     Raises:
-      ValueError: there is none of a name.
+      ValueError: a name is unknown, or there are no names.
     """
     known = FIGURES | kernel.FIGURES | rates.PANEL_FIGURES
-    found: dict[str, Figure] = {}
+    found: dict[str, PaperFigure] = {}
     for name in names:
         if name == ALL:
             found |= FIGURES
@@ -102,88 +103,94 @@ def chosen_figures(names: list[str]) -> dict[str, Figure]:
     return found
 
 
-def make_plan() -> Plan:
-    """What the flags decide for all figures.
+def make_settings() -> FigureSettings:
+    """Return the settings of all figures.
 
     Raises:
-      ValueError, OSError: seeds that are no different whole numbers; no such file.
+      FileNotFoundError: a file does not exist.
+      ValueError: seeds are not distinct integers of at least 0.
     """
     seeds = tuple(int(one) for one in FLAGS.seeds if one.isdecimal())
     if len(seeds) != len(FLAGS.seeds) or len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(
-            f"seeds: expected different whole numbers, got {','.join(FLAGS.seeds)!r}"
+            f"seeds: expected distinct integers, got {','.join(FLAGS.seeds)!r}"
         )
     files = {"sharegpt": FLAGS.sharegpt, "alpaca": FLAGS.alpaca}
     for name, path in [*files.items(), ("step_fit", FLAGS.step_fit)]:
         if path is not None and not pathlib.Path(path).is_file():
-            raise FileNotFoundError(f"{name}: no such file: {path}")
-    clock = Clock(FLAGS.step_fit, FLAGS.decoding_factor, FLAGS.separate_prompts)
-    if clock.step_fit is None and clock.decoding != 1:
+            raise FileNotFoundError(f"{name}: expected a file, got {path}")
+    cost = CostChoice(
+        FLAGS.step_fit, FLAGS.decoding_factor or 1.0, FLAGS.separate_prompts
+    )
+    if cost.step_fit is None and cost.decoding != 1:
         raise ValueError(
-            "decoding_factor: expected --step_fit beside it, whose decoding steps it "
-            f"multiplies, got {clock.decoding:g} alone"
+            "decoding_factor: expected --step_fit, whose decoding steps it multiplies, "
+            f"got {cost.decoding:g} without it"
         )
-    return Plan(seeds=seeds, scale=FLAGS.scale, files=files, clock=clock)
+    return FigureSettings(seeds=seeds, scale=FLAGS.scale, files=files, cost=cost)
 
 
-def check_clock(plan: Plan, figures: dict[str, Figure]) -> None:
-    """Before anything is simulated, that there is a time for all models.
+def check_cost(settings: FigureSettings, figures: dict[str, PaperFigure]) -> None:
+    """Check that the cost model has all models of the figures.
 
     Raises:
-      ValueError, OSError: the step fits lack one, or cannot be read.
+      OSError: the file of step fits cannot be read.
+      ValueError: it does not have a model.
     """
-    cases = [case for figure in figures.values() for case in figure.cases(plan)]
+    cases = [case for figure in figures.values() for case in figure.cases(settings)]
     for model in dict.fromkeys(case.model for case in cases):
         try:
-            cost_model_of(model, plan.clock)
+            cost_model_of(model, settings.cost)
         except ValueError as error:
             raise ValueError(
-                f"step_fit: {error}; take --figure's without {model}, such as fig13"
+                f"step_fit: {error}; choose figures without {model}, such as fig13"
             ) from None
 
 
-def simulate(plan: Plan, figures: dict[str, Figure]) -> dict[Case, list[Run]]:
-    """The runs of all figures, each case once, with progress on stderr."""
-    cases = [case for figure in figures.values() for case in figure.cases(plan)]
+def simulate_figures(
+    settings: FigureSettings, figures: dict[str, PaperFigure]
+) -> dict[PaperCase, list[PaperRun]]:
+    """Simulate the cases of all figures, each once, with progress on stderr."""
+    cases = [case for figure in figures.values() for case in figure.cases(settings)]
     count, begin, done = len(set(cases)), time.perf_counter(), 0
 
-    def on_done(case: Case) -> None:
+    def on_done(case: PaperCase) -> None:
         nonlocal done
         done += 1
         what = f"{case.system}, {case.model}, {case.requests}"
         seconds = time.perf_counter() - begin
         progress(f"{done} of {count} curves, {seconds:.0f} s: {what}")
 
-    return run_all(cases, FLAGS.jobs, on_done)
+    return run_cases(cases, FLAGS.jobs, on_done)
 
 
-def with_skipped(shown: Shown, runs: list[Run]) -> Shown:
-    """The same, with a remark on the requests that the runs left out."""
+def with_skipped(shown: FigureContent, runs: list[PaperRun]) -> FigureContent:
+    """Add a remark on the requests that the runs skipped."""
     skipped = sum(run.num_skipped for run in runs)
     if not skipped:
         return shown
     count = sum(run.num_requests for run in runs)
     remark = (
-        f"Left out on the way to these runs' {count} requests: {skipped}, of 2,048 "
-        "tokens or more in all, or of no output."
+        f"Skipped while reading the {count} requests of these runs: {skipped}, with "
+        "2,048 tokens or more in all, or without output."
     )
     return dataclasses.replace(shown, remarks=[*shown.remarks, remark])
 
 
-def write(
+def write_figures(
     folder: pathlib.Path,
-    plan: Plan,
-    figures: dict[str, Figure],
-    runs: dict[Case, list[Run]],
-) -> list[Row]:
-    """All files; returns the rows of all figures."""
+    settings: FigureSettings,
+    figures: dict[str, PaperFigure],
+    runs: dict[PaperCase, list[PaperRun]],
+) -> list[PaperRow]:
+    """Write all files; return the rows of all figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown: dict[str, Shown] = {}
+    shown: dict[str, FigureContent] = {}
     has_plots = True
     for name, figure in figures.items():
-        mine = [run for case in figure.cases(plan) for run in runs[case]]
-        shown[name] = one = with_skipped(figure.show(plan, runs), mine)
-        report.write_csv(folder, file_name(name), one, mine)
+        mine = [run for case in figure.cases(settings) for run in runs[case]]
+        shown[name] = one = with_skipped(figure.show(settings, runs), mine)
+        report.write_figure_csv(folder, file_name(name), one, mine)
         try:
             path = folder / f"{file_name(name)}.png"
             report.draw(path, figure.title, one.drawings)
@@ -191,21 +198,21 @@ def write(
             has_plots = False
     if not has_plots:
         progress("no PNG: matplotlib is missing; pip install 'jpaged[plot]'")
-    text = report.markdown(plan, figures, shown, has_plots)
+    text = report.report_markdown(settings, figures, shown, has_plots)
     (folder / "REPORT.md").write_text(text, "utf-8")
     return [row for one in shown.values() for row in one.rows]
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, simulates, writes, prints."""
+    """Read the flags, simulate, write the files and print the rows."""
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     compilation_cache.turn_on()
     try:
-        figures, plan = chosen_figures(FLAGS.figure), make_plan()
-        check_clock(plan, figures)
-        runs = simulate(plan, figures)
-        rows = write(pathlib.Path(FLAGS.out), plan, figures, runs)
+        figures, settings = chosen_figures(FLAGS.figure), make_settings()
+        check_cost(settings, figures)
+        runs = simulate_figures(settings, figures)
+        rows = write_figures(pathlib.Path(FLAGS.out), settings, figures, runs)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -36,7 +36,7 @@ from jpaged.models.loading.placing import split_sizes
 from jpaged.models.shapes import random_config
 from jpaged.serving import memory
 from jpaged.simulator.costs.chips import Chip, find_chip
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 from jpaged.simulator.costs.roofline import Roofline
 from jpaged.simulator.costs.served_models import ServedModel
 
@@ -200,7 +200,7 @@ def make_plan(
     blocks = max(0, (available - weights - temporaries) // block)
     step_s = None
     if blocks:
-        load = Load(
+        load = StepLoad(
             query_lens=jnp.ones(max_num_seqs, jnp.int32),
             context_lens=jnp.full(max_num_seqs, context, jnp.int32),
             num_logits=jnp.int32(max_num_seqs),

@@ -1,30 +1,32 @@
-"""A workload on a virtual clock: through the engine's own scheduler, or a baseline.
+"""Simulate a workload on the engine's own scheduler, or on a baseline.
 
     python -m experiments.simulate
     python -m experiments.simulate --system orca_max --rate 2 --duration 900
     python -m experiments.simulate --trace lengths.csv --model opt-66b --gpu a100-40g \
         --num_chips 4 --rate 0.8
 
-Replays requests through a serving system whose decoder is a cost model: `--system vllm`
-is the engine itself (`jpaged.engine`: scheduler, block manager, preemption), the others
-are the baselines of the paper. Without --trace, lengths come from built-in
-distributions (--lengths). A trace is a CSV with input_tokens and output_tokens, and
-with timestamp_s its own arrivals; or JSON lines as of Mooncake, whose prompts share
-prefixes. Without times, arrivals are Poisson at --rate for --duration seconds, as the
-paper's driver makes them. Outputs have the lengths that the trace says.
+Runs requests through a serving system with a cost model in place of the decoder.
+`--system vllm` is the engine itself (`jpaged.engine`: scheduler, block manager,
+preemption); most other systems are the baselines of the paper. Without --trace, lengths
+come from built-in distributions (--lengths). A trace is a CSV file with input_tokens
+and output_tokens, and optionally timestamp_s; or JSON lines in the format of Mooncake,
+whose prompts share prefixes. Without times, arrivals are Poisson at --rate for
+--duration seconds, as in the paper's driver. Outputs have the lengths of the trace.
 
-Requests that the memory could never hold are skipped and counted.
+Requests that do not fit into the memory at all are skipped and counted.
 
-Seconds of a step come from a roofline of model and chips (`jpaged.simulator.roofline`):
-data sheets and measured shares of them, `--step_s` being the host's part. The memory is
-what the parameters leave. In the paper's settings, its models on its chips, the memory
-is the paper's, and a step of prompts and decodes takes what two steps take, as in the
-code of its figures; with `--noseparate_prompts` it reads the weights once, as the
-engine does.
+The duration of a step comes from --cost_model. The default is a roofline of the model
+and its chips (`jpaged.simulator.costs.roofline`), from data sheets and measured
+efficiency; `--step_s` is the host's part. KV memory is the memory that the parameters
+leave free. In the paper's settings (its models on its chips), the memory is the
+paper's, and a step with prompts and decoding rows takes as long as two steps, as in the
+code of its figures. With `--noseparate_prompts`, such a step reads the weights once, as
+the engine does.
 
-Time: an hour of ShareGPT at 2 requests a second takes the engine about 13 s, a baseline
-2 s, after compiling (10 s), on one core. Expected: Orca (Max) batches 7.00 requests of
-OPT-13B on an A100 with 40 GB (figure 13), the engine about four times as many.
+Time: an hour of ShareGPT at 2 requests per second takes about 13 s for the engine and
+2 s for a baseline, after compiling (10 s), on one core. Expected: Orca (Max) batches
+7.00 requests of OPT-13B on an A100 with 40 GB (figure 13), and the engine about four
+times as many.
 """
 
 from __future__ import annotations
@@ -39,87 +41,84 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
+from experiments.lib.option_flags import define_option_flags, given_options
 from experiments.lib.timing import environment
+from jpaged.simulator.costs.adjusted import SeparatePrompts
+from jpaged.simulator.costs.base import Machine
 from jpaged.simulator.costs.chips import CHIPS, find_chip
 from jpaged.simulator.costs.load import CostModel
-from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
-from jpaged.simulator.costs.separate import Separate
+from jpaged.simulator.costs.registry import COST_MODELS, find_cost_model
 from jpaged.simulator.costs.served_models import PAPER_SETTINGS, kv_slots, served_model
 from jpaged.simulator.optimum import MOST_ORDERED, alone_seconds, best_order
 from jpaged.simulator.simulate import Outcome, simulate
+from jpaged.simulator.systems.base import System
+from jpaged.simulator.systems.engine_entries import PAPER_BLOCK_SIZE
 from jpaged.simulator.systems.engine_system import EngineSystem
-from jpaged.simulator.systems.registry import ENGINES, SYSTEMS, find_system
+from jpaged.simulator.systems.registry import SYSTEMS, find_system
 from jpaged.simulator.workloads import traces
 from jpaged.simulator.workloads.lengths import BUILTIN_LENGTHS, Lengths
 from jpaged.simulator.workloads.workload import Workload, paper_trace
 
 FLAGS = flags.FLAGS
-BASELINE_MAX_LEN = 2048  # tokens of a baseline's longest sequence (the paper's)
+SYSTEM_OPTIONS = {name: entry.options for name, entry in SYSTEMS.items()}
+COST_OPTIONS = {name: entry.options for name, entry in COST_MODELS.items()}
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_enum("system", "vllm", list(SYSTEMS), "Who serves.")
+    """Define the flags when the runner is the main program, not when it is imported."""
+    flags.DEFINE_enum("system", "vllm", list(SYSTEMS), "Serving system.")
+    flags.DEFINE_enum(
+        "cost_model", "roofline", list(COST_MODELS), "What computes a step's duration."
+    )
+    define_option_flags(
+        option
+        for options in [*SYSTEM_OPTIONS.values(), *COST_OPTIONS.values()]
+        for option in options
+    )
     flags.DEFINE_string("trace", None, "File of requests: .csv, .jsonl, or .gz of one.")
     flags.DEFINE_enum(
-        "lengths", "sharegpt", list(BUILTIN_LENGTHS), "Without a trace: whose lengths."
+        "lengths", "sharegpt", list(BUILTIN_LENGTHS), "Lengths if there is no trace."
     )
-    flags.DEFINE_float("rate", 2.0, "Requests a second.", lower_bound=1e-6)
+    flags.DEFINE_float("rate", 2.0, "Requests per second.", lower_bound=1e-6)
     flags.DEFINE_float("duration", 600.0, "Seconds of arrivals.", lower_bound=1e-2)
     flags.DEFINE_integer("seed", 0, "Of arrivals, lengths and their order.")
-    flags.DEFINE_string(
-        "model", "opt-13b", "Name of its shape, or a checkpoint folder."
-    )
+    flags.DEFINE_string("model", "opt-13b", "Name of a shape, or a checkpoint folder.")
     flags.DEFINE_enum(
-        "gpu", None, list(CHIPS), "Chip; the paper's for its models, else a100-80g."
+        "gpu", None, list(CHIPS), "Chip; default: the paper's for its models, a100-80g."
     )
     flags.DEFINE_integer(
-        "num_chips", None, "Tensor parallelism; the paper's, else 1.", lower_bound=1
+        "num_chips", None, "Tensor parallelism; default: the paper's, 1.", lower_bound=1
     )
     flags.DEFINE_integer(
-        "num_slots", None, "Tokens of KV memory; None: see above.", lower_bound=1
-    )
-    flags.DEFINE_float(
-        "step_s", VLLM_2023_STEP_S, "Seconds of a step on the host.", lower_bound=0.0
+        "num_slots", None, "Tokens of KV memory; default: see above.", lower_bound=1
     )
     flags.DEFINE_bool(
         "separate_prompts",
         None,
-        "A step of prompts and decodes takes what two take; None: in the paper's "
-        "settings.",
+        "A step with prompts and decoding rows takes as long as two steps; default: in "
+        "the paper's settings.",
     )
     flags.DEFINE_integer("n", 1, "Samples of each request.", lower_bound=1)
-    flags.DEFINE_integer("beam_width", 0, "0: sampling.", lower_bound=0)
+    flags.DEFINE_integer("beam_width", 0, "Beam width; 0: sampling.", lower_bound=0)
     flags.DEFINE_integer(
         "max_num_seqs",
         None,
-        "Sequences at once; None: thrice the mean requests that memory holds, a power "
-        "of two from 8 to 256.",
+        "Most running sequences; default: three times the mean number of requests that "
+        "fit into memory, as a power of two from 8 to 256.",
         lower_bound=1,
     )
-    flags.DEFINE_integer("block_size", 16, "Of the engine.", lower_bound=1)
     flags.DEFINE_integer(
-        "max_model_len", None, "Longer requests are skipped; None: what memory holds."
+        "max_model_len", None, "Skip longer requests; default: what fits into memory."
     )
-    flags.DEFINE_bool("prefix_caching", None, "Of the engine; None: if prompts share.")
-    flags.DEFINE_enum(
-        "preemption", "recompute", ["recompute", "swap"], "Of the engine."
-    )
-    flags.DEFINE_string("policy", None, "Of the engine: who is admitted first.")
-    flags.DEFINE_multi_float("policy_parameters", [], "A weight each, of 'weighted'.")
-    flags.DEFINE_bool(
-        "bounds", False, "Beside it: each request alone, and memory without limit."
-    )
-    flags.DEFINE_bool(
-        "skip_empty", False, "Skip lengths of 0 instead of refusing them."
-    )
+    flags.DEFINE_bool("bounds", False, "Also compute bounds of the normalized latency.")
+    flags.DEFINE_bool("skip_empty", False, "Skip lengths of 0 instead of failing.")
 
 
 def make_workload() -> Workload:
-    """The requests that the flags ask for."""
+    """Return the requests that the flags describe."""
     found: Workload | Lengths | str = FLAGS.lengths
     if FLAGS.trace is not None:
-        found = traces.read(FLAGS.trace, skip_empty=FLAGS.skip_empty)
+        found = traces.read_trace(FLAGS.trace, skip_empty=FLAGS.skip_empty)
     if not isinstance(found, Workload):
         found = paper_trace(found, FLAGS.rate, FLAGS.duration, FLAGS.seed)
     if FLAGS.max_model_len is not None:
@@ -129,104 +128,81 @@ def make_workload() -> Workload:
     return found.with_samples(FLAGS.n) if FLAGS.n > 1 else found
 
 
-def fitting(workload: Workload, num_slots: int) -> Workload:
-    """The requests that the system can serve at all; the others are counted.
-
-    The engine has to hold each sequence alone, and beams together; a baseline's longest
-    sequence is fixed.
-    """
-    if FLAGS.system not in ENGINES:
-        return workload.limited(min(BASELINE_MAX_LEN, num_slots))
-    blocks = num_slots // FLAGS.block_size // max(FLAGS.beam_width, 1)
-    return workload.limited(blocks * FLAGS.block_size)
-
-
-def max_num_seqs(workload: Workload, num_slots: int) -> int:
-    """The flag, or rows that will not limit the batch where memory does."""
-    if FLAGS.max_num_seqs is not None:
-        return FLAGS.max_num_seqs
+def default_num_seqs(workload: Workload, num_slots: int) -> int:
+    """Return enough running sequences that memory limits the batch, up to 256."""
     mean = float(np.mean(workload.prompt_lens + workload.output_lens))
-    wanted = max(3 * num_slots / mean, FLAGS.n, FLAGS.beam_width, 8)
-    return min(1 << math.ceil(math.log2(wanted)), 256)
+    least = max(3 * num_slots / mean, FLAGS.n, FLAGS.beam_width, 8)
+    return min(1 << math.ceil(math.log2(least)), 256)
 
 
-def make_machine() -> tuple[CostModel, int, dict[str, Any]]:
-    """The cost model, the slots of the memory, and what to say of them."""
+def make_cost_model() -> tuple[CostModel, int, dict[str, Any]]:
+    """Return the cost model, the KV slots, and the values to report about them."""
     setting = PAPER_SETTINGS.get(FLAGS.model.lower())
     chip_name = FLAGS.gpu or (setting.chip if setting else "a100-80g")
-    is_papers = setting is not None and chip_name == setting.chip
-    num_chips = FLAGS.num_chips or (setting.num_chips if is_papers else 1)
-    is_papers = is_papers and num_chips == setting.num_chips
-    model, chip = served_model(FLAGS.model), find_chip(chip_name)
+    if setting is not None and chip_name != setting.chip:
+        setting = None
+    num_chips = FLAGS.num_chips or (setting.num_chips if setting else 1)
+    if setting is not None and num_chips != setting.num_chips:
+        setting = None
+    machine = Machine(served_model(FLAGS.model), find_chip(chip_name), num_chips)
     slots, source = FLAGS.num_slots, "--num_slots"
-    if slots is None and is_papers:
+    if slots is None and setting is not None:
         slots, source = setting.kv_slots, setting.source
     elif slots is None:
-        slots, source = kv_slots(model, chip, num_chips), "what parameters leave of 0.9"
-    cost_model: CostModel = Roofline.of(model, chip, num_chips, step_s=FLAGS.step_s)
-    params = FLAGS.separate_prompts
-    is_separate = is_papers if params is None else params
+        slots = kv_slots(machine.model, machine.chip, num_chips)
+        source = "what parameters leave of 0.9"
+    options = given_options("cost_model", FLAGS.cost_model, COST_OPTIONS)
+    cost_model = find_cost_model(FLAGS.cost_model, machine, **options)
+    is_separate = FLAGS.separate_prompts
+    if is_separate is None:
+        is_separate = setting is not None
     if is_separate:
-        cost_model = Separate(cost_model)
-    said = {"gpu": chip_name, "num_chips": num_chips, "num_slots": slots}
-    said |= {"num_slots_source": source, "separate_prompts": is_separate}
-    return cost_model, slots, said
+        cost_model = SeparatePrompts(cost_model)
+    report = {"gpu": chip_name, "num_chips": num_chips, "num_slots": slots}
+    report |= {"num_slots_source": source, "separate_prompts": is_separate}
+    return cost_model, slots, report
 
 
-def make_system(workload: Workload, num_slots: int) -> Any:
-    """The system that the flags ask for.
+def make_system(workload: Workload, num_slots: int) -> tuple[System, Workload]:
+    """Return the system that the flags describe, and the requests that it can serve.
 
     Raises:
-      ValueError: a flag of the engine beside another system.
+      ValueError: a flag of another system is given, or no requests remain.
     """
-    sizes: dict[str, Any] = {"max_num_seqs": max_num_seqs(workload, num_slots)}
-    own = (
-        "block_size",
-        "prefix_caching",
-        "preemption",
-        "policy",
-        "policy_parameters",
-    )
-    if FLAGS.system not in ENGINES:
-        for name in own:
-            if FLAGS[name].present:
-                raise ValueError(
-                    f"--{name}: expected none with --system {FLAGS.system}, it is the "
-                    f"engine's ({', '.join(ENGINES)}); got {FLAGS[name].value!r}"
-                )
-        return find_system(FLAGS.system, workload, num_slots, **sizes)
-    sizes |= {"block_size": FLAGS.block_size, "preemption": FLAGS.preemption}
-    if FLAGS.preemption == "swap":
-        sizes["num_swap_blocks"] = num_slots // FLAGS.block_size
-    if FLAGS.policy is not None:
-        sizes["policy"] = FLAGS.policy
-        sizes["policy_parameters"] = tuple(FLAGS.policy_parameters)
-    shares = FLAGS.prefix_caching
-    if shares is None and FLAGS.system == "vllm":
-        shares = workload.contents is not None
-    if shares is not None:
-        sizes["enable_prefix_caching"] = shares
-    return find_system(FLAGS.system, workload, num_slots, **sizes)
+    entry = SYSTEMS[FLAGS.system]
+    options = given_options("system", FLAGS.system, SYSTEM_OPTIONS)
+    num_beams = max(FLAGS.beam_width, 1)
+    workload = workload.limited(entry.max_request_len(num_slots, num_beams, options))
+    if not len(workload):
+        raise ValueError(
+            "trace: expected requests that fit into memory, got no requests (skipped: "
+            f"{dict(workload.skipped)}); raise --rate or --duration, or the memory"
+        )
+    max_num_seqs = FLAGS.max_num_seqs or default_num_seqs(workload, num_slots)
+    system = entry.from_options(workload, num_slots, options, max_num_seqs=max_num_seqs)
+    return system, workload
 
 
 def bounds(
-    system: Any, workload: Workload, cost_model: CostModel, outcome: Outcome
-) -> dict:
-    """Lines to measure the normalized latency by, and the shares of them it reaches.
+    system: System, workload: Workload, cost_model: CostModel, outcome: Outcome
+) -> dict[str, dict[str, float]]:
+    """Compute bounds of the normalized latency, and the share of each that is reached.
 
-    `alone`: no schedule passes it. `unlimited_memory`: the engine with a row and memory
-    for everybody, up to 1,024 rows: the best batching of those that let all in at once.
-    `best_order`, of an engine with few requests: the best of all orders of admission.
+    `alone`: each request runs alone; no schedule is faster. `unlimited_memory`: the
+    engine with a batch row and memory for every request, up to 1,024 rows; no system
+    that admits all requests at once batches better. `best_order`, only for the engine
+    with few requests: the best of all orders of admission.
     """
     lens = workload.output_lens
     num_seqs = np.maximum(workload.num_samples, workload.beam_widths)
     rows = min(1 << math.ceil(math.log2(max(int(np.sum(num_seqs)), 8))), 1024)
-    longest = int(np.max(workload.prompt_lens + lens)) + FLAGS.block_size
-    roomy = find_system("vllm", workload, rows * longest, max_num_seqs=rows)
-    free = simulate(roomy, workload, cost_model).summary()["normalized_latency_s"]
+    block_size = FLAGS.block_size or PAPER_BLOCK_SIZE
+    longest = int(np.max(workload.prompt_lens + lens)) + block_size
+    large = find_system("vllm", workload, rows * longest, max_num_seqs=rows)
+    unlimited = simulate(large, workload, cost_model).summary()["normalized_latency_s"]
     lines = {
         "alone": float(np.mean(alone_seconds(workload, cost_model) / lens)),
-        "unlimited_memory": free,
+        "unlimited_memory": unlimited,
     }
     if isinstance(system, EngineSystem) and len(workload) <= MOST_ORDERED:
         _, best = best_order(system, workload, cost_model)
@@ -239,7 +215,7 @@ def bounds(
 
 
 def print_table(found: dict[str, Any], outcome: Outcome) -> None:
-    """The numbers for people."""
+    """Print the numbers as a table."""
     for name in (
         "num_requests",
         "num_skipped",
@@ -265,26 +241,19 @@ def print_table(found: dict[str, Any], outcome: Outcome) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, simulates, prints."""
+    """Read the flags, simulate, and print the results."""
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     try:
-        cost_model, num_slots, said = make_machine()
-        workload = fitting(make_workload(), num_slots)
-        if not len(workload):
-            raise ValueError(
-                "no requests: nothing arrives, or none can be served, skipped "
-                f"{dict(workload.skipped)}; raise --rate or --duration, or the memory"
-            )
-        system = make_system(workload, num_slots)
+        cost_model, num_slots, report = make_cost_model()
+        system, workload = make_system(make_workload(), num_slots)
         begin = time.perf_counter()
         with tqdm(total=len(workload), unit="request", mininterval=2) as bar:
-            outcome = simulate(
-                system,
-                workload,
-                cost_model,
-                on_progress=lambda done, _: bar.update(done - bar.n),
-            )
+
+            def on_progress(done: int, _: int) -> None:
+                bar.update(done - bar.n)
+
+            outcome = simulate(system, workload, cost_model, on_progress=on_progress)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -301,7 +270,7 @@ def main(argv: list[str]) -> None:
     flags_given |= {"rate": FLAGS.rate, "duration": FLAGS.duration, "seed": FLAGS.seed}
     print(
         json.dumps(
-            found | said | {"wall_s": wall_s, "flags": flags_given} | environment()
+            found | report | {"wall_s": wall_s, "flags": flags_given} | environment()
         )
     )
 

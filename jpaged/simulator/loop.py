@@ -1,12 +1,13 @@
-"""Loop: a system, a workload and a cost model on one clock; one XLA program.
+"""Loop: a system, a workload and a cost model on one clock, in one XLA program.
 
-Place on the road: [requests at the door -> system -> load -> cost model -> clock].
+Pipeline: arrivals -> [system -> step load -> cost model -> clock].
 
-A step lets in who has arrived, begins the system's step, asks the cost model how long
-it takes, and notes who got a first token and who ended when it is over. All is arrays,
-so `vmap` runs many simulations side by side (`sweep`).
+Each step submits the requests that have arrived, schedules the system's step, asks the
+cost model how long the step takes, and records which requests got their first token and
+which ended. Everything is arrays, so `vmap` runs many simulations side by side
+(`simulate.sweep`).
 
-Letters: N requests.
+Shape symbols: N requests, T steps, H pieces of a prompt.
 """
 
 from __future__ import annotations
@@ -21,36 +22,41 @@ import numpy as np
 from jax import lax
 
 from jpaged.compat import when
-from jpaged.simulator.clock import Clock
-from jpaged.simulator.costs.load import CostModel, Load
-from jpaged.simulator.systems.base import Progress, Request, System, Usage
+from jpaged.simulator.clock import VirtualTime
+from jpaged.simulator.costs.load import CostModel, StepLoad
+from jpaged.simulator.systems.base import (
+    SimulatedRequest,
+    StepProgress,
+    System,
+    Usage,
+)
 from jpaged.simulator.workloads.workload import NO_CONTENT, Workload
 
-_NEVER = -1  # seconds of a moment that has not come
+_NEVER = -1  # seconds of a time that has not come
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A workload as arrays, padded behind `num_requests`."""
+    """A workload as arrays, padded after `num_requests`."""
 
     num_requests: jax.Array  # i32[]
-    arrivals: Clock  # [N]
-    requests: Request  # of arrays [N]
-    begin: Clock  # from here to `end` the totals count
-    end: Clock
+    arrivals: VirtualTime  # [N]
+    requests: SimulatedRequest  # of arrays [N]
+    begin: VirtualTime  # totals count steps that start from here until `end`
+    end: VirtualTime
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Sums over the steps of a slice that began between the trace's begin and end."""
+    """Sums over the steps of a slice that start between the trace's begin and end."""
 
     num_steps: jax.Array  # i32[]
-    num_tokens: jax.Array  # i32[], computed
+    num_tokens: jax.Array  # i32[], computed tokens
     seconds: jax.Array  # f32[]
-    usage: Usage  # f32[] each, times the steps' seconds
-    saved_share: jax.Array  # f32[], blocks saved / blocks unshared, times seconds
+    usage: Usage  # f32[] each, weighted by the seconds of the steps
+    saved_share: jax.Array  # f32[], saved blocks / blocks without sharing, weighted too
 
 
 @jax.tree_util.register_dataclass
@@ -58,14 +64,14 @@ class Totals:
 class Simulation:
     """Everything that a step of a simulation reads and writes."""
 
-    state: Any  # the system's
-    clock: Clock
-    num_arrived: jax.Array  # i32[], requests that have come
-    num_submitted: jax.Array  # i32[], of them those that found a place
+    state: Any  # the system's state
+    clock: VirtualTime
+    num_arrived: jax.Array  # i32[], requests that have arrived
+    num_submitted: jax.Array  # i32[], of them, those that the system has accepted
     num_ended: jax.Array  # i32[]
-    num_steps: jax.Array  # i32[], of all times
-    first_times: Clock  # [N], of the first token; _NEVER before
-    end_times: Clock  # [N]
+    num_steps: jax.Array  # i32[], since the start
+    first_times: VirtualTime  # [N], time of the first token; _NEVER before
+    end_times: VirtualTime  # [N]
     totals: Totals
 
 
@@ -76,50 +82,52 @@ def trace(
     num_pieces: int | None = None,
     warmup: float = 0.1,
 ) -> Trace:
-    """The workload as arrays.
+    """Convert a workload to arrays.
 
     Args:
       workload: at least one request.
-      size: N to pad to; None is the number of requests.
-      num_pieces: ids of a prompt's pieces to pad to; None is the workload's.
-      warmup: share of the time between the first arrival and the last that the totals
-        leave out at its begin; behind the last arrival they count nothing, unless all
-        arrive at once.
+      size: N to pad to; None: the number of requests.
+      num_pieces: H to pad to; None: the workload's.
+      warmup: share of the time between the first and the last arrival that the totals
+        leave out at the beginning. Totals end with the last arrival, unless all
+        requests arrive at once.
     """
     count = len(workload.arrivals)
     size = count if size is None else size
 
-    def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
+    def padded(values: np.ndarray | jax.Array, fill: int = 0) -> jax.Array:
+        values = np.asarray(values)
         shape = (size - count, *values.shape[1:])
-        return np.concatenate([values, np.full(shape, fill, values.dtype)])
+        padding = np.full(shape, fill, values.dtype)
+        return jnp.asarray(np.concatenate([values, padding]))
 
     contents = workload.contents
     if contents is None:
         contents = np.zeros((count, 0), np.int32)
     if num_pieces is not None:
-        room = ((0, 0), (0, num_pieces - contents.shape[1]))
-        contents = np.pad(contents, room, constant_values=NO_CONTENT)
+        padding = ((0, 0), (0, num_pieces - contents.shape[1]))
+        contents = np.pad(contents, padding, constant_values=NO_CONTENT)
     first, last = float(workload.arrivals[0]), float(workload.arrivals[-1])
     begin = first + warmup * (last - first)
     end = last if last > first else np.iinfo(np.int32).max
-    host = Trace(
-        num_requests=np.int32(count),
-        arrivals=Clock(*map(padded, Clock.at(workload.arrivals))),
-        requests=Request(
-            number=np.arange(size, dtype=np.int32),
+    times = VirtualTime.at(workload.arrivals)
+    return Trace(
+        num_requests=jnp.int32(count),
+        arrivals=VirtualTime(padded(times.seconds), padded(times.micros)),
+        requests=SimulatedRequest(
+            number=jnp.arange(size, dtype=jnp.int32),
             prompt_len=padded(workload.prompt_lens, 1),
             output_len=padded(workload.output_lens, 1),
             num_samples=padded(workload.num_samples, 1),
             beam_width=padded(workload.beam_widths),
             content=padded(contents, NO_CONTENT),
         ),
-        begin=Clock.at(np.array(begin)),
-        end=Clock.at(np.array(end)),
+        begin=VirtualTime.at(np.array(begin)),
+        end=VirtualTime.at(np.array(end)),
     )
-    return jax.tree.map(jnp.asarray, host)
 
 
-def _no_totals() -> Totals:
+def _zero_totals() -> Totals:
     zero = jnp.float32(0)
     return Totals(
         num_steps=jnp.int32(0),
@@ -131,45 +139,41 @@ def _no_totals() -> Totals:
 
 
 @functools.partial(jax.jit, static_argnames="system")
-def init(system: System, trace: Trace) -> Simulation:
-    """A simulation before its first step."""
+def init_simulation(system: System, trace: Trace) -> Simulation:
+    """Return a simulation before its first step."""
     never = jnp.full_like(trace.requests.number, _NEVER)
     return Simulation(
         state=system.init(),
-        clock=Clock.zero(),
+        clock=VirtualTime.zero(),
         num_arrived=jnp.int32(0),
         num_submitted=jnp.int32(0),
         num_ended=jnp.int32(0),
         num_steps=jnp.int32(0),
-        first_times=Clock(never, never),
-        end_times=Clock(never, never),
-        totals=_no_totals(),
+        first_times=VirtualTime(never, never),
+        end_times=VirtualTime(never, never),
+        totals=_zero_totals(),
     )
 
 
-def is_live(simulation: Simulation, trace: Trace) -> jax.Array:
-    """bool[]: a request has not ended."""
+def has_unfinished(simulation: Simulation, trace: Trace) -> jax.Array:
+    """Return bool[]: a request of the trace has not ended."""
     return simulation.num_ended < trace.num_requests
 
 
-def step(
+def _step(
     system: System, cost_model: CostModel, trace: Trace, simulation: Simulation
-) -> Simulation:
-    """The simulation after one step of the system."""
-    return _step(system, cost_model, trace, simulation)[0]
-
-
-def _step(system, cost_model, trace, simulation) -> tuple[Simulation, Load]:
-    simulation = _let_in(system, trace, simulation)
-    scheduled, load, usage = system.begin(simulation.state)
-    at_the_door = simulation.num_arrived - simulation.num_submitted
-    usage = usage._replace(num_waiting=usage.num_waiting + at_the_door)
+) -> tuple[Simulation, StepLoad]:
+    """Run one step of the system; return the simulation and the load of the step."""
+    simulation = _submit_arrived(system, trace, simulation)
+    scheduled, load, usage = system.begin_step(simulation.state)
+    num_queued = simulation.num_arrived - simulation.num_submitted
+    usage = usage._replace(num_waiting=usage.num_waiting + num_queued)
     seconds = cost_model(load).astype(jnp.float32)
     begin, clock = simulation.clock, simulation.clock.after(seconds)
-    state, progress = system.end(scheduled)
-    counts = ~begin.is_before(trace.begin) & begin.is_before(trace.end)
+    state, progress = system.end_step(scheduled)
+    is_counted = ~begin.is_before(trace.begin) & begin.is_before(trace.end)
     totals = when(
-        counts,
+        is_counted,
         lambda totals: _add(totals, load, usage, seconds),
         simulation.totals,
     )
@@ -180,43 +184,49 @@ def _step(system, cost_model, trace, simulation) -> tuple[Simulation, Load]:
         num_steps=simulation.num_steps + 1,
         totals=totals,
     )
-    return _note(simulation, progress), load
+    return _record(simulation, progress), load
 
 
 @functools.partial(jax.jit, static_argnames="system")
-def loads(system: System, trace: Trace, seconds: jax.Array) -> Load:
-    """What each step asked of the machine, of steps whose times are known.
+def loads(system: System, trace: Trace, seconds: jax.Array) -> StepLoad:
+    """Compute the loads of steps whose durations are known.
 
     Args:
-      system: as of `step`.
+      system: the system.
       trace: the workload.
-      seconds: f32[T], what the steps took; the schedule follows them.
+      seconds: f32[T], duration of each step. Arrivals, and with them the schedule,
+        follow from it.
 
     Returns:
-      Loads, with a leading axis of T in each field.
+      The loads, with a leading axis of T in each field.
     """
 
-    def advance(simulation: Simulation, took: jax.Array) -> tuple[Simulation, Load]:
+    def advance(simulation: Simulation, took: jax.Array) -> tuple[Simulation, StepLoad]:
         return _step(system, lambda load: took, trace, simulation)
 
-    return lax.scan(advance, init(system, trace), seconds)[1]
+    return lax.scan(advance, init_simulation(system, trace), seconds)[1]
 
 
-def _let_in(system: System, trace: Trace, simulation: Simulation) -> Simulation:
-    """Who has arrived is submitted; an idle system waits for the next to arrive."""
+def _submit_arrived(system: System, trace: Trace, simulation: Simulation) -> Simulation:
+    """Submit the requests that have arrived.
 
-    def is_next(number: jax.Array, clock: Clock) -> jax.Array:
-        has_come = ~clock.is_before(trace.arrivals.take(number))
-        return (number < trace.num_requests) & has_come
+    If the system has no work, the clock moves to the next arrival.
+    """
+
+    def is_next(number: jax.Array, clock: VirtualTime) -> jax.Array:
+        has_arrived = ~clock.is_before(trace.arrivals.take(number))
+        return (number < trace.num_requests) & has_arrived
 
     number = simulation.num_submitted
     is_idle = ~system.has_work(simulation.state) & (number < trace.num_requests)
-    waited = simulation.clock.latest(trace.arrivals.take(number))
+    next_arrival = simulation.clock.latest(trace.arrivals.take(number))
     clock = jax.tree.map(
-        lambda a, b: jnp.where(is_idle, a, b), waited, simulation.clock
+        lambda a, b: jnp.where(is_idle, a, b), next_arrival, simulation.clock
     )
 
-    def submit(carry):
+    def submit(
+        carry: tuple[Any, jax.Array, jax.Array],
+    ) -> tuple[Any, jax.Array, jax.Array]:
         state, number, _ = carry
         request = jax.tree.map(lambda x: x.at[number].get(mode="clip"), trace.requests)
         state, ok = system.submit(state, request)
@@ -240,7 +250,8 @@ def _let_in(system: System, trace: Trace, simulation: Simulation) -> Simulation:
     )
 
 
-def _add(totals: Totals, load, usage: Usage, seconds: jax.Array) -> Totals:
+def _add(totals: Totals, load: StepLoad, usage: Usage, seconds: jax.Array) -> Totals:
+    """Add a step to the totals."""
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
     unshared = jnp.maximum(usage.num_blocks + usage.num_saved_blocks, 1)
     share = as_float(usage.num_saved_blocks) / as_float(unshared)
@@ -255,11 +266,11 @@ def _add(totals: Totals, load, usage: Usage, seconds: jax.Array) -> Totals:
     )
 
 
-def _note(simulation: Simulation, progress: Progress) -> Simulation:
-    """The simulation with the times of those who got a first token, or ended."""
+def _record(simulation: Simulation, progress: StepProgress) -> Simulation:
+    """Record the time of first tokens and of ended requests."""
     (size,) = simulation.end_times.seconds.shape
 
-    def put(times: Clock, is_now: jax.Array) -> Clock:
+    def put(times: VirtualTime, is_now: jax.Array) -> VirtualTime:
         at = jnp.where(is_now, progress.requests, size)
         return jax.tree.map(
             lambda part, value: part.at[at].set(value, mode="drop"),
@@ -267,13 +278,15 @@ def _note(simulation: Simulation, progress: Progress) -> Simulation:
             simulation.clock,
         )
 
-    def note(carry):
+    def put_both(
+        carry: tuple[VirtualTime, VirtualTime],
+    ) -> tuple[VirtualTime, VirtualTime]:
         first_times, end_times = carry
         return put(first_times, progress.has_first), put(end_times, progress.has_ended)
 
     first_times, end_times = when(
         jnp.any(progress.has_first | progress.has_ended),
-        note,
+        put_both,
         (simulation.first_times, simulation.end_times),
     )
     num_ended = jnp.sum(progress.has_ended, dtype=jnp.int32)
@@ -286,22 +299,22 @@ def _note(simulation: Simulation, progress: Progress) -> Simulation:
 
 
 @functools.partial(jax.jit, static_argnames="system", donate_argnames="simulation")
-def advance(
+def run_steps(
     system: System,
     cost_model: CostModel,
     trace: Trace,
     simulation: Simulation,
     max_steps: jax.Array | int,
 ) -> Simulation:
-    """The simulation after `max_steps` more steps, or when all requests have ended.
+    """Run a slice of `max_steps` more steps, or fewer if all requests end before.
 
-    One device call; donates `simulation`. Its totals are those of these steps alone, so
+    One device call; donates `simulation`. Its totals are those of this slice only, so
     that float32 sums stay short.
     """
     limit = simulation.num_steps + max_steps
-    simulation = dataclasses.replace(simulation, totals=_no_totals())
+    simulation = dataclasses.replace(simulation, totals=_zero_totals())
     return lax.while_loop(
-        lambda s: is_live(s, trace) & (s.num_steps < limit),
-        functools.partial(step, system, cost_model, trace),
+        lambda s: has_unfinished(s, trace) & (s.num_steps < limit),
+        lambda s: _step(system, cost_model, trace, s)[0],
         simulation,
     )

@@ -1,6 +1,6 @@
-"""Simulate: a workload through a system, and what came of it, on the host.
+"""Simulate: run a workload on a system and summarise the result, on the host.
 
-Place on the road: loop -> [simulate] -> numbers for tables and plots.
+Pipeline: loop -> [simulate] -> numbers for tables and plots.
 
     system = EngineSystem(EngineConfig(num_blocks=983, max_num_requests=512))
     outcome = simulate(system, paper_trace("sharegpt", 2.0, 600, seed=0), cost_model)
@@ -26,29 +26,29 @@ from jpaged.simulator.systems.base import System
 from jpaged.simulator.workloads.workload import Workload
 
 _STEPS_PER_CALL = 4096
-# What a step's slots are, by the paper's figure 2; together with `free` they are all.
+# Kinds of KV slots in the paper's figure 2; with `free` they add up to all slots.
 COMPOSITION = ("token_states", "reservation", "internal", "external")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a simulation brought.
+    """The result of a simulation.
 
-    Sums count the steps that began after the warm-up and before the last arrival;
-    times of requests are those of all.
+    Totals count the steps that start after the warm-up and before the last arrival.
+    Times and counters include all requests and all steps.
     """
 
     workload: Workload
-    num_slots: int  # of the system's memory
-    first_times: np.ndarray  # f64[N], seconds, of each request's first token
-    end_times: np.ndarray  # f64[N], when its last sequence was done
-    num_steps: int  # of all times
+    num_slots: int  # KV slots of the system
+    first_times: np.ndarray  # f64[N], seconds, time of each request's first token
+    end_times: np.ndarray  # f64[N], seconds, when its last sequence finished
+    num_steps: int
     totals: Totals  # of float64 numbers
-    counters: dict[str, int]  # that the system keeps for itself, of all times
+    counters: dict[str, int]  # the system's own
 
     @property
     def normalized_latencies(self) -> np.ndarray:
-        """f64[N], seconds per token: from arrival to the end, over the output's length.
+        """f64[N], seconds from arrival to end, divided by the output's length.
 
         Source: Kwon et al. 2023, section 6.1.
         """
@@ -61,25 +61,25 @@ class Outcome:
 
     @property
     def times_per_token(self) -> np.ndarray:
-        """f64[M], seconds between tokens, of the requests that have more than one."""
+        """f64[M], seconds between tokens, of requests with more than one token."""
         lens = self.workload.output_lens
         took = self.end_times - self.first_times
         return took[lens > 1] / (lens[lens > 1] - 1)
 
     @property
     def makespan(self) -> float:
-        """Seconds from the first arrival to the last end."""
+        """Seconds from the first arrival until the last request ends."""
         return float(np.max(self.end_times) - self.workload.arrivals[0])
 
     @property
     def composition(self) -> dict[str, float]:
-        """Shares of the slots in use or lost, over time, as in the paper's figure 2."""
+        """Mean shares of the KV slots in use or lost, as in the paper's figure 2."""
         found = {name: float(getattr(self.totals.usage, name)) for name in COMPOSITION}
         total = sum(found.values())
         return {name: value / total if total else 0.0 for name, value in found.items()}
 
     def mean(self, name: str) -> float:
-        """Over time, of a field of `Usage`."""
+        """Return the mean over time of a field of `Usage`."""
         return float(getattr(self.totals.usage, name)) / self._seconds
 
     @property
@@ -88,11 +88,11 @@ class Outcome:
 
     @property
     def saved_share(self) -> float:
-        """Blocks that sharing saved, of those needed without, over time (figure 15)."""
+        """Mean share of blocks that sharing saves, as in the paper's figure 15."""
         return float(self.totals.saved_share) / self._seconds
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of a run, by the names of `experiments.simulate`."""
+        """Return the numbers of the run, with the keys of `experiments.simulate`."""
         latencies = self.normalized_latencies
         tokens = int(np.sum(self.workload.output_lens * self._num_sequences))
         prompt_tokens = self.counters.get("num_prompt_tokens", 0)
@@ -135,20 +135,23 @@ def simulate(
     warmup: float = 0.1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """What comes of the workload on the system, on a clock that the cost model drives.
+    """Run a workload on a system, on a clock that the cost model drives.
 
     Args:
       system: the engine (`EngineSystem`) or a baseline.
-      workload: requests; each must fit into the system's memory.
+      workload: the requests; each must fit into the system's memory.
       cost_model: seconds of a step's load.
-      warmup: share of the time between the first arrival and the last that means of
-        memory and batch leave out at its begin.
-      on_progress: called with the requests that have ended and all of them, now and
-        then.
+      warmup: share of the time between the first and the last arrival that means over
+        time leave out at the beginning.
+      on_progress: called now and then with the number of ended requests and the number
+        of all requests.
+
+    Returns:
+      The result.
 
     Raises:
-      ValueError: the workload is empty, or has a request that the system cannot serve.
-      RuntimeError: the system stands still with requests that wait.
+      ValueError: the workload is empty, or the system cannot serve a request of it.
+      RuntimeError: the system makes no progress although requests wait; this is a bug.
     """
     (outcome,) = _simulate([system], [workload], [cost_model], warmup, on_progress)
     return outcome
@@ -162,26 +165,31 @@ def sweep(
     warmup: float = 0.1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
-    """`simulate` of many settings side by side: policies, rates, seeds, machines.
+    """Run many simulations side by side: policies, rates, seeds, machines.
 
-    One compiled program, whose batch axis the simulations are (`jax.vmap`); it goes on
-    until the longest has ended.
+    One compiled program runs them all, with the simulations as its batch axis
+    (`jax.vmap`). It runs until the longest simulation has ended.
 
     Args:
-      systems: one for all, or one for each; engines may differ in the scheduler's
-        numbers (`EngineSystem.program`), baselines not at all.
-      workloads: as for `simulate`, one for all, or one for each.
-      cost_models: one for all, or one for each, all of one kind.
+      systems: one for all simulations, or one for each. Engines may differ in their
+        scheduler parameters (`EngineSystem.program`); baselines must be equal.
+      workloads: as for `simulate`; one for all simulations, or one for each.
+      cost_models: one for all simulations, or one for each, all of one class.
       warmup, on_progress: as for `simulate`.
 
     Returns:
-      The outcomes in order.
+      The results, in order.
 
     Raises:
-      ValueError, RuntimeError: as `simulate`; or numbers of them that differ, or
-        systems that no one program serves.
+      ValueError: as `simulate`; or lists of different lengths, or systems that one
+        program cannot run.
+      RuntimeError: as `simulate`.
     """
-    given = {"systems": systems, "workloads": workloads, "cost_models": cost_models}
+    given: dict[str, Any] = {
+        "systems": systems,
+        "workloads": workloads,
+        "cost_models": cost_models,
+    }
     counts = {name: len(v) for name, v in given.items() if isinstance(v, Sequence)}
     if len(set(counts.values())) != 1:
         raise ValueError(
@@ -189,41 +197,48 @@ def sweep(
             f"lengths, got lists of {counts}"
         )
     (count,) = set(counts.values())
-    each = [
-        list(value) if name in counts else [value] * count
+    each = {
+        name: list(value) if name in counts else [value] * count
         for name, value in given.items()
-    ]
-    return _simulate(*each, warmup, on_progress)
+    }
+    return _simulate(**each, warmup=warmup, on_progress=on_progress)
 
 
-def _simulate(systems, workloads, cost_models, warmup, on_progress) -> list[Outcome]:
+def _simulate(
+    systems: Sequence[System],
+    workloads: Sequence[Workload],
+    cost_models: Sequence[CostModel],
+    warmup: float,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[Outcome]:
     for system, workload in zip(systems, workloads, strict=True):
         _check(system, workload, warmup)
     program = systems[0].program(systems[1:])
     size = max(map(len, workloads))
-    size = max(1024, 1 << (size - 1).bit_length())  # few shapes, few compilations
+    size = max(1024, 1 << (size - 1).bit_length())  # few shapes to compile
     width = max(_num_pieces(workload) for workload in workloads)
     traces = [
         loop.trace(one, size=size, num_pieces=width, warmup=warmup) for one in workloads
     ]
     simulations = [
-        _enter(system, loop.init(program, trace))
+        _enter(system, loop.init_simulation(program, trace))
         for system, trace in zip(systems, traces, strict=True)
     ]
     if len(workloads) == 1:
-        carry = (cost_models[0], traces[0], simulations[0])
-        advance = functools.partial(loop.advance, program)
+        cost_model, trace, simulation = cost_models[0], traces[0], simulations[0]
+        run_steps = functools.partial(loop.run_steps, program)
     else:
-        carry = tuple(map(_stack, (cost_models, traces, simulations)))
-        advance = functools.partial(_advance_all, program)
-    simulation, totals = _run(advance, *carry, on_progress)
+        cost_model, trace, simulation = map(_stack, (cost_models, traces, simulations))
+        run_steps = functools.partial(_run_all_steps, program)
+    simulation, totals = _run(run_steps, cost_model, trace, simulation, on_progress)
     ended = jax.device_get((simulation, totals))
     if len(workloads) == 1:
         return [_outcome(systems[0], workloads[0], *ended)]
-    return [
-        _outcome(system, workload, *jax.tree.map(operator.itemgetter(index), ended))
-        for index, (system, workload) in enumerate(zip(systems, workloads, strict=True))
-    ]
+    outcomes = []
+    for index, (system, workload) in enumerate(zip(systems, workloads, strict=True)):
+        simulation, totals = jax.tree.map(operator.itemgetter(index), ended)
+        outcomes.append(_outcome(system, workload, simulation, totals))
+    return outcomes
 
 
 def _enter(system: System, simulation: Simulation) -> Simulation:
@@ -239,15 +254,15 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance_all(
+def _run_all_steps(
     system: System,
     cost_model: CostModel,
     trace: Trace,
     simulation: Simulation,
     max_steps: int,
 ) -> Simulation:
-    """`loop.advance` of simulations side by side."""
-    one = functools.partial(loop.advance, system)
+    """Run a slice of simulations side by side; see `loop.run_steps`."""
+    one = functools.partial(loop.run_steps, system)
     return jax.vmap(one, in_axes=(0, 0, 0, None))(
         cost_model, trace, simulation, max_steps
     )
@@ -261,13 +276,19 @@ def _check(system: System, workload: Workload, warmup: float) -> None:
     system.check(workload)
 
 
-def _run(advance, cost_model, trace, simulation, on_progress):
-    """The simulation at its end, and its totals in float64."""
+def _run(
+    run_steps: Callable[..., Simulation],
+    cost_model: CostModel,
+    trace: Trace,
+    simulation: Simulation,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Simulation, Totals]:
+    """Run slices until all requests have ended; sum their totals in float64."""
     totals, before = None, None
     count = int(np.sum(trace.num_requests))
     while True:
-        simulation = advance(cost_model, trace, simulation, _STEPS_PER_CALL)
-        part, ended, steps, came = jax.device_get(
+        simulation = run_steps(cost_model, trace, simulation, _STEPS_PER_CALL)
+        part, ended, steps, submitted = jax.device_get(
             (
                 simulation.totals,
                 simulation.num_ended,
@@ -282,16 +303,18 @@ def _run(advance, cost_model, trace, simulation, on_progress):
             on_progress(done, count)
         if done == count:
             return simulation, totals
-        now = (done, int(np.sum(came)), float(np.sum(part.num_tokens)))
+        now = (done, int(np.sum(submitted)), float(np.sum(part.num_tokens)))
         if before is not None and now[:2] == before[:2] and now[2] == 0:
             raise RuntimeError(
-                f"system: it stands still after {int(np.max(steps))} steps with "
-                f"{count - done} requests that have not ended; this is a bug"
+                f"system: expected progress, got none after {int(np.max(steps))} "
+                f"steps with {count - done} requests that have not ended; this is a bug"
             )
         before = now
 
 
-def _outcome(system, workload, simulation: Simulation, totals: Totals) -> Outcome:
+def _outcome(
+    system: System, workload: Workload, simulation: Simulation, totals: Totals
+) -> Outcome:
     count = len(workload)
     return Outcome(
         workload=workload,

@@ -1,4 +1,4 @@
-"""The runner `simulate`: what it prints, and what it answers to wrong flags."""
+"""The runner `simulate`: its results, and its answers to invalid flags."""
 
 import csv
 import functools
@@ -31,7 +31,7 @@ def last_line(*flags):
 
 @pytest.fixture(scope="module")
 def lengths(tmp_path_factory):
-    """Requests that all fill an Orca (Max) chunk alike: 100 tokens in, 900 out."""
+    """Requests of equal lengths: prompts of 100 tokens and outputs of 900."""
     path = tmp_path_factory.mktemp("traces") / "lengths.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -40,21 +40,21 @@ def lengths(tmp_path_factory):
     return str(path)
 
 
-def test_orca_max_batches_seven_requests_of_opt_13b_as_the_paper_prints(lengths):
+def test_orca_max_batches_seven_requests_of_opt_13b_as_in_the_paper(lengths):
     flags = ["--trace", lengths, "--rate", "2", "--duration", "60"]
     found = last_line("--system", "orca_max", *flags)
     assert found.keys() >= KEYS
-    # Figure 13: 7.00; figure 2: the tokens behind 7 chunks of 2,048 of 15,728.
+    # Figure 13: 7.00. Figure 2: 15,728 tokens without 7 chunks of 2,048 are lost.
     assert found["mean_batched_requests"] == pytest.approx(7, abs=0.005)
     shares = found["kv_composition"]
     assert shares["external"] == pytest.approx(1 - 7 * 2048 / 15728, abs=1e-6)
-    # Each request will fill 1,000 of 2,048 slots, the rest nobody ever does.
+    # Each request fills 1,000 of 2,048 slots; the others are never filled.
     lost = 7 * 1048 / 15728
     assert shares["internal"] == pytest.approx(lost, abs=1e-3)
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_the_engine_batches_more_and_answers_sooner_and_all_is_repeatable(lengths):
+def test_the_engine_batches_more_than_orca_and_is_repeatable(lengths):
     flags = ["--trace", lengths, "--rate", "1", "--duration", "40"]
     ours = last_line(*flags, "--max_num_seqs", "32", "--max_model_len", "1024")
     again = last_line(
@@ -71,7 +71,7 @@ def test_the_engine_batches_more_and_answers_sooner_and_all_is_repeatable(length
     assert ours == again
 
 
-def test_a_trace_with_times_and_shared_prefixes_finds_them_again(tmp_path):
+def test_the_prefix_cache_finds_the_prefixes_of_a_trace(tmp_path):
     path = tmp_path / "trace.jsonl"
     lines = [
         {"timestamp": 50_000 * i, "input_length": 1030, "output_length": 5,
@@ -81,7 +81,7 @@ def test_a_trace_with_times_and_shared_prefixes_finds_them_again(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = last_line("--trace", str(path), "--model", "llama-3-8b", "--gpu", "h100",
                       "--max_num_seqs", "8", "--bounds")  # fmt: skip
-    # Nobody waits for anybody here, so no order is better than another.
+    # No request waits for another, so all orders are equal.
     assert found["bounds"]["best_order"]["share"] == pytest.approx(1)
     # After the first, each request finds two pieces of 512 tokens of its 1,030.
     assert found["prefix_hit_ratio"] == pytest.approx(3 * 1024 / (4 * 1030))
@@ -90,9 +90,7 @@ def test_a_trace_with_times_and_shared_prefixes_finds_them_again(tmp_path):
 
 
 @pytest.mark.parametrize("system", ["vllm", "orca_oracle"])
-def test_requests_that_memory_could_never_hold_are_skipped_and_counted(
-    tmp_path, system
-):
+def test_requests_larger_than_memory_are_skipped_and_counted(tmp_path, system):
     path = tmp_path / "lengths.csv"
     path.write_text("input_tokens,output_tokens,timestamp_s\n" + "5,7,1\n" * 3)
     with open(path, "a", encoding="utf-8") as file:
@@ -109,14 +107,15 @@ def test_requests_that_memory_could_never_hold_are_skipped_and_counted(
         (["--system", "orca_max", "--policy", "fcfs"], "--policy: expected none with"),
         (["--duration", "0.01", "--rate", "0.001"], "no requests"),
         (["--model", "opt-12b"], "opt-12b"),
+        (["--step_fit", "x.json"], "--step_fit: expected none with --cost_model"),
         (
             ["--model", "opt-175b", "--gpu", "h100", "--duration", "5"],
-            "take more chips",
+            "use more chips",
         ),
-        (["--num_slots", "15", "--duration", "9"], "no requests: nothing arrives, or"),
+        (["--num_slots", "15", "--duration", "9"], "got no requests"),
     ],
 )
-def test_a_wrong_flag_is_named_before_anything_is_simulated(flags, words):
+def test_an_invalid_flag_is_named_before_the_simulation(flags, words):
     status, stdout, stderr = run(*flags)
     assert status == 1, stderr
     assert words in stderr
@@ -124,7 +123,7 @@ def test_a_wrong_flag_is_named_before_anything_is_simulated(flags, words):
     assert not stdout
 
 
-def test_a_bad_line_of_a_trace_is_named(tmp_path):
+def test_an_invalid_line_of_a_trace_is_named(tmp_path):
     path = tmp_path / "bad.csv"
     path.write_text("input_tokens,output_tokens\n5,7\n6,-1\n")
     status, _, stderr = run("--trace", str(path))

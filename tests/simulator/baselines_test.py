@@ -1,4 +1,4 @@
-"""The paper's baselines, step by step beside slow models in plain Python."""
+"""The baselines match slow models in plain Python, step by step."""
 
 import functools
 
@@ -9,19 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.simulator.systems import baselines, buddy
-from jpaged.simulator.systems.base import Request
-from jpaged.simulator.systems.baselines import Contiguous, FasterTransformer, Orca
+from jpaged.simulator.systems import buddy, orca
+from jpaged.simulator.systems.base import SimulatedRequest
 from jpaged.simulator.systems.buddy import NO_CHUNK, BuddyState
+from jpaged.simulator.systems.contiguous import Contiguous
+from jpaged.simulator.systems.fastertransformer import FasterTransformer
 from jpaged.simulator.systems.no_evict import NoEvict
+from jpaged.simulator.systems.orca import Orca
 from jpaged.simulator.workloads.workload import Workload
 from tests.support.baselines_model import (
     Buddy,
-    Sequenced,
     SlowContiguous,
     SlowFasterTransformer,
     SlowNoEvict,
     SlowOrca,
+    SlowRequest,
 )
 
 SLOTS, MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH = 248, 64, 4, 9, 70, 3
@@ -32,7 +34,7 @@ SLOTS, MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH = 248, 64, 4, 9, 70, 3
 
 @functools.cache
 def compiled():
-    functions = (buddy.allocate, buddy.free, buddy.num_available)
+    functions = (buddy.allocate_chunk, buddy.free_chunk, buddy.num_available)
     return tuple(map(jax.jit, functions))
 
 
@@ -47,51 +49,50 @@ def as_set(state: BuddyState) -> set[tuple[int, int]]:
 
 
 def walk(moves, num_units=45, num_orders=4) -> int:
-    """Allocates and frees in both; how often there was nothing left."""
+    """Allocate and free in both allocators; return the number of failed allocations."""
     allocate, free, num_available = compiled()
-    state, slow = buddy.init_state(num_units, num_orders), Buddy(num_units, 1, 8)
-    held, num_refused = [], 0
+    state, slow = buddy.init_buddy(num_units, num_orders), Buddy(num_units, 1, 8)
+    allocated, num_failed = [], 0
     for is_free, number in moves:
-        if is_free and held:
-            begin, order = held.pop(number % len(held))
+        if is_free and allocated:
+            begin, order = allocated.pop(number % len(allocated))
             state = free(state, jnp.int32(begin), jnp.int32(order))
             slow.release((begin, 2**order))
         else:
             order = number % num_orders
-            wanted = slow.allocate(2**order)
+            expected = slow.allocate(2**order)
             available = num_available(state, jnp.int32(order))
             state, begin = allocate(state, jnp.int32(order))
-            assert (int(available) > 0) == (wanted is not None)
-            if wanted is None:
+            assert (int(available) > 0) == (expected is not None)
+            if expected is None:
                 assert int(begin) == NO_CHUNK
-                num_refused += 1
+                num_failed += 1
             else:
-                assert (int(begin), 2**order) == wanted
-                held.append((int(begin), order))
+                assert (int(begin), 2**order) == expected
+                allocated.append((int(begin), order))
         assert as_set(state) == slow.free
-        assert int(buddy.num_free_units(state)) == slow.num_free()
-    for begin, order in held:
+    for begin, order in allocated:
         state = free(state, jnp.int32(begin), jnp.int32(order))
-    assert as_set(state) == as_set(buddy.init_state(num_units, num_orders))
-    return num_refused
+    assert as_set(state) == as_set(buddy.init_buddy(num_units, num_orders))
+    return num_failed
 
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 99)), max_size=60))
-def test_the_buddy_allocator_does_what_sets_of_chunks_do(moves):
+def test_the_buddy_allocator_matches_sets_of_chunks(moves):
     walk(moves)
 
 
-def test_the_buddy_allocator_runs_out_and_recovers():
+def test_the_buddy_allocator_runs_out_of_memory_and_recovers():
     rng = np.random.default_rng(0)
     moves = [(bool(rng.random() < 0.4), int(n)) for n in rng.integers(0, 99, 200)]
     assert walk(moves) > 10
 
 
-def test_as_many_chunks_are_available_as_can_be_allocated():
-    state = buddy.init_state(45, 4)
+def test_num_available_is_the_number_of_chunks_that_can_be_allocated():
+    state = buddy.init_buddy(45, 4)
     allocate, free, num_available = compiled()
-    # Allocate single units and free two of three, so that chunks of all sizes are free.
+    # Allocate all units and free most of them, so that chunks of all sizes are free.
     begins = []
     for _ in range(45):
         state, begin = allocate(state, jnp.int32(0))
@@ -110,21 +111,21 @@ def test_as_many_chunks_are_available_as_can_be_allocated():
         assert int(num_available(state, jnp.int32(order))) == count
 
 
-def test_chunks_side_by_side_that_are_no_buddies_do_not_merge():
-    # Of 4 units, 1 and 2 are free: neighbours, but halves of different pairs.
-    state = buddy.init_state(4, 3)
+def test_adjacent_chunks_that_are_not_buddies_do_not_merge():
+    # Units 1 and 2 of 4 are free: neighbours, but halves of different pairs.
+    state = buddy.init_buddy(4, 3)
     for _ in range(4):
-        state, _ = buddy.allocate(state, jnp.int32(0))
+        state, _ = buddy.allocate_chunk(state, jnp.int32(0))
     for begin in (1, 2):
-        state = buddy.free(state, jnp.int32(begin), jnp.int32(0))
+        state = buddy.free_chunk(state, jnp.int32(begin), jnp.int32(0))
     assert as_set(state) == {(1, 1), (2, 1)}
-    state = buddy.free(state, jnp.int32(0), jnp.int32(0))
+    state = buddy.free_chunk(state, jnp.int32(0), jnp.int32(0))
     assert as_set(state) == {(0, 2), (2, 1)}
 
 
-def test_many_buddy_allocators_run_under_vmap():
-    state = jax.tree.map(lambda x: jnp.stack([x, x]), buddy.init_state(12, 3))
-    state, begin = jax.vmap(buddy.allocate)(state, jnp.array([0, 2]))
+def test_buddy_allocators_work_under_vmap():
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), buddy.init_buddy(12, 3))
+    state, begin = jax.vmap(buddy.allocate_chunk)(state, jnp.array([0, 2]))
     assert begin.tolist() == [0, 0]
     one, two = (jax.tree.map(lambda x, n=n: x[n], state) for n in range(2))
     assert as_set(one) == {(1, 1), (2, 2), (4, 4), (8, 4)}
@@ -132,9 +133,9 @@ def test_many_buddy_allocators_run_under_vmap():
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (4, 0), (4, 32)])
-def test_no_memory_is_no_allocator(sizes):
-    with pytest.raises(ValueError, match="num_units, num_orders: wanted"):
-        buddy.init_state(*sizes)
+def test_an_allocator_without_units_or_orders_raises(sizes):
+    with pytest.raises(ValueError, match="num_units, num_orders: expected"):
+        buddy.init_buddy(*sizes)
 
 
 # ---- the systems
@@ -142,16 +143,16 @@ def test_no_memory_is_no_allocator(sizes):
 
 @functools.cache
 def jitted(system):
-    return jax.jit(system.submit), jax.jit(system.begin), jax.jit(system.end)
+    return jax.jit(system.submit), jax.jit(system.begin_step), jax.jit(system.end_step)
 
 
-def request(index, prompt, output, samples=1, beams=0) -> Request:
+def request(index, prompt, output, samples=1, beams=0) -> SimulatedRequest:
     numbers = (index, prompt, output, samples, beams)
-    return Request(*map(jnp.int32, numbers), content=jnp.zeros(0, jnp.int32))
+    return SimulatedRequest(*map(jnp.int32, numbers), content=jnp.zeros(0, jnp.int32))
 
 
 def drive(system, slow, arrivals, max_steps=4000):
-    """Both, step by step, from (step of arrival, prompt, output, sequences)."""
+    """Compare both, step by step, with requests (step, prompt, output, sequences)."""
     submit, begin, end = jitted(system)
     state = system.init()
     todo = list(enumerate(arrivals))
@@ -163,7 +164,7 @@ def drive(system, slow, arrivals, max_steps=4000):
             state, ok = submit(state, request(number, prompt, output, num_seqs))
             if not ok:
                 break
-            slow.waiting.append(Sequenced(number, prompt, output, num_seqs))
+            slow.waiting.append(SlowRequest(number, prompt, output, num_seqs))
             todo.pop(0)
         step += 1
         assert step < max_steps
@@ -173,7 +174,7 @@ def drive(system, slow, arrivals, max_steps=4000):
             continue
         scheduled, load, usage = begin(state)
         state, progress = end(scheduled)
-        rows, copied, wanted, first, ended = slow.step()
+        rows, copied, expected, first, ended = slow.step()
         taking = np.asarray(load.query_lens) > 0
         found = zip(
             np.asarray(load.query_lens)[taking].tolist(),
@@ -185,8 +186,8 @@ def drive(system, slow, arrivals, max_steps=4000):
         assert int(load.num_logits) == len(rows)
         assert int(load.num_copied_tokens) == copied
         usage = {name: int(value) for name, value in usage._asdict().items()}
-        assert {name: usage[name] for name in wanted} == wanted
-        assert sum(wanted.values()) == system.num_slots
+        assert {name: usage[name] for name in expected} == expected
+        assert sum(expected.values()) == system.num_slots
         numbers = np.asarray(progress.requests)
         assert sorted(numbers[np.asarray(progress.has_first)].tolist()) == first
         assert sorted(numbers[np.asarray(progress.has_ended)].tolist()) == ended
@@ -200,7 +201,7 @@ def drive(system, slow, arrivals, max_steps=4000):
 
 
 def pair(name):
-    """A small system and its slow model."""
+    """Return a small system and its slow model."""
     if name == "contiguous":
         system = Contiguous(SLOTS, MAX_LEN, SEQS, TOKENS, WIDTH)
         return system, SlowContiguous(SLOTS, MAX_LEN, SEQS, TOKENS)
@@ -240,7 +241,7 @@ def arrivals(draw):
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=12)
 @given(rows=arrivals())
-def test_every_step_is_that_of_a_slow_model(name, rows):
+def test_every_step_matches_the_slow_model(name, rows):
     drive(*pair(name), rows)
 
 
@@ -252,19 +253,19 @@ def crowd(count=40, seed=0):
     seqs = rng.integers(1, WIDTH + 1, count)
     columns = (steps, prompts, outputs, seqs)
     rows = list(zip(*(c.tolist() for c in columns), strict=True))
-    # At last prompts that together are too many tokens for a step, but fit into memory.
+    # The last prompts exceed the tokens of a step together, but fit into memory.
     return rows + [(1000, 40, 4, 1)] * 4
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_crowd_waits_and_is_served_as_by_a_slow_model(name):
+def test_a_crowd_of_requests_matches_the_slow_model(name):
     num_stuck, num_together = drive(*pair(name), crowd())
     assert num_stuck > 20
     assert num_together > 20
 
 
 def fault_estimate(monkeypatch):
-    monkeypatch.setattr(baselines, "_log2_up", lambda n: 33 - jax.lax.clz(n - 1))
+    monkeypatch.setattr(orca, "_ceil_log2", lambda n: 33 - jax.lax.clz(n - 1))
 
 
 def fault_no_merge(monkeypatch):
@@ -273,11 +274,11 @@ def fault_no_merge(monkeypatch):
             state.orders.at[begin].set(order), state.num_free.at[order].add(1)
         )
 
-    monkeypatch.setattr(buddy, "free", free)
+    monkeypatch.setattr(buddy, "free_chunk", free)
 
 
 def fault_leak(monkeypatch):
-    monkeypatch.setattr(Orca, "_let_go", lambda self, state, gone: state)
+    monkeypatch.setattr(Orca, "_release_memory", lambda self, state, is_released: state)
 
 
 def fault_prompt_tokens(monkeypatch):
@@ -287,7 +288,7 @@ def fault_prompt_tokens(monkeypatch):
 @pytest.mark.parametrize(
     "fault", [fault_estimate, fault_no_merge, fault_leak, fault_prompt_tokens]
 )
-def test_a_planted_fault_is_found(fault, monkeypatch):
+def test_a_planted_fault_breaks_the_match(fault, monkeypatch):
     fault(monkeypatch)
     jitted.cache_clear()
     with pytest.raises(AssertionError):
@@ -296,7 +297,7 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
 
 
 def run_saturated(system, count, lengths):
-    """The (usage, num_running) of each step, with all requests there from the start."""
+    """Return the usage of each step while more requests wait than fit."""
     submit, begin, end = jitted(system)
     state, number, seen = system.init(), 0, []
     for _ in range(count):
@@ -311,14 +312,14 @@ def run_saturated(system, count, lengths):
     return seen
 
 
-def test_orca_max_batches_seven_requests_where_the_paper_s_does():
+def test_orca_max_batches_seven_requests_as_in_the_paper():
     # OPT-13B on an A100-40GB: 12 GiB of keys and values, 800 KiB per token.
     system = Orca(num_slots=12 * 2**20 // 800, reserve="max")
     assert system.num_slots == 15728
     lengths = [(161, 12), (35, 27), (500, 6), (9, 33)]
     for usage in run_saturated(system, 60, lengths):
         assert usage["num_requests"] == 7
-        assert usage["external"] == 15728 - 7 * 2048  # 8.9 %, Figure 2
+        assert usage["external"] == 15728 - 7 * 2048  # 8.9 %, figure 2
         assert usage["free"] == 0
     oracle = Orca(num_slots=15728, reserve="oracle")
     usage = run_saturated(oracle, 40, lengths)
@@ -326,11 +327,11 @@ def test_orca_max_batches_seven_requests_where_the_paper_s_does():
     assert max(one["num_requests"] for one in usage) > 30
 
 
-def test_no_more_sequences_run_than_the_limit():
+def test_max_num_seqs_limits_the_running_sequences():
     system = Orca(num_slots=15728, reserve="oracle", max_num_seqs=5)
     usage = run_saturated(system, 20, [(20, 12)])
     assert {one["num_requests"] for one in usage} == {5}
-    # Memory is not what the next waits for.
+    # Memory does not prevent the next admission.
     assert all(one["free"] > 0 for one in usage)
 
 
@@ -338,12 +339,12 @@ def test_no_more_sequences_run_than_the_limit():
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_forks_are_beams_less_those_that_are_continued(probability):
+def test_forks_are_the_beams_minus_the_continued_beams(probability):
     width, count = 4, 4000
     widths = jnp.full(count, width)
-    forks = baselines.num_forks(jax.random.key(0), widths, (count, 6), probability)
+    forks = orca.num_forks(jax.random.key(0), widths, (count, 6), probability)
     forks = np.asarray(forks)
-    # By hand: parent p is continued by none with these odds, its own beam and the rest.
+    # By hand: the probabilities that no other beam continues p, and that p does not.
     by_others = (1 - probability / width) ** (width - 1)
     by_itself = probability * (1 - 1 / width)
     assert forks.min() >= 0
@@ -351,7 +352,7 @@ def test_forks_are_beams_less_those_that_are_continued(probability):
     assert forks.mean() == pytest.approx(width * by_others * by_itself, abs=0.05)
 
 
-def test_beams_copy_whole_chunks_after_the_copies_of_the_prompt():
+def test_beams_copy_whole_chunks_after_the_prompt():
     system = Orca(SLOTS, "max", MAX_LEN, CHUNK, SEQS, TOKENS, WIDTH, 1.0)
     submit, begin, end = jitted(system)
     state, _ = submit(system.init(), request(0, 20, 40, 1, 3))
@@ -386,7 +387,7 @@ def workload(prompt=10, output=10, samples=1):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_requests_that_could_never_be_served_are_named(name):
+def test_a_request_that_can_never_be_served_raises(name):
     system, _ = pair(name)
     system.check(workload(output=MAX_LEN - 10, samples=WIDTH))
     with pytest.raises(ValueError, match=r"64 tokens, prompt and output.*request 1"):
@@ -396,7 +397,7 @@ def test_requests_that_could_never_be_served_are_named(name):
 
 
 @pytest.mark.parametrize("system", [Orca, Contiguous, FasterTransformer])
-def test_a_group_larger_than_memory_is_named(system):
+def test_a_request_larger_than_memory_raises(system):
     small = system(130, max_len=64, max_num_seqs=8, max_seqs_per_request=8)
     small.check(workload(samples=2))
     with pytest.raises(ValueError, match=r"slots per request.*request 1.*num_slots"):
@@ -406,26 +407,29 @@ def test_a_group_larger_than_memory_is_named(system):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Orca(5000, "half"), "reserve: wanted max, pow2 or oracle, got 'half'"),
-        (lambda: Orca(5000, max_len=100), "max_len: wanted a power of two, got 100"),
-        (lambda: Orca(5000, min_chunk=3), "min_chunk: wanted a power of two, got 3"),
-        (lambda: Orca(5000, min_chunk=4096), "min_chunk: wanted at most max_len"),
-        (lambda: Orca(1000), "num_slots: wanted at least max_len, 2048, got 1000"),
-        (lambda: Orca(5000, fork_probability=2.0), "wanted a probability, got 2.0"),
-        (lambda: Contiguous(5000, max_num_seqs=0), "max_num_seqs: wanted at least 1"),
+        (
+            lambda: Orca(5000, "half"),
+            "reserve: expected max, pow2 or oracle, got 'half'",
+        ),
+        (lambda: Orca(5000, max_len=100), "max_len: expected a power of two, got 100"),
+        (lambda: Orca(5000, min_chunk=3), "min_chunk: expected a power of two, got 3"),
+        (lambda: Orca(5000, min_chunk=4096), "min_chunk: expected at most max_len"),
+        (lambda: Orca(1000), "num_slots: expected at least max_len .2048., got 1000"),
+        (lambda: Orca(5000, fork_probability=2.0), "expected a probability, got 2.0"),
+        (lambda: Contiguous(5000, max_num_seqs=0), "max_num_seqs: expected at least 1"),
         (
             lambda: Contiguous(5000, max_num_batched_tokens=100),
-            "max_num_batched_tokens: wanted at least max_len",
+            "max_num_batched_tokens: expected at least max_len",
         ),
-        (lambda: FasterTransformer(100), "num_slots: wanted at least max_len"),
+        (lambda: FasterTransformer(100), "num_slots: expected at least max_len"),
     ],
 )
-def test_sizes_that_make_no_system_are_refused(make, message):
+def test_invalid_sizes_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_an_output_beyond_the_limit_that_was_promised_is_refused():
+def test_an_output_longer_than_the_output_limit_raises():
     workload = Workload(np.zeros(2), [5, 5], [6, 9])
     with pytest.raises(ValueError, match=r"output_limit: .*got 8, but 9 at index 1"):
         NoEvict(4096, output_limit=8).check(workload)

@@ -1,4 +1,4 @@
-"""The offline optimum: no choice of what to keep, tried by enumeration, beats it."""
+"""No eviction and no order, found by enumeration, beats the offline optima."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 
 
 def most_hits(prompts, capacity: int) -> int:
-    """The most blocks known in all, over every choice of what to keep after each."""
+    """Return the most blocks found in total, over all choices of what to keep."""
 
     @functools.cache
     def best(number: int, kept: frozenset) -> int:
@@ -31,7 +31,7 @@ def most_hits(prompts, capacity: int) -> int:
         lead = list(itertools.takewhile(kept.__contains__, prompt))
         there = kept | set(prompt)
         size = min(capacity, len(there))
-        # More kept is never worse, so only full stores are tried.
+        # Keeping more is never worse, so only full caches are tried.
         choices = itertools.combinations(sorted(there), size)
         after = max(best(number + 1, frozenset(choice)) for choice in choices)
         return len(lead) + after
@@ -39,7 +39,7 @@ def most_hits(prompts, capacity: int) -> int:
     return best(0, frozenset())
 
 
-# A tree of blocks: the children of b are 2b + 1 and 2b + 2, so paths share beginnings.
+# A tree of blocks: the children of b are 2b + 1 and 2b + 2, so paths share prefixes.
 def path_to(block: int) -> tuple[int, ...]:
     path = [block]
     while path[-1]:
@@ -51,12 +51,12 @@ def path_to(block: int) -> tuple[int, ...]:
     ends=st.lists(st.integers(0, 6), min_size=1, max_size=6),
     capacity=st.integers(0, 4),
 )
-def test_no_choice_of_what_to_keep_finds_more(ends, capacity):
+def test_no_eviction_finds_more_blocks(ends, capacity):
     prompts = [path_to(end) for end in ends]
     assert belady_hits(prompts, capacity).sum() == most_hits(prompts, capacity)
 
 
-def test_the_prefix_cache_stays_below_it_and_meets_it_where_all_fits():
+def test_the_prefix_cache_finds_at_most_the_optimum():
     prompts = [prompt.hash_ids for prompt in synthetic_trace(200, 16, seed=0)]
     distinct = len(set(itertools.chain(*prompts)))
     for capacity in (50, 200, distinct):
@@ -66,54 +66,55 @@ def test_the_prefix_cache_stays_below_it_and_meets_it_where_all_fits():
     np.testing.assert_array_equal(hits, optimum)
 
 
-def test_dropping_what_is_wanted_soonest_is_worse():
-    # A planted fault: of two blocks with room for one, the wrong one is kept.
+def test_evicting_the_block_with_the_nearest_use_is_worse():
+    # With space for one of two blocks, keeping the wrong one finds fewer.
     prompts = [(1,), (2,), (1,), (1,), (2,)]
     assert belady_hits(prompts, 1).tolist() == [0, 0, 1, 1, 0]
     assert most_hits(tuple(prompts), 1) == 2
 
 
-def test_what_cannot_be_is_refused():
+def test_a_negative_capacity_raises():
     with pytest.raises(ValueError, match="capacity: expected at least 0, got -1"):
         belady_hits([(1,)], -1)
 
 
-def test_equal_ids_behind_other_beginnings_are_other_blocks():
+def test_equal_ids_after_different_prefixes_are_different_blocks():
     assert belady_hits([(1, 2), (3, 2), (3, 2, 2), (1, 2)], 9).tolist() == [0, 0, 2, 2]
 
 
 COST = Roofline.of(served_model("opt-13b"), find_chip("a100-40g"), 1, step_s=0.002)
 
 
-def test_a_request_that_is_alone_takes_the_least_that_any_can():
-    # So far apart that each is alone: the bound is met, to the clock's microseconds.
+def test_a_request_alone_meets_the_bound():
+    # Each request runs alone: the bound is met, up to the clock's microseconds.
     far = Workload(np.array([0.0, 100.0, 200.0]), [5, 300, 1], [9, 1, 60])
-    system = find_system("vllm", far, 4096, max_num_seqs=8)
+    system = find_system("vllm", far, 4096, max_num_seqs=8, max_model_len=512)
     took = simulate(system, far, COST).end_times - far.arrivals
     np.testing.assert_allclose(took, alone_seconds(far, COST), atol=60e-6)
-    # Together they wait for each other, and none is faster.
+    # Together they delay each other, and none is faster.
     near = Workload(np.zeros(3), [5, 300, 1], [9, 1, 60])
     took = simulate(system, near, COST).end_times
     assert (took >= alone_seconds(near, COST) - 60e-6).all()
     assert took.sum() > 1.01 * alone_seconds(near, COST).sum()
 
 
-def test_of_a_prompt_that_may_be_cached_only_the_last_token_counts():
+def test_only_the_last_token_of_a_prompt_that_may_be_cached_counts():
     one = Workload(np.zeros(1), [64], [5])
     shared = one.with_shared_prefix(32, 16)
     short = Workload(np.zeros(1), [63], [6])  # one prompt token fewer, one decoded more
     (mine,), (other,) = alone_seconds(shared, COST), alone_seconds(short, COST)
     (whole,) = alone_seconds(one, COST)
     prompt = simulate(
-        find_system("vllm", short, 4096, max_num_seqs=8), short, COST
+        find_system("vllm", short, 4096, max_num_seqs=8, max_model_len=512), short, COST
     ).times_to_first_token[0]
     assert mine == pytest.approx(other - prompt, abs=20e-6)
     assert mine < whole
 
 
-def test_where_one_runs_at_a_time_the_best_order_is_smiths():
-    # All wait from the start, each runs alone: the sum of weighted ends is least with
-    # the shortest time over weight first (Smith 1956); the weight is 1 / output length.
+def test_the_best_order_with_one_row_is_smiths_rule():
+    # All requests wait from the start and run one after the other. The sum of weighted
+    # end times is least if the shortest time over weight comes first (Smith 1956); the
+    # weight is 1 / output length.
     jobs = Workload(np.zeros(4), [8, 8, 8, 8], [12, 3, 20, 6])
     ratio = alone_seconds(jobs, COST) * jobs.output_lens
     engine = find_system("vllm", jobs, 1024, max_num_seqs=1)
@@ -123,7 +124,7 @@ def test_where_one_runs_at_a_time_the_best_order_is_smiths():
     assert outcome.normalized_latencies.mean() < 0.8 * fcfs.normalized_latencies.mean()
 
 
-def test_more_orders_than_can_be_tried_are_refused():
+def test_too_many_requests_to_order_raise():
     many = Workload(np.zeros(8), np.ones(8, int), np.ones(8, int))
     engine = find_system("vllm", many, 1024, max_num_seqs=1)
     with pytest.raises(ValueError, match=r"at most 7 requests, .* got 8"):

@@ -1,4 +1,4 @@
-"""The simulator runs the engine's own schedule, on a clock that keeps exact time."""
+"""The simulator runs the engine's own schedule, on a clock with exact time."""
 
 import dataclasses
 import fractions
@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jpaged import engine, models
-from jpaged.config import EngineConfig
+from jpaged.config import EngineConfig, Speculation
 from jpaged.models import config as model_config
 from jpaged.params import SamplingParams
 from jpaged.simulator import loop
-from jpaged.simulator.clock import Clock
+from jpaged.simulator.clock import VirtualTime
 from jpaged.simulator.simulate import simulate, sweep
+from jpaged.simulator.systems import synthetic_tokens
+from jpaged.simulator.systems.engine_entries import make_engine_system
 from jpaged.simulator.systems.engine_system import EngineSystem
-from jpaged.simulator.systems.registry import SYSTEMS, engine_system, find_system
+from jpaged.simulator.systems.registry import SYSTEMS, find_system
 from jpaged.simulator.workloads.workload import Workload
 
 pytestmark = pytest.mark.long
@@ -27,8 +29,8 @@ pytestmark = pytest.mark.long
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Constant:
-    """Every step takes as long."""
+class ConstantCost:
+    """A cost model whose steps all take the same time."""
 
     seconds: jax.Array
 
@@ -37,7 +39,7 @@ class Constant:
         return self.seconds
 
 
-HALF = Constant(jnp.float32(0.5))
+HALF = ConstantCost(jnp.float32(0.5))
 SIZES = dict(
     num_blocks=24,
     block_size=4,
@@ -54,18 +56,20 @@ def at_once(prompt_lens, output_lens, **more) -> Workload:
     return Workload(np.zeros(len(prompt_lens)), prompt_lens, output_lens, **more)
 
 
-def drawn(count: int, seed: int, **more) -> Workload:
+def random_workload(count: int, seed: int, **more) -> Workload:
     rng = np.random.default_rng(seed)
     return at_once(rng.integers(1, 30, count), rng.integers(1, 30, count), **more)
 
 
 def run_to_end(system: EngineSystem, workload: Workload) -> loop.Simulation:
     trace = loop.trace(workload)
-    return loop.advance(system, HALF, trace, loop.init(system, trace), 10_000)
+    return loop.run_steps(
+        system, HALF, trace, loop.init_simulation(system, trace), 10_000
+    )
 
 
 def real_engine(config: EngineConfig, workload: Workload) -> engine.EngineState:
-    """The engine with a model, its prompts such that none begins like another."""
+    """Run the engine with a model, on prompts that share no prefix."""
     model = models.init_model(
         model_config.ModelConfig(
             architecture="LlamaForCausalLM",
@@ -94,8 +98,8 @@ def real_engine(config: EngineConfig, workload: Workload) -> engine.EngineState:
 
 
 @functools.cache
-def real_run_of_twenty(config: EngineConfig) -> engine.EngineState:
-    return real_engine(config, drawn(20, seed=3))
+def real_run_of_twenty_requests(config: EngineConfig) -> engine.EngineState:
+    return real_engine(config, random_workload(20, seed=3))
 
 
 @pytest.mark.parametrize(
@@ -108,10 +112,10 @@ def real_run_of_twenty(config: EngineConfig) -> engine.EngineState:
     ],
     ids=["recompute", "swap", "policy", "chunks"],
 )
-def test_a_simulated_schedule_is_the_engines_own_step_for_step(more):
-    workload = drawn(20, seed=3)
+def test_a_simulated_schedule_equals_the_engines_step_by_step(more):
+    workload = random_workload(20, seed=3)
     config = EngineConfig(**SIZES, **more)
-    real = real_run_of_twenty(config)
+    real = real_run_of_twenty_requests(config)
     simulated = run_to_end(EngineSystem(config), workload).state.engine
     assert int(real.counters.num_preemptions) > 0  # the load is tight enough to matter
     for name in ("num_steps", "num_tokens", "num_preemptions", "num_swapped_blocks"):
@@ -119,9 +123,11 @@ def test_a_simulated_schedule_is_the_engines_own_step_for_step(more):
     np.testing.assert_array_equal(simulated.timeline.steps, real.timeline.steps)
 
 
-def test_samples_share_their_prompt_in_the_simulation_as_in_the_engine():
-    workload = drawn(10, seed=5, num_samples=np.array([1, 3, 2, 1, 2, 3, 1, 1, 2, 1]))
-    config = EngineConfig(**SIZES | {"num_blocks": 64})
+def test_samples_share_their_prompt_as_in_the_engine():
+    workload = random_workload(
+        10, seed=5, num_samples=np.array([1, 3, 2, 1, 2, 3, 1, 1, 2, 1])
+    )
+    config = EngineConfig(**SIZES)  # as above, so that no other engine is compiled
     real = real_engine(config, workload)
     kinds = ((1, 0), (2, 0), (3, 0))
     simulated = run_to_end(EngineSystem(config, kinds), workload).state.engine
@@ -129,10 +135,10 @@ def test_samples_share_their_prompt_in_the_simulation_as_in_the_engine():
     assert np.any(np.asarray(real.timeline.steps)[:, 3] > 0)  # blocks were saved
 
 
-def test_times_are_those_that_a_hand_reckons():
-    # Step of 0.5 s: the first request comes at 1.25 to an idle system and has its
-    # tokens at 1.75, 2.25 and 2.75; the second comes at 1.5, within the first step, is
-    # let in at 1.75, and has its only token at 2.25. The third waits for the year 10.
+def test_times_match_a_calculation_by_hand():
+    # Steps take 0.5 s. The first request arrives at 1.25 at an idle system and gets its
+    # tokens at 1.75, 2.25 and 2.75. The second arrives at 1.5, during the first step,
+    # is admitted at 1.75 and gets its only token at 2.25. The third arrives at 10.
     workload = Workload(np.array([1.25, 1.5, 10.0]), [5, 6, 7], [3, 1, 2])
     outcome = simulate(EngineSystem(EngineConfig(**SIZES)), workload, HALF)
     np.testing.assert_array_equal(outcome.first_times, [1.75, 2.25, 10.5])
@@ -142,15 +148,16 @@ def test_times_are_those_that_a_hand_reckons():
     assert outcome.num_steps == 5
 
 
-def test_means_count_between_the_warm_up_and_the_last_arrival():
-    # Arrivals at 0, 5 and 10; a step lasts 0.5 s; each request runs for 4 steps. From
-    # 1.0 s on (a tenth) steps at 1.0 and 1.5 are the first one's, those at 5.0 to 6.5
-    # the second one's; what begins at 10.0 or later does not count.
+def test_means_count_steps_between_the_warm_up_and_the_last_arrival():
+    # Arrivals at 0, 5 and 10; a step takes 0.5 s; each request runs for 4 steps. The
+    # warm-up ends at 1.0 s (a tenth). Steps at 1.0 and 1.5 belong to the first request
+    # and steps at 5.0 to 6.5 to the second. Steps at 10.0 or later do not count.
     workload = Workload(np.array([0.0, 5.0, 10.0]), [4, 4, 4], [4, 4, 4])
     outcome = simulate(EngineSystem(EngineConfig(**SIZES)), workload, HALF)
     assert outcome.totals.num_steps == 6
     assert outcome.mean("num_requests") == 1.0
-    # Tokens held: 6, 7 of the first, then 4, 5, 6, 7; in blocks of 4, two but once.
+    # Stored tokens: 6 and 7 of the first, then 4, 5, 6 and 7 of the second. They use
+    # two blocks of 4, except for the step with 4 tokens.
     assert outcome.composition["token_states"] == pytest.approx(35 / (11 * 4))
 
 
@@ -160,27 +167,31 @@ def test_means_count_between_the_warm_up_and_the_last_arrival():
 )
 def test_the_clock_adds_up_microseconds_exactly(start, steps):
     micros = start % (2**30 * 10**6)
-    clock = Clock(*map(jnp.int32, divmod(micros, 10**6)))
+    clock = VirtualTime(*map(jnp.int32, divmod(micros, 10**6)))
     for seconds in steps:
         before = clock
         clock = clock.after(jnp.float32(seconds))
         micros += round(fractions.Fraction(seconds) * 10**6)
         assert not bool(clock.is_before(before))
-    # Half a microsecond rounds to even here and there, whole ones are exact.
+    # Half a microsecond may be rounded to even; whole microseconds are exact.
     found = int(clock.seconds) * 10**6 + int(clock.micros)
-    assert abs(found - micros) <= len(steps) * 4  # a step's float32 has 4 of them
+    assert (
+        abs(found - micros) <= len(steps) * 4
+    )  # a float32 of 100 s is exact to 4 of them
 
 
-def test_the_same_workload_gives_the_same_outcome_bit_for_bit():
-    workload, system = drawn(12, seed=1), EngineSystem(EngineConfig(**SIZES))
+def test_the_same_workload_gives_identical_results():
+    workload, system = random_workload(12, seed=1), EngineSystem(EngineConfig(**SIZES))
     one, two = (simulate(system, workload, HALF).summary() for _ in range(2))
     assert one == two
 
 
 @pytest.mark.parametrize("name", ["vllm", "orca_oracle"])
-def test_a_sweep_is_what_its_simulations_are_one_by_one(name):
-    workloads = [drawn(count, seed) for count, seed in ((9, 0), (14, 1), (3, 2))]
-    costs = [Constant(jnp.float32(seconds)) for seconds in (0.5, 0.25, 1.0)]
+def test_a_sweep_equals_separate_simulations(name):
+    workloads = [
+        random_workload(count, seed) for count, seed in ((9, 0), (14, 1), (3, 2))
+    ]
+    costs = [ConstantCost(jnp.float32(seconds)) for seconds in (0.5, 0.25, 1.0)]
     sizes = {"block_size": 4, "max_model_len": 64} if name == "vllm" else {}
     system = find_system(name, workloads[0], 4096, max_num_seqs=8, **sizes)
     together = sweep(system, workloads, costs)
@@ -190,58 +201,63 @@ def test_a_sweep_is_what_its_simulations_are_one_by_one(name):
         np.testing.assert_array_equal(outcome.end_times, alone.end_times)
 
 
-def test_settings_of_the_scheduler_are_swept_in_one_program():
-    workload = drawn(30, seed=3)
+def test_one_program_sweeps_scheduler_parameters():
+    workload = random_workload(20, seed=3)
     numbers = [
-        dict(watermark=0.0),
-        dict(watermark=0.3),
         dict(policy_parameters=(0, 0, 1.0, 0, 0, 0)),
-        dict(policy_parameters=(1.0, 0, -0.5, 0, 0, 0), max_num_seqs=3),
+        dict(policy_parameters=(1.0, 0, -0.5, 0, 0, 0), max_num_seqs=3, watermark=0.3),
         dict(max_prompt_chunk=5, max_num_batched_tokens=16),
+        dict(watermark=0.3),
+        dict(watermark=0.0),
     ]
     none = dict(policy="weighted", policy_parameters=(0.0,) * 6)
     systems = [EngineSystem(EngineConfig(**SIZES | none | one)) for one in numbers]
     together = sweep(systems, workload, HALF)
-    ends = []
-    for system, outcome in zip(systems, together, strict=True):
-        # Alone, and without the arrays: the numbers are constants of the program.
-        alone = loop.trace(workload)
-        alone = loop.advance(system, HALF, alone, loop.init(system, alone), 10_000)
-        ends.append(alone.end_times.as_seconds().tolist())
-        assert outcome.end_times.tolist() == ends[-1]
-    assert len(set(map(tuple, ends))) == len(numbers)  # each of them matters
+    ends = [outcome.end_times.tolist() for outcome in together]
+    assert len(set(map(tuple, ends))) == len(numbers)  # every setting changes the times
+    # In separate programs the parameters are constants. The two have all of them.
+    for index in (1, 2):
+        alone = run_to_end(systems[index], workload)
+        assert ends[index] == alone.end_times.as_seconds().tolist()
     by_length = EngineSystem(EngineConfig(**SIZES | {"policy": "shortest_prompt"}))
-    assert ends[2] == simulate(by_length, workload, HALF).end_times.tolist()
+    alone = run_to_end(by_length, workload)
+    assert ends[0] == alone.end_times.as_seconds().tolist()
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         (EngineSystem(EngineConfig(**SIZES | {"num_blocks": 25})), "expected engines"),
-        (find_system("orca_max", drawn(3, 0), 4096), "expected engines"),
+        (find_system("orca_max", random_workload(3, 0), 4096), "expected engines"),
     ],
 )
-def test_a_sweep_refuses_systems_that_need_programs_of_their_own(other, message):
+def test_a_sweep_of_systems_without_a_common_program_raises(other, message):
     system = EngineSystem(EngineConfig(**SIZES))
     with pytest.raises(ValueError, match=message):
-        sweep([system, other], drawn(3, 0), HALF)
+        sweep([system, other], random_workload(3, 0), HALF)
     with pytest.raises(ValueError, match="expected the same baseline"):
-        sweep([find_system("orca_max", drawn(3, 0), 4096), system], drawn(3, 0), HALF)
+        sweep(
+            [find_system("orca_max", random_workload(3, 0), 4096), system],
+            random_workload(3, 0),
+            HALF,
+        )
     with pytest.raises(ValueError, match=r"lists of \{\}"):
-        sweep(system, drawn(3, 0), HALF)
+        sweep(system, random_workload(3, 0), HALF)
 
 
-def test_requests_that_find_no_place_wait_at_the_door_in_order():
+def test_requests_that_do_not_fit_into_the_table_wait_in_order():
     config = EngineConfig(**SIZES | {"max_num_requests": 6})
-    few = simulate(EngineSystem(config), drawn(20, seed=3), HALF)
-    many = simulate(EngineSystem(EngineConfig(**SIZES)), drawn(20, seed=3), HALF)
+    few = simulate(EngineSystem(config), random_workload(20, seed=3), HALF)
+    many = simulate(
+        EngineSystem(EngineConfig(**SIZES)), random_workload(20, seed=3), HALF
+    )
     np.testing.assert_array_equal(few.end_times, many.end_times)
-    # Who waits there counts as waiting too.
+    # Requests that wait outside the table are counted too.
     assert few.mean("num_waiting") == many.mean("num_waiting") > 1
 
 
-def test_prompts_of_equal_content_are_found_in_the_prefix_cache():
-    # One after the other; of 10 prompt tokens the first 8 are the same: two blocks.
+def test_the_prefix_cache_finds_prompts_with_equal_contents():
+    # One request after the other; the first two blocks of 4 prompt tokens are equal.
     workload = Workload(
         np.arange(5) * 100.0,
         [10] * 5,
@@ -258,27 +274,27 @@ def test_prompts_of_equal_content_are_found_in_the_prefix_cache():
 
 def test_beams_end_together_and_share_blocks():
     workload = at_once([9, 9], [20, 12], beam_widths=np.array([3, 3]))
-    system = engine_system(workload, 4096, block_size=4, max_num_seqs=8)
+    system = make_engine_system(workload, 4096, block_size=4, max_num_seqs=8)
     outcome = simulate(system, workload, HALF, warmup=0.0)
-    # A step for the prompt but its last token, and one for each token of the output.
+    # A step for the prompt without its last token, and a step for each output token.
     np.testing.assert_array_equal(outcome.end_times, [10.5, 6.5])
     assert 0.3 < outcome.saved_share < 2 / 3
 
 
 @pytest.mark.slow
-def test_the_sharper_the_models_choice_the_more_beams_share():
+def test_the_beam_concentration_changes_what_beams_share():
     workload = at_once([9] * 3, [40] * 3, beam_widths=np.array([4] * 3))
     shares = []
     for concentration in (0.5, 4.0):
-        system = engine_system(workload, 4096, block_size=4, max_num_seqs=12)
+        system = make_engine_system(workload, 4096, block_size=4, max_num_seqs=12)
         system = dataclasses.replace(system, beam_concentration=concentration)
         shares.append(simulate(system, workload, HALF, warmup=0.0).saved_share)
     assert shares[0] != shares[1]
 
 
 @pytest.mark.slow
-def test_every_system_runs_a_workload_to_its_end():
-    workload = drawn(10, seed=0)
+def test_every_system_finishes_a_workload():
+    workload = random_workload(10, seed=0)
     for name in SYSTEMS:
         system = find_system(name, workload, 8192, max_num_seqs=8)
         outcome = simulate(system, workload, HALF)
@@ -289,39 +305,37 @@ def test_every_system_runs_a_workload_to_its_end():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda: at_once([50], [30]), r"index 0 could never run.*max_model_len \(64\)"),
+        (lambda: at_once([50], [30]), r"index 0 can never run.*max_model_len \(64\)"),
         (lambda: at_once([5], [5], num_samples=np.array([2])), r"kinds.*\(2, 0\)"),
         (lambda: at_once(np.zeros(0, int), np.zeros(0, int)), "at least one request"),
     ],
 )
-def test_a_workload_that_cannot_run_is_refused_before_it_starts(change, words):
+def test_a_workload_that_can_never_run_raises(change, words):
     with pytest.raises(ValueError, match=words):
         simulate(EngineSystem(EngineConfig(**SIZES)), change(), HALF)
 
 
-def test_an_unknown_system_is_answered_with_those_there_are():
+def test_an_unknown_system_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"orca_max.*got 'orca'"):
-        find_system("orca", drawn(1, 0), 4096)
+        find_system("orca", random_workload(1, 0), 4096)
 
 
-def test_speculation_has_no_cost_model():
+def test_speculation_raises():
     config = EngineConfig(**SIZES)
-    from jpaged.config import Speculation
-
     with pytest.raises(ValueError, match=r"config\.speculation: expected None"):
         EngineSystem(dataclasses.replace(config, speculation=Speculation()))
 
 
-def test_a_planted_fault_in_the_simulation_breaks_the_equality(monkeypatch):
-    # One who forgets that a row computes its last token before the next is decided.
-    from jpaged.simulator.systems import engine_system as room
-
+def test_a_planted_fault_breaks_the_equality_with_the_engine(monkeypatch):
+    # The fault: every row of a step gets a new token, also in the middle of a prompt.
     monkeypatch.setattr(
-        room, "_computes_last", lambda scheduled: scheduled.plan.num_tokens > 0
+        synthetic_tokens,
+        "computes_last_token",
+        lambda scheduled: scheduled.plan.num_tokens > 0,
     )
     config = EngineConfig(**SIZES)
-    real = real_run_of_twenty(config)
-    # Another system to the cache of compiled programs, and alike without beams.
+    real = real_run_of_twenty_requests(config)
+    # Another concentration makes a new program; without beams it changes nothing else.
     system = EngineSystem(config, beam_concentration=2.5)
-    simulated = run_to_end(system, drawn(20, seed=3)).state.engine
+    simulated = run_to_end(system, random_workload(20, seed=3)).state.engine
     assert simulated.counters.num_steps != real.counters.num_steps

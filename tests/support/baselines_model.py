@@ -1,10 +1,10 @@
-"""Slow models of the baselines in plain Python, from the paper's rules alone."""
+"""Slow models of the baselines in plain Python, written from the paper's rules."""
 
 import dataclasses
 
 
 class Buddy:
-    """Free chunks as sets of (begin, size), in slots; a chunk is known by both."""
+    """A buddy allocator: the set of free chunks (begin, size), in KV slots."""
 
     def __init__(self, num_slots: int, smallest: int, largest: int):
         self.largest = largest
@@ -35,7 +35,7 @@ class Buddy:
     def release(self, chunk: tuple[int, int]) -> None:
         begin, size = chunk
         while size < self.largest:
-            # In a pair, the first begins at a multiple of both.
+            # The first chunk of a pair begins at a multiple of the pair's size.
             is_first = begin % (2 * size) == 0
             buddy = (begin + size if is_first else begin - size, size)
             if buddy not in self.free:
@@ -49,8 +49,8 @@ class Buddy:
 
 
 @dataclasses.dataclass
-class Sequenced:
-    """A request that runs or waits."""
+class SlowRequest:
+    """A running or waiting request."""
 
     number: int
     prompt: int
@@ -72,16 +72,16 @@ def power_of_two(number: int) -> int:
 
 
 class SlowOrca:
-    """Iteration-level FCFS with whole reservations."""
+    """Iteration-level scheduling, first come first served, with whole reservations."""
 
     def __init__(self, num_slots, reserve, max_len, min_chunk, max_seqs, max_tokens):
         self.buddy = Buddy(num_slots, min_chunk, max_len)
         self.num_slots, self.reserve, self.max_len = num_slots, reserve, max_len
         self.min_chunk, self.max_seqs, self.max_tokens = min_chunk, max_seqs, max_tokens
-        self.waiting: list[Sequenced] = []
-        self.running: list[Sequenced] = []
+        self.waiting: list[SlowRequest] = []
+        self.running: list[SlowRequest] = []
 
-    def needed(self, one: Sequenced) -> int:
+    def needed(self, one: SlowRequest) -> int:
         estimate = {
             "max": self.max_len,
             "pow2": power_of_two(one.output),
@@ -89,7 +89,7 @@ class SlowOrca:
         }[self.reserve]
         return min(one.prompt + estimate, self.max_len)
 
-    def allocate(self, one: Sequenced) -> bool:
+    def allocate(self, one: SlowRequest) -> bool:
         before = self.buddy.copy()
         size = max(power_of_two(self.needed(one)), self.min_chunk)
         for _ in range(one.num_seqs):
@@ -100,16 +100,16 @@ class SlowOrca:
             one.chunks.append(chunk)
         return True
 
-    def release(self, one: Sequenced) -> None:
+    def release(self, one: SlowRequest) -> None:
         for chunk in one.chunks:
             self.buddy.release(chunk)
 
     def admit(self) -> bool:
-        """Lets in who fits; whether memory is what the next waits for."""
+        """Admit requests that fit; return whether memory prevents the next one."""
         while self.waiting:
             one = self.waiting[0]
             num_seqs = sum(other.num_seqs for other in self.running)
-            # All who run compute a token per sequence or, just in, their prompt.
+            # A running request computes a token per sequence; a new one its prompt.
             tokens = sum(o.num_seqs if o.generated else o.prompt for o in self.running)
             if num_seqs + one.num_seqs > self.max_seqs:
                 break
@@ -126,7 +126,7 @@ class SlowOrca:
             return False
         return True
 
-    def rows(self, one: Sequenced) -> list[tuple[int, int]]:
+    def rows(self, one: SlowRequest) -> list[tuple[int, int]]:
         if not one.generated:
             return [(one.prompt, one.prompt)]
         return [(1, one.prompt + one.generated)] * one.num_seqs
@@ -136,7 +136,7 @@ class SlowOrca:
             ("token_states", "reservation", "internal", "external"), 0
         )
         for one in self.running:
-            # Slot by slot: of each sequence, what its chunk is for.
+            # The purpose of every KV slot in the chunk of each sequence.
             for number, (_, size) in enumerate(one.chunks):
                 has_states = one.generated or number == 0
                 stored = one.prompt + one.generated if has_states else 0
@@ -154,7 +154,7 @@ class SlowOrca:
         return usage
 
     def step(self):
-        """(rows, copied tokens, usage, first, ended) of a step."""
+        """Run a step; return (rows, copied tokens, usage, first, ended)."""
         is_stuck = self.admit()
         usage = self.usage(is_stuck)
         rows = sorted(row for one in self.running for row in self.rows(one))
@@ -176,7 +176,7 @@ class SlowOrca:
 
 
 class SlowContiguous(SlowOrca):
-    """A row of the longest length for each sequence, of any number."""
+    """A row of the longest length for each sequence."""
 
     def __init__(self, num_slots, max_len, max_seqs, max_tokens):
         super().__init__(num_slots, "max", max_len, 1, max_seqs, max_tokens)
@@ -196,7 +196,7 @@ class SlowContiguous(SlowOrca):
 
 
 class SlowNoEvict(SlowOrca):
-    """Blocks anywhere, for the prompt and the longest output that was asked for."""
+    """Blocks for the prompt and the longest declared output, in any order."""
 
     def __init__(self, num_slots, limit, block_size, max_len, max_seqs, max_tokens):
         super().__init__(num_slots, "max", max_len, 1, max_seqs, max_tokens)
@@ -213,12 +213,12 @@ class SlowNoEvict(SlowOrca):
         return blocks * self.block_size
 
     def allocate(self, one):
-        wanted = self.needed(one) // self.block_size
-        if len(self.buddy.free) < wanted * one.num_seqs:
+        needed_blocks = self.needed(one) // self.block_size
+        if len(self.buddy.free) < needed_blocks * one.num_seqs:
             return False
-        # A sequence's blocks as one chunk: how many there are is what counts.
+        # Store the blocks of a sequence as one chunk: only their number counts.
         for _ in range(one.num_seqs):
-            blocks = [self.buddy.free.pop() for _ in range(wanted)]
+            blocks = [self.buddy.free.pop() for _ in range(needed_blocks)]
             one.chunks.append((blocks, self.needed(one)))
         return True
 
@@ -228,14 +228,14 @@ class SlowNoEvict(SlowOrca):
 
 
 class SlowFasterTransformer:
-    """A batch, all of it to its end, then the next."""
+    """Static batches: the next one starts when all of a batch has finished."""
 
     def __init__(self, num_slots, max_len, max_seqs):
         self.num_slots, self.max_len = num_slots, max_len
         self.num_rows = min(num_slots // max_len, max_seqs)
         self.total_rows = num_slots // max_len
-        self.waiting: list[Sequenced] = []
-        self.running: list[Sequenced] = []
+        self.waiting: list[SlowRequest] = []
+        self.running: list[SlowRequest] = []
         self.clock = 0
 
     def step(self):

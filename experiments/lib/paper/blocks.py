@@ -1,38 +1,50 @@
-"""Figures of block size and preemption: 18 and 19."""
+"""Figures of block size and preemption: 18 and 19.
+
+Pipeline: settings -> cases -> runs -> [blocks] -> rows and drawings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lib.paper import numbers as numbers
-from experiments.lib.paper.curves import row
-from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown, by_seed
-from experiments.lib.paper.runs import Case, Run, roofline_of
+from experiments.lib.paper import numbers
+from experiments.lib.paper.curves import make_row
+from experiments.lib.paper.figures import (
+    Drawing,
+    FigureContent,
+    FigureSettings,
+    PaperFigure,
+    by_seed,
+)
+from experiments.lib.paper.runs import PaperCase, PaperRun, roofline_of
 from jpaged.arithmetic import cdiv
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 
 _X = "tokens of a block"
 _LATENCY = "normalized_latency_s"
 SWAPPED_TOKENS = 256  # of figure 19's sequence
-GOOD = 0.05  # of the least latency: a block size that works well
+GOOD = 0.05  # a block size is good if its latency is within this share of the least
 PREEMPTIONS = ("recompute", "swap")
 
 
-def _cases_18(plan: Plan) -> list[Case]:
-    duration = plan.duration("fig18")
+def _cases_18(settings: FigureSettings) -> list[PaperCase]:
+    duration = settings.duration("fig18")
     return [
-        plan.case("vllm", requests, [rate], duration=duration, block_size=size)
+        settings.case("vllm", requests, [rate], duration=duration, block_size=size)
         for requests, rate in numbers.RATES_18.items()
         for size in numbers.BLOCK_SIZES
     ]
 
 
-def _show_18(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_18(
+    settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
+) -> FigureContent:
     rows, lines = [], {}
-    cases = _cases_18(plan)
+    cases = _cases_18(settings)
     for requests in numbers.RATES_18:
         mine = [case for case in cases if case.requests == requests]
         latencies = np.array([by_seed(found[case], _LATENCY) for case in mine])
@@ -40,27 +52,28 @@ def _show_18(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
         is_good = latencies <= (1 + GOOD) * latencies.min(axis=0)
         best = [float(max(np.array(sizes)[good])) for good in is_good.T]
         text = f"{requests}: largest block size within {GOOD:.0%} of the least latency"
-        rows.append(row("fig18b", text, best, ("fig18b", requests)))
+        rows.append(make_row("fig18b", text, best, ("fig18b", requests)))
         sixteen = latencies[sizes.index(16)]
         for size, latency in zip(sizes, latencies, strict=True):
             text = f"{requests}, block size {size}: latency over that of 16"
-            rows.append(row("fig18b", text, (latency / sixteen).tolist()))
+            rows.append(make_row("fig18b", text, (latency / sixteen).tolist()))
         lines[requests] = (sizes, latencies.mean(axis=1).tolist())
     remarks = [
         "18a, the kernel's latency, is measured and not simulated: --figure fig18a.",
-        "The cost model does not see the block size, so small blocks cost nothing here "
-        "that they cost a kernel, and the least of the paper's good sizes does not "
-        "come out; what is seen is the memory that large ones waste.",
+        "The cost model does not depend on the block size, so small blocks have no "
+        "extra cost here, although they have one in a kernel. The smallest of the "
+        "paper's good sizes is therefore not reproduced; the memory that large blocks "
+        "waste is.",
     ]
     title = "Latency by block size, OPT-13B"
     drawing = Drawing(title, _X, "s/token", lines, log_x=True)
-    return Shown(rows, [drawing], remarks)
+    return FigureContent(rows, [drawing], remarks)
 
 
-def _cases_19(plan: Plan) -> list[Case]:
-    duration = plan.duration("fig19")
+def _cases_19(settings: FigureSettings) -> list[PaperCase]:
+    duration = settings.duration("fig19")
     return [
-        plan.case(
+        settings.case(
             "vllm",
             "sharegpt",
             [numbers.RATE_19],
@@ -74,20 +87,24 @@ def _cases_19(plan: Plan) -> list[Case]:
 
 
 def recompute_and_swap_s(size: int) -> tuple[float, float]:
-    """Seconds to compute a sequence of 256 tokens again, and to swap it out and in."""
+    """Return the seconds to recompute 256 tokens, and to swap them out and in."""
     model = roofline_of("opt-13b")
     none, one = jnp.zeros((1,), jnp.int32), jnp.full((1,), SWAPPED_TOKENS, jnp.int32)
     zero, blocks = jnp.int32(0), jnp.int32(cdiv(SWAPPED_TOKENS, size))
 
-    def seconds(lens, swapped, pieces) -> float:
-        load = Load(lens, lens, zero, zero, jnp.int32(swapped), jnp.int32(pieces))
-        return float(model(load)) - model.step_s
+    def seconds(
+        lens: jax.Array, swapped: jax.Array | int, pieces: jax.Array | int
+    ) -> float:
+        load = StepLoad(lens, lens, zero, zero, jnp.int32(swapped), jnp.int32(pieces))
+        return float(model(load)) - float(model.step_s)
 
     moved = blocks * size
     return seconds(one, 0, 0), seconds(none, 2 * moved, 2 * blocks)
 
 
-def _show_19(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_19(
+    settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
+) -> FigureContent:
     rows, micro = [], {how: ([], []) for how in PREEMPTIONS}
     for size in numbers.BLOCK_SIZES:
         both = recompute_and_swap_s(size)
@@ -96,8 +113,8 @@ def _show_19(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
             micro[how][1].append(seconds * 1e3)
         printed = ("fig19a", "recompute over swap") if 16 <= size else None
         text = f"256 tokens, block size {size}: recomputing over swapping"
-        rows.append(row("fig19a", text, [both[0] / both[1]], printed))
-    cases = _cases_19(plan)
+        rows.append(make_row("fig19a", text, [both[0] / both[1]], printed))
+    cases = _cases_19(settings)
     load = {how: ([], []) for how in PREEMPTIONS}
     latencies = {}
     for case in cases:
@@ -109,21 +126,21 @@ def _show_19(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
         ratio = latencies["recompute", size] / latencies["swap", size]
         printed = ("fig19b", "recompute over swap") if 16 <= size <= 64 else None
         text = f"ShareGPT, block size {size}: latency, recomputing over swapping"
-        rows.append(row("fig19b", text, ratio.tolist(), printed))
+        rows.append(make_row("fig19b", text, ratio.tolist(), printed))
     counts = [sum(by_seed(found[case], "num_preemptions")) for case in cases]
     remarks = [
         f"Preemptions in a case's runs: {min(counts):g} to {max(counts):g}.",
-        "Swapping is a copy for each layer, keys and values, of a block, at a call's "
-        "cost and the host link's bytes (`simulator.transfers`).",
+        "A swapped block takes two copies per layer, for keys and values; each takes "
+        "the time of a call and of its bytes on the host link (`costs.transfers`).",
     ]
     drawings = [
         Drawing("Overhead, 256 tokens", _X, "ms", micro, log_x=True),
         Drawing("ShareGPT end to end", _X, "s/token", load, log_x=True),
     ]
-    return Shown(rows, drawings, remarks)
+    return FigureContent(rows, drawings, remarks)
 
 
 FIGURES = {
-    "fig18": Figure("Figure 18: block size", _cases_18, _show_18),
-    "fig19": Figure("Figure 19: recomputing or swapping", _cases_19, _show_19),
+    "fig18": PaperFigure("Figure 18: block size", _cases_18, _show_18),
+    "fig19": PaperFigure("Figure 19: recomputing or swapping", _cases_19, _show_19),
 }

@@ -1,6 +1,6 @@
-"""Curves: normalised latency against rate, what rate a system sustains, and intervals.
+"""Curves: sustained rates, ratios and confidence intervals from runs.
 
-Host only: arithmetic on numbers that runs gave.
+Pipeline: runs -> [curves] -> rows. Host only.
 """
 
 from __future__ import annotations
@@ -12,57 +12,58 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from experiments.lib.paper.numbers import PRINTED, Printed
-from experiments.lib.paper.runs import Run
+from experiments.lib.paper.runs import PaperRun
 
-# Seconds per token at which systems are compared: three to four times what a lone
-# request of OPT-13B takes, and half of the paper's axis (figure 12, up to 1).
+# Seconds per token at which systems are compared: three to four times the latency of a
+# single request of OPT-13B, and half of the paper's axis (figure 12, up to 1).
 LEVELS = (0.1, 0.5)
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom; beyond, the last.
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom from 1 to 10. The last
+# one is used for more.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One number beside the paper's; None where there is none."""
+class PaperRow:
+    """A number and the paper's number; None where there is none."""
 
     figure: str
     quantity: str
     paper: str | None
     here: float | None
-    ci95: float | None  # half the width of the interval over seeds; None: one seed
-    ratio: float | None  # here / paper; of a range its nearer end, 1 within
+    ci95: float | None  # half the width of the interval over seeds; None for one seed
+    ratio: float | None  # here / paper; for a range its nearer end, 1 within it
     source: str | None
     remark: str = ""
 
 
-def row(
+def make_row(
     figure: str,
     quantity: str,
     values: Sequence[float | None],
     printed: tuple[str, ...] | Printed | None = None,
     remark: str = "",
-) -> Row:
-    """The mean of a number over seeds, beside the paper's.
+) -> PaperRow:
+    """Return the row of a number: its mean over seeds, and the paper's number.
 
     Args:
-      figure: as in flags.
-      quantity: what, with its unit.
-      values: one for each seed; None where a seed gave none.
+      figure: name of the figure, as in flags.
+      quantity: name of the number, with its unit.
+      values: one for each seed; None if a seed has none.
       printed: a key of `PRINTED`, or the paper's number itself.
-      remark: shown behind the numbers.
+      remark: shown after the numbers.
     """
     paper = PRINTED.get(printed) if isinstance(printed, tuple) else printed
-    there = [value for value in values if value is not None]
-    if len(there) < len(values):
-        lost = f"none for {len(values) - len(there)} of {len(values)} seeds"
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        lost = f"none for {len(values) - len(known)} of {len(values)} seeds"
         remark = f"{remark}; {lost}" if remark else lost
-    here = float(np.mean(there)) if there else None
-    return Row(
+    here = float(np.mean(known)) if known else None
+    return PaperRow(
         figure=figure,
         quantity=quantity,
         paper=paper and paper.text,
         here=here,
-        ci95=half_width(there),
+        ci95=half_width(known),
         ratio=paper.ratio(here) if paper and here is not None else None,
         source=paper and paper.source,
         remark=remark,
@@ -70,7 +71,7 @@ def row(
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half the 95 % confidence interval of a mean; None for fewer than two values.
+    """Return half the 95 % confidence interval of a mean; None below two values.
 
     >>> round(half_width([1.0, 2.0, 3.0]), 3)
     2.484
@@ -82,10 +83,17 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def sustained(points: Iterable[tuple[float, float]], level: float) -> float | None:
-    """The highest rate up to which the latency stays at a level or below.
+    """Return the highest rate up to which the latency is at most `level`.
 
-    Between the last rate below and the first above, the logarithm of the latency is
-    taken as linear in the rate. None: the lowest rate is above already, or no rate is.
+    The logarithm of the latency is linear in the rate between the last rate below the
+    level and the first rate above it.
+
+    Args:
+      points: pairs of rate and latency.
+      level: seconds per token.
+
+    Returns:
+      The rate; None if the lowest rate is above the level, or no rate is.
 
     >>> sustained([(1, 0.01), (2, 0.1), (3, 10)], 1.0)
     2.5
@@ -102,8 +110,10 @@ def sustained(points: Iterable[tuple[float, float]], level: float) -> float | No
     return None
 
 
-def sustained_by_seed(runs: Sequence[Run], level: float) -> dict[int, float | None]:
-    """`sustained` of each seed's curve."""
+def sustained_by_seed(
+    runs: Sequence[PaperRun], level: float
+) -> dict[int, float | None]:
+    """Return the sustained rate of each seed."""
     return {
         seed: sustained(
             [(one.rate, one.normalized_latency_s) for one in runs if one.seed == seed],
@@ -114,11 +124,15 @@ def sustained_by_seed(runs: Sequence[Run], level: float) -> dict[int, float | No
 
 
 def ratio_by_seed(
-    ours: Sequence[Run], theirs: Sequence[Run], level: float
+    ours: Sequence[PaperRun], theirs: Sequence[PaperRun], level: float
 ) -> list[float | None]:
-    """How many times the rate of the other system one sustains, for each seed."""
-    one, other = sustained_by_seed(ours, level), sustained_by_seed(theirs, level)
-    return [
-        mine / other[seed] if mine is not None and other[seed] is not None else None
-        for seed, mine in one.items()
-    ]
+    """Return the ratio of two systems' sustained rates, for each seed."""
+    other_rates = sustained_by_seed(theirs, level)
+    ratios: list[float | None] = []
+    for seed, rate in sustained_by_seed(ours, level).items():
+        other = other_rates[seed]
+        if rate is None or other is None:
+            ratios.append(None)
+        else:
+            ratios.append(rate / other)
+    return ratios

@@ -1,7 +1,9 @@
-"""Figures: which simulations each figure of the paper needs, and what it says of them.
+"""Figures: the cases of each figure of the paper, and its rows and drawings.
 
-A `Figure` has its cases, and a function from their runs to rows and drawings.
-`lib_paper_rates` has those of latency against rate.
+Pipeline: settings -> cases -> runs -> [figures] -> rows and drawings.
+
+This module has figures 1, 2, 11, 13 and 15. `rates` has the figures of latency against
+rate, and `blocks` those of block sizes.
 """
 
 from __future__ import annotations
@@ -12,9 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lib.paper import numbers as numbers
-from experiments.lib.paper.curves import Row, row
-from experiments.lib.paper.runs import PAPER_CLOCK, Case, Clock, Run, workload_of
+from experiments.lib.paper import numbers
+from experiments.lib.paper.curves import PaperRow, make_row
+from experiments.lib.paper.runs import (
+    PAPER_COST,
+    CostChoice,
+    PaperCase,
+    PaperRun,
+    workload_of,
+)
 from jpaged.simulator.costs.served_models import paper_setting
 from jpaged.simulator.simulate import COMPOSITION
 
@@ -22,36 +30,40 @@ FOUR = ("orca_max", "orca_pow2", "orca_oracle", "vllm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What flags decide for all figures."""
+class FigureSettings:
+    """The settings of all figures, from flags."""
 
     seeds: tuple[int, ...]
     scale: float  # share of the paper's hour
-    files: Mapping[str, str | None]  # lengths by "sharegpt", "alpaca"
-    clock: Clock = PAPER_CLOCK
+    files: Mapping[str, str | None]  # files of lengths, by "sharegpt" and "alpaca"
+    cost: CostChoice = PAPER_COST
 
     def duration(self, name: str = "") -> float:
-        """Seconds of arrivals of a figure or model: at most the paper's own."""
+        """Return the seconds of arrivals of a figure or model, at most the paper's."""
         own = numbers.DURATIONS.get(name, numbers.HOUR)
         return round(min(own, numbers.HOUR * self.scale), 2)
 
-    def case(self, system: str, requests: str, rates: Sequence[float], **other) -> Case:
-        """A case of OPT-13B with the plan's seeds and files, unless told otherwise."""
+    def case(
+        self, system: str, requests: str, rates: Sequence[float], **other: Any
+    ) -> PaperCase:
+        """Return a case of OPT-13B with these seeds and files; `other` overrides."""
         source = "sharegpt" if requests == "chat" else requests
         params: dict[str, Any] = {
             "model": "opt-13b",
             "duration": self.duration(),
             "seeds": self.seeds,
             "lengths_file": self.files.get(source),
-            "clock": self.clock,
+            "cost": self.cost,
         }
         rates = tuple(map(float, rates))
-        return Case(system=system, requests=requests, rates=rates, **(params | other))
+        return PaperCase(
+            system=system, requests=requests, rates=rates, **(params | other)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A panel: bars (`x` are names), or lines over numbers."""
+    """A panel of a figure: bars (x are names), or lines (x are numbers)."""
 
     title: str
     x_label: str
@@ -63,35 +75,37 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """What a figure says: rows, drawings, remarks for the report."""
+class FigureContent:
+    """The content of a figure: rows, drawings, and remarks for the report."""
 
-    rows: list[Row]
+    rows: list[PaperRow]
     drawings: list[Drawing]
     remarks: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class PaperFigure:
     """A figure of the paper."""
 
     title: str
-    cases: Callable[[Plan], list[Case]]
-    show: Callable[[Plan, Mapping[Case, list[Run]]], Shown]
+    cases: Callable[[FigureSettings], list[PaperCase]]
+    show: Callable[[FigureSettings, Mapping[PaperCase, list[PaperRun]]], FigureContent]
 
 
-def by_seed(runs: Sequence[Run], field: str, factor: float = 1.0) -> list[float]:
-    """A field of the runs, one for each."""
+def by_seed(runs: Sequence[PaperRun], field: str, factor: float = 1.0) -> list[float]:
+    """Return a field of each run, multiplied by a factor."""
     return [getattr(one, field) * factor for one in runs]
 
 
-def _none(plan: Plan) -> list[Case]:
-    del plan
+def _no_cases(settings: FigureSettings) -> list[PaperCase]:
+    del settings
     return []
 
 
-def _show_1(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
-    del plan, found
+def _show_1(
+    settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
+) -> FigureContent:
+    del settings, found
     setting = paper_setting("opt-13b")
     model, chip = setting.sizes()
     kv = setting.kv_slots * model.kv_bytes_per_token
@@ -103,7 +117,8 @@ def _show_1(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
         "a request of 2,048 tokens, GB": 2048 * model.kv_bytes_per_token / 2**30,
     }
     rows = [
-        row("fig01", name, [value], ("fig01", name)) for name, value in here.items()
+        make_row("fig01", name, [value], ("fig01", name))
+        for name, value in here.items()
     ]
     shares = {
         "parameters": here["parameters, % of memory"],
@@ -113,49 +128,55 @@ def _show_1(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
     series = {name: (["OPT-13B, A100-40GB"], [share]) for name, share in shares.items()}
     drawing = Drawing("Memory", "", "% of memory", series, kind="stacked")
     remark = (
-        "By arithmetic, without a simulation. The paper's 65 % are 26 of 40 GB; here "
-        "the 40 GB of the data sheet are 2**30 bytes each, as the 12 for keys and "
-        "values must be."
+        "By arithmetic, without a simulation. The paper's 65 % are 26 of 40 GB. Here a "
+        "GB of the data sheet is 2**30 bytes, as it must be for the 12 GB of keys and "
+        "values."
     )
-    return Shown(rows, [drawing], [remark])
+    return FigureContent(rows, [drawing], [remark])
 
 
-def _cases_2(plan: Plan) -> list[Case]:
-    duration = plan.duration("fig02")
+def _cases_2(settings: FigureSettings) -> list[PaperCase]:
+    duration = settings.duration("fig02")
     return [
-        plan.case(system, "sharegpt", [numbers.RATE_2], duration=duration)
+        settings.case(system, "sharegpt", [numbers.RATE_2], duration=duration)
         for system in FOUR
     ]
 
 
-def _show_2(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_2(
+    settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
+) -> FigureContent:
     rows, bars = [], {part: ([], []) for part in COMPOSITION}
-    for case in _cases_2(plan):
+    for case in _cases_2(settings):
         for part in COMPOSITION:
             values = by_seed(found[case], part, 100)
             title = numbers.TITLES[case.system]
             key = ("fig02", case.system, part)
-            rows.append(row("fig02", f"{title}: {part}, %", values, key))
+            rows.append(make_row("fig02", f"{title}: {part}, %", values, key))
             bars[part][0].append(title)
             bars[part][1].append(float(np.mean(values)))
     title = "Share of KV memory, OPT-13B, ShareGPT"
     remark = (
-        "Shares are of the slots in use or lost, over time, up to the last arrival. "
-        "The engine's reservation and internal parts have no counterpart in the paper."
+        "Mean shares of the slots in use or lost, up to the last arrival. The paper "
+        "has no numbers for the engine's reservation and internal parts."
     )
-    return Shown(rows, [Drawing(title, "", "%", bars, kind="stacked")], [remark])
+    return FigureContent(
+        rows, [Drawing(title, "", "%", bars, kind="stacked")], [remark]
+    )
 
 
-def _show_11(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_11(
+    settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
+) -> FigureContent:
     del found
     rows, drawings = [], []
     for requests in ("sharegpt", "alpaca"):
-        case = plan.case("vllm", requests, [10.0], duration=2000.0)
-        works = [workload_of(case, 10.0, seed) for seed in plan.seeds]
+        case = settings.case("vllm", requests, [10.0], duration=2000.0)
+        works = [workload_of(case, 10.0, seed) for seed in settings.seeds]
         for name, field in (("input", "prompt_lens"), ("output", "output_lens")):
             values = [float(np.mean(getattr(one, field))) for one in works]
             quantity = f"{requests}: mean {name}, tokens"
-            rows.append(row("fig11", quantity, values, ("fig11", requests, name)))
+            rows.append(make_row("fig11", quantity, values, ("fig11", requests, name)))
         most = 2048 if requests == "sharegpt" else 512
         edges = np.linspace(0, most, 33)
         series = {}
@@ -163,27 +184,29 @@ def _show_11(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
             counts, _ = np.histogram(getattr(works[0], field), edges, density=True)
             series[name] = (edges[:-1].tolist(), counts.tolist())
         drawings.append(Drawing(requests, "tokens", "density", series))
-    remark = "Of some 20,000 requests a seed, those of fewer than 2,048 tokens in all."
-    return Shown(rows, drawings, [remark])
+    remark = "Some 20,000 requests per seed, of fewer than 2,048 tokens in all."
+    return FigureContent(rows, drawings, [remark])
 
 
-def _cases_13(plan: Plan) -> list[Case]:
-    duration = plan.duration("fig13")
+def _cases_13(settings: FigureSettings) -> list[PaperCase]:
+    duration = settings.duration("fig13")
     return [
-        plan.case(system, requests, [rate], duration=duration)
+        settings.case(system, requests, [rate], duration=duration)
         for requests, rate in numbers.RATES_13.items()
         for system in FOUR
     ]
 
 
-def _show_13(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_13(
+    settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
+) -> FigureContent:
     rows, bars = [], {requests: ([], []) for requests in numbers.RATES_13}
-    for case in _cases_13(plan):
+    for case in _cases_13(settings):
         values = by_seed(found[case], "mean_batched_requests")
         title = numbers.TITLES[case.system]
         waiting = np.mean(by_seed(found[case], "mean_waiting_requests"))
         rows.append(
-            row(
+            make_row(
                 "fig13",
                 f"{case.requests} at {case.rates[0]:g} req/s: {title}, requests",
                 values,
@@ -194,51 +217,56 @@ def _show_13(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
         bars[case.requests][0].append(title)
         bars[case.requests][1].append(float(np.mean(values)))
     title = "Requests batched at a time, OPT-13B"
-    return Shown(rows, [Drawing(title, "", "requests", bars, kind="bars")])
+    return FigureContent(rows, [Drawing(title, "", "requests", bars, kind="bars")])
 
 
-def _cases_15(plan: Plan) -> list[Case]:
+def _cases_15(settings: FigureSettings) -> list[PaperCase]:
     found = []
     for requests in ("alpaca", "sharegpt"):
         for width in (2, 4, 6):
-            # The artifact's rate is Alpaca's for one sequence a request; at it memory
-            # is full with any more, as it is with a twentieth of it on ShareGPT.
+            # The artifact has a rate of Alpaca for one sequence per request. With more
+            # sequences it fills the memory, as a twentieth of it does on ShareGPT.
             rate = numbers.RATE_15 if requests == "alpaca" else numbers.RATE_15 / 20
-            duration = plan.duration("fig15") / 3
+            duration = settings.duration("fig15") / 3
             for kind in ("num_samples", "beam_width"):
                 other = {kind: width, "duration": round(duration, 2)}
-                found.append(plan.case("vllm", requests, [rate], **other))
+                found.append(settings.case("vllm", requests, [rate], **other))
     return found
 
 
-def _show_15(plan: Plan, found: Mapping[Case, list[Run]]) -> Shown:
+def _show_15(
+    settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
+) -> FigureContent:
     rows, lines = [], {}
-    for case in _cases_15(plan):
+    for case in _cases_15(settings):
         kind = "beams" if case.beam_width else "samples"
         width = max(case.beam_width, case.num_samples)
         values = by_seed(found[case], "saved_share", 100)
         key = ("fig15", case.requests, kind, str(width))
         rows.append(
-            row("fig15", f"{case.requests}, {width} {kind}: saved, %", values, key)
+            make_row("fig15", f"{case.requests}, {width} {kind}: saved, %", values, key)
         )
         x, y = lines.setdefault(f"{case.requests}, {kind}", ([], []))
         x.append(width)
         y.append(float(np.mean(values)))
     title = "Blocks saved by sharing, of those without, OPT-13B"
     remarks = [
-        "Which beams survive is a model of this simulator (`EngineSystem`'s "
-        "`beam_concentration`, its default) and not OPT-13B's; the numbers of beams "
-        "are the model's as much as the engine's. Those of samples depend on lengths "
-        "alone.",
+        "Which beams survive is an assumption of this simulator (the default "
+        "`beam_concentration` of `EngineSystem`) and not a result of OPT-13B, so the "
+        "numbers of beams depend on it. Those of samples depend on lengths only.",
         "A third of the duration of other figures.",
     ]
-    return Shown(rows, [Drawing(title, "sequences of a request", "%", lines)], remarks)
+    return FigureContent(
+        rows, [Drawing(title, "sequences of a request", "%", lines)], remarks
+    )
 
 
 FIGURES = {
-    "fig01": Figure("Figure 1: memory of OPT-13B on an A100-40GB", _none, _show_1),
-    "fig02": Figure("Figure 2: what KV memory holds", _cases_2, _show_2),
-    "fig11": Figure("Figure 11: lengths of requests", _none, _show_11),
-    "fig13": Figure("Figure 13: batched requests", _cases_13, _show_13),
-    "fig15": Figure("Figure 15: memory saved by sharing", _cases_15, _show_15),
+    "fig01": PaperFigure(
+        "Figure 1: memory of OPT-13B on an A100-40GB", _no_cases, _show_1
+    ),
+    "fig02": PaperFigure("Figure 2: what KV memory holds", _cases_2, _show_2),
+    "fig11": PaperFigure("Figure 11: lengths of requests", _no_cases, _show_11),
+    "fig13": PaperFigure("Figure 13: batched requests", _cases_13, _show_13),
+    "fig15": PaperFigure("Figure 15: memory saved by sharing", _cases_15, _show_15),
 }

@@ -1,8 +1,8 @@
-"""Numbers: what the paper prints, and the settings of its runs, as facts with sources.
+"""Numbers: the paper's printed results and the settings of its runs, with sources.
 
 Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", SOSP 2023 (arXiv 2309.06180). Marks: T its text, F printed in a figure
-or table, A the authors' artifact, D derived from them.
+PagedAttention", SOSP 2023 (arXiv 2309.06180). Marks: T text, F printed in a figure or
+table, A the authors' artifact, D derived from them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Printed:
-    """A number of the paper, or the two ends of its range."""
+    """A number of the paper, or the two ends of a range."""
 
     low: float
     high: float
-    source: str  # where, with its mark
+    source: str  # where it is printed, with its mark
 
     @property
     def text(self) -> str:
-        """As one reads it."""
+        """The number or the range as text."""
         if self.low == self.high:
             return f"{self.low:g}"
         return f"{self.low:g} to {self.high:g}"
 
     def ratio(self, here: float) -> float | None:
-        """`here` over the number; over a range's nearer end, and 1 within it.
+        """Divide `here` by the number, or by the nearer end of the range.
 
-        None over 0.
+        Returns:
+          The ratio, 1 within the range; None if the divisor is 0.
         """
         nearest = min(max(here, self.low), self.high)
         return here / nearest if nearest else None
@@ -119,7 +120,7 @@ PRINTED: dict[tuple[str, ...], Printed] = {
 }
 
 # Rates of the artifact's scripts, requests per second, by data set, model and system.
-# It has no FasterTransformer but for OPT-13B.
+# It has FasterTransformer only for OPT-13B.
 _RATES_12: dict[tuple[str, str, str], tuple[float, ...]] = {
     ("sharegpt", "opt-13b", "vllm"): (1.0, 1.25, 1.5, 1.75, 1.9, 2.0),
     ("sharegpt", "opt-13b", "orca_oracle"): (0.5, 0.75, 1.0, 1.25, 1.5),
@@ -148,7 +149,7 @@ _RATES_12: dict[tuple[str, str, str], tuple[float, ...]] = {
     ("alpaca", "opt-175b", "orca_pow2"): (10, 15, 16, 17, 19),
     ("alpaca", "opt-175b", "orca_max"): (1.25, 2.5, 4, 5, 7),
 }
-# By kind of decoding: the engine's, and Orca (Oracle)'s.
+# By kind of decoding: rates of the engine, and of Orca (Oracle).
 RATES_14 = {
     "n 2": ((12.5, 15, 18, 19, 20), (10, 11, 12, 13, 14)),
     "n 4": ((6, 8, 10, 11, 12), (4, 5, 6, 7, 8, 9)),
@@ -167,7 +168,7 @@ RATES_13 = {"sharegpt": 2.0, "alpaca": 30.0}
 RATES_18 = {"sharegpt": 2.01, "alpaca": 30.1}
 RATE_19 = 2.01
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Seconds of arrivals: section 6.1, and the artifact for what it does not say.
+# Seconds of arrivals: section 6.1, and the artifact where the section has none.
 HOUR = 3600.0
 DURATIONS = {
     "fig02": 900.0,
@@ -181,9 +182,10 @@ DURATIONS = {
 
 
 def rates_12(requests: str, model: str, system: str) -> tuple[float, ...]:
-    """Where a curve of figure 12 begins: the authors' rates, else a guess.
+    """Return the first rates of a curve of figure 12.
 
-    For FasterTransformer beside larger models a third of Orca (Max)'s rates.
+    They are the authors' rates. FasterTransformer has none for larger models; it gets a
+    third of the rates of Orca (Max).
     """
     key = (requests, model, system)
     if key in _RATES_12:

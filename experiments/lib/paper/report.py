@@ -1,6 +1,7 @@
-"""Report: figures as CSV and PNG, and one Markdown file of all their numbers.
+"""Report: figures as CSV and PNG files, and a Markdown file of all numbers.
 
-Host only. The same rows and runs give the same bytes.
+Pipeline: rows, drawings and runs -> [report] -> files. Host only. The same rows and
+runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -10,25 +11,35 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from experiments.lib.paper.curves import LEVELS, Row
-from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown
-from experiments.lib.paper.runs import WARMUP, Clock, Run
+from experiments.lib.paper.curves import LEVELS, PaperRow
+from experiments.lib.paper.figures import (
+    Drawing,
+    FigureContent,
+    FigureSettings,
+    PaperFigure,
+)
+from experiments.lib.paper.runs import WARMUP, CostChoice, PaperRun
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S
 from jpaged.simulator.costs.served_models import PAPER_SETTINGS
 
-_RUN_FIELDS = [field.name for field in dataclasses.fields(Run)]
-_ROW_FIELDS = [field.name for field in dataclasses.fields(Row)]
+_RUN_FIELDS = [field.name for field in dataclasses.fields(PaperRun)]
+_ROW_FIELDS = [field.name for field in dataclasses.fields(PaperRow)]
 
 
-def write_csv(folder: pathlib.Path, name: str, shown: Shown, runs: Sequence[Run]):
-    """NAME.csv with the rows, and NAME_runs.csv with a line for each simulation."""
+def write_figure_csv(
+    folder: pathlib.Path, name: str, shown: FigureContent, runs: Sequence[PaperRun]
+) -> None:
+    """Write NAME.csv with the rows, and NAME_runs.csv with a line per simulation."""
     _write_table(folder / f"{name}.csv", _ROW_FIELDS, shown.rows)
     if runs:
         _write_table(folder / f"{name}_runs.csv", _RUN_FIELDS, runs)
 
 
-def _write_table(path: pathlib.Path, fields: list[str], rows: Sequence[Row | Run]):
+def _write_table(
+    path: pathlib.Path, fields: list[str], rows: Sequence[PaperRow | PaperRun]
+) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
@@ -36,15 +47,15 @@ def _write_table(path: pathlib.Path, fields: list[str], rows: Sequence[Row | Run
 
 
 def draw(path: pathlib.Path, title: str, drawings: Sequence[Drawing]) -> None:
-    """A PNG with a panel for each drawing.
+    """Write a PNG file with a panel for each drawing.
 
     Raises:
-      ImportError: there is no matplotlib.
+      ImportError: matplotlib is not installed.
     """
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports] (extra `plot`)
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     width = min(len(drawings), 3)
     height = math.ceil(len(drawings) / width)
@@ -57,12 +68,12 @@ def draw(path: pathlib.Path, title: str, drawings: Sequence[Drawing]) -> None:
         _panel(axis, drawing)
     figure.suptitle(f"{title} (simulated)")
     figure.tight_layout()
-    # No date and no version inside, so that the same figure has the same bytes.
+    # Without a date and a version, so that the same figure has the same bytes.
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def _panel(axis, drawing: Drawing) -> None:
+def _panel(axis: Any, drawing: Drawing) -> None:
     if drawing.kind == "lines":
         for name, (x, y) in drawing.series.items():
             axis.plot(x, y, marker="o", markersize=3, label=name)
@@ -78,17 +89,17 @@ def _panel(axis, drawing: Drawing) -> None:
     axis.legend(fontsize=7)
 
 
-def _bars(axis, drawing: Drawing) -> None:
+def _bars(axis: Any, drawing: Drawing) -> None:
     names = next(iter(drawing.series.values()))[0]
-    seq_indices, below = list(range(len(names))), [0.0] * len(names)
+    positions, below = list(range(len(names))), [0.0] * len(names)
     width = 0.6 if drawing.kind == "stacked" else 0.8 / len(drawing.series)
     for number, (legend, (_, heights)) in enumerate(drawing.series.items()):
         shift = 0.0 if drawing.kind == "stacked" else number * width
-        at = [seq_index + shift for seq_index in seq_indices]
+        at = [position + shift for position in positions]
         axis.bar(at, heights, width, bottom=below, label=legend)
         if drawing.kind == "stacked":
             below = [low + high for low, high in zip(below, heights, strict=True)]
-    axis.set_xticks(seq_indices, names, fontsize=7)
+    axis.set_xticks(positions, names, fontsize=7)
 
 
 def _number(value: float | None) -> str:
@@ -97,8 +108,8 @@ def _number(value: float | None) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as a Markdown table."""
+def table(rows: Sequence[PaperRow]) -> list[str]:
+    """Format rows as a Markdown table."""
     lines = [
         "| quantity | paper | here | ± 95 % | ratio | where | remark |",
         "| --- | ---: | ---: | ---: | ---: | --- | --- |",
@@ -111,8 +122,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def constants(models: Sequence[str], clock: Clock) -> list[str]:
-    """The constants of the machines and of the clock, as Markdown."""
+def constants(models: Sequence[str], cost: CostChoice) -> list[str]:
+    """Format the constants of the machines and of the cost model as Markdown."""
     lines = [
         "| model | machine | KV slots, tokens | source of the slots |",
         "| --- | --- | ---: | --- |",
@@ -124,9 +135,9 @@ def constants(models: Sequence[str], clock: Clock) -> list[str]:
         machine = f"{setting.num_chips} x {setting.chip}"
         lines.append(f"| {name} | {machine} | {setting.kv_slots} | {setting.source} |")
     for chip in chips.values():
-        reach = dataclasses.asdict(chip.reach)
-        source = reach.pop("source")
-        reached = ", ".join(f"{key} {value:g}" for key, value in reach.items())
+        efficiency = dataclasses.asdict(chip.efficiency)
+        source = efficiency.pop("source")
+        reached = ", ".join(f"{key} {value:g}" for key, value in efficiency.items())
         lines += [
             "",
             f"{chip.name}: {chip.memory_bytes_per_s / 1e9:g} GB/s, "
@@ -135,62 +146,67 @@ def constants(models: Sequence[str], clock: Clock) -> list[str]:
             f"{chip.host_bytes_per_s / 1e9:g} GB/s ({chip.source}); {reached} "
             f"({source}).",
         ]
-    lines += ["", _clock_line(clock)]
+    lines += ["", _cost_line(cost)]
     return lines
 
 
-def _clock_line(clock: Clock) -> str:
+def _cost_line(cost: CostChoice) -> str:
     text = (
-        f"A step costs the host {VLLM_2023_STEP_S * 1e3:g} ms "
+        f"A step takes {VLLM_2023_STEP_S * 1e3:g} ms of host time "
         "(`roofline.VLLM_2023_STEP_S`)"
     )
-    if clock.step_fit is not None:
-        name = pathlib.Path(clock.step_fit).name
+    if cost.step_fit is not None:
+        name = pathlib.Path(cost.step_fit).name
         text = (
-            f"Steps take what {name} says of vLLM's, those that decode "
-            f"{clock.decoding:g} times that but for the host's "
-            f"{VLLM_2023_STEP_S * 1e3:g} ms; copies, swapping and figure 19a are the "
-            "roofline's"
+            f"Steps take as long as vLLM's in {name}; decoding steps, without "
+            f"{VLLM_2023_STEP_S * 1e3:g} ms of host time, are multiplied by "
+            f"{cost.decoding:g}; copies, swapping and figure 19a use the roofline"
         )
-    together = "takes what two take" if clock.is_separate else "reads the weights once"
-    return f"{text}. A step of prompts and decodes {together}. All systems alike."
+    mixed = "takes as long as two steps"
+    if not cost.is_separate:
+        mixed = "reads the weights once"
+    return (
+        f"{text}. A step with prompts and decoding rows {mixed}. This holds for all "
+        "systems."
+    )
 
 
-def markdown(
-    plan: Plan,
-    figures: Mapping[str, Figure],
-    shown: Mapping[str, Shown],
+def report_markdown(
+    settings: FigureSettings,
+    figures: Mapping[str, PaperFigure],
+    shown: Mapping[str, FigureContent],
     has_plots: bool,
 ) -> str:
-    """REPORT.md: how it was made, and each figure's rows beside the paper's."""
+    """Return REPORT.md: the settings, and the rows of each figure with the paper's."""
     files = ", ".join(
         f"{name}: {pathlib.Path(path).name if path else 'built-in distribution'}"
-        for name, path in plan.files.items()
+        for name, path in settings.files.items()
     )
-    seeds = ", ".join(map(str, plan.seeds))
+    seeds = ", ".join(map(str, settings.seeds))
     lines = [
         "# The paper's figures, simulated",
         "",
-        "Kwon et al., SOSP 2023, beside `jpaged.simulator`: the engine's own scheduler "
-        "and block manager, and the paper's baselines, on the clock of a cost model. "
-        "Nothing here was measured on a GPU.",
+        "Kwon et al., SOSP 2023, compared with `jpaged.simulator`: the engine's own "
+        "scheduler and block manager, and the paper's baselines, on the clock of a "
+        "cost model. Nothing here was measured on a GPU.",
         "",
         f"- Lengths: {files}.",
         f"- Seeds: {seeds}; `here` is their mean, `±` half its 95 % interval "
-        "(Student's t). An interval of few seeds is wide.",
-        f"- Arrivals: Poisson, {plan.scale:g} of the paper's hour ({plan.duration():g} "
-        "s), a figure's own duration where that is shorter. Short runs end before a "
-        "queue has grown, so they flatter whoever is overloaded, at high levels most.",
+        "(Student's t). The interval of few seeds is wide.",
+        f"- Arrivals: Poisson, {settings.scale:g} of the paper's hour "
+        f"({settings.duration():g} s), or the duration of the figure if that is "
+        "shorter. Short runs end before a queue has grown, so overloaded systems look "
+        "better, most at high levels.",
         f"- Means over time leave out the first {WARMUP:.0%} and end with the last "
-        "arrival; latencies are those of all requests.",
-        f"- Sustained rate: where normalised latency passes {LEVELS[0]:g} (and "
-        f"{LEVELS[1]:g}) s/token, its logarithm taken as linear between two rates.",
-        "- ratio: here / paper; of a range its nearer end, 1 within it.",
+        "arrival; latencies include all requests.",
+        f"- Sustained rate: the rate at which normalised latency crosses {LEVELS[0]:g} "
+        f"(and {LEVELS[1]:g}) s/token, with its logarithm linear between two rates.",
+        "- ratio: here / paper. For a range, the nearer end counts, and 1 within it.",
         "- No parameter was fitted to a number of the paper.",
         "",
         "## Constants",
         "",
-        *constants(list(PAPER_SETTINGS), plan.clock),
+        *constants(list(PAPER_SETTINGS), settings.cost),
     ]
     for name, one in shown.items():
         lines += ["", f"## {figures[name].title}", ""]
@@ -203,5 +219,5 @@ def markdown(
 
 
 def file_name(figure: str) -> str:
-    """A figure's name as that of its files."""
+    """Return the name of a figure's files."""
     return figure.replace(":", "_")

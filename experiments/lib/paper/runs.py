@@ -1,8 +1,9 @@
-"""Runs: the simulations behind the paper's figures, each told by a few plain words.
+"""Runs: the simulations behind the paper's figures.
 
-A `Case` is a system on a model's machine under one kind of requests; `run` simulates it
-at each rate and seed. Beside the road: it calls `jpaged.simulator` and adds nothing to
-a result.
+Pipeline: flags -> case -> [runs] -> rows and drawings of figures.
+
+A `PaperCase` is a system on a model's machine with one kind of requests. `run_case`
+simulates it at each rate and seed with `jpaged.simulator`.
 """
 
 from __future__ import annotations
@@ -17,38 +18,41 @@ import jax
 import numpy as np
 
 from jpaged import compilation_cache
+from jpaged.simulator.costs.adjusted import SeparatePrompts
+from jpaged.simulator.costs.base import Machine
 from jpaged.simulator.costs.load import CostModel
+from jpaged.simulator.costs.registry import find_cost_model
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
-from jpaged.simulator.costs.separate import Separate
 from jpaged.simulator.costs.served_models import paper_setting
-from jpaged.simulator.costs.step_fits import read_step_fit
 from jpaged.simulator.simulate import Outcome, simulate
 from jpaged.simulator.systems.base import System
-from jpaged.simulator.systems.registry import ENGINES, find_system
+from jpaged.simulator.systems.registry import SYSTEMS, find_system
 from jpaged.simulator.workloads import traces
 from jpaged.simulator.workloads.lengths import PREFIX_TOKENS, Lengths
 from jpaged.simulator.workloads.workload import Workload, chat_rounds, paper_trace
 
+ENGINES = tuple(name for name, entry in SYSTEMS.items() if entry.is_engine)
 WARMUP = 0.1  # share of a run that means over time leave out
-MAX_EXTRA_RATES = 6  # below the authors' rates, and as many above
+MAX_EXTRA_RATES = 6  # below the authors' rates, and also above
 CHAT = "chat"
-# Rows of the engine and sequences of a baseline at once: more than ever run, but that
-# less is compiled where memory holds few.
+# Batch rows of the engine and running sequences of a baseline: more than ever run.
+# Smaller where memory holds few, so that smaller programs are compiled.
 _MAX_NUM_SEQS = {"sharegpt": 64, CHAT: 64}
 _MOST_NUM_SEQS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Clock:
-    """What says how long a step takes.
+class CostChoice:
+    """The cost model of all systems.
 
     Attributes:
-      step_fit: JSON of an engine's measured steps (`step_fits.read_step_fit`, of its
-        "vllm"); None: a roofline.
-      decoding: the measured decoding steps' times, without the host's share, are
-        multiplied by this, for other chips than those that were measured.
-      is_separate: prompts have steps of their own, as in the code that the paper's
-        figures were made with; else a step may have both, as in its section 4.3.
+      step_fit: JSON file of an engine's measured steps (`step_fits.read_step_fit`, of
+        its "vllm"); None: a roofline.
+      decoding: factor of the measured decoding steps, without their host time, for
+        other chips than the measured ones.
+      is_separate: a step with prompts and decoding rows takes as long as two steps, as
+        in the code that made the paper's figures. Otherwise a step has both, as in
+        section 4.3 of the paper.
     """
 
     step_fit: str | None = None
@@ -56,26 +60,26 @@ class Clock:
     is_separate: bool = True
 
 
-PAPER_CLOCK = Clock()
+PAPER_COST = CostChoice()
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """What is simulated, at some rates, once for each seed.
+class PaperCase:
+    """A system, a model and a kind of requests, simulated at some rates and seeds.
 
     Attributes:
-      system: a name of `systems.SYSTEMS`.
-      model: of `served_models.PAPER_SETTINGS`, with its chips and memory.
+      system: a name of `registry.SYSTEMS`.
+      model: a name of `served_models.PAPER_SETTINGS`, with its chips and memory.
       requests: "sharegpt", "alpaca", "wmt16-1shot", "wmt16-5shot" or "chat".
       rates: requests per second.
       duration: seconds of arrivals.
       seeds: of arrivals, lengths and their order.
       num_samples, beam_width: of each request; a width of 0 is sampling.
       block_size, preemption: of the engine.
-      lengths_file: CSV of the lengths; None: the built-in ones.
-      levels: normalised latencies (least, most) that the curve must lie on both sides
-        of: further rates follow, each 1.25 times the last, until it does.
-      clock: of all systems alike.
+      lengths_file: CSV file of the lengths; None: the built-in ones.
+      levels: normalised latencies (least, most) that the curve must cross. Further
+        rates are simulated until it does, each 1.25 times the previous one.
+      cost: the cost model, the same for all systems.
     """
 
     system: str
@@ -90,12 +94,12 @@ class Case:
     preemption: str = "recompute"
     lengths_file: str | None = None
     levels: tuple[float, float] | None = None
-    clock: Clock = PAPER_CLOCK
+    cost: CostChoice = PAPER_COST
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What came of one simulation; fields as `Outcome.summary` has them."""
+class PaperRun:
+    """The result of one simulation; fields as in `Outcome.summary`."""
 
     system: str
     model: str
@@ -121,10 +125,10 @@ class Run:
     makespan_s: float
 
 
-def max_num_seqs(case: Case) -> int:
-    """Sequences that may run at once in a case."""
+def max_running_seqs(case: PaperCase) -> int:
+    """Return the most running sequences of a case."""
     most = _MAX_NUM_SEQS.get(case.requests, _MOST_NUM_SEQS)
-    if case.model == "opt-175b":  # memory for four times as many
+    if case.model == "opt-175b":  # its memory holds four times as many
         most *= 4 if most < _MOST_NUM_SEQS else 2
     if max(case.num_samples, case.beam_width) > 1:
         most = max(most, _MOST_NUM_SEQS)
@@ -133,12 +137,12 @@ def max_num_seqs(case: Case) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _lengths_of(path: str) -> Lengths:
-    # Alpaca has answers of no tokens, which nobody can serve; they are counted.
+    # Alpaca has empty answers, which no system can serve; they are counted.
     return traces.read_lengths(path, skip_empty=True)
 
 
-def workload_of(case: Case, rate: float, seed: int) -> Workload:
-    """The requests of one run."""
+def workload_of(case: PaperCase, rate: float, seed: int) -> Workload:
+    """Return the requests of one run."""
     is_chat = case.requests == CHAT
     lengths: Lengths | str = "sharegpt" if is_chat else case.requests
     if case.lengths_file is not None:
@@ -153,10 +157,10 @@ def workload_of(case: Case, rate: float, seed: int) -> Workload:
     return workload.with_samples(case.num_samples)
 
 
-def system_of(case: Case, workload: Workload) -> System:
-    """The system of a case, in shapes that all its runs share."""
+def system_of(case: PaperCase, workload: Workload) -> System:
+    """Return the system of a case, with shapes that all its runs share."""
     slots = paper_setting(case.model).kv_slots
-    sizes = {"max_num_seqs": max_num_seqs(case)}
+    sizes = {"max_num_seqs": max_running_seqs(case)}
     if case.system not in ENGINES:
         return find_system(case.system, workload, slots, **sizes)
     longest = int(np.max(workload.prompt_lens + workload.output_lens))
@@ -172,36 +176,38 @@ def system_of(case: Case, workload: Workload) -> System:
 
 
 def roofline_of(model: str) -> Roofline:
-    """Seconds of a step on the paper's machine for a model, by arithmetic."""
+    """Return the roofline of a model on the paper's machine."""
     setting = paper_setting(model)
     return Roofline.of(*setting.sizes(), setting.num_chips, step_s=VLLM_2023_STEP_S)
 
 
-def cost_model_of(model: str, clock: Clock) -> CostModel:
-    """Seconds of a step by a clock, for all systems alike.
+def cost_model_of(model: str, cost: CostChoice) -> CostModel:
+    """Return the cost model of all systems on the paper's machine for a model.
 
     Raises:
-      FileNotFoundError: the clock's file is not there.
-      ValueError: the file is none of step fits, or has no such model on as many chips.
+      FileNotFoundError: the file of step fits does not exist.
+      ValueError: the file has no step fits, or not of the model on as many chips.
     """
-    cost_model: CostModel = roofline_of(model)
-    if clock.step_fit is not None:
-        fit = read_step_fit(
-            clock.step_fit,
-            model=f"facebook/{model}",
-            tensor_parallel=paper_setting(model).num_chips,
-            transfers=cost_model.transfers,
+    setting = paper_setting(model)
+    machine = Machine(*setting.sizes(), setting.num_chips)
+    if cost.step_fit is None:
+        cost_model = find_cost_model("roofline", machine)
+    else:
+        cost_model = find_cost_model(
+            "step_fit",
+            machine,
+            step_fit=cost.step_fit,
+            decoding_factor=cost.decoding,
         )
-        cost_model = fit.scaled(decoding=clock.decoding, host_s=VLLM_2023_STEP_S)
-    return Separate(cost_model) if clock.is_separate else cost_model
+    return SeparatePrompts(cost_model) if cost.is_separate else cost_model
 
 
-def simulate_one(case: Case, rate: float, seed: int) -> Run:
-    """One simulation.
+def simulate_one(case: PaperCase, rate: float, seed: int) -> PaperRun:
+    """Run one simulation.
 
     Raises:
-      ValueError: nothing arrives, or a request that the system cannot serve.
-      RuntimeError: requests that wait are never served.
+      ValueError: no request arrives, or the system cannot serve a request.
+      RuntimeError: waiting requests are never served.
     """
     workload = workload_of(case, rate, seed)
     if not len(workload):
@@ -210,16 +216,16 @@ def simulate_one(case: Case, rate: float, seed: int) -> Run:
             f"s at {rate} requests a second; raise --scale"
         )
     system = system_of(case, workload)
-    cost_model = cost_model_of(case.model, case.clock)
+    cost_model = cost_model_of(case.model, case.cost)
     outcome = simulate(system, workload, cost_model, warmup=WARMUP)
     return _run_of(case, rate, seed, outcome)
 
 
-def _run_of(case: Case, rate: float, seed: int, outcome: Outcome) -> Run:
+def _run_of(case: PaperCase, rate: float, seed: int, outcome: Outcome) -> PaperRun:
     found = outcome.summary()
-    names = {field.name for field in dataclasses.fields(Run)}
+    names = {field.name for field in dataclasses.fields(PaperRun)}
     shared = {name: value for name, value in vars(case).items() if name in names}
-    return Run(
+    return PaperRun(
         **shared,
         **{name: value for name, value in found.items() if name in names},
         **found["kv_composition"],
@@ -230,8 +236,8 @@ def _run_of(case: Case, rate: float, seed: int, outcome: Outcome) -> Run:
     )
 
 
-def run(case: Case) -> list[Run]:
-    """All runs of a case: its rates, and those that its levels ask for besides."""
+def run_case(case: PaperCase) -> list[PaperRun]:
+    """Simulate a case at its rates, and at the rates that its levels require."""
     found = [
         simulate_one(case, rate, seed) for rate in case.rates for seed in case.seeds
     ]
@@ -251,33 +257,33 @@ def run(case: Case) -> list[Run]:
         if latency <= least:
             break
         rate = float(f"{rate / 1.25:.4g}")
-        if rate * case.duration < 20:  # too few requests to say anything
+        if rate * case.duration < 20:  # too few requests for a meaningful latency
             break
         found += [simulate_one(case, rate, seed) for seed in case.seeds]
     return sorted(found, key=lambda one: (one.rate, one.seed))
 
 
-def _run_and_forget(case: Case) -> list[Run]:
-    """`run`, without keeping its programs: hardly any other case has their shapes."""
-    found = run(case)
+def _run_and_forget(case: PaperCase) -> list[PaperRun]:
+    """Run a case and drop its programs, as few other cases have the same shapes."""
+    found = run_case(case)
     jax.clear_caches()
     return found
 
 
-def run_all(
-    cases: Sequence[Case],
+def run_cases(
+    cases: Sequence[PaperCase],
     jobs: int = 1,
-    on_done: Callable[[Case], None] | None = None,
-) -> dict[Case, list[Run]]:
-    """The runs of each case, in `jobs` processes; what comes out does not depend on it.
+    on_done: Callable[[PaperCase], None] | None = None,
+) -> dict[PaperCase, list[PaperRun]]:
+    """Run cases in `jobs` processes; results do not depend on the number of processes.
 
     Args:
-      cases: each is simulated once, however often it is there.
-      jobs: 1 stays in this process.
-      on_done: called with a case when it is done.
+      cases: the cases; repeated ones are simulated once.
+      jobs: number of processes; 1: this process.
+      on_done: called with each case that has ended.
     """
     cases = list(dict.fromkeys(cases))
-    found: dict[Case, list[Run]] = {}
+    found: dict[PaperCase, list[PaperRun]] = {}
     for case, runs in _each(cases, jobs):
         found[case] = runs
         if on_done is not None:
@@ -285,14 +291,16 @@ def run_all(
     return {case: found[case] for case in cases}
 
 
-def _each(cases: Sequence[Case], jobs: int) -> Iterator[tuple[Case, list[Run]]]:
+def _each(
+    cases: Sequence[PaperCase], jobs: int
+) -> Iterator[tuple[PaperCase, list[PaperRun]]]:
     if jobs == 1 or len(cases) < 2:
         for case in cases:
-            yield case, run(case)
+            yield case, run_case(case)
         return
-    # Spawned, for a fork would copy jax's threads in mid-air.
+    # Spawned, as a fork would copy jax's threads in an undefined state.
     context = multiprocessing.get_context("spawn")
-    # The long ones first: the engine's.
+    # The longest cases first: those of the engine.
     order = sorted(cases, key=lambda case: case.system not in ENGINES)
     with concurrent.futures.ProcessPoolExecutor(
         jobs, mp_context=context, initializer=compilation_cache.turn_on

@@ -1,15 +1,19 @@
 """Buckets: a cost model of an engine that computes padded shapes, and its fit.
 
-Place on the road: loads and seconds -> [buckets] -> cost model and what it leaves over.
+Pipeline: step loads and seconds -> [buckets] -> cost model and residuals.
 
-A compiled step has one of a few sizes, by rows where all decode and by tokens where
-prompts are in it (`EngineConfig.row_buckets`, `token_buckets`), and its time is nearly
-that of the size: a staircase, which no coefficient for a row or a token describes.
+A compiled step has one of a few sizes: a number of rows if all rows decode, and a
+number of tokens if the step has prompts (`EngineConfig.row_buckets`, `token_buckets`).
+Its duration depends almost only on that size. This is a staircase, which coefficients
+per row or per token cannot describe.
+
+Shape symbols: B sizes in rows, C sizes in tokens, N measured steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +21,23 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jpaged.config import EngineConfig
-from jpaged.simulator.costs.fit import FitReport, report
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.fit import FitReport, fit_report
+from jpaged.simulator.costs.load import StepLoad
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucketed:
-    """Seconds by the size that a step is padded to, and by what its rows attend to."""
+    """Seconds by the size to which a step is padded, and by the length of contexts."""
 
-    row_sizes: jax.Array  # i32[B], rising: rows of steps that decode only
-    token_sizes: jax.Array  # i32[C], rising: tokens of steps with prompts
+    row_sizes: jax.Array  # i32[B], ascending: rows of steps that only decode
+    token_sizes: jax.Array  # i32[C], ascending: tokens of steps with prompts
     row_seconds: jax.Array  # f32[B]
     token_seconds: jax.Array  # f32[C]
-    context_seconds: jax.Array  # f32[], for a token that a row attends to
+    context_seconds: jax.Array  # f32[], per token that a row attends to
 
-    def __call__(self, load: Load) -> jax.Array:
-        """f32[], seconds; 0 for a step that computes nothing."""
+    def __call__(self, load: StepLoad) -> jax.Array:
+        """Return f32[], seconds; 0 for a step that computes no tokens."""
         rows, tokens = _sizes(load)
         is_prompt = jnp.any(load.query_lens > 1)
         row = jnp.searchsorted(self.row_sizes, rows)
@@ -47,40 +51,44 @@ class Bucketed:
         return jnp.where(rows > 0, seconds, 0.0)
 
 
-def _sizes(load: Load) -> tuple[jax.Array, jax.Array]:
-    """Rows and tokens that are computed, i32[] each."""
+def _sizes(load: StepLoad) -> tuple[jax.Array, jax.Array]:
+    """Count the rows and the tokens that the step computes, i32[] each."""
     return jnp.sum(load.query_lens > 0), jnp.sum(load.query_lens)
 
 
-def _contexts(load: Load) -> jax.Array:
+def _contexts(load: StepLoad) -> jax.Array:
+    """Sum the tokens that the rows of the step attend to, f32[]."""
     contexts = jnp.where(load.query_lens > 0, load.context_lens, 0)
     return jnp.sum(contexts.astype(jnp.float32))
 
 
 def fit_buckets(
-    config: EngineConfig, loads: Load, seconds: np.ndarray
+    config: EngineConfig, loads: StepLoad, seconds: np.ndarray
 ) -> tuple[Bucketed, FitReport]:
-    """The cost model with the least squared error whose seconds are at least 0.
+    """Fit the cost model with the least squared error and no negative seconds.
 
-    A size that no step had gets what lies between its neighbours.
+    Sizes without a measured step are interpolated between their neighbours.
 
     Args:
       config: of the measured engine, for its sizes.
-      loads: with a leading axis of N measured steps, as of `loop.loads`.
-      seconds: f[N], what each took.
+      loads: loads of N measured steps, with a leading axis, as from `loop.loads`.
+      seconds: f[N], duration of each step.
+
+    Returns:
+      The cost model, and the quality of the fit.
 
     Raises:
-      ValueError: other numbers of loads and seconds; no step that decodes only, or none
-        with a prompt.
+      ValueError: loads and seconds differ in number, no step only decodes, or no step
+        has a prompt.
     """
     seconds = np.asarray(seconds, np.float64)
     is_prompt = np.asarray(jnp.any(loads.query_lens > 1, axis=1))
     if len(is_prompt) != len(seconds):
         raise ValueError(
-            f"seconds: expected {len(is_prompt)} numbers, one a load, got "
+            f"seconds: expected {len(is_prompt)} numbers, one per load, got "
             f"{len(seconds)}"
         )
-    for kind, is_kind in (("decode only", ~is_prompt), ("have prompts", is_prompt)):
+    for kind, is_kind in (("only decode", ~is_prompt), ("have prompts", is_prompt)):
         if not is_kind.any():
             raise ValueError(f"loads: expected some steps that {kind}, got none")
     rows, tokens = map(np.asarray, jax.vmap(_sizes)(loads))
@@ -111,9 +119,10 @@ def fit_buckets(
         jnp.float32(per_context),
     )
     values["context"] = float(per_context)
-    return model, report(values, seconds, matrix @ solution)
+    return model, fit_report(values, seconds, matrix @ solution)
 
 
-def _between(sizes, values: np.ndarray, has: np.ndarray) -> np.ndarray:
+def _between(sizes: Sequence[int], values: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """Interpolate the values of sizes without measurements."""
     known = np.flatnonzero(has)
     return np.interp(sizes, np.asarray(sizes)[known], values[known])

@@ -1,9 +1,9 @@
-"""Chips: what the vendors' data sheets promise of a chip, and what share is reached.
+"""Chips: peaks from the vendors' data sheets, and the measured efficiency of programs.
 
-Place on the road: name -> [chips] -> roofline. Host only.
+Pipeline: name -> [chips] -> roofline. Host only.
 
-Peaks come from data sheets, the shares of them that programs reach from measured
-profiles, both named in each row; nothing here was fitted to a result of the paper.
+Each entry names the source of its peaks and of its efficiency. No number here was
+fitted to a result of the paper.
 """
 
 from __future__ import annotations
@@ -13,48 +13,48 @@ from collections.abc import Mapping
 from typing import Any
 
 GIB = 2**30
-# A copy between host and device, however small, once its turn has come: 5 to 7
-# microseconds a call of cudaMemcpyAsync (DualPath 2026, arXiv 2602.21548, section 5.2).
-# Nobody has published a TPU's; it takes the same.
+# Fixed time of a copy between host and device: 5 to 7 microseconds per call of
+# cudaMemcpyAsync (DualPath 2026, arXiv 2602.21548, section 5.2). The same value is used
+# for TPUs, for which no measurement is published.
 HOST_COPY_S = 6e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Reach:
-    """What programs get of a chip's peaks, by measurement.
+class Efficiency:
+    """Measured efficiency of programs on a chip.
 
     Shares are of the chip's `memory_bytes_per_s` or `flops_per_s`.
     """
 
-    read_share: float  # weights, by a matrix product of one token
-    matmul_share: float  # FLOPs, by the products of 2,048 tokens
-    attention_read_share: float  # keys and values, by many decoding rows
-    attention_matmul_share: float  # FLOPs of scores and sums, by a prompt of 2,048
-    layer_s: float  # a layer's small operations and its attention, at one token
+    read_share: float  # reading weights, in a matrix product of one token
+    matmul_share: float  # FLOP/s of matrix products of 2,048 tokens
+    attention_read_share: float  # reading keys and values, with many rows
+    attention_matmul_share: float  # FLOP/s of attention, with a prompt of 2,048
+    layer_s: float  # small operations and attention of a layer, for one token
     all_reduce_s: float  # an all-reduce of a few bytes
-    link_share: float  # of link_bytes_per_s, by a large all-reduce
+    link_share: float  # of link_bytes_per_s, in a large all-reduce
     source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator: peaks of its data sheet, dense, in bytes and FLOPs."""
+    """An accelerator, with the peaks of its data sheet."""
 
     name: str
     memory_bytes: int
     memory_bytes_per_s: float
-    flops_per_s: float  # bfloat16 with float32 sums, without sparsity
+    flops_per_s: float  # dense, bfloat16 with float32 sums
     link_bytes_per_s: float  # to the other chips, in one direction
     host_bytes_per_s: float  # to the host, in one direction
-    reach: Reach
+    efficiency: Efficiency
     source: str
     host_copy_s: float = HOST_COPY_S
 
 
-# Keys and values of the A100 are read at 1.58 TB/s once they exceed its cache; small
-# operations: norms, rotation, activation and two sums at one token (33 us), attention
-# of one row (15 us).
-_A100 = Reach(
+# The A100 reads keys and values at 1.58 TB/s once they exceed its cache. `layer_s`:
+# norms, rotation, activation and two sums for one token (33 us), attention of one row
+# (15 us).
+_A100 = Efficiency(
     read_share=0.77,
     matmul_share=0.75,
     attention_read_share=0.775,
@@ -65,7 +65,7 @@ _A100 = Reach(
     source="vidur's A100-80GB profiles: LLaMA-13B's layer; Llama-2-70B's attention on "
     "2 chips; all-reduce over NVLink in pairs",
 )
-_H100 = Reach(
+_H100 = Efficiency(
     read_share=0.81,
     matmul_share=0.73,
     attention_read_share=0.775,
@@ -74,9 +74,9 @@ _H100 = Reach(
     all_reduce_s=35e-6,
     link_share=0.70,
     source="vidur's H100 profiles: LLaMA-13B's layer, all-reduce; attention at the "
-    "A100's shares, for want of a measured one",
+    "A100's shares, as no measurement is available",
 )
-_RTX_PRO = Reach(
+_RTX_PRO = Efficiency(
     read_share=0.89,
     matmul_share=0.785,
     attention_read_share=0.957,
@@ -87,7 +87,7 @@ _RTX_PRO = Reach(
     source="LLMServingSim's RTX PRO 6000 profile of Llama-3.1-8B under vLLM 0.19; "
     "all-reduce: the H100's shares",
 )
-_RTX_4090 = Reach(
+_RTX_4090 = Efficiency(
     read_share=0.93,
     matmul_share=1.0,
     attention_read_share=0.94,
@@ -98,7 +98,7 @@ _RTX_4090 = Reach(
     source="LLMServingSim's RTX 4090 profile of Llama-3.1-8B under vLLM 0.19, whose "
     "clock exceeds the data sheet's; all-reduce: the H100's shares",
 )
-_TPU = Reach(
+_TPU = Efficiency(
     read_share=0.97,
     matmul_share=0.745,
     attention_read_share=0.25,
@@ -122,10 +122,10 @@ def _chip(
     *,
     link_gb_per_s: float,
     host_gb_per_s: float,
-    reach: Reach,
+    efficiency: Efficiency,
     source: str,
 ) -> Chip:
-    """Bandwidths in GB/s, in one direction."""
+    """Convert units; bandwidths are in GB/s, in one direction."""
     return Chip(
         name=name,
         memory_bytes=gib * GIB,
@@ -133,32 +133,32 @@ def _chip(
         flops_per_s=tflops * 1e12,
         link_bytes_per_s=link_gb_per_s * 1e9,
         host_bytes_per_s=host_gb_per_s * 1e9,
-        reach=reach,
+        efficiency=efficiency,
         source=source,
     )
 
 
 def _gpu(
-    *sizes: Any, link_gb_per_s: float, pcie: int, reach: Reach, title: str
+    *sizes: Any, link_gb_per_s: float, pcie: int, efficiency: Efficiency, title: str
 ) -> Chip:
-    """`pcie`: its generation, of 16 lanes."""
+    """Return a GPU of NVIDIA; `pcie` is the generation of its 16 lanes."""
     return _chip(
         *sizes,
         link_gb_per_s=link_gb_per_s,
         host_gb_per_s={4: 32, 5: 64}[pcie],
-        reach=reach,
+        efficiency=efficiency,
         source=_NVIDIA.format(title),
     )
 
 
 def _tpu(name: str, *sizes: Any, link_gb_per_s: float) -> Chip:
-    """The links' bandwidth: both directions and all ports together."""
+    """Return a TPU; `link_gb_per_s` counts both directions and all ports."""
     return _chip(
         name,
         *sizes,
         link_gb_per_s=link_gb_per_s / 2,
         host_gb_per_s=32,
-        reach=_TPU,
+        efficiency=_TPU,
         source=_GOOGLE.format(name),
     )
 
@@ -169,7 +169,7 @@ _ALL = (
         *(40, 1555, 312),
         link_gb_per_s=300,
         pcie=4,
-        reach=_A100,
+        efficiency=_A100,
         title="A100 SXM4 40 GB",
     ),
     _gpu(
@@ -177,7 +177,7 @@ _ALL = (
         *(80, 2039, 312),
         link_gb_per_s=300,
         pcie=4,
-        reach=_A100,
+        efficiency=_A100,
         title="A100 SXM4 80 GB",
     ),
     _gpu(
@@ -185,7 +185,7 @@ _ALL = (
         *(80, 3350, 989.4),
         link_gb_per_s=450,
         pcie=5,
-        reach=_H100,
+        efficiency=_H100,
         title="H100 SXM5",
     ),
     _gpu(
@@ -193,26 +193,34 @@ _ALL = (
         *(141, 4800, 989.4),
         link_gb_per_s=450,
         pcie=5,
-        reach=_H100,
+        efficiency=_H100,
         title="H200 SXM",
     ),
-    # No links of its own: chips talk over PCIe.
-    _gpu("l4", *(24, 300, 121), link_gb_per_s=32, pcie=4, reach=_RTX_4090, title="L4"),
+    # Without links of its own: chips communicate over PCIe.
+    _gpu(
+        "l4",
+        *(24, 300, 121),
+        link_gb_per_s=32,
+        pcie=4,
+        efficiency=_RTX_4090,
+        title="L4",
+    ),
     _gpu(
         "rtx-4090",
         *(24, 1008, 165.2),
         link_gb_per_s=32,
         pcie=4,
-        reach=_RTX_4090,
+        efficiency=_RTX_4090,
         title="GeForce RTX 4090 (Ada white paper)",
     ),
-    # The workstation edition reads 1,792 GB/s; the measured profiles are of this one.
+    # The server edition, of which the profiles were measured. (The workstation edition
+    # reads 1,792 GB/s.)
     _gpu(
         "rtx-pro-6000",
         *(96, 1597, 503.8),
         link_gb_per_s=64,
         pcie=5,
-        reach=_RTX_PRO,
+        efficiency=_RTX_PRO,
         title="RTX PRO 6000 Blackwell Server Edition",
     ),
     _tpu("tpu-v5e", 16, 819, 197, link_gb_per_s=400),
@@ -224,10 +232,10 @@ CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in _ALL}
 
 
 def find_chip(name: str) -> Chip:
-    """The chip of that name, in any case, "_" for "-".
+    """Find a chip by its name, in any case, with "_" or "-".
 
     Raises:
-      ValueError: there is none; the message lists those there are.
+      ValueError: the name is unknown; the message lists the known ones.
     """
     key = name.lower().replace("_", "-")
     if key not in CHIPS:

@@ -1,9 +1,9 @@
-"""Features: a step's load in a dozen numbers, in which cost models are linear.
+"""Features: a dozen numbers of a step's load, in which cost models are linear.
 
-Place on the road: load -> [features] -> cost models.
+Pipeline: step load -> [features] -> cost models.
 
-A row that computes several tokens is a prompt's chunk, one that computes one token
-decodes: the last token of a prompt, alone, costs what a decoded token costs.
+A row that computes several tokens is a chunk of a prompt. A row that computes one token
+decodes: the last token of a prompt, computed alone, costs as much as a decoded token.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 
 
 class Features(NamedTuple):
-    """Each f32[]."""
+    """The features of a load, each f32[]."""
 
-    steps: jax.Array  # 1 where there is anything to do
-    prompt_steps: jax.Array  # 1 where a row computes several tokens
+    steps: jax.Array  # 1 if the step has any work
+    prompt_steps: jax.Array  # 1 if a row computes several tokens
     prompt_rows: jax.Array
     prompt_tokens: jax.Array
-    prompt_squares: jax.Array  # sum of squares of their chunks
-    prompt_past: jax.Array  # sum of chunk x tokens that came before it
+    prompt_squares: jax.Array  # sum over chunks of chunk^2
+    prompt_past: jax.Array  # sum over chunks of chunk * tokens before it
     decode_rows: jax.Array
-    decode_contexts: jax.Array  # tokens that they attend to, their own included
+    decode_contexts: jax.Array  # tokens they attend to, with themselves
     longest_context: jax.Array  # of all rows
-    logits: jax.Array  # rows whose next token is decided
+    logits: jax.Array  # rows whose next token is sampled
     copied_tokens: jax.Array
     swapped_tokens: jax.Array
     swap_copies: jax.Array
 
     @property
     def num_tokens(self) -> jax.Array:
-        """All that the step computes, f32[]."""
+        """Tokens that the step computes, f32[]."""
         return self.prompt_tokens + self.decode_rows
 
     @property
     def prompt_pairs(self) -> jax.Array:
-        """Queries of prompts times the keys that each sees, f32[]."""
+        """Pairs of a prompt's query and a key that it attends to, f32[]."""
         return self.prompt_past + (self.prompt_squares + self.prompt_tokens) / 2
 
 
-def features(load: Load) -> Features:
-    """A load's features.
+def features(load: StepLoad) -> Features:
+    """Compute the features of a load.
 
-    In float32: sums of squares exceed 32-bit integers.
+    They are float32, as sums of squares exceed 32-bit integers.
     """
     chunks = load.query_lens.astype(jnp.float32)
     contexts = load.context_lens.astype(jnp.float32)

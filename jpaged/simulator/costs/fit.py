@@ -1,6 +1,8 @@
-"""Fit: a cost model from measurements of one's own machine.
+"""Fit: a linear cost model from measurements of your own machine.
 
-Place on the road: loads and seconds -> [fit] -> cost model and what it leaves over.
+Pipeline: step loads and seconds -> [fit] -> cost model and residuals.
+
+Shape symbols: N measured steps.
 """
 
 from __future__ import annotations
@@ -14,39 +16,39 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jpaged.simulator.costs.features import Features, features
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 
-# Singular values of the scaled columns below this share of the largest are none.
+# Singular values of the scaled columns below this share of the largest count as 0.
 _RANK_SHARE = 1e-6
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Linear:
-    """A cost model that is linear in a load's features, each coefficient a leaf."""
+class LinearCost:
+    """A cost model that is linear in a load's features; each coefficient is a leaf."""
 
-    seconds: Features  # f32[] each, seconds for one of the feature
+    seconds: Features  # f32[] each, seconds per unit of the feature
 
-    def __call__(self, load: Load) -> jax.Array:
-        """f32[], seconds."""
+    def __call__(self, load: StepLoad) -> jax.Array:
+        """Return f32[], seconds."""
         work = jnp.stack(features(load))
         return jnp.sum(work * jnp.stack([*map(jnp.float32, self.seconds)]))
 
 
 @dataclasses.dataclass(frozen=True)
 class FitReport:
-    """What a fit leaves over; seconds, measured minus predicted."""
+    """The quality of a fit."""
 
-    coefficients: Mapping[str, float]  # of the features that were fitted
-    residuals: np.ndarray  # f64[N]
-    rms_s: float  # root of their mean square
+    coefficients: Mapping[str, float]  # seconds per unit, by fitted feature
+    residuals: np.ndarray  # f64[N], seconds, measured minus predicted
+    rms_s: float  # root mean square of the residuals
     mean_error: float  # of |residual| / measured
     max_error: float
-    explained: float  # 1 - squares left over / squares around the mean
+    explained: float  # 1 - residual squares / squares around the mean (R^2)
 
 
-def measured_features(loads: Load) -> dict[str, np.ndarray]:
-    """f64[N] for each feature, of loads with a leading axis of N measurements."""
+def measured_features(loads: StepLoad) -> dict[str, np.ndarray]:
+    """Compute each feature, f64[N], of loads with a leading axis of N steps."""
     work = jax.jit(jax.vmap(features))(loads)
     return {name: np.asarray(work._asdict()[name], np.float64) for name in work._fields}
 
@@ -56,21 +58,24 @@ def fit(
     seconds: np.ndarray | Sequence[float],
     *,
     relative: bool = False,
-) -> tuple[Linear, FitReport]:
-    """The cost model with the least squared error whose coefficients are at least 0.
+) -> tuple[LinearCost, FitReport]:
+    """Fit the cost model with the least squared error and no negative coefficient.
 
     Args:
-      measurements: for each feature that is to have a coefficient, by its name in
-        `features.Features`, its value in each of N measured steps; the other
-        coefficients are 0. `measured_features` computes them from loads.
-      seconds: f[N], what each step took.
-      relative: the errors are shares of what was measured, so that short steps count
-        as much as long ones.
+      measurements: the value in each of N measured steps, f[N], of each feature to fit,
+        by its name in `features.Features`. The coefficients of other features are 0.
+        `measured_features` computes the values from loads.
+      seconds: f[N], duration of each step.
+      relative: errors are shares of the measured duration, so that short steps count as
+        much as long ones.
+
+    Returns:
+      The cost model, and the quality of the fit.
 
     Raises:
-      ValueError: an unknown feature, lengths that differ, a number below 0 or not
-        finite, fewer measurements than coefficients, or measurements that cannot tell
-        the coefficients apart; the message names the features.
+      ValueError: an unknown feature, lengths that differ, a number that is negative or
+        not finite, fewer measurements than coefficients, or measurements from which
+        the coefficients cannot be told apart; the message names the features.
     """
     names = list(measurements)
     unknown = sorted(set(names) - set(Features._fields))
@@ -101,8 +106,8 @@ def fit(
     scaled = matrix * weights[:, None] / scales
     solution = nnls(scaled, y * weights)[0] / scales
     coefficients = dict(zip(names, solution.tolist(), strict=True))
-    model = Linear(Features(*(coefficients.get(f, 0.0) for f in Features._fields)))
-    return model, report(coefficients, y, matrix @ solution)
+    model = LinearCost(Features(*(coefficients.get(f, 0.0) for f in Features._fields)))
+    return model, fit_report(coefficients, y, matrix @ solution)
 
 
 def _numbers(name: str, values: np.ndarray | Sequence[float]) -> np.ndarray:
@@ -122,8 +127,8 @@ def _check_rank(names: list[str], matrix: np.ndarray, scales: np.ndarray) -> Non
     silent = [name for name, scale in zip(names, scales, strict=True) if scale == 0]
     if silent:
         raise ValueError(
-            f"measurements: no step has any {', '.join(silent)}, so its seconds cannot "
-            "be told; measure such steps or leave it out"
+            f"measurements: expected steps with {', '.join(silent)}, got none, so its "
+            "coefficient is unknown; measure such steps or leave it out"
         )
     _, sizes, directions = np.linalg.svd(matrix / scales, full_matrices=False)
     if sizes[-1] < _RANK_SHARE * sizes[0]:
@@ -133,15 +138,15 @@ def _check_rank(names: list[str], matrix: np.ndarray, scales: np.ndarray) -> Non
             if share > 0.1
         ]
         raise ValueError(
-            f"measurements: {', '.join(mixed)} rise and fall together in all of them, "
-            "so their seconds cannot be told apart; measure other steps or name fewer"
+            f"measurements: expected independent features, got {', '.join(mixed)}, "
+            "which rise and fall together; measure other steps or name fewer"
         )
 
 
-def report(
+def fit_report(
     coefficients: Mapping[str, float], y: np.ndarray, predicted: np.ndarray
 ) -> FitReport:
-    """What is left of measurements f64[N] where a model predicts f64[N]."""
+    """Compare measured seconds f64[N] with predicted ones f64[N]."""
     residuals = y - predicted
     errors = np.abs(residuals) / np.maximum(y, 1e-300)
     around = float(np.sum((y - y.mean()) ** 2))

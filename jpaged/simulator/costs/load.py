@@ -1,6 +1,6 @@
-"""Load: what a step asks of the machine, and all that a cost model sees of it.
+"""Step load: the work of one step, and all that a cost model sees of it.
 
-Place on the road: system -> [load] -> cost model -> clock.
+Pipeline: system -> [load] -> cost model -> clock.
 """
 
 from __future__ import annotations
@@ -10,31 +10,33 @@ from typing import Protocol
 
 import jax
 
+Number = jax.Array | float  # f32[], or a Python number
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Load:
+class StepLoad:
     """The work of one step.
 
-    Rows are the engine's: one for each sequence, S in all, in any order.
+    The S rows are those of the system, in any order; each is one sequence.
     """
 
-    query_lens: jax.Array  # i32[S], tokens that each row computes; 0: not in this step
-    context_lens: jax.Array  # i32[S], tokens its last one attends to, itself too
-    num_logits: jax.Array  # i32[], rows whose next token is decided
-    num_copied_tokens: (
+    query_lens: jax.Array  # i32[S], tokens that the row computes; 0: not in this step
+    context_lens: (
         jax.Array
-    )  # i32[], whose keys and values are copied on the device
-    num_swapped_tokens: jax.Array  # i32[], that go to the host's memory or come back
-    num_swap_copies: jax.Array  # i32[], pieces in which they go
+    )  # i32[S], tokens that its last query attends to, with itself
+    num_logits: jax.Array  # i32[], rows whose next token is sampled
+    num_copied_tokens: jax.Array  # i32[], tokens of KV copied on the device
+    num_swapped_tokens: jax.Array  # i32[], tokens of KV moved to the host or back
+    num_swap_copies: jax.Array  # i32[], pieces in which they are moved
 
 
 class CostModel(Protocol):
-    """How long a step takes: a pytree that is called with its load.
+    """The duration of a step: a pytree that is called with a load.
 
-    Pure, jittable, and `vmap` works over its leaves as over those of the load.
+    It is pure and works under `jit`. `vmap` works over its leaves and over loads.
     """
 
-    def __call__(self, load: Load) -> jax.Array:
-        """f32[], seconds."""
+    def __call__(self, load: StepLoad) -> jax.Array:
+        """Return f32[], seconds."""
         ...

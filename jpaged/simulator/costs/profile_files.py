@@ -1,9 +1,11 @@
-"""Profile files: the CSV files of measured kernel times that others publish, read.
+"""Profile files: readers of published CSV files with measured kernel times.
 
-Place on the road: files -> [profile_files] -> profiles. Host only, numpy.
+Pipeline: files -> [profile_files] -> profiles. Host only, NumPy.
 
-Each is a CSV with a header, gzipped or not, times in columns or names that end in _ms
-or _us. Formats: those of vidur (MIT) and of LLMServingSim (MIT), see the readers.
+Each file is a CSV with a header, gzipped or not. Columns of times end in _ms or _us.
+The formats are those of vidur (MIT) and of LLMServingSim (MIT); see the readers.
+
+Shape symbols: N measurements.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _UNITS = {"_ms": 1e-3, "_us": 1e-6}
-# How often each operation runs: in every layer, and once a step besides.
+# How often each operation runs in a layer.
 _PER_LAYER: Mapping[str, int] = {
     **dict.fromkeys(("input_layernorm", "post_layernorm"), 1),
     **dict.fromkeys(("post_attention_layernorm", "attn_rope", "rotary_emb"), 1),
@@ -27,35 +29,35 @@ _PER_LAYER: Mapping[str, int] = {
     **dict.fromkeys(("mlp_down_proj", "mlp_act", "rope", "act_fn"), 1),
     **dict.fromkeys(("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"), 1),
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj", "down_proj"), 1),
-    # One row for the norm before attention and the norm before the MLP; two sums.
+    # A layer has two of these: norms before attention and MLP, and residual sums.
     "layernorm": 2,
     "add": 2,
 }
 _PER_STEP = ("emb", "embedding", "final_layernorm")
 _PER_ROW = ("lm_head", "sampler")
-_ATTENTION = ("attn",)  # without any cache: read_attention reads better files
+_ATTENTION = ("attn",)  # without a KV cache; `read_attention` reads better files
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Seconds against one number, rising, as measured."""
+    """Measured seconds as a function of one number."""
 
-    x: np.ndarray  # f64[N]
+    x: np.ndarray  # f64[N], ascending
     seconds: np.ndarray  # f64[N]
     path: str
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseTimes:
-    """Times of all but attention, of one layer or one step, by operation."""
+    """Times of all operations of a layer or a step, without attention."""
 
-    tokens: np.ndarray  # f64[N], of a step
-    operations: Mapping[str, np.ndarray]  # f64[N] each, seconds, of one run
-    logits: Curve | None  # where the file has them by tokens
+    tokens: np.ndarray  # f64[N], tokens of a step, ascending
+    operations: Mapping[str, np.ndarray]  # f64[N] each, seconds of one run
+    logits: Curve | None  # by tokens; None: not in the file
     path: str
 
     def seconds(self, num_layers: int) -> np.ndarray:
-        """f64[N], of a step with that many layers."""
+        """Return f64[N], seconds of a step with `num_layers` layers."""
         total = np.zeros(len(self.tokens))
         for name, times in self.operations.items():
             total += times * (num_layers * _PER_LAYER.get(name, 0))
@@ -63,50 +65,57 @@ class DenseTimes:
         return total
 
     def at_bandwidth(self, ratio: float) -> DenseTimes:
-        """The same on a chip that differs in its memory: `ratio` of the new to the old.
+        """Estimate the times on a chip with another memory bandwidth.
 
-        A product takes the longer of computing, in proportion to its time at the most
-        tokens, and of reading its weights, its time at the fewest; of the others, what
-        grows with the tokens is bytes that they move.
+        A matrix product takes the longer of two times: computing, which is
+        proportional to tokens and known from the most tokens, and reading its weights,
+        known from the fewest tokens. For other operations, the time that grows with the
+        tokens is spent on moving bytes.
+
+        Args:
+          ratio: bandwidth of the new chip divided by that of the measured chip.
         """
         _check_ratio("ratio", ratio)
 
-        def there(name: str, times: np.ndarray) -> np.ndarray:
+        def estimate(name: str, times: np.ndarray) -> np.ndarray:
             if not name.endswith("_proj"):
                 return times[0] + (times - times[0]) / ratio
-            if ratio >= 1:  # what reading took falls, down to what computing takes
+            if ratio >= 1:  # reading becomes shorter, but not shorter than computing
                 computing = times[-1] * self.tokens / self.tokens[-1]
                 return np.maximum(times / ratio, np.minimum(times, computing))
             return np.maximum(times, times[0] / ratio)
 
-        moved = {name: there(name, times) for name, times in self.operations.items()}
+        moved = {name: estimate(name, times) for name, times in self.operations.items()}
         return dataclasses.replace(self, operations=moved)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTimes:
-    """Times of a layer's attention: of prompts and decoding rows, apart or together.
+    """Times of a layer's attention, of prompts and of decoding rows.
 
-    A measurement has a chunk of a prompt, the tokens before it, decoding rows, and the
-    tokens before each of them; `is_mixed` says that some have both.
+    A measurement has a chunk of a prompt and the tokens before it, or decoding rows and
+    the tokens before each of them; if `is_mixed`, some measurements have both.
     """
 
-    chunks: np.ndarray  # f64[N], 0: no prompt
-    past: np.ndarray  # f64[N]
-    rows: np.ndarray  # f64[N], 0: none decodes
-    contexts: np.ndarray  # f64[N], before the token that is computed
+    chunks: np.ndarray  # f64[N], tokens; 0: no prompt
+    past: np.ndarray  # f64[N], tokens before the chunk
+    rows: np.ndarray  # f64[N], 0: no decoding row
+    contexts: np.ndarray  # f64[N], tokens before the computed one
     seconds: np.ndarray  # f64[N]
     is_mixed: bool
     path: str
 
     def for_heads(self, *, queries: float, keys: float) -> AttentionTimes:
-        """For a model with `queries` times the query heads and `keys` times the key
-        heads, of the same size.
+        """Estimate the times of a model with other numbers of heads of the same size.
 
-        Decoding works through pairs of row and key head, so n rows take what
-        n x `keys` rows took; a prompt takes `queries` times as long.
+        The time of decoding depends on the pairs of a row and a key head, so n rows
+        take as long as n * `keys` rows did. A prompt takes `queries` times as long.
+
+        Args:
+          queries: query heads of the new model divided by those of the measured model.
+          keys: key heads of the new model divided by those of the measured model.
         """
-        self._check_apart("for_heads")
+        self._check_separate("for_heads")
         _check_ratio("queries", queries)
         _check_ratio("keys", keys)
         is_prompt = self.chunks > 0
@@ -117,11 +126,15 @@ class AttentionTimes:
         )
 
     def at_bandwidth(self, ratio: float) -> AttentionTimes:
-        """The same on a chip that differs in its memory: `ratio` of the new to the old.
+        """Estimate the times on a chip with another memory bandwidth.
 
-        What decoding takes beyond its shortest time is reading; prompts compute.
+        The time of decoding beyond the shortest measured time is spent on reading;
+        prompts compute.
+
+        Args:
+          ratio: bandwidth of the new chip divided by that of the measured chip.
         """
-        self._check_apart("at_bandwidth")
+        self._check_separate("at_bandwidth")
         _check_ratio("ratio", ratio)
         floor = self.seconds[self.rows > 0].min()
         moved = floor + (self.seconds - floor) / ratio
@@ -129,33 +142,33 @@ class AttentionTimes:
             self, seconds=np.where(self.rows > 0, moved, self.seconds)
         )
 
-    def _check_apart(self, what: str) -> None:
+    def _check_separate(self, what: str) -> None:
         if self.is_mixed:
             raise ValueError(
-                f"{what}: {self.path} measures prompts and decoding rows together, so "
-                "its times cannot be taken apart; use a file that has them one by one"
+                f"{what}: expected separate times of prompts and decoding rows, got "
+                f"{self.path}, which measures them together"
             )
 
 
 def read_dense(
     path: str | os.PathLike[str], *, tensor_parallel: int = 1, fused: Sequence[str] = ()
 ) -> DenseTimes:
-    """Times of the operations of a layer, and of a step's embedding and last norm.
+    """Read times of the operations of a layer, and of a step's embedding and last norm.
 
-    Columns: `num_tokens`, one `NAME_ms` for each operation, and `tp` where several
-    degrees of tensor parallelism were measured; or one row for each `layer`, `tokens`
-    (or `num_tokens`) and `time_us`.
+    Columns: `num_tokens`, one `NAME_ms` for each operation, and `tp` if several degrees
+    of tensor parallelism were measured. Or: a row for each `layer`, `tokens` (or
+    `num_tokens`) and `time_us`.
 
     Args:
       path: the file.
-      tensor_parallel: which of the degrees.
-      fused: operations that the profiler measured together with others at some numbers
-        of tokens, where their row is missing; they count nothing there.
+      tensor_parallel: the degree of tensor parallelism to read.
+      fused: operations that the profiler measured as part of another operation at some
+        numbers of tokens, where their row is missing; they take no time there.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: a column or operation is missing or unknown, or a field is no number;
-        with file, line and column.
+      FileNotFoundError: the file does not exist.
+      ValueError: a column or operation is missing or unknown, or a field is not a
+        number; the message has file, line and column.
     """
     table = read_table(path)
     if "layer" in table.columns:
@@ -171,14 +184,15 @@ def read_dense(
             raise ValueError(f"{path}: expected operations among {known}, got {name!r}")
     if not operations:
         raise ValueError(f"{path}: expected times of operations, got none")
-    logits = Curve(tokens, sum(heads), str(path)) if heads else None
+    logits = Curve(tokens, np.sum(heads, axis=0), str(path)) if heads else None
     return DenseTimes(tokens, operations, logits, str(path))
 
 
 def read_per_sequence(path: str | os.PathLike[str]) -> Curve:
-    """Times of logits and sampling against the rows that are decided.
+    """Read times of logits and sampling by the rows whose next token is sampled.
 
-    Columns: `layer` (lm_head, sampler), `sequences`, `time_us`; their sum comes out.
+    Columns: `layer` (lm_head, sampler), `sequences`, `time_us`. The result is the sum
+    of both layers.
 
     Raises:
       FileNotFoundError, ValueError: as `read_dense`.
@@ -191,35 +205,15 @@ def read_per_sequence(path: str | os.PathLike[str]) -> Curve:
             f"{path}: expected layers among {', '.join(_PER_ROW)}, got "
             f"{', '.join(unknown) or 'none'}"
         )
-    return Curve(rows, sum(operations.values()), str(path))
-
-
-def read_all_reduce(path: str | os.PathLike[str], *, num_chips: int) -> Curve:
-    """Times of an all-reduce over that many chips against its bytes.
-
-    Columns: `num_gpus`, `bytes`, `time_ms`. Small ones are noisy in some files, and
-    come out as they were measured.
-
-    Raises:
-      FileNotFoundError, ValueError: as `read_dense`; also where nothing was measured
-        for num_chips.
-    """
-    table = read_table(path)
-    chips, seconds = table.numbers("num_gpus"), table.times("time")
-    mine = chips == num_chips
-    if not mine.any():
-        have = ", ".join(f"{value:g}" for value in np.unique(chips))
-        raise ValueError(f"num_chips: {path} has {have}, got {num_chips}")
-    sizes, times = _medians(table.numbers("bytes")[mine], seconds[mine])
-    return Curve(sizes, times, str(path))
+    return Curve(rows, np.sum(list(operations.values()), axis=0), str(path))
 
 
 def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
-    """Times of a layer's attention.
+    """Read times of a layer's attention.
 
     Columns: `phase` (prefill or decode), `batch_size`, `prefill_chunk`,
-    `kv_cache_len` and `time_ms`; or `prefill_chunk`, `kv_prefill`, `n_decode`,
-    `kv_decode` and `time_us`, of a step with both.
+    `kv_cache_len` and `time_ms`. Or, for steps with both phases: `prefill_chunk`,
+    `kv_prefill`, `n_decode`, `kv_decode` and `time_us`.
 
     Raises:
       FileNotFoundError, ValueError: as `read_dense`.
@@ -227,11 +221,15 @@ def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
     table = read_table(path)
     seconds = table.times("time")
     if "phase" not in table.columns:
-        columns = [
-            table.numbers(name)
-            for name in ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
-        ]
-        return AttentionTimes(*columns, seconds, True, str(path))
+        return AttentionTimes(
+            chunks=table.numbers("prefill_chunk"),
+            past=table.numbers("kv_prefill"),
+            rows=table.numbers("n_decode"),
+            contexts=table.numbers("kv_decode"),
+            seconds=seconds,
+            is_mixed=True,
+            path=str(path),
+        )
     phases = np.array(table.columns["phase"])
     for line, phase in zip(table.lines, table.columns["phase"], strict=True):
         if phase not in ("prefill", "decode"):
@@ -248,7 +246,7 @@ def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
     if several.size:
         raise ValueError(
             f"{path}, line {table.lines[several[0]]}, column batch_size: expected "
-            f"prompts one by one, got {batch[several[0]]:g}"
+            f"a single prompt, got {batch[several[0]]:g}"
         )
     return AttentionTimes(
         chunks=np.where(is_prompt, table.numbers("prefill_chunk"), 0),
@@ -263,14 +261,14 @@ def read_attention(path: str | os.PathLike[str]) -> AttentionTimes:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A CSV's columns, as text, and the line on which each row stands."""
+    """The columns of a CSV file, as text, and the line number of each row."""
 
     path: str
     columns: dict[str, list[str]]
     lines: list[int]
 
     def numbers(self, name: str) -> np.ndarray:
-        """f64[N], at least 0."""
+        """Convert a column to f64[N], each at least 0."""
         if name not in self.columns:
             raise ValueError(
                 f"{self.path}, line 1: expected a column {name}, got "
@@ -290,7 +288,7 @@ class Table:
         return out
 
     def times(self, name: str) -> np.ndarray:
-        """f64[N], seconds, of the column that is `name` and a unit."""
+        """Convert the column `name` with a unit, such as time_ms, to f64[N] seconds."""
         for unit, seconds in _UNITS.items():
             if name + unit in self.columns:
                 return self.numbers(name + unit) * seconds
@@ -301,16 +299,16 @@ class Table:
 
 
 def read_table(path: str | os.PathLike[str]) -> Table:
-    """A CSV, packed with gzip or not.
+    """Read a CSV file, gzipped or not.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is no such file, a line has another number of fields than the
-        first, or there are no rows.
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not a CSV file, the number of fields of a line differs from the
+        header, or there are no rows.
     """
     raw = pathlib.Path(path).read_bytes()
     try:
-        # By its first bytes, since not every gzipped file is named so.
+        # Detected by its first bytes, as not every gzipped file has the suffix .gz.
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         lines = raw.decode("utf-8").splitlines()
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -338,6 +336,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
 def _wide_operations(
     table: Table, tensor_parallel: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Read tokens f64[N] and seconds f64[N] of each operation: one column each."""
     tokens = table.numbers("num_tokens")
     mine = np.ones(len(tokens), bool)
     if "tp" in table.columns:
@@ -348,45 +347,47 @@ def _wide_operations(
     if not (degrees == tensor_parallel).any():
         have = ", ".join(f"{value:g}" for value in np.unique(degrees))
         raise ValueError(
-            f"tensor_parallel: {table.path} has {have}, got {tensor_parallel}"
+            f"tensor_parallel: expected one of {have} in {table.path}, got "
+            f"{tensor_parallel}"
         )
-    operations = {}
+    points, operations = tokens, {}
     for name in table.columns:
         if name[-3:] in _UNITS:
-            places, times = _medians(tokens[mine], table.times(name[:-3])[mine])
+            points, times = _medians(tokens[mine], table.times(name[:-3])[mine])
             operations[name[:-3]] = times
-    return places if operations else tokens, operations
+    return points, operations
 
 
 def _long_operations(
     table: Table, fused: Sequence[str], count: str = ""
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Read counts f64[N] and seconds f64[N] of each operation: one row per time."""
     if not count:
         count = "tokens" if "tokens" in table.columns else "num_tokens"
     counts, seconds = table.numbers(count), table.times("time")
     names = np.array(table.columns["layer"] if "layer" in table.columns else [])
     if not names.size:
-        raise ValueError(f"{table.path}, line 1: expected a column layer")
-    places = np.unique(counts)
+        raise ValueError(f"{table.path}, line 1: expected a column layer, got none")
+    points = np.unique(counts)
     operations = {}
     for name in dict.fromkeys(names.tolist()):
         mine, times = _medians(counts[names == name], seconds[names == name])
-        if len(mine) != len(places) and name not in fused:
-            missing = np.setdiff1d(places, mine)
+        if len(mine) != len(points) and name not in fused:
+            missing = np.setdiff1d(points, mine)
             raise ValueError(
-                f"{table.path}: expected {name} at every number of {count}, but "
-                f"{missing[0]:g} is missing and {len(missing) - 1} more; name it in "
-                "`fused` if others contain it there"
+                f"{table.path}: expected {name} at every number of {count}, got none "
+                f"at {missing[0]:g} and {len(missing) - 1} more; list it in `fused` if "
+                "other operations include it there"
             )
-        operations[name] = np.zeros(len(places))
-        operations[name][np.searchsorted(places, mine)] = times
-    return places, operations
+        operations[name] = np.zeros(len(points))
+        operations[name][np.searchsorted(points, mine)] = times
+    return points, operations
 
 
 def _medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each x once, rising, with the median of its y."""
-    places, inverse = np.unique(x, return_inverse=True)
-    return places, np.array([np.median(y[inverse == i]) for i in range(len(places))])
+    """Return each x once, ascending, with the median of its y."""
+    points, inverse = np.unique(x, return_inverse=True)
+    return points, np.array([np.median(y[inverse == i]) for i in range(len(points))])
 
 
 def _check_ratio(name: str, value: float) -> None:

@@ -1,6 +1,6 @@
-"""Profiles: a cost model of measured times, by tables of a machine's kernels.
+"""Profiles: a cost model of tables with the measured times of a machine's kernels.
 
-Place on the road: profile files -> [profiles] -> seconds of a load.
+Pipeline: profile files -> [profiles] -> cost model.
 """
 
 from __future__ import annotations
@@ -11,44 +11,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.simulator.costs import roofline
+from jpaged.simulator.costs.base import CostEntry, Machine
 from jpaged.simulator.costs.chips import Chip
 from jpaged.simulator.costs.features import Features, features
-from jpaged.simulator.costs.load import Load
-from jpaged.simulator.costs.profile_files import AttentionTimes, Curve, DenseTimes
+from jpaged.simulator.costs.load import Number, StepLoad
+from jpaged.simulator.costs.profile_files import (
+    AttentionTimes,
+    Curve,
+    DenseTimes,
+    read_attention,
+    read_dense,
+    read_per_sequence,
+)
 from jpaged.simulator.costs.served_models import ServedModel
 from jpaged.simulator.costs.tables import Grid, grid_of_rows
 from jpaged.simulator.costs.transfers import Transfers
-
-Number = jax.Array | float
+from jpaged.simulator.options import Option
 
 
 def _prompt(work: Features) -> tuple[jax.Array, jax.Array]:
-    """The one chunk, and the tokens before it, that stand for all chunks of a step.
+    """Return one chunk, and the tokens before it, that represent all chunks of a step.
 
-    It has as many pairs of query and key as they have together: the root of the sum of
-    their squares within the chunk, and what came before them in proportion. For one
-    chunk it is that chunk.
+    The one chunk has as many pairs of a query and a key as all chunks together. Its
+    length is the root of the sum of their squares, and the tokens before it are scaled
+    accordingly. A single chunk represents itself.
     """
     chunk = jnp.sqrt(work.prompt_squares)
     return chunk, work.prompt_past / jnp.maximum(chunk, 1.0)
 
 
 def _decode(work: Features) -> tuple[jax.Array, jax.Array]:
-    """Rows that decode, and the mean number of tokens before the one they compute."""
+    """Return the decoding rows, and the mean number of tokens before each new one."""
     rows = work.decode_rows
     return rows, work.decode_contexts / jnp.maximum(rows, 1.0) - 1.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class ApartAttention:
-    """Prompts and decoding rows in kernels of their own: their times are added."""
+class SeparateAttention:
+    """Attention with separate kernels for prompts and for decoding rows."""
 
     prompts: Grid  # chunk, tokens before it -> seconds
     decoding: Grid  # rows, tokens before each -> seconds
 
     def __call__(self, work: Features) -> jax.Array:
-        """f32[], seconds, all layers."""
+        """Return f32[], seconds of all layers."""
         prompts = self.prompts(*_prompt(work)) * work.prompt_steps
         decoding = self.decoding(*_decode(work)) * (work.decode_rows > 0).astype(
             jnp.float32
@@ -56,24 +64,26 @@ class ApartAttention:
         return prompts + decoding
 
     def limits(self) -> tuple[float, float, float, float]:
-        """Longest chunk, most tokens before it, most rows, most tokens before them."""
-        return (*_ends(self.prompts), *_ends(self.decoding))
+        """Return the largest measured chunk, tokens before it, rows, tokens before."""
+        chunk, past = _ends(self.prompts)
+        rows, contexts = _ends(self.decoding)
+        return chunk, past, rows, contexts
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class MixedAttention:
-    """One kernel for both, measured together."""
+    """Attention with one kernel for both, measured together."""
 
     both: Grid  # chunk, tokens before it, rows, tokens before each -> seconds
 
     def __call__(self, work: Features) -> jax.Array:
-        """f32[], seconds, all layers."""
+        """Return f32[], seconds of all layers."""
         seconds = self.both(*_prompt(work), *_decode(work))
         return seconds * (work.num_tokens > 0).astype(jnp.float32)
 
     def limits(self) -> tuple[float, float, float, float]:
-        """Longest chunk, most tokens before it, most rows, most tokens before them."""
+        """Return the largest measured chunk, tokens before it, rows, tokens before."""
         longest, past, rows, contexts = _ends(self.both)
         return longest, past, rows, contexts
 
@@ -87,24 +97,27 @@ def _ends(grid: Grid) -> tuple[float, ...]:
 class Profile:
     """A cost model of tables.
 
-    A step takes the sum of: all products and small operations by its number of tokens,
-    whoever computes them; attention, where all chunks of prompts count as the one that
-    has as many pairs of query and key, and decoding rows as so many of mean context;
-    logits and sampling by the rows that are decided; copies and swapping; `step_s`.
+    The duration of a step is the sum of:
+      matrix products and small operations, by the number of tokens of the step;
+      attention: all chunks of prompts count as one chunk with as many pairs of a query
+        and a key, and all decoding rows have their mean context;
+      logits and sampling, by the rows whose next token is sampled;
+      copies and swapping;
+      `step_s`.
 
-    Between measurements times are linear, below the first they are the first's, and
-    beyond the last they go on straight (`tables.Grid`): ask `check_range` before.
+    Times between measurements are interpolated and times beyond them are extrapolated
+    (`tables.Grid`). `check_range` checks that a run needs no extrapolation.
     """
 
     tokens: Grid  # tokens of the step -> seconds, all layers
-    attention: ApartAttention | MixedAttention
+    attention: SeparateAttention | MixedAttention
     logits: Grid  # rows -> seconds
     step_s: Number
     transfers: Transfers
     name: str = dataclasses.field(metadata={"static": True})
 
-    def __call__(self, load: Load) -> jax.Array:
-        """f32[], seconds."""
+    def __call__(self, load: StepLoad) -> jax.Array:
+        """Return f32[], seconds."""
         work = features(load)
         tokens, logits = work.num_tokens, work.logits
         dense = self.tokens(tokens) * (tokens > 0).astype(jnp.float32)
@@ -113,15 +126,15 @@ class Profile:
         return dense + self.attention(work) + head + others
 
     def check_range(self, *, max_tokens: int, max_context: int, max_rows: int) -> None:
-        """Nothing, where the profile was measured as far as a run goes.
+        """Check that the measurements cover a run.
 
         Args:
-          max_tokens: of one step.
-          max_context: of one sequence.
-          max_rows: that decode in one step.
+          max_tokens: most tokens of a step.
+          max_context: most tokens of a sequence.
+          max_rows: most decoding rows of a step.
 
         Raises:
-          ValueError: it was not; the range is named.
+          ValueError: they do not; the message names the measured range.
         """
         chunk, past, rows, contexts = self.attention.limits()
         (tokens,), (logits,) = _ends(self.tokens), _ends(self.logits)
@@ -135,9 +148,9 @@ class Profile:
         ):
             if value > limit:
                 raise ValueError(
-                    f"{argument}: the profile {self.name!r} was measured up to "
-                    f"{limit:g} {what}, got {value}; take a smaller {argument} or a "
-                    "profile that goes further"
+                    f"{argument}: expected at most {limit:g} {what}, as the profile "
+                    f"{self.name!r} was measured, got {value}; use a smaller "
+                    f"{argument} or a profile with a larger range"
                 )
 
     @classmethod
@@ -153,39 +166,40 @@ class Profile:
         all_reduce: Curve | None = None,
         step_s: float = 0.0,
     ) -> Profile:
-        """The profile of a model from what `profile_files` has read.
+        """Build the profile of a model from the results of `profile_files`.
 
         Args:
-          model: its layers, and the bytes that an all-reduce of a token takes.
+          model: for the number of layers, and the bytes of a token in an all-reduce.
           name: of the profile, for messages.
-          dense: of one layer, as one chip computes it.
-          attention: of one layer, likewise.
-          transfers: copies and swapping, which no profile has.
-          logits: by rows; None: those in `dense`. `logits_by_roofline` where no file
-            has them.
-          all_reduce: two a layer, where the layer is divided over chips.
-          step_s: the host's share of a step.
+          dense: times of one layer on one chip, without attention.
+          attention: times of one layer's attention on one chip.
+          transfers: copies and swapping, which no profile includes.
+          logits: times by rows. None: those in `dense`. If no file has them, use
+            `logits_by_roofline`.
+          all_reduce: times by bytes, of which a layer has two if it is divided over
+            several chips.
+          step_s: host time of a step.
 
         Raises:
-          ValueError: no logits were given, or the all-reduce was not measured for as
-            many bytes as the most tokens of `dense` send.
+          ValueError: there are no times of logits, or the all-reduce was not measured
+            for the bytes of the largest step in `dense`.
         """
         if not step_s >= 0:
             raise ValueError(f"step_s: expected at least 0, got {step_s}")
         logits = logits or dense.logits
         if logits is None:
             raise ValueError(
-                f"logits: {dense.path} has none; read a file of them, or take "
-                "logits_by_roofline"
+                f"logits: expected times, got none in {dense.path}; read a file of "
+                "them, or use logits_by_roofline"
             )
         seconds = dense.seconds(model.num_layers)
         if all_reduce is not None:
             sizes = dense.tokens * model.hidden_size * model.dtype_bytes
             if sizes[-1] > all_reduce.x[-1]:
                 raise ValueError(
-                    f"all_reduce: {all_reduce.path} was measured up to "
-                    f"{all_reduce.x[-1]:g} bytes, and {dense.tokens[-1]:g} tokens send "
-                    f"{sizes[-1]:g}"
+                    f"all_reduce: expected times up to {sizes[-1]:g} bytes, which "
+                    f"{dense.tokens[-1]:g} tokens send, got {all_reduce.x[-1]:g} in "
+                    f"{all_reduce.path}"
                 )
             each = np.interp(sizes, all_reduce.x, all_reduce.seconds)
             seconds = seconds + 2 * model.num_layers * each
@@ -202,10 +216,10 @@ class Profile:
 def logits_by_roofline(
     model: ServedModel, chip: Chip, num_chips: int = 1, *, max_rows: int = 4096
 ) -> Curve:
-    """Times of logits against rows, for profiles without: weights read, or FLOPs."""
+    """Compute times of logits by rows: the longer of reading weights and computing."""
     rows = np.arange(1, max_rows + 1, dtype=np.float64)
-    reads = chip.memory_bytes_per_s * chip.reach.read_share
-    flops = chip.flops_per_s * chip.reach.matmul_share
+    reads = chip.memory_bytes_per_s * chip.efficiency.read_share
+    flops = chip.flops_per_s * chip.efficiency.matmul_share
     size = model.head_params / num_chips
     seconds = np.maximum(size * model.dtype_bytes / reads, 2 * rows * size / flops)
     ends = [0, int(np.argmax(seconds > seconds[0])), max_rows - 1]
@@ -215,12 +229,12 @@ def logits_by_roofline(
 
 def _attention(
     times: AttentionTimes, num_layers: int
-) -> ApartAttention | MixedAttention:
-    """Tables of all layers."""
+) -> SeparateAttention | MixedAttention:
+    """Build the tables of all layers."""
     seconds = times.seconds * num_layers
     prompts, rows = times.chunks > 0, times.rows > 0
     if not times.is_mixed:
-        return ApartAttention(
+        return SeparateAttention(
             prompts=grid_of_rows(
                 [times.chunks[prompts], times.past[prompts]], seconds[prompts]
             ),
@@ -228,34 +242,88 @@ def _attention(
                 [times.rows[rows], times.contexts[rows]], seconds[rows]
             ),
         )
-    # Where there is no prompt, what came before it changes nothing, and likewise for
-    # rows: such measurements stand for the whole line. Where there is neither, the
-    # shortest time does, from which a chunk below the first measured one begins.
-    places = [times.chunks, times.past, times.rows, times.contexts]
+    # Without a prompt, the tokens before it have no effect, so a measurement without a
+    # prompt holds for all their values; the same is true for rows and their contexts.
+    # Without both, the shortest time is used: times of chunks below the first measured
+    # one are interpolated from there.
+    points = [times.chunks, times.past, times.rows, times.contexts]
     pasts, contexts = np.unique(times.past), np.unique(times.contexts)
     no_prompt, no_rows = np.flatnonzero(~prompts), np.flatnonzero(~rows)
     repeats = [
-        _repeated(places, seconds, no_prompt, 1, pasts),
-        _repeated(places, seconds, no_rows, 3, contexts),
+        _repeated(points, seconds, no_prompt, 1, pasts),
+        _repeated(points, seconds, no_rows, 3, contexts),
     ]
     corner = np.stack(np.meshgrid([0.0], pasts, [0.0], contexts), -1).reshape(-1, 4)
     repeats.append((corner, np.full(len(corner), seconds.min())))
     both = prompts & rows
-    measured = np.stack(places, -1)[both]
-    columns = np.concatenate([measured, *(place for place, _ in repeats)])
+    measured = np.stack(points, -1)[both]
+    columns = np.concatenate([measured, *(point for point, _ in repeats)])
     values = np.concatenate([seconds[both], *(value for _, value in repeats)])
     return MixedAttention(grid_of_rows(list(columns.T), values))
 
 
 def _repeated(
-    places: list[np.ndarray],
+    points: list[np.ndarray],
     seconds: np.ndarray,
     which: np.ndarray,
     axis: int,
     values: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Some measurements, once for each value that one of their columns may have."""
-    chosen = np.stack(places, -1)[which]
+    """Repeat measurements for each of the values that one of their columns can have."""
+    chosen = np.stack(points, -1)[which]
     repeated = np.repeat(chosen, len(values), axis=0)
     repeated[:, axis] = np.tile(values, len(chosen))
     return repeated, np.repeat(seconds[which], len(values))
+
+
+def build(
+    machine: Machine,
+    *,
+    dense: str | None = None,
+    attention: str | None = None,
+    per_sequence: str | None = None,
+    step_s: float = 0.0,
+) -> Profile:
+    """Build the profile of a model on one chip from files; see `profile_files`.
+
+    Args:
+      machine: the model on its chip.
+      dense, attention, per_sequence: the files; without `per_sequence`, `dense` has the
+        times of logits.
+      step_s: host time of a step.
+
+    Raises:
+      FileNotFoundError: a file does not exist.
+      ValueError: a file is missing or invalid, or there are several chips.
+    """
+    if dense is None or attention is None:
+        given = {"dense": dense, "attention": attention}
+        raise ValueError(f"dense, attention: expected a CSV file each, got {given}")
+    model, chip, num_chips = machine.model, machine.chip, machine.num_chips
+    if num_chips != 1:
+        raise ValueError(
+            "num_chips: expected 1, as the files have no times of an all-reduce, got "
+            f"{num_chips}"
+        )
+    logits = None if per_sequence is None else read_per_sequence(per_sequence)
+    return Profile.of(
+        model,
+        name=dense,
+        dense=read_dense(dense),
+        attention=read_attention(attention),
+        logits=logits,
+        transfers=Transfers.of(model, chip),
+        step_s=step_s,
+    )
+
+
+ENTRY = CostEntry(
+    "profile",
+    build,
+    (
+        Option("dense", "str", "Profile: CSV of a layer's operations by tokens."),
+        Option("attention", "str", "Profile: CSV of a layer's attention."),
+        Option("per_sequence", "str", "Profile: CSV of logits and sampler by rows."),
+        *roofline.ENTRY.options,
+    ),
+)

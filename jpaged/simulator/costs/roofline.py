@@ -1,6 +1,6 @@
-"""Roofline: what a step takes by arithmetic, from sizes of a model and of a chip.
+"""Roofline: the duration of a step from the sizes of a model and the peaks of a chip.
 
-Place on the road: served model, chip -> [roofline] -> seconds of a load.
+Pipeline: served model, chip -> [roofline] -> cost model.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jpaged.simulator.costs.base import CostEntry, Machine
 from jpaged.simulator.costs.chips import Chip
 from jpaged.simulator.costs.features import features
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import Number, StepLoad
 from jpaged.simulator.costs.served_models import ServedModel, kv_bytes_on_chip
 from jpaged.simulator.costs.transfers import Transfers
+from jpaged.simulator.options import Option
 
-# A step of the paper's vLLM on the host (Python, sampling, launches), beside what this
-# model finds for the device: an empty decoding step of OPT-13B on one A100-80GB takes
-# 23.5 ms by DistServe's fit of its measurements, and 18.3 ms here.
+# Host time of a step of the paper's vLLM (Python, sampling, launches). An empty
+# decoding step of OPT-13B on one A100-80GB takes 23.5 ms by DistServe's fit of its
+# measurements, of which this model explains 18.3 ms as time of the device.
 VLLM_2023_STEP_S = 5.2e-3
-
-Number = jax.Array | float
 
 
 @jax.tree_util.register_dataclass
@@ -29,40 +29,42 @@ Number = jax.Array | float
 class Roofline:
     """A cost model of bytes and FLOPs; every field is a leaf, so each can be swept.
 
-    A step takes, one after the other:
+    The duration of a step is the sum of:
       matrix products of the layers: the longer of reading weights and computing;
-      attention: for each row the longer of reading its keys and values and computing;
-      logits, likewise; what lies between the products, by its bytes;
-      two all-reduces a layer where there are several chips; copies and swapping;
-      `layers_s` where any token is computed, `step_s` where there is any work.
+      attention: for each row, the longer of reading its keys and values and computing;
+      logits: the longer of reading weights and computing;
+      the operations between the matrix products, by their bytes;
+      two all-reduces per layer if there are several chips;
+      copies and swapping;
+      `layers_s` if any token is computed, and `step_s` if there is any work.
     Sizes and FLOPs are those of one chip.
     """
 
-    weight_bytes: Number  # of the layers, without experts
+    weight_bytes: Number  # weights of the layers, without experts
     expert_bytes: Number  # of all experts of all layers
-    unread_share: Number  # of the experts, after one token
+    unread_share: Number  # share of the experts that one token does not use
     token_flops: Number  # of one token in the layers
-    head_bytes: Number  # of the product that gives logits
+    head_bytes: Number  # weights of the product that computes logits
     head_flops: Number  # of one row of logits
     kv_bytes: Number  # of one token, all layers
     pair_flops: Number  # of one query and one key, all layers
-    sliding_share: Number  # of the layers, that see a window
-    window: Number  # tokens that they see
-    activation_bytes: Number  # of one token, between the products
+    sliding_share: Number  # share of layers with a sliding window
+    window: Number  # tokens of the sliding window
+    activation_bytes: Number  # of one token, between the matrix products
     reduce_bytes: Number  # of one token, sent over the link; 0 on one chip
     memory_bytes_per_s: Number
     flops_per_s: Number
     link_bytes_per_s: Number  # of the whole all-reduce
-    read_share: Number  # of memory_bytes_per_s, by weights and activations
+    read_share: Number  # of memory_bytes_per_s, for weights and activations
     matmul_share: Number  # of flops_per_s
     attention_read_share: Number
     attention_matmul_share: Number
-    layers_s: Number  # launches and all-reduces of a step's layers, however small
-    step_s: Number  # the host's share of a step
+    layers_s: Number  # fixed time of all layers: launches and all-reduces
+    step_s: Number  # host time of a step
     transfers: Transfers
 
-    def __call__(self, load: Load) -> jax.Array:
-        """f32[], seconds."""
+    def __call__(self, load: StepLoad) -> jax.Array:
+        """Return f32[], seconds."""
         work = features(load)
         reads = self.memory_bytes_per_s * self.read_share
         flops = self.flops_per_s * self.matmul_share
@@ -81,8 +83,8 @@ class Roofline:
         device = layers + self._attention(load) + logits + between + reduced
         return device + fixed + self.transfers(work)
 
-    def _attention(self, load: Load) -> jax.Array:
-        """f32[], seconds, of all rows."""
+    def _attention(self, load: StepLoad) -> jax.Array:
+        """Return f32[], seconds of all rows."""
         chunks = load.query_lens.astype(jnp.float32)
         contexts = jnp.where(chunks > 0, load.context_lens.astype(jnp.float32), 0.0)
         full = self._rows(chunks, contexts, jnp.inf)
@@ -93,9 +95,9 @@ class Roofline:
     def _rows(
         self, chunks: jax.Array, contexts: jax.Array, window: Number
     ) -> jax.Array:
-        """f32[S], seconds, where each query sees at most its last `window` keys."""
-        # The last `cut` queries see a window, those before them all keys: the first
-        # contexts - chunks + 1, the last of them contexts - cut.
+        """Return f32[S], seconds, if each query attends to its last `window` keys."""
+        # The last `cut` queries attend to a window. Those before them attend to all
+        # keys: the first to contexts - chunks + 1, the last to contexts - cut.
         cut = jnp.clip(contexts - window, 0.0, chunks)
         pairs = (chunks - cut) * (2 * contexts - chunks - cut + 1) / 2
         pairs += cut * jnp.minimum(window, contexts)
@@ -117,15 +119,16 @@ class Roofline:
         step_s: float = 0.0,
         transfers: Transfers | None = None,
     ) -> Roofline:
-        """The cost model of a model on chips that divide it by tensor parallelism.
+        """Build the cost model of a model on chips with tensor parallelism.
 
         Args:
-          model: as of `served_models.served_model`.
-          chip: as of `chips.find_chip`, with the shares of its peaks that are reached.
-          num_chips: over which heads, weights and logits are divided evenly.
-          step_s: the host's share of a step, an engine's and not a chip's: 0 where it
-            prepares the next step meanwhile, `VLLM_2023_STEP_S` for the paper's.
-          transfers: None: `Transfers.of` these.
+          model: as from `served_models.served_model`.
+          chip: as from `chips.find_chip`, with its measured efficiency.
+          num_chips: chips over which heads, weights and logits are divided evenly.
+          step_s: host time of a step, a property of the engine and not of the chip: 0
+            if the host prepares the next step in the meantime, `VLLM_2023_STEP_S` for
+            the paper's engine.
+          transfers: None: `Transfers.of` the same model and chips.
 
         Raises:
           ValueError: num_chips does not divide the heads, or step_s is below 0.
@@ -137,11 +140,12 @@ class Roofline:
             )
         if not step_s >= 0:
             raise ValueError(f"step_s: expected at least 0, got {step_s}")
-        reach, layers, size = chip.reach, model.num_layers, model.layer_param_bytes
+        efficiency, layers = chip.efficiency, model.num_layers
+        size = model.layer_param_bytes
         # A ring sends each byte (n - 1) / n times in each of its two rounds.
         rounds = 2 * (num_chips - 1) / num_chips
         reduce_bytes = 2 * layers * rounds * model.hidden_size * model.dtype_bytes
-        reduce_s = 2 * layers * reach.all_reduce_s if num_chips > 1 else 0.0
+        reduce_s = 2 * layers * efficiency.all_reduce_s if num_chips > 1 else 0.0
         unread = 1 - model.num_experts_per_token / max(model.num_experts, 1)
         return cls(
             weight_bytes=model.layer_params * size / num_chips,
@@ -158,12 +162,31 @@ class Roofline:
             reduce_bytes=reduce_bytes,
             memory_bytes_per_s=chip.memory_bytes_per_s,
             flops_per_s=chip.flops_per_s,
-            link_bytes_per_s=chip.link_bytes_per_s * reach.link_share,
-            read_share=reach.read_share,
-            matmul_share=reach.matmul_share,
-            attention_read_share=reach.attention_read_share,
-            attention_matmul_share=reach.attention_matmul_share,
-            layers_s=layers * reach.layer_s + reduce_s,
+            link_bytes_per_s=chip.link_bytes_per_s * efficiency.link_share,
+            read_share=efficiency.read_share,
+            matmul_share=efficiency.matmul_share,
+            attention_read_share=efficiency.attention_read_share,
+            attention_matmul_share=efficiency.attention_matmul_share,
+            layers_s=layers * efficiency.layer_s + reduce_s,
             step_s=step_s,
             transfers=transfers or Transfers.of(model, chip, num_chips),
         )
+
+
+def _build(machine: Machine, *, step_s: float = VLLM_2023_STEP_S) -> Roofline:
+    return Roofline.of(machine.model, machine.chip, machine.num_chips, step_s=step_s)
+
+
+ENTRY = CostEntry(
+    "roofline",
+    _build,
+    (
+        Option(
+            "step_s",
+            "float",
+            "Host seconds of a step; default: the paper's engine for a roofline, 0 for "
+            "a profile.",
+            minimum=0,
+        ),
+    ),
+)

@@ -1,7 +1,7 @@
-"""Served models: how much of a model is read, computed and kept for each token.
+"""Served models: the bytes and FLOPs of a model, and the KV slots that fit beside it.
 
-Place on the road: name or folder -> ModelConfig -> [served_models] -> roofline,
-number of KV slots. Host only: sizes, no weights.
+Pipeline: name or folder -> ModelConfig -> [served_models] -> roofline, KV slots. Host
+only: sizes, no weights.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jpaged.simulator.costs.chips import Chip, find_chip
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """Sizes of a model, over all its layers and all its chips.
+    """Sizes of a model, summed over all layers and all chips.
 
-    Parameters of layers are those of matrix products, biases and norms; of experts
-    apart, because a step reads only the chosen ones.
+    Parameters of layers are those of matrix products, biases and norms. Experts are
+    counted separately, because a step reads only the experts that its tokens use.
     """
 
     name: str
@@ -37,36 +37,41 @@ class ServedModel:
     num_params: int
     layer_params: int  # of all layers, without experts
     expert_params: int  # of all experts of all layers
-    head_params: int  # of the product that gives logits
-    num_experts: int  # in a layer; 0: none
+    head_params: int  # of the matrix product that computes logits
+    num_experts: int  # per layer; 0: no experts
     num_experts_per_token: int
     param_bytes: int  # of all parameters
     layer_param_bytes: float  # of one parameter of a layer or expert
-    dtype_bytes: int  # of one activation, and of one other parameter
+    dtype_bytes: int  # of one activation, and of any other parameter
     kv_bytes_per_token: int
-    activation_bytes_per_token: int  # that operations between the products move
-    sliding_window: int | None  # tokens that a sliding layer sees
+    activation_bytes_per_token: int  # moved by operations between products
+    sliding_window: int | None  # tokens that a sliding layer attends to
     num_sliding_layers: int
 
     @property
     def flops_per_token(self) -> float:
-        """Of a token's matrix products in all layers: no attention, no logits."""
+        """FLOPs of a token in the matrix products of all layers, without logits."""
         share = self.num_experts_per_token / max(self.num_experts, 1)
         return 2 * (self.layer_params + self.expert_params * share)
 
     @property
     def flops_per_pair(self) -> float:
-        """Of one query and one key in all layers: a score, and a share of the sum."""
+        """FLOPs of a query and a key in all layers: a score, and a term of the sum."""
         return 4 * self.num_heads * self.head_dim * self.num_layers
 
     @classmethod
     def of(
         cls, name: str, config: ModelConfig, kv_dtype: str | None = None
     ) -> ServedModel:
-        """Sizes of a configuration, in its dtype; `kv_dtype` where the pool's differs.
+        """Compute the sizes of a model's configuration.
 
-        "int8" counts a byte for each weight of the layers, and not its scales, which
-        are under a thousandth.
+        Quantised weights ("int8") count as a byte each, without their scales, which are
+        less than a thousandth.
+
+        Args:
+          name: of the model, for messages.
+          config: the model's, with its dtype.
+          kv_dtype: dtype of keys and values; None: the dtype of the model.
         """
         size = jnp.dtype(config.dtype).itemsize
         layers, experts = _layer_params(config)
@@ -107,22 +112,23 @@ class ServedModel:
 def served_model(
     name: str | os.PathLike[str], *, dtype: str = "auto", kv_dtype: str | None = None
 ) -> ServedModel:
-    """Sizes of a model by name, such as "opt-13b", or of a checkpoint's config.json.
+    """Compute the sizes of a named model, such as "opt-13b", or of a checkpoint.
 
     Args:
-      name: one of `jpaged.models.shapes.SHAPES`, or a folder in Hugging Face layout.
+      name: one of `jpaged.models.shapes.SHAPES`, or a folder in Hugging Face layout, of
+        which only config.json is read.
       dtype: of the parameters; "auto": the checkpoint's, bfloat16 for a name.
-      kv_dtype: of keys and values; None: as the parameters.
+      kv_dtype: of keys and values; None: the dtype of the parameters.
 
     Raises:
-      ValueError: no shape has this name, or config.json is not supported.
+      ValueError: the name is unknown, or config.json is not supported.
       FileNotFoundError: the folder has no config.json.
     """
     text = os.fspath(name)
     if os.path.isdir(text):
         config = checkpoint.load_config(text)
     elif os.sep in text:
-        raise FileNotFoundError(f"model: no such folder: {text}")
+        raise FileNotFoundError(f"model: expected a folder, got {text}")
     else:
         config = shapes.random_config(text)
     if dtype != "auto":
@@ -131,7 +137,7 @@ def served_model(
 
 
 def _layer_params(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of all layers without experts, and of all their experts."""
+    """Count parameters of all layers without experts, and of all experts."""
     hidden, layers = config.hidden_size, config.num_layers
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
@@ -141,10 +147,10 @@ def _layer_params(config: ModelConfig) -> tuple[int, int]:
     each += norm * (4 if config.sublayer_norms else 2)
     each += 2 * config.head_dim * config.qk_norm
     each += config.num_heads * config.attention_sinks
-    rising = 2 if config.gated_mlp else 1
+    num_up = 2 if config.gated_mlp else 1  # products to the intermediate size
 
     def mlp(size: int, bias: bool) -> int:
-        return hidden * size * (rising + 1) + (rising * size + hidden) * bias
+        return hidden * size * (num_up + 1) + (num_up * size + hidden) * bias
 
     plain = mlp(config.intermediate_size, config.mlp_bias)
     if not config.num_experts:
@@ -157,7 +163,7 @@ def _layer_params(config: ModelConfig) -> tuple[int, int]:
 
 
 def _outer_params(config: ModelConfig) -> int:
-    """Parameters of embeddings, logits and the last norm."""
+    """Count parameters of embeddings, logits and the last norm."""
     hidden, width = config.hidden_size, config.input_size
     params = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
     if width != hidden:
@@ -170,24 +176,28 @@ def _outer_params(config: ModelConfig) -> int:
 
 
 def _activations(config: ModelConfig) -> int:
-    """Numbers that the operations between products read and write, for one token.
+    """Count numbers that operations between products read and write for a token.
 
-    Norms (two a layer) and rotation read and write once, residual sums (two) read
-    twice, and the activation reads what the products up gave.
+    Two norms per layer and the rotation read and write once. Two residual sums per
+    layer read two inputs. The activation reads the results of the up projections.
     """
     size = config.intermediate_size
     if config.num_experts:
         size = config.expert_size * config.num_experts_per_token
-    turned = (config.num_heads + config.num_kv_heads) * config.head_dim
-    turned *= 2 * (config.positions == "rotary")
-    acted = size * (3 if config.gated_mlp else 2)
-    return config.num_layers * (10 * config.hidden_size + turned + acted)
+    rotated = (config.num_heads + config.num_kv_heads) * config.head_dim
+    rotated *= 2 * (config.positions == "rotary")
+    activated = size * (3 if config.gated_mlp else 2)
+    return config.num_layers * (10 * config.hidden_size + rotated + activated)
 
 
 def kv_bytes_on_chip(model: ServedModel, num_chips: int) -> float:
-    """Bytes of a token on each of the chips over which its heads are divided.
+    """Compute the bytes of a token's keys and values on each chip.
 
-    With more chips than key heads each holds a whole head, some the same.
+    Heads are divided over the chips. With more chips than key heads, each chip holds a
+    whole head, so some heads are held several times.
+
+    Raises:
+      ValueError: num_chips is below 1.
     """
     if num_chips < 1:
         raise ValueError(f"num_chips: expected at least 1, got {num_chips}")
@@ -204,18 +214,18 @@ def kv_slots(
     block_size: int = 16,
     reserved_bytes: int = 0,
 ) -> int:
-    """Tokens whose keys and values fit beside the parameters, in whole blocks.
+    """Count the tokens whose keys and values fit beside the parameters.
 
     Args:
       model: parameters and heads are divided over the chips.
       chip: each of them.
       num_chips: tensor parallelism.
       memory_fraction: of each chip's memory that may be used.
-      block_size: tokens of a block.
+      block_size: tokens of a block; the result is a multiple of it.
       reserved_bytes: on each chip, for activations.
 
     Raises:
-      ValueError: not one block fits, or a number is out of its range.
+      ValueError: not one block fits, or an argument is out of its range.
     """
     if not 0 < memory_fraction <= 1:
         raise ValueError(
@@ -230,17 +240,17 @@ def kv_slots(
     blocks = int(free // (token_bytes * block_size))
     if blocks < 1:
         raise ValueError(
-            f"num_chips: {model.name} has {model.param_bytes / 1e9:.1f} GB of "
-            f"parameters, and {num_chips} x {chip.name} have no room for a block of "
-            f"keys and values beside them at memory_fraction {memory_fraction:g}; take "
+            f"num_chips: expected memory for {model.param_bytes / 1e9:.1f} GB of "
+            f"parameters of {model.name} and a block of keys and values, got "
+            f"{num_chips} x {chip.name} at memory_fraction {memory_fraction:g}; use "
             "more chips"
         )
     return blocks * block_size
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """A model on its chips, with the memory that the paper gives to keys and values."""
+class PaperSetting:
+    """A model on its chips, with the KV memory that the paper states."""
 
     model: str
     chip: str
@@ -249,19 +259,19 @@ class Setting:
     source: str
 
     def sizes(self) -> tuple[ServedModel, Chip]:
-        """The model in 16 bits, and the chip."""
+        """Return the model in 16 bits, and the chip."""
         return served_model(self.model), find_chip(self.chip)
 
 
 _TABLE_1 = "Kwon et al. 2023, table 1"
-# 12 GiB hold 15,728 tokens of 800 KiB and 264 GiB 60,074 of 4.5 MiB, printed as 15.7K
-# and 60.1K. The 21 GB of OPT-66B are rounded (9,557 tokens of 2.25 MiB), so the printed
-# 9.7K stand.
-PAPER_SETTINGS: Mapping[str, Setting] = {
-    "opt-13b": Setting("opt-13b", "a100-40g", 1, 15_728, f"{_TABLE_1}: 12 GB"),
-    "opt-66b": Setting("opt-66b", "a100-40g", 4, 9_700, f"{_TABLE_1}: 9.7K slots"),
-    "opt-175b": Setting("opt-175b", "a100-80g", 8, 60_074, f"{_TABLE_1}: 264 GB"),
-    "llama-13b": Setting(
+# 12 GiB hold 15,728 tokens of 800 KiB, and 264 GiB hold 60,074 tokens of 4.5 MiB; the
+# table prints them as 15.7K and 60.1K. The 21 GB of OPT-66B are rounded (they hold
+# 9,557 tokens of 2.25 MiB), so the printed 9.7K are used.
+PAPER_SETTINGS: Mapping[str, PaperSetting] = {
+    "opt-13b": PaperSetting("opt-13b", "a100-40g", 1, 15_728, f"{_TABLE_1}: 12 GB"),
+    "opt-66b": PaperSetting("opt-66b", "a100-40g", 4, 9_700, f"{_TABLE_1}: 9.7K slots"),
+    "opt-175b": PaperSetting("opt-175b", "a100-80g", 8, 60_074, f"{_TABLE_1}: 264 GB"),
+    "llama-13b": PaperSetting(
         "llama-13b",
         "a100-40g",
         1,
@@ -271,11 +281,11 @@ PAPER_SETTINGS: Mapping[str, Setting] = {
 }
 
 
-def paper_setting(name: str) -> Setting:
-    """The paper's own setting for a model.
+def paper_setting(name: str) -> PaperSetting:
+    """Return the paper's setting for a model.
 
     Raises:
-      ValueError: the paper has none; the message lists those there are.
+      ValueError: the paper has no such model; the message lists its models.
     """
     if name.lower() not in PAPER_SETTINGS:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Step fits: whole iterations of a measured engine, by a published formula.
+"""Step fits: whole steps of a measured engine, by a published formula.
 
-Place on the road: file -> [step_fits] -> seconds of a load.
+Pipeline: file -> [step_fits] -> cost model.
 Source: Zhong et al. 2024 (DistServe), section 4.1 and its artifact's profile data.
 """
 
@@ -16,24 +16,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpaged.simulator.costs.base import CostEntry, Machine
 from jpaged.simulator.costs.features import Features, features
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import Number, StepLoad
+from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S
 from jpaged.simulator.costs.transfers import Transfers
+from jpaged.simulator.options import Option
 
-Number = jax.Array | float
 Line = tuple[Number, Number, Number]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepFit:
-    """A cost model of fitted lines, seconds; every number is a leaf.
+    """A cost model of fitted coefficients (a, b, c), in seconds; each is a leaf.
 
-    Prompts alone take a + b x (their tokens) + c x (the sum of their squares), rows
-    that decode a + b x (their contexts) + c x (their number), with other coefficients
-    from `threshold` rows on. A step of both takes the sums of both and once the larger
-    a, since weights are read once. A chunk's square is what it adds to that of its
-    prompt, so that the chunks of a prompt add up to the prompt's own.
+    A step of prompts takes a + b * tokens + c * sum(tokens^2). A step of decoding rows
+    takes a + b * sum(contexts) + c * rows, with other coefficients from `threshold`
+    rows on. A mixed step takes the larger a, since weights are read once, plus the
+    remaining terms of both. A chunk's square is its contribution to the square of its
+    prompt, so that the chunks of a prompt add up to the whole prompt.
     """
 
     prompts: Line
@@ -42,8 +44,8 @@ class StepFit:
     threshold: Number
     transfers: Transfers
 
-    def __call__(self, load: Load) -> jax.Array:
-        """f32[], seconds."""
+    def __call__(self, load: StepLoad) -> jax.Array:
+        """Return f32[], seconds."""
         work = features(load)
         base, per_token, per_square = self.prompts
         is_prompt = work.prompt_steps
@@ -68,15 +70,18 @@ class StepFit:
     def scaled(
         self, *, prompts: float = 1.0, decoding: float = 1.0, host_s: float = 0.0
     ) -> StepFit:
-        """Each phase's times multiplied, such as for another chip of the same kind.
+        """Multiply the seconds of each phase, for example for a similar chip.
 
-        Decoding reads memory, so A100-40GB takes 2,039 / 1,555 of A100-80GB's time.
-        Prompts compute, and both have the same FLOP/s. The host's share of a step that
-        decodes, `host_s` of its a, stays as it is.
+        Decoding reads memory, so an A100-40GB takes 2,039 / 1,555 of the time of an
+        A100-80GB. Prompts compute, and both chips have the same FLOP/s.
+
+        Args:
+          prompts: factor of prompts.
+          decoding: factor of decoding.
+          host_s: host time within the a of decoding, which is not multiplied.
 
         Raises:
-          ValueError: a factor is not above 0, or the host's share is more than there
-            is.
+          ValueError: a factor is not above 0, or host_s is larger than a.
         """
         for name, factor in (("prompts", prompts), ("decoding", decoding)):
             if not 0 < factor < math.inf:
@@ -100,23 +105,23 @@ def read_step_fit(
     engine: str = "vllm",
     transfers: Transfers,
 ) -> StepFit:
-    """The fit of an engine and a model in a JSON file.
+    """Read the fit of an engine and a model from a JSON file.
 
-    The file: engine -> model -> tensor parallelism -> `prefill`, `decoding_smallbs`
-    and `decoding_largebs`, three numbers each, in milliseconds, and
+    The file maps engine -> model -> tensor parallelism -> `prefill`,
+    `decoding_smallbs` and `decoding_largebs`, three numbers each, in milliseconds, and
     `decoding_large_small_bs_threshold`.
 
     Args:
       path: the file.
-      model: its name there, such as "facebook/opt-13b".
-      tensor_parallel: chips.
-      engine: whose iterations were measured, such as "vllm" or "distserve".
-      transfers: copies and swapping, which the fit does not have.
+      model: name of the model in the file, such as "facebook/opt-13b".
+      tensor_parallel: number of chips.
+      engine: the measured engine, such as "vllm" or "distserve".
+      transfers: copies and swapping, which the fit does not include.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is not JSON, or lacks what was asked for; the message lists what
-        it has.
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not JSON, or does not have the requested fit; the message lists
+        what it has.
     """
     try:
         found: Any = json.loads(pathlib.Path(path).read_text("utf-8"))
@@ -129,7 +134,9 @@ def read_step_fit(
     ):
         if not isinstance(found, dict) or key not in found:
             have = ", ".join(found) if isinstance(found, dict) else "nothing"
-            raise ValueError(f"{argument}: {path} has {have}, got {key!r}")
+            raise ValueError(
+                f"{argument}: expected one of {have} in {path}, got {key!r}"
+            )
         found = found[key]
     lines = [
         _line(path, found, name)
@@ -139,15 +146,18 @@ def read_step_fit(
     if not isinstance(threshold, int | float):
         raise ValueError(
             f"{path}: expected a number decoding_large_small_bs_threshold for "
-            f"{model} on {tensor_parallel}, got {threshold!r}"
+            f"{model} on {tensor_parallel} chips, got {threshold!r}"
         )
     return StepFit(*lines, threshold=float(threshold), transfers=transfers)
 
 
 def _line(path: str | os.PathLike[str], entry: Any, name: str) -> Line:
     values = entry.get(name) if isinstance(entry, dict) else None
-    is_line = isinstance(values, list) and len(values) == 3
-    if not is_line or not all(isinstance(value, int | float) for value in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or not all(isinstance(value, int | float) for value in values)
+    ):
         raise ValueError(f"{path}: expected three numbers as {name}, got {values!r}")
     a, b, c = (float(value) * 1e-3 for value in values)
     return a, b, c
@@ -156,3 +166,34 @@ def _line(path: str | os.PathLike[str], entry: Any, name: str) -> Line:
 def _times(line: Line, factor: float, host_s: float = 0.0) -> Line:
     a, b, c = line
     return (a - host_s) * factor + host_s, b * factor, c * factor
+
+
+def _build(
+    machine: Machine, *, step_fit: str | None = None, decoding_factor: float = 1.0
+) -> StepFit:
+    if step_fit is None:
+        raise ValueError("step_fit: expected a JSON file of measured steps, got none")
+    model, chip, num_chips = machine.model, machine.chip, machine.num_chips
+    fit = read_step_fit(
+        step_fit,
+        model=f"facebook/{model.name}",
+        tensor_parallel=num_chips,
+        transfers=Transfers.of(model, chip, num_chips),
+    )
+    return fit.scaled(decoding=decoding_factor, host_s=VLLM_2023_STEP_S)
+
+
+ENTRY = CostEntry(
+    "step_fit",
+    _build,
+    (
+        Option("step_fit", "str", "JSON file of vLLM's measured steps."),
+        Option(
+            "decoding_factor",
+            "float",
+            "Factor of the measured decoding steps, without their host time, for a "
+            "chip with another bandwidth; default: 1.",
+            minimum=0.01,
+        ),
+    ),
+)

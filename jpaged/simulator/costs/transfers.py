@@ -1,6 +1,6 @@
 """Transfers: the time of copies on the device, and of swapping to the host and back.
 
-Place on the road: features -> [transfers] -> cost models, which add it to the rest.
+Pipeline: features -> [transfers] -> cost models, which add it to their seconds.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import jax
 
 from jpaged.simulator.costs.chips import Chip
 from jpaged.simulator.costs.features import Features
+from jpaged.simulator.costs.load import Number
 from jpaged.simulator.costs.served_models import ServedModel, kv_bytes_on_chip
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Transfers:
-    """Seconds that moving keys and values takes: f32[] or float, each a leaf."""
+    """Seconds to move keys and values; each field is a leaf."""
 
-    copy_s: jax.Array | float  # a token, copied on the device
-    swap_s: jax.Array | float  # a token, to the host or back
-    piece_s: jax.Array | float  # a piece of what is swapped, however small
+    copy_s: Number  # per token copied on the device
+    swap_s: Number  # per token moved to the host or back
+    piece_s: Number  # per swapped piece, of any size
 
     def __call__(self, work: Features) -> jax.Array:
-        """f32[], seconds; transfers wait for each other and for the step."""
+        """Return f32[], seconds; transfers overlap with nothing else."""
         return (
             work.copied_tokens * self.copy_s
             + work.swapped_tokens * self.swap_s
@@ -33,7 +34,7 @@ class Transfers:
 
     @classmethod
     def none(cls) -> Transfers:
-        """Copies and swapping cost nothing: for systems that do neither."""
+        """Return transfers without time, for systems that neither copy nor swap."""
         return cls(0.0, 0.0, 0.0)
 
     @classmethod
@@ -45,15 +46,19 @@ class Transfers:
         *,
         copies_per_piece: int | None = None,
     ) -> Transfers:
-        """By the chip's data sheet: its memory for copies, its host link for swapping.
+        """Compute seconds from the bandwidths of the chip's memory and host link.
 
         Args:
-          model: keys and values of a token.
-          chip: each of them has its own link, all move at once.
+          model: for the size of a token's keys and values.
+          chip: each chip has its own host link, and all move data at the same time.
           num_chips: tensor parallelism.
-          copies_per_piece: copies between host and device that a piece takes, each
-            `chip.host_copy_s` beside its bytes. None: two a layer, keys and values,
-            as the paper's system moves a block; 1 where a block moves in one.
+          copies_per_piece: copies between host and device per piece, each of which
+            takes `chip.host_copy_s` in addition to the time of its bytes. None: two per
+            layer, for keys and values, as in the paper's system. 1: a block moves in
+            one copy.
+
+        Raises:
+          ValueError: copies_per_piece is below 1.
 
         Source: paper section 7.3 and figure 19, where small blocks swap slowly.
         """
@@ -65,8 +70,10 @@ class Transfers:
             )
         token_bytes = kv_bytes_on_chip(model, num_chips)
         return cls(
-            # Read and written, at the share that reads of weights reach.
-            copy_s=2 * token_bytes / (chip.memory_bytes_per_s * chip.reach.read_share),
+            # A copy reads and writes, at the efficiency of reading weights.
+            copy_s=2
+            * token_bytes
+            / (chip.memory_bytes_per_s * chip.efficiency.read_share),
             swap_s=token_bytes / chip.host_bytes_per_s,
             piece_s=copies_per_piece * chip.host_copy_s,
         )

@@ -1,1 +1,1 @@
-"""Serving systems on the virtual clock: the engine and the paper's baselines."""
+"""Simulated serving systems: the engine and the baselines of the paper."""

@@ -1,28 +1,35 @@
-"""Arrivals: when the requests come, in seconds from the start, on the host.
+"""Arrivals: the times at which requests arrive, in seconds from the start.
 
-Place on the road: [arrivals] -> workload -> system -> load -> cost model -> clock.
+Pipeline: [arrivals] -> workload -> system -> step load -> cost model. Host only.
+
+Shape symbols: N requests.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-QUANTUM_S = 0.01  # the paper's driver counts arrivals in these
+QUANTUM_S = 0.01  # arrival times of the paper's driver are multiples of it
 _QUANTA_PER_S = 100
 
 
 def poisson(rate: float, duration: float, seed: int) -> np.ndarray:
-    """Arrivals of the paper's driver, f64[N], sorted.
+    """Sample the arrivals of the paper's driver.
 
-    The number in each 10 ms is drawn from a Poisson distribution, and they come at its
-    beginning. A seed gives the very arrivals that it gave the authors.
+    The number of arrivals in each 10 ms is sampled from a Poisson distribution, and all
+    of them arrive at its start. A seed gives exactly the arrivals of the authors.
 
     Args:
       rate: requests per second.
-      duration: seconds, in whole quanta of 10 ms.
+      duration: seconds, a multiple of 10 ms.
+      seed: of NumPy's legacy generator.
+
+    Returns:
+      f64[N], seconds, sorted.
 
     Raises:
-      ValueError: a rate or a duration that is not positive, or a fraction of a quantum.
+      ValueError: rate or duration is not positive, or duration is not a multiple of
+        10 ms.
 
     >>> poisson(rate=0.5, duration=600, seed=0)[:3].tolist()
     [1.49, 5.94, 6.17]
@@ -33,30 +40,34 @@ def poisson(rate: float, duration: float, seed: int) -> np.ndarray:
     num_quanta = round(duration * _QUANTA_PER_S)
     if abs(num_quanta - duration * _QUANTA_PER_S) > 1e-6:
         raise ValueError(
-            f"duration: wanted a multiple of {QUANTUM_S} s, got {duration}; "
+            f"duration: expected a multiple of {QUANTUM_S} s, got {duration}; "
             f"use {max(num_quanta, 1) / _QUANTA_PER_S}"
         )
-    # The legacy generator: its stream is the global one's, which the driver seeded.
+    # The legacy generator has the stream of the global one, which the driver seeds.
     random = np.random.RandomState(seed)
     counts = random.poisson(rate * QUANTUM_S, size=num_quanta)
     return np.repeat(np.arange(num_quanta) * QUANTUM_S, counts)
 
 
 def gamma(rate: float, cv: float, duration: float, seed: int) -> np.ndarray:
-    """Arrivals with gaps from a gamma distribution, f64[N], sorted.
+    """Sample arrivals with gaps from a gamma distribution.
 
     Args:
       rate: requests per second.
-      cv: the gaps' standard deviation divided by their mean: 1 is a Poisson process, 0
-        a steady beat; above 1 they come in bursts.
+      cv: standard deviation of the gaps divided by their mean. 1 is a Poisson process,
+        0 means equal gaps, and values above 1 mean bursts.
       duration: seconds.
+      seed: of NumPy's default generator.
+
+    Returns:
+      f64[N], seconds, sorted.
 
     Raises:
-      ValueError: a rate or a duration that is not positive, or a cv below 0.
+      ValueError: rate or duration is not positive, or cv is negative.
     """
     _check_positive(rate=rate, duration=duration)
     if not (cv >= 0 and np.isfinite(cv)):
-        raise ValueError(f"cv: wanted a number of at least 0, got {cv}")
+        raise ValueError(f"cv: expected a number of at least 0, got {cv}")
     random = np.random.default_rng(seed)
     pieces, end = [], 0.0
     while end < duration:
@@ -74,4 +85,4 @@ def gamma(rate: float, cv: float, duration: float, seed: int) -> np.ndarray:
 def _check_positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not (number > 0 and np.isfinite(number)):
-            raise ValueError(f"{name}: wanted a positive number, got {number}")
+            raise ValueError(f"{name}: expected a positive number, got {number}")

@@ -1,13 +1,15 @@
-"""Lengths: how many tokens prompts have, and outputs, on the host.
+"""Lengths: the number of tokens of prompts and of outputs.
 
-Place on the road: [lengths] -> workload -> system -> load -> cost model -> clock.
+Pipeline: [lengths] -> workload -> system -> step load -> cost model. Host only.
 
-The built-in ones are tables of quantiles, so that everything runs without a download:
-the prompts' as a whole, and the outputs' for each fifth of the prompts, the shortest
-first, for long prompts have other outputs than short ones. Between two quantiles
-lengths are spread evenly. The tables were fitted by least squares, which keeps the mean
-(outputs that prompt and all would be 2,048 tokens or more are cut, as the paper's runs
-have none: that takes 0.7 % off ShareGPT's mean).
+The built-in lengths are tables of quantiles, so that nothing must be downloaded. A
+table has the quantiles of all prompts, and the quantiles of outputs for each fifth of
+the prompts, the shortest prompts first, because outputs depend on the length of the
+prompt. Between two quantiles, lengths are distributed uniformly. The tables were fitted
+by least squares, which keeps the mean. Outputs are cut so that prompt and output have
+less than 2,048 tokens, as in the paper's runs; this lowers ShareGPT's mean by 0.7 %.
+
+Shape symbols: N requests.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# A run of the paper holds requests of fewer tokens than this, prompt and output.
+# Requests of the paper have fewer tokens than this, prompt and output.
 PAPER_MAX_LEN = 2048
 # Tokens of the instruction and the examples before each sentence to translate.
 PREFIX_TOKENS = {"wmt16-1shot": 80, "wmt16-5shot": 341}
@@ -28,19 +30,20 @@ class Lengths:
     """Tokens of prompts and of their outputs.
 
     Raises:
-      ValueError: not two vectors of one length, or a length below 1 (with its index).
+      ValueError: the vectors differ in size, or a length is below 1 (with its index).
     """
 
     prompt_lens: np.ndarray  # i32[N]
     output_lens: np.ndarray  # i32[N]
-    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
+    # skipped requests, by reason
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("prompt_lens", "output_lens"):
             object.__setattr__(self, name, positive(name, getattr(self, name)))
         if self.prompt_lens.shape != self.output_lens.shape:
             raise ValueError(
-                f"output_lens: wanted {len(self.prompt_lens)} numbers, as many as "
+                f"output_lens: expected {len(self.prompt_lens)} numbers, as many as "
                 f"prompt_lens, got {len(self.output_lens)}"
             )
 
@@ -49,23 +52,29 @@ class Lengths:
 
 
 def positive(name: str, numbers: object, at_least: int = 1) -> np.ndarray:
-    """The numbers as i32[N].
+    """Convert integers to i32[N].
+
+    Args:
+      name: of the argument, for messages.
+      numbers: a vector of integers.
+      at_least: the smallest allowed number.
 
     Raises:
-      ValueError: other than whole numbers from `at_least` to the largest int32.
+      ValueError: `numbers` is not a vector of integers from `at_least` to the largest
+        int32.
     """
     found = np.asarray(numbers)
     if found.ndim != 1 or not (
         found.size == 0 or np.issubdtype(found.dtype, np.integer)
     ):
         raise ValueError(
-            f"{name}: wanted a vector of whole numbers, got shape {found.shape} and "
+            f"{name}: expected a vector of integers, got shape {found.shape} and "
             f"dtype {found.dtype}"
         )
     wrong = np.flatnonzero((found < at_least) | (found >= 2**31))
     if wrong.size:
         raise ValueError(
-            f"{name}: wanted numbers from {at_least} to 2**31 - 1, got "
+            f"{name}: expected numbers from {at_least} to 2**31 - 1, got "
             f"{found[wrong[0]]} at index {wrong[0]}"
         )
     return found.astype(np.int32)
@@ -73,10 +82,10 @@ def positive(name: str, numbers: object, at_least: int = 1) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """Quantiles in tokens, at the shares below."""
+    """Quantiles in tokens, at `_PROMPT_SHARES` and `_OUTPUT_SHARES`."""
 
     prompts: tuple[float, ...]
-    outputs: tuple[tuple[float, ...], ...]  # of each fifth of the prompts
+    outputs: tuple[tuple[float, ...], ...]  # for each fifth of the prompts
 
 
 # fmt: off
@@ -86,8 +95,8 @@ _PROMPT_SHARES = (
 )
 _OUTPUT_SHARES = (0, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99, 1)
 
-# Means: 162.0 and 335.8; the paper's Figure 11 prints 161.31 and 337.99. Fitted to 80 %
-# of the lengths with fewer than 2,048 tokens in the artifact of Kwon et al. 2023 (first
+# Means: 162.0 and 335.8; figure 11 of the paper prints 161.31 and 337.99. Fitted to
+# 80 % of the lengths below 2,048 tokens in the artifact of Kwon et al. 2023 (first
 # round of each conversation, tokens of OPT).
 _SHAREGPT = _Table(
     (1.4, 6.7, 8.9, 11.0, 13.0, 15.2, 17.9, 20.9, 24.4, 29.0, 35.3, 43.6, 54.6, 70.9,
@@ -103,7 +112,7 @@ _SHAREGPT = _Table(
      (2.0, 17.5, 55.6, 122.1, 172.3, 238.2, 309.3, 393.6, 493.0, 649.4, 822.3, 976.5,
       1315.0, 1653.7)),
 )
-# Means: 19.4 and 58.9; Figure 11 prints 19.31 and 58.45. Fitted to 4,000 rows of
+# Means: 19.4 and 58.9; figure 11 prints 19.31 and 58.45. Fitted to 4,000 rows of
 # Stanford Alpaca (Taori et al. 2023), tokens of GPT-2, which are OPT's.
 _ALPACA = _Table(
     (6.2, 8.6, 9.6, 10.3, 11.0, 11.8, 12.2, 13.1, 13.9, 14.6, 15.5, 16.6, 17.8, 19.2,
@@ -119,7 +128,7 @@ _ALPACA = _Table(
      (1.0, 2.3, 4.9, 8.7, 11.6, 14.6, 19.7, 29.6, 45.2, 65.8, 105.1, 134.1, 224.5,
       465.1)),
 )
-# The sentence to translate, behind the prefix, and its translation: means 28.6 and
+# The sentence to translate, after the prefix, and its translation. Means: 28.6 and
 # 36.4. Fitted to 80 % of newstest2016, English to German (WMT16), tokens of LLaMA.
 _WMT16 = _Table(
     (5.3, 10.3, 12.5, 14.3, 15.8, 17.2, 18.7, 20.4, 22.1, 24.0, 25.9, 28.1, 29.9, 32.5,
@@ -146,21 +155,21 @@ BUILTIN_LENGTHS = tuple(_TABLES)
 
 
 def builtin_lengths(name: str, count: int, seed: int) -> Lengths:
-    """Random lengths like those of a data set of the paper.
+    """Sample lengths like those of a data set of the paper.
 
     Args:
-      name: "sharegpt", "alpaca", or, with the prefix of `PREFIX_TOKENS` counted in the
-        prompts, "wmt16-1shot" or "wmt16-5shot".
-      count: how many.
+      name: "sharegpt", "alpaca", "wmt16-1shot" or "wmt16-5shot". Prompts of the
+        last two include the prefix of `PREFIX_TOKENS`.
+      count: number of requests.
       seed: of NumPy's default generator.
 
     Raises:
-      ValueError: another name, or a count below 0.
+      ValueError: the name is unknown, or the count is negative.
     """
     if name not in _TABLES:
-        raise ValueError(f"name: wanted one of {', '.join(_TABLES)}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(_TABLES)}, got {name!r}")
     if count < 0:
-        raise ValueError(f"count: wanted at least 0, got {count}")
+        raise ValueError(f"count: expected at least 0, got {count}")
     table = _TABLES[name]
     shares = np.random.default_rng(seed).random((count, 2))
     prompts = np.interp(shares[:, 0], _PROMPT_SHARES, table.prompts)

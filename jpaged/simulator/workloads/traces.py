@@ -1,17 +1,16 @@
-"""Traces: workloads and lengths from files that users have, on the host.
+"""Traces: workloads and lengths from files.
 
-Place on the road: file -> [traces] -> workload -> system -> load -> cost model.
+Pipeline: file -> [traces] -> workload -> system -> step load -> cost model. Host only.
 
-Every reader takes plain files and, where the name ends in .gz, packed ones. What is
-wrong with a file is said with its name and the line.
+Every reader accepts plain files, and gzipped files if their name ends in .gz. Error
+messages have the file and the line.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,21 +32,31 @@ _EMPTY = "a length of 0"
 
 
 class Prompt(NamedTuple):
-    """A prompt: its tokens, and a number for each piece and all before it."""
+    """A prompt of a trace."""
 
-    input_length: int
-    hash_ids: list[int]
+    input_length: int  # tokens
+    hash_ids: list[int]  # each represents a piece and all pieces before it
 
 
-def read(path: str | pathlib.Path, *, skip_empty: bool = False) -> Workload | Lengths:
-    """What the file has: a `Workload` where it tells times, else `Lengths`.
+def read_trace(
+    path: str | pathlib.Path, *, skip_empty: bool = False
+) -> Workload | Lengths:
+    """Read a trace file of any supported format.
 
-    A name in .csv or .csv.gz is a table (see `read_lengths`, `read_csv_trace`); one in
-    .jsonl or .jsonl.gz has requests as lines (see `read_mooncake`, `read_vllm_run`),
-    told apart by their times.
+    A file .csv or .csv.gz is a table (see `read_lengths`, `read_csv_trace`). A file
+    .jsonl or .jsonl.gz has one request per line (see `read_mooncake`, `read_vllm_run`);
+    the name of the time field decides which format it is.
+
+    Args:
+      path: the file.
+      skip_empty: skip and count requests with a length of 0, instead of raising.
+
+    Returns:
+      A `Workload` if the file has times, otherwise `Lengths`.
 
     Raises:
-      OSError, ValueError: as the reader; or another ending.
+      OSError: the file cannot be read.
+      ValueError: as the reader; or the name has another suffix.
     """
     path = pathlib.Path(path)
     name = path.name.removesuffix(".gz")
@@ -64,23 +73,23 @@ def read(path: str | pathlib.Path, *, skip_empty: bool = False) -> Workload | Le
             return read_vllm_run(path, skip_empty=skip_empty)
         return read_mooncake(path, skip_empty=skip_empty)
     raise ValueError(
-        f"trace: wanted a file .csv or .jsonl, packed (.gz) or not: {path}"
+        f"trace: expected a file .csv or .jsonl, gzipped (.gz) or not, got {path}"
     )
 
 
 def read_lengths(path: str | pathlib.Path, *, skip_empty: bool = False) -> Lengths:
-    """The lengths of a CSV with input_tokens and output_tokens, in its order.
+    """Read a CSV file with the columns input_tokens and output_tokens.
 
-    Other columns may stand beside them.
+    Other columns are ignored.
 
     Args:
       path: the file.
-      skip_empty: whether rows with a length of 0 are left out, and counted in
-        `skipped`; they are errors otherwise.
+      skip_empty: skip rows with a length of 0 and count them in `skipped`, instead of
+        raising.
 
     Raises:
-      OSError, ValueError: no such file; a column that is missing; a line with no whole
-        number of at least 1.
+      OSError: the file cannot be read.
+      ValueError: a column is missing, or a field is not an integer of at least 1.
     """
     path = pathlib.Path(path)
     prompts, outputs, num_empty = [], [], 0
@@ -97,20 +106,21 @@ def read_lengths(path: str | pathlib.Path, *, skip_empty: bool = False) -> Lengt
 
 
 def read_csv_trace(path: str | pathlib.Path, *, skip_empty: bool = False) -> Workload:
-    """The requests of a CSV with timestamp_s, input_tokens and output_tokens.
+    """Read a CSV file with the columns timestamp_s, input_tokens and output_tokens.
 
-    That is the form of Azure's LLM inference traces, with seconds for its dates.
+    This is the format of Azure's LLM inference traces, with seconds instead of dates.
 
     Raises:
-      OSError, ValueError: as `read_lengths`; a time that is negative, no number, or
-        earlier than the line's before it.
+      OSError: the file cannot be read.
+      ValueError: as `read_lengths`; or a time is not a number, negative, or earlier
+        than the time before it.
     """
     path = pathlib.Path(path)
-    gathered = _Gathered(path, skip_empty)
+    found = _Requests(path, skip_empty)
     columns = ("timestamp_s", "input_tokens", "output_tokens")
     for where, row in csv_rows(path, columns):
-        gathered.add(where, *((name, row[name]) for name in columns))
-    return gathered.workload(1.0, None)
+        found.add(where, *((name, row[name]) for name in columns))
+    return found.workload(1.0, None)
 
 
 def read_mooncake(
@@ -119,15 +129,16 @@ def read_mooncake(
     content_size: int = MOONCAKE_CONTENT_SIZE,
     skip_empty: bool = False,
 ) -> Workload:
-    """The requests of a trace of Mooncake: JSON lines, with what prompts share.
+    """Read a trace of Mooncake: JSON lines, with the prefixes that prompts share.
 
-    A line has timestamp (milliseconds), input_length, output_length, and hash_ids: one
-    number for every `content_size` tokens of the prompt, which stands for them and all
-    before them; the last may be partial.
+    A line has timestamp (milliseconds), input_length, output_length, and hash_ids: a
+    number for every `content_size` tokens of the prompt, which represents these tokens
+    and all tokens before them. The last piece may be partial.
 
     Raises:
-      OSError, ValueError: as `read_csv_trace`; a line that is no such JSON, or has more
-        hash_ids than tokens ask for.
+      OSError: the file cannot be read.
+      ValueError: as `read_csv_trace`; or a line is not such JSON, or has more hash_ids
+        than its prompt has pieces.
 
     Source: Qin et al., Mooncake, FAST 2025.
     """
@@ -140,77 +151,26 @@ def read_vllm_run(
     content_size: int = VLLM_CONTENT_SIZE,
     skip_empty: bool = False,
 ) -> Workload:
-    """The requests of a workload of LLMServingSim: JSON lines.
+    """Read a workload of LLMServingSim: JSON lines.
 
-    As `read_mooncake`, but with arrival_s (seconds) for timestamp, and hash_ids only
-    of whole pieces.
+    As `read_mooncake`, but with arrival_s (seconds) in place of timestamp, and with
+    hash_ids of whole pieces only.
     """
     return _read_hashed(path, "arrival_s", 1.0, content_size, skip_empty)
 
 
-def read_sharegpt(
-    path: str | pathlib.Path, count_tokens: Callable[[str], int]
-) -> Lengths:
-    """The lengths of each conversation's first round, from a ShareGPT JSON.
-
-    The file is a list of objects whose `conversations` is a list of {"from", "value"}.
-    The first message is the prompt, the second its output. Conversations with fewer
-    than two messages, and rounds of which one is empty, are left out and counted.
-
-    Args:
-      path: the file.
-      count_tokens: tokens of a text, for example
-        `lambda text: len(tokenizer.encode(text))`; `lambda text: len(text.split())`
-        counts words.
-
-    Raises:
-      OSError, ValueError: no such file, no such JSON (with the entry's number).
-    """
-    path = pathlib.Path(path)
-    with open_text(path) as file:
-        try:
-            entries = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"trace: {path} is no JSON ({error})") from error
-    if not isinstance(entries, list):
-        raise ValueError(
-            f"trace: wanted a list of conversations, got {path}, an object"
-        )
-    prompts, outputs, skipped = [], [], {}
-    for number, entry in enumerate(entries):
-        try:
-            texts = [message["value"] for message in entry["conversations"][:2]]
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError("a value is no text")
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                'trace: wanted {"conversations": [{"from": ..., "value": text}, ...]}; '
-                f"entry {number} of {path} is {json.dumps(entry):.80} ({error!r})"
-            ) from error
-        counts = [count_tokens(text) for text in texts]
-        if len(counts) < 2:
-            reason = "fewer than two messages"
-        elif not all(counts):
-            reason = _EMPTY
-        else:
-            prompts.append(counts[0])
-            outputs.append(counts[1])
-            continue
-        skipped[reason] = skipped.get(reason, 0) + 1
-    return Lengths(_i32(prompts), _i32(outputs), skipped)
-
-
 def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
-    """What prompts share in a trace, whatever it tells of times and outputs.
+    """Read the prompts of JSON lines, without times and outputs.
 
     Raises:
-      OSError, ValueError: no such file; a line that is no JSON with input_length and
-        hash_ids; no line at all.
+      OSError: the file cannot be read.
+      ValueError: a line is not JSON with input_length and hash_ids, or there are no
+        lines.
     """
     path = pathlib.Path(path)
     found = [_prompt(fields, line, where) for where, line, fields in json_lines(path)]
     if not found:
-        raise ValueError(f"trace: {path} has no requests")
+        raise ValueError(f"trace: expected requests, got none in {path}")
     return found
 
 
@@ -222,35 +182,36 @@ def _read_hashed(
     skip_empty: bool,
 ) -> Workload:
     if content_size < 1:
-        raise ValueError(f"content_size: wanted at least 1 token, got {content_size}")
+        raise ValueError(f"content_size: expected at least 1 token, got {content_size}")
     path = pathlib.Path(path)
-    gathered = _Gathered(path, skip_empty)
+    found = _Requests(path, skip_empty)
     pieces: list[Sequence[int]] = []
     for where, line, fields in json_lines(path):
         prompt = _prompt(fields, line, where)
         for name in (time_name, "output_length"):
             if name not in fields:
-                raise ValueError(f"trace: no {name} in {where}: {line:.80}")
+                raise ValueError(f"trace: expected {name}, got {line:.80} in {where}")
         most = cdiv(prompt.input_length, content_size)
         if len(prompt.hash_ids) > most:
             raise ValueError(
-                f"trace: {where} has {len(prompt.hash_ids)} hash_ids, wanted at most "
-                f"{most}: its {prompt.input_length} tokens in pieces of {content_size}"
+                f"trace: expected at most {most} hash_ids, for "
+                f"{prompt.input_length} tokens in pieces of {content_size}, got "
+                f"{len(prompt.hash_ids)} in {where}"
             )
         pairs = [(time_name, fields[time_name]), ("input_length", prompt.input_length)]
-        if gathered.add(where, *pairs, ("output_length", fields["output_length"])):
+        if found.add(where, *pairs, ("output_length", fields["output_length"])):
             pieces.append(prompt.hash_ids)
     longest = max(map(len, pieces), default=0)
     contents = np.full((len(pieces), longest), NO_CONTENT, np.int32)
     for row, ids in enumerate(pieces):
         contents[row, : len(ids)] = ids
-    return gathered.workload(seconds, contents, content_size)
+    return found.workload(seconds, contents, content_size)
 
 
-class _Gathered:
-    """The requests read so far, and the checks that all readers share."""
+class _Requests:
+    """The requests read so far, with the checks that all readers share."""
 
-    def __init__(self, path: pathlib.Path, skip_empty: bool):
+    def __init__(self, path: pathlib.Path, skip_empty: bool) -> None:
         self.path = path
         self.skip_empty = skip_empty
         self.times: list[float] = []
@@ -260,17 +221,21 @@ class _Gathered:
         self.last = 0.0
 
     def add(self, where: str, *pairs: tuple[str, Any]) -> bool:
-        """Takes (name, value) of time, prompt and output; False: it was left out."""
+        """Add a request from (name, value) of time, prompt length and output length.
+
+        Returns:
+          False if the request was skipped.
+        """
         (time_name, value), prompt, output = pairs
         time = number_of(value)
         if time is None or time < 0:
             raise ValueError(
-                f"trace: wanted a number of at least 0 for {time_name}, got {value!r} "
-                f"in {where}"
+                f"trace: expected a number of at least 0 for {time_name}, got "
+                f"{value!r} in {where}"
             )
         if time < self.last:
             raise ValueError(
-                f"trace: wanted times in order, got {time_name} {value} in {where}, "
+                f"trace: expected sorted times, got {time_name} {value} in {where}, "
                 f"after {self.last:g}; sort the file by {time_name}"
             )
         self.last = time
@@ -288,9 +253,9 @@ class _Gathered:
     def workload(
         self, seconds: float, contents: np.ndarray | None, content_size: int = 1
     ) -> Workload:
-        """The workload, where `seconds` is the unit of the times."""
+        """Return the workload; `seconds` is the unit of the times."""
         if not self.times:
-            raise ValueError(f"trace: {self.path} has no requests")
+            raise ValueError(f"trace: expected requests, got none in {self.path}")
         return Workload(
             np.array(self.times, np.float64) * seconds,
             _i32(self.prompts),
@@ -306,11 +271,11 @@ def _prompt(fields: Any, line: str, where: str) -> Prompt:
         prompt = Prompt(fields["input_length"], fields["hash_ids"])
         numbers = [prompt.input_length, *prompt.hash_ids]
         if not all(type(one) is int and 0 <= one < 2**31 for one in numbers):
-            raise ValueError("a number is no int32 of at least 0")
+            raise ValueError("a number is not an int32 of at least 0")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"trace: wanted JSON with an integer input_length and a list hash_ids of "
-            f"integers; {where} is {line!r:.80} ({error})"
+            f"trace: expected JSON with an integer input_length and a list hash_ids of "
+            f"integers, got {line!r:.80} in {where} ({error})"
         ) from error
     return prompt
 

@@ -1,6 +1,8 @@
-"""Workload: which requests come when, and how long they are, on the host.
+"""Workload: the arrival times and the lengths of requests.
 
-Place on the road: [workload] -> system -> load -> cost model -> clock.
+Pipeline: [workload] -> system -> step load -> cost model -> clock. Host only.
+
+Shape symbols: N requests, H pieces of a prompt.
 """
 
 from __future__ import annotations
@@ -25,29 +27,30 @@ NO_CONTENT = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """Requests in order of arrival, all of whose output lengths are known.
+    """Requests in order of arrival, with known output lengths.
 
-    Prompts that begin with the same `contents`, piece for piece, begin with the same
-    tokens. What lies behind a prompt's last named piece is its own.
+    A piece is `content_size` tokens of a prompt. Pieces with equal ids in `contents`
+    have equal tokens. Tokens after the last piece with an id occur in no other prompt.
 
     Raises:
-      ValueError: shapes that differ, an arrival that is negative or earlier than the
-        one before it, a length below 1, samples of a beam search, or more pieces than
-        the prompt has (each with the request's index).
+      ValueError: shapes differ, an arrival is negative or earlier than the one before
+        it, a length is below 1, a beam search has several samples, or there are more
+        ids than pieces (each with the request's index).
     """
 
     arrivals: np.ndarray  # f64[N], seconds, sorted
     prompt_lens: np.ndarray  # i32[N]
     output_lens: np.ndarray  # i32[N], tokens that each sequence generates
-    # i32[N], or one for all: sequences; 1 for beams
+    # i32[N], or one number for all requests; 1 for beam search
     num_samples: np.ndarray = dataclasses.field(default_factory=lambda: np.array(1))
-    # i32[N], or one for all; 0: no beam search
+    # i32[N], or one number for all requests; 0: no beam search
     beam_widths: np.ndarray = dataclasses.field(default_factory=lambda: np.array(0))
-    contents: np.ndarray | None = None  # i32[N, H], NO_CONTENT behind the last piece
-    content_size: int = 1  # tokens of a piece; a prompt's last may be partial
-    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
+    contents: np.ndarray | None = None  # i32[N, H], NO_CONTENT after the last id
+    content_size: int = 1  # tokens of a piece; the last piece may be partial
+    # skipped requests, by reason
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         times = _checked_times(self.arrivals)
         count = len(times)
         found = dict(
@@ -60,19 +63,19 @@ class Workload:
         for name, numbers in found.items():
             if len(numbers) != count:
                 raise ValueError(
-                    f"{name}: wanted {count} numbers, one for each arrival, got "
+                    f"{name}: expected {count} numbers, one for each arrival, got "
                     f"{len(numbers)}"
                 )
             object.__setattr__(self, name, numbers)
         both = np.flatnonzero((self.num_samples > 1) & (self.beam_widths > 0))
         if both.size:
             raise ValueError(
-                f"num_samples: wanted 1 where beam_widths is not 0, got "
+                f"num_samples: expected 1 where beam_widths is not 0, got "
                 f"{self.num_samples[both[0]]} at index {both[0]}"
             )
         if self.content_size < 1:
             raise ValueError(
-                f"content_size: wanted at least 1 token, got {self.content_size}"
+                f"content_size: expected at least 1 token, got {self.content_size}"
             )
         if self.contents is not None:
             checked = _checked_contents(self)
@@ -83,44 +86,50 @@ class Workload:
 
     @property
     def num_skipped(self) -> int:
-        """Requests of the source that were left out."""
+        """Number of skipped requests of the source."""
         return sum(self.skipped.values())
 
     def with_samples(self, num_samples: int) -> Workload:
-        """The same requests, each for `num_samples` sequences."""
+        """Return the same requests, each with `num_samples` sequences."""
         counts = np.full(len(self), num_samples, np.int32)
         none = np.zeros(len(self), np.int32)
         return dataclasses.replace(self, num_samples=counts, beam_widths=none)
 
     def with_beams(self, beam_width: int) -> Workload:
-        """The same requests, each a beam search (of width 1 or more)."""
+        """Return the same requests, each with a beam search of width 1 or more."""
         if beam_width < 1:
-            raise ValueError(f"beam_width: wanted at least 1, got {beam_width}")
+            raise ValueError(f"beam_width: expected at least 1, got {beam_width}")
         widths = np.full(len(self), beam_width, np.int32)
         ones = np.ones(len(self), np.int32)
         return dataclasses.replace(self, num_samples=ones, beam_widths=widths)
 
     def with_shared_prefix(self, num_tokens: int, content_size: int = 16) -> Workload:
-        """The same requests, whose prompts all begin with the same tokens.
+        """Return the same requests, with a prefix that all prompts share.
 
-        Their lengths stay as they are. The whole pieces of the first `num_tokens` are
-        shared; the rest is each prompt's own, as in the paper's runs, which share whole
-        blocks: 336 of 341 tokens.
+        Lengths do not change. Only whole pieces of the first `num_tokens` are shared,
+        as in the paper's runs, which share whole blocks: 336 of 341 tokens.
+
+        Args:
+          num_tokens: tokens of the prefix.
+          content_size: tokens of a piece.
 
         Raises:
-          ValueError: a prompt is shorter, or prompts share something already.
+          ValueError: a prompt is shorter than the prefix, or prompts already share
+            tokens.
         """
         if self.contents is not None:
-            raise ValueError("contents: wanted None, for prompts already share tokens")
+            raise ValueError(
+                "contents: expected None, got prompts that already share tokens"
+            )
         if num_tokens < 0 or content_size < 1:
             raise ValueError(
-                f"num_tokens, content_size: wanted at least 0 and 1, got {num_tokens} "
-                f"and {content_size}"
+                f"num_tokens, content_size: expected at least 0 and 1, got "
+                f"{num_tokens} and {content_size}"
             )
         short = np.flatnonzero(self.prompt_lens < num_tokens)
         if short.size:
             raise ValueError(
-                f"num_tokens: wanted at most the shortest prompt's length, got "
+                f"num_tokens: expected at most the shortest prompt's length, got "
                 f"{num_tokens}, but prompt_lens is {self.prompt_lens[short[0]]} at "
                 f"index {short[0]}; the prefix counts as part of each prompt"
             )
@@ -129,14 +138,14 @@ class Workload:
         return dataclasses.replace(self, contents=contents, content_size=content_size)
 
     def limited(self, max_model_len: int) -> Workload:
-        """Those of at most `max_model_len` tokens, prompt and output."""
+        """Keep requests of at most `max_model_len` tokens, prompt and output."""
         totals = self.prompt_lens.astype(np.int64) + self.output_lens
         return self.only(
             totals <= max_model_len, f"more than {max_model_len} tokens in all"
         )
 
     def only(self, kept: np.ndarray, reason: str) -> Workload:
-        """Those where bool[N] `kept` is true; the others are counted under `reason`."""
+        """Keep requests where bool[N] `kept` is true; count the others as skipped."""
         count = int(np.sum(~kept))
         skipped = dict(self.skipped)
         if count:
@@ -144,9 +153,9 @@ class Workload:
         return dataclasses.replace(self._rows(kept), skipped=skipped)
 
     def head(self, count: int) -> Workload:
-        """The first `count` requests (all, where there are no more)."""
+        """Keep the first `count` requests, or all if there are fewer."""
         if count < 0:
-            raise ValueError(f"count: wanted at least 0, got {count}")
+            raise ValueError(f"count: expected at least 0, got {count}")
         return self._rows(slice(count))
 
     def _rows(self, rows: np.ndarray | slice) -> Workload:
@@ -168,17 +177,17 @@ def _for_all(given: np.ndarray, count: int) -> np.ndarray:
 def _checked_times(given: object) -> np.ndarray:
     times = np.asarray(given, np.float64)
     if times.ndim != 1:
-        raise ValueError(f"arrivals: wanted a vector of seconds, got {times.shape}")
+        raise ValueError(f"arrivals: expected a vector of seconds, got {times.shape}")
     wrong = np.flatnonzero(~(np.isfinite(times) & (times >= 0)))
     if wrong.size:
         raise ValueError(
-            f"arrivals: wanted finite seconds of at least 0, got {times[wrong[0]]} at "
-            f"index {wrong[0]}"
+            f"arrivals: expected finite seconds of at least 0, got {times[wrong[0]]} "
+            f"at index {wrong[0]}"
         )
     back = np.flatnonzero(np.diff(times) < 0)
     if back.size:
         raise ValueError(
-            f"arrivals: wanted them sorted, got {times[back[0] + 1]} after "
+            f"arrivals: expected sorted seconds, got {times[back[0] + 1]} after "
             f"{times[back[0]]} at index {back[0] + 1}"
         )
     return times
@@ -192,20 +201,20 @@ def _checked_contents(workload: Workload) -> np.ndarray:
         or not np.issubdtype(contents.dtype, np.integer)
     ):
         raise ValueError(
-            f"contents: wanted whole numbers of shape ({len(workload)}, H), got shape "
+            f"contents: expected integers of shape ({len(workload)}, H), got shape "
             f"{contents.shape} and dtype {contents.dtype}"
         )
     is_piece = contents != NO_CONTENT
     counts = is_piece.sum(axis=1)
-    places = np.arange(contents.shape[1])
-    gaps = (is_piece != (places < counts[:, None])).any(axis=1)
+    indices = np.arange(contents.shape[1])
+    gaps = (is_piece != (indices < counts[:, None])).any(axis=1)
     outside = (is_piece & ((contents < 0) | (contents >= 2**31))).any(axis=1)
     long = counts > cdiv(workload.prompt_lens, workload.content_size)
     wrong = np.flatnonzero(gaps | outside | long)
     if wrong.size:
         index = wrong[0]
         raise ValueError(
-            f"contents: wanted ids from 0 to 2**31 - 1, {NO_CONTENT} behind the last, "
+            f"contents: expected ids from 0 to 2**31 - 1, {NO_CONTENT} after the last, "
             f"for at most the {workload.prompt_lens[index]} tokens of the prompt in "
             f"pieces of {workload.content_size}, got "
             f"{np.array2string(contents[index], threshold=8)} at index {index}"
@@ -216,20 +225,21 @@ def _checked_contents(workload: Workload) -> np.ndarray:
 def paper_trace(
     lengths: Lengths | str, rate: float, duration: float, seed: int
 ) -> Workload:
-    """A run of the paper's: its arrivals, and the lengths in its order.
+    """Return the requests of a run of the paper.
 
-    The first lengths of fewer than 2,048 tokens, prompt and output, as many as there
-    are arrivals, are shuffled; a list that is too short is repeated. The authors' file,
-    rate, duration and seed give the requests that the authors ran.
+    Lengths of 2,048 tokens or more, prompt and output, are skipped. The first of the
+    remaining lengths, as many as there are arrivals, are shuffled; a list that is too
+    short is repeated. With the authors' file, rate, duration and seed, the requests are
+    those of the authors.
 
     Args:
-      lengths: of a file, or the name of built-in ones (drawn with the same seed).
+      lengths: lengths of a file, or the name of built-in ones (sampled with `seed`).
       rate: requests per second.
       duration: seconds.
       seed: of arrivals and order.
 
     Raises:
-      ValueError: as `poisson` and `builtin_lengths`; or no length below 2,048 tokens.
+      ValueError: as `poisson` and `builtin_lengths`; or all lengths are skipped.
 
     Source: the driver of the artifact of Kwon et al. 2023, Section 6.1.
     """
@@ -240,15 +250,15 @@ def paper_trace(
     short = np.flatnonzero(totals < PAPER_MAX_LEN)
     if len(times) and not short.size:
         raise ValueError(
-            f"lengths: wanted some below {PAPER_MAX_LEN} tokens, prompt and output, "
+            f"lengths: expected some below {PAPER_MAX_LEN} tokens, prompt and output, "
             f"got none among {len(totals)}"
         )
     chosen = np.resize(short, len(times)).tolist()
-    # The same shuffle as that of the global generator, which the driver seeded.
+    # The same shuffle as that of the global generator, which the driver seeds.
     random.Random(seed).shuffle(chosen)
     skipped = dict(lengths.skipped)
-    looked_at = max(chosen, default=-1) + 1
-    num_long = looked_at - int(np.sum(short < looked_at))
+    num_read = max(chosen, default=-1) + 1
+    num_long = num_read - int(np.sum(short < num_read))
     if num_long:
         skipped[f"{PAPER_MAX_LEN} tokens or more in all"] = num_long
     return Workload(
@@ -269,19 +279,26 @@ def chat_rounds(
     max_prompt_len: int = 1024,
     max_output_len: int = 1016,
 ) -> Workload:
-    """Rounds of conversations, each with what was said before as its prompt.
+    """Return rounds of conversations, whose prompts contain the previous rounds.
 
-    At each of the paper's arrivals a conversation begins, with the probability
-    `new_conversation`, or one that has begun, any with equal probability, goes on.
-    A round's question and answer have the next of the shuffled `lengths`. Its prompt
-    is the last `max_prompt_len` tokens of all rounds before it and the question, and
-    its output the answer, cut to `max_output_len`. No keys and values are kept between
-    rounds, so no prompt shares anything.
+    Each of the paper's arrivals is a round of a conversation. With the probability
+    `new_conversation` it starts a new conversation. Otherwise it continues one of the
+    conversations that have started, each with equal probability. A round's question
+    and answer have the next of the shuffled `lengths`. The prompt is the last
+    `max_prompt_len` tokens of all previous rounds and the question. The output is the
+    answer, cut to `max_output_len` tokens. No keys and values are kept between rounds,
+    so prompts share no prefixes.
 
-    That a round comes whether or not the one before it has been answered, and with
-    lengths that do not depend on its number, is this model's own: the paper's file of
-    whole conversations is not public. The paper states the limits; its two drivers
-    begin conversations with probabilities of 0.5 and 0.1.
+    Two properties are assumptions, since the paper's file of whole conversations is not
+    public: a round arrives whether or not the previous round has been answered, and its
+    lengths do not depend on its number. The paper states the limits. Its two drivers
+    start conversations with probabilities of 0.5 and 0.1.
+
+    Args:
+      lengths, rate, duration, seed: of the rounds, as for `paper_trace`.
+      new_conversation: probability that a round starts a conversation.
+      max_prompt_len: most tokens of a prompt.
+      max_output_len: most tokens of an output.
 
     Raises:
       ValueError: as `paper_trace`; a probability outside [0, 1]; a limit below 1.
@@ -290,25 +307,25 @@ def chat_rounds(
     """
     if not 0 <= new_conversation <= 1:
         raise ValueError(
-            f"new_conversation: wanted a probability, got {new_conversation}"
+            f"new_conversation: expected a probability, got {new_conversation}"
         )
     if max_prompt_len < 1 or max_output_len < 1:
         raise ValueError(
-            f"max_prompt_len, max_output_len: wanted at least 1, got {max_prompt_len} "
-            f"and {max_output_len}"
+            f"max_prompt_len, max_output_len: expected at least 1, got "
+            f"{max_prompt_len} and {max_output_len}"
         )
     rounds = paper_trace(lengths, rate, duration, seed)
-    draws = np.random.default_rng(seed).random((len(rounds), 2))
-    said: list[int] = []  # tokens of each conversation so far
+    samples = np.random.default_rng(seed).random((len(rounds), 2))
+    history: list[int] = []  # tokens of each conversation up to now
     prompt_lens = np.empty_like(rounds.prompt_lens)
     output_lens = np.minimum(rounds.output_lens, np.int32(max_output_len))
-    for index, (begins, which) in enumerate(draws):
-        if not said or begins < new_conversation:
-            said.append(0)
-            talk = len(said) - 1
+    for index, (start, which) in enumerate(samples):
+        if not history or start < new_conversation:
+            history.append(0)
+            conversation = len(history) - 1
         else:
-            talk = int(which * len(said))
-        said[talk] += int(rounds.prompt_lens[index])
-        prompt_lens[index] = min(said[talk], max_prompt_len)
-        said[talk] += int(output_lens[index])
+            conversation = int(which * len(history))
+        history[conversation] += int(rounds.prompt_lens[index])
+        prompt_lens[index] = min(history[conversation], max_prompt_len)
+        history[conversation] += int(output_lens[index])
     return dataclasses.replace(rounds, prompt_lens=prompt_lens, output_lens=output_lens)

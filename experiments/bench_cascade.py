@@ -122,9 +122,12 @@ def attend_layers(
     # One search for all layers, as in a decoder.
     shared = find_prefix(arguments) if is_cascade else None
 
+    pages: dict[str, Any] = {k: v for k, v in arguments.items() if k != "q"}
+
     def layer(index: jax.Array, q: jax.Array) -> Any:
         return paged_attention(
-            **(arguments | {"q": q}),
+            q,
+            **pages,
             layer=index,
             shared_prefix=shared,
             implementation=implementation,

@@ -11,10 +11,10 @@ compared.
 Time: about three minutes on two CPU cores.
 
 What to expect: a step with drafts computes more rows. On a CPU they cost time even for
-one sequence (8 rows take about 1.4 times as long as 1), so drafts must often be accepted
-to gain anything. The gain of prompt lookup depends on the text: the bundled model
-repeats itself often. The last but one column, tokens per step, is the gain on a machine
-on which 5 rows take as long as 1.
+one sequence (8 rows take about 1.4 times as long as 1), so only drafts that are often
+accepted gain anything. The gain of prompt lookup depends on the text: the bundled model
+repeats itself often. The tokens per step would be the gain on a machine on which 5 rows
+take as long as 1.
 """
 
 from __future__ import annotations

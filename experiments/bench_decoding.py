@@ -4,14 +4,15 @@
 
 The model is the Llama of `bench_throughput`, 110M parameters in float32 with random
 weights. All figures are medians, and contenders run in turn. Parts (`--parts`):
-  beams      beam search of width 4 from a prompt of 256 tokens, 64 tokens out. First the
-             limit: the matrix products of a step with as many rows. Then whole calls of
+  beams      beam search of width 4 from a prompt of 256 tokens, 64 tokens out. First
+             the limit: matrix products of a step with as many rows. Then whole calls of
              jpaged's engine, of Hugging Face `generate` and of plain JAX with a
              contiguous cache (`experiments/lib/decoding/baseline.py`), whose tokens are
              compared first. Aims: 3 times Hugging Face's steps/s, 1.5 times plain JAX's
-  samples    8 samples of the same prompt, likewise. Aim: 4 times Hugging Face's tokens/s
-  cost       a step of beams and a step of as many greedy requests in the engine, and the
-             parts of the beam step. Aim: fork and copies below 10 % of it
+  samples    8 samples of the same prompt, likewise. Aim: 4 times Hugging Face's
+             tokens/s
+  cost       a step of beams and a step of as many greedy requests in the engine, and
+             the parts of the beam step. Aim: fork and copies below 10 % of it
   programs   programs compiled by a call that uses every method, and by a second such
              call. Aim: none by the second
 `--smoke` makes everything tiny, to see that the runner works. If other processes use

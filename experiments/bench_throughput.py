@@ -5,17 +5,17 @@
 The model is a Llama of 110M parameters in float32 with random weights; flags set other
 sizes. All figures are medians, and contenders run in turn. Parts (`--parts`):
   limits     read bandwidth and float32 GEMM rate of the machine
-  step       a decode step at batch 1, 8 and 32 and context 96: its matrix products alone,
-             jpaged's `engine.run`, and the baseline of `lib/baseline.py`. Aims: at most
-             1.15 times the products at batch 1 and 1.3 times at 32; 3 times the
-             baseline's tokens/s at 32
+  step       a decode step at batch 1, 8 and 32 and context 96: its matrix products
+             alone, jpaged's `engine.run`, and the baseline of `lib/baseline.py`. Aims:
+             at most 1.15 times the products at batch 1 and 1.3 times at 32; 3 times
+             the baseline's tokens/s at 32
   attention  attention of all layers over pages, and on contiguous memory. Aim: the
              difference is at most 10 % of a step
-  overhead   a step without pages, decoder and sampler at 64 rows, with the prefix cache.
-             Aim: 3 % of a step
-  w32        32 requests that arrive at once, with lognormal lengths of mean 64 in and 64
-             out: the engine in one device call, and the baseline's static batch with no
-             less KV memory. Only requested output tokens count. Aim: 3.5 times
+  overhead   a step without pages, decoder and sampler at 64 rows, with the prefix
+             cache. Aim: 3 % of a step
+  w32        32 requests that arrive at once, with lognormal lengths of mean 64 in and
+             64 out: the engine in one device call, and the baseline's static batch with
+             no less KV memory. Only requested output tokens count. Aim: 3.5 times
 Compilation is part of no figure but `compile`. docs/results.md has the figures of one
 machine.
 

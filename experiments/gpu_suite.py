@@ -12,9 +12,9 @@ of importance. Each is a separate command with a time limit. If a stage fails or
 its limit, the suite keeps what it printed and continues with the next one.
 
 With `--out`, the runner writes `gpu_suite.json` and `results.md`, a section for
-docs/results.md, after each stage. At the end a table compares the figures with the aims.
-Sizes are tiny with `--tiny`, and on machines without an accelerator. The last line on
-stdout is one JSON object.
+docs/results.md, after each stage. At the end a table compares the figures with the
+aims. Sizes are tiny with `--tiny`, and on machines without an accelerator. The last
+line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def run_stage(stage: Stage, is_tiny: bool, limit_s: float) -> dict[str, Any]:
 
 def suite_environment() -> dict[str, Any]:
     """Date, device, versions of all packages that matter, and the command."""
-    found = runner.environment() | {"date": time.strftime("%Y-%m-%d")}
+    found: dict[str, Any] = runner.environment() | {"date": time.strftime("%Y-%m-%d")}
     for name in _PACKAGES:
         try:
             found["versions"][name] = importlib.metadata.version(name)

@@ -91,7 +91,7 @@ def greedy_tokens(llm: LLM, tokens: list[list[int]]) -> list[list[int]]:
     )
     halves = [one[: len(one) // 2] for one in tokens]
     outputs = llm.generate(halves, params, progress=False)
-    return [output.outputs[0].token_ids for output in outputs]
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def precision_rows() -> list[dict[str, Any]]:

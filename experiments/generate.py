@@ -267,6 +267,7 @@ def generate_and_print(llm: LLM, lines: list[PromptLine]) -> float | None:
     if not FLAGS.stream:
 
         def on_output(index: int, output: RequestOutput) -> None:
+            assert output.metrics is not None
             first_s.append(start + output.metrics["first_token_s"])
             printer.print_complete(index, output)
 

@@ -77,12 +77,13 @@ async def run_live(
       arrivals: Arrival times in seconds from now.
     """
 
-    async def one(prompt: list[int], param: SamplingParams, at_s: float) ->
-    RequestOutput:
+    async def submit_at(
+        prompt: list[int], param: SamplingParams, at_s: float
+    ) -> RequestOutput:
         await asyncio.sleep(at_s)
         return await llm.submit(prompt, param)
 
-    return await asyncio.gather(*map(one, prompts, params, arrivals))
+    return await asyncio.gather(*map(submit_at, prompts, params, arrivals))
 
 
 def compile_programs(llm: LLM, n: int) -> None:
@@ -148,7 +149,8 @@ def plot_occupancy(
     options = dict(figsize=(9, 9), sharex=True, height_ratios=(2, 1, 2))
     with runner.drawn_figure(path, 3, 1, **options) as panels:
         memory, sequences, requests = panels[:, 0]
-        _plot_memory(memory, steps, llm.config.num_blocks, llm.config.block_size, begin_s)
+        sizes = (llm.config.num_blocks, llm.config.block_size)
+        _plot_memory(memory, steps, *sizes, begin_s)
         times = [step.time_s - begin_s for step in steps]
         for name in ("num_running", "num_waiting"):
             counts = [getattr(step, name) for step in steps]
@@ -183,9 +185,7 @@ def _plot_memory(
     axis.legend(loc="upper left")
 
 
-def _plot_requests(
-    axis: Any, outputs: Sequence[RequestOutput], begin_s: float
-) -> None:
+def _plot_requests(axis: Any, outputs: Sequence[RequestOutput], begin_s: float) -> None:
     """A line for each request: grey while it waits, blue while it runs."""
     marks = {
         "first_token": ("tab:green", "|"),
@@ -193,7 +193,7 @@ def _plot_requests(
         "swapped": ("tab:orange", "x"),
     }
     for line, output in enumerate(outputs):
-        for event, after in itertools.pairwise(output.events):
+        for event, after in itertools.pairwise(output.events or ()):
             waits = event.name in ("queued", "preempted", "swapped")
             axis.plot(
                 [event.time_s - begin_s, after.time_s - begin_s],
@@ -205,7 +205,7 @@ def _plot_requests(
         found = [
             (event.time_s - begin_s, line)
             for line, output in enumerate(outputs)
-            for event in output.events
+            for event in output.events or ()
             if event.name == name
         ]
         if found:

@@ -13,7 +13,7 @@ at the same time; `experiments.compile_tpu` asks the TPU's compiler. Collectives
 those of Megatron-LM, https://arxiv.org/abs/1909.08053. Times are predicted, not
 measured.
 
-Expected: 141.1 GB of bfloat16 weights for llama-3-70b, or 35.3 GB on each of four chips.
+Expected: 141.1 GB of bfloat16 weights for llama-3-70b, 35.3 GB on each of four chips.
 """
 
 import dataclasses

@@ -195,12 +195,6 @@ def engine_run(
     return Contender(functools.partial(engine.run, model), prepare)
 
 
-def random_prompts(count: int, length: int) -> list[list[int]]:
-    """Prompts that have nothing in common."""
-    rng = np.random.default_rng(FLAGS.seed)
-    return rng.integers(0, FLAGS.vocab_size, (count, length)).tolist()
-
-
 def timing_of(times: Times, **known: Any) -> PreemptionTiming:
     """Combines measured times with the fields that are `known`."""
     return PreemptionTiming(
@@ -287,7 +281,8 @@ def print_rows(report: Report, found: Sequence[PreemptionTiming]) -> None:
 def write_figure(found: Sequence[PreemptionTiming], out: str) -> None:
     """Writes OUT.csv, and OUT.png with time over block size, a panel for each part."""
     names = [field.name for field in dataclasses.fields(PreemptionTiming)]
-    runner.write_csv(f"{out}.csv", names, map(dataclasses.astuple, found))
+    rows = [dataclasses.astuple(one) for one in found]
+    runner.write_csv(f"{out}.csv", names, rows)
     parts = list(dict.fromkeys(one.part for one in found))
     size = (6 * len(parts), 4)
     with runner.drawn_figure(f"{out}.png", 1, len(parts), figsize=size) as panels:

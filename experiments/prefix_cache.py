@@ -12,10 +12,10 @@ prompts and grow.
 
 Requests are processed one after the other. The longest cached prefix of a request is a
 hit. Then all its blocks are inserted and marked as used, the last block first, and the
-least recently used blocks are evicted until `--capacity_blocks` are left. This is done by
-`match`, `insert`, `touch` and `evict` of `jpaged.kv.prefix_cache`, on blocks of one
-"token", the hash id. The requests are a loop on the device, in pieces of 256 for the
-progress bar. The loop is compiled for each capacity.
+least recently used blocks are evicted until `--capacity_blocks` are left. The functions
+`match`, `insert`, `touch` and `evict` of `jpaged.kv.prefix_cache` do this on blocks of
+one "token", the hash id. The requests are a loop on the device, in pieces of 256 for
+the progress bar. The loop is compiled for each capacity.
 
 For each capacity the runner prints the blocks that were hits divided by all blocks of
 all prompts; the same in tokens (the last block may be partial); the best ratio that any
@@ -262,7 +262,7 @@ def replay_prompts(
 def _pieces(
     prompts: Sequence[Sequence[int]], empty: np.ndarray, capacity: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields equal pieces of the prompts (start, tokens, lengths) with a progress bar."""
+    """Yields equal pieces of the prompts: start, tokens, lengths; shows progress."""
     with tqdm(
         total=len(prompts), desc=f"{capacity} blocks", unit="request", disable=None
     ) as bar:

@@ -136,7 +136,7 @@ class SharingResult:
 
 
 def table_lengths(dataset: str, count: int, seed: int) -> list[RequestLength]:
-    """Returns `count` lengths: shuffled rounds of the 50 pairs, the last one partial."""
+    """Returns `count` lengths: shuffled rounds of the 50 pairs, the last partial."""
     pairs = [
         RequestLength(num_input, num_output)
         for num_input, outputs in LENGTHS[dataset]
@@ -244,7 +244,7 @@ def measure_sharing(
     weight_scales: Sequence[float],
     seed: int,
 ) -> Iterator[SharingResult]:
-    """Yields the result of each run; parallel sampling runs with the first scale only."""
+    """Yields the result of each run; parallel sampling uses the first scale only."""
     for method in methods:
         for scale in weight_scales if method == "beam" else weight_scales[:1]:
             model = scaled_model(scale, seed)

@@ -57,8 +57,8 @@ from jpaged.pages.quantised import PAGE_DTYPES
 from jpaged.simulator.costs.chips import CHIPS, GIB
 
 # Memory of a device by the kind of machine. A chip of tpu7x is two devices. The
-simulator  # has no v4; its 32 GiB are from Google's documentation. DEVICE_BYTES:
-Mapping[str, int] = {
+# simulator has no v4; its 32 GiB are from Google's documentation.
+DEVICE_BYTES: Mapping[str, int] = {
     "v4": 32 * GIB,
     **{kind: CHIPS[f"tpu-{kind}"].memory_bytes for kind in ("v5e", "v5p", "v6e")},
     "tpu7x": CHIPS["tpu7x"].memory_bytes // 2,
@@ -189,7 +189,7 @@ def count_collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def memory_report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
     """Bytes used on one device, whether they fit, and the program's collectives."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     used = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -257,7 +257,7 @@ def main(argv: list[str]) -> None:
     if result["compiled"]:
         print(
             f"{options['model']} on {options['tensor_parallel']} of "
-            f"{options['topology']}: {result['bytes_per_chip'] / 1e9:.2f} GB per device, "
+            f"{options['topology']}: {result['bytes_per_chip'] / 1e9:.2f} GB a device, "
             f"{result['temporary_bytes'] / 1e6:.1f} MB of it temporaries, of "
             f"{result['available_bytes'] / 1e9:.0f} GB; {result['collectives']}"
         )

@@ -22,9 +22,9 @@ last line on stdout is one JSON object.
 Source: Lew et al. 2023, https://arxiv.org/abs/2306.03081
 
 Time: about a minute on two CPU cores, mostly for compilation. Expected with the default
-flags: an effective sample size of about 5 of 8 particles; for importance sampling little
-more than 1, and a log-normaliser that is too low in most runs, by 4 in the median. The
-exponentials of the estimates have the right mean with both methods.
+flags: an effective sample size of about 5 of 8 particles. For importance sampling it is
+little more than 1, and the log-normaliser is too low in most runs, by 4 in the median.
+The exponentials of the estimates have the right mean with both methods.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def run_methods(
 def report_method(
     report: Report, name: str, runs: list[ParticleRun], tokenizer: Tokenizer
 ) -> None:
-    """Prints the particles of a method's first run by weight, and totals of all runs."""
+    """Prints the particles of a method's first run by weight, and all runs' figures."""
     print(f"\n{name}, run 1: weight and text", flush=True)
     first = runs[0]
     for index in np.argsort(-first.weights, kind="stable"):

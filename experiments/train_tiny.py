@@ -84,8 +84,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("max_files", None, "Use about this many files; default: all.")
     for field in dataclasses.fields(Settings):
+        default: Any = field.default
         define = flags.DEFINE_float if field.type is float else flags.DEFINE_integer
-        define(field.name, field.default, field.metadata["help"])
+        define(field.name, default, field.metadata["help"])
 
 
 def tiny_config(settings: Settings, bos: int, eos: int) -> ModelConfig:
@@ -182,7 +183,8 @@ def train(
         settings.learning_rate,
         settings.weight_decay,
     )
-    state, done = optimizer.init(model), 0
+    params: Any = model  # optax's types do not know nnx modules
+    state, done = optimizer.init(params), 0
     state_file = out.with_name(out.name + ".state.safetensors")
     if resume:
         (model, state), done = training.restore_state(state_file, (model, state))

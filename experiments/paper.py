@@ -32,6 +32,7 @@ import time
 
 from absl import app, flags
 
+from experiments.lib import runner
 from experiments.lib.paper import (
     blocks,
     kernel,
@@ -45,7 +46,7 @@ from experiments.lib.paper.curves import Row
 from experiments.lib.paper.figures import Figure, Plan, Shown
 from experiments.lib.paper.report import file_name
 from experiments.lib.paper.runs import Case, Clock, Run, cost_model_of, run_all
-from experiments.lib.timing import progress
+from experiments.lib.runner import progress
 from jpaged import compilation_cache
 
 FLAGS = flags.FLAGS
@@ -218,5 +219,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

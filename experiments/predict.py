@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.lib.timing import environment
+from experiments.lib import runner
+from experiments.lib.runner import environment
 from jpaged.simulator.costs.chips import CHIPS, find_chip
 from jpaged.simulator.costs.profile_files import (
     read_attention,
@@ -161,5 +162,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

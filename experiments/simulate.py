@@ -39,7 +39,8 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.lib.timing import environment
+from experiments.lib import runner
+from experiments.lib.runner import environment
 from jpaged.simulator.costs.chips import CHIPS, find_chip
 from jpaged.simulator.costs.load import CostModel
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S, Roofline
@@ -307,5 +308,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

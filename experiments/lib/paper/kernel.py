@@ -15,7 +15,8 @@ import numpy as np
 from experiments.lib.paper.curves import Row, row
 from experiments.lib.paper.figures import Drawing, Figure, Plan, Shown
 from experiments.lib.paper.runs import Case, Run
-from experiments.lib.timing import Contender, progress, time_in_turn
+from experiments.lib.runner import progress
+from experiments.lib.timing import Contender, time_in_turn
 from jpaged import attention
 
 # Section 7.1 and figure 18a: batches, contexts, and OPT-13B's heads.

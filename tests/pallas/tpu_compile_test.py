@@ -192,7 +192,7 @@ def test_the_engine_updates_the_pool_in_place_and_sends_sums_alone(tensor):
         assert program.memory_analysis().alias_size_in_bytes >= pool
         # Of both sizes of a step: two sums a layer and one of the embedding.
         wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1} if tensor > 1 else {}
-        assert compile_tpu.collectives(program) == wanted
+        assert compile_tpu.count_collectives(program) == wanted
     heads = 2 if tensor == 1 else 1
     # Two tokens in a row of 128.
     assert f"bf16[2,{NUM_BLOCKS[1]},{heads},8,128]" in large.as_text()
@@ -208,7 +208,7 @@ def test_beginnings_read_once_copy_no_pool_and_send_nothing():
     assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
     assert temporaries(large) < pool_bytes(NUM_BLOCKS[1], 4) // 2
     wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
-    assert compile_tpu.collectives(large) == wanted
+    assert compile_tpu.count_collectives(large) == wanted
 
 
 def test_the_engine_in_plain_xla_would_be_found_to_copy_the_pool():

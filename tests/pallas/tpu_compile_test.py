@@ -235,12 +235,12 @@ def test_the_runner_prints_what_a_device_needs():
 
 
 def test_machines_that_do_not_exist_raise():
-    with pytest.raises(ValueError, match="topology: wanted one of"):
+    with pytest.raises(ValueError, match="--topology: expected one of"):
         compile_tpu.tpu_mesh("v9:2x2", 1)
-    with pytest.raises(ValueError, match="from 1 to the 4 devices of v5e:2x2, got 8"):
+    with pytest.raises(ValueError, match="from 1 to 4, the devices of v5e:2x2, got 8"):
         compile_tpu.tpu_mesh("v5e:2x2", 8)
 
 
 def test_pages_of_a_dtype_that_does_not_exist_raise():
-    with pytest.raises(ValueError, match=r"kv_dtype: wanted one of .*, got 'int4'"):
+    with pytest.raises(ValueError, match=r"--kv_dtype: expected one of .*, got 'int4'"):
         compile_tpu.check_kv_dtype("int4")

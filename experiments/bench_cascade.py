@@ -1,71 +1,85 @@
-"""Decode attention where rows share a prefix: read by every row, and read once.
+"""Benchmarks cascade attention: a shared prefix is read once instead of by every row.
 
     python -m experiments.bench_cascade
     python -m experiments.bench_cascade --num_rows 4,16,64 --prefix_tokens 128,1024
     python -m experiments.bench_cascade --implementations=triton,mosaic_gpu ...
 
-Each line: implementation, rows, tokens of the prefix that they share, bytes of keys and
-values that a step reads in one layer without and with cascade attention, the medians of
-both times, and the largest difference of their outputs. Times of both ways are taken in
-turn in one process, so that other load on the machine falls on both. `ratio` above 1 is
-a gain, and `model` what it would be if a call took what reading keys, values and
-partial results takes at the measured bandwidth, or the prefix's products at the
-measured rate where that is longer, and 3 us, a merge 4 us more. An implementation that
-fails says why, and the others go on. Two minutes on a CPU core. The last line on stdout
-is one JSON object.
+Each line has the implementation, the rows, the tokens of their shared prefix, the bytes
+of keys and values that one layer reads without and with cascade attention, the median
+of both times, and the largest difference of the outputs. Both ways run in turn in one
+process, so that other load on the machine affects both. A `ratio` above 1 is a gain.
+
+`model` is the ratio of a simple model: a call takes 3 us plus the time to read keys,
+values and partial results at the measured bandwidth, or to compute the prefix's
+products at the measured rate if that is longer; a merge takes 4 us more.
+
+If an implementation fails, its line has the reason and the others still run.
+
+Time: two minutes on a CPU core. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
-import logging
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.lib import limits as lib_limits
-from experiments.lib.limits import Limits
-from experiments.lib.timing import Contender, environment, time_in_turn
+from experiments.lib import runner
+from experiments.lib.limits import MachineLimits
+from experiments.lib.timing import Contender, time_in_turn
 from jpaged.arithmetic import cdiv
 from jpaged.attention import paged_attention
 from jpaged.kv import shared_prefix
 
 FLAGS = flags.FLAGS
-_CALL_S, _MERGE_S = 3e-6, 4e-6  # beside reading and multiplying; of a GPU, assumed
+_CALL_S, _MERGE_S = 3e-6, 4e-6  # overheads of the model; assumed, for a GPU
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_list("implementations", ["xla"], "Of paged_attention.")
-    flags.DEFINE_list("num_rows", ["2", "4", "8", "16", "32"], "Rows that share.")
+    """Defines the runner's flags."""
+    flags.DEFINE_list("implementations", ["xla"], "Implementations of paged_attention.")
+    flags.DEFINE_list("num_rows", ["2", "4", "8", "16", "32"], "Batch rows.")
     flags.DEFINE_list(
-        "prefix_tokens", ["64", "128", "256", "1024"], "They share these."
+        "prefix_tokens", ["64", "128", "256", "1024"], "Tokens of the shared prefix."
     )
-    flags.DEFINE_integer("own_tokens", 64, "Tokens of each row alone.", lower_bound=1)
+    flags.DEFINE_integer(
+        "own_tokens", 64, "Tokens of each row after the prefix.", lower_bound=1
+    )
     flags.DEFINE_integer("num_heads", 12, "Query heads.", lower_bound=1)
-    flags.DEFINE_integer("num_kv_heads", 4, "Key/value heads.", lower_bound=1)
+    flags.DEFINE_integer("num_kv_heads", 4, "Key and value heads.", lower_bound=1)
     flags.DEFINE_integer("head_dim", 64, "Size of a head.", lower_bound=1)
-    flags.DEFINE_integer("block_size", 16, "Tokens of a block.", lower_bound=1)
+    flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
     flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "float16", "bfloat16"], "Of pages and q."
+        "dtype", "float32", ["float32", "float16", "bfloat16"], "Of pages and queries."
     )
     flags.DEFINE_float(
-        "read_gb", None, "Array of the bandwidth; None: 1, or 8.", lower_bound=1e-3
+        "read_gb",
+        None,
+        "GB of the array that is read for the bandwidth; default: 1, or 8 on "
+        "accelerators.",
+        lower_bound=1e-3,
     )
-    flags.DEFINE_integer("gemm_size", 1024, "Of the products' rate.", lower_bound=1)
+    flags.DEFINE_integer(
+        "gemm_size", 1024, "Rows and columns of the GEMM's matrices.", lower_bound=1
+    )
     flags.DEFINE_integer("num_layers", 4, "Calls in one timed program.", lower_bound=1)
     flags.DEFINE_integer("repeats", 15, "Rounds; the median counts.", lower_bound=1)
 
 
 def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
-    """Arguments of `paged_attention` for all layers, tables shuffled."""
+    """Arguments of `paged_attention` for all layers, with shuffled block tables.
+
+    Args:
+      num_rows: Batch rows.
+      prefix: Tokens of their shared prefix.
+    """
     size = FLAGS.block_size
     shared, own = prefix // size, cdiv(FLAGS.own_tokens, size)
     num_blocks = shared + num_rows * own
@@ -90,20 +104,30 @@ def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
     }
 
 
+def find_prefix(arguments: dict[str, Any]) -> shared_prefix.SharedPrefix:
+    """Finds the rows' shared prefix, however short it is."""
+    return shared_prefix.find(
+        arguments["block_tables"],
+        arguments["context_lens"],
+        FLAGS.block_size,
+        least_tokens=1,
+        least_saved=1,
+    )
+
+
 def attend_layers(
     arguments: dict[str, Any], implementation: Any, is_cascade: bool
 ) -> jax.Array:
-    """q after all layers' attention, each reading what the last one gave."""
-    shared = None
-    if is_cascade:  # found once for all layers, as a decoder would
-        tables, lens = arguments["block_tables"], arguments["context_lens"]
-        shared = shared_prefix.find_shared_prefix(
-            tables, lens, FLAGS.block_size, min_prefix_tokens=1, min_saved_tokens=1
-        )
+    """Attends with q through all layers; each layer's output is the next one's q."""
+    # One search for all layers, as in a decoder.
+    shared = find_prefix(arguments) if is_cascade else None
 
-    def layer(index, q):
+    pages: dict[str, Any] = {k: v for k, v in arguments.items() if k != "q"}
+
+    def layer(index: jax.Array, q: jax.Array) -> Any:
         return paged_attention(
-            **(arguments | {"q": q}),
+            q,
+            **pages,
             layer=index,
             shared_prefix=shared,
             implementation=implementation,
@@ -112,20 +136,11 @@ def attend_layers(
     return jax.lax.fori_loop(0, FLAGS.num_layers, layer, arguments["q"])
 
 
-def measure_limits() -> Limits:
-    """The machine's, in the dtype of the flags."""
-    size, gemm = FLAGS.read_gb or lib_limits.bandwidth_gb(), FLAGS.gemm_size
-    read = lib_limits.bandwidths(size, FLAGS.repeats)["read_bytes_per_s"]
-    product = {"gemm": lib_limits.gemm(gemm, FLAGS.dtype)}
-    seconds = time_in_turn(product, FLAGS.repeats)["gemm"].median
-    return Limits(read, 2 * gemm**3 / seconds)
+def model_ratio(num_rows: int, prefix: int, limits: MachineLimits) -> float:
+    """Ratio of plain to cascade time of one call, by the model of the module's text.
 
-
-def model_ratio(num_rows: int, prefix: int, limits: Limits) -> float:
-    """Plain time by cascade time, of one call, by the model above.
-
-    The queries of a prefix are read, and what they attend and its log-sum-exps written
-    and read: 18 bytes for each of their numbers.
+    The prefix's queries are read, and its outputs and log-sum-exps are written and
+    read: 18 bytes for each number of the queries.
     """
     heads = num_rows * FLAGS.num_heads * FLAGS.head_dim
     itemsize = jnp.dtype(FLAGS.dtype).itemsize
@@ -138,28 +153,21 @@ def model_ratio(num_rows: int, prefix: int, limits: Limits) -> float:
     return plain / (shared + own + partials + _CALL_S + _MERGE_S)
 
 
-def measure(
-    implementation: str, num_rows: int, prefix: int, limits: Limits
+def measure_cascade(
+    implementation: str, num_rows: int, prefix: int, limits: MachineLimits
 ) -> dict[str, Any]:
-    """A row of the table, behind what names it."""
+    """Measures plain and cascade attention at one size; returns the figures."""
     arguments = make_step(num_rows, prefix)
     call = jax.jit(attend_layers, static_argnums=(1, 2))
-    ways = (False, True)
-    plain, cascade = (call(arguments, implementation, way) for way in ways)  # compiles
-    times = time_in_turn(
-        {
-            way: Contender(
-                functools.partial(call, arguments, implementation, is_cascade)
-            )
-            for way, is_cascade in (("plain", False), ("cascade", True))
-        },
-        FLAGS.repeats,
+    plain, cascade = (call(arguments, implementation, way) for way in (False, True))
+    contenders = {
+        way: Contender(functools.partial(call, arguments, implementation, is_cascade))
+        for way, is_cascade in (("plain", False), ("cascade", True))
+    }
+    times = time_in_turn(contenders, FLAGS.repeats)
+    reads = shared_prefix.num_tokens_read(
+        find_prefix(arguments), arguments["context_lens"], FLAGS.block_size
     )
-    tables, lens = arguments["block_tables"], arguments["context_lens"]
-    groups = shared_prefix.find_shared_prefix(
-        tables, lens, FLAGS.block_size, min_prefix_tokens=1, min_saved_tokens=1
-    )
-    reads = shared_prefix.num_tokens_read(groups, lens, FLAGS.block_size)
     token_bytes = 2 * FLAGS.num_kv_heads * FLAGS.head_dim * plain.dtype.itemsize
     plain_s, cascade_s = times["plain"].median, times["cascade"].median
     return {
@@ -174,8 +182,7 @@ def measure(
     }
 
 
-def show(row: dict[str, Any]) -> None:
-    """Prints a row."""
+def _print_row(row: dict[str, Any]) -> None:
     name = f"{row['name']:<10} {row['num_rows']:4} {row['prefix_tokens']:6} "
     if "failed" in row:
         print(f"{name} {row['failed']}", flush=True)
@@ -188,42 +195,42 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def rows_of(limits: Limits) -> Iterator[dict[str, Any]]:
-    """The rows of all sizes and implementations."""
-    sizes = itertools.product(FLAGS.num_rows, FLAGS.prefix_tokens)
-    for rows, prefix in [(int(rows), int(prefix)) for rows, prefix in sizes]:
+def cascade_rows(
+    num_rows: list[int], prefixes: list[int], limits: MachineLimits
+) -> Iterator[dict[str, Any]]:
+    """Yields the results of all sizes and implementations."""
+    for rows, prefix in itertools.product(num_rows, prefixes):
         for name in FLAGS.implementations:
             row = {"name": name, "num_rows": rows, "prefix_tokens": prefix}
             try:
-                yield row | measure(name, rows, prefix, limits)
-            except Exception as error:  # whatever one raises: the others go on
+                yield row | measure_cascade(name, rows, prefix, limits)
+            except Exception as error:  # any error of one; the others still run
                 yield row | {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 def main(argv: list[str]) -> int:
-    """Reads flags, prints."""
-    # jax tells at this level which accelerators it did not find.
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument: {argv[1]!r}")
-    try:
-        found, limits = [], measure_limits()
-        print(
-            "           rows prefix MB, plain  cascade ms, plain  cascade  ratio  "
-            "model  change"
-        )
-        for row in rows_of(limits):
-            found.append(row)
-            show(row)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Measures all sizes and prints the results."""
+    del argv
+    with runner.user_errors("bench_cascade"):
+        num_rows = runner.positive_integers("num_rows")
+        prefixes = runner.positive_integers("prefix_tokens")
+    read_gb = FLAGS.read_gb or lib_limits.default_read_gb()
+    limits = lib_limits.measure_limits(
+        read_gb, FLAGS.gemm_size, FLAGS.repeats, FLAGS.dtype
+    )
+    print(
+        "           rows prefix MB, plain  cascade ms, plain  cascade  ratio  "
+        "model  change"
+    )
+    found = []
+    for row in cascade_rows(num_rows, prefixes, limits):
+        found.append(row)
+        _print_row(row)
     names = ("own_tokens", "num_heads", "num_kv_heads", "head_dim", "dtype")
-    result = {"rows": found, "flags": {name: FLAGS[name].value for name in names}}
-    print(json.dumps(result | limits._asdict() | environment()))
+    result = {"rows": found, "flags": {name: getattr(FLAGS, name) for name in names}}
+    runner.print_json(result | limits._asdict())
     return int(all("failed" in row for row in found))
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

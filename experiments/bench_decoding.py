@@ -1,55 +1,54 @@
-"""Decoding methods: beams and samples beside Hugging Face and plain JAX; their cost.
+"""Benchmarks beam search and parallel sampling beside Hugging Face and plain JAX.
 
     python -m experiments.bench_decoding
 
-On the random-weight Llama of `bench_throughput`, 110M parameters in float32, in one
-run, each figure a median, and what is compared run in turn. Parts (`--parts`):
-  beams      beam search of width 4 from a prompt of 256 tokens, 64 tokens out: first
-             the matrix products of a step at as many rows, the limit; then whole calls
-             of jpaged's engine, of Hugging Face `generate` and of plain JAX with a
+The model is the Llama of `bench_throughput`, 110M parameters in float32 with random
+weights. All figures are medians, and contenders run in turn. Parts (`--parts`):
+  beams      beam search of width 4 from a prompt of 256 tokens, 64 tokens out. First
+             the limit: matrix products of a step with as many rows. Then whole calls of
+             jpaged's engine, of Hugging Face `generate` and of plain JAX with a
              contiguous cache (`experiments/lib/decoding/baseline.py`), whose tokens are
              compared first. Aims: 3 times Hugging Face's steps/s, 1.5 times plain JAX's
-  samples    8 samples of the same prompt, the same way. Aim: 4 times Hugging Face's
+  samples    8 samples of the same prompt, likewise. Aim: 4 times Hugging Face's
              tokens/s
-  cost       a step of beams and of as many greedy requests inside the engine, and what
-             parts the beam step has. Aim: fork and copies below 10 % of it
-  programs   programs compiled by a call that uses every method, and by a second one.
-             Aim: none by the second
-`--smoke` makes everything tiny, to see that it runs. Where others use the machine too,
-`taskset -c 1 python -m experiments.bench_decoding --clock processor` compares what each
-contender takes of one core, which hardly depends on the others. Compilation is left out
-of all figures. Takes about ten minutes on two CPU cores that are free, and 4 GB.
+  cost       a step of beams and a step of as many greedy requests in the engine, and
+             the parts of the beam step. Aim: fork and copies below 10 % of it
+  programs   programs compiled by a call that uses every method, and by a second such
+             call. Aim: none by the second
+`--smoke` makes everything tiny, to see that the runner works. If other processes use
+the machine, `taskset -c 1 python -m experiments.bench_decoding --clock processor`
+compares processor time on one core, which hardly depends on them. Compilation is part
+of no figure.
+
+Time: about ten minutes on two idle CPU cores, and 4 GB.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.lib import limits as limits_of
-from experiments.lib.decoding import costs as costs
+from experiments.lib import limits as lib_limits
+from experiments.lib import random_model, runner
+from experiments.lib.decoding import costs
 from experiments.lib.decoding.loads import (
     HAS_HUGGING_FACE,
+    DecodingLoad,
     EngineDecoding,
     HuggingFaceDecoding,
-    Load,
     PlainDecoding,
-    decoding_engine,
+    load_in_progress,
 )
-from experiments.lib.decoding.programs import every_method, programs_of_passes
+from experiments.lib.decoding.programs import every_method, programs_of_calls
 from experiments.lib.engine_loads import decoding_state, engine_steps, random_prompts
-from experiments.lib.timing import (
-    Contender,
-    Report,
-    Times,
-    once,
-    progress,
-    time_in_turn,
-)
+from experiments.lib.runner import Report, progress
+from experiments.lib.timing import Contender, Times, once, time_in_turn
 from jpaged.attention import kv_cache
 from jpaged.config import EngineConfig
-from jpaged.models import Decoder, ModelConfig, init_model
+from jpaged.models import Decoder
 
 PARTS = ("beams", "samples", "cost", "programs")
 SMOKE = dict(
@@ -59,7 +58,7 @@ SMOKE = dict(
     kv_heads=2,
     intermediate_size=128,
     vocab_size=256,
-    initializer_range=0.3,  # so that tokens depend on what came before
+    initializer_range=0.3,  # large, so that tokens depend on the tokens before them
     prompt_len=24,
     tokens=8,
     samples=3,
@@ -75,34 +74,36 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
+    """Defines the runner's flags."""
     flags.DEFINE_list("parts", list(PARTS), f"What to measure, of {', '.join(PARTS)}.")
-    flags.DEFINE_bool("smoke", False, "Tiny sizes in place of all that are not given.")
-    flags.DEFINE_integer("hidden_size", 768, "Of the model.")
-    flags.DEFINE_integer("layers", 12, "Of the model.")
-    flags.DEFINE_integer("heads", 12, "Query heads of the model.")
-    flags.DEFINE_integer("kv_heads", 4, "Key and value heads of the model.")
-    flags.DEFINE_integer("intermediate_size", 2048, "Of the model's MLP.")
-    flags.DEFINE_integer("vocab_size", 32000, "Of the model.")
-    flags.DEFINE_float("initializer_range", 0.02, "Of the model's random weights.")
+    flags.DEFINE_bool("smoke", False, "Tiny values for all sizes that are not given.")
+    random_model.define_flags()
+    flags.DEFINE_float(
+        "initializer_range", 0.02, "Standard deviation of the model's random weights."
+    )
     flags.DEFINE_integer("prompt_len", 256, "Tokens of the prompt.")
-    flags.DEFINE_integer("tokens", 64, "Generated tokens.", lower_bound=3)
+    flags.DEFINE_integer("tokens", 64, "Tokens of an output.", lower_bound=3)
     flags.DEFINE_integer("beam_width", 4, "Beams.")
     flags.DEFINE_integer("samples", 8, "Samples.")
     flags.DEFINE_integer("cost_steps", 16, "Steps in a timed call of `cost`.")
-    flags.DEFINE_integer("max_model_len", 512, "Of the engine.")
+    flags.DEFINE_integer("max_model_len", 512, "Tokens of the longest sequence.")
     flags.DEFINE_integer("block_size", 16, "Tokens per block.")
     flags.DEFINE_integer("num_blocks", 256, "Blocks of the engine's pool.")
-    flags.DEFINE_integer("max_num_batched_tokens", 512, "Of the engine.")
+    flags.DEFINE_integer(
+        "max_num_batched_tokens", 512, "Token budget of the engine's steps."
+    )
     flags.DEFINE_integer("repeats", 5, "Timed rounds of each part.", lower_bound=1)
     flags.DEFINE_enum(
-        "clock", "wall", ["wall", "processor"], "What is read; processor: all cores'."
+        "clock",
+        "wall",
+        ["wall", "processor"],
+        "Clock to read; processor: the time of all cores together.",
     )
-    flags.DEFINE_integer("seed", 0, "Of weights and prompt.")
+    flags.DEFINE_integer("seed", 0, "Seed of weights and prompt.")
 
 
-def engine_config() -> EngineConfig:
-    """One engine, hence one compiled program, for all parts but `programs`."""
+def decoding_config() -> EngineConfig:
+    """One engine, and so one compiled program, for all parts but `programs`."""
     rows = max(FLAGS.samples, FLAGS.beam_width)
     return EngineConfig(
         num_blocks=FLAGS.num_blocks,
@@ -115,15 +116,15 @@ def engine_config() -> EngineConfig:
     )
 
 
-def make_load(method: str) -> Load:
-    """The load of the flags."""
+def make_load(method: str) -> DecodingLoad:
+    """The load of the flags for a method."""
     (prompt,) = random_prompts([FLAGS.prompt_len], FLAGS.vocab_size, FLAGS.seed)
     rows = FLAGS.beam_width if method == "beams" else FLAGS.samples
-    return Load(method, prompt, rows, FLAGS.tokens)
+    return DecodingLoad(method, prompt, rows, FLAGS.tokens)
 
 
 def timed(contenders: Mapping[str, Contender]) -> dict[str, Times]:
-    """Times of the contenders by the clock of the flags."""
+    """Times the contenders by the clock of the flags."""
     times = time_in_turn(contenders, FLAGS.repeats)
     if FLAGS.clock == "wall":
         return times
@@ -133,8 +134,8 @@ def timed(contenders: Mapping[str, Contender]) -> dict[str, Times]:
     }
 
 
-class Others:
-    """Those that jpaged is compared with, made once for all loads."""
+class Peers:
+    """What jpaged is compared with; made once for all loads."""
 
     def __init__(self, model: Decoder, report: Report) -> None:
         self.plain = PlainDecoding(model)
@@ -142,8 +143,8 @@ class Others:
         if self.hugging_face is not None:
             report.details["hugging_face"] = self.hugging_face.about
 
-    def equal_shares(self, load: Load, tokens: np.ndarray) -> dict[str, float]:
-        """The share of jpaged's tokens that others give too; compiles what they run."""
+    def equal_shares(self, load: DecodingLoad, tokens: np.ndarray) -> dict[str, float]:
+        """Share of jpaged's tokens that each peer returns too; compiles the peers."""
         shares = {}
         for form, contender in self.plain.contenders(load).items():
             once(contender)
@@ -154,8 +155,8 @@ class Others:
             shares["hugging_face"] = float(np.mean(equal))
         return shares
 
-    def contenders(self, load: Load) -> dict[str, Contender]:
-        """Everybody's, for this load."""
+    def contenders(self, load: DecodingLoad) -> dict[str, Contender]:
+        """The contenders of all peers for this load."""
         found = {
             f"plain_{form}": contender
             for form, contender in self.plain.contenders(load).items()
@@ -165,35 +166,37 @@ class Others:
         return found
 
 
-def measure_load(
-    model: Decoder, ours: EngineDecoding, others: Others, method: str, report: Report
+def measure_method(
+    model: Decoder, ours: EngineDecoding, peers: Peers, method: str, report: Report
 ) -> None:
-    """Whole calls of one method, jpaged's and the others'."""
+    """Measures whole calls of one method, by jpaged and its peers."""
     load = make_load(method)
     progress(f"{method}: compile, compare tokens")
     once(ours.contender(load))
-    equal = others.equal_shares(load, ours.tokens())
+    equal = peers.equal_shares(load, ours.tokens())
     progress(f"{method}: time")
-    calls = {"jpaged": ours.contender(load), **others.contenders(load)}
-    prompts = {"jpaged": ours.contender(load.cut()), **others.contenders(load.cut())}
+    calls = {"jpaged": ours.contender(load), **peers.contenders(load)}
+    prompts = {"jpaged": ours.contender(load.cut()), **peers.contenders(load.cut())}
     prompts = {f"{name}_prompt": contender for name, contender in prompts.items()}
-    products = {"products": limits_of.matrix_products(model, load.num_rows)}
+    products = {"products": lib_limits.matrix_products(model, load.num_rows)}
     times = timed({**products, **calls, **prompts})
     form = min(("plain_calls", "plain_loop"), key=lambda name: times[name].median)
     report.details[method] = {
         "plain_form": form,
         **{name: value.summary_ms() for name, value in times.items()},
     }
-    # Random numbers are everybody's own.
+    # Samples differ, because each contender has its own random numbers.
     if method == "beams":
         report.details[method]["equal_tokens_share"] = equal
         for name, share in equal.items():
             report.row(f"beams: tokens of {name}", f"{share:.1%} equal")
-    _load_rows(load, times, form, report)
+    _report_method(load, times, form, report)
 
 
-def _load_rows(load: Load, times: dict[str, Times], form: str, report: Report) -> None:
-    """Table and figures of one method."""
+def _report_method(
+    load: DecodingLoad, times: dict[str, Times], form: str, report: Report
+) -> None:
+    """Prints the rows of one method; `form` is plain JAX's faster form."""
     method, num_rows = load.method, load.num_rows
     is_beams = method == "beams"
     unit = "steps/s" if is_beams else "tokens/s"
@@ -209,11 +212,11 @@ def _load_rows(load: Load, times: dict[str, Times], form: str, report: Report) -
     )
     own, own_step = times["jpaged"], _step_s(load, times, "jpaged")
     names = {"jpaged": "jpaged", "hugging_face": "hugging_face", "plain": form}
-    for name, timed in names.items():
-        if timed not in times:
+    for name, timed_name in names.items():
+        if timed_name not in times:
             report.row(f"{title}: {name}", "not installed")
             continue
-        whole, step = times[timed], _step_s(load, times, timed)
+        whole, step = times[timed_name], _step_s(load, times, timed_name)
         speed = per_step * load.num_tokens / whole.median
         figures[f"{method}_{name}"] = speed
         share = f"{step / products:.2f} x products a step"
@@ -234,15 +237,14 @@ def _load_rows(load: Load, times: dict[str, Times], form: str, report: Report) -
         )
 
 
-def _step_s(load: Load, times: dict[str, Times], name: str) -> float:
-    """Seconds of a step: of the call, without what it takes up to the second token."""
+def _step_s(load: DecodingLoad, times: dict[str, Times], name: str) -> float:
+    """Seconds of a step: of the call without its first two tokens."""
     both = times[name].median - times[f"{name}_prompt"].median
     return both / (load.num_tokens - load.cut().num_tokens)
 
 
-def measure_cost(model: Decoder, ours: EngineDecoding, report: Report) -> None:
-    """A beam step beside a greedy step inside the engine, and its parts."""
-    load, config, steps = make_load("beams"), engine_config(), FLAGS.cost_steps
+def copies_per_step(ours: EngineDecoding, load: DecodingLoad) -> tuple[float, int]:
+    """Blocks copied per step in a whole search, and the bytes of a block."""
     progress("cost: bytes copied in a whole search")
     state = ours.clear()
     before = ours.counters()
@@ -255,24 +257,32 @@ def measure_cost(model: Decoder, ours: EngineDecoding, report: Report) -> None:
         head_dim=FLAGS.hidden_size // FLAGS.heads,
         dtype="float32",
     )
-    copies = int(after.num_block_copies - before.num_block_copies) / load.num_tokens
+    num_copies = int(after.num_block_copies - before.num_block_copies)
+    return num_copies / load.num_tokens, block_bytes
 
-    progress("cost: time")
-    context = load.middle(steps)
-    beams = decoding_engine(model, config, load, context)
+
+def cost_contenders(
+    model: Decoder, load: DecodingLoad, context: int
+) -> dict[str, Contender]:
+    """Whole steps, the model's parts, and steps without the decoder.
+
+    Args:
+      model: The model.
+      load: A load of beams.
+      context: Tokens of each row when the timed steps begin.
+    """
+    config, steps = decoding_config(), FLAGS.cost_steps
+    middle = context + steps // 2
+    beams = load_in_progress(model, config, load, context)
     greedy = decoding_state(
-        model,
-        config,
-        rows=load.num_rows,
-        context=context + steps // 2,
-        steps=steps,
+        model, config, rows=load.num_rows, context=middle, steps=steps
     )
     contenders = {
-        "products": limits_of.matrix_products(model, load.num_rows),
-        "attention": limits_of.paged_attention(
+        "products": lib_limits.matrix_products(model, load.num_rows),
+        "attention": lib_limits.paged_attention_layers(
             model.config,
             load.num_rows,
-            context + steps // 2,
+            middle,
             FLAGS.block_size,
             config.max_blocks_per_seq,
         ),
@@ -282,8 +292,17 @@ def measure_cost(model: Decoder, ours: EngineDecoding, report: Report) -> None:
     for number in range(len(costs.PARTS) + 1):
         parts = costs.PARTS[:number]
         name = parts[-1] if parts else "none"
-        contenders[name] = costs.bookkeeping(beams, steps, parts, FLAGS.vocab_size)
-    times = timed(contenders)
+        contenders[name] = costs.partial_steps(beams, steps, parts, FLAGS.vocab_size)
+    return contenders
+
+
+def measure_cost(model: Decoder, ours: EngineDecoding, report: Report) -> None:
+    """Measures a beam step and its parts beside a greedy step in the engine."""
+    load = make_load("beams")
+    copies, block_bytes = copies_per_step(ours, load)
+    progress("cost: time")
+    context = load.middle(FLAGS.cost_steps)
+    times = timed(cost_contenders(model, load, context))
     parts = ("none", *costs.PARTS)
     seconds = {
         name: value.least if name in parts else value.median
@@ -291,7 +310,7 @@ def measure_cost(model: Decoder, ours: EngineDecoding, report: Report) -> None:
     }
     shares = costs.shares_of_step(seconds)
     report.details["cost"] = {
-        "context": context + steps // 2,
+        "context": context + FLAGS.cost_steps // 2,
         "shares_of_beam_step": shares,
         "block_copies_per_step": copies,
         "block_bytes": block_bytes,
@@ -320,9 +339,9 @@ def measure_cost(model: Decoder, ours: EngineDecoding, report: Report) -> None:
 
 
 def measure_programs(report: Report) -> None:
-    """Programs of a call that uses every method."""
+    """Counts the programs of two calls that use every method."""
     progress("programs: every method, twice")
-    first, second = programs_of_passes(max_tokens=4 if FLAGS.smoke else 12)
+    first, second = programs_of_calls(max_tokens=4 if FLAGS.smoke else 12)
     methods = list(every_method(2))
     report.details["programs"] = {"first": first, "second": second, "methods": methods}
     report.row(
@@ -333,52 +352,36 @@ def measure_programs(report: Report) -> None:
     )
 
 
-def make_model() -> Decoder:
-    """The random-weight model of the flags."""
-    config = ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=FLAGS.vocab_size,
-        hidden_size=FLAGS.hidden_size,
-        num_layers=FLAGS.layers,
-        num_heads=FLAGS.heads,
-        num_kv_heads=FLAGS.kv_heads,
-        head_dim=FLAGS.hidden_size // FLAGS.heads,
-        intermediate_size=FLAGS.intermediate_size,
-        max_position_embeddings=FLAGS.max_model_len,
-        initializer_range=FLAGS.initializer_range,
-        tie_word_embeddings=True,
-    )
-    return init_model(config, seed=FLAGS.seed)
-
-
-def main(_: list[str]) -> None:
-    """Reads the flags, prints a table, and one JSON object as the last line."""
-    unknown = [part for part in FLAGS.parts if part not in PARTS]
-    if unknown:
-        raise app.UsageError(f"--parts: expected some of {PARTS}, got {unknown[0]!r}")
+def main(argv: list[str]) -> None:
+    """Measures the parts of the flags and prints the results."""
+    del argv
+    with runner.user_errors("bench_decoding"):
+        parts = runner.some_of("parts", FLAGS.parts, PARTS)
     if FLAGS.smoke:
         for name, value in SMOKE.items():
             if not FLAGS[name].present:
                 setattr(FLAGS, name, value)
     report = Report()
     report.details["load_average"] = {"before": os.getloadavg()}
-    model = make_model()
-    ours = EngineDecoding(model, engine_config())
-    loads = [method for method in ("beams", "samples") if method in FLAGS.parts]
-    if loads:
-        others = Others(model, report)
-        for method in loads:
-            measure_load(model, ours, others, method, report)
-        del others
-    if "cost" in FLAGS.parts:
+    model = random_model.make_random_model(
+        FLAGS.max_model_len, FLAGS.seed, initializer_range=FLAGS.initializer_range
+    )
+    ours = EngineDecoding(model, decoding_config())
+    methods = [method for method in ("beams", "samples") if method in parts]
+    if methods:
+        peers = Peers(model, report)
+        for method in methods:
+            measure_method(model, ours, peers, method, report)
+        del peers
+    if "cost" in parts:
+        with runner.user_errors("bench_decoding"):
+            make_load("beams").middle(FLAGS.cost_steps)
         measure_cost(model, ours, report)
-    if "programs" in FLAGS.parts:
+    if "programs" in parts:
         measure_programs(report)
     report.details["load_average"]["after"] = os.getloadavg()
-    found = FLAGS.get_key_flags_for_module(__name__)
-    report.last_line({flag.name: flag.value for flag in found})
+    report.last_line(runner.flag_values(__name__))
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

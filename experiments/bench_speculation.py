@@ -1,18 +1,20 @@
-"""Speculative decoding on this machine: rate of acceptance, and tokens/s beside plain.
+"""Benchmarks speculative decoding: acceptance rate, and tokens/s beside plain decoding.
 
     python -m experiments.bench_speculation
 
-The bundled model continues pieces of the Python standard library, greedily and
-sampled: without drafts, with drafts of prompt lookup, and with those of a small model,
-which here is the model itself up to half of its layers. First all must give the same
-tokens. Then they run in turn, and medians are compared. Takes about three minutes on
-two CPU cores.
+The bundled model continues parts of the Python standard library, greedily and by
+sampling: without drafts, with drafts by prompt lookup, and with drafts by a small
+model, which here is the model itself up to half of its layers. All methods must return
+the same tokens; this is checked first. The methods then run in turn, and medians are
+compared.
 
-What to expect: a step with drafts computes more rows, which on a CPU cost time even for
-one sequence (8 rows take about 1.4 times as long as 1), so drafts must stand often to
-gain. With prompt lookup the gain is that of the text: the bundled model repeats itself
-often. The bound beside each row is tokens per step: a machine for which 5 rows cost
-what 1 costs would gain that factor.
+Time: about three minutes on two CPU cores.
+
+What to expect: a step with drafts computes more rows. On a CPU they cost time even for
+one sequence (8 rows take about 1.4 times as long as 1), so only drafts that are often
+accepted gain anything. The gain of prompt lookup depends on the text: the bundled model
+repeats itself often. The tokens per step would be the gain on a machine on which 5 rows
+take as long as 1.
 """
 
 from __future__ import annotations
@@ -26,41 +28,35 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from experiments.lib.timing import Contender, Times, environment, progress, time_in_turn
+from experiments.lib import runner
+from experiments.lib.runner import progress
+from experiments.lib.timing import Contender, Times, time_in_turn
 from jpaged import engine, load_model
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig, Speculation
 from jpaged.models import Decoder
-from jpaged.models.loading import sources
+from jpaged.models.loading import bundled
 from jpaged.params import SamplingParams
 from jpaged.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 MODEL = "tiny-python"
-_FLAG_NAMES = (
-    "rows",
-    "num_drafts",
-    "prompt_tokens",
-    "output_tokens",
-    "temperatures",
-    "repeats",
-)
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
+    """Defines the runner's flags."""
     flags.DEFINE_list("rows", ["1", "4"], "Sequences that run at the same time.")
-    flags.DEFINE_integer("num_drafts", 3, "Drafts of a row and step.", lower_bound=1)
+    flags.DEFINE_integer("num_drafts", 3, "Drafts per row and step.", lower_bound=1)
     flags.DEFINE_integer("prompt_tokens", 128, "Tokens of each prompt.", lower_bound=1)
-    flags.DEFINE_integer("output_tokens", 96, "Tokens generated.", lower_bound=2)
-    flags.DEFINE_list("temperatures", ["0", "0.8"], "0 is greedy.")
-    flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
+    flags.DEFINE_integer("output_tokens", 96, "Tokens of each output.", lower_bound=2)
+    flags.DEFINE_list("temperatures", ["0", "0.8"], "Temperatures; 0 is greedy.")
+    flags.DEFINE_integer("repeats", 7, "Rounds; the median counts.", lower_bound=1)
 
 
-class Row(NamedTuple):
+class SpeculationRow(NamedTuple):
     """One line of the table."""
 
     method: str
@@ -73,7 +69,7 @@ class Row(NamedTuple):
 
 
 def first_layers(model: Decoder) -> Decoder:
-    """The model up to half of its layers: a draft model that costs no training."""
+    """The model up to half of its layers: a draft model that needs no training."""
     small = copy.copy(model)
     number = max(1, model.config.num_layers // 2)
     small.config = dataclasses.replace(model.config, num_layers=number)
@@ -81,26 +77,29 @@ def first_layers(model: Decoder) -> Decoder:
     return small
 
 
-def prompts(tokenizer: Tokenizer, number: int, length: int) -> list[list[int]]:
-    """Pieces of the standard library, each from another place."""
+def library_prompts(tokenizer: Tokenizer, number: int, length: int) -> list[list[int]]:
+    """Prompts of `length` tokens from different parts of the standard library."""
     sources = [inspect.getsource(module) for module in (textwrap, json, dataclasses)]
     tokens = [tokenizer.encode(source) for source in sources]
-    pieces = []
+    prompts = []
     for i in range(number):
-        mine = tokens[i % len(tokens)]
-        start = (i * 7 * length) % max(1, len(mine) - length)
-        pieces.append(mine[start : start + length])
-    return pieces
+        source = tokens[i % len(tokens)]
+        start = (i * 7 * length) % max(1, len(source) - length)
+        prompts.append(source[start : start + length])
+    return prompts
 
 
-def contender(
-    model: engine.Model, config: EngineConfig, load: list[list[int]], params: list[Any]
+def engine_contender(
+    model: engine.Model,
+    config: EngineConfig,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
 ) -> Contender:
-    """The load through an engine, again and again."""
+    """All requests through an engine; the time of one token counts."""
 
     def prepare() -> tuple[engine.EngineState]:
         state = engine.init(model, config)
-        state, _ = engine.submit(state, load, params)
+        state, _ = engine.submit(state, prompts, params)
         return (state,)
 
     return Contender(
@@ -110,15 +109,13 @@ def contender(
     )
 
 
-def compare(
-    rows: int, temperature: float, *, num_drafts: int, lengths: tuple[int, int], repeats
-) -> list[Row]:
-    """The methods beside each other for one load; their tokens must be equal."""
-    folder = sources.bundled_path(MODEL)
+def method_contenders(rows: int, temperature: float) -> dict[str, Contender]:
+    """Plain decoding and both kinds of drafts, for the same requests."""
+    folder = bundled.bundled_path(MODEL)
     model, tokenizer = load_model(folder, "float32"), Tokenizer.from_folder(folder)
     assert tokenizer is not None
-    prompt_len, output_len = lengths
-    load = prompts(tokenizer, rows, prompt_len)
+    prompt_len, output_len = FLAGS.prompt_tokens, FLAGS.output_tokens
+    prompts = library_prompts(tokenizer, rows, prompt_len)
     params = [
         SamplingParams(
             temperature=temperature, seed=i, max_tokens=output_len, ignore_eos=True
@@ -129,22 +126,32 @@ def compare(
         num_blocks=rows * (cdiv(prompt_len + output_len, 16) + 1),
         max_num_seqs=rows,
         max_model_len=prompt_len + output_len,
-        max_num_batched_tokens=max(128, rows * (1 + num_drafts)),
+        max_num_batched_tokens=max(128, rows * (1 + FLAGS.num_drafts)),
         max_num_requests=rows,
     )
-    lookup = Speculation("prompt_lookup", num_drafts)
-    small = Speculation("model", num_drafts)
-    setups = {
+    lookup = Speculation("prompt_lookup", FLAGS.num_drafts)
+    small = Speculation("model", FLAGS.num_drafts)
+    drafted = engine.DraftedModel(model, first_layers(model))
+    setups: dict[str, tuple[engine.Model, EngineConfig]] = {
         "plain": (model, plain),
         "prompt lookup": (model, dataclasses.replace(plain, speculation=lookup)),
-        "half of the layers": (
-            engine.DraftedModel(model, first_layers(model)),
-            dataclasses.replace(plain, speculation=small),
-        ),
+        "half of the layers": (drafted, dataclasses.replace(plain, speculation=small)),
     }
-    contenders = {
-        name: contender(*setup, load, params) for name, setup in setups.items()
+    return {
+        name: engine_contender(*setup, prompts, params)
+        for name, setup in setups.items()
     }
+
+
+def compare_methods(
+    rows: int, temperature: float, repeats: int
+) -> list[SpeculationRow]:
+    """Times all methods at one size.
+
+    Raises:
+      RuntimeError: A method returned other tokens than plain decoding.
+    """
+    contenders = method_contenders(rows, temperature)
     finished = {}
     for name, one in contenders.items():
         progress(f"{rows} rows, temperature {temperature:g}: compiling {name}")
@@ -155,21 +162,21 @@ def compare(
     }
     for name, found in tokens.items():
         if found != tokens["plain"]:
-            raise RuntimeError(f"{name}: other tokens than plain decoding; a bug")
+            raise RuntimeError(f"{name}: expected the tokens of plain decoding")
     progress(f"{rows} rows, temperature {temperature:g}: {repeats} rounds")
     times = time_in_turn(contenders, repeats)
     return [
-        _row(name, rows, temperature, times, jax.device_get(state.counters))
+        _row_of(name, rows, temperature, times, jax.device_get(state.counters))
         for name, state in finished.items()
     ]
 
 
-def _row(
+def _row_of(
     name: str, rows: int, temperature: float, times: dict[str, Times], counters: Any
-) -> Row:
+) -> SpeculationRow:
     seconds = times[name].median
     ratios = np.array(times["plain"].seconds) / np.array(times[name].seconds)
-    return Row(
+    return SpeculationRow(
         method=name,
         rows=rows,
         temperature=temperature,
@@ -181,21 +188,17 @@ def _row(
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table, then one JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    """Compares the methods at all sizes and prints the results."""
+    del argv
+    with runner.user_errors("bench_speculation"):
+        sizes = runner.positive_integers("rows")
+        temperatures = [float(value) for value in FLAGS.temperatures]
     table = []
     heads = ("method", "rows", "temp.", "tokens/s", "accepted", "per step", "speedup")
     print(f"{heads[0]:<20}" + "".join(f"{head:>10}" for head in heads[1:]))
-    for rows in map(int, FLAGS.rows):
-        for temperature in map(float, FLAGS.temperatures):
-            found = compare(
-                rows,
-                temperature,
-                num_drafts=FLAGS.num_drafts,
-                lengths=(FLAGS.prompt_tokens, FLAGS.output_tokens),
-                repeats=FLAGS.repeats,
-            )
+    for rows in sizes:
+        for temperature in temperatures:
+            found = compare_methods(rows, temperature, FLAGS.repeats)
             for row in found:
                 print(
                     f"{row.method:<20}{row.rows:>10}{row.temperature:>10g}"
@@ -204,14 +207,9 @@ def main(argv: list[str]) -> None:
                     flush=True,
                 )
             table += found
-    found = {
-        "rows": [row._asdict() for row in table],
-        "flags": {name: getattr(FLAGS, name) for name in _FLAG_NAMES},
-        **environment(),
-    }
-    print(json.dumps(found))
+    rows = [row._asdict() for row in table]
+    runner.print_json({"rows": rows, "flags": runner.flag_values(__name__)})
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

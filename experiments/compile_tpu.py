@@ -1,39 +1,38 @@
-r"""Compiles the engine for TPUs, with no TPU present, and says what it takes.
+r"""Compiles the engine for TPUs without a TPU, and reports the memory it needs.
 
     python -m experiments.compile_tpu --topology v5e:2x2 --model llama-3-8b \
         --tensor_parallel 4
 
-Nothing is computed and no weight exists: the TPU's own compiler (libtpu, of the extra
-`tpu`) gets shapes, and gives back a program for the named machine, or the reason why
-there is none. It is the program that `LLM(mesh=...)` runs, `engine.run` on a state of
-`engine.init(mesh=...)`, with weights and pages where `jpaged.parallel` wants them.
+Nothing is computed, and no weights exist. The TPU's compiler (libtpu, of the extra
+`tpu`) gets shapes and returns a program for the named machine, or an error. It is the
+program that `LLM(mesh=...)` runs: `engine.run` on a state of `engine.init(mesh=...)`,
+with weights and pages sharded by `jpaged.parallel`.
 
-Takes a minute or two on two cores, most of it for the decoder's layers; `--num_layers`
-compiles fewer. The last line of the output is one JSON object: compiled, bytes_per_chip
-(arguments, results and temporaries of a device), temporary_bytes, collectives, fits,
-compile_s.
+Time: a minute or two on two cores, mostly for the decoder's layers; `--num_layers`
+compiles fewer of them. The last line of the output is one JSON object: compiled,
+bytes_per_chip (arguments, results and temporaries on a device), temporary_bytes,
+collectives, fits, compile_s.
 
-Expected, by arithmetic: a Llama-3-8B shape has 16.1 GB of bfloat16 weights, so 4.0 GB a
-chip of four, and its pages 131 kB a token, so 33 kB a token and chip; with `--kv_dtype
-int8 --block_size 128` 68 kB, so 17 kB. Two sums a layer
-and one of the embedding, for each of a step's two sizes (decodes; prompts too), and one
-gather, of the logits.
+Expected, by arithmetic: the shape of Llama-3-8B has 16.1 GB of bfloat16 weights, 4.0 GB
+on each of four chips. Its pages have 131 kB per token, 33 kB per token and chip; with
+`--kv_dtype int8 --block_size 128` 68 kB and 17 kB. There are two all-reduces per layer
+and one for the embedding, for each of a step's two sizes (decodes only; with prompts),
+and one all-gather, of the logits.
 """
 
 import collections
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-# Before jax is imported: it shall neither ask the network for a TPU nor look for one,
-# and compilers may run beside each other.
+# Set before jax is imported: jax must neither ask the network for a TPU nor look for
+# one, and several compilers may run at the same time.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -45,6 +44,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from experiments.lib import runner
 from jpaged import engine, parallel
 from jpaged.config import EngineConfig
 from jpaged.engine import replicas
@@ -56,8 +56,8 @@ from jpaged.models.shapes import random_config
 from jpaged.pages.quantised import PAGE_DTYPES
 from jpaged.simulator.costs.chips import CHIPS, GIB
 
-# Memory of a device by the name of its machine. A chip of tpu7x is two devices; the
-# simulator has no v4, whose 32 GiB Google's page on it states.
+# Memory of a device by the kind of machine. A chip of tpu7x is two devices. The
+# simulator has no v4; its 32 GiB are from Google's documentation.
 DEVICE_BYTES: Mapping[str, int] = {
     "v4": 32 * GIB,
     **{kind: CHIPS[f"tpu-{kind}"].memory_bytes for kind in ("v5e", "v5p", "v6e")},
@@ -80,41 +80,48 @@ _OPTIONS = (
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_string("topology", "v5e:2x2", "Machine, as v6e:4x4 or tpu7x:2x2x1.")
-    flags.DEFINE_string("model", "llama-3-8b", "A name of jpaged.models.shapes.")
+    """Defines the runner's flags."""
+    flags.DEFINE_string(
+        "topology", "v5e:2x2", "Machine, such as v6e:4x4 or tpu7x:2x2x1."
+    )
+    flags.DEFINE_string(
+        "model", "llama-3-8b", "Name of a shape in jpaged.models.shapes."
+    )
     flags.DEFINE_integer("tensor_parallel", 4, "Devices that share the model.")
-    flags.DEFINE_integer("num_layers", None, "Compile only so many layers.")
+    flags.DEFINE_integer("num_layers", None, "Layers to compile; default: all.")
     flags.DEFINE_integer("num_blocks", 2048, "KV blocks.")
-    flags.DEFINE_integer("block_size", 16, "Tokens of a block.")
-    flags.DEFINE_string("kv_dtype", None, "Of the pages, as int8; None: the model's.")
-    flags.DEFINE_integer("max_num_seqs", 4, "Rows of a step.")
+    flags.DEFINE_integer("block_size", 16, "Tokens per block.")
+    flags.DEFINE_string(
+        "kv_dtype", None, "dtype of the pages, such as int8; default: the model's."
+    )
+    flags.DEFINE_integer("max_num_seqs", 4, "Batch rows of a step.")
     flags.DEFINE_integer("max_model_len", 2048, "Tokens of the longest sequence.")
-    flags.DEFINE_integer("max_num_batched_tokens", 32, "Tokens of a step.")
+    flags.DEFINE_integer("max_num_batched_tokens", 32, "Token budget of a step.")
 
 
 def tpu_mesh(topology: str, tensor_parallel: int) -> Mesh:
-    """A mesh, as `jpaged.make_mesh` gives it, of a machine that is not there.
+    """Builds a mesh, as `jpaged.make_mesh` does, of a machine that is not present.
 
     Raises:
-      ValueError: there is no such machine, or it has fewer devices.
+      ValueError: The machine does not exist or has fewer devices, or libtpu is not
+        installed.
     """
     kind = topology.partition(":")[0]
     if kind not in DEVICE_BYTES:
         raise ValueError(
-            f"topology: wanted one of {tuple(DEVICE_BYTES)} and its shape, as v5e:2x2, "
-            f"got {topology!r}"
+            f"--topology: expected one of {tuple(DEVICE_BYTES)} with a shape, such as "
+            f"v5e:2x2, got {topology!r}"
         )
     if importlib.util.find_spec("libtpu") is None and not os.environ.get(
         "TPU_LIBRARY_PATH"
     ):
         raise ValueError(
-            "libtpu: wanted the TPU's compiler, got none; pip install 'jpaged[tpu]'"
+            "libtpu: expected the TPU's compiler, got none; pip install 'jpaged[tpu]'"
         )
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     if not 1 <= tensor_parallel <= len(devices):
         raise ValueError(
-            f"tensor_parallel: wanted from 1 to the {len(devices)} devices of "
+            f"--tensor_parallel: expected from 1 to {len(devices)}, the devices of "
             f"{topology}, got {tensor_parallel}"
         )
     shape = tuple(tensor_parallel if a == "tensor" else 1 for a in parallel.AXES)
@@ -131,12 +138,16 @@ def abstract_engine(
     mesh: Mesh,
     kv_dtype: str | None = None,
 ) -> tuple[Decoder, engine.EngineState]:
-    """Model and engine state of shapes only, each where it lies on the mesh.
+    """Model and engine state as shapes with their shardings on the mesh.
 
-    `kv_dtype`: as in `engine.init`.
+    Args:
+      model_config: Sizes of the model.
+      config: Sizes of the engine.
+      mesh: The devices.
+      kv_dtype: As in `engine.init`.
 
     Raises:
-      ValueError: the model does not divide over the mesh.
+      ValueError: The model does not divide over the mesh.
     """
     sharding_of = placement(model_config, mesh)
 
@@ -163,22 +174,22 @@ def compile_run(
     mesh: Mesh,
     kv_dtype: str | None = None,
 ) -> jax.stages.Compiled:
-    """`engine.run`, as `LLM(mesh=...)` runs it, compiled for the mesh's devices."""
+    """Compiles `engine.run` for the mesh, as `LLM(mesh=...)` runs it."""
     model, state = abstract_engine(model_config, config, mesh, kv_dtype)
     max_steps = jax.ShapeDtypeStruct((), "int32")
     return engine.run.lower(model, state, max_steps).compile()
 
 
-def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """How many of each kind the program has."""
+def count_collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Counts the collectives of a program by kind."""
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     found = re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text() or "")
     return dict(collections.Counter(found))
 
 
-def report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
-    """Bytes of one device, whether it has so many, and what is sent."""
-    memory = compiled.memory_analysis()
+def memory_report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
+    """Bytes used on one device, whether they fit, and the program's collectives."""
+    memory: Any = compiled.memory_analysis()
     used = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -191,17 +202,17 @@ def report(compiled: jax.stages.Compiled, topology: str) -> dict[str, Any]:
         "compiled": True,
         "bytes_per_chip": used,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "collectives": collectives(compiled),
+        "collectives": count_collectives(compiled),
         "fits": used <= available,
         "available_bytes": available,
     }
 
 
-def _asked(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, Mesh]:
-    """What the flags name.
+def _configs(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, Mesh]:
+    """Model, engine and mesh of the flags.
 
     Raises:
-      ValueError: a flag's value is none of those that work.
+      ValueError: A flag is invalid.
     """
     model = dataclasses.replace(random_config(options["model"]), vocab_first=True)
     if options["num_layers"] is not None:
@@ -219,27 +230,25 @@ def _asked(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, Mesh]
 
 def check_kv_dtype(kv_dtype: str | None) -> None:
     """Raises ValueError for a `kv_dtype` that does not exist."""
-    wanted = (None, *DTYPES, *PAGE_DTYPES)
-    if kv_dtype not in wanted:
-        raise ValueError(f"kv_dtype: wanted one of {wanted}, got {kv_dtype!r}")
+    known = (None, *DTYPES, *PAGE_DTYPES)
+    if kv_dtype not in known:
+        raise ValueError(f"--kv_dtype: expected one of {known}, got {kv_dtype!r}")
 
 
 def main(argv: list[str]) -> None:
-    """Reads flags, compiles, prints."""
+    """Compiles the engine and prints the report."""
     del argv
     options = {name: getattr(FLAGS, name) for name in _OPTIONS}
-    try:
-        model, config, mesh = _asked(options)
+    with runner.user_errors("compile_tpu"):
+        model, config, mesh = _configs(options)
         placement(model, mesh)
         check_kv_dtype(options["kv_dtype"])
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
     start = time.perf_counter()
     try:
         compiled = compile_run(model, config, mesh, options["kv_dtype"])
-        result = report(compiled, options["topology"])
+        result = memory_report(compiled, options["topology"])
     except jax.errors.JaxRuntimeError as error:
-        # The compiler itself refuses what does not fit into the device's memory.
+        # The compiler refuses a program that does not fit into the device's memory.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(error)
@@ -252,9 +261,8 @@ def main(argv: list[str]) -> None:
             f"{result['temporary_bytes'] / 1e6:.1f} MB of it temporaries, of "
             f"{result['available_bytes'] / 1e9:.0f} GB; {result['collectives']}"
         )
-    print(json.dumps({**options, "jax": jax.__version__, **result}))
+    runner.print_json({**options, "jax": jax.__version__, **result})
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -18,8 +18,9 @@ import sys
 import tempfile
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from experiments.lib import runner
 from jpaged.attention.cascade import num_members
 from jpaged.triton import tiles
 
@@ -182,5 +183,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -1,20 +1,20 @@
-"""Everything that is to be known of a GPU, in one command of under nine minutes.
+"""Tests and benchmarks a GPU with one command, in less than nine minutes.
 
     python -m experiments.gpu_suite --out results
     python -m experiments.gpu_suite --out results --stages decode,cascade
     python -m experiments.gpu_suite --tiny
 
-First what is right, then what is fast: the tests marked `gpu`; attention of all
-implementations and peers, and page updates, beside the measured bandwidths; decode
+Correctness comes first: the tests marked `gpu`. The other stages measure attention by
+all implementations and peers, and page updates, beside the measured bandwidths; decode
 steps of Llama-3-8B's shape beside the memory's limit and transformers; blocks of 16 to
-128 tokens; cascade attention beside its model; pages of 8 bits. Each stage is a command
-of its own with a time limit, in order of importance; a stage that falls or is cut keeps
-what it printed, and the others go on.
+128 tokens; cascade attention beside its model; and 8-bit pages. The stages run in order
+of importance. Each is a separate command with a time limit. If a stage fails or reaches
+its limit, the suite keeps what it printed and continues with the next one.
 
-With --out, `gpu_suite.json` and `results.md`, a section for docs/results.md, are
-written there after each stage. At the end a table says what came of the aims. The sizes
-are tiny where there is no accelerator, or with --tiny. The last line on stdout is one
-JSON object.
+With `--out`, the runner writes `gpu_suite.json` and `results.md`, a section for
+docs/results.md, after each stage. At the end a table compares the figures with the
+aims. Sizes are tiny with `--tiny`, and on machines without an accelerator. The last
+line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from experiments.lib import gpu_aims
-from experiments.lib.processes import run_limited
-from experiments.lib.timing import environment
+from experiments.lib import gpu_aims, processes, runner
 
 FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -43,7 +41,7 @@ _PACKAGES = "jax-triton triton torch transformers flashinfer-python ejkernel".sp
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A command, of which the accelerator's and the tiny arguments differ."""
+    """A command with its arguments for accelerators and for tiny sizes."""
 
     name: str
     module: str
@@ -108,29 +106,40 @@ STAGES = (
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
+    """Defines the runner's flags."""
     names = ",".join(stage.name for stage in STAGES)
-    flags.DEFINE_list("stages", None, f"Some of {names}; None: all.")
+    flags.DEFINE_list("stages", None, f"Stages to run, of {names}; default: all.")
     flags.DEFINE_string("out", None, "Folder for gpu_suite.json and results.md.")
-    flags.DEFINE_bool("tiny", None, "Tiny sizes; None: where there is no accelerator.")
-    flags.DEFINE_float("limit_s", 530, "Seconds of all stages.", lower_bound=1)
+    flags.DEFINE_bool("tiny", None, "Tiny sizes; default: only without an accelerator.")
+    flags.DEFINE_float(
+        "limit_s", 530, "Time limit of all stages together, in seconds.", lower_bound=1
+    )
 
 
 def run_stage(stage: Stage, is_tiny: bool, limit_s: float) -> dict[str, Any]:
-    """A stage's record: its command, how it ended, what it printed, its JSON."""
+    """Runs a stage.
+
+    Args:
+      stage: The stage.
+      is_tiny: Whether it runs at tiny sizes.
+      limit_s: Time limit in seconds.
+
+    Returns:
+      The stage's record: its command, how it ended, what it printed, and its JSON.
+    """
     arguments = shlex.split(stage.tiny if is_tiny else stage.arguments)
     if stage.module in ("experiments.bench_attention", "experiments.bench_decode"):
-        # They end by themselves, whole, a little before they would be cut.
+        # These end by themselves shortly before the limit, with complete results.
         arguments.append(f"--limit_s={max(limit_s - 10, limit_s / 2):.0f}")
     backend = jax.default_backend()
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables = {
-        "JAX_PLATFORMS": {"gpu": "cuda"}.get(backend, backend),  # tests take CPUs else
+        "JAX_PLATFORMS": {"gpu": "cuda"}.get(backend, backend),  # tests default to cpu
         "PYTHONPATH": os.pathsep.join(paths).rstrip(os.pathsep),
     }
     words = [stage.module, *arguments]
     print(f"\n== {stage.name}: python -m {shlex.join(words)}", flush=True)
-    ended = run_limited(
+    ended = processes.run_limited(
         [sys.executable, "-m", *words],
         limit_s,
         show=lambda line: None if line.startswith("{") else print(line, flush=True),
@@ -156,9 +165,9 @@ def run_stage(stage: Stage, is_tiny: bool, limit_s: float) -> dict[str, Any]:
     return record
 
 
-def about() -> dict[str, Any]:
-    """Date, device, versions, and the command."""
-    found: dict[str, Any] = environment() | {"date": time.strftime("%Y-%m-%d")}
+def suite_environment() -> dict[str, Any]:
+    """Date, device, versions of all packages that matter, and the command."""
+    found: dict[str, Any] = runner.environment() | {"date": time.strftime("%Y-%m-%d")}
     for name in _PACKAGES:
         try:
             found["versions"][name] = importlib.metadata.version(name)
@@ -168,7 +177,7 @@ def about() -> dict[str, Any]:
     return found | {"command": shlex.join(words)}
 
 
-def markdown(found: dict[str, Any]) -> str:
+def results_section(found: dict[str, Any]) -> str:
     """The section for docs/results.md."""
     versions = ", ".join(f"{name} {what}" for name, what in found["versions"].items())
     parts = [
@@ -187,40 +196,34 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def write(found: dict[str, Any]) -> None:
-    """Writes what there is so far."""
-    if FLAGS.out is not None:
-        folder = pathlib.Path(FLAGS.out)
+def write_results(found: dict[str, Any], out: str | None) -> None:
+    """Writes the results so far into the folder `out`, unless it is None."""
+    if out is not None:
+        folder = pathlib.Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, indent=1)
         (folder / "gpu_suite.json").write_text(text, "utf-8")
-        (folder / "results.md").write_text(markdown(found), "utf-8")
+        (folder / "results.md").write_text(results_section(found), "utf-8")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the stages."""
+    """Runs the stages and prints the aims."""
+    del argv
     begin = time.monotonic()
-    # The stages' processes take what they need, and this one leaves it there.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    names = [stage.name for stage in STAGES]
-    unknown = [name for name in FLAGS.stages or [] if name not in names]
-    if unknown or len(argv) > 1:
-        print(
-            f"gpu_suite: --stages: wanted some of {', '.join(names)}, got "
-            f"{(unknown or argv[1:])[0]!r}",
-            file=sys.stderr,
-        )
-        return 1
+    processes.share_accelerator()
+    with runner.user_errors("gpu_suite"):
+        names = [stage.name for stage in STAGES]
+        chosen = runner.some_of("stages", FLAGS.stages, names)
     is_tiny = jax.default_backend() == "cpu" if FLAGS.tiny is None else FLAGS.tiny
-    found = about() | {"aims": [], "stages": []}
+    found = suite_environment() | {"aims": [], "stages": []}
     for stage in STAGES:
         left_s = FLAGS.limit_s - (time.monotonic() - begin)
-        if (FLAGS.stages and stage.name not in FLAGS.stages) or left_s < 5:
+        if stage.name not in chosen or left_s < 5:
             continue
         record = run_stage(stage, is_tiny, min(stage.limit_s, left_s))
         found["stages"].append(record)
         found["aims"] = gpu_aims.aims(found["stages"])
-        write(found)
+        write_results(found, FLAGS.out)
     print(f"\n{'aim':<48}{'wanted':>8}{'here':>14}  of")
     for aim in found["aims"]:
         print(f"{aim['aim']:<48}{aim['wanted']:>8}{aim['here']:>14}  {aim['of']}")
@@ -229,5 +232,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -1,31 +1,29 @@
-"""What keys and values of 8 bits change: memory, perplexity, tokens, attention.
+"""Measures what 8-bit keys and values change: memory, perplexity, tokens, attention.
 
     python -m experiments.kv_precision
     python -m experiments.kv_precision --model FOLDER --num_texts 20
 
-Each kv_dtype is a row: blocks that fit into the same memory, perplexity of held-out
-Python as the engine computes it through its pages, the largest change of a token's
-log-probability, and how many greedy tokens come out as with float32. A second table
-compares grains of the scales on the model's own keys and values: the relative error of
-attention's output with one scale for each token and head, block and head, head, or for
-all. Four minutes on a CPU core. The last line on stdout is one JSON object.
+The first table has a row for each kv_dtype: the blocks that fit into the same memory,
+the perplexity of held-out Python as the engine computes it through its pages, the
+largest change of a token's log-probability, and the share of greedy tokens that equal
+those with float32. The second table compares granularities of the scales, on the
+model's own keys and values: the relative error of attention's output with one scale per
+token and head, per block and head, per head, or for everything.
+
+Time: four minutes on a CPU core. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.lib import python_text
-from experiments.lib.timing import environment
+from experiments.lib import python_text, runner
 from jpaged.llm import LLM
 from jpaged.models.layers import causal_attention
 from jpaged.params import SamplingParams
@@ -33,8 +31,8 @@ from jpaged.serving import memory
 
 FLAGS = flags.FLAGS
 KV_DTYPES = ("float32", "bfloat16", "int8", "fp8")
-# Axes of [T, K, D] in blocks [B, P, K, D] that share a scale.
-GRAINS = {
+# Axes of the blocks [B, P, K, D] of keys or values [T, K, D] that share a scale.
+GRANULARITIES = {
     "token and head": (3,),
     "block and head": (1, 3),
     "head": (0, 1, 3),
@@ -44,15 +42,19 @@ _BLOCK_SIZE = 16
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_string("model", "tiny-python", "Folder, hub id, bundled, random:NAME.")
+    """Defines the runner's flags."""
+    flags.DEFINE_string(
+        "model", "tiny-python", "Folder, hub id, bundled name or random:NAME."
+    )
     flags.DEFINE_integer("num_texts", 8, "Held-out Python files.", lower_bound=1)
-    flags.DEFINE_integer("length", 256, "Tokens of each.", lower_bound=2 * _BLOCK_SIZE)
-    flags.DEFINE_integer("max_tokens", 64, "Greedy tokens behind half of each.")
+    flags.DEFINE_integer(
+        "length", 256, "Tokens of each file.", lower_bound=2 * _BLOCK_SIZE
+    )
+    flags.DEFINE_integer("max_tokens", 64, "Greedy tokens after half of each file.")
 
 
-def texts(llm: LLM) -> list[list[int]]:
-    """The beginnings of held-out files, in tokens; noise without a tokenizer."""
+def held_out_tokens(llm: LLM) -> list[list[int]]:
+    """The first tokens of held-out files; random tokens without a tokenizer."""
     if llm.tokenizer is None:
         rng = np.random.default_rng(0)
         shape = (FLAGS.num_texts, FLAGS.length)
@@ -63,8 +65,8 @@ def texts(llm: LLM) -> list[list[int]]:
     return long[: FLAGS.num_texts]
 
 
-def logprobs(llm: LLM, tokens: list[list[int]]) -> np.ndarray:
-    """f64[texts, length - 1]: of each token after the first, through the pages."""
+def prompt_logprobs(llm: LLM, tokens: list[list[int]]) -> np.ndarray:
+    """Log-probabilities of every token after the first, f64[texts, length - 1]."""
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
     outputs = llm.generate(tokens, params, progress=False)
     return np.array(
@@ -82,17 +84,18 @@ def logprobs(llm: LLM, tokens: list[list[int]]) -> np.ndarray:
     )
 
 
-def greedy(llm: LLM, tokens: list[list[int]]) -> list[list[int]]:
-    """The tokens that follow the first half of each text."""
-    ends = dict(max_tokens=FLAGS.max_tokens, ignore_eos=True)
-    params = SamplingParams(temperature=0.0, **ends)
+def greedy_tokens(llm: LLM, tokens: list[list[int]]) -> list[list[int]]:
+    """The greedy tokens after the first half of each text."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=FLAGS.max_tokens, ignore_eos=True
+    )
     halves = [one[: len(one) // 2] for one in tokens]
     outputs = llm.generate(halves, params, progress=False)
-    return [output.outputs[0].token_ids for output in outputs]
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def rows() -> list[dict[str, Any]]:
-    """A row for each kv_dtype; the first is what the others are compared with."""
+def precision_rows() -> list[dict[str, Any]]:
+    """Measures each kv_dtype and compares it with the first one."""
     found: list[dict[str, Any]] = []
     base: tuple[np.ndarray, list[list[int]]] | None = None
     for name in KV_DTYPES:
@@ -106,8 +109,8 @@ def rows() -> list[dict[str, Any]]:
             max_model_len=FLAGS.length + FLAGS.max_tokens,
             enable_prefix_caching=False,
         )
-        tokens = texts(llm)
-        now = logprobs(llm, tokens), greedy(llm, tokens)
+        tokens = held_out_tokens(llm)
+        now = prompt_logprobs(llm, tokens), greedy_tokens(llm, tokens)
         base = now if base is None else base
         size = memory.block_bytes(llm.model.config, _BLOCK_SIZE, name)
         same = np.array(now[1]) == np.array(base[1])
@@ -126,7 +129,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def rounded(x: np.ndarray, name: str, axes: tuple[int, ...]) -> jax.Array:
-    """x [T, K, D] as 8 bits hold it, with a scale for all that `axes` share."""
+    """Rounds x [T, K, D] to 8 bits, with one scale over `axes` of its blocks."""
     blocks = x.reshape(-1, _BLOCK_SIZE, *x.shape[1:])
     largest = {"int8": 127.0, "fp8": 448.0}[name]
     scale = np.abs(blocks).max(axis=axes, keepdims=True) / largest
@@ -138,14 +141,14 @@ def rounded(x: np.ndarray, name: str, axes: tuple[int, ...]) -> jax.Array:
     return jnp.asarray((back * scale).reshape(x.shape), jnp.float32)
 
 
-def grains() -> list[dict[str, Any]]:
-    """Relative error of attention, root mean square over output vectors and layers."""
+def granularity_rows() -> list[dict[str, Any]]:
+    """Relative error of attention: root mean square over output vectors and layers."""
     llm = LLM(FLAGS.model, dtype="float32", num_blocks=64, max_num_seqs=1)
     model, seen = llm.model, []
     size = FLAGS.length // _BLOCK_SIZE * _BLOCK_SIZE
-    tokens = jnp.asarray(texts(llm)[0][:size], jnp.int32)
+    tokens = jnp.asarray(held_out_tokens(llm)[0][:size], jnp.int32)
 
-    def attend(layer, q, k, v):
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         options = model.attention_options(layer)
         out = causal_attention(q[None], k[None], v[None], **options)[0]
         seen.append((q, np.asarray(k), np.asarray(v), out, options))
@@ -153,8 +156,8 @@ def grains() -> list[dict[str, Any]]:
 
     model.trunk(tokens, jnp.arange(size, dtype=jnp.int32), attend)
     found = []
-    for grain, axes in GRAINS.items():
-        row: dict[str, Any] = {"scale_for_each": grain}
+    for granularity, axes in GRANULARITIES.items():
+        row: dict[str, Any] = {"scale_for_each": granularity}
         for name in ("int8", "fp8"):
             errors = []
             for q, k, v, out, options in seen:
@@ -170,33 +173,23 @@ def grains() -> list[dict[str, Any]]:
     return found
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    """The rows as a table for people."""
+def _print_table(found: list[dict[str, Any]]) -> None:
     print("  ".join(f"{name:>18}" for name in found[0]))
     for row in found:
         values = (v if isinstance(v, str) else f"{v:.5g}" for v in row.values())
         print("  ".join(f"{value:>18}" for value in values))
 
 
-def main(argv: list[str]) -> int:
-    """Reads flags, prints."""
-    # jax tells at this level which accelerators it did not find.
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument: {argv[1]!r}")
-    try:
-        found, compared = rows(), grains()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    show(found)
-    show(compared)
-    flags_given = {k: FLAGS[k].value for k in ("model", "num_texts", "length")}
-    result = {"rows": found, "grains": compared, "flags": flags_given}
-    print(json.dumps(result | environment()))
-    return 0
+def main(argv: list[str]) -> None:
+    """Measures both tables and prints them."""
+    del argv
+    with runner.user_errors("kv_precision"):
+        found, compared = precision_rows(), granularity_rows()
+    _print_table(found)
+    _print_table(compared)
+    given = {name: getattr(FLAGS, name) for name in ("model", "num_texts", "length")}
+    runner.print_json({"rows": found, "grains": compared, "flags": given})
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -1,13 +1,14 @@
-r"""Starts N processes on this machine that act as N hosts, to try a script for many.
+r"""Starts N processes on this machine that act as N hosts, to try a multi-host script.
 
     python -m experiments.launch --processes 2 --devices_per_process 2 -- \
         python -m your_script --its_flags
 
-Each process gets its share of virtual CPU devices, and JPAGED_COORDINATOR (host and
-port), JPAGED_NUM_PROCESSES and JPAGED_PROCESS_ID for `jpaged.distributed.initialize`.
-Its lines are printed with its name before them. The first process that fails ends all
-the others, at once; `--timeout` ends all that are still running. The exit status is
-that of the process that failed, 124 for the timeout.
+Each process has its own virtual CPU devices, and the variables JPAGED_COORDINATOR (host
+and port), JPAGED_NUM_PROCESSES and JPAGED_PROCESS_ID for
+`jpaged.parallel.distributed.initialize`. Each line that a process prints is printed
+after the number of the process. The first process that fails stops all the others, and
+`--timeout` stops all that are still running. The exit status is that of the process
+that failed, or 124 at the timeout.
 """
 
 import os
@@ -20,43 +21,58 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from absl import app, flags
+from absl import flags
+
+from experiments.lib import runner
 
 FLAGS = flags.FLAGS
-_TIMED_OUT = 124  # as of timeout(1)
+_TIMED_OUT = 124  # the status of timeout(1)
 _POLL_S = 0.05
 _GRACE_S = 5.0
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
-    flags.DEFINE_integer("devices_per_process", 2, "Of CPU.", lower_bound=1)
-    flags.DEFINE_integer("port", 0, "Of process 0; 0: one that is free.", lower_bound=0)
-    flags.DEFINE_float("timeout", 600.0, "Seconds for all of it.", lower_bound=0)
+    """Defines the runner's flags."""
+    flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer(
+        "devices_per_process", 2, "Virtual CPU devices of each process.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "port", 0, "Port of process 0; 0: one that is free.", lower_bound=0
+    )
+    flags.DEFINE_float(
+        "timeout", 600.0, "Time limit of all processes, in seconds.", lower_bound=0
+    )
 
 
 def free_port(port: int = 0) -> int:
-    """The port if it is free, one that is for 0.
+    """Returns `port` if it is free, or a free port for 0.
 
     Raises:
-      ValueError: it is in use.
+      ValueError: The port is in use.
     """
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(
-                f"port: wanted one that is free, got {port} ({error.strerror}); leave "
-                "it out to have one chosen"
+                f"--port: expected a free port, got {port} ({error.strerror}); leave "
+                "the flag out to have one chosen"
             ) from None
         return probe.getsockname()[1]
 
 
-def start(
+def start_processes(
     command: Sequence[str], processes: int, devices_per_process: int, port: int
 ) -> list[subprocess.Popen[str]]:
-    """The processes, each of which leads a group of its own."""
+    """Starts the processes; each leads its own process group.
+
+    Args:
+      command: The program and its arguments.
+      processes: Number of processes.
+      devices_per_process: Virtual CPU devices of each.
+      port: Port of process 0.
+    """
     devices = f"--xla_force_host_platform_device_count={devices_per_process}"
     started = []
     for number in range(processes):
@@ -82,26 +98,26 @@ def start(
     return started
 
 
-def wait(running: Sequence[subprocess.Popen[str]], timeout_s: float) -> int:
-    """The exit status, once all have ended; the first failure ends the others."""
+def wait_for(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> int:
+    """Waits until all processes ended or one failed; returns the exit status."""
     readers = []
-    for number, process in enumerate(running):
+    for number, process in enumerate(processes):
         assert process.stdout is not None
         readers.append(threading.Thread(target=_copy, args=(number, process.stdout)))
         readers[-1].start()
     try:
-        return _status(running, time.monotonic() + timeout_s, timeout_s)
+        return _status(processes, time.monotonic() + timeout_s, timeout_s)
     finally:
-        _end(running)
+        _stop(processes)
         for reader in readers:
             reader.join()
 
 
 def _status(
-    running: Sequence[subprocess.Popen[str]], deadline: float, timeout_s: float
+    processes: Sequence[subprocess.Popen[str]], deadline: float, timeout_s: float
 ) -> int:
     while True:
-        codes = [process.poll() for process in running]
+        codes = [process.poll() for process in processes]
         for number, code in enumerate(codes):
             if code:
                 what = f"exit status {code}"
@@ -126,9 +142,9 @@ def _copy(number: int, lines: IO[str]) -> None:
         print(f"[{number}] {line}", end="", flush=True)
 
 
-def _end(running: Sequence[subprocess.Popen[str]]) -> None:
-    """Ends what still runs, asked first."""
-    left = [process for process in running if process.poll() is None]
+def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Terminates processes that still run, and kills them after a grace period."""
+    left = [process for process in processes if process.poll() is None]
     for process in left:
         os.killpg(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_S
@@ -140,23 +156,20 @@ def _end(running: Sequence[subprocess.Popen[str]]) -> None:
             process.wait()
 
 
-def main(argv: list[str]) -> None:
-    """Reads flags, starts, waits."""
+def main(argv: list[str]) -> int:
+    """Starts the processes and waits for them."""
     command = argv[1:]
-    if not command:
-        raise SystemExit("command: wanted one after --, got none")
-    try:
-        running = start(
+    with runner.user_errors("launch"):
+        if not command:
+            raise ValueError("command: expected one after --, got none")
+        processes = start_processes(
             command,
             FLAGS.processes,
             FLAGS.devices_per_process,
             free_port(FLAGS.port),
         )
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    sys.exit(wait(running, FLAGS.timeout))
+    return wait_for(processes, FLAGS.timeout)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags, takes_arguments=True)

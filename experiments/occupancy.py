@@ -1,41 +1,38 @@
-"""KV memory over time under a live load: what holds tokens, what is reserved, shared.
+"""Measures KV memory under a live load: slots with tokens, reserved and shared slots.
 
     python -m experiments.occupancy
     python -m experiments.occupancy --num_blocks 40 --plot occupancy.png --csv steps.csv
 
-Requests arrive by chance at --rate a second, each in a coroutine of its own that waits
-for `llm.submit`, as in a server. Printed are the latencies of the requests and the mean
-composition of the KV memory; --plot draws the memory over time, split as in the paper's
-figure 2 into slots with token states and slots that are reserved for tokens to come,
-with what sharing saves above it, and what happened to each request. --csv writes a row
-for each step.
+Requests arrive at random, at `--rate` per second. As in a server, each has a coroutine
+that waits for `llm.submit`. The runner prints the latencies of the requests and the
+mean composition of the KV memory. `--plot` draws the memory over time, divided as in
+the paper's figure 2 into slots with token states and slots reserved for future tokens,
+with the memory that sharing saves on top, and the events of each request. `--csv`
+writes a row for each step.
 
-Lengths are those of Stanford Alpaca in `experiments.sharing`, prompts are random
-tokens, and the model is the bundled one: which tokens come does not matter here. Times
-are those of this machine's clock. A step's place in time is interpolated within its
-slice, about 0.05 s.
+Lengths are those of Stanford Alpaca in `experiments.sharing`. Prompts are random
+tokens, and the model is the bundled one, since the tokens do not matter here. Times are
+wall clock. The time of a step is interpolated within its slice of about 0.05 s.
 
 Time: about 20 s on two CPU cores once the engine is compiled, which takes a minute.
-Expected: more than 80 % of the used slots hold tokens, for only the last block of a
-sequence has reserved slots; with 40 blocks some requests are preempted.
+Expected: more than 80 % of the used slots hold tokens, because only the last block of a
+sequence has reserved slots. With 40 blocks some requests are preempted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import csv
 import itertools
-import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import sharing
-from experiments.lib.timing import Report, progress
+from experiments.lib import runner
+from experiments.lib.runner import Report, progress
 from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams
@@ -46,42 +43,51 @@ PERCENTILES = (50, 90, 99)
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_string("model", "tiny-python", "As for `jpaged.LLM`.")
-    flags.DEFINE_integer("num_requests", 60, "Of the load.", lower_bound=1)
-    flags.DEFINE_float("rate", 10.0, "Requests a second, on average.", lower_bound=1e-3)
+    """Defines the runner's flags."""
+    flags.DEFINE_string("model", "tiny-python", "The model, as for jpaged.LLM.")
+    flags.DEFINE_integer("num_requests", 60, "Requests of the load.", lower_bound=1)
+    flags.DEFINE_float("rate", 10.0, "Mean requests per second.", lower_bound=1e-3)
     flags.DEFINE_integer("n", 2, "Samples of each request.", lower_bound=1)
-    flags.DEFINE_integer("num_blocks", 60, "Of the pool.", lower_bound=1)
+    flags.DEFINE_integer("num_blocks", 60, "Blocks of the pool.", lower_bound=1)
     flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
-    flags.DEFINE_integer("max_num_seqs", 8, "Sequences at once.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of arrivals, prompts and samples.")
+    flags.DEFINE_integer("max_num_seqs", 8, "Rows of the engine.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of arrivals, prompts and samples.")
     flags.DEFINE_string("csv", None, "File for a table of the steps.")
     flags.DEFINE_string("plot", None, "File for the figure; needs the extra `plot`.")
 
 
-def arrivals_s(count: int, rate: float, seed: int) -> list[float]:
-    """When each of `count` requests arrives: a Poisson process, the first one at 0."""
+def poisson_arrivals_s(count: int, rate: float, seed: int) -> list[float]:
+    """Arrival times of a Poisson process in seconds, the first one at 0."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, count)
     return (np.cumsum(gaps) - gaps[0]).tolist()
 
 
-async def replay(
+async def run_live(
     llm: LLM,
     prompts: Sequence[list[int]],
     params: Sequence[SamplingParams],
     arrivals: Sequence[float],
 ) -> list[RequestOutput]:
-    """The outputs of requests that each come at their time, in seconds from now."""
+    """Submits each request at its arrival time; returns all outputs.
 
-    async def one(prompt: list[int], param: SamplingParams, at: float) -> RequestOutput:
-        await asyncio.sleep(at)
+    Args:
+      llm: The engine.
+      prompts: Token ids of each request.
+      params: Parameters of each request.
+      arrivals: Arrival times in seconds from now.
+    """
+
+    async def submit_at(
+        prompt: list[int], param: SamplingParams, at_s: float
+    ) -> RequestOutput:
+        await asyncio.sleep(at_s)
         return await llm.submit(prompt, param)
 
-    return await asyncio.gather(*map(one, prompts, params, arrivals))
+    return await asyncio.gather(*map(submit_at, prompts, params, arrivals))
 
 
-def warm_up(llm: LLM, n: int) -> None:
-    """Compiles what one request needs, and what many need."""
+def compile_programs(llm: LLM, n: int) -> None:
+    """Compiles the programs that one request and several requests need."""
     params = SamplingParams(n=n, max_tokens=4, ignore_eos=True)
     for count in (1, 2, 4, 8, llm.config.max_num_seqs):
         requests = [llm.submit([1, 2, 3], params) for _ in range(count)]
@@ -90,10 +96,10 @@ def warm_up(llm: LLM, n: int) -> None:
 
 
 def latency_table(outputs: Sequence[RequestOutput]) -> dict[str, dict[str, float]]:
-    """Of each latency the mean and percentiles over the requests that have it."""
+    """Mean and percentiles of each latency over the requests that have it, in s."""
     table = {}
     for name in LATENCIES:
-        found = [output.metrics[name] for output in outputs]
+        found = [(output.metrics or {}).get(name) for output in outputs]
         found = [value for value in found if value is not None]
         if found:
             ranks = np.percentile(found, PERCENTILES)
@@ -107,64 +113,69 @@ def latency_table(outputs: Sequence[RequestOutput]) -> dict[str, dict[str, float
 def composition(
     steps: Sequence[StepRecord], num_blocks: int, block_size: int
 ) -> dict[str, float]:
-    """Mean shares of the pool's slots over steps; `saved`, beside them, is what sharing
-    spares."""
+    """Mean shares of the pool's slots over the steps.
+
+    "token_states", "reserved" and "free" add up to 1. "saved" is the memory that
+    sharing saves, relative to the pool.
+    """
     num_slots = num_blocks * block_size
-    held = np.mean([step.num_token_states for step in steps]) / num_slots
+    with_tokens = np.mean([step.num_token_states for step in steps]) / num_slots
     reserved = np.mean([step.num_reserved_slots for step in steps]) / num_slots
     saved = np.mean([step.num_saved_blocks for step in steps]) / num_blocks
     return {
-        "token_states": float(held),
+        "token_states": float(with_tokens),
         "reserved": float(reserved),
-        "free": float(1 - held - reserved),
+        "free": float(1 - with_tokens - reserved),
         "saved": float(saved),
     }
 
 
-def write_csv(steps: Sequence[StepRecord], path: str) -> None:
-    """Writes a table with a row for each step."""
-    with pathlib.Path(path).open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([StepRecord._fields, *steps])
-
-
-def plot(
+def plot_occupancy(
     steps: Sequence[StepRecord],
     outputs: Sequence[RequestOutput],
     llm: LLM,
     begin_s: float,
     path: str,
 ) -> None:
-    """Writes the figure: memory, sequences, and each request's life, over time."""
-    import matplotlib
+    """Draws memory, sequences and the events of each request over time.
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    Args:
+      steps: Records of the steps.
+      outputs: Outputs of the requests.
+      llm: The engine.
+      begin_s: Time of the first arrival, on the clock of the records.
+      path: The file.
+    """
+    options = dict(figsize=(9, 9), sharex=True, height_ratios=(2, 1, 2))
+    with runner.drawn_figure(path, 3, 1, **options) as panels:
+        memory, sequences, requests = panels[:, 0]
+        sizes = (llm.config.num_blocks, llm.config.block_size)
+        _plot_memory(memory, steps, *sizes, begin_s)
+        times = [step.time_s - begin_s for step in steps]
+        for name in ("num_running", "num_waiting"):
+            counts = [getattr(step, name) for step in steps]
+            sequences.step(times, counts, label=name.removeprefix("num_"))
+        sequences.set_ylabel("sequences")
+        sequences.legend(loc="upper left")
+        _plot_requests(requests, outputs, begin_s)
+        requests.set_xlabel("time, s")
 
-    figure, axes = pyplot.subplots(
-        3, 1, figsize=(9, 9), sharex=True, height_ratios=(2, 1, 2)
-    )
-    _plot_memory(axes[0], steps, llm.config.num_blocks, llm.config.block_size, begin_s)
-    times = [step.time_s - begin_s for step in steps]
-    for name in ("num_running", "num_waiting"):
-        axes[1].step(times, [getattr(step, name) for step in steps], label=name[4:])
-    axes[1].set_ylabel("sequences")
-    axes[1].legend(loc="upper left")
-    _plot_requests(axes[2], outputs, begin_s)
-    axes[2].set_xlabel("seconds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
-
-def _plot_memory(axis: Any, steps, num_blocks: int, size: int, begin_s: float) -> None:
+def _plot_memory(
+    axis: Any,
+    steps: Sequence[StepRecord],
+    num_blocks: int,
+    size: int,
+    begin_s: float,
+) -> None:
     times = [step.time_s - begin_s for step in steps]
     percent = 100 / (num_blocks * size)
-    held = percent * np.array([step.num_token_states for step in steps])
+    with_tokens = percent * np.array([step.num_token_states for step in steps])
     reserved = percent * np.array([step.num_reserved_slots for step in steps])
     saved = percent * size * np.array([step.num_saved_blocks for step in steps])
     axis.stackplot(
         times,
-        [held, reserved, saved],
+        [with_tokens, reserved, saved],
         labels=["token states", "reserved", "saved by sharing"],
         colors=["tab:blue", "tab:orange", "lightgrey"],
         step="pre",
@@ -174,15 +185,15 @@ def _plot_memory(axis: Any, steps, num_blocks: int, size: int, begin_s: float) -
     axis.legend(loc="upper left")
 
 
-def _plot_requests(axis: Any, outputs, begin_s: float) -> None:
-    """A line for each request: grey where it waits, blue where it runs."""
+def _plot_requests(axis: Any, outputs: Sequence[RequestOutput], begin_s: float) -> None:
+    """A line for each request: grey while it waits, blue while it runs."""
     marks = {
         "first_token": ("tab:green", "|"),
         "preempted": ("tab:red", "x"),
         "swapped": ("tab:orange", "x"),
     }
     for line, output in enumerate(outputs):
-        for event, after in itertools.pairwise(output.events):
+        for event, after in itertools.pairwise(output.events or ()):
             waits = event.name in ("queued", "preempted", "swapped")
             axis.plot(
                 [event.time_s - begin_s, after.time_s - begin_s],
@@ -194,18 +205,19 @@ def _plot_requests(axis: Any, outputs, begin_s: float) -> None:
         found = [
             (event.time_s - begin_s, line)
             for line, output in enumerate(outputs)
-            for event in output.events
+            for event in output.events or ()
             if event.name == name
         ]
         if found:
-            at = list(zip(*found, strict=True))
-            axis.scatter(*at, c=color, marker=marker, zorder=3, label=name)
+            label = name.replace("_", " ")
+            points = list(zip(*found, strict=True))
+            axis.scatter(*points, c=color, marker=marker, zorder=3, label=label)
             axis.legend(loc="lower right")
     axis.set_ylabel("requests; grey: waiting")
 
 
-def make_llm(longest: int) -> LLM:
-    """The engine of the flags, for sequences up to `longest` tokens."""
+def live_llm(longest: int) -> LLM:
+    """Builds the engine of the flags, for sequences of up to `longest` tokens."""
     return LLM(
         FLAGS.model,
         block_size=FLAGS.block_size,
@@ -217,15 +229,14 @@ def make_llm(longest: int) -> LLM:
     )
 
 
-def main(argv: list[str]) -> int:
-    """Reads flags, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"no arguments are taken but flags, got {argv[1]!r}")
+def main(argv: list[str]) -> None:
+    """Runs the load and prints the results."""
+    del argv
     count, seed = FLAGS.num_requests, FLAGS.seed
     lengths = sharing.table_lengths("alpaca", count, seed)
     rng = np.random.default_rng(seed)
-    try:
-        llm = make_llm(max(map(sum, lengths)))
+    with runner.user_errors("occupancy"):
+        llm = live_llm(max(map(sum, lengths)))
         vocab_size = llm.model.config.vocab_size
         prompts = [
             rng.integers(0, vocab_size, one.num_input).tolist() for one in lengths
@@ -242,32 +253,27 @@ def main(argv: list[str]) -> int:
         errors = [error for error in llm.check(prompts, params) if error is not None]
         if errors:
             raise ValueError(errors[0])
-    except (ValueError, OSError) as error:
-        print(f"occupancy: {error}", file=sys.stderr)
-        return 1
     progress("compiling the engine")
-    warm_up(llm, FLAGS.n)
+    compile_programs(llm, FLAGS.n)
     begin_s = time.perf_counter()
-    arrivals = arrivals_s(count, FLAGS.rate, seed)
-    outputs = asyncio.run(replay(llm, prompts, params, arrivals))
+    arrivals = poisson_arrivals_s(count, FLAGS.rate, seed)
+    outputs = asyncio.run(run_live(llm, prompts, params, arrivals))
     steps = [step for step in llm.timeline() if step.time_s >= begin_s]
     report = Report()
-    report.details = summary(outputs, steps, llm)
-    show(report)
+    report.details = occupancy_summary(outputs, steps, llm)
+    _print_summary(report)
     if FLAGS.csv is not None:
-        write_csv(steps, FLAGS.csv)
+        runner.write_csv(FLAGS.csv, StepRecord._fields, steps)
     if FLAGS.plot is not None:
-        plot(steps, outputs, llm, begin_s, FLAGS.plot)
-    used = FLAGS.get_key_flags_for_module(__name__)
-    report.last_line({flag.name: flag.value for flag in used})
-    return 0
+        plot_occupancy(steps, outputs, llm, begin_s, FLAGS.plot)
+    report.last_line(runner.flag_values(__name__))
 
 
-def summary(
+def occupancy_summary(
     outputs: Sequence[RequestOutput], steps: Sequence[StepRecord], llm: LLM
 ) -> dict[str, Any]:
-    """What the last line says."""
-    preempted = [output.metrics["num_preemptions"] for output in outputs]
+    """The details of the last line."""
+    preempted = [(output.metrics or {})["num_preemptions"] for output in outputs]
     return {
         "latencies_s": latency_table(outputs),
         "kv_composition": composition(
@@ -281,8 +287,7 @@ def summary(
     }
 
 
-def show(report: Report) -> None:
-    """Prints the summary as a table."""
+def _print_summary(report: Report) -> None:
     for name, found in report.details["latencies_s"].items():
         rest = ", ".join(f"{key} {1e3 * found[key]:.1f}" for key in list(found)[1:])
         report.row(name, f"{1e3 * found['mean']:.1f} ms", rest)
@@ -293,5 +298,4 @@ def show(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

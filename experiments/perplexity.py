@@ -1,32 +1,30 @@
-"""Perplexity of text files under a model, and what 8-bit weights change.
+"""Measures the perplexity of text files, and what 8-bit weights change.
 
     python -m experiments.perplexity --file notes.txt --model FOLDER
     python -m experiments.perplexity --quantization none --quantization int8
 
-Without --file it scores Python files of the standard library that the bundled model did
-not see; a model without a tokenizer scores random tokens. Each --quantization is a row:
-perplexity, bits per character, scored tokens per second, bytes of the weights, and with
---decode_tokens the tokens per second of a greedy request alone, rows in turn, the
-fastest of --repeats. A minute on two CPU cores. The last line on stdout is one JSON
-object with the rows, versions and device.
+Without `--file`, the texts are Python files of the standard library that were not used
+to train the bundled model; a model without a tokenizer scores random tokens. There is a
+row for each `--quantization`: perplexity, bits per character, scored tokens per second
+and bytes of the weights. With `--decode_tokens` a row also has the tokens per second of
+one greedy request. The rows run in turn, and the fastest of `--repeats` rounds counts.
+
+Time: a minute on two CPU cores. The last line on stdout is one JSON object with the
+rows, versions and device.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import pathlib
-import platform
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.lib import python_text
+from experiments.lib import python_text, runner
 from jpaged.llm import LLM
 from jpaged.models import scoring
 from jpaged.params import SamplingParams
@@ -36,24 +34,38 @@ _PROMPT = [1, 2, 3]
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
+    """Defines the runner's flags."""
     flags.DEFINE_multi_string("file", [], "UTF-8 text to score; may be repeated.")
-    flags.DEFINE_string("model", "tiny-python", "Folder, hub id, bundled, random:NAME.")
+    flags.DEFINE_string(
+        "model", "tiny-python", "Folder, hub id, bundled name or random:NAME."
+    )
     flags.DEFINE_enum(
-        "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "Of the weights."
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16", "float16"],
+        "dtype of the weights.",
     )
     flags.DEFINE_multi_enum(
-        "quantization", ["none"], ["none", "int8"], "A row for each; may be repeated."
+        "quantization",
+        ["none"],
+        ["none", "int8"],
+        "Quantisation of the weights; may be repeated.",
     )
-    flags.DEFINE_integer("window", None, "Tokens at once; default: up to 1024.")
-    flags.DEFINE_integer("overlap", None, "Tokens of context; default: half of them.")
-    flags.DEFINE_integer("max_files", 20, "Of the standard library, without --file.")
-    flags.DEFINE_integer("decode_tokens", 0, "Also time a request of so many tokens.")
-    flags.DEFINE_integer("repeats", 3, "Rounds of that; the fastest counts.")
+    flags.DEFINE_integer("window", None, "Tokens scored at once; default: up to 1024.")
+    flags.DEFINE_integer(
+        "overlap", None, "Tokens of a window that are only context; default: half."
+    )
+    flags.DEFINE_integer(
+        "max_files", 20, "Files of the standard library, without --file."
+    )
+    flags.DEFINE_integer(
+        "decode_tokens", 0, "Also time a request with this many output tokens."
+    )
+    flags.DEFINE_integer("repeats", 3, "Rounds of --decode_tokens; the fastest counts.")
 
 
-def texts(llm: LLM) -> list[str | list[int]]:
-    """What is scored: the files, held-out Python, or without a tokenizer noise."""
+def scored_texts(llm: LLM) -> list[str | list[int]]:
+    """The files of the flags, held-out Python, or random tokens without a tokenizer."""
     if FLAGS.file:
         return [scoring.read_text(pathlib.Path(name)) for name in FLAGS.file]
     if llm.tokenizer is None:
@@ -63,11 +75,11 @@ def texts(llm: LLM) -> list[str | list[int]]:
     return list(held_out[: FLAGS.max_files])
 
 
-def scored(llm: LLM) -> dict[str, Any]:
-    """Perplexity over all texts, each from its own beginning."""
+def total_perplexity(llm: LLM) -> dict[str, Any]:
+    """Scores each text separately; returns the perplexity over all of them."""
     parts = [
         llm.perplexity(text, window=FLAGS.window, overlap=FLAGS.overlap)
-        for text in texts(llm)
+        for text in scored_texts(llm)
     ]
     total = math.fsum(part.cumulative_logprob for part in parts)
     num_tokens = sum(part.num_tokens for part in parts)
@@ -81,7 +93,7 @@ def scored(llm: LLM) -> dict[str, Any]:
 
 
 def decode_tokens_per_s(llm: LLM, num_tokens: int) -> float:
-    """Tokens per second of one greedy request, without compiling."""
+    """Tokens per second of one greedy request, without compilation."""
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     begin = llm.stats()
     llm.generate([_PROMPT], params, progress=False)
@@ -89,8 +101,8 @@ def decode_tokens_per_s(llm: LLM, num_tokens: int) -> float:
     return num_tokens / (end["run_s"] - begin["run_s"])
 
 
-def rows() -> list[dict[str, Any]]:
-    """A row for each quantisation."""
+def perplexity_rows() -> list[dict[str, Any]]:
+    """Measures each quantisation."""
     llms, found = [], []
     for name in FLAGS.quantization:
         llm = LLM(
@@ -100,9 +112,9 @@ def rows() -> list[dict[str, Any]]:
             max_model_len=max(64, FLAGS.decode_tokens + len(_PROMPT)),
             quantization=None if name == "none" else name,
         )
-        row = scored(llm)  # compiles
+        row = total_perplexity(llm)  # compiles
         begin = time.perf_counter()
-        scored(llm)
+        total_perplexity(llm)
         row["tokens_per_s"] = row["num_tokens"] / (time.perf_counter() - begin)
         leaves = jax.tree.leaves(llm.model)
         row["weight_bytes"] = sum(leaf.nbytes for leaf in leaves)
@@ -118,8 +130,7 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    """The rows as a table for people."""
+def _print_rows(found: list[dict[str, Any]]) -> None:
     for row in found:
         bits, speed = row["bits_per_character"], row.get("decode_tokens_per_s")
         print(
@@ -131,29 +142,14 @@ def show(found: list[dict[str, Any]]) -> None:
         )
 
 
-def main(argv: list[str]) -> int:
-    """Reads flags, prints."""
-    # jax tells at this level which accelerators it did not find.
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"a text file needs its flag: --file {argv[1]!r}")
-    try:
-        found = rows()
-    except (ValueError, OSError) as error:
-        print(f"perplexity: {error}", file=sys.stderr)
-        return 1
-    show(found)
-    device = jax.devices()[0]
-    result = {
-        "model": FLAGS.model,
-        "rows": found,
-        "device": f"{device.platform} {device.device_kind}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
-    print(json.dumps(result))
-    return 0
+def main(argv: list[str]) -> None:
+    """Measures all quantisations and prints the results."""
+    del argv
+    with runner.user_errors("perplexity"):
+        found = perplexity_rows()
+    _print_rows(found)
+    runner.print_json({"model": FLAGS.model, "rows": found})
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags, argument_flag="file")

@@ -1,21 +1,22 @@
-r"""Fits or not, before you rent: a model on a mesh of chips, by arithmetic.
+"""Computes whether a model fits on a mesh of chips, before you rent the chips.
 
     python -m experiments.plan --model llama-3-70b --chip h100 --tensor 4
 
-Prints the bytes of a chip (weights, temporaries, pages), the tokens whose keys and
-values fit, what a decoding step sends between chips, and its time by the simulator's
-roofline. The last line of the output is one JSON object with the same numbers.
+Prints the bytes on a chip (weights, temporaries, pages), the number of tokens whose
+keys and values fit, what a decode step sends between chips, and its time by the
+simulator's roofline. The last line of the output is one JSON object with the same
+numbers.
 
-Takes seconds and no accelerator. Weights are exact: shapes of the decoder, divided by
-`jpaged.parallel.RULES`. Temporaries are an estimate, of the arrays that live at once;
-`experiments.compile_tpu` asks the TPU's own compiler. Collectives are those of
-Megatron's scheme, https://arxiv.org/abs/1909.08053. Time is predicted, not measured.
+Takes seconds and needs no accelerator. Weights are exact: the shapes of the decoder,
+divided by `jpaged.parallel.RULES`. Temporaries are an estimate of the arrays that exist
+at the same time; `experiments.compile_tpu` asks the TPU's compiler. Collectives are
+those of Megatron-LM, https://arxiv.org/abs/1909.08053. Times are predicted, not
+measured.
 
-Expected: 141.1 GB of bfloat16 weights for llama-3-70b, so 35.3 GB a chip of four.
+Expected: 141.1 GB of bfloat16 weights for llama-3-70b, 35.3 GB on each of four chips.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -23,10 +24,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
+from experiments.lib import runner
 from jpaged import parallel
 from jpaged.arithmetic import cdiv
 from jpaged.models import ModelConfig
@@ -44,49 +46,51 @@ FLAGS = flags.FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A model on a mesh: bytes are of one chip, tokens of one replica."""
+class MeshPlan:
+    """A model on a mesh: bytes on one chip, tokens of one replica."""
 
     weight_bytes: int
     temporary_bytes: int  # estimated
-    page_bytes: int  # what is left, in whole blocks
-    available_bytes: int  # memory_fraction of the chip's memory
-    kv_tokens: int  # whose keys and values fit, in whole blocks
-    fits: bool  # at least one block, beside weights and temporaries
+    page_bytes: int  # the remaining memory, in whole blocks
+    available_bytes: int  # `memory_fraction` of the chip's memory
+    kv_tokens: int  # tokens whose keys and values fit, in whole blocks
+    fits: bool  # whether at least one block fits beside weights and temporaries
     collectives: Mapping[str, Mapping[str, int]]  # kind -> count, bytes of each result
-    step_s: float | None  # predicted, of max_num_seqs rows that decode; None: no fit
+    step_s: float | None  # predicted decode step of max_num_seqs rows; None: no fit
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_string("model", "llama-3-8b", "Name, or a Hugging Face folder.")
-    flags.DEFINE_string("chip", "h100", "A name of jpaged.simulator.chips.CHIPS.")
+    """Defines the runner's flags."""
+    flags.DEFINE_string(
+        "model", "llama-3-8b", "Name of a shape, or a Hugging Face folder."
+    )
+    flags.DEFINE_string("chip", "h100", "Name in jpaged.simulator.costs.chips.CHIPS.")
     flags.DEFINE_integer("tensor", 1, "Chips that share each matrix.")
     flags.DEFINE_integer("expert", 1, "Chips that share the experts.")
-    flags.DEFINE_integer("data", 1, "Replicas.")
-    flags.DEFINE_integer("block_size", 16, "Tokens of a block.")
+    flags.DEFINE_integer("data", 1, "Replicas of the model.")
+    flags.DEFINE_integer("block_size", 16, "Tokens per block.")
     flags.DEFINE_integer("max_num_seqs", 64, "Rows of a step.")
-    flags.DEFINE_integer("max_num_batched_tokens", 512, "Tokens of a step.")
-    flags.DEFINE_integer("context", 1024, "Tokens of each row, in the predicted step.")
-    flags.DEFINE_float("memory_fraction", 0.9, "Of a chip's memory, to be used.")
+    flags.DEFINE_integer("max_num_batched_tokens", 512, "Token budget of a step.")
+    flags.DEFINE_integer("context", 1024, "Tokens of each row in the predicted step.")
+    flags.DEFINE_float("memory_fraction", 0.9, "Share of a chip's memory to use.")
 
 
-def model_config(name: str) -> ModelConfig:
-    """Sizes of a model by name or from the config.json of a folder.
+def find_model_config(name: str) -> ModelConfig:
+    """Sizes of a model, by name or from the config.json of a folder.
 
     Raises:
-      ValueError: no shape has this name, or config.json is not supported.
-      FileNotFoundError: the folder has no config.json.
+      ValueError: No shape has this name, or config.json is not supported.
+      FileNotFoundError: The folder does not exist or has no config.json.
     """
     if os.path.isdir(name):
         return checkpoint.load_config(name)
     if os.sep in name:
-        raise FileNotFoundError(f"model: no such folder: {name}")
+        raise FileNotFoundError(f"--model: expected a folder that exists, got {name}")
     return random_config(name)
 
 
 def weight_bytes(config: ModelConfig, tensor: int = 1, expert: int = 1) -> int:
-    """Bytes of the parameters that lie on one chip, by `parallel.RULES`."""
+    """Bytes of the parameters on one chip, by `parallel.RULES`."""
     mesh = AbstractMesh(
         (1, expert, tensor),
         parallel.AXES,
@@ -105,11 +109,18 @@ def weight_bytes(config: ModelConfig, tensor: int = 1, expert: int = 1) -> int:
 
 
 def temporary_bytes(config: ModelConfig, tensor: int, rows: int, tokens: int) -> int:
-    """An estimate of what a step's arrays take at once on one chip.
+    """Estimates the bytes of a step's arrays that exist at the same time on one chip.
 
-    Of a layer: residual, normed input and the sum's two sides, whole; queries, keys,
-    values, attention's output and the MLP's two rising products, divided. Of the
-    sampler: logits, sorted values and their order, four bytes each, whole.
+    In a layer these are the residual, the normalised input and both operands of the
+    addition, which are replicated; and queries, keys, values, the output of attention
+    and the MLP's gate and up products, which are divided over `tensor`. In the sampler
+    they are logits, sorted values and their order: four bytes each, replicated.
+
+    Args:
+      config: Sizes of the model.
+      tensor: Chips that share each matrix.
+      rows: Batch rows of the step.
+      tokens: Tokens of the step.
     """
     size = jnp.dtype(config.dtype).itemsize
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
@@ -121,13 +132,13 @@ def temporary_bytes(config: ModelConfig, tensor: int, rows: int, tokens: int) ->
     return max(layer, 3 * 4 * rows * config.vocab_size)
 
 
-def collectives(
+def predicted_collectives(
     config: ModelConfig, tensor: int, expert: int, rows: int, tokens: int
 ) -> dict[str, dict[str, int]]:
-    """What one step sends: kind -> how many, and bytes of each one's result.
+    """Collectives of one step: kind -> their count and the bytes of each result.
 
-    Two sums a layer, one for the embedding, and one gathering of logits where
-    `tensor` divides the vocabulary.
+    There are two all-reduces per layer and one for the embedding, and an all-gather of
+    the logits if `tensor` divides the vocabulary.
     """
     size = jnp.dtype(config.dtype).itemsize
     has_split_words = tensor > 1 and config.vocab_size % tensor == 0
@@ -146,11 +157,19 @@ def collectives(
     return {kind: each for kind, each in found.items() if each["count"]}
 
 
-def check(config: ModelConfig, **sizes: int) -> None:
-    """Raises ValueError where a number is below 1, or the model does not divide."""
+def check_mesh_sizes(config: ModelConfig, **sizes: int) -> None:
+    """Checks that sizes are positive and that the model divides over the mesh.
+
+    Args:
+      config: Sizes of the model.
+      **sizes: Sizes by flag, "tensor" and "expert" among them.
+
+    Raises:
+      ValueError: A size is below 1, or an axis does not divide what it shares.
+    """
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name}: wanted at least 1, got {size}")
+            raise ValueError(f"--{name}: expected at least 1, got {size}")
     tensor, expert = sizes["tensor"], sizes["expert"]
     split = split_sizes(config)
     for name, axis, size, of in (
@@ -160,12 +179,12 @@ def check(config: ModelConfig, **sizes: int) -> None:
         if size % axis:
             fitting = [n for n in range(1, axis) if size % n == 0]
             raise ValueError(
-                f"{name}: wanted a divisor of {of}={size}, got {axis}; "
-                f"{' or '.join(map(str, fitting))} would work"
+                f"--{name}: expected a divisor of {of}={size}, such as "
+                f"{' or '.join(map(str, fitting))}, got {axis}"
             )
 
 
-def make_plan(
+def plan_mesh(
     config: ModelConfig,
     chip: Chip,
     *,
@@ -177,19 +196,31 @@ def make_plan(
     max_num_batched_tokens: int = 512,
     context: int = 1024,
     memory_fraction: float = 0.9,
-) -> Plan:
-    """What a model takes of each chip of a mesh, and what is left for pages.
+) -> MeshPlan:
+    """Plans the memory of each chip of a mesh.
+
+    Args:
+      config: Sizes of the model.
+      chip: The kind of chip.
+      tensor: Chips that share each matrix.
+      expert: Chips that share the experts.
+      data: Replicas of the model.
+      block_size: Tokens per block.
+      max_num_seqs: Batch rows of a step.
+      max_num_batched_tokens: Token budget of a step.
+      context: Tokens of each row in the predicted step.
+      memory_fraction: Share of a chip's memory to use.
 
     Raises:
-      ValueError: the model does not divide over the mesh, or a number is out of range.
+      ValueError: The model does not divide over the mesh, or a number is out of range.
     """
     sizes = {"tensor": tensor, "expert": expert, "data": data}
     sizes |= {"block_size": block_size, "max_num_seqs": max_num_seqs}
     sizes |= {"max_num_batched_tokens": max_num_batched_tokens, "context": context}
-    check(config, **sizes)
+    check_mesh_sizes(config, **sizes)
     if not 0 < memory_fraction <= 1:
         raise ValueError(
-            "memory_fraction: wanted more than 0 and at most 1, got "
+            "--memory_fraction: expected more than 0 and at most 1, got "
             f"{memory_fraction:g}"
         )
     model = ServedModel.of("model", config)
@@ -209,44 +240,43 @@ def make_plan(
             num_swap_copies=jnp.int32(0),
         )
         step_s = float(Roofline.of(model, chip, tensor)(load))
-    return Plan(
+    return MeshPlan(
         weight_bytes=weights,
         temporary_bytes=temporaries,
         page_bytes=blocks * block,
         available_bytes=available,
         kv_tokens=blocks * block_size,
         fits=blocks > 0,
-        collectives=collectives(config, tensor, expert, max_num_seqs, max_num_seqs),
+        collectives=predicted_collectives(
+            config, tensor, expert, max_num_seqs, max_num_seqs
+        ),
         step_s=step_s,
     )
 
 
 def main(argv: list[str]) -> None:
-    """Reads flags, plans, prints."""
+    """Plans the mesh of the flags and prints the plan."""
     del argv
     names = ("tensor", "expert", "data", "block_size", "max_num_seqs")
     names += ("max_num_batched_tokens", "context", "memory_fraction")
     options: dict[str, Any] = {name: getattr(FLAGS, name) for name in names}
-    try:
-        config, chip = model_config(FLAGS.model), find_chip(FLAGS.chip)
-        plan = make_plan(config, chip, **options)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(str(error)) from None
+    with runner.user_errors("plan"):
+        config, chip = find_model_config(FLAGS.model), find_chip(FLAGS.chip)
+        plan = plan_mesh(config, chip, **options)
     chips = options["tensor"] * options["expert"] * options["data"]
-    print(f"{FLAGS.model} on {chips} x {chip.name}, of each chip:")
+    print(f"{FLAGS.model} on {chips} x {chip.name}, on each chip:")
     for name in ("weight_bytes", "temporary_bytes", "page_bytes", "available_bytes"):
         print(f"  {name:16} {getattr(plan, name) / 1e9:9.2f} GB")
     print(f"KV tokens of a replica: {plan.kv_tokens:,}")
     for kind, each in plan.collectives.items():
-        print(f"{each['count']} x {kind} of {each['bytes']:,} bytes a decoding step")
+        print(f"{each['count']} x {kind} of {each['bytes']:,} bytes per decode step")
     if plan.step_s is None:
-        print("Does not fit: take more chips, or larger ones.")
+        print("Does not fit: use more chips, or larger ones.")
     else:
-        print(f"Predicted decoding step: {1e3 * plan.step_s:.2f} ms")
+        print(f"Predicted decode step: {1e3 * plan.step_s:.2f} ms")
     result = {"model": FLAGS.model, "chip": chip.name, **options}
-    print(json.dumps({**result, **dataclasses.asdict(plan)}))
+    runner.print_json({**result, **dataclasses.asdict(plan)})
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -1,28 +1,29 @@
-"""Hit ratios of the prefix cache on a trace of requests, by capacity.
+"""Computes hit ratios of the prefix cache on a trace of requests, by capacity.
 
     python -m experiments.prefix_cache
     python -m experiments.prefix_cache --trace conversation.jsonl.gz \
         --capacity_blocks=1000,10000,50000
 
-A trace has a request per line, as JSON with `input_length` and `hash_ids`: one number
-per block of the prompt, which stands for the block's tokens and all before them (the
-form of the traces of Mooncake, Qin et al., FAST'25). Without --trace there is a
-synthetic one: conversations that begin with one of a few system prompts and grow.
+A trace has one request per line, as JSON with `input_length` and `hash_ids`. There is
+one hash id per block of the prompt; it identifies the block's tokens and all tokens
+before them. This is the format of the Mooncake traces (Qin et al., FAST'25). Without
+`--trace`, the runner generates one: conversations that start with one of a few system
+prompts and grow.
 
-Requests come one after the other. Of each, the longest known beginning is a hit; all
-its blocks are then cached and used now, its last block first; then the least recently
-used ones go until --capacity_blocks are left. `match`, `insert`, `touch` and `evict` of
-`jpaged.prefix_cache` do that, on blocks of one "token", the number in the trace. The
-requests are a loop on the device, in pieces of 256 for the progress bar, compiled anew
-for each capacity.
+Requests are processed one after the other. The longest cached prefix of a request is a
+hit. Then all its blocks are inserted and marked as used, the last block first, and the
+least recently used blocks are evicted until `--capacity_blocks` are left. The functions
+`match`, `insert`, `touch` and `evict` of `jpaged.kv.prefix_cache` do this on blocks of
+one "token", the hash id. The requests are a loop on the device, in pieces of 256 for
+the progress bar. The loop is compiled for each capacity.
 
-Printed are, for each capacity, the blocks found divided by all blocks of all prompts,
-the same in tokens (the last block may be partial), the most blocks that any choice of
-what to keep could find, with the future known (`jpaged.simulator.optimum`), and block
+For each capacity the runner prints the blocks that were hits divided by all blocks of
+all prompts; the same in tokens (the last block may be partial); the best ratio that any
+eviction policy can reach if it knows the future (`jpaged.simulator.optimum`); and block
 lookups per second.
 
 Time: 1 to 17 s per capacity for 9,408 requests with 227,912 blocks on two CPU cores,
-more for larger ones, and some seconds to compile. Expected on 80 % of Mooncake's
+more for larger capacities, and some seconds to compile. Expected on 80 % of Mooncake's
 conversation trace, in blocks: 0.0447 at 1,000, 0.2080 at 10,000 and 0.3470 at 50,000,
 within 0.001 of a brute-force count.
 """
@@ -31,19 +32,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import lax
 from tqdm import tqdm
 
-from experiments.lib.timing import environment
+from experiments.lib import runner
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
 from jpaged.kv.prefix_cache import PrefixCache
@@ -57,33 +56,47 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_string("trace", None, "JSON lines, .gz or not; None: synthetic.")
-    flags.DEFINE_list("capacity_blocks", ["300", "1000", "3000"], "Blocks kept.")
-    flags.DEFINE_integer("block_size", 512, "Tokens of a trace's block.", lower_bound=1)
-    flags.DEFINE_integer("num_requests", 1000, "Of the synthetic trace.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the synthetic trace.")
+    """Defines the runner's flags."""
+    flags.DEFINE_string(
+        "trace", None, "File of JSON lines, also .gz; default: synthetic."
+    )
+    flags.DEFINE_list(
+        "capacity_blocks", ["300", "1000", "3000"], "Blocks that the cache keeps."
+    )
+    flags.DEFINE_integer(
+        "block_size", 512, "Tokens per block of the trace.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "num_requests", 1000, "Requests of the synthetic trace.", lower_bound=1
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the synthetic trace.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Ratios:
-    """What one capacity gave."""
+class CacheRatios:
+    """Hit ratios and speed at one capacity."""
 
     capacity_blocks: int
     block_hit_ratio: float
     token_hit_ratio: float
-    optimal_block_hit_ratio: float  # of the best choice of what to keep
+    optimal_block_hit_ratio: float  # of the best eviction policy
     num_requests: int
     num_lookups: int  # blocks of all prompts
-    seconds: float  # compilation left out
+    seconds: float  # without compilation
     compile_s: float
     lookups_per_s: float
 
 
 def synthetic_trace(num_requests: int, block_size: int, seed: int) -> list[Prompt]:
-    """Conversations that take turns: each request is the last one's prompt, and more.
+    """Generates interleaved conversations: each prompt extends the previous one.
 
-    Popular system prompts begin many conversations; a third of the requests begin one.
+    A third of the requests start a conversation. They start with one of eight system
+    prompts, of which some are more frequent.
+
+    Args:
+      num_requests: Number of requests.
+      block_size: Tokens per block.
+      seed: Seed of all random choices.
     """
     rng = np.random.default_rng(seed)
     next_id = 0
@@ -101,7 +114,7 @@ def synthetic_trace(num_requests: int, block_size: int, seed: int) -> list[Promp
         if not talks or rng.random() < 1 / 3:
             chosen = rng.choice(len(systems), p=popularity / popularity.sum())
             talks.append(list(systems[chosen]))
-        # Whoever spoke lately speaks again sooner than others.
+        # Recent conversations are more likely to continue.
         back = min(int(rng.geometric(0.05)), len(talks))
         talk = talks.pop(-back)
         talk += new_blocks(int(rng.integers(1, 12)))
@@ -111,7 +124,7 @@ def synthetic_trace(num_requests: int, block_size: int, seed: int) -> list[Promp
     return requests
 
 
-def serve(
+def replay_request(
     cache: PrefixCache,
     blocks: BlockState,
     tokens: jax.Array,
@@ -119,21 +132,31 @@ def serve(
     clock: jax.Array,
     capacity: int,
 ) -> tuple[PrefixCache, BlockState, jax.Array]:
-    """Cache and empty rows after one request, and how many of its blocks were known.
+    """Processes one request.
 
-    `tokens` is i32[1, M]. The pool has room for a prompt beside `capacity` nodes.
+    Args:
+      cache: The prefix cache.
+      blocks: The block manager, with one empty row. The pool has space for a prompt
+        beside `capacity` cached blocks.
+      tokens: i32[1, M], hash ids of the prompt.
+      length: i32[], their number.
+      clock: i32[], time of the request.
+      capacity: Blocks that the cache keeps.
+
+    Returns:
+      The cache, the blocks with an empty row, and the number of hits, i32[].
     """
     (num_blocks,) = blocks.ref_counts.shape
     paths, lens = prefix_cache.match(cache, tokens, length[None])
-    held = paths[0] != NO_BLOCK
-    index = jnp.where(held, paths[0], num_blocks)
+    is_block = paths[0] != NO_BLOCK
+    index = jnp.where(is_block, paths[0], num_blocks)
     blocks = dataclasses.replace(
         blocks,
         block_tables=paths,
         ref_counts=blocks.ref_counts.at[index].add(1, mode="drop"),
         context_lens=lens,
     )
-    # To an append a node is a block in use.
+    # `append` must not allocate cached blocks, so it sees them as blocks in use.
     is_node = prefix_cache.is_cached(cache).astype(jnp.int32)
     counted = dataclasses.replace(blocks, ref_counts=blocks.ref_counts + is_node)
     counted, _ = block_manager.append(counted, length[None] - lens)
@@ -146,7 +169,7 @@ def serve(
 
 
 @functools.partial(jax.jit, static_argnames="capacity", donate_argnums=(0, 1))
-def serve_all(
+def replay_requests(
     cache: PrefixCache,
     blocks: BlockState,
     tokens: jax.Array,
@@ -154,12 +177,17 @@ def serve_all(
     clock: jax.Array,
     capacity: int,
 ) -> tuple[PrefixCache, BlockState, jax.Array]:
-    """`serve` for one request after the other: i32[R, M] tokens, i32[R] lengths."""
+    """Applies `replay_request` to requests in order.
 
-    def body(number, carry):
+    `tokens` is i32[R, M], and `lengths` and the returned hits are i32[R].
+    """
+
+    def body(
+        number: jax.Array, carry: tuple[PrefixCache, BlockState, jax.Array]
+    ) -> tuple[PrefixCache, BlockState, jax.Array]:
         cache, blocks, hits = carry
         one = lax.dynamic_slice_in_dim(tokens, number, 1)
-        cache, blocks, found = serve(
+        cache, blocks, found = replay_request(
             cache, blocks, one, lengths[number], clock + number, capacity
         )
         return cache, blocks, hits.at[number].set(found)
@@ -168,17 +196,17 @@ def serve_all(
     return lax.fori_loop(0, lengths.size, body, carry)
 
 
-def measure(
+def measure_capacity(
     requests: Sequence[Prompt], capacity: int, block_size: int
-) -> tuple[Ratios, np.ndarray]:
-    """The ratios of one capacity, and the known blocks of each request, i32[R]."""
+) -> tuple[CacheRatios, np.ndarray]:
+    """Replays a trace; returns the ratios and the hits of each request, i32[R]."""
     prompts = [request.hash_ids for request in requests]
-    hits, seconds, compile_s = replay(prompts, capacity)
+    hits, seconds, compile_s = replay_prompts(prompts, capacity)
     optimum = belady_hits(prompts, capacity)
     num_lookups = sum(len(request.hash_ids) for request in requests)
     lengths = np.array([request.input_length for request in requests], np.int64)
     tokens = np.minimum(hits.astype(np.int64) * block_size, lengths)
-    ratios = Ratios(
+    ratios = CacheRatios(
         capacity_blocks=capacity,
         block_hit_ratio=float(hits.sum()) / max(num_lookups, 1),
         token_hit_ratio=float(tokens.sum()) / max(int(lengths.sum()), 1),
@@ -192,10 +220,18 @@ def measure(
     return ratios, hits
 
 
-def replay(
+def replay_prompts(
     prompts: Sequence[Sequence[int]], capacity: int
 ) -> tuple[np.ndarray, float, float]:
-    """The known blocks of each prompt, i32[R], seconds, and seconds to compile."""
+    """Replays prompts through a cache of `capacity` blocks.
+
+    Args:
+      prompts: Hash ids of each prompt.
+      capacity: Blocks that the cache keeps.
+
+    Returns:
+      Hits of each prompt, i32[R]; seconds without compilation; seconds to compile.
+    """
     longest = max([1, *map(len, prompts)])
     blocks = block_manager.init_state(
         num_blocks=capacity + longest,
@@ -205,11 +241,11 @@ def replay(
     )
     cache = prefix_cache.init_prefix_cache(capacity + longest, 1)
     begin = time.perf_counter()
-    # A prompt of no blocks changes nothing.
+    # Prompts without blocks fill the last piece up; they change nothing.
     empty = np.zeros((REQUESTS_PER_CALL, longest), np.int32)
     none = np.zeros((REQUESTS_PER_CALL,), np.int32)
     arguments = (cache, blocks, empty, none, np.int32(0))
-    run = serve_all.lower(*arguments, capacity=capacity).compile()
+    run = replay_requests.lower(*arguments, capacity=capacity).compile()
     compile_s = time.perf_counter() - begin
 
     hits = []
@@ -226,7 +262,7 @@ def replay(
 def _pieces(
     prompts: Sequence[Sequence[int]], empty: np.ndarray, capacity: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The prompts in equal pieces, with a progress bar: start, tokens, lengths."""
+    """Yields equal pieces of the prompts: start, tokens, lengths; shows progress."""
     with tqdm(
         total=len(prompts), desc=f"{capacity} blocks", unit="request", disable=None
     ) as bar:
@@ -240,11 +276,12 @@ def _pieces(
             bar.update(len(piece))
 
 
-def check_flags() -> tuple[list[Prompt], list[int]]:
+def checked_flags() -> tuple[list[Prompt], list[int]]:
     """The requests and the capacities.
 
     Raises:
-      OSError, ValueError: a flag that is wrong.
+      OSError: The trace cannot be read.
+      ValueError: A flag or the trace is invalid.
     """
     capacities = [int(one) for one in FLAGS.capacity_blocks if one.isdecimal()]
     if (
@@ -254,7 +291,7 @@ def check_flags() -> tuple[list[Prompt], list[int]]:
         or max(capacities) > MOST_BLOCKS
     ):
         raise ValueError(
-            f"capacity_blocks: wanted numbers from 1 to {MOST_BLOCKS}, "
+            f"--capacity_blocks: expected integers from 1 to {MOST_BLOCKS}, "
             f"got {','.join(FLAGS.capacity_blocks)!r}"
         )
     if FLAGS.trace is not None:
@@ -263,22 +300,18 @@ def check_flags() -> tuple[list[Prompt], list[int]]:
     return synthetic_trace(count, size, FLAGS.seed), capacities
 
 
-def main(argv: list[str]) -> int:
-    """Reads flags, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"no arguments are taken but flags, got {argv[1]!r}")
-    try:
-        requests, capacities = check_flags()
-    except (ValueError, OSError, EOFError) as error:
-        print(f"prefix_cache: {error}", file=sys.stderr)
-        return 1
+def main(argv: list[str]) -> None:
+    """Replays the trace at all capacities and prints the results."""
+    del argv
+    with runner.user_errors("prefix_cache", EOFError):
+        requests, capacities = checked_flags()
     num_blocks = sum(len(request.hash_ids) for request in requests)
     print(f"{len(requests)} requests, {num_blocks} blocks")
     names = ("capacity", "blocks hit", "tokens hit", "optimum", "seconds", "lookups/s")
     print("".join(f"{name:>12}" for name in names), flush=True)
     rows = []
     for capacity in capacities:
-        one, _ = measure(requests, capacity, FLAGS.block_size)
+        one, _ = measure_capacity(requests, capacity, FLAGS.block_size)
         rows.append(dataclasses.asdict(one))
         print(
             f"{one.capacity_blocks:>12}{one.block_hit_ratio:>12.4f}"
@@ -286,18 +319,10 @@ def main(argv: list[str]) -> int:
             f"{one.seconds:>12.2f}{one.lookups_per_s:>12.0f}",
             flush=True,
         )
-    used = FLAGS.get_key_flags_for_module(__name__)
-    # The figures of the last capacity, and of all of them in rows.
-    record = {
-        **rows[-1],
-        "rows": rows,
-        "flags": {flag.name: flag.value for flag in used},
-        **environment(),
-    }
-    print(json.dumps(record), flush=True)
-    return 0
+    # The top level has the figures of the last capacity, "rows" those of all.
+    flag_values = runner.flag_values(__name__)
+    runner.print_json({**rows[-1], "rows": rows, "flags": flag_values})
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

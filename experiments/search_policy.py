@@ -1,62 +1,62 @@
-"""A scheduler's settings searched in simulation, and the winner run on the real engine.
+"""Searches scheduler settings in simulation and runs the winner on the real engine.
 
     python -m experiments.search_policy
     python -m experiments.search_policy --settings 200 --objective ttft_s
 
-A burst of requests on the real engine gives a cost model of this machine. Then
---settings settings of the policy `weighted`, the watermark, the prompt chunk and the
-rows run side by side as the batch axis of one compiled simulation, on requests that
-arrive faster than they are served. The best of them, and first come first served, are
-then run on the real engine with the same arrivals, on this machine's clock.
+A cost model of this machine is fitted to a burst of requests on the real engine. Then
+`--settings` combinations of weights of the policy `weighted`, watermark, prompt chunk
+and number of rows run as the batch axis of one compiled simulation, on requests that
+arrive faster than they are served. The best setting, and first come first served, then
+run on the real engine with the same arrivals.
 
-Setting 0 is first come first served with the engine's defaults. A policy sees prompts
-and what is known so far, never the lengths of outputs.
+Setting 0 is first come first served with the engine's defaults. A policy knows prompts
+and generated tokens, but not the lengths of outputs.
 
-Time: about a minute on two CPU cores once the engine is compiled. Expected: the mean of
-the winner is about 0.9 of that of setting 0 in the simulation, with short prompts
-first, and on the real engine as well, within what else the machine does.
+Time: about a minute on two CPU cores once the engine is compiled. Expected: the winner
+admits short prompts first, and its mean is about 0.9 of that of setting 0 in the
+simulation. On the real engine it is similar, up to the noise of the machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.lib import calibration as calibration
-from experiments.lib.timing import Report, progress
+from experiments.lib import calibration, runner
+from experiments.lib.runner import Report, progress
 from jpaged.config import EngineConfig
-from jpaged.models import load_model
+from jpaged.models import Decoder, load_model
 from jpaged.policies import WEIGHTED
 from jpaged.simulator.simulate import sweep
 from jpaged.simulator.systems.engine_system import EngineSystem
+from jpaged.simulator.workloads.workload import Workload
 
 FLAGS = flags.FLAGS
 OBJECTIVES = ("normalized_latency_s", "latency_s", "ttft_s")
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_string("model", "tiny-python", "As for `jpaged.load_model`.")
-    flags.DEFINE_integer("settings", 100, "That are tried.", lower_bound=2)
+    """Defines the runner's flags."""
+    flags.DEFINE_string("model", "tiny-python", "The model, as for jpaged.load_model.")
+    flags.DEFINE_integer("settings", 100, "Settings to simulate.", lower_bound=2)
     flags.DEFINE_enum(
-        "objective", "normalized_latency_s", OBJECTIVES, "Its mean is to be least."
+        "objective", "normalized_latency_s", OBJECTIVES, "Time whose mean is minimised."
     )
-    flags.DEFINE_integer("num_requests", 60, "Of each run.", lower_bound=2)
-    flags.DEFINE_integer("longest", 150, "Tokens of a prompt, or of an output.")
-    flags.DEFINE_integer("max_num_seqs", 8, "Sequences at once.", lower_bound=1)
-    flags.DEFINE_integer("num_blocks", 64, "Of the pool.", lower_bound=1)
-    flags.DEFINE_float("load", 4.0, "Arrivals, of what a burst gets through.")
-    flags.DEFINE_integer("seed", 0, "Of settings, lengths and arrivals.")
+    flags.DEFINE_integer("num_requests", 60, "Requests of each run.", lower_bound=2)
+    flags.DEFINE_integer("longest", 150, "Most tokens of a prompt and of an output.")
+    flags.DEFINE_integer("max_num_seqs", 8, "Rows of the engine.", lower_bound=1)
+    flags.DEFINE_integer("num_blocks", 64, "Blocks of the pool.", lower_bound=1)
+    flags.DEFINE_float("load", 4.0, "Arrival rate as a multiple of the burst's rate.")
+    flags.DEFINE_integer("seed", 0, "Seed of settings, lengths and arrivals.")
 
 
-def draw_settings(count: int, config: EngineConfig, seed: int) -> list[EngineConfig]:
-    """The config itself, and `count` - 1 others with scheduler's numbers drawn."""
+def sample_settings(count: int, config: EngineConfig, seed: int) -> list[EngineConfig]:
+    """The config itself and `count` - 1 configs with random scheduler parameters."""
     rng = np.random.default_rng(seed)
     found = [config]
     for _ in range(count - 1):
@@ -78,7 +78,7 @@ def draw_settings(count: int, config: EngineConfig, seed: int) -> list[EngineCon
 
 
 def describe(config: EngineConfig) -> dict[str, Any]:
-    """What a setting decides."""
+    """The parameters that differ between settings."""
     weights = dict(zip(WEIGHTED, config.policy_parameters, strict=True))
     return {
         "weights": {name: round(value, 3) for name, value in weights.items() if value},
@@ -88,8 +88,10 @@ def describe(config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def show(report: Report, settings: Sequence[EngineConfig], scores: np.ndarray) -> None:
-    """Prints the best settings and the first one."""
+def print_best(
+    report: Report, settings: Sequence[EngineConfig], scores: np.ndarray
+) -> None:
+    """Prints the five best settings and the first one."""
     for index in [*np.argsort(scores, kind="stable")[:5].tolist(), 0]:
         about = describe(settings[index])
         weights = ", ".join(f"{k} {v:g}" for k, v in about.pop("weights").items())
@@ -98,17 +100,57 @@ def show(report: Report, settings: Sequence[EngineConfig], scores: np.ndarray) -
         report.row(f"setting {index}", f"{scores[index]:.4g}", about)
 
 
-def main(argv: list[str]) -> int:
-    """Reads flags, searches, runs, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"no arguments are taken but flags, got {argv[1]!r}")
-    count, seed, objective = FLAGS.num_requests, FLAGS.seed, FLAGS.objective
+def run_winner(
+    report: Report,
+    model: Decoder,
+    settings: dict[str, EngineConfig],
+    workload: Workload,
+    simulated: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """Runs settings on the real engine and prints both sides.
+
+    Args:
+      report: Gets the rows and the ratios.
+      model: The model.
+      settings: The settings "fcfs" and "winner".
+      workload: The requests.
+      simulated: Simulated mean times of each setting.
+
+    Returns:
+      For each setting its parameters, simulated and measured times.
+    """
+    found, objective = {}, FLAGS.objective
+    for name, setting in settings.items():
+        progress(f"{name}: on the real engine")
+        run = calibration.run_workload(model, setting, workload)
+        real = calibration.mean_times(workload, run.first_times, run.end_times)
+        found[name] = {
+            "setting": describe(setting),
+            "simulated": simulated[name],
+            "measured": real,
+        }
+        report.row(
+            f"{name}: mean {objective}",
+            f"{real[objective]:.4g}",
+            f"simulated {simulated[name][objective]:.4g}",
+        )
+    for kind in ("simulated", "measured"):
+        before, after = (found[name][kind][objective] for name in ("fcfs", "winner"))
+        report.ratios[kind] = after / before
+        report.row(f"winner / fcfs, {kind}", f"{after / before:.3f}")
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Searches the settings, runs the winner and prints the results."""
+    del argv
+    count, seed = FLAGS.num_requests, FLAGS.seed
     burst, other = (
         calibration.short_requests(count, FLAGS.longest, number)
         for number in (seed, seed + 1)
     )
-    try:
-        config = calibration.engine_config(
+    with runner.user_errors("search_policy"):
+        config = calibration.calibration_config(
             [burst, other],
             max_num_seqs=FLAGS.max_num_seqs,
             num_blocks=FLAGS.num_blocks,
@@ -116,54 +158,38 @@ def main(argv: list[str]) -> int:
             policy_parameters=(0.0,) * len(WEIGHTED),
         )
         model = load_model(FLAGS.model)
-    except (ValueError, OSError) as error:
-        print(f"search_policy: {error}", file=sys.stderr)
-        return 1
     report = Report()
     progress("measuring steps: all requests at once")
-    measured = [calibration.serve(model, config, burst) for _ in range(2)]
+    measured = [calibration.run_workload(model, config, burst) for _ in range(2)]
     cost_model, _ = calibration.fit_engine(config, burst, measured)
     took = np.median([np.max(run.end_times) for run in measured])
-    workload = calibration.arriving(other, FLAGS.load * count / took, seed + 1)
+    rate = float(FLAGS.load * count / took)
+    workload = calibration.with_poisson_arrivals(other, rate, seed + 1)
 
     progress(f"simulating {FLAGS.settings} settings")
-    settings = draw_settings(FLAGS.settings, config, seed)
+    settings = sample_settings(FLAGS.settings, config, seed)
     begin = time.perf_counter()
     outcomes = sweep([EngineSystem(one) for one in settings], workload, cost_model)
     sweep_s = time.perf_counter() - begin
     simulated = [
-        calibration.means(workload, one.first_times, one.end_times) for one in outcomes
+        calibration.mean_times(workload, one.first_times, one.end_times)
+        for one in outcomes
     ]
-    scores = np.array([one[objective] for one in simulated])
-    winner = int(np.argmin(scores))
-    show(report, settings, scores)
+    scores = np.array([one[FLAGS.objective] for one in simulated])
+    print_best(report, settings, scores)
     report.row("simulating all, with compiling", f"{sweep_s:.1f} s")
 
-    found = {}
-    for name, index in (("fcfs", 0), ("winner", winner)):
-        progress(f"{name}: on the real engine")
-        run = calibration.serve(model, settings[index], workload)
-        real = calibration.means(workload, run.first_times, run.end_times)
-        found[name] = {
-            "setting": describe(settings[index]),
-            "simulated": simulated[index],
-            "measured": real,
-        }
-        report.row(
-            f"{name}: mean {objective}",
-            f"{real[objective]:.4g}",
-            f"simulated {scores[index]:.4g}",
-        )
-    for kind in ("simulated", "measured"):
-        before, after = (found[name][kind][objective] for name in ("fcfs", "winner"))
-        report.ratios[kind] = after / before
-        report.row(f"winner / fcfs, {kind}", f"{after / before:.3f}")
+    chosen = {"fcfs": 0, "winner": int(np.argmin(scores))}
+    found = run_winner(
+        report,
+        model,
+        {name: settings[index] for name, index in chosen.items()},
+        workload,
+        {name: simulated[index] for name, index in chosen.items()},
+    )
     report.details = found | {"sweep_s": sweep_s, "num_settings": len(settings)}
-    used = FLAGS.get_key_flags_for_module(__name__)
-    report.last_line({flag.name: flag.value for flag in used})
-    return 0
+    report.last_line(runner.flag_values(__name__))
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -1,31 +1,32 @@
-"""Memory saved by sharing blocks, as in the paper's figure 15.
+"""Measures the memory saved by sharing blocks, as in the paper's figure 15.
 
     python -m experiments.sharing
     python -m experiments.sharing --trace lengths.csv --plot sharing.png
 
-Figure 15 of Kwon et al. 2023 (https://arxiv.org/abs/2309.06180) divides the blocks that
-are saved by sharing by the blocks that would be needed without it, for parallel
-sampling and beam search with 2, 4 and 6 sequences. Here requests with the lengths of
-its two data sets go through the real engine, 16 tokens a block, in the paper's pool of
-983 blocks; the share is `blocks_saved_by_sharing` of `LLM.stats`, the mean over steps.
-Printed beside it are the paper's numbers, and the mean over the steps in which requests
-still wait, which leaves out the end of the run, when the longest outputs are alone.
+Figure 15 of Kwon et al. 2023 (https://arxiv.org/abs/2309.06180) divides the blocks
+saved by sharing by the blocks needed without sharing, for parallel sampling and beam
+search with 2, 4 and 6 sequences. Here requests with the lengths of its two data sets
+run on the real engine, with 16 tokens per block and the paper's pool of 983 blocks. The
+share is `blocks_saved_by_sharing` of `LLM.stats`, the mean over the steps. Beside it
+the runner prints the paper's numbers, and the mean over the steps in which requests
+still wait; this excludes the end of the run, when only the longest outputs are left.
 
-What differs from the paper: the model is a random one of one layer, for what is shared
-in parallel sampling depends on lengths alone. In beam search it depends on how late the
-beams part, so on the model: each factor in --weight_scales makes the random model's
-weights larger, which makes it surer of its next token. All requests wait from the
-beginning, where the paper has them arrive at 20 a second (more than it could serve
-with 6 sequences each), and a batch has at most --max_num_seqs sequences.
+Differences from the paper: the model has one layer and random weights, because in
+parallel sampling only the lengths decide what is shared. In beam search it depends on
+the model, on how late the beams diverge: each factor in `--weight_scales` multiplies
+the model's weights, and a larger factor makes its next-token distribution more
+concentrated. All requests arrive at the start; in the paper 20 arrive per second (more
+than it could serve with 6 sequences each). A batch has at most `--max_num_seqs`
+sequences.
 
-Lengths: without --trace from a table of 50 pairs per data set that keeps its means, a
-fact about the paper's ShareGPT lengths (its artifact: input and output together below
-2048 tokens, first round) and about Stanford Alpaca's (5,000 drawn instructions, in
-GPT-2 tokens). --trace reads a CSV file with the columns input_tokens and output_tokens,
-of which the first rows are taken that fit 2048 tokens.
+Lengths: without `--trace`, a table of 50 pairs per data set that has the same means as
+the paper's ShareGPT lengths (from its artifact: input and output together below 2048
+tokens, first round) and Stanford Alpaca's (5,000 sampled instructions, in GPT-2
+tokens). `--trace` reads a CSV file with the columns input_tokens and output_tokens, and
+uses the first rows that are below 2048 tokens.
 
 Time: about 4 minutes on two CPU cores, one of them to compile the engine, once for all
-runs. Expected, on Alpaca's lengths: 5.3, 8.5 and 9.6 % for parallel sampling (the paper
+runs. Expected on Alpaca's lengths: 5.3, 8.5 and 9.6 % for parallel sampling (the paper
 has 6.09, 8.53 and 9.79), 38 to 61 % for beams (37.56 to 55.16).
 """
 
@@ -34,7 +35,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -42,17 +42,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.lib.timing import Report, progress
+from experiments.lib import runner
+from experiments.lib.runner import Report, progress
 from jpaged import engine, scheduler
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
 from jpaged.params import BeamSearchParams, SamplingParams
 
-# Ten groups of equally many requests by input length: the mean input, and of five
-# groups of its requests by output length the mean output.
+# Ten groups of equally many requests, by input length. Each has its mean input length,
+# and the mean output lengths of five groups of its requests, by output length.
 LENGTHS = {
     "alpaca": (
         (8, (10, 30, 59, 85, 140)),
@@ -79,7 +80,7 @@ LENGTHS = {
         (945, (42, 160, 290, 484, 837)),
     ),
 }
-# Of ShareGPT the paper's text gives the ends of a range, taken as those of 2 and 6.
+# For ShareGPT the paper's text has ranges; their ends are taken for widths 2 and 6.
 PAPER = {
     ("alpaca", "parallel"): {2: 6.09, 4: 8.53, 6: 9.79},
     ("alpaca", "beam"): {2: 37.56, 4: 53.13, 6: 55.16},
@@ -93,30 +94,32 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_list("datasets", ["alpaca", "sharegpt"], "Lengths, by data set.")
-    flags.DEFINE_string("trace", None, "CSV of lengths, in place of the data sets'.")
-    flags.DEFINE_integer("num_requests", 100, "Of each run.", lower_bound=1)
-    flags.DEFINE_list("methods", ["parallel", "beam"], "Of parallel and beam.")
-    flags.DEFINE_list("widths", ["2", "4", "6"], "Sequences of a request.")
-    flags.DEFINE_list("weight_scales", ["1", "50"], "Factors for the model's weights.")
-    flags.DEFINE_integer("num_blocks", 983, "Of the pool.", lower_bound=1)
+    """Defines the runner's flags."""
+    flags.DEFINE_list(
+        "datasets", ["alpaca", "sharegpt"], "Data sets whose lengths are used."
+    )
+    flags.DEFINE_string("trace", None, "CSV file of lengths, instead of the data sets.")
+    flags.DEFINE_integer("num_requests", 100, "Requests of each run.", lower_bound=1)
+    flags.DEFINE_list("methods", ["parallel", "beam"], "Methods, of parallel and beam.")
+    flags.DEFINE_list("widths", ["2", "4", "6"], "Sequences of each request.")
+    flags.DEFINE_list("weight_scales", ["1", "50"], "Factors of the model's weights.")
+    flags.DEFINE_integer("num_blocks", 983, "Blocks of the pool.", lower_bound=1)
     flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
-    flags.DEFINE_integer("max_num_seqs", 64, "Sequences at once.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of prompts, order, weights and samples.")
+    flags.DEFINE_integer("max_num_seqs", 64, "Rows of the engine.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of prompts, order, weights and samples.")
     flags.DEFINE_string("plot", None, "File for the figure; needs the extra `plot`.")
 
 
-class Length(NamedTuple):
-    """Tokens of a request."""
+class RequestLength(NamedTuple):
+    """Tokens of a request's input and output."""
 
     num_input: int
     num_output: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """What one run saved."""
+class SharingResult:
+    """Blocks saved by one run."""
 
     dataset: str
     method: str
@@ -132,33 +135,36 @@ class Saved:
     run_s: float
 
 
-def table_lengths(dataset: str, count: int, seed: int) -> list[Length]:
-    """`count` lengths: whole rounds of the 50 pairs, and of the last round a part."""
+def table_lengths(dataset: str, count: int, seed: int) -> list[RequestLength]:
+    """Returns `count` lengths: shuffled rounds of the 50 pairs, the last partial."""
     pairs = [
-        Length(num_input, num_output)
+        RequestLength(num_input, num_output)
         for num_input, outputs in LENGTHS[dataset]
         for num_output in outputs
     ]
     rng = np.random.default_rng(seed)
     rounds = cdiv(count, len(pairs))
     order = np.concatenate([rng.permutation(len(pairs)) for _ in range(rounds)])
-    return [pairs[at] for at in order[:count]]
+    return [pairs[index] for index in order[:count]]
 
 
-def trace_lengths(path: pathlib.Path, count: int, seed: int) -> list[Length]:
-    """The first `count` lengths of a file that fit, shuffled.
+def trace_lengths(path: pathlib.Path, count: int, seed: int) -> list[RequestLength]:
+    """Returns the first `count` lengths of a file below `MAX_LEN` tokens, shuffled.
 
     Raises:
-      OSError, ValueError: no such file, a column is missing, or too few rows fit.
+      OSError: The file cannot be read.
+      ValueError: A column is missing, a value is invalid, or too few rows fit.
     """
     found = []
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             try:
-                length = Length(int(row["input_tokens"]), int(row["output_tokens"]))
+                length = RequestLength(
+                    int(row["input_tokens"]), int(row["output_tokens"])
+                )
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"trace: wanted integers in the columns input_tokens and "
+                    f"--trace: expected integers in the columns input_tokens and "
                     f"output_tokens of {path}, got {row!r:.80}"
                 ) from error
             if min(length) > 0 and sum(length) < MAX_LEN:
@@ -167,15 +173,15 @@ def trace_lengths(path: pathlib.Path, count: int, seed: int) -> list[Length]:
                 break
     if len(found) < count:
         raise ValueError(
-            f"trace: wanted {count} requests below {MAX_LEN} tokens, {path} has "
-            f"{len(found)}; lower --num_requests"
+            f"--trace: expected {count} requests below {MAX_LEN} tokens, got "
+            f"{len(found)} in {path}; lower --num_requests"
         )
     order = np.random.default_rng(seed).permutation(count)
-    return [found[at] for at in order]
+    return [found[index] for index in order]
 
 
-def make_model(weight_scale: float, seed: int) -> Decoder:
-    """A random decoder of one layer, its matrices times `weight_scale`."""
+def scaled_model(weight_scale: float, seed: int) -> Decoder:
+    """Initialises a decoder of one layer and multiplies its matrices."""
     sizes = dict(
         architectures=["LlamaForCausalLM"],
         model_type="llama",
@@ -196,9 +202,9 @@ def make_model(weight_scale: float, seed: int) -> Decoder:
 
 
 def requests_of(
-    lengths: Sequence[Length], method: str, width: int, seed: int
+    lengths: Sequence[RequestLength], method: str, width: int, seed: int
 ) -> tuple[list[list[int]], list[SamplingParams | BeamSearchParams]]:
-    """Prompts of random tokens, and parameters that force the outputs' lengths."""
+    """Prompts of random tokens, and parameters that fix the outputs' lengths."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, VOCAB_SIZE, one.num_input).tolist() for one in lengths]
     params = []
@@ -211,10 +217,14 @@ def requests_of(
     return prompts, params
 
 
-def replay(
+def run_requests(
     model: Decoder, config: EngineConfig, prompts: list[Any], params: list[Any]
 ) -> tuple[engine.EngineState, float]:
-    """The engine after all requests, and the mean share saved while some waited."""
+    """Runs all requests.
+
+    Returns:
+      The final state, and the mean share of saved blocks while requests waited.
+    """
     state = engine.init(model, config)
     state, _ = engine.submit(state, prompts, params, vocab_size=VOCAB_SIZE)
     share = 0.0
@@ -225,26 +235,26 @@ def replay(
     return engine.run(model, state, jnp.int32(2**30)), float(share)
 
 
-def measure(
-    lengths: Sequence[Length],
+def measure_sharing(
+    lengths: Sequence[RequestLength],
     dataset: str,
     config: EngineConfig,
     widths: Sequence[int],
     methods: Sequence[str],
     weight_scales: Sequence[float],
     seed: int,
-) -> Iterator[Saved]:
-    """One run after the other; of parallel sampling only one per width."""
+) -> Iterator[SharingResult]:
+    """Yields the result of each run; parallel sampling uses the first scale only."""
     for method in methods:
         for scale in weight_scales if method == "beam" else weight_scales[:1]:
-            model = make_model(scale, seed)
+            model = scaled_model(scale, seed)
             for width in widths:
                 prompts, params = requests_of(lengths, method, width, seed)
                 begin = time.perf_counter()
-                state, while_full = replay(model, config, prompts, params)
+                state, while_full = run_requests(model, config, prompts, params)
                 counters = jax.device_get(state.counters)
                 num_steps = int(counters.num_steps)
-                yield Saved(
+                yield SharingResult(
                     dataset=dataset,
                     method=method,
                     width=width,
@@ -260,11 +270,11 @@ def measure(
                 )
 
 
-def make_config(widths: Sequence[int], methods: Sequence[str]) -> EngineConfig:
+def sharing_config(widths: Sequence[int], methods: Sequence[str]) -> EngineConfig:
     """An engine for all runs, so that its program is compiled once.
 
     Raises:
-      ValueError: sizes that do not go together.
+      ValueError: Sizes do not go together.
     """
     beams = max(widths) if "beam" in methods else 0
     return EngineConfig(
@@ -273,93 +283,96 @@ def make_config(widths: Sequence[int], methods: Sequence[str]) -> EngineConfig:
         max_num_seqs=FLAGS.max_num_seqs,
         max_model_len=MAX_LEN,
         max_num_batched_tokens=max(256, FLAGS.max_num_seqs),
-        # Of a beam search also the sequences that it holds.
-        max_num_requests=FLAGS.num_requests * max(max(widths), 2 * beams),
+        # A beam search also has entries for its finished hypotheses.
+        max_num_requests=max(
+            FLAGS.max_num_seqs,
+            FLAGS.num_requests * max(max(widths), 2 * beams),
+        ),
         max_num_stop_ids=1,
         max_beam_width=beams,
     )
 
 
 def check_fits(
-    config: EngineConfig, lengths: Sequence[Length], method: str, width: int, seed: int
+    config: EngineConfig,
+    lengths: Sequence[RequestLength],
+    method: str,
+    width: int,
+    seed: int,
 ) -> None:
-    """Raises ValueError for a request that the pool or the rows could never hold."""
+    """Checks that every request can run.
+
+    Raises:
+      ValueError: A request needs more blocks or rows than the engine has.
+    """
     requests = requests_of(lengths, method, width, seed)
     for prompt, param in zip(*requests, strict=True):
         engine.check_request(config, prompt, param, vocab_size=VOCAB_SIZE)
 
 
-def plot(found: Sequence[Saved], path: str) -> None:
-    """Writes bars of what was saved, with the paper's numbers as marks."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+def plot_sharing(found: Sequence[SharingResult], path: str) -> None:
+    """Draws the saved blocks as bars, with the paper's numbers as points."""
     datasets = list(dict.fromkeys(one.dataset for one in found))
-    figure, axes = pyplot.subplots(
-        1, len(datasets), figsize=(6 * len(datasets), 4), squeeze=False, sharey=True
-    )
-    for axis, dataset in zip(axes[0], datasets, strict=True):
-        mine = [one for one in found if one.dataset == dataset]
-        seq_indices = range(len(mine))
-        axis.bar(seq_indices, [one.saved_percent for one in mine], color="tab:blue")
-        marks = [(at, one.paper_percent) for at, one in enumerate(mine)]
-        marks = [(at, percent) for at, percent in marks if percent is not None]
-        if marks:
-            axis.scatter(*zip(*marks, strict=True), color="black", zorder=3)
-        names = [
-            f"{one.method} {one.width}"
-            + (f"\n× {one.weight_scale:g}" if one.method == "beam" else "")
-            for one in mine
-        ]
-        axis.set_xticks(seq_indices, names, fontsize=7)
-        axis.set_title(f"{dataset}; dots: OPT-13B in the paper")
-    axes[0][0].set_ylabel("blocks saved by sharing, %")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    size = (6 * len(datasets), 4)
+    options: dict[str, Any] = dict(figsize=size, sharey=True)
+    with runner.drawn_figure(path, 1, len(datasets), **options) as panels:
+        for axis, dataset in zip(panels[0], datasets, strict=True):
+            mine = [one for one in found if one.dataset == dataset]
+            bars = range(len(mine))
+            heights = [one.saved_percent for one in mine]
+            axis.bar(bars, heights, color="tab:blue", label="this engine")
+            points = [(bar, one.paper_percent) for bar, one in enumerate(mine)]
+            points = [(bar, percent) for bar, percent in points if percent is not None]
+            if points:
+                axis.scatter(
+                    *zip(*points, strict=True),
+                    color="black",
+                    zorder=3,
+                    label="paper, OPT-13B",
+                )
+            names = [
+                f"{one.method} {one.width}"
+                + (f"\n× {one.weight_scale:g}" if one.method == "beam" else "")
+                for one in mine
+            ]
+            axis.set_xticks(bars, names, fontsize=7)
+            axis.set_title(dataset)
+            axis.legend(fontsize=7)
+        panels[0][0].set_ylabel("blocks saved by sharing, %")
 
 
-def check_flags() -> tuple[list[int], list[float], dict[str, list[Length]]]:
-    """Widths, scales, and the lengths of each data set.
+def checked_flags() -> tuple[list[int], list[float], dict[str, list[RequestLength]]]:
+    """Widths, weight scales, and the lengths of each data set.
 
     Raises:
-      OSError, ValueError: a flag that is wrong.
+      OSError: The trace cannot be read.
+      ValueError: A flag or the trace is invalid.
     """
-    widths = [int(width) for width in FLAGS.widths if width.isdecimal()]
-    if len(widths) != len(FLAGS.widths) or not widths or min(widths) < 1:
-        raise ValueError(f"widths: wanted numbers of at least 1, got {FLAGS.widths}")
-    if not FLAGS.methods or set(FLAGS.methods) - {"parallel", "beam"}:
-        raise ValueError(f"methods: wanted parallel or beam, got {FLAGS.methods}")
-    if unknown := set(FLAGS.datasets) - set(LENGTHS):
-        raise ValueError(f"datasets: wanted some of {list(LENGTHS)}, got {unknown}")
+    widths = runner.positive_integers("widths")
+    runner.some_of("methods", FLAGS.methods, ["parallel", "beam"])
+    datasets = runner.some_of("datasets", FLAGS.datasets, list(LENGTHS))
     count, seed = FLAGS.num_requests, FLAGS.seed
     if FLAGS.trace is not None:
         path = pathlib.Path(FLAGS.trace)
         lengths = {path.stem: trace_lengths(path, count, seed)}
     else:
-        lengths = {name: table_lengths(name, count, seed) for name in FLAGS.datasets}
+        lengths = {name: table_lengths(name, count, seed) for name in datasets}
     return widths, [float(scale) for scale in FLAGS.weight_scales] or [1.0], lengths
 
 
-def main(argv: list[str]) -> int:
-    """Reads flags, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"no arguments are taken but flags, got {argv[1]!r}")
-    try:
-        widths, scales, lengths = check_flags()
-        config = make_config(widths, FLAGS.methods)
+def main(argv: list[str]) -> None:
+    """Runs all methods and widths and prints the results."""
+    del argv
+    with runner.user_errors("sharing"):
+        widths, scales, lengths = checked_flags()
+        config = sharing_config(widths, FLAGS.methods)
         for method in FLAGS.methods:
             for some in lengths.values():
                 check_fits(config, some, method, max(widths), FLAGS.seed)
-    except (ValueError, OSError) as error:
-        print(f"sharing: {error}", file=sys.stderr)
-        return 1
     report, found = Report(), []
     progress("compiling the engine")
     begin = time.perf_counter()
-    model = make_model(1.0, FLAGS.seed)
+    model = scaled_model(1.0, FLAGS.seed)
     jax.block_until_ready(engine.run(model, engine.init(model, config), jnp.int32(1)))
     report.row("engine: compile", f"{time.perf_counter() - begin:.1f} s")
     for dataset, some in lengths.items():
@@ -367,28 +380,30 @@ def main(argv: list[str]) -> int:
         report.row(
             f"{dataset}: mean tokens", f"{means[0]:.1f} in", f"{means[1]:.1f} out"
         )
-        runs = measure(some, dataset, config, widths, FLAGS.methods, scales, FLAGS.seed)
-        for one in runs:
+        for one in measure_sharing(
+            some, dataset, config, widths, FLAGS.methods, scales, FLAGS.seed
+        ):
             found.append(one)
-            name = f"{one.dataset}, {one.method} {one.width}"
-            if one.method == "beam":
-                name += f", weights x {one.weight_scale:g}"
-            paper = "-" if one.paper_percent is None else f"{one.paper_percent:.2f}"
-            report.row(
-                name,
-                f"{one.saved_percent:.2f} %",
-                f"while full {one.saved_percent_full:.2f}, paper {paper}",
-                f"{one.num_steps} steps, {one.mean_num_seqs:.0f} rows, "
-                f"{one.num_preemptions} preempted, {one.run_s:.0f} s",
-            )
+            _print_result(report, one)
     report.details["runs"] = [dataclasses.asdict(one) for one in found]
     if FLAGS.plot is not None:
-        plot(found, FLAGS.plot)
-    used = FLAGS.get_key_flags_for_module(__name__)
-    report.last_line({flag.name: flag.value for flag in used})
-    return 0
+        plot_sharing(found, FLAGS.plot)
+    report.last_line(runner.flag_values(__name__))
+
+
+def _print_result(report: Report, one: SharingResult) -> None:
+    name = f"{one.dataset}, {one.method} {one.width}"
+    if one.method == "beam":
+        name += f", weights x {one.weight_scale:g}"
+    paper = "-" if one.paper_percent is None else f"{one.paper_percent:.2f}"
+    report.row(
+        name,
+        f"{one.saved_percent:.2f} %",
+        f"while full {one.saved_percent_full:.2f}, paper {paper}",
+        f"{one.num_steps} steps, {one.mean_num_seqs:.0f} rows, "
+        f"{one.num_preemptions} preempted, {one.run_s:.0f} s",
+    )
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

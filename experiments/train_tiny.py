@@ -1,17 +1,18 @@
-"""Trains the bundled model, a small Llama of Python source, and measures it.
+"""Trains and evaluates the bundled model, a small Llama for Python source code.
 
     python -m experiments.train_tiny --evaluate
     python -m experiments.train_tiny --out tiny-python
 
-The first scores the bundled weights on the held-out twentieth of the Python standard
-library: about half a minute on two CPU cores. It is the library of the Python that
-runs, so the last digits belong to its version. The second trains from nothing, by
-default as the bundled model was. docs/tiny_model.md has times and numbers for both.
+The first command scores the bundled weights on the held-out twentieth of the Python
+standard library, in about half a minute on two CPU cores. It uses the library of the
+running Python, so the last digits depend on the version. The second command trains from
+random weights, by default as the bundled model was trained. docs/tiny_model.md has
+times and figures of both.
 
-The learning rate is level after a warmup and falls to zero over the last
-`--decay_steps`, so that the end of a run may be decided while it is level; `--resume`
-goes on from a checkpoint. Windows are short until the last `--long_steps`: attention
-makes long ones slower.
+The learning rate is constant after a warmup and falls to zero over the last
+`--decay_steps`; the length of a run can be changed while the rate is constant, and
+`--resume` continues from a checkpoint. Windows are short until the last `--long_steps`,
+because attention makes long windows slower.
 """
 
 import dataclasses
@@ -25,14 +26,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 import tokenizers
 import tqdm
-from absl import app, flags
+from absl import flags
 
 from experiments.lib import python_text as text
-from experiments.lib import training as training
+from experiments.lib import runner, training
 from jpaged.arithmetic import cdiv
 from jpaged.models import ModelConfig, init_model, load_model, save_model
 from jpaged.models.loading.sources import bundled_path
@@ -48,21 +48,24 @@ def _setting(default: int | float, help_text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run depends on; each field is a flag too. The defaults made the model."""
+    """Settings of a training run; each field is a flag.
+
+    The bundled model was trained with the defaults.
+    """
 
     steps: int = _setting(1050, "Steps of the optimiser.")
     decay_steps: int = _setting(700, "Last steps, in which the learning rate falls.")
     long_steps: int = _setting(150, "Last steps, in which the windows are long.")
     warmup_steps: int = _setting(60, "First steps, in which the learning rate rises.")
-    learning_rate: float = _setting(3e-3, "Learning rate between the two.")
-    weight_decay: float = _setting(0.1, "AdamW's, for matrices only.")
+    learning_rate: float = _setting(3e-3, "Learning rate between warmup and decay.")
+    weight_decay: float = _setting(0.1, "Weight decay of AdamW, for matrices only.")
     batch_tokens: int = _setting(2048, "Tokens per step.")
-    length: int = _setting(512, "Tokens per long window, and in scoring.")
-    short_length: int = _setting(256, "Tokens per window in the steps before.")
-    vocab_size: int = _setting(2048, "Tokens that the tokenizer knows.")
-    hidden_size: int = _setting(256, "Width of the model, a multiple of 128.")
+    length: int = _setting(512, "Tokens per long window and per scored window.")
+    short_length: int = _setting(256, "Tokens per short window.")
+    vocab_size: int = _setting(2048, "Tokens in the vocabulary.")
+    hidden_size: int = _setting(256, "Hidden size of the model, a multiple of 128.")
     num_layers: int = _setting(4, "Layers of the model.")
-    seed: int = _setting(0, "Of the weights and of the order of windows.")
+    seed: int = _setting(0, "Seed of the weights and of the order of windows.")
     save_every: int = _setting(50, "Steps between checkpoints.")
 
 
@@ -70,23 +73,24 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """The runner's flags; only its own process has them, so runners can be imported."""
-    flags.DEFINE_bool("evaluate", False, "Score --model, and no more.")
+    """Defines the runner's flags."""
+    flags.DEFINE_bool("evaluate", False, "Only score --model.")
     flags.DEFINE_string(
-        "model", None, f"Folder to score instead of the bundled {MODEL}."
+        "model", None, f"Folder to score; default: the bundled {MODEL}."
     )
     flags.DEFINE_string("out", None, "Train, and write the model to this folder.")
-    flags.DEFINE_bool("resume", False, "Go on from the last checkpoint beside --out.")
-    flags.DEFINE_integer(
-        "max_files", None, "Use about so many files; all if not given."
+    flags.DEFINE_bool(
+        "resume", False, "Continue from the last checkpoint next to --out."
     )
+    flags.DEFINE_integer("max_files", None, "Use about this many files; default: all.")
     for field in dataclasses.fields(Settings):
+        default: Any = field.default
         define = flags.DEFINE_float if field.type is float else flags.DEFINE_integer
-        define(field.name, field.default, field.metadata["help"])
+        define(field.name, default, field.metadata["help"])
 
 
-def make_config(settings: Settings, bos: int, eos: int) -> ModelConfig:
-    """Llama with heads of size 64, two to each KV head, and tied embeddings."""
+def tiny_config(settings: Settings, bos: int, eos: int) -> ModelConfig:
+    """A Llama with heads of 64, two per KV head, and tied embeddings."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=settings.vocab_size,
@@ -104,7 +108,7 @@ def make_config(settings: Settings, bos: int, eos: int) -> ModelConfig:
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
-    """Writes tokenizer.json, and beside it what transformers wants to know."""
+    """Writes tokenizer.json and the configuration files that transformers reads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     bos, eos = text.special_ids(tokenizer)
@@ -122,10 +126,10 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> Non
         (folder / name).write_text(json.dumps(contents, indent=2) + "\n", "utf-8")
 
 
-def batches(
+def training_windows(
     texts: list[str], tokenizer: tokenizers.Tokenizer, settings: Settings
 ) -> Iterator[np.ndarray]:
-    """Every step's windows i32[B, T + 1], in order: short ones, then long ones."""
+    """Yields the windows i32[B, T + 1] of every step: short ones, then long ones."""
     stream = text.token_stream(texts, tokenizer)
     make = functools.partial(
         text.training_batches,
@@ -153,16 +157,25 @@ def train(
     *,
     resume: bool = False,
 ) -> list[tuple[int, float, float]]:
-    """Trains from nothing, or on from the last checkpoint, and writes the folder `out`.
+    """Trains from random weights or the last checkpoint, and writes the folder `out`.
 
-    Beside `out` stands the state to resume from. Returns, for each checkpoint, its
-    step, the mean training loss since the one before, and the loss on some of the
-    held-out windows, in nats per token.
+    The state to resume from is written next to `out`.
+
+    Args:
+      texts: Training texts.
+      held_out: Held-out texts.
+      out: Folder for the model.
+      settings: Settings of the run.
+      resume: Whether to continue from the last checkpoint.
+
+    Returns:
+      For each checkpoint its step, the mean training loss since the previous one, and
+      the loss on some of the held-out windows, in nats per token.
     """
     tokenizer = text.train_tokenizer(texts, settings.vocab_size)
     save_tokenizer(tokenizer, out)
     bos, eos = text.special_ids(tokenizer)
-    model = init_model(make_config(settings, bos, eos), settings.seed)
+    model = init_model(tiny_config(settings, bos, eos), settings.seed)
     optimizer = training.make_optimizer(
         settings.steps,
         settings.warmup_steps,
@@ -170,7 +183,8 @@ def train(
         settings.learning_rate,
         settings.weight_decay,
     )
-    state, done = optimizer.init(model), 0
+    params: Any = model  # optax's types do not know nnx modules
+    state, done = optimizer.init(params), 0
     state_file = out.with_name(out.name + ".state.safetensors")
     if resume:
         (model, state), done = training.restore_state(state_file, (model, state))
@@ -179,7 +193,7 @@ def train(
     )
     few = slice(None, None, max(1, len(windows) // 32))
     curve, losses = [], []
-    bar = tqdm.tqdm(batches(texts, tokenizer, settings), total=settings.steps)
+    bar = tqdm.tqdm(training_windows(texts, tokenizer, settings), total=settings.steps)
     for step, rows in enumerate(bar, start=1):
         if step <= done:
             continue
@@ -190,7 +204,7 @@ def train(
         if step % settings.save_every == 0 or step == settings.steps:
             save_model(model, out, dtype="bfloat16")
             training.save_state(state_file, (model, state), step)
-            nats = training.score(model, windows[few], is_real[few])
+            nats = training.total_nats(model, windows[few], is_real[few])
             mean, nats = float(np.mean(losses)), nats / is_real[few].sum()
             losses = []
             curve.append((step, mean, nats))
@@ -202,10 +216,15 @@ def train(
 def evaluate(
     folder: pathlib.Path, held_out: list[str], length: int
 ) -> dict[str, int | float]:
-    """Held-out loss of a saved folder, in nats per token and bits per byte.
+    """Computes the held-out loss of a saved model, in nats per token and bits per byte.
 
-    Every token and every text's end is predicted once, from what stands before it in
-    its window of `length` tokens.
+    Every token and every text's end is predicted once, from the tokens before it in its
+    window.
+
+    Args:
+      folder: The model.
+      held_out: Held-out texts.
+      length: Tokens of a window.
     """
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = load_model(folder, dtype="float32")
@@ -213,7 +232,7 @@ def evaluate(
     windows, is_real = text.scoring_windows(
         stream, length=length, bos=text.special_ids(backend)[0]
     )
-    nats = training.score(model, windows, is_real)
+    nats = training.total_nats(model, windows, is_real)
     num_bytes = sum(len(document.encode()) for document in held_out)
     return dict(
         nats_per_token=nats / len(stream),
@@ -227,7 +246,7 @@ def evaluate(
 
 
 def show_completions(folder: pathlib.Path) -> None:
-    """Prints what the model writes after each of PROMPTS, greedily."""
+    """Prints the model's greedy continuation of each of PROMPTS."""
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
     model = load_model(folder, dtype="float32")
@@ -236,10 +255,15 @@ def show_completions(folder: pathlib.Path) -> None:
     print("----")
 
 
-def main(_: list[str]) -> None:
-    """Trains or not, scores, shows completions, and ends with one JSON object."""
-    if bool(FLAGS.out) == FLAGS.evaluate:
-        raise app.UsageError("give either --evaluate, or --out FOLDER to train")
+def main(argv: list[str]) -> None:
+    """Trains unless `--evaluate` is set, scores, and prints completions."""
+    del argv
+    with runner.user_errors("train_tiny"):
+        if bool(FLAGS.out) == FLAGS.evaluate:
+            got = "both" if FLAGS.evaluate else "neither"
+            raise ValueError(
+                f"--evaluate: expected either it, or --out to train, got {got}"
+            )
     begin = time.perf_counter()
     files = text.library_files()
     files = files[:: cdiv(len(files), FLAGS.max_files or len(files))]
@@ -247,32 +271,23 @@ def main(_: list[str]) -> None:
     print(f"Python {sys.version}")
     print(f"{len(texts)} files to train on, {len(held_out)} held out", flush=True)
     names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: FLAGS[name].value for name in names})
+    settings = Settings(**{name: getattr(FLAGS, name) for name in names})
     if FLAGS.out:
         folder = pathlib.Path(FLAGS.out)
         train(texts, held_out, folder, settings, resume=FLAGS.resume)
     else:
         folder = pathlib.Path(FLAGS.model or bundled_path(MODEL))
-    result = evaluate(folder, held_out, settings.length)
+    result: dict[str, Any] = evaluate(folder, held_out, settings.length)
     show_completions(folder)
     print(
         f"held out: {result['nats_per_token']:.4f} nats per token, "
         f"{result['bits_per_byte']:.4f} bits per byte, {result['num_tokens']} tokens"
     )
-    flag_values = {
-        flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(__name__)
-    }
-    versions = dict(jax=jax.__version__, jaxlib=jaxlib.version.__version__)
-    device = jax.devices()[0]
     result |= dict(
-        seconds=time.perf_counter() - begin,
-        device=f"{device.platform} {device.device_kind}",
-        versions=versions | dict(python=sys.version.split()[0]),
-        flags=flag_values,
+        seconds=time.perf_counter() - begin, flags=runner.flag_values(__name__)
     )
-    print(json.dumps(result))
+    runner.print_json(result)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

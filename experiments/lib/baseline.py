@@ -1,23 +1,23 @@
-"""Baseline: generation as a researcher writes it in an afternoon, without jpaged.
+"""Baseline: plain JAX generation with a static batch and a contiguous cache.
 
-A static batch, prompts padded on the left to the longest, a contiguous cache that is
-allocated for the longest possible sequence, attention over the whole of it under a
-mask, greedy tokens, and as many steps as the longest answer needs. One jitted function
-for the prompts and one for a step; the loop over the steps in Python (`decode_calls`)
-or inside one program (`decode_loop`).
+This is what a researcher writes in an afternoon. Prompts are padded on the left to the
+longest one. The cache is allocated for the longest possible sequence, and attention
+reads all of it under a mask. Tokens are greedy, and the batch runs as many steps as the
+longest output needs. One jitted function computes the prompts, another one a step; the
+loop over steps is in Python (`decode_calls`) or inside one program (`decode_loop`).
 
-It takes the weights of a Llama-shaped `Decoder` and none of its code. It is given what
-helps it: keys and values lie [batch, kv heads, length, head_dim], one array for each
-layer, donated; weights are stored [in, out]; only the last token of a prompt gets
+The baseline uses the weights of a Llama-shaped `Decoder` and none of its code. Its
+layouts are chosen for speed: keys and values are [batch, KV heads, length, head_dim],
+one donated array per layer; weights are [in, out]; only the last token of a prompt gets
 logits.
 
-Letters: B sequences, T tokens of a prompt, C slots of the cache, H query heads, K kv
-heads, G = H // K, D head_dim, E hidden size, V vocabulary.
+Shape symbols: B sequences, T tokens of a prompt, C slots of the cache, H query heads, K
+KV heads, G = H // K, D head_dim, E hidden size, V vocabulary.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +31,8 @@ Weights = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """What the functions below need to know beside the weights; static under jit."""
+class BaselineShape:
+    """Sizes of the model; static under jit."""
 
     num_heads: int
     num_kv_heads: int
@@ -41,21 +41,21 @@ class Shape:
     norm_eps: float
 
 
-class State(NamedTuple):
-    """A static batch in mid-generation."""
+class BaselineState(NamedTuple):
+    """A static batch during generation."""
 
-    keys: tuple[jax.Array, ...]  # of each layer, f32[B, K, C, D]
-    values: tuple[jax.Array, ...]  # of each layer, f32[B, K, C, D]
-    starts: jax.Array  # i32[B], slots of padding before the prompt
-    slot: jax.Array  # i32[], where every sequence's next token goes
-    tokens: jax.Array  # i32[B], the last tokens, not in the cache yet
+    keys: tuple[jax.Array, ...]  # one f32[B, K, C, D] per layer
+    values: tuple[jax.Array, ...]  # one f32[B, K, C, D] per layer
+    starts: jax.Array  # i32[B], padding slots before each prompt
+    slot: jax.Array  # i32[], slot of every sequence's next token
+    tokens: jax.Array  # i32[B], last tokens, not in the cache yet
 
 
-def weights_of(model: Decoder) -> tuple[Weights, Shape]:
-    """The model's weights as a plain dictionary, and its shape.
+def weights_of(model: Decoder) -> tuple[Weights, BaselineShape]:
+    """Extracts the model's weights as a plain dictionary, and its sizes.
 
     Raises:
-      ValueError: the model is not Llama-shaped.
+      ValueError: The model does not have the shape of Llama.
     """
     config = model.config
     if (config.norm, config.positions, config.gated_mlp) != ("rms", "rotary", True):
@@ -63,6 +63,9 @@ def weights_of(model: Decoder) -> tuple[Weights, Shape]:
             "model: expected Llama's shape (RMS norm, rotary positions, gated MLP), "
             f"got {config.architecture}"
         )
+    # Llama has a gated MLP in every layer, an output matrix and a final norm, which
+    # the types of other families allow to be None.
+    decoder: Any = model
     layers = [
         {
             "attention_norm": layer.attention_norm.weight[...],
@@ -75,13 +78,13 @@ def weights_of(model: Decoder) -> tuple[Weights, Shape]:
             "up": layer.mlp.up.weight[...],
             "down": layer.mlp.down.weight[...],
         }
-        for layer in model.layers
+        for layer in decoder.layers
     ]
-    weights = {"layers": layers, "output": model.output.weight[...]}
-    weights["final_norm"] = model.final_norm.weight[...]
+    weights = {"layers": layers, "output": decoder.output.weight[...]}
+    weights["final_norm"] = decoder.final_norm.weight[...]
     if model.embedding is not None:
         weights["embedding"] = model.embedding[...]
-    shape = Shape(
+    shape = BaselineShape(
         config.num_heads,
         config.num_kv_heads,
         config.head_dim,
@@ -92,7 +95,11 @@ def weights_of(model: Decoder) -> tuple[Weights, Shape]:
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts i32[B, T] with zeros before the shorter ones, and how many, i32[B]."""
+    """Pads prompts on the left.
+
+    Returns:
+      Prompts i32[B, T], and the number of padding zeros before each, i32[B].
+    """
     longest = max(map(len, prompts))
     tokens = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in enumerate(prompts):
@@ -106,40 +113,52 @@ def prefill(
     tokens: jax.Array,
     starts: jax.Array,
     *,
-    shape: Shape,
+    shape: BaselineShape,
     max_len: int,
-) -> State:
-    """The batch after its prompts i32[B, T], with the first token of each answer."""
+) -> BaselineState:
+    """Computes prompts i32[B, T]; returns the state with each first output token."""
     state, logits = prefill_logits(weights, tokens, starts, shape, max_len)
     return state._replace(tokens=_most_probable(logits))
 
 
 def prefill_logits(
-    weights: Weights, tokens: jax.Array, starts: jax.Array, shape: Shape, max_len: int
-) -> tuple[State, jax.Array]:
-    """The batch after its prompts, and f32[B, V]; its `tokens` are still to be chosen.
+    weights: Weights,
+    tokens: jax.Array,
+    starts: jax.Array,
+    shape: BaselineShape,
+    max_len: int,
+) -> tuple[BaselineState, jax.Array]:
+    """Computes prompts without choosing the next tokens.
 
-    `starts` i32[B] are the slots of padding before each prompt.
+    Args:
+      weights: From `weights_of`.
+      tokens: i32[B, T], prompts padded on the left.
+      starts: i32[B], padding slots before each prompt.
+      shape: Sizes of the model.
+      max_len: Slots C of the cache.
+
+    Returns:
+      The state, whose `tokens` the caller has to replace, and logits f32[B, V].
     """
     _, length = tokens.shape
     slots = jnp.arange(length, dtype=jnp.int32)[None, :]
     positions = jnp.maximum(slots - starts[:, None], 0)
     is_real = slots >= starts[:, None]
     is_causal = slots.T >= slots
-    # A padding token sees itself, so that its softmax is no division by zero.
+    # A padding token attends to itself, so that its softmax does not divide by zero.
     mask = (is_causal[None] & is_real[:, None, :]) | jnp.eye(length, dtype=bool)[None]
     keys, values = [], []
 
-    def attend(layer, q, k, v):
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         del layer
-        room = ((0, 0), (0, 0), (0, max_len - length), (0, 0))
+        padding = ((0, 0), (0, 0), (0, max_len - length), (0, 0))
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        keys.append(jnp.pad(k, room))
-        values.append(jnp.pad(v, room))
+        keys.append(jnp.pad(k, padding))
+        values.append(jnp.pad(v, padding))
         return _attention(q, k, v, mask)
 
     x = _trunk(weights, tokens, positions, attend, shape)
-    state = State(
+    state = BaselineState(
         keys=tuple(keys),
         values=tuple(values),
         starts=starts,
@@ -150,15 +169,15 @@ def prefill_logits(
 
 
 def step_logits(
-    weights: Weights, state: State, shape: Shape
-) -> tuple[State, jax.Array]:
-    """The batch with `state.tokens` in the cache, and f32[B, V] behind them."""
+    weights: Weights, state: BaselineState, shape: BaselineShape
+) -> tuple[BaselineState, jax.Array]:
+    """Writes `state.tokens` to the cache; returns the state and logits f32[B, V]."""
     capacity = state.keys[0].shape[2]
     slots = jnp.arange(capacity, dtype=jnp.int32)[None, :]
     mask = (slots >= state.starts[:, None]) & (slots <= state.slot)
     keys, values = list(state.keys), list(state.values)
 
-    def attend(layer, q, k, v):
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         put = functools.partial(lax.dynamic_update_slice_in_dim, axis=2)
         keys[layer] = put(keys[layer], k.transpose(0, 2, 1, 3), state.slot)
         values[layer] = put(values[layer], v.transpose(0, 2, 1, 3), state.slot)
@@ -170,8 +189,10 @@ def step_logits(
     return state, x[:, 0] @ weights["output"]
 
 
-def _step(weights: Weights, state: State, shape: Shape) -> State:
-    """The batch with one token more each."""
+def _step(
+    weights: Weights, state: BaselineState, shape: BaselineShape
+) -> BaselineState:
+    """Decodes one token of each sequence."""
     state, logits = step_logits(weights, state, shape)
     return state._replace(tokens=_most_probable(logits))
 
@@ -180,9 +201,9 @@ step = jax.jit(_step, static_argnames="shape", donate_argnames="state")
 
 
 def decode_calls(
-    weights: Weights, state: State, num_steps: int, *, shape: Shape
-) -> tuple[State, jax.Array]:
-    """The batch after `num_steps` calls of `step`, and its tokens i32[B, steps + 1]."""
+    weights: Weights, state: BaselineState, num_steps: int, *, shape: BaselineShape
+) -> tuple[BaselineState, jax.Array]:
+    """Decodes by `num_steps` calls of `step`; returns tokens i32[B, steps + 1] too."""
     tokens = [state.tokens.copy()]
     for _ in range(num_steps):
         state = step(weights, state, shape=shape)
@@ -191,20 +212,24 @@ def decode_calls(
 
 
 def decode_loop(
-    weights: Weights, state: State, num_steps: int, *, shape: Shape
-) -> tuple[State, jax.Array]:
-    """What `decode_calls` gives, from one device call."""
+    weights: Weights, state: BaselineState, num_steps: int, *, shape: BaselineShape
+) -> tuple[BaselineState, jax.Array]:
+    """Computes the result of `decode_calls` in one device call."""
     state, tokens = _loop(weights, state, num_steps, shape=shape)
     return state, tokens[: num_steps + 1].T
 
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="state")
-def _loop(weights, state, num_steps, *, shape):
-    """The batch after `num_steps` steps, a number that is traced, and its tokens."""
+def _loop(
+    weights: Weights, state: BaselineState, num_steps: int, *, shape: BaselineShape
+) -> tuple[BaselineState, jax.Array]:
+    """The state after `num_steps` (traced) steps, and tokens i32[C + 1, B]."""
     batch, _, capacity, _ = state.keys[0].shape
     tokens = jnp.zeros((capacity + 1, batch), jnp.int32).at[0].set(state.tokens)
 
-    def advance(index, carry):
+    def advance(
+        index: jax.Array, carry: tuple[BaselineState, jax.Array]
+    ) -> tuple[BaselineState, jax.Array]:
         state, tokens = carry
         state = _step(weights, state, shape)
         return state, tokens.at[index + 1].set(state.tokens)
@@ -212,13 +237,14 @@ def _loop(weights, state, num_steps, *, shape):
     return lax.fori_loop(0, num_steps, advance, (state, tokens))
 
 
-def cache_bytes(shape: Shape, num_layers: int, batch: int, max_len: int) -> int:
-    """Bytes of the cache in float32: allocated for every sequence's longest."""
-    return 2 * 4 * num_layers * batch * max_len * shape.num_kv_heads * shape.head_dim
-
-
-def _trunk(weights, tokens, positions, attend, shape) -> jax.Array:
-    """Hidden states [B, T, E] after the last norm, for tokens i32[B, T]."""
+def _trunk(
+    weights: Weights,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Callable[..., jax.Array],
+    shape: BaselineShape,
+) -> jax.Array:
+    """Hidden states [B, T, E] after the final norm, of tokens i32[B, T]."""
     batch, length = tokens.shape
     if "embedding" in weights:
         x = weights["embedding"][tokens]
@@ -243,14 +269,16 @@ def _trunk(weights, tokens, positions, attend, shape) -> jax.Array:
     return _rms_norm(x, weights["final_norm"], shape.norm_eps)
 
 
-def _attention(q, keys, values, mask) -> jax.Array:
-    """[B, T, H, D] of q [B, T, H, D] over keys and values [B, K, C, D].
+def _attention(
+    q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Attention of q [B, T, H, D] over keys and values [B, K, C, D].
 
-    `mask` is bool[B, T, C].
+    `mask` is bool[B, T, C]. Returns [B, T, H, D].
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
-    # [B, T, K, G, D] -> [B, K, G * T, D]: the queries of a kv head side by side.
+    # [B, T, K, G, D] -> [B, K, G * T, D]: the queries of a KV head are adjacent.
     q = q.reshape(batch, length, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     groups = q.shape[2]
     q = q.reshape(batch, num_kv_heads, groups * length, head_dim)
@@ -261,17 +289,17 @@ def _attention(q, keys, values, mask) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
-def _most_probable(logits) -> jax.Array:
+def _most_probable(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _rms_norm(x, weight, eps) -> jax.Array:
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return x * lax.rsqrt(variance + eps) * weight[None, None, :]
 
 
-def _rotate(x, cos, sin) -> jax.Array:
-    """Heads [B, T, H, D] turned; dimension i is paired with i + D / 2."""
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates heads [B, T, H, D]; dimension i is paired with i + D / 2."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1

@@ -1,6 +1,6 @@
-"""Calibration: the engine on this machine's clock, and a cost model fitted to it.
+"""The engine measured on this machine's clock, and a cost model fitted to it.
 
-Beside the road: workload -> [engine, a step at a time] -> seconds -> fit -> cost model.
+Pipeline: workload -> [engine, one step per call] -> seconds -> fit -> cost model.
 """
 
 from __future__ import annotations
@@ -26,52 +26,57 @@ from jpaged.simulator.workloads.lengths import builtin_lengths
 from jpaged.simulator.workloads.workload import Workload
 
 
-class Served(NamedTuple):
-    """What a workload took on the engine; seconds from its begin."""
+class MeasuredRun(NamedTuple):
+    """Times of a workload on the engine, in seconds from its start."""
 
-    first_times: np.ndarray  # f64[N], each request's first token
-    end_times: np.ndarray  # f64[N], its last token
-    step_seconds: np.ndarray  # f64[T], in `engine.run`, one step a call
-    host_seconds: float  # spent between steps while there was work: submissions
+    first_times: np.ndarray  # f64[N], first token of each request
+    end_times: np.ndarray  # f64[N], last token of each request
+    step_seconds: np.ndarray  # f64[T], time of each call of `engine.run`
+    host_seconds: float  # time between steps while there was work: submissions
 
 
 _has_work = jax.jit(engine.has_work)
 
 
-def serve(model: Decoder, config: EngineConfig, workload: Workload) -> Served:
-    """The workload on the engine, each request submitted when its time has come.
+def run_workload(
+    model: Decoder, config: EngineConfig, workload: Workload
+) -> MeasuredRun:
+    """Runs a workload on the engine; requests are submitted when they arrive.
 
-    The engine is driven one step a call, and compiled before the clock starts. Prompts
-    are random tokens; outputs have the lengths that the workload says.
+    Each call of the engine is one step. The engine is compiled before the clock starts.
+    Prompts are random tokens, and outputs have the lengths of the workload.
 
     Args:
-      model: decodes.
-      config: room for all requests of the workload at once.
-      workload: requests of one sequence each.
+      model: The model.
+      config: Sizes of the engine, whose request table has to hold all requests.
+      workload: Requests of one sequence each.
     """
     state = engine.init(model, config)
     state, _ = engine.submit(state, [[0]], _params(1))  # compiles
     state = engine.release(
         engine.run(model, state, 1), np.ones(config.max_num_requests, bool)
     )
-    prompts = random_prompts(workload.prompt_lens, model.config.vocab_size, seed=0)
+    prompts = random_prompts(
+        workload.prompt_lens.tolist(), model.config.vocab_size, seed=0
+    )
     first_step = int(state.counters.num_steps)
     ends: list[float] = []
     seconds: list[float] = []
-    come, host_seconds = 0, 0.0
+    num_submitted, host_seconds = 0, 0.0
     begin = time.perf_counter()
     while True:
         before = time.perf_counter() - begin
         arrived = int(np.searchsorted(workload.arrivals, before, side="right"))
-        for number in range(come, arrived):  # one a call: one compiled program
+        for number in range(num_submitted, arrived):  # one per call: one program
             state, _ = engine.submit(
                 state, [prompts[number]], _params(workload.output_lens[number])
             )
-        come = arrived
+        num_submitted = arrived
         if not bool(_has_work(state)):
-            if come == len(workload):
+            if num_submitted == len(workload):
                 break
-            time.sleep(max(workload.arrivals[come] - (time.perf_counter() - begin), 0))
+            wait_s = workload.arrivals[num_submitted] - (time.perf_counter() - begin)
+            time.sleep(max(wait_s, 0))
             continue
         start = time.perf_counter() - begin
         host_seconds += start - before
@@ -80,10 +85,10 @@ def serve(model: Decoder, config: EngineConfig, workload: Workload) -> Served:
         ends.append(time.perf_counter() - begin)
         seconds.append(ends[-1] - start)
     results = engine.collect(state)
-    at = np.array(ends)
-    return Served(
-        first_times=at[[result.first_step - first_step for result in results]],
-        end_times=at[[result.last_step - first_step for result in results]],
+    times = np.array(ends)
+    return MeasuredRun(
+        first_times=times[[result.first_step - first_step for result in results]],
+        end_times=times[[result.last_step - first_step for result in results]],
         step_seconds=np.array(seconds),
         host_seconds=host_seconds,
     )
@@ -93,10 +98,16 @@ def _params(output_len: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=int(output_len), ignore_eos=True)
 
 
-def means(
+def mean_times(
     workload: Workload, first_times: np.ndarray, end_times: np.ndarray
 ) -> dict[str, float]:
-    """Seconds, of a run whose requests had their first and last tokens then."""
+    """Mean latencies and the makespan of a run, in seconds.
+
+    Args:
+      workload: The requests.
+      first_times: f64[N], time of each request's first token.
+      end_times: f64[N], time of each request's last token.
+    """
     latencies = end_times - workload.arrivals
     return {
         "latency_s": float(np.mean(latencies)),
@@ -107,11 +118,11 @@ def means(
 
 
 def fit_engine(
-    config: EngineConfig, workload: Workload, runs: Sequence[Served]
+    config: EngineConfig, workload: Workload, runs: Sequence[MeasuredRun]
 ) -> tuple[Bucketed, FitReport]:
-    """The cost model of the steps of `runs` of one workload that came all at once.
+    """Fits a cost model to the steps of runs of one workload that arrived at once.
 
-    Of each step the median over the runs counts: a run is disturbed here and there.
+    The median over the runs is fitted, since single steps may be disturbed.
     """
     seconds = np.median([run.step_seconds for run in runs], axis=0)
     took = seconds.astype(np.float32)
@@ -120,8 +131,10 @@ def fit_engine(
 
 
 def short_requests(count: int, longest: int, seed: int) -> Workload:
-    """Alpaca's lengths cut to `longest` tokens for a prompt and for an output, all at
-    once."""
+    """Requests that arrive at once, with Alpaca's lengths up to `longest` tokens.
+
+    Longer prompts and outputs are shortened to `longest`.
+    """
     lengths = builtin_lengths("alpaca", count, seed)
     return Workload(
         np.zeros(count),
@@ -130,19 +143,19 @@ def short_requests(count: int, longest: int, seed: int) -> Workload:
     )
 
 
-def arriving(workload: Workload, rate: float, seed: int) -> Workload:
-    """The same requests as a Poisson process of `rate` a second, the first one at 0."""
+def with_poisson_arrivals(workload: Workload, rate: float, seed: int) -> Workload:
+    """The same requests as a Poisson process of `rate` per second, starting at 0."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, len(workload))
     return dataclasses.replace(workload, arrivals=np.cumsum(gaps) - gaps[0])
 
 
-def engine_config(
+def calibration_config(
     workloads: Sequence[Workload], *, max_num_seqs: int, num_blocks: int, **more: Any
 ) -> EngineConfig:
-    """An engine with a place for each request of the largest of the workloads.
+    """An engine whose request table holds every request of the largest workload.
 
     Raises:
-      ValueError: as `EngineConfig`; or a request that could never run.
+      ValueError: As `EngineConfig`, or for a request that can never run.
     """
     config = EngineConfig(
         num_blocks=num_blocks,

@@ -1,6 +1,6 @@
-"""What came of the aims on a GPU: one line for each, from what the stages found.
+"""Aims on a GPU: each with its figure, computed from the rows of the stages.
 
-Beside the road; of plain records, so that it can be tested without a GPU.
+The input is plain records, so that this module is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 _KERNELS = ("mosaic_gpu", "triton")
-_LARGE = 128e6  # bytes of keys and values from which time is a matter of bandwidth
+_LARGE = 128e6  # bytes of keys and values above which bandwidth decides the time
 Rows = list[dict[str, Any]]
-Found = tuple[float, str] | None  # the figure, and of what
+AimFigure = tuple[float, str] | None  # the figure, and which case it belongs to
 
 
 def aims(stages: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Each aim, what was wanted, what was found and of what."""
+    """Evaluates every aim.
+
+    Args:
+      stages: Records of the stages, with "name" and "result", the stage's JSON or None.
+
+    Returns:
+      For each aim its name, the wanted and the measured value, and the case to which
+      the measured value belongs.
+    """
     rows: dict[str, Rows] = {}
     for stage in stages:
         result = stage["result"] or {}
@@ -32,7 +40,7 @@ def aims(stages: list[dict[str, Any]]) -> list[dict[str, str]]:
     return lines
 
 
-def _best_share(rows: Rows) -> Found:
+def _best_share(rows: Rows) -> AimFigure:
     large = [
         (row["share"], f"{row['name']}, {row['kv_bytes'] / 1e6:.0f} MB")
         for row in rows
@@ -41,29 +49,27 @@ def _best_share(rows: Rows) -> Found:
     return max(large, default=None)
 
 
-def _over_flashinfer(rows: Rows) -> Found:
-    """FlashInfer's time by that of the better kernel, where it is least."""
-    seconds = {(row["name"], _insert(row)): row["seconds"] for row in rows}
+def _over_flashinfer(rows: Rows) -> AimFigure:
+    """Least ratio of FlashInfer's time to that of the better kernel, over all cases."""
+    seconds = {(row["name"], _case_of(row)): row["seconds"] for row in rows}
     found = []
-    for seq_index in {_insert(row) for row in rows if row["name"] == "flashinfer"}:
+    for case in {_case_of(row) for row in rows if row["name"] == "flashinfer"}:
         ours = [
-            (seconds[name, seq_index], name)
-            for name in _KERNELS
-            if (name, seq_index) in seconds
+            (seconds[name, case], name) for name in _KERNELS if (name, case) in seconds
         ]
         if ours:
             least, name = min(ours)
-            ratio = seconds["flashinfer", seq_index] / least
-            found.append((ratio, f"{name}, {seq_index[0]} rows of {seq_index[1]}"))
+            ratio = seconds["flashinfer", case] / least
+            found.append((ratio, f"{name}, {case[0]} rows of {case[1]}"))
     return min(found, default=None)
 
 
-def _insert(row: dict[str, Any]) -> tuple[Any, ...]:
+def _case_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return row.get("rows"), row.get("context"), row["block_size"]
 
 
-def _spread(rows: Rows) -> Found:
-    """The slowest block size by the fastest, of the better kernel."""
+def _spread(rows: Rows) -> AimFigure:
+    """Time of the slowest block size divided by that of the fastest, better kernel."""
     found = []
     for name in _KERNELS:
         times = [row["seconds"] for row in rows if row["name"] == name]
@@ -75,9 +81,11 @@ def _spread(rows: Rows) -> Found:
     return ratio, name
 
 
-def _beside_model(rows: Rows) -> Found:
-    """The gain by the model's, where it is least, of gains that the model promises; of
-    the better kernel."""
+def _beside_model(rows: Rows) -> AimFigure:
+    """Least ratio of the measured gain to the model's gain, for the better kernel.
+
+    Only cases in which the model predicts a gain count.
+    """
     least = {}
     for row in rows:
         if row["model_ratio"] > 1:
@@ -87,8 +95,8 @@ def _beside_model(rows: Rows) -> Found:
     return max(least.values(), default=None)
 
 
-def _best_update(name: str) -> Callable[[Rows], Found]:
-    def figure(rows: Rows) -> Found:
+def _best_update(name: str) -> Callable[[Rows], AimFigure]:
+    def figure(rows: Rows) -> AimFigure:
         found = [
             (row["share"], f"{row['name']}, {row['moved_bytes'] / 1e6:.0f} MB")
             for row in rows
@@ -99,7 +107,7 @@ def _best_update(name: str) -> Callable[[Rows], Found]:
     return figure
 
 
-def _best_decode(rows: Rows) -> Found:
+def _best_decode(rows: Rows) -> AimFigure:
     ours = [
         (row["share"], f"{row['name']}, {row['rows']} rows")
         for row in rows
@@ -108,8 +116,8 @@ def _best_decode(rows: Rows) -> Found:
     return max(ours, default=None)
 
 
-def _over_transformers(rows: Rows) -> Found:
-    """transformers' time by that of jpaged's best, where it is least."""
+def _over_transformers(rows: Rows) -> AimFigure:
+    """Least ratio of transformers' time to that of jpaged's best implementation."""
     found = []
     for peer in (row for row in rows if row["name"] == "transformers"):
         ours = [
@@ -123,19 +131,19 @@ def _over_transformers(rows: Rows) -> Found:
     return min(found, default=None)
 
 
-# What, wanted, of which stage, and its figure.
-_AIMS: tuple[tuple[str, str, str, Callable[[Rows], Found]], ...] = (
+# Name, wanted value, stage, and how the figure is computed from the stage's rows.
+_AIMS: tuple[tuple[str, str, str, Callable[[Rows], AimFigure]], ...] = (
     (
         "attention, share of reading, 128 MB and more",
         ">= 0.9",
         "attention",
         _best_share,
     ),
-    ("FlashInfer's time by ours, least", ">= 1", "attention", _over_flashinfer),
-    ("slowest block size by fastest", "<= 1.05", "block sizes", _spread),
-    ("cascade's gain by the model's, least", ">= 0.85", "cascade", _beside_model),
+    ("FlashInfer's time / ours, minimum", ">= 1", "attention", _over_flashinfer),
+    ("slowest / fastest block size", "<= 1.05", "block sizes", _spread),
+    ("cascade's gain / model's, minimum", ">= 0.85", "cascade", _beside_model),
     ("write_kv, share of copying", ">= 0.8", "attention", _best_update("write_kv")),
     ("copy_blocks, share of copying", ">= 0.8", "attention", _best_update("copy")),
     ("decode step, share of reading, best", "", "decode", _best_decode),
-    ("transformers' step by ours, least", "", "decode", _over_transformers),
+    ("transformers' step / ours, minimum", "", "decode", _over_transformers),
 )

@@ -1,7 +1,8 @@
-"""Contenders in processes of their own: what one does to memory ends with it.
+"""Contenders in separate processes, so that memory use does not carry over.
 
-Beside the road. The process that measures tells each finding as a line; the one that
-asked reads them, also those of a process that was cut or fell.
+The child process prints each result as one marked line (`send_result`). The parent
+process reads these lines (`results_of`), including those of a child that crashed or was
+stopped at its time limit.
 """
 
 from __future__ import annotations
@@ -16,87 +17,114 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.lib.timing import progress
+from absl import flags
 
-_DONE = "measured: "
+from experiments.lib.runner import progress
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # the flags belong to the runner that asks for them
+
+_MARK = "measured: "
 
 
-def tell(found: dict[str, Any]) -> None:
-    """A finding, for the process that asked."""
-    print(_DONE + json.dumps(found), flush=True)
+def define_contender_flags(names: Sequence[str]) -> None:
+    """Defines the flags of a runner that measures each contender in a process."""
+    flags.DEFINE_list(
+        "contenders", None, f"What to measure, of {', '.join(names)}; default: all."
+    )
+    flags.DEFINE_float(
+        "limit_s", 3600, "Time limit of the whole run, in seconds.", lower_bound=0
+    )
+    flags.DEFINE_string(
+        "alone", None, "Internal: the contender that this process measures."
+    )
 
 
-def ask(
+def share_accelerator() -> None:
+    """Keeps this process from reserving the memory that its children need."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def send_result(result: dict[str, Any]) -> None:
+    """Sends a result to the parent process."""
+    print(_MARK + json.dumps(result), flush=True)
+
+
+def results_of(
     runner: str, arguments: list[str], count: int, limit_s: float
 ) -> list[dict[str, Any]]:
-    """What `python -m experiments.RUNNER ARGUMENTS` tells: `count` findings.
+    """Results of a child process.
 
-    In place of those that are missing, `{"failed": why}`.
+    Args:
+      runner: Name of the runner, as in `python -m experiments.RUNNER`.
+      arguments: Its command-line arguments.
+      count: Number of results that it sends.
+      limit_s: Time limit in seconds.
+
+    Returns:
+      `count` results; each missing one is `{"failed": reason}`.
     """
     ended = run_limited(
         [sys.executable, "-m", f"experiments.{runner}", *arguments], limit_s
     )
-    last = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
-    reason = f"the process ended with {ended.status}: {last[:200]}"
+    last = (ended.stderr.strip().splitlines() or ["no error message"])[-1]
+    reason = f"the process ended with status {ended.status}: {last[:200]}"
     if ended.status is None:
-        reason = "cut: no time was left"
+        reason = "stopped at its time limit"
     lines = ended.stdout.splitlines()
-    found = [json.loads(x[len(_DONE) :]) for x in lines if x.startswith(_DONE)]
+    found = [json.loads(x[len(_MARK) :]) for x in lines if x.startswith(_MARK)]
     return found + [{"failed": reason}] * (count - len(found))
 
 
-def chosen(
-    flag: str, given: Sequence[str] | None, names: Sequence[str], argv: list[str]
-) -> list[str]:
-    """The contenders that a flag names, all where it is None.
-
-    Raises:
-      ValueError: there is none of that name, or the command line has what no flag has.
-    """
-    unknown = [name for name in given or () if name not in names] + argv[1:]
-    if unknown:
-        raise ValueError(
-            f"--{flag}: wanted some of {', '.join(names)}, got {unknown[0]!r}"
-        )
-    return list(given or names)
-
-
-def ask_each(
+def measure_each(
     runner: str,
     names: Sequence[str],
     arguments: list[str],
+    on_results: Callable[[str, list[dict[str, Any]]], None],
     *,
     reason_of: Callable[[str], str | None],
     count_of: Callable[[str], int],
     limit_s: float,
     share: float = 1.0,
-) -> Iterator[tuple[str, list[dict[str, Any]] | str]]:
-    """Each contender with what it told, as `ask`, or why it was left out.
+) -> dict[str, str]:
+    """Measures contenders one after the other, and prints which are left out.
 
     Args:
-      reason_of: what keeps a contender from this machine, or None.
-      count_of: how many findings it tells.
-      limit_s: for all of them together.
-      share: of the time that is left, for one.
+      runner: Name of the runner.
+      names: Names of the contenders.
+      arguments: Command-line arguments for all of them.
+      on_results: Called with a contender's name and its results, as `results_of`
+        returns them.
+      reason_of: Returns why a contender cannot run on this machine, or None.
+      count_of: Returns how many results a contender sends.
+      limit_s: Time limit of all contenders together, in seconds.
+      share: Share of the remaining time that one contender may use.
+
+    Returns:
+      For each contender that was left out, the reason.
     """
     end = time.monotonic() + limit_s
+    left_out = {}
     for name in names:
         left_s = end - time.monotonic()
         reason = reason_of(name) or ("no time was left" if left_s < 1 else None)
         if reason is not None:
-            yield name, reason
+            left_out[name] = reason
             continue
         progress(f"measuring {name}")
         own = [*arguments, f"--alone={name}"]
-        yield name, ask(runner, own, count_of(name), share * left_s)
+        on_results(name, results_of(runner, own, count_of(name), share * left_s))
+    for name, reason in left_out.items():
+        print(f"{name:<22} left out: {reason}")
+    return left_out
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """A process that ended, or was cut, whose `status` is then None."""
+class EndedProcess:
+    """How a process ended; `status` is None if it was stopped at its time limit."""
 
     status: int | None
     stdout: str
@@ -111,9 +139,17 @@ def run_limited(
     show: Callable[[str], None] | None = None,
     environment: dict[str, str] | None = None,
     folder: str | None = None,
-) -> Ended:
-    """Runs a command for at most so long; `show` gets each line of its stdout."""
-    begin, lines, is_cut = time.monotonic(), [], threading.Event()
+) -> EndedProcess:
+    """Runs a command, and stops it and its children at a time limit.
+
+    Args:
+      command: The program and its arguments.
+      limit_s: Time limit in seconds.
+      show: Called with each line of the command's stdout.
+      environment: Environment variables to add.
+      folder: Working directory.
+    """
+    begin, lines, is_stopped = time.monotonic(), [], threading.Event()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command,
@@ -122,18 +158,18 @@ def run_limited(
             text=True,
             env=os.environ | (environment or {}),
             cwd=folder,
-            start_new_session=True,  # so that its own children end with it
+            start_new_session=True,  # so that its children are stopped with it
         )
 
-        def end() -> None:
+        def kill() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        def cut() -> None:
-            is_cut.set()
-            end()
+        def stop() -> None:
+            is_stopped.set()
+            kill()
 
-        timer = threading.Timer(limit_s, cut)
+        timer = threading.Timer(limit_s, stop)
         timer.start()
         try:
             assert process.stdout is not None
@@ -144,11 +180,11 @@ def run_limited(
                         show(line.rstrip("\n"))
             status = process.wait()
         except BaseException:
-            end()
+            kill()
             raise
         finally:
             timer.cancel()
         errors.seek(0)
         seconds = time.monotonic() - begin
-        status = None if is_cut.is_set() else status
-        return Ended(status, "".join(lines), errors.read(), seconds)
+        status = None if is_stopped.is_set() else status
+        return EndedProcess(status, "".join(lines), errors.read(), seconds)

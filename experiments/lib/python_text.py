@@ -1,10 +1,10 @@
-"""Text of the Python standard library, as tokens: data for `train_tiny`.
+"""The Python standard library as tokens: training data of `train_tiny`.
 
-Every machine that runs Python has it. Which files, in which order, and which of them
-are held out depends on nothing but their names, so that two machines with the same
-version of Python see the same text.
+Every machine that runs Python has this text. Only the files' names decide which files
+are used, in which order, and which are held out, so that machines with the same version
+of Python use the same text.
 
-Shape letters: B batch, T tokens of a window.
+Shape symbols: B batch, T tokens of a window.
 """
 
 import hashlib
@@ -21,24 +21,26 @@ from jpaged.arithmetic import cdiv
 BOS, EOS = "<|bos|>", "<|endoftext|>"
 HELD_OUT_PER_MILLE = 50
 
-# Tests, foreign code, and tables that programs wrote: no Python that people write.
+# Tests, third-party code and generated tables are not typical Python.
 SKIPPED_FOLDERS = frozenset(
     "test tests idle_test site-packages dist-packages lib2to3 __pycache__ "
     "encodings pydoc_data lib-dynload msilib".split()
 )
 SKIPPED_PREFIXES = ("_sysconfigdata", "html/entities", "__phello__", "config-")
 
-# A word takes the single space that follows it along, not the one before it as in
-# GPT-2: so the prompt "def " is the very token that stands before a name in the
-# training text. Newlines and indentation are apart for the same reason.
+# A word includes the single space after it; in GPT-2 it includes the space before it.
+# The prompt "def " is therefore the same token as in the training text before a name.
+# Newlines and indentation are separate pieces for the same reason.
 SPLIT = r"\n+|[._]*\p{L}+ ?|\p{N}{1,3} ?|[^\s\p{L}\p{N}]+ ?| +|\s"
 
 
 def library_files(root: pathlib.Path | None = None) -> list[tuple[str, str]]:
-    """(relative name, text) of the library's modules, sorted by name.
+    """The library's modules as (relative name, text), sorted by name.
 
-    `root` replaces the running Python's own library. Files that are not UTF-8, or
-    all but empty, are left out.
+    Files that are not UTF-8 or have fewer than 64 characters are left out.
+
+    Args:
+      root: Folder of the library; None: that of the running Python.
     """
     root = root or pathlib.Path(sysconfig.get_paths()["stdlib"])
     found = []
@@ -57,19 +59,19 @@ def library_files(root: pathlib.Path | None = None) -> list[tuple[str, str]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file is for evaluation: about one in twenty, by a hash of its name."""
+    """Whether a file is held out: about one in twenty, by a hash of its name."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") % 1000 < HELD_OUT_PER_MILLE
 
 
 def split_files(files: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Texts for training, and texts held out."""
+    """Splits files into texts for training and held-out texts."""
     held_out = [text for name, text in files if is_held_out(name)]
     return [text for name, text in files if not is_held_out(name)], held_out
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE of `vocab_size` tokens that puts BOS before every text."""
+    """Trains a byte-level BPE tokenizer that puts BOS before every text."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -95,18 +97,21 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokeniz
 
 def special_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
     """Ids of BOS and EOS."""
-    return tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    assert bos is not None
+    assert eos is not None
+    return bos, eos
 
 
 def token_stream(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """All texts as one i32 array, each followed by EOS; no BOS."""
+    """All texts as one i32 array, each text followed by EOS, without BOS."""
     _, eos = special_ids(tokenizer)
     batch = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return np.concatenate([np.array([*e.ids, eos], np.int32) for e in batch])
 
 
 def line_starts(stream: np.ndarray, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """Positions in `stream` where a line or a text begins, i32, ascending."""
+    """Positions in `stream` where a line or a text starts, ascending."""
     ends_line = np.array(
         [
             tokenizer.decode([i], skip_special_tokens=False).endswith(("\n", EOS))
@@ -127,9 +132,17 @@ def training_batches(
 ) -> Iterator[np.ndarray]:
     """Endless batches i32[B, T + 1]: BOS, then `length` tokens from a line's start.
 
-    Each pass over the stream is cut into windows at another offset, in another order.
-    Since BOS stands before lines from anywhere, a prompt may be any line, and not
+    Each pass over the stream cuts it into windows at another offset and in another
+    order. BOS precedes lines from anywhere, so that a prompt may be any line and not
     only the first line of a file.
+
+    Args:
+      stream: i32, from `token_stream`.
+      starts: Positions of lines, from `line_starts`.
+      length: Tokens T of a window, without BOS.
+      batch: Windows B in a batch.
+      bos: Id of BOS.
+      seed: Seed of offsets and order.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -144,10 +157,15 @@ def training_batches(
 def scoring_windows(
     stream: np.ndarray, *, length: int, bos: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The whole stream as windows i32[B, T + 1], each after BOS, and bool[B, T].
+    """Cuts a stream into windows in which every token is predicted exactly once.
 
-    The mask is False for the padding after the last token; every token of the stream
-    is predicted exactly once.
+    Args:
+      stream: i32, from `token_stream`.
+      length: Tokens T of a window, without BOS.
+      bos: Id of BOS, which starts every window.
+
+    Returns:
+      Windows i32[B, T + 1], and bool[B, T], False for the padding after the last token.
     """
     num_rows = cdiv(len(stream), length)
     filled = np.zeros((num_rows * length,), np.int32)

@@ -1,29 +1,27 @@
-"""Timing: medians of things that are compared, run in turn and not one after another.
+"""Timing: medians of rounds in which the contenders run in turn.
 
-Beside the road. A machine's speed drifts by tens of percent within minutes, so whoever
-is compared runs in the same round: A B A B, and not A A B B.
+The speed of a machine changes by tens of percent within minutes. Contenders that are
+compared therefore run in the same round: A B A B, not A A B B.
 """
 
 import dataclasses
-import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
-import jaxlib.version
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Something to time: `run(*prepare())`, of which only `run` counts.
+    """Something to time: `run(*prepare())`, of which only `run` is timed.
 
-    `run` may donate what `prepare` gives, and returns arrays to wait for. `units` is
-    what one run does: the time of a unit is reported.
+    Attributes:
+      run: The timed function. It may donate its arguments. It returns arrays, and the
+        time ends when they are ready.
+      prepare: Returns the arguments of `run`.
+      units: Units of work in one run; the time of one unit is reported.
     """
 
     run: Callable[..., Any]
@@ -33,28 +31,28 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of a unit, in each round: on the clock, and of all cores together."""
+    """Seconds per unit of work in each round."""
 
-    seconds: tuple[float, ...]
-    processor_seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  # wall-clock time
+    processor_seconds: tuple[float, ...]  # processor time, summed over all cores
 
     @property
     def median(self) -> float:
-        """The median over the rounds."""
+        """Median of the rounds."""
         return float(np.median(self.seconds))
 
     @property
     def least(self) -> float:
-        """The least of the rounds: for what is so short that noise outweighs it."""
+        """Shortest round, for work so short that noise is larger than differences."""
         return min(self.seconds)
 
     @property
     def processor_median(self) -> float:
-        """The median of the processor time, which others on the machine hardly move."""
+        """Median processor time, which hardly depends on other processes."""
         return float(np.median(self.processor_seconds))
 
     def summary_ms(self) -> dict[str, float]:
-        """Median, least and most in milliseconds, for the JSON line."""
+        """Medians, minimum and maximum in milliseconds, for the JSON line."""
         return {
             "median_ms": self.median * 1e3,
             "processor_ms": self.processor_median * 1e3,
@@ -64,7 +62,7 @@ class Times:
 
 
 def once(contender: Contender) -> tuple[float, float]:
-    """Seconds of one run, and of processor time."""
+    """Runs a contender once; returns wall-clock and processor seconds."""
     arguments = jax.block_until_ready(contender.prepare())
     begin, processor_begin = time.perf_counter(), time.process_time()
     jax.block_until_ready(contender.run(*arguments))
@@ -75,10 +73,16 @@ def once(contender: Contender) -> tuple[float, float]:
 def time_in_turn(
     contenders: Mapping[str, Contender], repeats: int, *, is_warm: bool = False
 ) -> dict[str, Times]:
-    """The times of all contenders over `repeats` rounds.
+    """Times all contenders over `repeats` rounds.
 
-    A round that does not count comes first, unless whoever calls says that all
-    programs `is_warm`: compiled, with memory that was used before.
+    Args:
+      contenders: What to time, by name.
+      repeats: Timed rounds. Each contender runs once in each round.
+      is_warm: Whether all programs are compiled and their memory was used before.
+        Otherwise one untimed round comes first.
+
+    Returns:
+      The times of each contender, by name.
     """
     if not is_warm:
         for contender in contenders.values():
@@ -88,46 +92,7 @@ def time_in_turn(
         for name, contender in contenders.items():
             both = once(contender)
             taken[name].append((both[0] / contender.units, both[1] / contender.units))
-    return {name: Times(*zip(*rounds, strict=True)) for name, rounds in taken.items()}
-
-
-def environment() -> dict[str, Any]:
-    """What a reader of a figure must know: device, cores' kind and versions."""
-    device = jax.devices()[0]
     return {
-        "device": f"{device.platform} {device.device_kind}",
-        "machine": platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.version.__version__,
-            "flax": flax.__version__,
-            "numpy": np.__version__,
-        },
+        name: Times(tuple(wall for wall, _ in rounds), tuple(cpu for _, cpu in rounds))
+        for name, rounds in taken.items()
     }
-
-
-def progress(message: str) -> None:
-    """A line on stderr, so that stdout keeps tables and JSON."""
-    print(message, file=sys.stderr, flush=True)
-
-
-class Report:
-    """Rows for people as they are measured, and everything for the JSON line."""
-
-    def __init__(self) -> None:
-        self.tokens_per_s: dict[str, float] = {}
-        self.steps_per_s: dict[str, float] = {}
-        self.roofline_share: dict[str, float] = {}
-        self.ratios: dict[str, float] = {}
-        self.details: dict[str, Any] = {}
-
-    def row(self, name: str, measured: str, beside: str = "", share: str = "") -> None:
-        """Prints a line of the table: what, its figure, what stands beside it."""
-        line = f"{name:<34}{measured:>16}  {beside:<34}{share}"
-        print(line.rstrip(), flush=True)
-
-    def last_line(self, flags: dict[str, Any]) -> None:
-        """Prints one JSON object with all figures, the flags and the environment."""
-        found = {**vars(self), "flags": flags, **environment()}
-        print(json.dumps(found), flush=True)

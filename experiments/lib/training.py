@@ -1,8 +1,8 @@
-"""Training and scoring of a decoder on windows of tokens: what `train_tiny` is made of.
+"""Training and scoring of a decoder on windows of tokens, for `train_tiny`.
 
-The model that is trained is the one that the engine serves: `model(tokens)`.
+The trained model is the decoder that the engine serves, called as `model(tokens)`.
 
-Shape letters: B batch, T tokens of a window.
+Shape symbols: B batch, T tokens of a window.
 """
 
 import functools
@@ -20,24 +20,31 @@ from jpaged.arithmetic import cdiv
 from jpaged.models import Decoder
 from jpaged.text.tokenizer import Tokenizer
 
-ROWS = 8  # windows scored at once
-ROOM = 64  # lengths are rounded up to multiples of it, to compile few programs
+SCORED_ROWS = 8  # windows scored in one call
+LENGTH_STEP = 64  # lengths are rounded up to multiples, so that few programs compile
 
 
 def token_losses(model: Decoder, windows: jax.Array) -> jax.Array:
-    """-log p of each token but the first, f32[B, T] of windows i32[B, T + 1]."""
+    """-log p of every token after the first: f32[B, T] for windows i32[B, T + 1]."""
     logits = model(windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
 
 
-@functools.cache  # the same object for the same numbers: train_step compiles once
+@functools.cache  # equal arguments return one object, so train_step compiles once
 def make_optimizer(
     steps: int, warmup: int, decay: int, rate: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """AdamW, gradients clipped to norm 1; the rate rises, is level, and falls to zero.
+    """AdamW with gradients clipped to norm 1 and a trapezoidal learning rate.
 
-    The level part makes the length of a run a late decision: a run of more steps has
-    the same beginning.
+    The rate rises linearly, stays constant, and falls linearly to zero. While it is
+    constant, the number of steps may still change: longer runs start identically.
+
+    Args:
+      steps: Total steps.
+      warmup: Steps in which the rate rises.
+      decay: Last steps, in which it falls.
+      rate: The constant learning rate.
+      weight_decay: For matrices only.
     """
     schedule = optax.join_schedules(
         [
@@ -65,36 +72,40 @@ def train_step(
     state: optax.OptState,
     windows: jax.Array,
 ) -> tuple[Decoder, optax.OptState, jax.Array]:
-    """One step on windows i32[B, T + 1]: model, state and the loss before it.
+    """Trains on windows i32[B, T + 1]; donates `model` and `state`.
 
-    Donates `model` and `state`.
+    Returns:
+      The model and the optimiser's state after the step, and the loss before it.
     """
     loss, grads = jax.value_and_grad(lambda m: token_losses(m, windows).mean())(model)
-    # optax mixes dtypes on purpose, as in beta ** count.
+    # optax's types do not know nnx modules, which are pytrees too.
+    params: Any = model
+    # optax mixes dtypes, for example in beta ** count.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(grads, state, model)
-    return optax.apply_updates(model, updates), state, loss
+        updates, state = optimizer.update(grads, state, params)
+    trained: Any = optax.apply_updates(params, updates)
+    return trained, state, loss
 
 
 _token_losses = jax.jit(token_losses)
 _forward = jax.jit(lambda model, tokens: model(tokens))
 
 
-def score(model: Decoder, windows: np.ndarray, is_real: np.ndarray) -> float:
-    """Sum of -log p in nats over the tokens that are real.
+def total_nats(model: Decoder, windows: np.ndarray, is_real: np.ndarray) -> float:
+    """Sums -log p over the real tokens, in nats.
 
     Args:
-      model: the decoder.
-      windows: i32[B, T + 1]; each token but the first of a window is predicted.
+      model: The decoder.
+      windows: i32[B, T + 1]; every token after the first of a window is predicted.
       is_real: bool[B, T], which of the predicted tokens count.
     """
     total = 0.0
-    for i in range(0, len(windows), ROWS):
-        some = windows[i : i + ROWS]
-        rows = np.zeros((ROWS, windows.shape[1]), np.int32)
+    for i in range(0, len(windows), SCORED_ROWS):
+        some = windows[i : i + SCORED_ROWS]
+        rows = np.zeros((SCORED_ROWS, windows.shape[1]), np.int32)
         rows[: len(some)] = some
         losses = np.asarray(_token_losses(model, jnp.asarray(rows)), np.float64)
-        total += losses[: len(some)][is_real[i : i + ROWS]].sum()
+        total += losses[: len(some)][is_real[i : i + SCORED_ROWS]].sum()
     return float(total)
 
 
@@ -106,18 +117,18 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """`prompt` and up to `num_tokens` tokens after it.
+    """Continues a prompt by up to `num_tokens` tokens; returns prompt and output.
 
-    By a whole forward pass per token: slow, and shares nothing with the engine.
+    Each token is a full forward pass: slow, and independent of the engine.
     """
     ids = tokenizer.encode(prompt)
     rng = np.random.default_rng(seed)
     for _ in range(num_tokens):
-        tokens = np.zeros((1, cdiv(len(ids), ROOM) * ROOM), np.int32)
+        tokens = np.zeros((1, cdiv(len(ids), LENGTH_STEP) * LENGTH_STEP), np.int32)
         tokens[0, : len(ids)] = ids
         logits = np.asarray(_forward(model, jnp.asarray(tokens))[0, len(ids) - 1])
         if temperature > 0:
-            # Gumbel's trick: the largest of these is a sample from the softmax.
+            # Gumbel-max: the argmax is a sample from the softmax.
             logits = logits / temperature + rng.gumbel(size=logits.shape)
         ids.append(int(logits.argmax()))
         if ids[-1] in model.config.eos_token_ids:
@@ -126,7 +137,7 @@ def complete(
 
 
 def save_state(file: pathlib.Path, tree: Any, step: int) -> None:
-    """Writes all arrays of a pytree, and the step, to go on from."""
+    """Writes all arrays of a pytree and the step, for `restore_state`."""
     leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))}
     partial = file.with_suffix(".partial")
     safetensors.numpy.save_file(leaves, partial, metadata={"step": str(step)})
@@ -134,10 +145,17 @@ def save_state(file: pathlib.Path, tree: Any, step: int) -> None:
 
 
 def restore_state(file: pathlib.Path, like: Any) -> tuple[Any, int]:
-    """What `save_state` wrote, in the form of `like`, and the step.
+    """Reads what `save_state` wrote.
+
+    Args:
+      file: The file.
+      like: A pytree of the same structure and shapes.
+
+    Returns:
+      The pytree and the step.
 
     Raises:
-      ValueError: the file holds the state of a model of another shape.
+      ValueError: The file has the state of a model with other shapes.
     """
     leaves, treedef = jax.tree.flatten(like)
     with safetensors.safe_open(file, framework="numpy") as stored:

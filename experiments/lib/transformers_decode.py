@@ -1,6 +1,6 @@
-"""transformers as a peer of decode steps: its own loop over a cache that grows.
+"""Decode steps of transformers: its greedy loop over a growing cache.
 
-Beside the road. Imported by the process that measures it, and nowhere else.
+Only the process that measures transformers imports this module.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 from jpaged.models import shapes
 from jpaged.models.loading import sources
 
 
-def make_model(name: str, dtype: str) -> Any:
-    """A model of random weights in the shape of "random:NAME", or of a folder."""
+def make_torch_model(name: str, dtype: str) -> Any:
+    """Initialises a model with random weights.
+
+    Args:
+      name: "random:NAME", or a folder whose config.json gives the sizes.
+      dtype: dtype of the weights.
+    """
     if sources.is_random(name):
         fields = dict(shapes.SHAPES[name.removeprefix(sources.RANDOM).lower()])
         fields.pop("architectures", None)
@@ -27,7 +32,7 @@ def make_model(name: str, dtype: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = getattr(torch, dtype)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(kind)  # never in float32, which might not fit
+    torch.set_default_dtype(kind)  # the weights might not fit in float32
     try:
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(
@@ -42,14 +47,25 @@ def make_model(name: str, dtype: str) -> Any:
 def step_seconds(
     model: Any, rows: int, context: int, steps: int, repeats: int
 ) -> list[float]:
-    """Seconds of a greedy decode step at `context`, in each round of `steps` steps."""
+    """Times greedy decode steps.
+
+    Args:
+      model: From `make_torch_model`.
+      rows: Batch size.
+      context: Context length at the middle of the timed steps.
+      steps: Steps per round.
+      repeats: Rounds.
+
+    Returns:
+      Seconds per step in each round.
+    """
     device = model.device
     rng = np.random.default_rng(0)
     start = context - steps // 2
     prompts = rng.integers(0, model.config.vocab_size, (rows, start))
     cache = transformers.DynamicCache()
     tokens = torch.from_numpy(prompts).to(device)
-    # A prompt at a time would need another cache; pieces keep the activations small.
+    # Pieces of the prompts keep the activations small.
     for piece in tokens.split(max(1, 65536 // rows), dim=1):
         model(piece, past_key_values=cache, logits_to_keep=1)
     taken = []
@@ -59,7 +75,7 @@ def step_seconds(
         for _ in range(steps):
             out = model(tokens, past_key_values=cache, logits_to_keep=1)
             tokens = out.logits[:, -1:].argmax(-1)
-        tokens.sum().item()  # waits
+        tokens.sum().item()  # waits for the result
         taken.append((time.perf_counter() - begin) / steps)
         cache.crop(-steps)
     return taken[1:]

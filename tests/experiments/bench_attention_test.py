@@ -1,7 +1,6 @@
-"""The attention benchmark: right numbers are timed, wrong ones are not."""
+"""The attention benchmark: correct outputs are timed, wrong ones are refused."""
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -9,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.lib.attention import cases as cases
-from experiments.lib.attention import contenders as contenders
-from experiments.lib.attention import page_updates
-from experiments.lib.attention.cases import Shape
-from experiments.lib.attention.page_updates import Update
+from experiments.lib.attention import cases, contenders, page_updates
+from experiments.lib.attention.cases import AttentionShape
+from experiments.lib.attention.page_updates import PageUpdate
 from jpaged import attention
-from tests.support.runners import run_experiment
+from tests.support.runners import call_experiment, last_json
 
-SHAPE = Shape(
+SHAPE = AttentionShape(
     rows=3,
     context=37,
     num_heads=4,
@@ -39,8 +36,8 @@ SHAPE = Shape(
         "transformers_paged",
     ],
 )
-@pytest.mark.filterwarnings("default")  # torch's own
-def test_contenders_give_the_same_numbers_from_the_same_case(name):
+@pytest.mark.filterwarnings("default")  # warnings of torch
+def test_contenders_return_the_expected_output(name):
     build, reason = contenders.CONTENDERS[name]
     if reason():
         pytest.skip(reason())
@@ -51,20 +48,20 @@ def test_contenders_give_the_same_numbers_from_the_same_case(name):
     run(2)
 
 
-def test_the_oracle_is_a_softmax_over_the_sequences_own_pages():
+def test_the_expected_output_is_a_softmax_over_the_sequence_s_pages():
     case = cases.make_case(SHAPE)
     pages = case.pages(case.keys)
-    # Head 3 of row 1 reads kv head 1; its tokens are found by the table, one by one.
+    # Query head 3 of row 1 reads KV head 1; the table has the block of each token.
     size, table = SHAPE.block_size, case.block_tables[1]
     keys = [pages[table[i // size], 1, i % size] for i in range(SHAPE.context)]
     np.testing.assert_array_equal(keys, case.keys[1, :, 1])
     scores = np.array([case.q[1, 3].astype(float) @ k for k in keys]) / 4
     weights = np.exp(scores) / np.exp(scores).sum()
     wanted = weights @ case.values[1, :, 1]
-    np.testing.assert_allclose(cases.expected(case)[1, 3], wanted, rtol=1e-12)
+    np.testing.assert_allclose(cases.expected_output(case)[1, 3], wanted, rtol=1e-12)
 
 
-def test_a_contender_with_wrong_numbers_is_not_timed(monkeypatch):
+def test_a_contender_with_wrong_output_is_not_timed(monkeypatch):
     build, reason = contenders.CONTENDERS["xla"]
 
     def wrong(case):
@@ -72,13 +69,15 @@ def test_a_contender_with_wrong_numbers_is_not_timed(monkeypatch):
         return out * 1.001, run
 
     monkeypatch.setitem(contenders.CONTENDERS, "xla", (wrong, reason))
-    with pytest.raises(ValueError, match=r"wrong numbers: relative error 1\.0e-03"):
-        contenders.measure("xla", SHAPE, repeats=1, least_s=0.001)
+    with pytest.raises(
+        ValueError, match=r"output: expected .* got 1\.0e-03; xla is not"
+    ):
+        contenders.measure_shape("xla", SHAPE, repeats=1, least_s=0.001)
 
 
 @pytest.mark.long
-def test_the_runner_prints_a_row_for_each_shape():
-    status, stdout, stderr = run_experiment(
+def test_the_runner_reports_a_row_for_each_size():
+    status, stdout, stderr = call_experiment(
         "bench_attention",
         "--contenders=xla,mosaic_tpu,write_kv/xla,copy_blocks/xla,copy_blocks/triton",
         "--updates=5",
@@ -89,11 +88,11 @@ def test_the_runner_prints_a_row_for_each_shape():
         "--read_gb=0.01",
     )
     assert status == 0, stderr
-    found = json.loads(stdout.splitlines()[-1])
+    found = last_json(stdout)
     attention, updates = found["rows"][:2], found["rows"][2:]
     assert [(row["name"], row["rows"]) for row in attention] == [("xla", 1), ("xla", 2)]
     for row in attention:
-        # 2 x 20 tokens x 4 kv heads x 64 x 4 bytes a row.
+        # Per row: 2 x 20 tokens x 4 KV heads x 64 x 4 bytes.
         assert row["kv_bytes"] == row["rows"] * 2 * 20 * 4 * 64 * 4
         assert row["bytes_per_s"] == pytest.approx(row["kv_bytes"] / row["seconds"])
         share = row["bytes_per_s"] / found["read_bytes_per_s"]
@@ -102,7 +101,7 @@ def test_the_runner_prints_a_row_for_each_shape():
         "mosaic_tpu": "needs a TPU",
         "copy_blocks/triton": "needs a GPU",
     }
-    # 5 tokens and 5 blocks of 16, read and written, keys and values.
+    # Keys and values of 5 tokens and of 5 blocks of 16 are read and written.
     sizes = {row["name"]: row["moved_bytes"] for row in updates}
     token = 2 * 2 * 5 * 4 * 64 * 4
     assert sizes == {"write_kv/xla": token, "copy_blocks/xla": 16 * token}
@@ -113,7 +112,9 @@ def test_the_runner_prints_a_row_for_each_shape():
 
 @pytest.mark.parametrize("name", ["write_kv", "copy_blocks"])
 def test_an_update_with_wrong_pages_is_not_timed(name, monkeypatch):
-    update = Update(name, 5, num_kv_heads=2, head_dim=16, block_size=8, dtype="float32")
+    update = PageUpdate(
+        name, 5, num_kv_heads=2, head_dim=16, block_size=8, dtype="float32"
+    )
     call = getattr(attention, name)
 
     def wrong(k_pages, v_pages, *args, **options):
@@ -121,36 +122,36 @@ def test_an_update_with_wrong_pages_is_not_timed(name, monkeypatch):
         return k_pages, v_pages.at[-1, -1, -1, -1].add(1)
 
     monkeypatch.setattr(attention, name, wrong)
-    with pytest.raises(ValueError, match="wrong pages: not timed"):
-        page_updates.measure(f"{name}/xla", update, 1, 1, 0.001)
+    with pytest.raises(ValueError, match=f"pages: expected .* not timing {name}"):
+        page_updates.measure_update(f"{name}/xla", update, 1, 1, 0.001)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
-def test_pages_of_8_bits_are_compared_with_what_they_stand_for(kv_dtype):
+def test_8_bit_pages_are_compared_with_their_dequantised_values(kv_dtype):
     shape = dataclasses.replace(SHAPE, kv_dtype=kv_dtype)
     assert shape.kv_bytes == 2 * 3 * 37 * 2 * (16 + 4)
-    found = contenders.measure("xla", shape, repeats=1, least_s=0.001)
+    found = contenders.measure_shape("xla", shape, repeats=1, least_s=0.001)
     assert found["error"] < 1e-5
-    with pytest.raises(ValueError, match="no pages of"):
-        contenders.measure("torch_sdpa", shape, repeats=1, least_s=0.001)
+    with pytest.raises(ValueError, match="kv_dtype: expected auto"):
+        contenders.measure_shape("torch_sdpa", shape, repeats=1, least_s=0.001)
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--contenders=fast", "--contenders: wanted some of .* got 'fast'"),
-        ("--rows=0", "--rows: wanted integers above 0"),
-        ("--num_heads=5", "--num_heads: wanted a multiple of --num_kv_heads"),
+        ("--contenders=fast", "--contenders: expected some of .* got 'fast'"),
+        ("--rows=0", "--rows: expected integers of at least 1"),
+        ("--num_heads=5", "--num_heads: expected a multiple of --num_kv_heads"),
     ],
 )
-def test_wrong_flags_are_refused_before_anything_is_measured(flag, message):
-    status, stdout, stderr = run_experiment("bench_attention", flag)
+def test_invalid_flags_are_refused_before_anything_is_measured(flag, message):
+    status, stdout, stderr = call_experiment("bench_attention", flag)
     assert status == 1
     assert stdout == ""
     assert re.search(message, stderr)
 
 
-def test_repetitions_are_as_many_as_asked_for_and_numbered():
+def test_repeat_runs_the_given_number_of_numbered_repetitions():
     def body(index, state):
         count, total = state
         return count + 1, total + index

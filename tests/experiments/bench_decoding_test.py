@@ -1,10 +1,4 @@
-"""The benchmark of decoding methods at tiny sizes, and the baseline that it compares
-with."""
-
-import json
-import os
-import subprocess
-import sys
+"""The benchmark of decoding methods at tiny sizes, and its baseline."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +11,15 @@ from experiments.lib.decoding.costs import shares_of_step
 from experiments.lib.decoding.loads import (
     HAS_HUGGING_FACE,
     METHODS,
+    DecodingLoad,
     EngineDecoding,
-    Load,
     PlainDecoding,
-    decoding_engine,
+    load_in_progress,
 )
 from experiments.lib.timing import once
 from jpaged.config import EngineConfig
-from tests.experiments.bench_throughput_test import tiny_model
+from tests.support.models.tiny_llama import tiny_llama
+from tests.support.runners import call_experiment, last_json
 
 pytestmark = pytest.mark.long
 
@@ -42,10 +37,10 @@ OTHERS = ["plain", *(["hugging_face"] if HAS_HUGGING_FACE else [])]
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    return tiny_llama()
 
 
-def plain_start(model, num_rows, num_tokens, method="beams"):
+def plain_search(model, num_rows, num_tokens, method="beams"):
     weights, shape = baseline.weights_of(model)
     prompt = jnp.asarray(np.random.default_rng(2).integers(0, 256, 9), jnp.int32)
     sizes = dict(shape=shape, num_rows=num_rows, num_tokens=num_tokens)
@@ -61,7 +56,7 @@ def log_softmax(logits):
 
 
 def slow_beams(model, prompt, width, num_tokens):
-    """Beam search that computes every sequence anew: tokens and scores, best first."""
+    """Beam search that recomputes every sequence: tokens and scores, best first."""
     forward = jax.jit(lambda model, tokens: model(tokens))
     beams = [((), 0.0)]
     for _ in range(num_tokens):
@@ -78,24 +73,24 @@ def slow_beams(model, prompt, width, num_tokens):
 
 
 @pytest.mark.parametrize("form", ["calls", "loop"])
-def test_plain_beams_are_those_of_a_loop_that_recomputes_everything(form, model):
-    start, prompt = plain_start(model, 4, 6)
+def test_plain_beams_equal_a_search_that_recomputes_everything(form, model):
+    start, prompt = plain_search(model, 4, 6)
     weights, shape = baseline.weights_of(model)
-    to_end = getattr(baseline_decoding.beams_to_end, form)
-    got = to_end(weights, start, shape=shape)
+    decode = getattr(baseline_decoding.decode_beams, form)
+    got = decode(weights, start, shape=shape)
     tokens, scores = slow_beams(model, prompt.tolist(), 4, 6)
     np.testing.assert_array_equal(got.tokens, tokens)
     np.testing.assert_allclose(got.scores, scores, atol=1e-4)
-    assert len(set(tokens[:, 0])) > 1  # beams of several parents are left
+    assert len(set(tokens[:, 0])) > 1  # the beams have several first tokens
 
 
 @pytest.mark.parametrize("form", ["calls", "loop"])
-def test_plain_samples_are_drawn_from_their_own_past(form, model):
+def test_plain_samples_are_sampled_after_their_own_tokens(form, model):
     weights, shape = baseline.weights_of(model)
     key = jax.random.key(5)
-    start, prompt = plain_start(model, 3, 5, "samples")
-    to_end = getattr(baseline_decoding.samples_to_end, form)
-    got = np.asarray(to_end(weights, start, shape=shape).tokens)
+    start, prompt = plain_search(model, 3, 5, "samples")
+    decode = getattr(baseline_decoding.decode_samples, form)
+    got = np.asarray(decode(weights, start, shape=shape).tokens)
     assert len({tuple(row) for row in got.tolist()}) == 3
 
     forward = jax.jit(lambda model, tokens: model(tokens))
@@ -105,16 +100,16 @@ def test_plain_samples_are_drawn_from_their_own_past(form, model):
         padded = np.zeros((3, 16), np.int32)
         padded[:, : known.shape[1]] = known
         logits = forward(model, padded)[:, known.shape[1] - 1]
-        drawn = np.asarray(jax.random.categorical(used, logits))
-        if known.shape[1] == len(prompt):  # the first draw is of one row's logits
-            drawn = np.asarray(jax.random.categorical(used, logits[0], shape=(3,)))
-        known = np.concatenate([known, drawn[:, None]], axis=1)
+        sampled = np.asarray(jax.random.categorical(used, logits))
+        if known.shape[1] == len(prompt):  # the first tokens share one row's logits
+            sampled = np.asarray(jax.random.categorical(used, logits[0], shape=(3,)))
+        known = np.concatenate([known, sampled[:, None]], axis=1)
     np.testing.assert_array_equal(got, known[:, len(prompt) :])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_load_gives_its_rows_and_tokens_again_and_again(method, model):
-    load = Load(method, list(range(7)), 3, 5)
+def test_runs_of_a_load_are_repeatable_and_equal_the_baseline(method, model):
+    load = DecodingLoad(method, list(range(7)), 3, 5)
     ours = EngineDecoding(model, CONFIG)
     plain = PlainDecoding(model)
     found = []
@@ -130,16 +125,16 @@ def test_a_load_gives_its_rows_and_tokens_again_and_again(method, model):
             np.testing.assert_array_equal(plain.tokens(), found[0])
 
 
-def test_an_engine_in_the_middle_of_a_load_still_has_the_steps_to_do(model):
-    load = Load("beams", list(range(7)), 3, 9)
-    state = decoding_engine(model, CONFIG, load, load.middle(4))
+def test_a_load_in_progress_has_the_requested_context(model):
+    load = DecodingLoad("beams", list(range(7)), 3, 9)
+    state = load_in_progress(model, CONFIG, load, load.middle(4))
     lengths = np.asarray(state.blocks.context_lens)
     assert lengths[:3].tolist() == [9, 9, 9]
-    with pytest.raises(ValueError, match=r"steps: .*at most 7"):
+    with pytest.raises(ValueError, match=r"--cost_steps: .*at most 7"):
         load.middle(8)
 
 
-def test_the_shares_of_a_step_are_differences_and_add_up_to_one():
+def test_the_shares_of_a_step_add_up_to_one():
     seconds = dict(step=20.0, products=12.0, attention=3.0)
     seconds |= dict(none=0.5, algorithm=1.5, fork=1.75, copies=2.0)
     shares = shares_of_step(seconds)
@@ -157,16 +152,10 @@ def test_the_shares_of_a_step_are_differences_and_add_up_to_one():
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_the_benchmark_of_decoding_methods_ends_with_one_json_object():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench_decoding", "--smoke"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+def test_the_smoke_run_reports_all_figures():
+    status, stdout, stderr = call_experiment("bench_decoding", "--smoke")
+    assert status == 0, stderr[-4000:]
+    report = last_json(stdout)
     sides = ("products", "jpaged", *OTHERS)
     assert set(report["steps_per_s"]) == {f"beams_{side}" for side in sides}
     assert set(report["tokens_per_s"]) == {f"samples_{side}" for side in sides}
@@ -186,7 +175,7 @@ def test_the_benchmark_of_decoding_methods_ends_with_one_json_object():
     details = report["details"]
     equal = details["beams"]["equal_tokens_share"]
     assert set(equal) == {"plain_calls", "plain_loop", *OTHERS} - {"plain"}
-    assert set(equal.values()) == {1.0}  # the same beams everywhere
+    assert set(equal.values()) == {1.0}  # all contenders find the same beams
     cost = details["cost"]
     assert sum(cost["shares_of_beam_step"].values()) == pytest.approx(1.0)
     assert cost["block_copies_per_step"] > 0

@@ -1,18 +1,13 @@
-"""The throughput benchmark at tiny sizes, and the baseline that it compares with."""
-
-import json
-import os
-import subprocess
-import sys
+"""The throughput benchmark at tiny sizes, its baseline and its limits."""
 
 import jax
 import numpy as np
-import pytest
 
 from experiments.lib import baseline, limits
-from experiments.lib.engine_loads import lognormal_workload
+from experiments.lib.bursts import lognormal_burst
 from experiments.lib.timing import Contender, time_in_turn
-from jpaged.models import ModelConfig, init_model
+from tests.support.models.tiny_llama import tiny_llama
+from tests.support.runners import call_experiment, last_json
 
 SIZES = dict(
     hidden_size=64,
@@ -40,36 +35,11 @@ SIZES = dict(
 )
 
 
-def tiny_model():
-    config = ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=256,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        # Larger than a Llama's, so that the tokens depend on what came before.
-        initializer_range=0.3,
-    )
-    return init_model(config, seed=3)
-
-
-def test_the_throughput_benchmark_ends_with_one_json_object():
-    command = [sys.executable, "-m", "experiments.bench_throughput"]
-    command += [f"--{name}={value}" for name, value in SIZES.items()]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+def test_the_runner_reports_all_figures():
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    status, stdout, stderr = call_experiment("bench_throughput", *sizes)
+    assert status == 0, stderr[-4000:]
+    report = last_json(stdout)
     sides = ("jpaged", "baseline")
     assert set(report["tokens_per_s"]) == {
         f"{side}_{batch}" for side in (*sides, "products") for batch in (1, 2)
@@ -90,21 +60,22 @@ def test_the_throughput_benchmark_ends_with_one_json_object():
     assert min(figures) > 0
     w32 = report["details"]["w32"]
     assert w32["prompt_tokens"] == w32["output_tokens"] == 2 * SIZES["mean_len"]
-    assert w32["equal_tokens_share"] == 1.0  # the baseline's with the engine's
+    assert w32["equal_tokens_share"] == 1.0  # the engine's and the baseline's
     assert w32["kv_bytes"]["jpaged"] <= w32["kv_bytes"]["baseline"]
     assert set(report["versions"]) >= {"python", "jax", "jaxlib"}
     assert report["device"].startswith("cpu")
 
 
-@pytest.mark.parametrize("decode", [baseline.decode_calls, baseline.decode_loop])
-def test_the_baseline_gives_the_tokens_of_a_loop_that_recomputes_everything(decode):
-    model = tiny_model()
+def test_both_forms_of_the_baseline_equal_a_loop_that_recomputes_everything():
+    model = tiny_llama()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, size=n).tolist() for n in (7, 1, 12)]
     weights, shape = baseline.weights_of(model)
     tokens, starts = baseline.pad_left(prompts)
-    state = baseline.prefill(weights, tokens, starts, shape=shape, max_len=32)
-    _, got = decode(weights, state, 9, shape=shape)
+    found = []
+    for decode in (baseline.decode_calls, baseline.decode_loop):
+        state = baseline.prefill(weights, tokens, starts, shape=shape, max_len=32)
+        found.append(np.asarray(decode(weights, state, 9, shape=shape)[1]))
 
     forward = jax.jit(lambda model, tokens: model(tokens))
     for row, prompt in enumerate(prompts):
@@ -114,17 +85,18 @@ def test_the_baseline_gives_the_tokens_of_a_loop_that_recomputes_everything(deco
             padded[0, : len(known)] = known
             logits = np.asarray(forward(model, padded))[0, len(known) - 1]
             known.append(int(np.argmax(logits)))
-        wanted = known[len(prompt) :]
-        assert len(set(wanted)) > 3  # no model that repeats itself
-        np.testing.assert_array_equal(np.asarray(got)[row], wanted)
+        expected = known[len(prompt) :]
+        assert len(set(expected)) > 3  # the model does not repeat one token
+        for got in found:
+            np.testing.assert_array_equal(got[row], expected)
 
 
-def test_both_attentions_that_are_timed_have_all_their_work_to_do():
-    # An array that no result depends on would be dropped from the program.
-    config = tiny_model().config
+def test_both_timed_attentions_depend_on_all_their_inputs():
+    # XLA removes inputs from a program if no result depends on them.
+    config = tiny_llama().config
     contenders = (
-        limits.paged_attention(config, 3, 12, block_size=4, max_blocks=5),
-        limits.contiguous_attention(config, 3, 12),
+        limits.paged_attention_layers(config, 3, 12, block_size=4, max_blocks=5),
+        limits.contiguous_attention_layers(config, 3, 12),
     )
     for contender in contenders:
         leaves, tree = jax.tree.flatten(jax.device_get(contender.prepare()))
@@ -138,19 +110,21 @@ def test_both_attentions_that_are_timed_have_all_their_work_to_do():
 
 
 def test_the_matrix_products_use_every_matrix():
-    model = tiny_model()
+    model = tiny_llama()
     contender = limits.matrix_products(model, 2)
     compiled = contender.run.lower(*contender.prepare()).compile()
     in_layers, in_output = limits.num_matrix_weights(model.config)
     cost = compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
-    flops = 2 * 2 * (in_layers + in_output)  # 2 rows; XLA counts a loop's body once
-    # The few additions between the products come on top.
+    flops = (
+        2 * 2 * (in_layers + in_output)
+    )  # for 2 rows; XLA counts the body of a loop once
+    # There are a few additions between the products.
     assert flops <= cost["flops"] < 1.1 * flops
 
 
-def test_the_workloads_lengths_have_their_mean_and_their_limits():
-    load = lognormal_workload(
+def test_the_lengths_of_a_burst_have_their_mean_and_limits():
+    burst = lognormal_burst(
         num_requests=32,
         mean=64,
         sigma=0.6,
@@ -159,14 +133,14 @@ def test_the_workloads_lengths_have_their_mean_and_their_limits():
         vocab_size=100,
         seed=0,
     )
-    for lengths in (list(map(len, load.prompts)), load.output_lens):
+    for lengths in (list(map(len, burst.prompts)), burst.output_lens):
         assert abs(np.mean(lengths) - 64) < 0.5
         assert 8 <= min(lengths) < 40
         assert 100 < max(lengths) <= 256
-    assert list(map(len, load.prompts)) != load.output_lens
+    assert list(map(len, burst.prompts)) != burst.output_lens
 
 
-def test_contenders_run_in_turn_and_the_first_round_does_not_count():
+def test_contenders_run_in_turn_after_an_untimed_round():
     order = []
 
     def contender(name):

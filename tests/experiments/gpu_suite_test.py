@@ -1,4 +1,4 @@
-"""The suite for GPUs, whole and tiny on a CPU, and what it makes of its figures."""
+"""The GPU suite at tiny sizes on a CPU, and the aims computed from its rows."""
 
 import json
 import re
@@ -9,14 +9,14 @@ import pytest
 
 from experiments.lib import gpu_aims
 from experiments.lib.processes import run_limited
-from tests.support.runners import run_experiment
+from tests.support.runners import call_experiment, last_json
 
 
 @pytest.mark.long
-def test_the_suite_runs_whole_and_writes_what_it_found(tmp_path):
-    status, stdout, stderr = run_experiment("gpu_suite", f"--out={tmp_path}", "--tiny")
+def test_all_stages_run_and_the_results_are_written(tmp_path):
+    status, stdout, stderr = call_experiment("gpu_suite", f"--out={tmp_path}", "--tiny")
     assert status == 0, stderr
-    found = json.loads(stdout.splitlines()[-1])
+    found = last_json(stdout)
     ended = {stage["name"]: stage["ended"] for stage in found["stages"]}
     assert ended == dict.fromkeys(
         (
@@ -40,16 +40,16 @@ def test_the_suite_runs_whole_and_writes_what_it_found(tmp_path):
         assert "\n".join(stage["printed"]) in text
     here = {line["aim"]: line["here"] for line in found["aims"]}
     assert float(here["copy_blocks, share of copying"]) > 0
-    assert here["FlashInfer's time by ours, least"] == "not measured"
+    assert here["FlashInfer's time / ours, minimum"] == "not measured"
 
 
-def test_a_stage_that_is_unknown_is_refused():
-    status, stdout, stderr = run_experiment("gpu_suite", "--stages=all")
+def test_an_unknown_stage_is_refused():
+    status, stdout, stderr = call_experiment("gpu_suite", "--stages=all")
     assert (status, stdout) == (1, "")
-    assert re.search("--stages: wanted some of tests, attention.* got 'all'", stderr)
+    assert re.search("--stages: expected some of tests, attention.* got 'all'", stderr)
 
 
-def test_a_process_that_is_cut_keeps_what_it_printed():
+def test_a_process_stopped_at_its_limit_keeps_its_output():
     code = "import time\nprint('first', flush=True)\ntime.sleep(60)\nprint('last')"
     shown = []
     begin = time.monotonic()
@@ -59,18 +59,18 @@ def test_a_process_that_is_cut_keeps_what_it_printed():
 
 
 def attention_row(name, seconds, rows=16, kv_bytes=5e8, **more):
-    seq_index = dict(rows=rows, context=8192, block_size=16)
+    case = dict(rows=rows, context=8192, block_size=16)
     share = kv_bytes / seconds / 4e12
     row = dict(name=name, seconds=seconds, kv_bytes=kv_bytes, share=share)
-    return row | seq_index | more
+    return row | case | more
 
 
-def test_aims_are_read_off_the_rows_that_count():
+def test_aims_are_computed_from_the_relevant_rows():
     rows = [
         attention_row("triton", 2e-4),
-        attention_row("mosaic_gpu", 1.25e-4),  # 500 MB at 4 TB/s are 125 us
+        attention_row("mosaic_gpu", 1.25e-4),  # 500 MB at 4 TB/s take 125 us
         attention_row("mosaic_gpu", 1e-6, rows=1, kv_bytes=3e7),  # too few bytes
-        attention_row("xla", 1e-6),  # no kernel of a GPU
+        attention_row("xla", 1e-6),  # not a GPU kernel
         attention_row("flashinfer", 1.5e-4),
         attention_row("flashinfer", 0.8e-6, rows=1, kv_bytes=3e7),
         dict(name="write_kv/triton", share=0.7, moved_bytes=1e6, block_size=16)

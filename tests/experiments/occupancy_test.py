@@ -1,9 +1,8 @@
-"""The runner `occupancy`: its arithmetic, and its smallest run."""
+"""The runner `occupancy`: its statistics, and its smallest run."""
 
 import csv
 import functools
 import importlib.util
-import json
 
 import numpy as np
 import pytest
@@ -11,14 +10,14 @@ import pytest
 from experiments import occupancy
 from jpaged.outputs import RequestOutput
 from jpaged.serving.metrics import LATENCIES, StepRecord
-from tests.support.runners import run_experiment
+from tests.support.runners import call_experiment, last_json
 
 pytestmark = pytest.mark.long
 
-run = functools.partial(run_experiment, "occupancy")
+run = functools.partial(call_experiment, "occupancy")
 
 
-def test_a_small_run_has_its_tables_figure_and_json(tmp_path):
+def test_a_small_run_writes_table_figure_and_json(tmp_path):
     table, figure = tmp_path / "steps.csv", tmp_path / "figure.png"
     arguments = ["--num_requests=6", "--rate=20", f"--csv={table}"]
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
@@ -26,7 +25,7 @@ def test_a_small_run_has_its_tables_figure_and_json(tmp_path):
         arguments.append(f"--plot={figure}")
     status, out, _ = run(*arguments)
     assert status == 0
-    details = json.loads(out.rstrip().split("\n")[-1])["details"]
+    details = last_json(out)["details"]
     assert set(details["latencies_s"]) == set(LATENCIES)
     shares = details["kv_composition"]
     parts = [shares[name] for name in ("token_states", "reserved", "free")]
@@ -49,7 +48,7 @@ def record(**counts):
     return StepRecord(**zeros | counts)
 
 
-def test_composition_is_a_mean_over_steps_of_shares_of_the_pool():
+def test_the_composition_is_the_mean_of_the_steps():
     steps = [
         record(num_used_blocks=2, num_token_states=5, num_reserved_slots=3),
         record(num_used_blocks=4, num_token_states=15, num_reserved_slots=1)._replace(
@@ -61,7 +60,7 @@ def test_composition_is_a_mean_over_steps_of_shares_of_the_pool():
     )
 
 
-def test_a_latency_that_nobody_has_is_no_row_and_percentiles_are_numpys():
+def test_the_latency_table_has_percentiles_of_the_requests_with_a_latency():
     none = dict.fromkeys(LATENCIES)
     outputs = [
         RequestOutput(number, None, [1], [], metrics=none | dict(total_s=float(number)))
@@ -73,12 +72,12 @@ def test_a_latency_that_nobody_has_is_no_row_and_percentiles_are_numpys():
     )
 
 
-def test_arrivals_begin_at_once_and_have_the_rate():
-    times = occupancy.arrivals_s(4000, 5.0, seed=1)
+def test_arrivals_start_at_0_and_have_the_rate():
+    times = occupancy.poisson_arrivals_s(4000, 5.0, seed=1)
     assert times[0] == 0
     assert times == sorted(times)
     assert abs(4000 / times[-1] - 5) < 0.3
-    assert occupancy.arrivals_s(4000, 5.0, seed=2) != times
+    assert occupancy.poisson_arrivals_s(4000, 5.0, seed=2) != times
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_arrivals_begin_at_once_and_have_the_rate():
         ("--rate=0", "flag --rate=0"),
     ],
 )
-def test_a_wrong_flag_is_said_in_one_line(argument, message):
+def test_an_invalid_flag_is_refused(argument, message):
     status, out, err = run(argument)
     assert status == 1
     assert message in out + err

@@ -1,7 +1,6 @@
-"""Plans: weights of a chip against where parameters lie, the rest by hand."""
+"""The runner `plan`: weights against the shardings of `load_model`, the rest by hand."""
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -15,13 +14,13 @@ from jpaged.models.decoder import Decoder
 from jpaged.models.loading.placing import placement
 from jpaged.models.shapes import random_config
 from jpaged.simulator.costs.chips import find_chip
-from tests.support.runners import run_experiment
+from tests.support.runners import call_experiment, last_json
 
 pytestmark = pytest.mark.long
 
 
-class Device:
-    """All that a sharding asks of a device that is not there."""
+class FakeDevice:
+    """The attributes of a device that a sharding needs."""
 
     process_index, platform, device_kind = 0, "cpu", "none"
 
@@ -30,8 +29,8 @@ class Device:
 
 
 def placed_bytes(config, tensor, expert):
-    """Bytes of one device, by the shardings that `load_model` gives parameters."""
-    devices = np.array([Device(n) for n in range(tensor * expert)])
+    """Bytes on one device, by the shardings of parameters in `load_model`."""
+    devices = np.array([FakeDevice(n) for n in range(tensor * expert)])
     mesh = jax.sharding.Mesh(
         devices.reshape(1, expert, tensor),
         parallel.AXES,
@@ -59,16 +58,16 @@ def placed_bytes(config, tensor, expert):
         ("gpt2", 4, 1),
     ],
 )
-def test_weights_are_those_of_the_parameters_on_a_device(name, tensor, expert):
+def test_weight_bytes_equal_those_of_the_placed_parameters(name, tensor, expert):
     config = dataclasses.replace(random_config(name), num_layers=2)
     found = plan.weight_bytes(config, tensor, expert)
     assert found == placed_bytes(config, tensor, expert)
     assert found < plan.weight_bytes(config)
 
 
-def test_pages_fill_what_weights_and_temporaries_leave():
+def test_pages_use_the_memory_beside_weights_and_temporaries():
     config = random_config("llama-3-8b")  # 32 layers
-    found = plan.make_plan(config, find_chip("h100"), tensor=2)
+    found = plan.plan_mesh(config, find_chip("h100"), tensor=2)
     # 32 layers, keys and values, 4 of 8 heads of 128 numbers, 2 bytes each.
     token = 32 * 2 * 4 * 128 * 2
     assert found.page_bytes == found.kv_tokens * token
@@ -78,17 +77,17 @@ def test_pages_fill_what_weights_and_temporaries_leave():
     assert found.collectives["all_gather"] == {"count": 1, "bytes": 64 * 128256 * 4}
 
 
-def test_shared_kv_heads_take_a_whole_head_of_each_chip():
+def test_chips_that_share_a_kv_head_store_it_completely():
     config = dataclasses.replace(random_config("llama-3-70b"), num_layers=2)
-    eight = plan.make_plan(config, find_chip("tpu-v5e"), tensor=8)
-    sixteen = plan.make_plan(config, find_chip("tpu-v5e"), tensor=16)
+    eight = plan.plan_mesh(config, find_chip("tpu-v5e"), tensor=8)
+    sixteen = plan.plan_mesh(config, find_chip("tpu-v5e"), tensor=16)
     assert eight.page_bytes / eight.kv_tokens == sixteen.page_bytes / sixteen.kv_tokens
 
 
-def test_the_runner_says_what_does_not_fit():
-    status, out, err = run_experiment("plan", "--model=opt-13b", "--chip=rtx-4090")
+def test_the_runner_reports_a_model_that_does_not_fit():
+    status, out, err = call_experiment("plan", "--model=opt-13b", "--chip=rtx-4090")
     assert status == 0, err
-    result = json.loads(out.splitlines()[-1])
+    result = last_json(out)
     assert not result["fits"]
     assert result["kv_tokens"] == 0
     assert result["weight_bytes"] > 25e9
@@ -97,19 +96,22 @@ def test_the_runner_says_what_does_not_fit():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensor": 3}, "tensor: wanted a divisor of num_heads=32, got 3; 1 or 2"),
-        ({"expert": 2}, "expert: wanted a divisor of num_experts=1"),
-        ({"data": 0}, "data: wanted at least 1, got 0"),
-        ({"memory_fraction": 2.0}, "memory_fraction: wanted more than 0"),
+        (
+            {"tensor": 3},
+            "--tensor: expected a divisor of num_heads=32, such as 1 or 2, got 3",
+        ),
+        ({"expert": 2}, "--expert: expected a divisor of num_experts=1"),
+        ({"data": 0}, "--data: expected at least 1, got 0"),
+        ({"memory_fraction": 2.0}, "--memory_fraction: expected more than 0"),
     ],
 )
-def test_bad_sizes_are_named(sizes, message):
+def test_invalid_sizes_are_named(sizes, message):
     with pytest.raises(ValueError, match=message):
-        plan.make_plan(random_config("llama-3-8b"), find_chip("h100"), **sizes)
+        plan.plan_mesh(random_config("llama-3-8b"), find_chip("h100"), **sizes)
 
 
-def test_a_bad_flag_gets_one_line():
-    status, _, err = run_experiment("plan", "--chip=abacus")
+def test_an_unknown_chip_is_named():
+    status, _, err = call_experiment("plan", "--chip=abacus")
     assert status == 1
     assert "expected one of a100-40g" in err
     assert "Traceback" not in err

@@ -1,7 +1,6 @@
-"""The runner `preemption`: what it times comes back whole, and its smallest run."""
+"""The runner `preemption`: its swaps are lossless, and its smallest run."""
 
 import csv
-import json
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from experiments import preemption
 from jpaged.kv import block_manager
 from jpaged.models import ModelConfig
-from tests.support.runners import run_experiment
+from tests.support.runners import call_experiment, last_json
 
 pytestmark = pytest.mark.long
 
@@ -34,12 +33,12 @@ TINY = {
 
 
 def run(**flags):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
+    """Calls the runner at tiny sizes: (exit status, stdout, stderr)."""
     given = [f"--{name}={value}" for name, value in (TINY | flags).items()]
-    return run_experiment("preemption", *given)
+    return call_experiment("preemption", *given)
 
 
-def test_the_sequence_that_is_timed_comes_back_whole():
+def test_the_timed_sequence_is_complete_after_swapping():
     sizes = ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=8,
@@ -61,13 +60,12 @@ def test_the_sequence_that_is_timed_comes_back_whole():
     assert jax.tree.leaves(cache)[0].shape == jax.tree.leaves(host_cache)[0].shape
 
 
-def test_its_smallest_run_prints_figures_and_writes_them(tmp_path):
+def test_the_smallest_run_reports_and_writes_its_figures(tmp_path):
     pytest.importorskip("matplotlib")
     status, out, err = run(out=tmp_path / "figure")
     assert status == 0, err
-    *lines, last = out.splitlines()
-    assert sum("swapping" in line for line in lines) == 3
-    found = json.loads(last)
+    assert sum("swapping" in line for line in out.splitlines()[:-1]) == 3
+    found = last_json(out)
     figures = found["details"]["figures"]
     ways = {(one["part"], one["block_size"], one["way"]) for one in figures}
     assert ways == {
@@ -88,7 +86,7 @@ def test_its_smallest_run_prints_figures_and_writes_them(tmp_path):
             assert one["num_tokens"] == 3 * 20
             assert (one["num_preemptions"] > 0) == (one["way"] != "no_preemption")
             assert (one["num_swapped_blocks"] > 0) == (one["way"] == "swap")
-    # What is swapped is not computed again.
+    # Swapped sequences are not recomputed.
     tokens = {
         (one["block_size"], one["way"]): one["computed_tokens"] for one in figures
     }
@@ -104,12 +102,15 @@ def test_its_smallest_run_prints_figures_and_writes_them(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(block_sizes="4,none"), "block_sizes: wanted numbers of at least 1"),
-        (dict(parts="two"), "parts: wanted some of"),
-        (dict(pool_tokens=23), "pool_tokens: wanted at least prompt_len + output_len"),
+        (dict(block_sizes="4,none"), "--block_sizes: expected integers of at least 1"),
+        (dict(parts="two"), "--parts: expected some of"),
+        (
+            dict(pool_tokens=23),
+            "--pool_tokens: expected at least --prompt_len + --output_len",
+        ),
     ],
 )
-def test_a_wrong_flag_is_one_line_without_a_traceback(flags, message):
+def test_an_invalid_flag_is_refused(flags, message):
     status, _, err = run(**flags)
     assert status == 1
     assert message in err

@@ -1,7 +1,6 @@
-"""The runner `sharing`: its lengths, what it counts, and its smallest run."""
+"""The runner `sharing`: its lengths, its counts, and its smallest run."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,12 @@ from experiments import sharing
 from jpaged import engine
 from jpaged.config import EngineConfig
 from jpaged.kv import block_manager
-from tests.support.runners import run_experiment
+from tests.support.runners import call_experiment, last_json
 
 pytestmark = pytest.mark.long
 
 SIZES = ("--num_requests=3", "--max_num_seqs=4", "--num_blocks=300")
-run = functools.partial(run_experiment, "sharing", *SIZES)
+run = functools.partial(call_experiment, "sharing", *SIZES)
 
 
 @pytest.mark.parametrize(
@@ -36,19 +35,19 @@ def test_the_tables_have_the_means_of_the_paper_s_figure_11(
     assert sorted(first) == sorted(last)
 
 
-def test_parallel_sampling_saves_what_its_lengths_say():
-    """One request alone: full blocks of the prompt are shared by all from the first
-    token on, the last partial one until the samples write to it."""
+def test_parallel_sampling_saves_the_blocks_that_its_lengths_imply():
+    """With one request, all samples share the full blocks of the prompt from the first
+    token on, and the last partial block until they write to it."""
     width, num_input, num_output = 3, 37, 20
     config = EngineConfig(
         num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64, max_num_requests=4,
         max_model_len=64,
     )  # fmt: skip
-    lengths = [sharing.Length(num_input, num_output)]
+    lengths = [sharing.RequestLength(num_input, num_output)]
     request = sharing.requests_of(lengths, "parallel", width, 0)
-    state, _ = sharing.replay(sharing.make_model(1.0, 0), config, *request)
-    # The first sample computes the prompt. The others map its blocks, compute the
-    # prompt's last token again in the next step, and so end a step later.
+    state, _ = sharing.run_requests(sharing.scaled_model(1.0, 0), config, *request)
+    # The first sample computes the prompt. The others map its blocks, recompute the
+    # prompt's last token in the next step, and therefore end one step later.
     shares = []
     for step in range(num_output + 1):
         lens = [num_input + step] * (step < num_output)
@@ -61,7 +60,7 @@ def test_parallel_sampling_saves_what_its_lengths_say():
     assert int(block_manager.num_free_blocks(state.blocks)) == 64
 
 
-def test_it_prints_a_table_a_figure_and_a_line_of_json(tmp_path):
+def test_the_smallest_run_writes_table_figure_and_json(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot` is missing")
     path = tmp_path / "figure.png"
     trace = tmp_path / "lengths.csv"
@@ -70,7 +69,7 @@ def test_it_prints_a_table_a_figure_and_a_line_of_json(tmp_path):
     )
     status, out, _ = run(f"--trace={trace}", "--widths=2", f"--plot={path}")
     assert status == 0
-    record = json.loads(out.rstrip().split("\n")[-1])
+    record = last_json(out)
     runs = record["details"]["runs"]
     got = [(r["dataset"], r["method"], r["width"], r["weight_scale"]) for r in runs]
     assert got == [
@@ -85,16 +84,20 @@ def test_it_prints_a_table_a_figure_and_a_line_of_json(tmp_path):
     assert jax.devices()[0].platform in record["device"]
 
 
-def test_a_request_that_the_pool_could_never_hold_is_refused():
+def test_a_request_larger_than_the_pool_is_refused():
     config = EngineConfig(num_blocks=2, max_num_seqs=4, max_num_requests=4)
     with pytest.raises(ValueError, match="blocks"):
-        sharing.check_fits(config, [sharing.Length(30, 5)], "parallel", 2, seed=0)
+        sharing.check_fits(
+            config, [sharing.RequestLength(30, 5)], "parallel", 2, seed=0
+        )
 
 
-def test_a_larger_factor_makes_the_model_surer_of_its_next_token():
+def test_a_larger_factor_concentrates_the_next_token_distribution():
     tokens = jnp.array([[1, 2, 3, 4]])
     best = [
-        float(jax.nn.softmax(sharing.make_model(scale, 0)(tokens)).max(axis=-1).mean())
+        float(
+            jax.nn.softmax(sharing.scaled_model(scale, 0)(tokens)).max(axis=-1).mean()
+        )
         for scale in (1.0, 50.0)
     ]
     assert best[0] < 0.01
@@ -104,13 +107,13 @@ def test_a_larger_factor_makes_the_model_surer_of_its_next_token():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--widths=2,x", "widths: wanted numbers of at least 1"),
+        ("--widths=2,x", "--widths: expected integers of at least 1"),
         ("--widths=5", "max_beam_width: expected at most max_num_seqs"),
         ("--trace=nowhere.csv", "nowhere.csv"),
         ("--num_requests=0", "flag --num_requests=0"),
     ],
 )
-def test_a_wrong_flag_is_said_in_one_line(argument, message):
+def test_an_invalid_flag_is_refused(argument, message):
     status, out, err = run(argument)
     assert status == 1
     assert message in out + err
@@ -120,26 +123,29 @@ def test_a_wrong_flag_is_said_in_one_line(argument, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("input_tokens,output_tokens\n5,5\n2000,48\n", "has 1; lower --num_requests"),
-        ("input,output_tokens\n5,5\n", "wanted integers in the columns input_tokens"),
-        ("input_tokens,output_tokens\n5,x\n", "wanted integers in the columns"),
+        (
+            "input_tokens,output_tokens\n5,5\n2000,48\n",
+            "got 1 in .*; lower --num_requests",
+        ),
+        ("input,output_tokens\n5,5\n", "expected integers in the columns input_tokens"),
+        ("input_tokens,output_tokens\n5,x\n", "expected integers in the columns"),
     ],
 )
-def test_a_trace_that_cannot_be_used_is_refused(text, message, tmp_path):
+def test_an_invalid_trace_is_refused(text, message, tmp_path):
     path = tmp_path / "lengths.csv"
     path.write_text(text, "utf-8")
     with pytest.raises(ValueError, match=message):
         sharing.trace_lengths(path, 2, seed=0)
 
 
-def test_the_share_while_requests_wait_is_a_mean_of_the_steps_before_they_are_gone():
+def test_the_share_while_requests_wait_is_the_mean_of_those_steps():
     config = EngineConfig(
         num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64, max_num_requests=16,
         max_model_len=64,
     )  # fmt: skip
-    lengths = [sharing.Length(33, 20)] * 4
+    lengths = [sharing.RequestLength(33, 20)] * 4
     request = sharing.requests_of(lengths, "parallel", 4, 0)
-    state, share = sharing.replay(sharing.make_model(1.0, 0), config, *request)
+    state, share = sharing.run_requests(sharing.scaled_model(1.0, 0), config, *request)
     assert not bool(engine.has_work(state))
-    # Of 3 blocks each of 4 samples shares 2 with the others, but for the first steps.
+    # Except in the first steps, the 4 samples share 2 of their 3 blocks.
     assert 0.4 < share < 0.5

@@ -1,17 +1,12 @@
 """The runner `smc_steering`: its potentials on whole texts, and its smallest run."""
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import smc_steering
-from tests.support.paths import ROOT
+from tests.support.runners import call_experiment, last_json
 
 TEXTS = ["a", "bcd", "\n", "e\nfghij", "kl\n\nmnopqrstu\nv", "", "Ee"]
 
@@ -24,7 +19,7 @@ def total(potential, initial, tokens) -> float:
     return sum(logs)
 
 
-def test_the_potential_of_short_lines_counts_what_is_beyond_the_limit():
+def test_short_lines_charges_the_characters_beyond_the_limit():
     potential = smc_steering.short_lines(TEXTS, "x\nyz", 4, 0.5)
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -34,26 +29,22 @@ def test_the_potential_of_short_lines_counts_what_is_beyond_the_limit():
         assert total(*potential, tokens) == -0.5 * beyond
 
 
-def test_the_potential_without_a_letter_counts_it_in_either_case():
+def test_no_letter_charges_the_letter_in_upper_and_lower_case():
     potential = smc_steering.no_letter(TEXTS, "e", 3.0)
     assert total(*potential, [0, 3, 6, 1]) == -9.0
 
 
-def run(*arguments):
-    """(exit status, stdout, stderr) of the runner in a process of its own."""
-    command = [sys.executable, "-m", "experiments.smc_steering", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_it_prints_particles_and_a_line_of_json():
-    status, out, _ = run(
-        "--particles=3", "--num_runs=2", "--max_tokens=6", "--limit=5", "--strength=2"
+def test_the_smallest_run_reports_particles_and_estimates():
+    status, out, _ = call_experiment(
+        "smc_steering",
+        "--particles=3",
+        "--num_runs=2",
+        "--max_tokens=6",
+        "--limit=5",
+        "--strength=2",
     )
     assert status == 0
-    record = json.loads(out.rstrip().split("\n")[-1])
+    record = last_json(out)
     for name in ("smc", "importance"):
         found = record["details"][name]
         assert len(found["log_normalisers"]) == len(found["effective_sizes"]) == 2
@@ -72,10 +63,13 @@ def test_it_prints_particles_and_a_line_of_json():
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("--letter=ab", "letter: wanted one character"), ("--threshold=2", "threshold:")],
+    [
+        ("--letter=ab", "--letter: expected one character"),
+        ("--threshold=2", "threshold:"),
+    ],
 )
-def test_a_wrong_flag_is_said_in_one_line(argument, message):
-    status, out, err = run(argument)
+def test_an_invalid_flag_is_refused(argument, message):
+    status, out, err = call_experiment("smc_steering", argument)
     assert (status, out) == (1, "")
     assert f"smc_steering: {message}" in err
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""The bundled model writes Python, and `train_tiny` is what made it."""
+"""The bundled model writes Python, and `train_tiny` trains it."""
 
 import re
 import types
@@ -10,7 +10,7 @@ import pytest
 
 from experiments import train_tiny
 from experiments.lib import python_text as text
-from experiments.lib import training as training
+from experiments.lib import training
 from jpaged.models import init_model, load_model
 from jpaged.models.loading.sources import bundled_models, bundled_path
 from jpaged.text.tokenizer import Tokenizer
@@ -18,11 +18,11 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.long
 
-# Stated in docs/tiny_model.md, for the library of Python 3.11.7. Other versions share
-# most of the held-out text: on that of 3.12.1 it is 3.552.
+# As stated in docs/tiny_model.md, for the library of Python 3.11.7. Other versions
+# share most of the held-out text: the loss on that of 3.12.1 is 3.552.
 HELD_OUT_NATS, MARGIN = 3.545, 0.05
 
-# Not from the library, and written after it.
+# Not part of the library, and written later.
 UNSEEN = '''\
 """Counts the words of text files."""
 
@@ -100,17 +100,17 @@ def nats_per_token(model, tokenizer, document):
     stream = text.token_stream([document], tokenizer.backend)
     bos, _ = text.special_ids(tokenizer.backend)
     windows, is_real = text.scoring_windows(stream, length=512, bos=bos)
-    return training.score(model, windows, is_real) / len(stream)
+    return training.total_nats(model, windows, is_real) / len(stream)
 
 
-def test_the_bundled_model_predicts_python_that_it_has_not_seen(bundle):
+def test_the_bundled_model_predicts_unseen_python(bundle):
     assert nats_per_token(bundle.model, bundle.tokenizer, UNSEEN) < UNSEEN_NATS
-    # Nothing but guessing among all tokens: log(vocab_size) = 7.6.
+    # An untrained model guesses among all tokens: log(vocab_size) = 7.6.
     untrained = nats_per_token(bundle.untrained, bundle.tokenizer, UNSEEN)
     assert untrained > np.log(bundle.model.config.vocab_size) - 0.2
 
 
-def test_the_bundled_folder_is_whole_and_at_most_8_mb(bundle):
+def test_the_bundled_folder_is_complete_and_at_most_8_mb(bundle):
     assert "tiny-python" in bundled_models()
     names = {file.name for file in bundle.folder.iterdir()}
     assert names == {
@@ -126,7 +126,7 @@ def test_the_bundled_folder_is_whole_and_at_most_8_mb(bundle):
     bundle.tokenizer.check_fits(bundle.model.config.vocab_size)
 
 
-def test_an_unknown_bundled_model_is_refused_by_name():
+def test_an_unknown_bundled_model_is_refused():
     with pytest.raises(ValueError, match=r"expected .*'tiny-python'.*got 'gpt-5'"):
         bundled_path("gpt-5")
 
@@ -142,18 +142,18 @@ def test_an_unknown_bundled_model_is_refused_by_name():
         "a  b   c__d.e._f 1234567 !=",
     ],
 )
-def test_the_tokenizer_gives_back_every_text(bundle, document):
+def test_the_tokenizer_is_lossless(bundle, document):
     ids = bundle.tokenizer.encode(document)
     assert ids[0] == bundle.model.config.bos_token_id
     assert bundle.tokenizer.decode(ids) == document
 
 
 @pytest.mark.parametrize("prompt", ["def ", "import ", "class ", "x = ", "if x:\n    "])
-def test_a_prompt_that_ends_between_words_is_a_beginning_of_the_longer_text(
+def test_a_prompt_that_ends_between_words_is_a_token_prefix_of_the_longer_text(
     bundle, prompt
 ):
-    # In GPT-2's splitting "def " is two tokens, of which the second never stands
-    # before a name.
+    # GPT-2 splits "def " into two tokens, the second of which never occurs before a
+    # name.
     ids = bundle.tokenizer.encode(prompt)
     assert bundle.tokenizer.encode(prompt + "name")[: len(ids)] == ids
 
@@ -170,9 +170,7 @@ def looks_like_an_import(completion):
     ("prompt", "looks_right"),
     [("def ", looks_like_a_function), ("import ", looks_like_an_import)],
 )
-def test_completions_look_like_python_and_an_untrained_models_do_not(
-    bundle, prompt, looks_right
-):
+def test_completions_look_like_python_only_after_training(bundle, prompt, looks_right):
     def num_right(model):
         written = [
             training.complete(model, bundle.tokenizer, prompt, 24, 0.5, seed)
@@ -180,13 +178,13 @@ def test_completions_look_like_python_and_an_untrained_models_do_not(
         ]
         return sum(map(looks_right, written))
 
-    # Measured: 8 of 8. Rounding differs between versions, and can tip a sample.
+    # Measured: 8 of 8. Rounding differs between versions and can change a sample.
     assert num_right(bundle.model) >= 6
     assert num_right(bundle.untrained) == 0
 
 
 def test_three_steps_on_one_batch_lower_its_loss():
-    config = train_tiny.make_config(TINY, bos=0, eos=1)
+    config = train_tiny.tiny_config(TINY, bos=0, eos=1)
     model = init_model(config)
     optimizer = training.make_optimizer(100, 1, 0, 1e-2, 0.1)
     state = optimizer.init(model)
@@ -197,11 +195,11 @@ def test_three_steps_on_one_batch_lower_its_loss():
         model, state, loss = training.train_step(optimizer, model, state, windows)
         losses.append(float(loss))
     assert losses[0] == pytest.approx(np.log(config.vocab_size), abs=0.2)
-    # The first step has rate 0: warmup.
+    # The first step of the warmup has rate 0.
     assert losses[3] < losses[1] - 0.5
 
 
-def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     texts = [UNSEEN, UNSEEN[::-1]]
     whole = train_tiny.train(texts, [UNSEEN], tmp_path / "whole", TINY)
     assert [step for step, _, _ in whole] == [2, 4]
@@ -209,18 +207,18 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path):
     windows = np.arange(64, dtype=np.int32).reshape(2, 32)
     logits = np.asarray(model(jnp.asarray(windows)))
 
-    class CutOffError(Exception):
+    class InterruptedRunError(Exception):
         pass
 
     def stop_after_two(*args):
-        yield from list(real_batches(*args))[:2]
-        raise CutOffError
+        yield from list(real_windows(*args))[:2]
+        raise InterruptedRunError
 
-    real_batches = train_tiny.batches
+    real_windows = train_tiny.training_windows
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tiny, "batches", stop_after_two)
-        with pytest.raises(CutOffError):
+        patch.setattr(train_tiny, "training_windows", stop_after_two)
+        with pytest.raises(InterruptedRunError):
             train_tiny.train(texts, [UNSEEN], cut, TINY)
     rest = train_tiny.train(texts, [UNSEEN], cut, TINY, resume=True)
     assert rest == whole[1:]
@@ -228,12 +226,12 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path):
     np.testing.assert_array_equal(again, logits)
 
 
-def test_scores_agree_with_one_forward_pass_per_token_in_float64(bundle):
+def test_scores_equal_a_float64_sum_of_log_probabilities(bundle):
     tokenizer = bundle.tokenizer
     stream = text.token_stream([UNSEEN[:60]], tokenizer.backend)
     bos, eos = text.special_ids(tokenizer.backend)
     assert stream[-1] == eos
-    # Two windows, the second with padding that must not count.
+    # Two windows, of which the second has padding that must not count.
     length = len(stream) - 5
     windows, is_real = text.scoring_windows(stream, length=length, bos=bos)
     assert is_real.sum() == len(stream)
@@ -246,11 +244,11 @@ def test_scores_agree_with_one_forward_pass_per_token_in_float64(bundle):
         logits = np.asarray(forward(bundle.model, jnp.asarray(tokens))[0], np.float64)
         for i, token in enumerate(part):
             wanted -= logits[i, token] - np.log(np.sum(np.exp(logits[i])))
-    got = training.score(bundle.model, windows, is_real)
+    got = training.total_nats(bundle.model, windows, is_real)
     assert got == pytest.approx(wanted, rel=1e-5)  # float32 sums
 
 
-def test_training_windows_begin_with_bos_and_then_a_line(bundle):
+def test_training_windows_start_with_bos_and_the_start_of_a_line(bundle):
     backend = bundle.tokenizer.backend
     documents = [UNSEEN, "x = 1\n" * 50]
     stream = text.token_stream(documents, backend)
@@ -274,7 +272,7 @@ def test_training_windows_begin_with_bos_and_then_a_line(bundle):
     assert not np.array_equal(some(1), rows)
 
 
-def test_about_a_twentieth_of_the_library_is_held_out_and_never_trained_on():
+def test_about_a_twentieth_of_the_library_is_held_out():
     files = text.library_files()
     names = [name for name, _ in files]
     assert names == sorted(names)
@@ -287,7 +285,7 @@ def test_about_a_twentieth_of_the_library_is_held_out_and_never_trained_on():
     assert not text.is_held_out("os.py")
 
 
-def test_the_state_of_another_model_is_refused(tmp_path):
+def test_the_training_state_of_another_model_is_refused(tmp_path):
     file = tmp_path / "state.safetensors"
     training.save_state(file, [jnp.zeros((2, 3)), jnp.zeros(())], step=7)
     restored, step = training.restore_state(file, [jnp.ones((2, 3)), jnp.ones(())])
@@ -300,7 +298,7 @@ def test_the_state_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_stated_held_out_loss_is_what_evaluation_gives(bundle):
+def test_the_evaluation_reproduces_the_documented_loss(bundle):
     _, held_out = text.split_files(text.library_files())
     result = train_tiny.evaluate(bundle.folder, held_out, length=512)
     assert result["nats_per_token"] == pytest.approx(HELD_OUT_NATS, abs=MARGIN)

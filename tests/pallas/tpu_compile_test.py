@@ -192,7 +192,7 @@ def test_the_engine_updates_the_pool_in_place_and_sends_sums_alone(tensor):
         assert program.memory_analysis().alias_size_in_bytes >= pool
         # Of both sizes of a step: two sums a layer and one of the embedding.
         wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1} if tensor > 1 else {}
-        assert compile_tpu.collectives(program) == wanted
+        assert compile_tpu.count_collectives(program) == wanted
     heads = 2 if tensor == 1 else 1
     # Two tokens in a row of 128.
     assert f"bf16[2,{NUM_BLOCKS[1]},{heads},8,128]" in large.as_text()
@@ -208,7 +208,7 @@ def test_beginnings_read_once_copy_no_pool_and_send_nothing():
     assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
     assert temporaries(large) < pool_bytes(NUM_BLOCKS[1], 4) // 2
     wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
-    assert compile_tpu.collectives(large) == wanted
+    assert compile_tpu.count_collectives(large) == wanted
 
 
 def test_the_engine_in_plain_xla_would_be_found_to_copy_the_pool():
@@ -235,12 +235,12 @@ def test_the_runner_prints_what_a_device_needs():
 
 
 def test_machines_that_do_not_exist_raise():
-    with pytest.raises(ValueError, match="topology: wanted one of"):
+    with pytest.raises(ValueError, match="--topology: expected one of"):
         compile_tpu.tpu_mesh("v9:2x2", 1)
-    with pytest.raises(ValueError, match="from 1 to the 4 devices of v5e:2x2, got 8"):
+    with pytest.raises(ValueError, match="from 1 to 4, the devices of v5e:2x2, got 8"):
         compile_tpu.tpu_mesh("v5e:2x2", 8)
 
 
 def test_pages_of_a_dtype_that_does_not_exist_raise():
-    with pytest.raises(ValueError, match=r"kv_dtype: wanted one of .*, got 'int4'"):
+    with pytest.raises(ValueError, match=r"--kv_dtype: expected one of .*, got 'int4'"):
         compile_tpu.check_kv_dtype("int4")

@@ -180,4 +180,4 @@ def test_the_engine_updates_pages_and_scales_in_place(is_left_in_place, monkeypa
     assert temporaries(program) < 14e6 < size  # whatever the pool's size
     # Of both sizes of a step: two sums a layer and one of the embedding.
     wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
-    assert compile_tpu.collectives(program) == wanted
+    assert compile_tpu.count_collectives(program) == wanted

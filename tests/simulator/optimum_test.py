@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.prefix_cache import replay, synthetic_trace
+from experiments.prefix_cache import replay_prompts, synthetic_trace
 from jpaged.simulator.costs.chips import find_chip
 from jpaged.simulator.costs.roofline import Roofline
 from jpaged.simulator.costs.served_models import served_model
@@ -60,7 +60,7 @@ def test_the_prefix_cache_finds_at_most_the_optimum():
     prompts = [prompt.hash_ids for prompt in synthetic_trace(200, 16, seed=0)]
     distinct = len(set(itertools.chain(*prompts)))
     for capacity in (50, 200, distinct):
-        hits, _, _ = replay(prompts, capacity)
+        hits, _, _ = replay_prompts(prompts, capacity)
         optimum = belady_hits(prompts, capacity)
         assert hits.sum() <= optimum.sum()
     np.testing.assert_array_equal(hits, optimum)

@@ -1,10 +1,10 @@
-"""Cases of the attention benchmark: shapes, their numbers, and what is right.
+"""Cases of the attention benchmark: shapes, inputs and expected outputs.
 
-Beside the road: whoever is compared is built from the same numbers, and its output is
-held against float64 before it is timed.
+All contenders get the same inputs, and their outputs are compared with float64 before
+they are timed.
 
-Letters: S rows, H query heads, K kv heads, D head_dim, C tokens of context, N blocks,
-P tokens per block.
+Shape symbols: S rows, H query heads, K KV heads, D head_dim, C tokens of context, N
+blocks, P tokens per block.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jax import lax
 from jpaged.arithmetic import cdiv
 from jpaged.pages import quantised as quantised_pages
 
-# Relative L2 against float64 on the stored values: docs/decisions/attention.md. Of
-# pages of 8 bits, against the values that they stand for.
+# Relative L2 error against float64 on the stored values: docs/decisions/attention.md.
+# For 8-bit pages these are the dequantised values.
 TOLERANCES = {
     "float32": 1e-5,
     "float16": 1e-3,
@@ -32,13 +32,13 @@ TOLERANCES = {
     "int8": 5e-3,
     "fp8": 5e-3,
 }
-_CHECKED_ROWS = 2  # of each shape, for float64 on the host is slow
-_DISTINCT = 4_194_301  # numbers; a prime, so that no two rows or blocks are equal
+_CHECKED_ROWS = 2  # rows compared with float64, which is slow on the host
+_DISTINCT = 4_194_301  # distinct numbers; a prime, so that no rows or blocks are equal
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """One line of the benchmark."""
+class AttentionShape:
+    """Sizes of one decode-attention call."""
 
     rows: int
     context: int
@@ -47,11 +47,11 @@ class Shape:
     head_dim: int
     block_size: int
     dtype: str
-    kv_dtype: str | None = None  # "int8" or "fp8"; None: that of q
+    kv_dtype: str | None = None  # "int8" or "fp8"; None: dtype
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values that a step has to read, scales included."""
+        """Bytes of keys and values that a call has to read, including scales."""
         heads = 2 * self.rows * self.context * self.num_kv_heads
         if self.kv_dtype is not None:
             return heads * (self.head_dim + 4)
@@ -59,17 +59,17 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A shape's numbers in its dtype; of 8-bit pages, the float32 they stand for."""
+class AttentionCase:
+    """Inputs of one shape in its dtype; for 8-bit pages, dequantised float32."""
 
-    shape: Shape
+    shape: AttentionShape
     q: np.ndarray  # [S, H, D]
     keys: np.ndarray  # [S, C, K, D]
-    values: np.ndarray
+    values: np.ndarray  # [S, C, K, D]
     block_tables: np.ndarray  # i32[S, ceil(C / P)], shuffled
 
     def pages(self, contiguous: np.ndarray) -> np.ndarray:
-        """[N, K, P, D] of [S, C, K, D], where the tables say."""
+        """Lays keys or values [S, C, K, D] out as pages [N, K, P, D] by the tables."""
         shape, size = self.shape, self.shape.block_size
         rows, width = self.block_tables.shape
         sizes = (rows, width * size, *contiguous.shape[2:])
@@ -81,35 +81,35 @@ class Case:
         return pages.transpose(0, 2, 1, 3)
 
 
-def make_case(shape: Shape) -> Case:
-    """Numbers that are the same in every process; large arrays repeat them."""
+def make_case(shape: AttentionShape) -> AttentionCase:
+    """Inputs that are equal in every process; large arrays repeat their numbers."""
     rng = np.random.default_rng(0)
 
-    def drawn(*sizes: int) -> np.ndarray:
+    def sample(*sizes: int) -> np.ndarray:
         values = rng.standard_normal(min(math.prod(sizes), _DISTINCT), np.float32)
         return np.resize(values.astype(jnp.dtype(shape.dtype)), sizes)
 
     def stored(*sizes: int) -> np.ndarray:
         if shape.kv_dtype is None:
-            return drawn(*sizes)
+            return sample(*sizes)
         page = quantised_pages.page_dtype(shape.kv_dtype)
-        numbers, scale = quantised_pages.quantise(jnp.asarray(drawn(*sizes)), page)
-        return np.asarray(quantised_pages.widen(numbers) * scale[..., None])
+        numbers, scale = quantised_pages.encode(jnp.asarray(sample(*sizes)), page)
+        return np.asarray(quantised_pages.decode(numbers) * scale[..., None])
 
     sizes = (shape.rows, shape.context, shape.num_kv_heads, shape.head_dim)
     width = cdiv(shape.context, shape.block_size)
     order = rng.permutation(shape.rows * width).astype(np.int32)
-    return Case(
+    return AttentionCase(
         shape,
-        drawn(shape.rows, shape.num_heads, shape.head_dim),
+        sample(shape.rows, shape.num_heads, shape.head_dim),
         stored(*sizes),
         stored(*sizes),
         order.reshape(shape.rows, width),
     )
 
 
-def expected(case: Case) -> np.ndarray:
-    """float64[min(S, 2), H, D], softmax(q . k / sqrt(D)) . v of the first rows."""
+def expected_output(case: AttentionCase) -> np.ndarray:
+    """softmax(q . k / sqrt(D)) . v of the first rows, float64[min(S, 2), H, D]."""
     group = case.shape.num_heads // case.shape.num_kv_heads
     q, keys, values = (
         x[:_CHECKED_ROWS].astype(np.float64) for x in (case.q, case.keys, case.values)
@@ -121,46 +121,55 @@ def expected(case: Case) -> np.ndarray:
     return np.einsum("shc,schd->shd", weights, values)
 
 
-def relative_error(case: Case, out: np.ndarray) -> float:
-    """Relative L2 of an output [S, H, D] against float64."""
-    wanted = expected(case)
+def relative_error(case: AttentionCase, out: np.ndarray) -> float:
+    """Relative L2 error of an output [S, H, D] against float64."""
+    wanted = expected_output(case)
     found = np.asarray(out[:_CHECKED_ROWS], np.float64)
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-# A contender: the output [S, H, D], and a function that attends `loops` times.
-Built = tuple[np.ndarray, Callable[[int], Any]]
+# A contender's output [S, H, D], and a function that computes it `loops` times.
+BuiltContender = tuple[np.ndarray, Callable[[int], Any]]
+
+_INNER_LOOPS = 16  # repetitions in a loop whose length the compiler knows
 
 
-_RUN = 16  # repetitions of which the number is known to the compiler
+def repeat(loops: jax.Array | int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    """Applies `body(index, state)` `loops` times, where `loops` is traced.
 
-
-def repeat(loops: jax.Array, body: Callable[[Any, Any], Any], state: Any) -> Any:
-    """`state` after `body(index, state)` so many times, a number that is traced.
-
-    Most of them in runs of a known length: after each turn of another loop a GPU would
-    ask the host whether there is one more, which takes longer than some kernels.
+    Most repetitions run in inner loops of known length. In a loop of unknown length a
+    GPU asks the host after every repetition whether there is another one, which takes
+    longer than some kernels.
     """
 
-    def several(run, state):
+    def several(run: Any, state: Any) -> Any:
         return lax.fori_loop(
-            0, _RUN, lambda turn, state: body(run * _RUN + turn, state), state
+            0,
+            _INNER_LOOPS,
+            lambda index, state: body(run * _INNER_LOOPS + index, state),
+            state,
         )
 
-    runs = loops // _RUN
+    runs = loops // _INNER_LOOPS
     state = lax.fori_loop(0, runs, several, state)
-    return lax.fori_loop(runs * _RUN, loops, body, state)
+    return lax.fori_loop(runs * _INNER_LOOPS, loops, body, state)
 
 
-def jax_loop(attend: Callable[..., Any], q: jax.Array, *arrays: Any) -> Built:
-    """A contender of a function of q and arrays, looped within one program."""
+def jax_loop(attend: Callable[..., Any], q: jax.Array, *arrays: Any) -> BuiltContender:
+    """Builds a contender from a jax function; its repetitions are one program.
+
+    Args:
+      attend: Returns the output [S, H, D] of (q, *arrays).
+      q: Queries [S, H, D].
+      *arrays: Further arguments of `attend`.
+    """
 
     @jax.jit
-    def run(loops, q, *arrays):
-        def again(_, x):
+    def run(loops: jax.Array, q: jax.Array, *arrays: Any) -> jax.Array:
+        def attend_again(_: Any, x: jax.Array) -> jax.Array:
             return q + 1e-3 * attend(x, *arrays).astype(q.dtype)
 
-        return repeat(loops, again, q)
+        return repeat(loops, attend_again, q)
 
     out = np.asarray(jax.jit(attend)(q, *arrays).astype(jnp.float32))
     return out, lambda loops: jax.block_until_ready(run(loops, q, *arrays))
@@ -169,7 +178,16 @@ def jax_loop(attend: Callable[..., Any], q: jax.Array, *arrays: Any) -> Built:
 def median_seconds(
     run: Callable[[int], Any], repeats: int, least_s: float
 ) -> dict[str, Any]:
-    """Of one loop, the median over `repeats` rounds of at least `least_s` each."""
+    """Times one repetition.
+
+    Args:
+      run: Runs the given number of repetitions and waits for the result.
+      repeats: Rounds; the median counts.
+      least_s: Shortest duration of a round, in seconds.
+
+    Returns:
+      "seconds" of one repetition, and "loops", the repetitions in a round.
+    """
     run(2)
     begin = time.perf_counter()
     run(2)

@@ -1,7 +1,7 @@
-"""Contenders: decode attention of one layer, by jpaged and by what else is installed.
+"""Contenders: decode attention of one layer, by jpaged and by installed peers.
 
-Beside the road: each is built from the same numbers, is compared with float64 before it
-is timed, and runs in a process of its own (`experiments.bench_attention`).
+All get the same inputs and are compared with float64 before they are timed. Each runs
+in a separate process (`experiments.bench_attention`).
 """
 
 from __future__ import annotations
@@ -12,38 +12,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments.lib.attention import peers as peers
+from experiments.lib.attention import peers
 from experiments.lib.attention.cases import (
     TOLERANCES,
-    Built,
-    Case,
-    Shape,
+    AttentionCase,
+    AttentionShape,
+    BuiltContender,
     jax_loop,
     make_case,
     median_seconds,
     relative_error,
 )
 from jpaged import attention
-from jpaged.attention import backends
+from jpaged.pages import backends
 from jpaged.pages import quantised as quantised_pages
 
 
-def _paged(implementation: str) -> Callable[[Case], Built]:
-    def build(case: Case) -> Built:
+def _paged(implementation: str) -> Callable[[AttentionCase], BuiltContender]:
+    """Builds `jpaged.attention.paged_attention` by an implementation."""
+
+    def build(case: AttentionCase) -> BuiltContender:
         shape = case.shape
         page = quantised_pages.page_dtype(shape.kv_dtype or shape.dtype)
+        sizes = (shape.block_size, shape.head_dim, page, implementation)
+        rows, width = backends.page_shape(*sizes)
+        is_packed = rows < shape.block_size
+        padding = ((0, 0),) * 3 + ((0, 0 if is_packed else width - shape.head_dim),)
         kind = shape.dtype if shape.kv_dtype is None else "float32"
         pools, scales = [], {}
         for name, values in (("k_scale", case.keys), ("v_scale", case.values)):
-            pages = jnp.asarray(case.pages(values), kind)
+            pages = np.pad(case.pages(values), padding)
+            pages = jnp.asarray(pages.reshape(*pages.shape[:2], rows, width), kind)
             if shape.kv_dtype is not None:
-                pages, scales[name] = quantised_pages.quantise(pages, page)
-            pools.append(backends.layout(implementation).store(pages))
+                pages, scales[name] = quantised_pages.encode(pages, page)
+            pools.append(pages)
         lens = jnp.full(shape.rows, shape.context, jnp.int32)
 
-        def attend(q, k_pages, v_pages, tables, lens, scales):
-            options = scales | {"implementation": implementation}
+        def attend(
+            q: jax.Array,
+            k_pages: jax.Array,
+            v_pages: jax.Array,
+            tables: jax.Array,
+            lens: jax.Array,
+            scales: dict[str, jax.Array],
+        ) -> Any:
+            options: dict[str, Any] = {"implementation": implementation, **scales}
             args = (q, k_pages, v_pages, tables, lens)
             return attention.paged_attention(*args, **options)
 
@@ -53,21 +68,24 @@ def _paged(implementation: str) -> Callable[[Case], Built]:
     return build
 
 
-def has(*modules: str) -> str | None:
-    """None, or which of the modules are not installed."""
+def missing_modules(*modules: str) -> str | None:
+    """Returns None, or a sentence that names the modules that are not installed."""
     missing = [one for one in modules if importlib.util.find_spec(one) is None]
     return f"{', '.join(missing)} is not installed" if missing else None
 
 
 def needs_backend(backend: str, *modules: str) -> str | None:
-    """None, or that this process has another backend or lacks a module."""
+    """Returns None, or what this process lacks: the backend or a module."""
     if jax.default_backend() != backend:
         return f"needs a {backend.upper()}"
-    return has(*modules)
+    return missing_modules(*modules)
 
 
-# Of each: how it is built, and what keeps it from this machine.
-CONTENDERS: dict[str, tuple[Callable[[Case], Built], Callable[[], str | None]]] = {
+# For each: how it is built, and why it cannot run on this machine (None: it can).
+CONTENDERS: dict[
+    str,
+    tuple[Callable[[AttentionCase], BuiltContender], Callable[[], str | None]],
+] = {
     "reference": (_paged("reference"), lambda: None),
     "xla": (_paged("xla"), lambda: None),
     "mosaic_tpu": (_paged("mosaic_tpu"), lambda: needs_backend("tpu")),
@@ -75,11 +93,11 @@ CONTENDERS: dict[str, tuple[Callable[[Case], Built], Callable[[], str | None]]] 
     "triton": (_paged("triton"), lambda: needs_backend("gpu", "jax_triton")),
     "jax_contiguous": (peers.jax_contiguous, lambda: None),
     "jax_deprecated": (peers.jax_deprecated, lambda: needs_backend("gpu")),
-    "torch_sdpa": (peers.torch_sdpa, lambda: has("torch")),
-    "torch_flex": (peers.torch_flex, lambda: has("torch")),
+    "torch_sdpa": (peers.torch_sdpa, lambda: missing_modules("torch")),
+    "torch_flex": (peers.torch_flex, lambda: missing_modules("torch")),
     "transformers_paged": (
         peers.transformers_paged,
-        lambda: has("torch", "transformers"),
+        lambda: missing_modules("torch", "transformers"),
     ),
     "flashinfer": (
         peers.flashinfer,
@@ -89,25 +107,38 @@ CONTENDERS: dict[str, tuple[Callable[[Case], Built], Callable[[], str | None]]] 
 }
 
 
-def measure(name: str, shape: Shape, repeats: int, least_s: float) -> dict[str, Any]:
-    """As `measure_case`, of the shape's own numbers."""
+def measure_shape(
+    name: str, shape: AttentionShape, repeats: int, least_s: float
+) -> dict[str, Any]:
+    """Times a contender at a shape, as `measure_case`."""
     if shape.kv_dtype is not None and name not in backends.IMPLEMENTATIONS:
-        raise ValueError(f"no pages of {shape.kv_dtype} here")
+        raise ValueError(f"kv_dtype: expected auto for {name}, got {shape.kv_dtype}")
     return measure_case(name, make_case(shape), repeats, least_s)
 
 
-def measure_case(name: str, case: Case, repeats: int, least_s: float) -> dict[str, Any]:
-    """Seconds of one call, median over `repeats` rounds of at least `least_s` each.
+def measure_case(
+    name: str, case: AttentionCase, repeats: int, least_s: float
+) -> dict[str, Any]:
+    """Checks a contender's output and times one call.
+
+    Args:
+      name: Of `CONTENDERS`.
+      case: The inputs.
+      repeats: Rounds; the median counts.
+      least_s: Shortest duration of a round, in seconds.
+
+    Returns:
+      "error" against float64, "seconds" of a call, and "loops", the calls in a round.
 
     Raises:
-      ValueError: it cannot serve the shape, or its numbers are wrong.
+      ValueError: The contender cannot serve the shape, or its output is wrong.
     """
     shape = case.shape
     out, run = CONTENDERS[name][0](case)
     error, most = relative_error(case, out), TOLERANCES[shape.kv_dtype or shape.dtype]
     if not error <= most:
         raise ValueError(
-            f"wrong numbers: relative error {error:.1e}, wanted at most {most:.0e}; "
-            "not timed"
+            f"output: expected a relative error of at most {most:.0e}, got "
+            f"{error:.1e}; {name} is not timed"
         )
     return {"error": error} | median_seconds(run, repeats, least_s)

@@ -1,14 +1,15 @@
 """Page updates for the attention benchmark: tokens written, blocks copied.
 
-Beside the road: each is compared with numpy, bit for bit, before it is timed. Each
-repetition moves on through the pool, so that caches do not hold what is written.
+Each update is compared with numpy, bit for bit, before it is timed. Each repetition
+updates another part of the pool, so that caches do not hold the written pages.
 
-Letters: N blocks, P tokens per block, K kv heads, D head_dim.
+Shape symbols: N blocks, P tokens per block, K KV heads, D head_dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +21,16 @@ from experiments.lib.attention.cases import median_seconds, repeat
 from experiments.lib.attention.contenders import needs_backend
 from jpaged import attention
 from jpaged.arithmetic import cdiv
-from jpaged.attention import backends
+from jpaged.pages import backends
 from jpaged.pages import packed as packed_pages
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
-    """One line of the benchmark: so many tokens or blocks, K and V."""
+class PageUpdate:
+    """Sizes of one update of keys and values."""
 
     name: str  # "write_kv" or "copy_blocks"
-    number: int
+    number: int  # tokens or blocks
     num_kv_heads: int
     head_dim: int
     block_size: int
@@ -37,7 +38,7 @@ class Update:
 
     @property
     def bytes_of_one(self) -> int:
-        """Of a key or value of all heads, or of all of a block."""
+        """Bytes of one token's or block's keys, of all heads."""
         tokens = 1 if self.name == "write_kv" else self.block_size
         heads = tokens * self.num_kv_heads * self.head_dim
         return heads * jnp.dtype(self.dtype).itemsize
@@ -48,7 +49,7 @@ class Update:
         return 2 * 2 * self.number * self.bytes_of_one
 
 
-# Page updates of "mosaic_gpu" are XLA's.
+# "mosaic_gpu" updates pages by XLA.
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "xla": lambda: None,
     "mosaic_tpu": lambda: needs_backend("tpu"),
@@ -60,57 +61,72 @@ UPDATES = {
     for implementation, needed in _NEEDS.items()
 }
 
-# Of a round: pools and i32[number] numbers to pools.
-Call = Callable[..., tuple[jax.Array, ...]]
+# (repetition, k_pages, v_pages, order, k, v) -> (k_pages, v_pages)
+UpdateCall = Callable[..., tuple[jax.Array, ...]]
 
 
-def _call(update: Update, implementation: str, num_blocks: int) -> Call:
-    """The pools after an update, of which `turn` says where it begins."""
+def _call(update: PageUpdate, implementation: str, num_blocks: int) -> UpdateCall:
+    """The update as a function; the repetition decides where in the pool it starts."""
     options: dict[str, Any] = {"implementation": implementation}
     if update.name == "write_kv":
 
-        def write(turn, k_pages, v_pages, order, k, v):
-            slots = (order + turn * update.number) % (num_blocks * update.block_size)
+        def write(
+            repetition: jax.Array,
+            k_pages: jax.Array,
+            v_pages: jax.Array,
+            order: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+        ) -> tuple[jax.Array, ...]:
+            slots = (order + repetition * update.number) % (
+                num_blocks * update.block_size
+            )
             return attention.write_kv(k_pages, v_pages, k, v, slots, **options)
 
         return write
     half = num_blocks // 2
 
-    def copy(turn, k_pages, v_pages, order, k, v):
-        del k, v
-        src = (order + turn * update.number) % half
+    def copy(
+        repetition: jax.Array,
+        k_pages: jax.Array,
+        v_pages: jax.Array,
+        order: jax.Array,
+        *_: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        src = (order + repetition * update.number) % half
         dst = half + (half - 1 - src)
         return attention.copy_blocks(k_pages, v_pages, src, dst, **options)
 
     return copy
 
 
-def _arrays(update: Update, implementation: str, num_blocks: int) -> list[jax.Array]:
-    """Pools, the places of the first turn, and keys and values to write."""
-    sizes = (update.block_size, update.head_dim, update.dtype)
+def _arrays(
+    update: PageUpdate, implementation: str, num_blocks: int
+) -> list[jax.Array]:
+    """Pools, slots or blocks of the first repetition, and keys and values to write."""
+    sizes = (update.block_size, update.head_dim, update.dtype, implementation)
     keys = jax.random.split(jax.random.key(0), 4)
-    page = backends.layout(implementation).page_shape(*sizes)
-    pool = (num_blocks, update.num_kv_heads, *page)
+    pool = (num_blocks, update.num_kv_heads, *backends.page_shape(*sizes))
     new = (update.number, update.num_kv_heads, update.head_dim)
     shapes = (pool, pool, new, new)
     k_pages, v_pages, k, v = (
         jax.random.normal(key, shape, update.dtype)
         for key, shape in zip(keys, shapes, strict=True)
     )
-    seq_indices = num_blocks * update.block_size
+    num_places = num_blocks * update.block_size
     if update.name == "copy_blocks":
-        seq_indices = num_blocks // 2
-    order = np.random.default_rng(0).permutation(seq_indices)[: update.number]
+        num_places = num_blocks // 2
+    order = np.random.default_rng(0).permutation(num_places)[: update.number]
     return [k_pages, v_pages, jnp.asarray(order, jnp.int32), k, v]
 
 
-def _blocks_needed(update: Update) -> int:
+def _blocks_needed(update: PageUpdate) -> int:
     if update.name == "copy_blocks":
         return 2 * update.number
     return cdiv(update.number, update.block_size)
 
 
-def _check(update: Update, implementation: str) -> None:
+def _check(update: PageUpdate, implementation: str) -> None:
     """Raises ValueError unless one update of a small pool equals numpy's."""
     num_blocks = _blocks_needed(update) + 2
     arrays = _arrays(update, implementation, num_blocks)
@@ -126,16 +142,28 @@ def _check(update: Update, implementation: str) -> None:
             slots[order // size, :, order % size, :dim] = new
             slots[order // size, :, order % size, dim:] = 0
         if np.asarray(result).tobytes() != pages.tobytes():
-            raise ValueError("wrong pages: not timed")
+            raise ValueError(
+                f"pages: expected those of numpy, got others; not timing {update.name}"
+            )
 
 
-def measure(
-    name: str, update: Update, pool_bytes: int, repeats: int, least_s: float
+def measure_update(
+    name: str, update: PageUpdate, pool_bytes: int, repeats: int, least_s: float
 ) -> dict[str, Any]:
-    """Seconds of one call, as `lib_attention_contenders.measure`.
+    """Checks an update and times one call.
+
+    Args:
+      name: Of `UPDATES`.
+      update: Sizes.
+      pool_bytes: Bytes of both pools together, at least.
+      repeats: Rounds; the median counts.
+      least_s: Shortest duration of a round, in seconds.
+
+    Returns:
+      As `contenders.measure_case`.
 
     Raises:
-      ValueError: the implementation cannot serve it, or its pages are wrong.
+      ValueError: The implementation cannot serve the update, or its pages are wrong.
     """
     implementation = UPDATES[name][1]
     _check(update, implementation)
@@ -147,10 +175,12 @@ def measure(
     *pools, order, k, v = _arrays(update, implementation, num_blocks)
     call = _call(update, implementation, num_blocks)
 
-    def loop(loops, pools, *rest):
-        return repeat(loops, lambda turn, pools: call(turn, *pools, *rest), pools)
+    @functools.partial(jax.jit, donate_argnums=1)
+    def loop(
+        loops: jax.Array | int, pools: tuple[jax.Array, ...], *rest: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        return repeat(loops, lambda index, pools: call(index, *pools, *rest), pools)
 
-    loop = jax.jit(loop, donate_argnums=1)
     state = [tuple(pools)]
 
     def run(loops: int) -> None:

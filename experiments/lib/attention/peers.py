@@ -1,6 +1,6 @@
-"""Peers of the attention benchmark: what else is installed that attends.
+"""Peers of the attention benchmark: attention of other installed libraries.
 
-Beside the road. Each is imported by the process that measures it, and nowhere else.
+Only the process that measures a peer imports its library.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lib.attention.cases import Built, Case, jax_loop
+from experiments.lib.attention.cases import AttentionCase, BuiltContender, jax_loop
 
 
-def jax_contiguous(case: Case) -> Built:
-    """jax.nn.dot_product_attention on contiguous memory; cuDNN's on a GPU."""
+def jax_contiguous(case: AttentionCase) -> BuiltContender:
+    """jax.nn.dot_product_attention on contiguous memory; cuDNN on a GPU."""
     kind = case.shape.dtype
     is_gpu = jax.default_backend() == "gpu"
     is_cudnn = is_gpu and kind in ("float16", "bfloat16")
 
-    def attend(q, keys, values):
+    def attend(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(
             q[:, None], keys, values, implementation="cudnn" if is_cudnn else "xla"
         )[:, 0]
@@ -29,8 +29,8 @@ def jax_contiguous(case: Case) -> Built:
     return jax_loop(attend, *(jnp.asarray(x, kind) for x in _contiguous(case)))
 
 
-def jax_deprecated(case: Case) -> Built:
-    """The paged attention that jax ships for GPUs, deprecated since 0.12."""
+def jax_deprecated(case: AttentionCase) -> BuiltContender:
+    """The paged attention for GPUs that is part of jax, deprecated since jax 0.12."""
     from jax.experimental.pallas.ops.gpu import paged_attention as ops
 
     kind = case.shape.dtype
@@ -40,7 +40,13 @@ def jax_deprecated(case: Case) -> Built:
     )
     lens = jnp.full(case.shape.rows, case.shape.context, jnp.int32)
 
-    def attend(q, k_pages, v_pages, tables, lens):
+    def attend(
+        q: jax.Array,
+        k_pages: jax.Array,
+        v_pages: jax.Array,
+        tables: jax.Array,
+        lens: jax.Array,
+    ) -> jax.Array:
         scaled = q * case.shape.head_dim**-0.5
         return ops.paged_attention(scaled, k_pages, v_pages, tables, lens)
 
@@ -48,22 +54,22 @@ def jax_deprecated(case: Case) -> Built:
     return jax_loop(attend, q, *pools, jnp.asarray(case.block_tables), lens)
 
 
-def _contiguous(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _contiguous(case: AttentionCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return case.q, case.keys, case.values
 
 
-def _torch_tensors(case: Case, *arrays: np.ndarray) -> list[Any]:
-    import torch
+def _torch_tensors(case: AttentionCase, *arrays: np.ndarray) -> list[Any]:
+    import torch  # pyright: ignore[reportMissingImports]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = getattr(torch, case.shape.dtype)
-    # numpy's bfloat16 is none of torch's, hence the way over float32.
+    # torch does not accept numpy's bfloat16, so the conversion goes through float32.
     wide = (np.ascontiguousarray(x, np.float32) for x in arrays)
     return [torch.from_numpy(x).to(device, kind) for x in wide]
 
 
-def _torch_loop(attend: Callable[[Any], Any], q: Any) -> Built:
-    import torch
+def _torch_loop(attend: Callable[[Any], Any], q: Any) -> BuiltContender:
+    import torch  # pyright: ignore[reportMissingImports]
 
     def run(loops: int) -> None:
         x = q
@@ -75,14 +81,14 @@ def _torch_loop(attend: Callable[[Any], Any], q: Any) -> Built:
     return attend(q).float().cpu().numpy(), run
 
 
-def torch_sdpa(case: Case) -> Built:
+def torch_sdpa(case: AttentionCase) -> BuiltContender:
     """torch's scaled_dot_product_attention on contiguous memory."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     heads_first = (x.transpose(0, 2, 1, 3) for x in (case.keys, case.values))
     q, keys, values = _torch_tensors(case, case.q, *heads_first)
 
-    def attend(x):
+    def attend(x: Any) -> Any:
         out = torch.nn.functional.scaled_dot_product_attention(
             x[:, :, None], keys, values, enable_gqa=True
         )
@@ -91,13 +97,13 @@ def torch_sdpa(case: Case) -> Built:
     return _torch_loop(attend, q)
 
 
-def torch_flex(case: Case) -> Built:
-    """torch's flex_attention on contiguous memory; compiled on GPUs only.
+def torch_flex(case: AttentionCase) -> BuiltContender:
+    """torch's flex_attention on contiguous memory, compiled on GPUs only.
 
-    On CPUs its compilation takes a minute for each shape.
+    On CPUs, compilation takes a minute per shape.
     """
-    import torch
-    from torch.nn.attention import flex_attention
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.attention import flex_attention  # pyright: ignore[reportMissingImports]
 
     heads_first = (x.transpose(0, 2, 1, 3) for x in (case.keys, case.values))
     q, keys, values = _torch_tensors(case, case.q, *heads_first)
@@ -105,22 +111,25 @@ def torch_flex(case: Case) -> Built:
     if q.is_cuda:
         call = torch.compile(call, dynamic=False)
 
-    def attend(x):
+    def attend(x: Any) -> Any:
         return call(x[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
 
     return _torch_loop(attend, q)
 
 
-def transformers_paged(case: Case) -> Built:
-    """What transformers' continuous batching does for `sdpa`: all rows' keys and values
-    are gathered one behind the other, and a mask says whose they are."""
+def transformers_paged(case: AttentionCase) -> BuiltContender:
+    """transformers' continuous batching by `sdpa`.
+
+    It gathers the keys and values of all rows into one sequence, and a mask assigns
+    them to the rows.
+    """
     import types
 
-    import torch
-    from transformers.integrations import sdpa_attention
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers.integrations import sdpa_attention  # pyright: ignore[reportMissingImports]
 
     shape = case.shape
-    # Its cache has tokens first: [slots, K, D].
+    # The cache of transformers is [slots, K, D].
     pools = (case.pages(x).transpose(0, 2, 1, 3) for x in (case.keys, case.values))
     pools = (x.reshape(-1, *x.shape[2:]) for x in pools)
     q, keys, values = _torch_tensors(case, case.q, *pools)
@@ -132,7 +141,7 @@ def transformers_paged(case: Case) -> Built:
     groups = shape.num_heads // shape.num_kv_heads
     module: Any = types.SimpleNamespace(num_key_value_groups=groups)
 
-    def attend(x):
+    def attend(x: Any) -> Any:
         gathered = (pool[index].transpose(0, 1)[None] for pool in (keys, values))
         out, _ = sdpa_attention.sdpa_attention_forward(
             module, x.transpose(0, 1)[None], *gathered, mask[None, None]
@@ -142,12 +151,12 @@ def transformers_paged(case: Case) -> Built:
     return _torch_loop(attend, q)
 
 
-def ejkernel(case: Case) -> Built:
-    """EasyDeL's port to JAX of vLLM's Triton kernel for paged memory.
+def ejkernel(case: AttentionCase) -> BuiltContender:
+    """EasyDeL's port of vLLM's Triton kernel for paged memory to JAX.
 
-    Rows are split into 16 segments where they are fewer than 128 / K, as in vLLM.
+    As in vLLM, fewer than 128 / K rows are split into 16 segments.
     """
-    from ejkernel.kernels._triton import unified_attention  # pyright: ignore
+    from ejkernel.kernels._triton import unified_attention  # pyright: ignore[reportMissingImports]
 
     shape, kind = case.shape, case.shape.dtype
     pools = (
@@ -157,7 +166,14 @@ def ejkernel(case: Case) -> Built:
     lens = jnp.full(shape.rows, shape.context, jnp.int32)
     starts = jnp.arange(shape.rows + 1, dtype=jnp.int32)
 
-    def attend(q, k_pages, v_pages, tables, lens, starts):
+    def attend(
+        q: jax.Array,
+        k_pages: jax.Array,
+        v_pages: jax.Array,
+        tables: jax.Array,
+        lens: jax.Array,
+        starts: jax.Array,
+    ) -> jax.Array:
         return unified_attention(
             q,
             k_pages,
@@ -173,10 +189,10 @@ def ejkernel(case: Case) -> Built:
     return jax_loop(attend, q, *pools, jnp.asarray(case.block_tables), lens, starts)
 
 
-def flashinfer(case: Case) -> Built:
+def flashinfer(case: AttentionCase) -> BuiltContender:
     """FlashInfer's batch decode on paged memory."""
-    import torch
-    from flashinfer import decode  # pyright: ignore
+    import torch  # pyright: ignore[reportMissingImports]
+    from flashinfer import decode  # pyright: ignore[reportMissingImports]
 
     shape = case.shape
     pages = np.stack([case.pages(x) for x in (case.keys, case.values)], axis=1)

@@ -1,1 +1,1 @@
-"""What the benchmarks of decoding methods share."""
+"""Loads, baseline and cost breakdown of the benchmark of decoding methods."""

@@ -1,59 +1,66 @@
-"""Baseline of decoding: beam search and samples in plain JAX, without jpaged.
+"""Baseline of decoding methods: beam search and samples in plain JAX.
 
-What `lib/baseline.py` is for greedy tokens: a contiguous cache of exactly the
-length that is needed, for each row. The prompt is computed once and its cache repeated.
-A beam that continues another takes over its cache, so every step of beam search gathers
-the whole cache by the parents: the copies that paging is there to avoid.
+Like `experiments/lib/baseline.py` for greedy tokens, it has a contiguous cache of the
+needed length for each row. The prompt is computed once and its cache is repeated. A
+beam that continues another one needs that beam's cache, so every step of beam search
+gathers the whole cache by the parents. Paging avoids these copies.
 
-No token ends a sequence. Both methods come in two forms, a Python loop over one jitted
-step that is given its memory back, and a loop inside one program.
+No token ends a sequence. Both methods have two forms: a Python loop over one jitted
+step that donates its state, and a loop inside one program.
 
-Letters: S rows (beams, samples), N tokens of an answer, V vocabulary.
+Shape symbols: S rows (beams, samples), N tokens of an output, V vocabulary.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from experiments.lib import baseline
-from experiments.lib.baseline import Shape, Weights
+from experiments.lib.baseline import BaselineShape, BaselineState, Weights
 
 
-class Beams(NamedTuple):
-    """A beam search after some tokens."""
+class BaselineBeams(NamedTuple):
+    """State of a beam search."""
 
-    rows: baseline.State  # one row for each beam
+    rows: BaselineState  # one row per beam
     scores: jax.Array  # f32[S], sums of log-probabilities, best first
-    tokens: jax.Array  # i32[S, N], zeros behind what is generated
-    length: jax.Array  # i32[], tokens that are generated
+    tokens: jax.Array  # i32[S, N], zeros after the generated tokens
+    length: jax.Array  # i32[], generated tokens
 
 
-class Samples(NamedTuple):
-    """Samples of one prompt after some tokens."""
+class BaselineSamples(NamedTuple):
+    """State of the samples of one prompt."""
 
-    rows: baseline.State  # one row for each sample
+    rows: BaselineState  # one row per sample
     key: jax.Array  # key[]
-    tokens: jax.Array  # i32[S, N], zeros behind what is generated
-    length: jax.Array  # i32[], tokens that are generated
+    tokens: jax.Array  # i32[S, N], zeros after the generated tokens
+    length: jax.Array  # i32[], generated tokens
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "num_rows", "num_tokens"))
 def begin_beams(
-    weights: Weights, prompt: jax.Array, *, shape: Shape, num_rows: int, num_tokens: int
-) -> Beams:
-    """The search after the prompt i32[T] and one token."""
+    weights: Weights,
+    prompt: jax.Array,
+    *,
+    shape: BaselineShape,
+    num_rows: int,
+    num_tokens: int,
+) -> BaselineBeams:
+    """Computes the prompt i32[T] and starts a search with one token per beam."""
     rows, logits = _begin(weights, prompt, shape, num_tokens)
     scores, tokens = lax.top_k(jax.nn.log_softmax(logits[0]), num_rows)
     rows = _repeat(rows, num_rows, tokens)
-    return Beams(rows, scores, _first(tokens, num_tokens), jnp.int32(1))
+    return BaselineBeams(rows, scores, _first(tokens, num_tokens), jnp.int32(1))
 
 
-def _beam_step(weights: Weights, beams: Beams, shape: Shape) -> Beams:
-    """The search with one token more."""
+def _beam_step(
+    weights: Weights, beams: BaselineBeams, shape: BaselineShape
+) -> BaselineBeams:
+    """Extends every beam by one token."""
     rows, logits = baseline.step_logits(weights, beams.rows, shape)
     num_rows, vocab_size = logits.shape
     totals = beams.scores[:, None] + jax.nn.log_softmax(logits, axis=-1)
@@ -65,7 +72,7 @@ def _beam_step(weights: Weights, beams: Beams, shape: Shape) -> Beams:
         tokens=tokens,
     )
     history = beams.tokens[parents].at[:, beams.length].set(tokens)
-    return Beams(rows, scores, history, beams.length + 1)
+    return BaselineBeams(rows, scores, history, beams.length + 1)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "num_rows", "num_tokens"))
@@ -74,71 +81,72 @@ def begin_samples(
     prompt: jax.Array,
     key: jax.Array,
     *,
-    shape: Shape,
+    shape: BaselineShape,
     num_rows: int,
     num_tokens: int,
-) -> Samples:
-    """Samples of the prompt i32[T] with one token each, at temperature 1."""
+) -> BaselineSamples:
+    """Computes the prompt i32[T] and samples one token each, at temperature 1."""
     rows, logits = _begin(weights, prompt, shape, num_tokens)
     key, used = jax.random.split(key)
     tokens = jax.random.categorical(used, logits[0], shape=(num_rows,))
     tokens = tokens.astype(jnp.int32)
     rows = _repeat(rows, num_rows, tokens)
-    return Samples(rows, key, _first(tokens, num_tokens), jnp.int32(1))
+    return BaselineSamples(rows, key, _first(tokens, num_tokens), jnp.int32(1))
 
 
-def _sample_step(weights: Weights, samples: Samples, shape: Shape) -> Samples:
-    """The samples with one token more each."""
+def _sample_step(
+    weights: Weights, samples: BaselineSamples, shape: BaselineShape
+) -> BaselineSamples:
+    """Extends every sample by one token."""
     rows, logits = baseline.step_logits(weights, samples.rows, shape)
     key, used = jax.random.split(samples.key)
     tokens = jax.random.categorical(used, logits).astype(jnp.int32)
     history = samples.tokens.at[:, samples.length].set(tokens)
     rows = rows._replace(tokens=tokens)
-    return Samples(rows, key, history, samples.length + 1)
+    return BaselineSamples(rows, key, history, samples.length + 1)
 
 
-Step = Callable[[Weights, NamedTuple, Shape], NamedTuple]
+class DecodingForms(NamedTuple):
+    """Both forms of a decode loop: (weights, state, shape=...) -> final state."""
+
+    calls: Callable[..., Any]
+    loop: Callable[..., Any]
 
 
-class Decoder(NamedTuple):
-    """Both forms of decoding on: (weights, state, shape=...) -> state at its end."""
-
-    calls: Callable[..., NamedTuple]
-    loop: Callable[..., NamedTuple]
-
-
-def _decoder(step: Step) -> Decoder:
+def _forms_of(step: Callable[..., Any]) -> DecodingForms:
     jitted = jax.jit(step, static_argnames="shape", donate_argnums=1)
 
-    def calls(weights, state, *, shape):
+    def calls(weights: Weights, state: Any, *, shape: BaselineShape) -> Any:
         _, num_tokens = state.tokens.shape
         for _ in range(num_tokens - 1):
             state = jitted(weights, state, shape=shape)
         return state
 
     @functools.partial(jax.jit, static_argnames="shape", donate_argnames="state")
-    def loop(weights, state, *, shape):
+    def loop(weights: Weights, state: Any, *, shape: BaselineShape) -> Any:
         _, num_tokens = state.tokens.shape
         return lax.fori_loop(
             1, num_tokens, lambda _, state: step(weights, state, shape), state
         )
 
-    return Decoder(calls, loop)
+    return DecodingForms(calls, loop)
 
 
-beams_to_end = _decoder(_beam_step)
-samples_to_end = _decoder(_sample_step)
+decode_beams = _forms_of(_beam_step)
+decode_samples = _forms_of(_sample_step)
 
 
-def _begin(weights, prompt, shape, num_tokens) -> tuple[baseline.State, jax.Array]:
-    """One row after the prompt, with room for the answer, and its logits f32[1, V]."""
-    # The last token of an answer never enters the cache.
+def _begin(
+    weights: Weights, prompt: jax.Array, shape: BaselineShape, num_tokens: int
+) -> tuple[BaselineState, jax.Array]:
+    """One row after the prompt, with a cache for the output, and logits f32[1, V]."""
+    # The last token of an output never enters the cache.
     max_len = prompt.shape[0] + num_tokens - 1
     starts = jnp.zeros((1,), jnp.int32)
     return baseline.prefill_logits(weights, prompt[None], starts, shape, max_len)
 
 
-def _repeat(rows: baseline.State, num_rows: int, tokens: jax.Array) -> baseline.State:
+def _repeat(rows: BaselineState, num_rows: int, tokens: jax.Array) -> BaselineState:
     repeat = functools.partial(jnp.repeat, repeats=num_rows, axis=0)
     return rows._replace(
         keys=tuple(map(repeat, rows.keys)),

@@ -1,7 +1,7 @@
-"""Decoding loads: beams and samples of one prompt, through jpaged and through others.
+"""Beams and samples of one prompt, by jpaged, plain JAX and Hugging Face.
 
-Beside the road. Everybody gets the same weights and the prompt as token ids, and is
-timed from there to all tokens of the answer.
+All contenders get the same weights and the prompt as token ids. Each is timed from the
+prompt to all tokens of the output.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.lib import baseline
 from experiments.lib.decoding import baseline as baseline_decoding
-from experiments.lib.engine_loads import copy_state
+from experiments.lib.engine_loads import clear_state, copy_state, live_context_lens
 from experiments.lib.timing import Contender
 from jpaged import engine, save_model
 from jpaged.config import EngineConfig
@@ -31,16 +31,16 @@ HAS_HUGGING_FACE = all(map(importlib.util.find_spec, ("torch", "transformers")))
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
-    """A prompt, and what is asked for: so many rows of so many tokens."""
+class DecodingLoad:
+    """A prompt and the output that is requested."""
 
     method: str  # of METHODS
     prompt: Sequence[int]
-    num_rows: int
-    num_tokens: int
+    num_rows: int  # beams or samples
+    num_tokens: int  # of each row
 
     def params(self) -> Params:
-        """What jpaged is asked for."""
+        """Returns jpaged's request parameters."""
         if self.method == "beams":
             return BeamSearchParams(
                 self.num_rows, max_tokens=self.num_tokens, ignore_eos=True
@@ -49,32 +49,36 @@ class Load:
             n=self.num_rows, max_tokens=self.num_tokens, ignore_eos=True, seed=0
         )
 
-    def cut(self) -> "Load":
-        """The same up to the second token: what comes before the steady steps.
+    def cut(self) -> "DecodingLoad":
+        """Returns the load up to its second token, before the steady steps.
 
-        Not up to the first: a sample that ends with it takes the prompt's blocks away
-        before the others have mapped them.
+        One token is too few: a sample that ends with its first token releases the
+        prompt's blocks before the other samples map them.
         """
         return dataclasses.replace(self, num_tokens=2)
 
     def middle(self, steps: int) -> int:
-        """Tokens of a row when the middle `steps` of its steps begin."""
+        """Returns the tokens of a row when the middle `steps` steps begin.
+
+        Raises:
+          ValueError: The load has fewer than `steps` + 2 tokens.
+        """
         if steps > self.num_tokens - 2:
             raise ValueError(
-                f"steps: expected at most {self.num_tokens - 2}, two less than the "
-                f"load's tokens, got {steps}"
+                f"--cost_steps: expected at most {self.num_tokens - 2}, two less than "
+                f"the load's tokens, got {steps}"
             )
         return len(self.prompt) + (self.num_tokens - steps) // 2
 
 
 class EngineDecoding:
-    """Loads through one engine, again and again with the same pages."""
+    """Runs loads through one engine repeatedly, with the same pages."""
 
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model = model
         self.state = engine.init(model, config)
 
-    def contender(self, load: Load) -> Contender:
+    def contender(self, load: DecodingLoad) -> Contender:
         """One request: submitted, and run to its end in one device call."""
         params = load.params()
 
@@ -86,15 +90,12 @@ class EngineDecoding:
         return Contender(run, lambda: (self.clear(),))
 
     def clear(self) -> engine.EngineState:
-        """The engine without requests."""
-        everyone = jnp.ones_like(self.state.requests.queue.status, bool)
-        abort = jnp.int32(engine.FINISH_REASONS.index("abort"))
-        self.state = engine.end(self.state, everyone, abort)
-        self.state = engine.release(self.state, everyone)
+        """Returns the engine without requests."""
+        self.state = clear_state(self.state)
         return self.state
 
     def tokens(self) -> np.ndarray:
-        """The tokens of the last run, i32[S, N]; of beams the best comes first."""
+        """Tokens of the last run, i32[S, N]; the best beam comes first."""
         return np.array([result.token_ids for result in engine.collect(self.state)])
 
     def counters(self) -> engine.Counters:
@@ -103,51 +104,51 @@ class EngineDecoding:
 
 
 class PlainDecoding:
-    """Loads through `experiments/lib/decoding/baseline.py`."""
+    """Runs loads through `experiments/lib/decoding/baseline.py`."""
 
     def __init__(self, model: Decoder) -> None:
         self.weights, self.shape = baseline.weights_of(model)
         self.out: Any = None
 
-    def contenders(self, load: Load) -> dict[str, Contender]:
-        """Both forms of its loop."""
+    def contenders(self, load: DecodingLoad) -> dict[str, Contender]:
+        """Both forms of the baseline's loop, by name."""
         prompt = jnp.asarray(load.prompt, jnp.int32)
         sizes = dict(num_rows=load.num_rows, num_tokens=load.num_tokens)
-        begin = baseline_decoding.begin_beams
-        decoder = baseline_decoding.beams_to_end
-        arguments = (self.weights, prompt)
+        begin: Callable[..., Any] = baseline_decoding.begin_beams
+        forms = baseline_decoding.decode_beams
+        arguments: tuple[Any, ...] = (self.weights, prompt)
         if load.method == "samples":
             begin = baseline_decoding.begin_samples
-            decoder = baseline_decoding.samples_to_end
+            forms = baseline_decoding.decode_samples
             arguments += (jax.random.key(0),)
 
-        def contender(to_end: Callable[..., Any]) -> Contender:
+        def contender(decode: Callable[..., Any]) -> Contender:
             def run() -> jax.Array:
                 state = begin(*arguments, shape=self.shape, **sizes)
-                self.out = to_end(self.weights, state, shape=self.shape).tokens
+                self.out = decode(self.weights, state, shape=self.shape).tokens
                 return self.out
 
             return Contender(run)
 
-        return {name: contender(form) for name, form in decoder._asdict().items()}
+        return {name: contender(form) for name, form in forms._asdict().items()}
 
     def tokens(self) -> np.ndarray:
-        """The tokens of the last run, i32[S, N]."""
+        """Tokens of the last run, i32[S, N]."""
         return np.asarray(self.out)
 
 
 class HuggingFaceDecoding:
-    """Loads through `generate` of transformers, on as many threads as cores."""
+    """Runs loads through `generate` of transformers, with one thread per core."""
 
     def __init__(self, model: Decoder) -> None:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         transformers.utils.logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             save_model(model, pathlib.Path(folder))
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32
             ).eval()
         self.about = {
@@ -158,9 +159,9 @@ class HuggingFaceDecoding:
         }
         self.out: Any = None
 
-    def contender(self, load: Load) -> Contender:
-        """One call of `generate`, cache and all as it comes."""
-        import torch
+    def contender(self, load: DecodingLoad) -> Contender:
+        """One call of `generate` with its default cache."""
+        import torch  # pyright: ignore[reportMissingImports]
 
         prompt = torch.tensor([list(load.prompt)])
         options: dict[str, Any] = dict(
@@ -183,18 +184,18 @@ class HuggingFaceDecoding:
         return Contender(run)
 
     def tokens(self) -> np.ndarray:
-        """The tokens of the last run, i32[S, N]."""
+        """Tokens of the last run, i32[S, N]."""
         return self.out
 
 
-def decoding_engine(
-    model: Decoder, config: EngineConfig, load: Load, context: int
+def load_in_progress(
+    model: Decoder, config: EngineConfig, load: DecodingLoad, context: int
 ) -> engine.EngineState:
-    """An engine in the middle of a load: each of its rows holds `context` tokens."""
+    """An engine during a load: each of its rows holds at least `context` tokens."""
     state = engine.init(model, config)
     state, _ = engine.submit(state, [list(load.prompt)], load.params())
     while True:
         state = engine.run(model, state, np.int32(1))
-        lengths = np.asarray(state.blocks.context_lens)[np.asarray(state.rows) >= 0]
+        lengths = live_context_lens(state)
         if len(lengths) == load.num_rows and lengths.min() >= context:
             return copy_state(state)

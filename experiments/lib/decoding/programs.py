@@ -1,10 +1,11 @@
-"""Decoding programs: one call that uses every method, and what it compiles.
+"""Programs compiled by a call that uses every decoding method.
 
-Beside the road. On the bundled model, which has a tokenizer for structured output.
+The bundled model is used, because structured output needs a tokenizer.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -15,8 +16,8 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def every_method(max_tokens: int) -> dict[str, Params]:
-    """A request of each kind, by its name."""
-    limit = dict(max_tokens=max_tokens)
+    """Parameters of one request of each kind, by name."""
+    limit: dict[str, Any] = dict(max_tokens=max_tokens)
     choice = StructuredOutputsParams(choice=["return", "yield", "pass"])
     return {
         "greedy": SamplingParams(temperature=0.0, **limit),
@@ -39,13 +40,17 @@ def every_method(max_tokens: int) -> dict[str, Params]:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
-    """Counts the programs that are compiled (or loaded) meanwhile: one entry each."""
+def compilations() -> Iterator[list[str]]:
+    """Records the programs that are compiled or loaded in a `with` block.
+
+    Yields:
+      A list with one entry per program: its seconds, as text.
+    """
     found: list[str] = []
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED:
-            found.append(f"{seconds:.3f}")
+            found.append(f"{duration_secs:.3f}")
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -54,10 +59,16 @@ def counted() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def programs_of_passes(max_tokens: int) -> list[dict[str, int]]:
-    """Of two calls with every method, the second with other prompts and other orders:
-    the programs compiled, and those among them that are the engine's step."""
-    passes = []
+def programs_of_calls(max_tokens: int) -> list[dict[str, int]]:
+    """Counts the programs of two calls that use every method.
+
+    The second call has other prompts and another order of requests.
+
+    Returns:
+      For each call: "all", the compiled programs, and "engine", those among them that
+      are an engine step.
+    """
+    calls = []
     texts = ("import ", "def main(", "for i in range", "class A:\n    ", "return x")
     with LLM(
         "tiny-python", block_size=4, max_num_seqs=8, max_model_len=64, num_blocks=256
@@ -67,9 +78,9 @@ def programs_of_passes(max_tokens: int) -> list[dict[str, int]]:
             params = params if number == 0 else params[::-1]
             prompts = [texts[(i + number) % len(texts)] for i in range(len(params))]
             before = llm.stats()["num_compilations"]
-            with counted() as found:
+            with compilations() as found:
                 outputs = llm.generate(prompts, params, progress=False)
             assert all(output.finished for output in outputs)
             engine_programs = llm.stats()["num_compilations"] - before
-            passes.append({"all": len(found), "engine": int(engine_programs)})
-    return passes
+            calls.append({"all": len(found), "engine": int(engine_programs)})
+    return calls

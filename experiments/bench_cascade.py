@@ -106,12 +106,12 @@ def make_step(num_rows: int, prefix: int) -> dict[str, jax.Array]:
 
 def find_prefix(arguments: dict[str, Any]) -> shared_prefix.SharedPrefix:
     """Finds the rows' shared prefix, however short it is."""
-    return shared_prefix.find(
+    return shared_prefix.find_shared_prefix(
         arguments["block_tables"],
         arguments["context_lens"],
         FLAGS.block_size,
-        least_tokens=1,
-        least_saved=1,
+        min_prefix_tokens=1,
+        min_saved_tokens=1,
     )
 
 

@@ -38,7 +38,7 @@ from jpaged import engine, load_model
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig, Speculation
 from jpaged.models import Decoder
-from jpaged.models.loading import bundled
+from jpaged.models.loading import sources
 from jpaged.params import SamplingParams
 from jpaged.text.tokenizer import Tokenizer
 
@@ -111,7 +111,7 @@ def engine_contender(
 
 def method_contenders(rows: int, temperature: float) -> dict[str, Contender]:
     """Plain decoding and both kinds of drafts, for the same requests."""
-    folder = bundled.bundled_path(MODEL)
+    folder = sources.bundled_path(MODEL)
     model, tokenizer = load_model(folder, "float32"), Tokenizer.from_folder(folder)
     assert tokenizer is not None
     prompt_len, output_len = FLAGS.prompt_tokens, FLAGS.output_tokens

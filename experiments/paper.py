@@ -31,8 +31,9 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
+from experiments.lib import runner
 from experiments.lib.option_flags import define_option_flags
 from experiments.lib.paper import blocks, kernel, rates, report
 from experiments.lib.paper import figures as basic_figures
@@ -46,7 +47,7 @@ from experiments.lib.paper.runs import (
     cost_model_of,
     run_cases,
 )
-from experiments.lib.timing import progress
+from experiments.lib.runner import progress
 from jpaged import compilation_cache
 from jpaged.simulator.costs import step_fits
 
@@ -205,8 +206,7 @@ def write_figures(
 
 def main(argv: list[str]) -> None:
     """Read the flags, simulate, write the files and print the rows."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    del argv
     compilation_cache.turn_on()
     try:
         figures, settings = chosen_figures(FLAGS.figure), make_settings()
@@ -225,5 +225,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -26,10 +26,11 @@ import sys
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments.lib import runner
 from experiments.lib.option_flags import define_option_flags, given_options
-from experiments.lib.timing import environment
+from experiments.lib.runner import environment
 from jpaged.simulator.costs import profiles
 from jpaged.simulator.costs.base import Machine
 from jpaged.simulator.costs.chips import CHIPS, find_chip
@@ -122,8 +123,7 @@ def compare_means(
 
 def main(argv: list[str]) -> None:
     """Read the flags, predict, and print the table."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    del argv
     try:
         workload = traces.read_trace(FLAGS.workload)
         if not isinstance(workload, Workload):
@@ -162,5 +162,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

@@ -141,9 +141,9 @@ def swapping(model: ModelConfig, block_size: int, context: int, seed: int) -> Co
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2, 3))
     def out_and_in(device: Any, host: Any, cache: Any, host_cache: Any) -> Any:
         row = jnp.zeros((1,), jnp.int32)
-        device, host, copies, _ = swap.swap_out(device, host, row)
+        device, host, copies, _ = swap.swap_out_rows(device, host, row)
         host_cache = kv_cache.swap_out_pages(cache, host_cache, copies.src, copies.dst)
-        device, host, copies, _ = swap.swap_in(device, host, row)
+        device, host, copies, _ = swap.swap_in_rows(device, host, row)
         cache = kv_cache.swap_in_pages(cache, host_cache, copies.src, copies.dst)
         return device, host, cache, host_cache
 

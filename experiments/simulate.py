@@ -38,11 +38,12 @@ import time
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
+from experiments.lib import runner
 from experiments.lib.option_flags import define_option_flags, given_options
-from experiments.lib.timing import environment
+from experiments.lib.runner import environment
 from jpaged.simulator.costs.adjusted import SeparatePrompts
 from jpaged.simulator.costs.base import Machine
 from jpaged.simulator.costs.chips import CHIPS, find_chip
@@ -242,8 +243,7 @@ def print_table(found: dict[str, Any], outcome: Outcome) -> None:
 
 def main(argv: list[str]) -> None:
     """Read the flags, simulate, and print the results."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    del argv
     try:
         cost_model, num_slots, report = make_cost_model()
         system, workload = make_system(make_workload(), num_slots)
@@ -276,5 +276,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    runner.start(main, define_flags)

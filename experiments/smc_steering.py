@@ -46,7 +46,7 @@ from jpaged.config import EngineConfig
 from jpaged.decoding import DecodingAlgorithm, smc
 from jpaged.decoding.smc import Potential, SMCState
 from jpaged.models import Decoder, load_model
-from jpaged.models.loading import bundled
+from jpaged.models.loading import sources
 from jpaged.params import AlgorithmParams
 from jpaged.text.tokenizer import Tokenizer
 
@@ -259,8 +259,8 @@ def load_texts() -> tuple[Decoder, Tokenizer, list[str]]:
       OSError: The model cannot be read.
       ValueError: The model is invalid or has no tokenizer.
     """
-    is_bundled = FLAGS.model in bundled.bundled_models()
-    folder = bundled.bundled_path(FLAGS.model) if is_bundled else FLAGS.model
+    is_bundled = FLAGS.model in sources.bundled_models()
+    folder = sources.bundled_path(FLAGS.model) if is_bundled else FLAGS.model
     model, tokenizer = load_model(folder), Tokenizer.from_folder(folder)
     if tokenizer is None:
         raise ValueError(f"--model: expected a folder with a tokenizer, got {folder}")

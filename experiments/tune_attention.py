@@ -31,8 +31,9 @@ from experiments import bench_attention
 from experiments.lib import processes, runner
 from experiments.lib.attention import contenders
 from experiments.lib.attention.cases import AttentionCase, AttentionShape, make_case
-from jpaged.pages import backends, tuned
+from jpaged.attention import backends
 from jpaged.pages import packed as packed_pages
+from jpaged.pages import tuned
 
 FLAGS = flags.FLAGS
 # The values to try, in this order; one size is varied at a time.
@@ -129,15 +130,18 @@ def trials(name: str, cases: list[AttentionCase]) -> Iterator[dict[str, Any]]:
 
 def present_sizes(shape: AttentionShape, name: str) -> dict[str, int]:
     """The table's sizes for this device and shape."""
-    entry = tuned.find(name, jax.devices()[0].device_kind, *table_key(shape, name))
+    entry = tuned.find_entry(
+        name, jax.devices()[0].device_kind, *table_key(shape, name)
+    )
     return {} if entry is None else dict(entry.sizes)
 
 
 def table_key(shape: AttentionShape, name: str) -> tuple[int, int, int, int]:
     """head_dim, group, block_size and itemsize, as in the table."""
     itemsize = {"float32": 4}.get(shape.dtype, 2)
-    sizes = (shape.block_size, shape.head_dim, shape.dtype, name)
-    pages: Any = jax.ShapeDtypeStruct(backends.page_shape(*sizes), shape.dtype)
+    sizes = (shape.block_size, shape.head_dim, shape.dtype)
+    page = backends.layout(name).page_shape(*sizes)
+    pages: Any = jax.ShapeDtypeStruct(page, shape.dtype)
     head_dim = packed_pages.plain_shape(pages, shape.head_dim)[-1]
     group = shape.num_heads // shape.num_kv_heads
     return head_dim, group, shape.block_size, itemsize

@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests spend most of their time compiling programs that then run for milliseconds.
-# These flags halve that time. They are not set on a GPU, whose kernels are tested as users run them,
-# nor in benchmarks. `XLA_FLAGS= pytest` runs without them.
+# These flags halve that time. They are not set on a GPU, whose kernels are tested as
+# users run them, nor in benchmarks. `XLA_FLAGS= pytest` runs without them.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions lack it
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"

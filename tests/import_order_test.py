@@ -129,7 +129,7 @@ def complaints(imports: dict[str, set[str]]) -> list[str]:
         if here is not None and here not in LAYERS:
             wrong.append(
                 f"{module}: not on the map. Add a row `{here!r}: [layers below it]` "
-                "to LAYERS in tests/import_order_test.py, above the layers that import it."
+                "to LAYERS in tests/import_order_test.py, above what imports it."
             )
         for target in sorted(targets):
             top, there = target.split(".")[0], layer(target)

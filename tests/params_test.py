@@ -95,7 +95,10 @@ def test_a_value_that_is_not_an_integer_is_refused(name, value):
     ("arguments", "message"),
     [
         ({"n": 0}, r"n: expected an integer of at least 1, got 0 \(int\)"),
-        ({"temperature": -0.1}, "temperature: expected a finite number of at least 0, "),
+        (
+            {"temperature": -0.1},
+            "temperature: expected a finite number of at least 0, ",
+        ),
         ({"top_k": -2}, "top_k: expected an integer of at least -1, got -2"),
         ({"top_p": 0}, "top_p: expected a finite number above 0 and at most 1, got 0"),
         ({"top_p": 1.1}, "top_p: expected a finite number above 0 and at most 1, got"),
@@ -109,7 +112,10 @@ def test_a_value_that_is_not_an_integer_is_refused(name, value):
         ({"stop": [""]}, r"stop\[0\]: expected a string that is not empty, got ''"),
         ({"stop": ["a", 1]}, r"stop\[1\]: expected a string that is not empty, got 1"),
         ({"stop": 3}, "stop: expected a string or a sequence of strings, got 3"),
-        ({"stop_token_ids": [1, -1]}, r"stop_token_ids\[1\]: expected an integer of at"),
+        (
+            {"stop_token_ids": [1, -1]},
+            r"stop_token_ids\[1\]: expected an integer of at",
+        ),
         ({"stop_token_ids": "12"}, "stop_token_ids: expected a sequence of token ids"),
         ({"stop_token_ids": 12}, "stop_token_ids: expected a sequence of token ids"),
         ({"ignore_eos": 1}, "ignore_eos: expected True or False, got 1"),
@@ -117,14 +123,22 @@ def test_a_value_that_is_not_an_integer_is_refused(name, value):
         ({"logit_bias": [1]}, "logit_bias: expected a dict of token id -> number"),
         ({"logit_bias": {"1": 1.0}}, "logit_bias key: expected an integer of at least"),
         ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]: expected a finite number"),
-        ({"allowed_token_ids": []}, "allowed_token_ids: expected None, or at least one"),
+        (
+            {"allowed_token_ids": []},
+            "allowed_token_ids: expected None, or at least one",
+        ),
         ({"bad_words": ["x", ""]}, r"bad_words\[1\]: expected a string that is not"),
-        ({"seed": 2**32}, "seed: expected an integer of at least -1 and at most 4294967"),
+        (
+            {"seed": 2**32},
+            "seed: expected an integer of at least -1 and at most 4294967",
+        ),
         ({"n": 2, "temperature": 0}, "n: expected 1 with greedy decoding .* above 0"),
     ],
     ids=str,
 )
-def test_an_invalid_value_raises_an_error_with_name_expected_and_got(arguments, message):
+def test_an_invalid_value_raises_an_error_with_name_expected_and_got(
+    arguments, message
+):
     with pytest.raises(ValueError, match=f"^{message}"):
         SamplingParams(**arguments)
 
@@ -150,7 +164,10 @@ def test_tiny_temperatures_become_greedy_or_are_raised_with_a_warning():
     ("arguments", "message"),
     [
         ({"beam_width": 0}, "beam_width: expected an integer of at least 1, got 0"),
-        ({"beam_width": True}, "beam_width: expected an integer of at least 1, got True"),
+        (
+            {"beam_width": True},
+            "beam_width: expected an integer of at least 1, got True",
+        ),
         ({"max_tokens": 2.0}, "max_tokens: expected an integer of at least 1, got 2.0"),
         ({"length_penalty": math.inf}, "length_penalty: expected a finite number, got"),
         ({"early_stopping": "no"}, "early_stopping: expected False, True or 'never'"),

@@ -22,7 +22,7 @@ from jpaged.attention.backends import (
     Implementation,
     choose_backend,
 )
-from jpaged.kv.shared_prefix import SharedPrefix, find
+from jpaged.kv.shared_prefix import SharedPrefix, find_shared_prefix
 from jpaged.pages.backend import AttentionCall, Backend
 from jpaged.pages.layout import LANE_ROWS
 from jpaged.pages.operands import (
@@ -100,7 +100,8 @@ def paged_attention(
       layer: index into stacked pools. The index goes into the kernel, so the pool is
         not sliced.
       shared_prefix: groups of rows whose shared blocks are read once, from
-        `jpaged.kv.shared_prefix.find`; True finds them here. Applies to rows with one
+        `jpaged.kv.shared_prefix.find_shared_prefix`; True finds them here. Applies to
+        rows with one
         query. "reference" reads every row separately.
       return_lse: also return the log-sum-exp of the scores, for `merge_states`.
       implementation: name of a backend. It is never replaced by another. None selects
@@ -280,7 +281,7 @@ def _groups(
         return None
     lens = operands.context_lens
     if shared_prefix is True:
-        return find(operands.block_tables, lens, operands.block_size)
+        return find_shared_prefix(operands.block_tables, lens, operands.block_size)
     is_groups = isinstance(shared_prefix, SharedPrefix)
     if not is_groups or shared_prefix.leaders.shape != lens.shape:
         raise ValueError(

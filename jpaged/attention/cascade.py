@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.compat import when
-from jpaged.kv.shared_prefix import behind, joined
+from jpaged.kv.shared_prefix import drop_leading_blocks, num_shared_blocks
 from jpaged.pages.backend import Attend, CascadeOptions
 from jpaged.pages.operands import AttentionOperands
 from jpaged.xla.online_softmax import merge_states
@@ -134,7 +134,7 @@ def make_cascade_plan(operands: AttentionOperands, *, num_members: int) -> Casca
     is_used = jnp.arange(num_virtual, dtype=jnp.int32) <= number[-1]
     block_size = operands.block_size
     return CascadePlan(
-        own_tables=behind(operands.block_tables, num_blocks),
+        own_tables=drop_leading_blocks(operands.block_tables, num_blocks),
         own_lens=operands.context_lens - num_blocks * block_size,
         members=members,
         tables=operands.block_tables[first],
@@ -151,7 +151,9 @@ def _peers(operands: AttentionOperands) -> tuple[jax.Array, jax.Array]:
     """
     shared, query_start_loc = operands.shared_prefix, operands.query_start_loc
     assert shared is not None
-    num_blocks = joined(shared, operands.context_lens, operands.sliding_window)
+    num_blocks = num_shared_blocks(
+        shared, operands.context_lens, operands.sliding_window
+    )
     if query_start_loc is not None:
         is_one = query_start_loc[1:] - query_start_loc[:-1] == 1
         num_blocks = jnp.where(is_one, num_blocks, 0)

@@ -56,6 +56,7 @@ class LogitsTransform(Protocol):
             params: a pytree of per-row arrays (for example `SamplingRows`), or
                 None where every transform carries its own constants.
         """
+        ...
 
 
 class InitFn(Protocol):
@@ -63,6 +64,7 @@ class InitFn(Protocol):
 
     def __call__(self, num_rows: int) -> State:
         """Return the state before the first step of a request with `num_rows` rows."""
+        ...
 
 
 class StepFn(Protocol):
@@ -84,6 +86,7 @@ class StepFn(Protocol):
                 row's are meaningless.
             state: what `init` or the last `step` returned.
         """
+        ...
 
 
 class DecodingAlgorithm(NamedTuple):

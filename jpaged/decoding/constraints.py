@@ -75,11 +75,13 @@ class Automata:
     Padding is never reached: no transition leads to it, and no token has its classes.
     """
 
-    classes: jax.Array  # i16[A, V]
-    transitions: jax.Array  # i16[A, Q, C]
-    is_accepting: jax.Array  # bool[A, Q]
-    set_of_state: jax.Array  # i16[A, Q], which allowed set a state has
-    allowed_sets: jax.Array  # u32[A, K, W], bit v % 32 of word v // 32: token v
+    classes: jax.Array | np.ndarray  # i16[A, V]
+    transitions: jax.Array | np.ndarray  # i16[A, Q, C]
+    is_accepting: jax.Array | np.ndarray  # bool[A, Q]
+    set_of_state: jax.Array | np.ndarray  # i16[A, Q], which allowed set a state has
+    allowed_sets: (
+        jax.Array | np.ndarray
+    )  # u32[A, K, W], bit v % 32 of word v // 32: token v
 
 
 def pool(automata: Sequence[TokenAutomaton | None], sizes: AutomataSizes) -> Automata:

@@ -39,8 +39,8 @@ from jpaged.scheduler import (
     SWAPPED,
     WAITING,
     Hits,
-    Plan,
     Queue,
+    StepPlan,
     Swaps,
 )
 
@@ -53,7 +53,7 @@ class ScheduledStep:
     table: RequestTable
     rows: jax.Array  # i32[S], sequence index of each row
     blocks: BlockState  # with the step's tokens appended
-    plan: Plan  # without drafts
+    plan: StepPlan  # without drafts
     num_drafts: jax.Array  # i32[S]
     appended: Append  # the copies to do before writing
     batch: StepBatch
@@ -124,7 +124,7 @@ def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
 
 def _schedule(
     state: EngineState, config: EngineConfig, hits: Hits | None
-) -> tuple[RequestTable, jax.Array, BlockState, Plan]:
+) -> tuple[RequestTable, jax.Array, BlockState, StepPlan]:
     """Run the scheduler; return the table, rows, blocks and plan after it."""
     queue, rows, blocks, plan = scheduler.schedule(
         state.requests.queue,
@@ -155,7 +155,9 @@ def _swap_blocks(
         cache = when(
             jnp.any(swaps.into != NO_REQUEST),
             lambda cache: prefix_cache.evict(
-                cache, blocks.ref_counts, jnp.sum(swap.demand(host_blocks, swaps.into))
+                cache,
+                blocks.ref_counts,
+                jnp.sum(swap.swap_in_demand(host_blocks, swaps.into)),
             ),
             cache,
         )
@@ -169,8 +171,8 @@ def _share(
     table: RequestTable,
     rows: jax.Array,
     blocks: BlockState,
-    plan: Plan,
-) -> tuple[RequestTable, BlockState, Plan]:
+    plan: StepPlan,
+) -> tuple[RequestTable, BlockState, StepPlan]:
     """Choose sources for sequences that have lost their blocks, and for new rows."""
     is_other = rows != state.rows
     lost = jnp.where(is_other, state.rows, NO_REQUEST)
@@ -186,8 +188,8 @@ def _share(
         return table, blocks, plan
 
     def join(
-        carry: tuple[RequestTable, BlockState, Plan],
-    ) -> tuple[RequestTable, BlockState, Plan]:
+        carry: tuple[RequestTable, BlockState, StepPlan],
+    ) -> tuple[RequestTable, BlockState, StepPlan]:
         table, blocks, plan = carry
         is_new = is_other & (rows != NO_REQUEST)
         table, blocks, waits = sharing.join_running_rows(table, rows, blocks, is_new)

@@ -136,7 +136,7 @@ def _trunk(
         layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         slots = inputs.slot_mapping
-        cache = kv_cache.write(cache, k, v, slots, layer, implementation)
+        cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
         options: dict[str, Any] = dict(
             model.attention_options(layer), implementation=implementation
         )
@@ -161,7 +161,9 @@ def _trunk(
 
 def _with_shared_prefixes(inputs: StepInputs, block_size: int) -> StepInputs:
     """Find the rows that share prefixes, once for all layers."""
-    found = shared_prefix.find(inputs.block_tables, inputs.context_lens, block_size)
+    found = shared_prefix.find_shared_prefix(
+        inputs.block_tables, inputs.context_lens, block_size
+    )
     return dataclasses.replace(inputs, shared_prefix=found)
 
 

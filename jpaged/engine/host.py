@@ -249,7 +249,7 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
         return state
     config = state.config
     cache = replicas.init_on_mesh(
-        lambda: prefix_cache.init_cache(config.num_blocks, config.block_size),
+        lambda: prefix_cache.init_prefix_cache(config.num_blocks, config.block_size),
         state.mesh,
     )
     return dataclasses.replace(state, prefix_cache=cache)

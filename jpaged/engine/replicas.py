@@ -62,7 +62,7 @@ def state_specs(state: State, mesh: Mesh) -> State:
     Pages are split by kv heads. If there are several replicas, all arrays are also
     split by replicas.
     """
-    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+    pages = parallel.partition_spec(parallel.split_tensor_axis(mesh), parallel.PAGES)
     return _map_but_pages(lambda _: _but_pages_spec(mesh), state, pages)
 
 
@@ -75,14 +75,14 @@ def shardings(state: State, mesh: Mesh) -> State:
       state: an engine's state, of arrays or of shapes.
       mesh: the state's mesh.
     """
-    pages = parallel.spec(parallel.cut(mesh), parallel.PAGES)
+    pages = parallel.partition_spec(parallel.split_tensor_axis(mesh), parallel.PAGES)
 
     def sharding(path: Any, spec: PartitionSpec, array: Any) -> NamedSharding:
         if not array.size:  # JAX never splits an empty array
             spec = WHOLE
         is_host = path[:1] == (_HOST,) and spec == pages
         kind = "pinned_host" if is_host else None
-        return NamedSharding(parallel.cut(mesh), spec, memory_kind=kind)
+        return NamedSharding(parallel.split_tensor_axis(mesh), spec, memory_kind=kind)
 
     specs = state_specs(state, mesh)
     return jax.tree_util.tree_map_with_path(sharding, specs, state)
@@ -135,7 +135,7 @@ def run_on_mesh(
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
         on_each,
-        mesh=parallel.cut(state.mesh),
+        mesh=parallel.split_tensor_axis(state.mesh),
         in_specs=(_param_specs(model, state.mesh), specs, *(WHOLE for _ in rest)),
         out_specs=specs,
         check_vma=False,
@@ -185,7 +185,7 @@ def _map_replicas(
     specs = state_specs(state, state.mesh)
     mapped = jax.shard_map(
         on_each,
-        mesh=parallel.cut(state.mesh),
+        mesh=parallel.split_tensor_axis(state.mesh),
         in_specs=(specs, *(_but_pages_spec(state.mesh) for _ in parts)),
         out_specs=out_specs(state, state.mesh),
         check_vma=False,

@@ -141,7 +141,9 @@ def _make_state(
         )
     known_blocks = None
     if config.enable_prefix_caching:
-        known_blocks = prefix_cache.init_cache(config.num_blocks, config.block_size)
+        known_blocks = prefix_cache.init_prefix_cache(
+            config.num_blocks, config.block_size
+        )
     return EngineState(
         requests=request_table.init_table(config),
         states=algorithms.init_states(config),
@@ -176,7 +178,7 @@ def _make_cache(
         return None
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     num_blocks = config.num_swap_blocks if is_host else config.num_blocks
-    return kv_cache.init_cache(
+    return kv_cache.init_kv_cache(
         num_layers=sizes.num_layers,
         num_blocks=parallel.num_replicas(mesh) * num_blocks,
         memory=HOST_MEMORY if is_host else DEVICE_MEMORY,

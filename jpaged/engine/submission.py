@@ -71,6 +71,7 @@ def place_automata(
     known = {digest.tobytes(): i for i, digest in enumerate(np.asarray(table.digests))}
     digests = [one and one.digest.tobytes() for one in automata]
     in_use |= {known[digest] for digest in digests if digest in known}
+    assert config.automata is not None
     size = config.automata.num_automata
     free = [i for i in range(size) if i not in in_use]
     one_automaton = dataclasses.replace(config.automata, num_automata=1)

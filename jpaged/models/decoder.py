@@ -83,7 +83,7 @@ class Attention(nnx.Module):
             linear(x).reshape(num_tokens, -1, self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
-        k, v = (parallel.own_kv_heads(x, self.num_kv_heads) for x in (k, v))
+        k, v = (parallel.select_kv_heads(x, self.num_kv_heads) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if angles is not None:
@@ -302,7 +302,7 @@ class Decoder(nnx.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         logits = self.output(hidden)
-        logits = parallel.gathered_logits(logits, self.config.vocab_size)
+        logits = parallel.gather_logits(logits, self.config.vocab_size)
         return soft_cap(logits.astype(jnp.float32), self.config.logits_soft_cap)
 
     def _check_length(self, length: int) -> None:
@@ -336,7 +336,7 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [T, E] of tokens i32[T], projected to the hidden size."""
         table = self.output.table if self.embedding is None else self.embedding[...]
-        x = parallel.look_up(table, tokens, self.config.vocab_size)
+        x = parallel.embed_tokens(table, tokens, self.config.vocab_size)
         if self.config.scaled_embedding:
             # The factor is rounded to the dtype, as in transformers.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)

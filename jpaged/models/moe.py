@@ -74,7 +74,7 @@ class ExpertLinear(nnx.Module):
             return out
         bias = self.bias[...][experts]
         if self.is_part:  # only one device adds the bias to the sum
-            bias = jnp.where(parallel.index("tensor") == 0, bias, 0)
+            bias = jnp.where(parallel.device_index("tensor") == 0, bias, 0)
         return out + bias
 
 
@@ -106,7 +106,7 @@ class Experts(nnx.Module):
         # On a mesh, each device has some of the experts, and the outputs of all devices
         # are summed. Rows of other devices' experts are sorted to the end.
         num_own = self.gate.weight[...].shape[0]
-        experts = experts - parallel.index("expert") * num_own
+        experts = experts - parallel.device_index("expert") * num_own
         is_own = (experts >= 0) & (experts < num_own)
         experts = jnp.where(is_own, experts, num_own).reshape(-1)
         order = jnp.argsort(experts, stable=True)
@@ -121,7 +121,9 @@ class Experts(nnx.Module):
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
         out = out.reshape(-1, self.num_selected, out.shape[-1])
         out = jnp.where(is_own[..., None], out * weights[..., None], 0)
-        return parallel.summed(jnp.sum(out, axis=1), "experts.down").reshape(x.shape)
+        return parallel.sum_partials(jnp.sum(out, axis=1), "experts.down").reshape(
+            x.shape
+        )
 
     def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights [T, C] in x's dtype and experts i32[T, C] of tokens x [T, E]."""

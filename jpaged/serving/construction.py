@@ -175,7 +175,7 @@ def load_decoder(
         decoder, name = _placed_decoder(model, dtype, quantization, mesh)
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
-        folder = name if sources.is_random(name) else sources.find(name)
+        folder = name if sources.is_random(name) else sources.find_folder(name)
         decoder = load_model(folder, dtype, quantization=quantization, mesh=mesh)
         if tokenizer is None and not sources.is_random(name):
             tokenizer = folder
@@ -212,7 +212,7 @@ def _placed_decoder(
             f"mesh: expected the mesh of the Decoder, which is on {len(devices)} "
             "devices, got None"
         )
-    decoder = model if mesh is None else replicas.spread(model, mesh)
+    decoder = model if mesh is None else replicas.shard_model(model, mesh)
     return decoder, config.architecture
 
 

@@ -333,7 +333,7 @@ class EngineHost:
             )
             self.empty_entries[replica] -= sum(map(len, submitted))
             for request, seq_indices in zip(group, submitted, strict=True):
-                shape = limits.shape(request.params, self.config, vocab_size)
+                shape = limits.request_shape(request.params, self.config, vocab_size)
                 found[replica].append((seq_indices, shape.outputs(seq_indices)))
         return found
 

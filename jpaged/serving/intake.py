@@ -137,7 +137,7 @@ class Intake:
             return RequestOutput(arrival, text, token_ids, [], error=error)
         vocab_size = self._model.vocab_size
         config = grown_config(self._host.config, [params], vocab_size)
-        shape = limits.shape(params, config, vocab_size)
+        shape = limits.request_shape(params, config, vocab_size)
         num_outputs = len(shape.outputs(shape.numbers))
         if isinstance(params, BeamSearchParams) and params.num_return is not None:
             num_outputs = params.num_return

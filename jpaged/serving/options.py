@@ -117,7 +117,7 @@ class LLMOptions:
         else:
             name = pathlib.PurePath(str(self.model)).name
         own = {field.name: getattr(self, field.name) for field in _FIELDS}
-        distributed.check_alike({**own, "tokenizer": None, "model": name})
+        distributed.check_same_options({**own, "tokenizer": None, "model": name})
 
 
 _FIELDS = dataclasses.fields(LLMOptions)

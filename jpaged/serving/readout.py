@@ -169,7 +169,7 @@ def for_state(array: np.ndarray, state: EngineState) -> np.ndarray:
 
 
 def _per_replica(array: jax.Array, state: EngineState) -> np.ndarray:
-    """Return an array of `replicas.read` with the replicas as first axis, even one."""
+    """Return an array of `replicas.read_each` with replicas as the first axis."""
     found = jax.device_get(array)
     return found if parallel.num_replicas(state.mesh) > 1 else found[None]
 
@@ -199,7 +199,7 @@ def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         integers = [counter.astype(jnp.int32) for counter in others]
         return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
 
-    return replicas.read(summary, state)
+    return replicas.read_each(summary, state)
 
 
 @jax.jit
@@ -210,7 +210,7 @@ def _timeline(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         ordered = events.in_order(state.timeline, state.counters.num_steps)
         return state.timeline.num_events, *ordered
 
-    return replicas.read(timeline, state)
+    return replicas.read_each(timeline, state)
 
 
 @jax.jit
@@ -223,7 +223,7 @@ def _count_blocks(state: EngineState) -> tuple[jax.Array, jax.Array]:
             num_cached = jnp.sum(prefix_cache.is_cached(cache), dtype=jnp.int32)
         return block_manager.num_free_blocks(state.blocks), num_cached
 
-    return replicas.read(count, state)
+    return replicas.read_each(count, state)
 
 
 @jax.jit
@@ -234,7 +234,9 @@ def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.
         assert state.prefix_cache is not None
         return prefix_cache.match(state.prefix_cache, tokens, most)[1]
 
-    return replicas.read(match, state, *replicas.stacked((tokens, most), state.mesh))
+    return replicas.read_each(
+        match, state, *replicas.broadcast_to_replicas((tokens, most), state.mesh)
+    )
 
 
 @jax.jit
@@ -273,4 +275,4 @@ def _read_windows(
             window(table.top_logprobs),
         )
 
-    return replicas.read(read, state, seq_indices, starts)
+    return replicas.read_each(read, state, seq_indices, starts)

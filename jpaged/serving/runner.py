@@ -88,7 +88,7 @@ class EngineRunner:
         self._seconds_per_step: float | None = None
         self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
         is_shared = distributed.is_shared(mesh)
-        self._calls = distributed.Asked(*_SHARED_CALLS) if is_shared else None
+        self._calls = distributed.CallDigests(*_SHARED_CALLS) if is_shared else None
         sizes = (model.config, None if draft is None else draft.config)
         self.note("config", (sizes, config, kv_dtype, seed))
         self.state = self._new_state()
@@ -144,7 +144,7 @@ class EngineRunner:
                 blocks,
             )
 
-        table, states, blocks = replicas.made(make, self.mesh)
+        table, states, blocks = replicas.init_on_mesh(make, self.mesh)
         if host is not None:
             host = dataclasses.replace(host, blocks=blocks)
         self.state = dataclasses.replace(
@@ -166,7 +166,7 @@ class EngineRunner:
         max_steps = self._num_steps(seconds, least_steps)
         if self._calls is not None:
             self._calls.check()
-            max_steps = distributed.first(max_steps)
+            max_steps = distributed.number_of_process_0(max_steps)
         self.read_progress()
         limits = self._choose_program()
         first = self.replica_counters["num_steps"]

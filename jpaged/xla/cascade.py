@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged.kv.shared_prefix import behind, joined
+from jpaged.kv.shared_prefix import drop_leading_blocks, num_shared_blocks
 from jpaged.pages.operands import AttentionOperands
 from jpaged.xla.chunks import XlaTiles, attend_chunks
 from jpaged.xla.online_softmax import Result
@@ -37,7 +37,7 @@ def split_prefixes(operands: AttentionOperands) -> PrefixSplit:
     shared, context_lens = operands.shared_prefix, operands.context_lens
     assert shared is not None
     num_rows = context_lens.shape[0]
-    num_blocks = joined(shared, context_lens, operands.sliding_window)
+    num_blocks = num_shared_blocks(shared, context_lens, operands.sliding_window)
     num_tokens = num_blocks * operands.pools.k.shape[2]
     # A row that reads alone is sent past the end, where mode="drop" discards it.
     leader = jnp.where(num_blocks > 0, shared.leaders, num_rows)
@@ -48,7 +48,7 @@ def split_prefixes(operands: AttentionOperands) -> PrefixSplit:
         starts=jnp.cumsum(sizes) - sizes,
         sizes=sizes,
         shared_lens=zeros.at[leader].max(num_tokens, mode="drop"),
-        own_tables=behind(operands.block_tables, num_blocks),
+        own_tables=drop_leading_blocks(operands.block_tables, num_blocks),
         own_lens=context_lens - num_tokens,
     )
 

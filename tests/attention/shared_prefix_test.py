@@ -15,7 +15,12 @@ import pytest
 
 from jpaged.attention import paged_attention
 from jpaged.kv import shared_prefix
-from jpaged.kv.shared_prefix import SharedPrefix, find, least_of, num_tokens_read
+from jpaged.kv.shared_prefix import (
+    SharedPrefix,
+    find_shared_prefix,
+    num_tokens_read,
+    sharing_threshold,
+)
 from jpaged.pages.operands import AttentionOperands, Pools
 from jpaged.xla import cascade, online_softmax
 from tests.support.attention import oracle
@@ -27,7 +32,7 @@ pytestmark = pytest.mark.long
 BLOCK_SIZE = 8
 # As in `attention_test`.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3}
-EVERYTHING = dict(least_tokens=1, least_saved=1)
+EVERYTHING = dict(min_prefix_tokens=1, min_saved_tokens=1)
 WIDTH = 14
 
 
@@ -66,9 +71,9 @@ def on_device(case: Case) -> dict[str, jax.Array]:
     return {k: jnp.asarray(v) for k, v in fields.items() if v is not None}
 
 
-@functools.partial(jax.jit, static_argnames=("least_tokens", "least_saved"))
+@functools.partial(jax.jit, static_argnames=("min_prefix_tokens", "min_saved_tokens"))
 def groups_of(block_tables, context_lens, **least):
-    return find(block_tables, context_lens, BLOCK_SIZE, **least)
+    return find_shared_prefix(block_tables, context_lens, BLOCK_SIZE, **least)
 
 
 def groups(case: Case, **least) -> SharedPrefix:
@@ -139,7 +144,7 @@ def test_small_groups_and_short_prefixes_are_ignored():
     expected = expected_groups(case)
     assert expected
     tokens, saved = 2 * BLOCK_SIZE, 4 * BLOCK_SIZE
-    found = groups(case, least_tokens=tokens, least_saved=saved)
+    found = groups(case, min_prefix_tokens=tokens, min_saved_tokens=saved)
     kept = {
         row
         for members, depth in expected.items()
@@ -151,20 +156,22 @@ def test_small_groups_and_short_prefixes_are_ignored():
 
 
 def test_thresholds_depend_on_the_device(monkeypatch):
-    assert least_of("cpu").measured
-    assert least_of("TPU v5 lite").device == "TPU"
+    assert sharing_threshold("cpu").measured
+    assert sharing_threshold("TPU v5 lite").device == "TPU"
     for kind in ("NVIDIA H200", "TPU v6 lite", "something else"):
         # Thresholds from arithmetic are higher than the measured one.
-        assert least_of(kind).saved > least_of("cpu").saved
-        assert not least_of(kind).measured
+        assert sharing_threshold(kind).saved > sharing_threshold("cpu").saved
+        assert not sharing_threshold(kind).measured
     tables = jnp.tile(jnp.arange(300, dtype=jnp.int32), (3, 1))
     lens = jnp.full(3, 300 * BLOCK_SIZE, jnp.int32)
-    assert find(tables, lens, BLOCK_SIZE).num_blocks.tolist() == [299] * 3
+    assert find_shared_prefix(tables, lens, BLOCK_SIZE).num_blocks.tolist() == [299] * 3
     # 4784 tokens would be saved.
     monkeypatch.setattr(
-        shared_prefix, "LEAST", [least_of("TPU v5 lite")._replace(device="")]
+        shared_prefix,
+        "SHARING_THRESHOLDS",
+        [sharing_threshold("TPU v5 lite")._replace(device="")],
     )
-    assert find(tables, lens, BLOCK_SIZE).num_blocks.tolist() == [0] * 3
+    assert find_shared_prefix(tables, lens, BLOCK_SIZE).num_blocks.tolist() == [0] * 3
 
 
 attend = jax.jit(
@@ -220,7 +227,7 @@ def test_layers_groups_found_by_attention_and_no_groups_give_the_same_output():
     for flag in (True, False):
         got = jax.jit(functools.partial(paged_attention, shared_prefix=flag))
         np.testing.assert_allclose(got(**arguments), expected, atol=1e-5)
-    for shared in (groups(case), groups(case, least_saved=10**6)):
+    for shared in (groups(case), groups(case, min_saved_tokens=10**6)):
         got = attend(**arguments, shared_prefix=shared)
         np.testing.assert_allclose(got, expected, atol=1e-5)
     for name in ("k_pages", "v_pages"):

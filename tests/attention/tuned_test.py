@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from experiments import tune_attention
-from experiments.lib.attention.cases import Shape
+from experiments.lib.attention.cases import AttentionShape
 from experiments.tune_attention import CANDIDATES
 from jpaged.attention.backends import find_backend
 from jpaged.pages import tuned
@@ -64,7 +64,7 @@ def test_sizes_for_gpus_give_the_same_numbers(make, monkeypatch):
 
 
 def test_a_row_has_the_sizes_that_were_best_in_the_second_measurement():
-    shape = Shape(8, 256, 12, 4, 64, 16, "float32")
+    shape = AttentionShape(8, 256, 12, 4, 64, 16, "float32")
 
     def sizes(of_first, of_best):
         first, best = {}, {"decode_rows": 32}

@@ -39,12 +39,12 @@ def model(tmp_path_factory):
 @pytest.fixture
 def _always(monkeypatch):
     """Use cascade attention for every shared block, however few they are."""
-    find = shared_prefix.find
+    find_shared_prefix = shared_prefix.find_shared_prefix
 
     def find_all(*args):
-        return find(*args, least_tokens=1, least_saved=1)
+        return find_shared_prefix(*args, min_prefix_tokens=1, min_saved_tokens=1)
 
-    monkeypatch.setattr(forward.shared_prefix, "find", find_all)
+    monkeypatch.setattr(forward.shared_prefix, "find_shared_prefix", find_all)
 
 
 def finished(model, prompts, params, config=CONFIG):
@@ -93,16 +93,16 @@ def test_beams_are_the_same_with_and_without_cascade(model):
 
 @pytest.mark.usefixtures("_always")
 def test_a_planted_fault_in_the_shared_prefixes_is_found(model, monkeypatch):
-    find = forward.shared_prefix.find
+    find_shared_prefix = forward.shared_prefix.find_shared_prefix
 
     def other_leaders(*args):
-        found = find(*args)
+        found = find_shared_prefix(*args)
         leaders = jnp.where(found.num_blocks > 0, 1 - found.leaders, found.leaders)
         return dataclasses.replace(found, leaders=jnp.abs(leaders))
 
     prompts, params = workload()
     want = naive(model, prompts, params, max_model_len=CONFIG.max_model_len)
-    monkeypatch.setattr(forward.shared_prefix, "find", other_leaders)
+    monkeypatch.setattr(forward.shared_prefix, "find_shared_prefix", other_leaders)
     got = finished(model, prompts, params)
     assert got != [[one.tokens for one in samples] for samples in want]
 

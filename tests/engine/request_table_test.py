@@ -177,7 +177,7 @@ def test_new_sources_equal_a_comparison_token_by_token(seed):
     lens, tokens = queue["num_tokens"], expected["tokens"]
     histories = [tokens[p, : lens[p]].tolist() for p in range(TABLE_SIZE)]
     lost = {int(seq_index) for seq_index in seq_indices if seq_index < TABLE_SIZE}
-    for seq_index, pair in scheduler_driver.share_again(lost, histories, queue):
+    for seq_index, pair in scheduler_driver.new_sources(lost, histories, queue).items():
         queue["sources"][seq_index], queue["shared_lens"][seq_index] = pair
     assert_equal(reassign_sources(table, seq_indices), expected)
 

@@ -7,8 +7,8 @@ import pytest
 from experiments import generate
 from experiments.lib.prompt_files import read_lines
 from jpaged.params import BeamSearchParams, StructuredOutputsParams
-from tests.llm.llm_test import SIZES, write_folder
 from tests.support.runners import call_experiment
+from tests.support.tiny_llm import SIZES, write_folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 from jpaged import LLM, SamplingParams
-from jpaged.models.loading.bundled import bundled_path
+from jpaged.models.loading.sources import bundled_path
 from jpaged.text import sandbox
 from jpaged.text.chat import ChatTemplates, render
 from jpaged.text.tokenizer import Tokenizer

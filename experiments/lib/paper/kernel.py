@@ -22,7 +22,8 @@ from experiments.lib.paper.figures import (
     PaperFigure,
 )
 from experiments.lib.paper.runs import PaperCase, PaperRun
-from experiments.lib.timing import Contender, progress, time_in_turn
+from experiments.lib.runner import progress
+from experiments.lib.timing import Contender, time_in_turn
 from jpaged import attention
 
 # Section 7.1 and figure 18a: batches, contexts, and the heads of OPT-13B.

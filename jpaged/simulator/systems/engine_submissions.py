@@ -56,7 +56,7 @@ def templates(config: EngineConfig, kinds: RequestKinds) -> Submission:
     table = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), table)
     found = []
     for kind in kinds:
-        encoded, _ = submission.encode(
+        encoded, _ = submission.encode_requests(
             table,
             config,
             [[0, 0]],

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import scheduler
+from jpaged import engine, scheduler
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, events, iteration, request_table
-from jpaged.engine import api as engine
 from jpaged.engine import state as engine_state
 from jpaged.engine.iteration import ScheduledStep
 from jpaged.engine.request_table import RequestTable
@@ -212,7 +211,7 @@ class EngineSystem:
             )
             inner = dataclasses.replace(
                 state.engine,
-                requests=request_table.insert(state.engine.requests, new),
+                requests=request_table.insert_sequences(state.engine.requests, new),
                 states=algorithms.insert_states(state.engine.states, new),
             )
             requests = state.requests.at[seq_indices].set(request.number, mode="drop")

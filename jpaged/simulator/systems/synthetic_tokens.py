@@ -99,9 +99,9 @@ def sample_tokens(
     states, num_grouped = state.states, jnp.int32(0)
     parents = jnp.arange(scheduled.rows.shape[0], dtype=jnp.int32)
     grouped = jnp.where(is_grouped, seq_indices, table_size)
-    if algorithms.kinds(config):
+    if algorithms.config_algorithms(config):
         logits = beam_log_probs(table, grouped, beam_concentration)
-        table, states, parents, num_grouped = algorithms.decide(
+        table, states, parents, num_grouped = algorithms.step_algorithms(
             table,
             states,
             scheduled.rows,

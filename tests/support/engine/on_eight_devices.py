@@ -182,14 +182,14 @@ def refusal(function, *args, **options) -> str:
 
 def with_cascade(function, *args) -> dict:
     """Call `function` with cascade attention for every shared block; count these."""
-    find, most = shared_prefix.find, []
+    find_shared_prefix, most = shared_prefix.find_shared_prefix, []
 
     def find_all(*tables):
-        found = find(*tables, least_tokens=1, least_saved=1)
+        found = find_shared_prefix(*tables, min_prefix_tokens=1, min_saved_tokens=1)
         jax.debug.callback(lambda n: most.append(int(n)), found.num_blocks.max())
         return found
 
-    with mock.patch.object(forward.shared_prefix, "find", find_all):
+    with mock.patch.object(forward.shared_prefix, "find_shared_prefix", find_all):
         found = function(*args)
     jax.effects_barrier()
     return found | {"most_shared_blocks": max(most)}

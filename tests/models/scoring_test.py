@@ -60,10 +60,16 @@ def test_scores_of_texts_of_all_lengths_equal_log_softmax_in_numpy(model):
         assert got.perplexity == pytest.approx(math.exp(-want.mean()), rel=1e-4)
 
 
-def test_log_probabilities_of_generated_tokens_equal_their_scores(llm):
-    prompts = ["def ", "class Reader", "import os\n\n\n", "for i in"]
-    params = SamplingParams(n=2, temperature=0.9, seed=3, max_tokens=24, logprobs=0)
-    outputs = llm.generate(prompts, params)
+@pytest.fixture(scope="module")
+def outputs(llm):
+    """Two samples for each of four prompts, and one greedy continuation."""
+    prompts = ["def ", "class Reader", "import os\n\n\n", "for i in", "def "]
+    sampled = SamplingParams(n=2, temperature=0.9, seed=3, max_tokens=24, logprobs=0)
+    greedy = SamplingParams(temperature=0.0, max_tokens=9, logprobs=0)
+    return llm.generate(prompts, [sampled] * 4 + [greedy])
+
+
+def test_log_probabilities_of_generated_tokens_equal_their_scores(llm, outputs):
     pairs = [
         (output.prompt_token_ids, sample)
         for output in outputs
@@ -83,8 +89,8 @@ def test_log_probabilities_of_generated_tokens_equal_their_scores(llm):
         )
 
 
-def test_only_a_greedy_continuation_is_scored_as_greedy(llm):
-    (output,) = llm.generate(["def "], SamplingParams(temperature=0.0, max_tokens=9))
+def test_only_a_greedy_continuation_is_scored_as_greedy(llm, outputs):
+    output = outputs[-1]
     (chosen,) = output.outputs
     greedy, other = llm.score(
         [output.prompt_token_ids] * 2,

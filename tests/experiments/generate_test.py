@@ -107,7 +107,7 @@ def test_a_file_with_wrong_lines_reports_them_and_generates_the_others(run, tmp_
     expected = {
         2: "delimiter",
         5: "max_token: no such parameter; wanted some of n, temperature",
-        6: "temperature: wanted a finite number of at least 0, got -1",
+        6: "temperature: expected a finite number of at least 0, got -1",
         7: 'wanted a JSON object with "prompt"',
         8: "expected at least one token",
         9: "got 300",
@@ -138,9 +138,9 @@ def test_logprobs_are_printed(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temperature=-1"], "temperature: wanted"),
-        (["--n=2", "--temperature=0"], "n: wanted 1 with greedy decoding"),
-        (["--block_size=0"], "block_size: wanted"),
+        (["--temperature=-1"], "temperature: expected"),
+        (["--n=2", "--temperature=0"], "n: expected 1 with greedy decoding"),
+        (["--block_size=0"], "block_size: expected"),
         (["--max_model_len=1000"], "max_model_len: expected at most"),
         (["--model=nowhere"], "model: nowhere: no such folder"),
         (["--prompt_file=nowhere.txt"], "nowhere.txt"),

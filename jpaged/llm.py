@@ -162,7 +162,7 @@ class LLM:
         del arguments["self"]
         options = LLMOptions(**arguments)
         compilation_cache.turn_on()
-        parts = construction.build(options)
+        parts = construction.build_parts(options)
         self.model = parts.model
         self.tokenizer = parts.tokenizer
         self.seed = seed

@@ -246,7 +246,7 @@ class Batcher:
             # Aborted requests are only removed from the heap.
             if request.arrival in self._open:
                 # The engine cannot be recompiled while requests run. A request that
-                # needs it waits until they end, and those behind it wait with it.
+                # needs it waits until they end, and the requests after it wait too.
                 config = self.host.config
                 if self._grow(config, [request.params]) != config:
                     break

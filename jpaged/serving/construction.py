@@ -52,7 +52,7 @@ class LLMParts:
     batcher: Batcher
 
 
-def build(options: LLMOptions) -> LLMParts:
+def build_parts(options: LLMOptions) -> LLMParts:
     """Load the model and create the engine.
 
     Raises:

@@ -63,15 +63,20 @@ def define_flags() -> None:
     )
 
 
-def read_measured(path: str) -> dict[str, np.ndarray]:
+def read_measured(path: str, num_requests: int) -> dict[str, np.ndarray]:
     """Read the measured columns, f64[N] each.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a column is missing, or a value is not a number of at least 0 (with
-        its line).
+      ValueError: a column is missing, a value is not a number of at least 0 (with its
+        line), or the number of rows is not `num_requests`.
     """
     table = read_table(path)
+    if len(table.lines) != num_requests:
+        raise ValueError(
+            f"measured: expected {num_requests} rows, one for each request of the "
+            f"workload, got {len(table.lines)}"
+        )
     return {name: table.numbers(name) for name in _COLUMNS}
 
 
@@ -88,11 +93,7 @@ def predict(
 def compare_means(
     outcome: Outcome, measured: dict[str, np.ndarray] | None
 ) -> list[dict[str, Any]]:
-    """Return a row for each mean: measured, predicted, and their ratio.
-
-    Raises:
-      ValueError: the number of measured requests differs from the workload.
-    """
+    """Return a row for each mean: measured, predicted, and their ratio."""
     ends = outcome.end_times - outcome.workload.arrivals
     predicted = {
         "mean_ttft_s": float(np.mean(outcome.times_to_first_token)),
@@ -102,11 +103,6 @@ def compare_means(
     }
     means: dict[str, float] = {}
     if measured is not None:
-        if len(measured["e2e_s"]) != len(outcome.workload):
-            raise ValueError(
-                f"measured: expected {len(outcome.workload)} rows, one for each "
-                f"request of the workload, got {len(measured['e2e_s'])}"
-            )
         arrivals = outcome.workload.arrivals
         means = {f"mean_{name}": float(np.mean(measured[name])) for name in _COLUMNS}
         means["makespan_s"] = float(np.max(arrivals + measured["e2e_s"]) - arrivals[0])
@@ -130,7 +126,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 f"workload: expected a trace with times, got {FLAGS.workload}"
             )
-        measured = None if FLAGS.measured is None else read_measured(FLAGS.measured)
+        measured = None
+        if FLAGS.measured is not None:
+            measured = read_measured(FLAGS.measured, len(workload))
         model, chip = served_model(FLAGS.model), find_chip(FLAGS.gpu)
         options: dict[str, Any] = {"step_s": 0.0}
         options |= given_options("profile", "profile", {"profile": OPTIONS})

@@ -50,7 +50,7 @@ def test_a_table_of_another_run_raises(tmp_path):
     status, _, stderr = run(f"--measured={path}")
     assert status == 1
     assert "expected 300 rows" in stderr
-    path.write_text("ttft_s,tpot_s\n1,2\n")
+    path.write_text("ttft_s,tpot_s\n" + "1,2\n" * 300)
     status, _, stderr = run(f"--measured={path}")
     assert status == 1
     assert "e2e_s" in stderr

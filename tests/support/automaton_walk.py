@@ -23,7 +23,7 @@ def step(automaton, state: int, token: int) -> int:
 def walk(automaton, rng, most: int = 60) -> list[int]:
     """Tokens sampled uniformly from the allowed ones, up to EOS, which is not included.
 
-    After `most` tokens, the walk takes the shortest way to an accepting state.
+    After `most` tokens, the walk follows the shortest way to an accepting state.
     """
     distance = distances(automaton)
     tokens, state = [], 0

@@ -1,4 +1,4 @@
-"""Sources: the folder of a model, from the name that a user gives.
+"""Sources: the folder of a model, from the name that a user passes.
 
 Pipeline: name, path or hub id -> [models.sources] -> folder -> checkpoint, tokenizer.
 """

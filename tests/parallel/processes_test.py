@@ -53,7 +53,7 @@ SERVE = """
     mesh = jpaged.make_mesh(tensor=4)
     llm = LLM(folder, mesh=mesh, **SIZES)
     print(json.dumps(tokens(llm.generate(PROMPTS, params()))))
-    snapshots.save(f"{folder}/saved", llm._host._state)
+    snapshots.save(f"{folder}/saved", llm._host.runner.state)
     for call in (
         lambda: llm.generate([3 + number], params()[0]),
         lambda: LLM(folder, mesh=mesh, **SIZES | {"block_size": 4 + number}),
@@ -131,7 +131,7 @@ def test_two_processes_give_the_tokens_of_one_which_continues_their_state(served
         assert [len(one) for each in expected for one in each] == [18, 14, 14, 9]
         for number in range(2):
             assert f"[{number}] {json.dumps(expected)}" in out
-        one = llm._host._state
+        one = llm._host.runner.state
         both = snapshots.load(f"{folder}/saved", llm.model, llm.config)
         for mine, theirs in (
             (one.blocks.block_tables, both.blocks.block_tables),

@@ -164,7 +164,7 @@ def test_small_rings_keep_the_last_entries_and_count_all(size, slow_steps):
     config = dataclasses.replace(
         SMALL, num_recorded_events=size, num_recorded_steps=size
     )
-    rings = [timeline.init(config), timeline.init(SMALL)]
+    rings = [timeline.init_timeline(config), timeline.init_timeline(SMALL)]
     most = 0
     for number, (before, after, blocks, _) in enumerate(slow_steps):
         step, count = jnp.int32(number), jnp.int32(7)

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged import parallel
-from jpaged.attention import api as attention_module
+from jpaged.attention import backends
 from jpaged.config import PREEMPTIONS
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
@@ -25,13 +25,6 @@ from jpaged.parallel import distributed
 from jpaged.policies import Policy
 from jpaged.text.tokenizer import Tokenizer
 from jpaged.validation import error, flag, integer, number, one_of
-
-# The hardware that an attention backend needs, and jax's name of it.
-_HARDWARE = {
-    "mosaic_tpu": ("TPU", "tpu"),
-    "mosaic_gpu": ("Hopper GPU", "gpu"),
-    "triton": ("NVIDIA GPU", "gpu"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +120,12 @@ def _check_attention(name: str | None) -> None:
     """Raise ValueError for an attention backend that is unknown or cannot run here."""
     if name is None:
         return
-    if name not in attention_module.IMPLEMENTATIONS:
-        raise error(
-            "attention", f"None or one of {attention_module.IMPLEMENTATIONS}", name
-        )
-    present = jax.default_backend()
-    hardware, backend = _HARDWARE.get(name, ("", present))
-    if present != backend:
+    if name not in backends.IMPLEMENTATIONS:
+        raise error("attention", f"None or one of {backends.IMPLEMENTATIONS}", name)
+    backend = backends.find_backend(name)
+    here = jax.default_backend()
+    if backend.platform not in (None, here):
         raise ValueError(
-            f"attention: expected a backend that runs on {present!r}, got {name!r}, "
-            f"which needs a {hardware}; None chooses the best one"
+            f"attention: expected a backend that runs on {here!r}, got {name!r}, "
+            f"which needs a {backend.device}; None chooses the best one"
         )

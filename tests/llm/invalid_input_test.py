@@ -51,17 +51,26 @@ def test_an_invalid_prompt_is_reported_before_any_step_runs(llm, prompts, match)
         ("greedy", "params: expected one, or one for each of 2 prompts, got 6"),
         (3, "expected SamplingParams, BeamSearchParams or AlgorithmParams, got 3"),
         ([SamplingParams()], "one for each of 2 prompts, got 1"),
-        (SamplingParams(logit_bias={300: 1.0}), r"logit_bias: \w+ token ids below"),
-        (SamplingParams(logit_bias={3: 1e30}), r"logit_bias\[3\]: \w+ -3e\+38 to"),
-        (SamplingParams(allowed_token_ids=[300]), r"allowed_token_ids: \w+ token ids"),
-        (SamplingParams(repetition_penalty=1e30), r"repetition_penalty: \w+ 1e-09"),
+        (
+            SamplingParams(logit_bias={300: 1.0}),
+            r"logit_bias: expected token ids below",
+        ),
+        (SamplingParams(logit_bias={3: 1e30}), r"logit_bias\[3\]: expected -3e\+38 to"),
+        (
+            SamplingParams(allowed_token_ids=[300]),
+            r"allowed_token_ids: expected token ids",
+        ),
+        (
+            SamplingParams(repetition_penalty=1e30),
+            r"repetition_penalty: expected 1e-09",
+        ),
         (
             SamplingParams(allowed_token_ids=[3], bad_words=[[3]]),
-            r"bad_words: \w+ at least one token of allowed_token_ids",
+            r"bad_words: expected at least one token of allowed_token_ids",
         ),
         (
             SamplingParams(allowed_token_ids=[40], min_tokens=2),
-            r"min_tokens: \w+ 0, got 2",
+            r"min_tokens: expected 0, got 2",
         ),
         (SamplingParams(prompt_logprobs=21), "prompt_logprobs: expected at most max_"),
         (SamplingParams(prompt_logprobs=-1), r"max_logprobs \(20\), got 300"),
@@ -73,7 +82,7 @@ def test_an_invalid_prompt_is_reported_before_any_step_runs(llm, prompts, match)
             SamplingParams(
                 max_tokens=3, structured_outputs=StructuredOutputsParams(regex="a{9}")
             ),
-            r"max_tokens: \w+ at least 6",
+            r"max_tokens: expected at least 6",
         ),
         (
             SamplingParams(stop_token_ids=[300]),
@@ -123,7 +132,7 @@ def test_invalid_requests_return_their_error_while_the_others_run(llm, naive):
             dict(num_swap_blocks=4),
             "num_swap_blocks: expected 0 with preemption='recompute', got 4",
         ),
-        (dict(mesh=object()), r"mesh: \w+ one of jpaged\.make_mesh"),
+        (dict(mesh=object()), r"mesh: expected one of jpaged\.make_mesh"),
         (dict(kv_dtype="int4"), "kv_dtype: expected one of"),
         (dict(dtype="float8"), "dtype: expected 'auto' or one of"),
         (dict(attention="cuda"), "attention: expected None or one of"),

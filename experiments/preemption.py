@@ -136,7 +136,7 @@ def swapping(model: ModelConfig, block_size: int, context: int, seed: int) -> Co
         context_lens=jnp.array([context], jnp.int32),
     )
     init = functools.partial(
-        kv_cache.init_cache,
+        kv_cache.init_kv_cache,
         num_layers=model.num_layers,
         num_blocks=num_blocks,
         num_kv_heads=model.num_kv_heads,
@@ -149,9 +149,9 @@ def swapping(model: ModelConfig, block_size: int, context: int, seed: int) -> Co
     def there_and_back(device, host, cache, host_cache):
         row = jnp.zeros((1,), jnp.int32)
         device, host, copies, _ = swap.swap_out(device, host, row)
-        host_cache = kv_cache.swap_out(cache, host_cache, copies.src, copies.dst)
+        host_cache = kv_cache.swap_out_pages(cache, host_cache, copies.src, copies.dst)
         device, host, copies, _ = swap.swap_in(device, host, row)
-        cache = kv_cache.swap_in(cache, host_cache, copies.src, copies.dst)
+        cache = kv_cache.swap_in_pages(cache, host_cache, copies.src, copies.dst)
         return device, host, cache, host_cache
 
     # Once, so that what the program gets is what it gave.

@@ -33,8 +33,9 @@ from experiments.lib.attention import contenders as contenders
 from experiments.lib.attention.cases import Case, Shape, make_case
 from experiments.lib.processes import ask_each, chosen, tell
 from experiments.lib.timing import environment
-from jpaged.pages import backends, tuned
+from jpaged.attention import backends
 from jpaged.pages import packed as packed_pages
+from jpaged.pages import tuned
 
 FLAGS = flags.FLAGS
 # What is tried, of each implementation and in this order; a size alone after another.
@@ -128,15 +129,16 @@ def tries(name: str, given: list[Case]) -> Iterator[dict[str, Any]]:
 
 def current(shape: Shape, name: str) -> dict[str, int]:
     """What the table says now of this device and shape."""
-    entry = tuned.find(name, jax.devices()[0].device_kind, *key(shape, name))
+    entry = tuned.find_entry(name, jax.devices()[0].device_kind, *key(shape, name))
     return {} if entry is None else dict(entry.sizes)
 
 
 def key(shape: Shape, name: str) -> tuple[int, int, int, int]:
     """head_dim, group, block_size and itemsize, as the table has them."""
     itemsize = {"float32": 4}.get(shape.dtype, 2)
-    sizes = (shape.block_size, shape.head_dim, shape.dtype, name)
-    pages = jax.ShapeDtypeStruct(backends.page_shape(*sizes), shape.dtype)
+    sizes = (shape.block_size, shape.head_dim, shape.dtype)
+    page = backends.layout(name).page_shape(*sizes)
+    pages = jax.ShapeDtypeStruct(page, shape.dtype)
     head_dim = packed_pages.plain_shape(pages, shape.head_dim)[-1]
     group = shape.num_heads // shape.num_kv_heads
     return head_dim, group, shape.block_size, itemsize

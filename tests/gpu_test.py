@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from jpaged import LLM, SamplingParams, attention
-from jpaged.pages import backends
+from jpaged.attention import backends
+from jpaged.pages.backend import AttentionCall
 from tests.support.attention import oracle
 from tests.support.attention.cases import (
     FAULTS,
@@ -52,7 +53,7 @@ def serves(implementation: str, name: str) -> bool:
     pages = array((1, num_kv_heads, block_size, head_dim))
     q = array((1, num_heads, head_dim))
     try:
-        backends.choose(implementation, pages, q=q)
+        backends.choose_backend(implementation, pages, call=AttentionCall(q))
     except ValueError:
         return False
     return True

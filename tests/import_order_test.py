@@ -37,11 +37,11 @@ LAYERS = {
     "block_manager":     ["kv"],
     # which requests run in a step, with how many tokens
     "scheduler":         ["compat", "config", "policies", "kv"],
-    # page layouts, the names of backends and their tile sizes
-    "pages":             [],
-    # kernels
+    # what attention backends share: record, operands, page layouts, tile sizes
+    "pages":             ["kv"],
+    # backends: kernels, and a record of each in its `backend.py`
     "xla":               ["compat", "kv", "pages"],
-    "pallas":            ["compat", "pages"],
+    "pallas":            ["compat", "pages", "xla"],
     "triton":            ["compat", "pages"],
     # the public attention functions over all kernels
     "attention":         ["compat", "config", "kv", "pages", "xla", "pallas", "triton"],

@@ -1,40 +1,51 @@
-"""Paged attention: the front doors.
+"""Paged attention and page updates: checks, the choice of a backend, and its call.
 
-Place on the road: models -> [attention] -> xla, cascade | pallas | triton | reference.
+Pipeline: models, kv_cache -> [attention.api] -> attention.backends, attention.cascade.
 
-Letters: S sequences, T query tokens of the step, N blocks, M blocks per sequence,
-P tokens per block, H query heads, K key/value heads, G = H // K, D head_dim, L layers.
+Shape symbols as in `jpaged.attention`.
 
 Source: Kwon et al. 2023, section 4.1. https://arxiv.org/abs/2309.06180
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jpaged.attention import cascade, reference
-from jpaged.attention.checks import check_attention, check_int, check_pages, is_padded
+from jpaged.attention import cascade
+from jpaged.attention.backends import (
+    BACKENDS,
+    IMPLEMENTATIONS,
+    Implementation,
+    choose_backend,
+)
 from jpaged.kv.shared_prefix import SharedPrefix, find
-from jpaged.pages.backends import IMPLEMENTATIONS as IMPLEMENTATIONS
-from jpaged.pages.backends import choose, scale_width, without_gradient
+from jpaged.pages.backend import AttentionCall, Backend
+from jpaged.pages.layout import LANE_ROWS
+from jpaged.pages.operands import (
+    AttentionOperands,
+    NewTokens,
+    Pools,
+    check_attention,
+    check_integers,
+    check_pages,
+    is_padded,
+)
 from jpaged.pages.packed import plain, plain_shape
-from jpaged.pages.quantised import check_scales, encode, is_quantised, stored
-from jpaged.pallas.tpu import calls as tpu
-from jpaged.triton import attention as triton_attention
-from jpaged.triton import pages as triton_pages
-from jpaged.triton.tiles import query_rows
-from jpaged.xla import gradients
-from jpaged.xla import pages as xla_pages
-from jpaged.xla.gradients import Operands
-from jpaged.xla.online_softmax import merge
-from jpaged.xla.pages import Pools
+from jpaged.pages.quantised import check_scales, is_quantised, quantise, stored
+from jpaged.xla.online_softmax import merge_states
 
-Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Implementation",
+    "copy_blocks",
+    "merge_states",
+    "paged_attention",
+    "write_kv",
+]
 
 
 def paged_attention(
@@ -56,129 +67,84 @@ def paged_attention(
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """The attention output of every query token over its sequence's paged keys.
+    """Compute attention of every query token over the paged keys of its sequence.
 
     Args:
-      q: `[S, H, D]`, one query per sequence (decode); or with `query_start_loc`
-        `[T, H, D]`, prompt chunks and decode tokens of all sequences one after
-        another, causal within each sequence.
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`; uint16 is
-        taken as the bits of bfloat16 (`implementations.stored_dtype`). Their last two
-        axes may be as TPUs want them (`implementations.page_shape`): of D 16, 32 or
-        64, bfloat16 or float32, `[P * D // 128, 128]`, the same numbers in the same
-        order; of other D `[P, D']`, D' the next multiple of 128, with zeros behind. On
-        a TPU all but "mosaic_tpu" copy the former, and "mosaic_tpu" plain ones.
-      block_tables: i32`[S, M]`. Entries past a sequence's length are never used,
+      q: `[S, H, D]`, one query per sequence (decode). With `query_start_loc`,
+        `[T, H, D]`: prompt chunks and decode tokens of all sequences one after another,
+        causal within each sequence.
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`. uint16 pages
+        are read as the bits of bfloat16. Pages may also be stored as TPUs need them
+        (`jpaged.pages.layout.LaneLayout`): for D of 16, 32 or 64 in bfloat16 or
+        float32, `[..., P * D // 128, 128]` with the same numbers in the same order; for
+        other D, `[..., P, D']` with D' the next multiple of 128 and zeros after D. On a
+        TPU, a backend copies pages that are not in its own layout.
+      block_tables: i32`[S, M]`. Entries after a sequence's last block are not used,
         whatever they hold.
-      context_lens: i32`[S]`, tokens visible to the row's last query, those that are
-        written in this step included. 0 gives zeros.
+      context_lens: i32`[S]`, tokens visible to the row's last query, including the
+        tokens that are written in this step. 0 gives zeros.
       query_start_loc: i32`[S + 1]`; sequence s owns queries
-        `query_start_loc[s] : query_start_loc[s + 1]`. Rows of `q` past the last
-        entry give zeros.
-      scale: multiplies the scores; `head_dim ** -0.5` if None.
-      sliding_window: a query sees itself and the `sliding_window - 1` tokens before.
-        May be a traced i32 scalar, so that layers with and without windows share one
-        program; it is not checked then.
-      logits_soft_cap: scores become `cap * tanh(scores / cap)`.
-      sinks: f32`[H]`, a learned score per head that takes part in the softmax's
+        `query_start_loc[s] : query_start_loc[s + 1]`. Rows of `q` after the last entry
+        give zeros.
+      scale: factor of the scores; None: `head_dim ** -0.5`.
+      sliding_window: a query sees itself and the `sliding_window - 1` tokens before it.
+        A traced i32 scalar is not checked; with it, layers with and without windows can
+        share one program.
+      logits_soft_cap: replaces scores by `cap * tanh(scores / cap)`.
+      sinks: f32`[H]`, a learned score per head that is part of the softmax's
         denominator and has no value.
-      k_scale, v_scale: of quantised pages (int8, float8_e4m3fn or its bits as uint8):
-        a key or value is the page's number times its scale. f32`[N, K, P]`, or `[L, N,
-        K, P]` with `layer`, or what broadcasts to that. `write_kv` makes them. Their P
-        may be rounded up to a multiple of 128, as TPUs want it
-        (`implementations.scale_width`): "mosaic_tpu" copies others to be so.
-      layer: which layer of a stacked pool; an index, so that the pool is not sliced.
-      shared_prefix: groups of rows whose blocks are read once, of `shared_prefix.find`;
-        True finds them here. For rows with one query. "reference" reads each row alone
-        all the same.
-      return_lse: also give the natural-log float32 log-sum-exp of the scores
-        (`-inf` where nothing is visible), for `merge_states`.
-      implementation: None takes the best for the backend that serves the arguments. A
-        name is never replaced: "mosaic_tpu" raises unless q is bfloat16 or float32,
-        pages are that or quantised, P is a multiple of 16 (of D 32 16 or one of 32, of
-        D 16 16, 32 or one of 64) and D 16, 32, 64 or the pages' D a multiple of 128,
-        and `scale` and `logits_soft_cap` are Python numbers; of quantised pages P must
-        be 16, 32, 64 or a multiple of 128, their D one of 128, and K 1, 2, 4 or a
-        multiple of 8;
-        "mosaic_gpu" (a Hopper GPU) unless pages are bfloat16 or float16, P is 16, 32 or
-        a multiple of 64, D 64, 128 or 256, and those are numbers; "triton" (an NVIDIA
-        GPU; quantised pages too) needs a pages' D of 16, 32, 64, 128 or 256, and
-        numbers too; "reference" and "xla" serve everything, and alone have gradients.
+      k_scale, v_scale: scales of quantised pages (int8, float8_e4m3fn or its bits as
+        uint8), as `write_kv` returns them: a key or value is the page's number times
+        its scale. f32`[N, K, P]`, or `[L, N, K, P]` with `layer`, or an array that
+        broadcasts to that shape. Their P may be rounded up to a multiple of 128.
+      layer: index into stacked pools. The index goes into the kernel, so the pool is
+        not sliced.
+      shared_prefix: groups of rows whose shared blocks are read once, from
+        `jpaged.kv.shared_prefix.find`; True finds them here. Applies to rows with one
+        query. "reference" reads every row separately.
+      return_lse: also return the log-sum-exp of the scores, for `merge_states`.
+      implementation: name of a backend. It is never replaced by another. None selects
+        the preferred backend of the platform, or "xla" if that does not support the
+        arguments. `docs/attention.md` lists what each backend supports.
 
-    Gradients (reverse mode, once) flow to q, to pages of floats and to sinks; where
-    rows share a block, it gets the sum. Slots that nobody sees get zeros.
+    Gradients (once, in reverse mode) flow to q, to pages of floats and to sinks, with
+    the "xla" and "reference" backends. A block that several rows share gets the sum.
+    Slots that no query sees get zeros.
 
     Returns:
-      `[S, H, D]` or `[T, H, D]` in the dtype of `q`; with `return_lse` also
-      f32`[S, H]` or f32`[T, H]`.
+      `[S, H, D]` or `[T, H, D]` in the dtype of `q`. With `return_lse` also the natural
+      log-sum-exp, f32`[S, H]` or f32`[T, H]`, `-inf` where no token is visible.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit together, or an implementation
-        that does not exist or cannot serve the arguments.
+      ValueError: shapes or dtypes do not fit together, or the backend does not exist or
+        does not support the arguments.
     """
     check_pages(k_pages, v_pages, layer)
-    chosen = choose(
-        implementation,
-        k_pages,
-        q=q,
-        block_tables=block_tables,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
+    has_groups = shared_prefix is not None and shared_prefix is not False
+    call = AttentionCall(
+        q, block_tables, scale, logits_soft_cap, needs_lse=return_lse or has_groups
     )
-    block_size = plain_shape(k_pages, q.shape[-1])[-2]
-    if chosen != "mosaic_tpu":
-        k_pages, v_pages = (plain(pages, q.shape[-1]) for pages in (k_pages, v_pages))
-    k_scale, v_scale = _scales(k_pages, k_scale, v_scale)
-    check_attention(q, k_pages, block_tables, context_lens, query_start_loc, sinks)
-    if isinstance(sliding_window, int) and sliding_window < 1:
-        raise ValueError(f"sliding_window: expected at least 1, got {sliding_window}")
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap: expected above 0, got {logits_soft_cap}")
+    backend = choose_backend(implementation, k_pages, call=call)
     head_dim = q.shape[-1]
-    options = dict(
+    if not backend.accepts_stored_pages:
+        k_pages, v_pages = (plain(pages, head_dim) for pages in (k_pages, v_pages))
+    operands = AttentionOperands(
+        q,
+        Pools(k_pages, v_pages, *_checked_scales(k_pages, k_scale, v_scale)),
+        block_tables,
+        context_lens,
+        query_start_loc,
         scale=head_dim**-0.5 if scale is None else scale,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
+        layer=layer,
     )
-    if chosen != "mosaic_tpu":  # which does that itself
-        q = _padded(q, k_pages.shape[-1])
-    shared = _groups(shared_prefix, block_tables, context_lens, block_size)
-    rows = (block_tables, context_lens, query_start_loc)
-    if chosen in ("mosaic_tpu", "mosaic_gpu", "triton"):
-        arrays = dict(sliding_window=sliding_window, sinks=sinks, layer=layer)
-        if chosen != "mosaic_gpu":
-            arrays |= dict(k_scale=k_scale, v_scale=v_scale)
-        kernel = _kernel(chosen, return_lse=return_lse or shared is not None)
-        static = dict(scale=options["scale"], logits_soft_cap=logits_soft_cap)
-
-        def call(q, pages, rows, arrays, shared):
-            def alone(q, *rows, **changed):
-                return kernel(q, *pages, *rows, **(arrays | static | changed))
-
-            if shared is None:
-                return alone(q, *rows)
-            return cascade.attend(
-                alone,
-                *(q, *rows),
-                shared=shared,
-                block_size=block_size,
-                num_kv_heads=k_pages.shape[-3],
-                sliding_window=arrays["sliding_window"],
-                # A GPU would wait for its host at every branch.
-                skips=chosen == "mosaic_tpu",
-                rows=query_rows(q.dtype.itemsize) if chosen == "triton" else None,
-            )
-
-        args = (q, (k_pages, v_pages), rows, arrays, shared)
-        out, lse = without_gradient(call, chosen)(*args)
-    else:
-        pools = Pools(k_pages, v_pages, k_scale, v_scale)
-        args = (q, *_one_pool(pools, block_tables, layer), *rows[1:])
-        if chosen == "reference":  # each row alone: what groups must give too
-            out, lse = reference.attend(*args, **options)
-        else:
-            out, lse = gradients.attend(Operands(*args, shared, **options))
+    check_attention(operands)
+    operands = operands._replace(shared_prefix=_groups(shared_prefix, operands))
+    if not backend.accepts_stored_pages:
+        operands = operands._replace(q=_pad_heads(q, k_pages.shape[-1]))
+    out, lse = _attend(backend, operands, return_lse)
     out = out[..., :head_dim]
     return (out, lse) if return_lse else out
 
@@ -195,54 +161,39 @@ def write_kv(
     layer: jax.Array | int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The pages with `k[t]`, `v[t]` written to slot `slot_mapping[t]`.
+    """Write `k[t]` and `v[t]` to slot `slot_mapping[t]` of the pages.
 
     Args:
       k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`, stored as in
-        `paged_attention`; updated in place when the caller donates them.
+        `paged_attention`. They are updated in place if the caller donates them.
       k, v: `[T, K, D]`, cast to the pages' dtype, or quantised.
-      slot_mapping: i32`[T]`, `block * block_size + offset`; below 0 is skipped.
-      k_scale, v_scale: of quantised pages, f32`[N, K, P]`, or `[L, N, K, P]` with
-        `layer`: each token and head gets a scale of its own. Their P may be rounded up
-        as in `paged_attention`; "mosaic_tpu" updates only such in place.
+      slot_mapping: i32`[T]`, `block * block_size + offset`; slots below 0 are skipped.
+      k_scale, v_scale: scales of quantised pages, f32`[N, K, P]`, or `[L, N, K, P]`
+        with `layer`: each token and head gets its own scale. Their P may be rounded up
+        to a multiple of 128; "mosaic_tpu" updates only such scales in place.
+      layer: index into stacked pools.
+      implementation: name of a backend, as in `paged_attention`.
 
     Returns:
-      k_pages, v_pages, and of quantised pages k_scale, v_scale.
+      k_pages and v_pages, and for quantised pages k_scale and v_scale.
 
     Raises:
-      ValueError: for shapes that do not fit together.
+      ValueError: shapes do not fit together, or the backend does not exist or does not
+        support the pages.
     """
     check_pages(k_pages, v_pages, layer)
-    chosen = choose(implementation, k_pages, k.shape[-1])
+    head_dim = k.shape[-1]
+    backend = choose_backend(implementation, k_pages, head_dim=head_dim)
+    new = _new_tokens(k_pages, k, v, slot_mapping)
+    scales = _checked_scales(k_pages, k_scale, v_scale, is_whole=True)
+    pools = Pools(k_pages, v_pages, *scales)
+    if not backend.accepts_stored_pages:
+        page_dim = new.k.shape[-1]
+        pools = pools._replace(k=plain(pools.k, page_dim), v=plain(pools.v, page_dim))
+    written = backend.write(pools, new, slot_mapping, layer)
     shape = k_pages.shape
-    *_, num_kv_heads, block_size, head_dim = plain_shape(k_pages, k.shape[-1])
-    own_dim = k.shape[-1] if is_padded(k.shape[-1], head_dim) else head_dim
-    wanted = (*slot_mapping.shape[:1], num_kv_heads, own_dim)
-    for name, value in (("k", k), ("v", v)):
-        if value.shape != wanted:
-            raise ValueError(
-                f"{name}: expected shape {wanted} (slot_mapping {slot_mapping.shape}, "
-                f"pages {k_pages.shape}), got {value.shape}"
-            )
-    check_int("slot_mapping", slot_mapping, 1)
-    pools, values = [k_pages, v_pages], [k, v]
-    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
-    if is_quantised(k_pages.dtype):
-        pools += scales
-        (k, new_k_scale), (v, new_v_scale) = (encode(x, k_pages.dtype) for x in (k, v))
-        values = [k, v, new_k_scale, new_v_scale]
-    values[:2] = (_padded(stored(x, k_pages.dtype), head_dim) for x in values[:2])
-    if chosen == "mosaic_tpu":
-        return tpu.write(k_pages, v_pages, *scales, tuple(values), slot_mapping, layer)
-    pools[:2] = (plain(pages, head_dim) for pages in pools[:2])
-    if chosen == "triton":
-        written = triton_pages.write(pools, values, slot_mapping, layer)
-    else:
-        written = tuple(
-            xla_pages.write(pool, value, slot_mapping, layer, block_size)
-            for pool, value in zip(pools, values, strict=True)
-        )
-    return (*(pages.reshape(shape) for pages in written[:2]), *written[2:])
+    written = written._replace(k=written.k.reshape(shape), v=written.v.reshape(shape))
+    return _without_none(written)
 
 
 def copy_blocks(
@@ -256,103 +207,126 @@ def copy_blocks(
     layer: jax.Array | int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The pages with block `dst[i]` overwritten by what block `src[i]` held.
+    """Overwrite block `dst[i]` of the pages with the contents of block `src[i]`.
 
     Args:
-      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer` (without it a
-        stacked pool copies the block in every layer), stored as in `paged_attention`.
-      src, dst: i32`[C]`, `NO_BLOCK` (-1) padding in either skips the pair; no block
-        may be both a source and a destination.
-      k_scale, v_scale: of quantised pages, as in `write_kv`; they follow their blocks.
+      k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]`, stored as in
+        `paged_attention`. Without `layer`, stacked pools copy the block in every layer.
+      src, dst: i32`[C]`. A pair with `NO_BLOCK` (-1) in either is skipped. No block may
+        be both a source and a destination.
+      k_scale, v_scale: scales of quantised pages, as in `write_kv`; they are copied
+        with their blocks.
+      layer: index into stacked pools.
+      implementation: name of a backend, as in `paged_attention`.
 
     Returns:
-      k_pages, v_pages, and of quantised pages k_scale, v_scale.
+      k_pages and v_pages, and for quantised pages k_scale and v_scale.
 
     Raises:
-      ValueError: for shapes that do not fit together.
+      ValueError: shapes do not fit together, or the backend does not exist or does not
+        support the pages.
     """
-    is_stacked = k_pages.ndim == 5 and layer is None
-    check_pages(k_pages, v_pages, 0 if is_stacked else layer)
-    chosen = choose(implementation, k_pages)
-    check_int("src", src, 1)
-    check_int("dst", dst, 1)
+    copies_all_layers = k_pages.ndim == 5 and layer is None
+    check_pages(k_pages, v_pages, 0 if copies_all_layers else layer)
+    backend = choose_backend(implementation, k_pages)
+    check_integers("src", src, 1)
+    check_integers("dst", dst, 1)
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
-    scales = _scales(k_pages, k_scale, v_scale, is_whole=True)
-    if chosen == "mosaic_tpu":
-        return tpu.copy(k_pages, v_pages, *scales, src, dst, layer)
-    pools = (k_pages, v_pages, *(scale for scale in scales if scale is not None))
-    if chosen == "triton":
-        return triton_pages.copy(pools, src, dst, layer)
-    return xla_pages.copy(pools, src, dst, layer, is_stacked=k_pages.ndim == 5)
+    scales = _checked_scales(k_pages, k_scale, v_scale, is_whole=True)
+    pools = Pools(k_pages, v_pages, *scales)
+    return _without_none(backend.copy(pools, src, dst, layer))
 
 
-def merge_states(
-    out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Attention over the union of two disjoint sets of keys, from that over each.
+def _attend(
+    backend: Backend, operands: AttentionOperands, return_lse: bool
+) -> tuple[jax.Array, Any]:
+    """Call the backend, through cascade attention if it needs that for prefixes."""
+    if backend.is_differentiable:
+        return backend.attend(operands, return_lse=return_lse)
+    # Kernels compile these two in, so they are no operands of `custom_vjp`.
+    numbers = dict(scale=operands.scale, logits_soft_cap=operands.logits_soft_cap)
 
-    Args:
-      out_a, out_b: `[..., H, D]` attention outputs.
-      lse_a, lse_b: f32`[..., H]` log-sum-exps; `-inf` marks an empty set.
+    def call(arrays: AttentionOperands) -> tuple[jax.Array, Any]:
+        operands = arrays._replace(**numbers)
+        if operands.shared_prefix is None or backend.cascade is None:
+            return backend.attend(operands, return_lse=return_lse)
+        return cascade.attend(backend.attend, operands, backend.cascade)
 
-    Returns:
-      The merged output in the dtype of `out_a`, and its log-sum-exp.
-    """
-    return merge(out_a, lse_a, out_b, lse_b)
+    arrays = operands._replace(scale=None, logits_soft_cap=None)
+    return _refuse_gradient(call, backend.name)(arrays)
 
 
-def _kernel(name: str, *, return_lse: bool) -> Callable[..., Any]:
-    """Plain attention of a kernel."""
-    if name == "mosaic_tpu":
-        return functools.partial(tpu.attend, return_lse=return_lse)
-    if name == "triton":
-        return triton_attention.attend
-    # Here, for the import takes a second and most processes have no such GPU.
-    from jpaged.pallas.gpu import calls as gpu
+def _refuse_gradient(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return `function`, with an error for its gradient that names what to use."""
 
-    return gpu.attend
+    def refuse(*args: Any) -> Any:
+        names = [repr(one.name) for one in BACKENDS if one.is_differentiable]
+        raise ValueError(
+            f"implementation: {name!r} has no gradient ({' and '.join(names)} have); "
+            "use implementation='xla' for what is differentiated"
+        )
+
+    called = jax.custom_vjp(function)
+    called.defvjp(refuse, refuse)
+    return called
 
 
 def _groups(
-    shared_prefix, block_tables, context_lens, block_size
+    shared_prefix: SharedPrefix | bool | None, operands: AttentionOperands
 ) -> SharedPrefix | None:
+    """Return the groups of rows to read together, or None."""
     if shared_prefix is None or shared_prefix is False:
         return None
+    lens = operands.context_lens
     if shared_prefix is True:
-        return find(block_tables, context_lens, block_size)
-    shape = context_lens.shape
-    if not isinstance(shared_prefix, SharedPrefix) or shape != (
-        *shared_prefix.leaders.shape,
-    ):
+        return find(operands.block_tables, lens, operands.block_size)
+    is_groups = isinstance(shared_prefix, SharedPrefix)
+    if not is_groups or shared_prefix.leaders.shape != lens.shape:
         raise ValueError(
-            "shared_prefix: expected True, or what shared_prefix.find gives for these "
-            f"{shape[0]} rows, got {shared_prefix!r:.200}"
+            "shared_prefix: expected True, or the result of shared_prefix.find for "
+            f"these {lens.shape[0]} rows, got {shared_prefix!r:.200}"
         )
     return shared_prefix
 
 
-def _padded(heads: jax.Array, page_dim: int) -> jax.Array:
-    """`heads` [T, H, D] with zeros behind, up to the pages' head_dim."""
+def _new_tokens(
+    k_pages: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array
+) -> NewTokens:
+    """Check new keys and values, and convert them to the dtype and D of the pages."""
+    *_, num_kv_heads, _, page_dim = plain_shape(k_pages, k.shape[-1])
+    head_dim = k.shape[-1] if is_padded(k.shape[-1], page_dim) else page_dim
+    expected = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
+    for name, value in (("k", k), ("v", v)):
+        if value.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {expected} (slot_mapping "
+                f"{slot_mapping.shape}, pages {k_pages.shape}), got {value.shape}"
+            )
+    check_integers("slot_mapping", slot_mapping, 1)
+    k_scale = v_scale = None
+    if is_quantised(k_pages.dtype):
+        (k, k_scale), (v, v_scale) = (quantise(x, k_pages.dtype) for x in (k, v))
+    k, v = (_pad_heads(stored(x, k_pages.dtype), page_dim) for x in (k, v))
+    return NewTokens(k, v, k_scale, v_scale)
+
+
+def _pad_heads(heads: jax.Array, page_dim: int) -> jax.Array:
+    """Return heads [T, H, D] with zeros after D, up to the pages' head_dim."""
     return jnp.pad(heads, ((0, 0), (0, 0), (0, page_dim - heads.shape[-1])))
 
 
-def _one_pool(pools, block_tables, layer) -> tuple[Pools, jax.Array]:
-    """Views a stacked pool as one pool of L * N blocks: no slice, so no copy."""
-    if layer is None:
-        return pools, block_tables
-    num_layers, num_blocks = pools.k.shape[:2]
-
-    def flat(pages):
-        return pages.reshape(num_layers * num_blocks, *pages.shape[2:])
-
-    inside = (block_tables >= 0) & (block_tables < num_blocks)
-    offset = jnp.asarray(layer, jnp.int32) * num_blocks
-    tables = jnp.where(inside, block_tables + offset, 0)
-    return jax.tree.map(flat, pools), tables
-
-
-def _scales(k_pages, k_scale, v_scale, *, is_whole=False):
-    """Checked by `check_scales`; they may be as wide as TPUs want them."""
-    width = scale_width(k_pages.shape[-2], "mosaic_tpu")
+def _checked_scales(
+    k_pages: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    *,
+    is_whole: bool = False,
+) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+    """Check scales as `check_scales`; every backend accepts those of the TPU layout."""
+    width = LANE_ROWS.scale_width(k_pages.shape[-2])
     return check_scales(k_pages, k_scale, v_scale, width=width, is_whole=is_whole)
+
+
+def _without_none(pools: Pools) -> tuple[jax.Array, ...]:
+    return tuple(array for array in pools if array is not None)

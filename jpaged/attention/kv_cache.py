@@ -1,9 +1,9 @@
 """KV cache: the pages of all layers.
 
-Place on the road: block manager (which block) -> [kv_cache] (what is in it).
+Pipeline: block manager (which block) -> [kv_cache] (what a block contains).
 
-One array of all layers for the keys and one for the values, and the layer's index goes
-into whatever reads or writes them: a slice of the pool would be a copy of it.
+Keys of all layers are one array, and so are values. Reads and writes get the index of
+the layer: a slice of the pool would be a copy of it.
 
 Source: Kwon et al. 2023, section 4.1.
 """
@@ -18,28 +18,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.attention import api as attention
+from jpaged.attention import api
+from jpaged.attention.backends import choose_backend, layout
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
 from jpaged.kv.block_manager import NO_BLOCK
-from jpaged.pages.backends import choose, page_shape, scale_width, stored_dtype
 from jpaged.pages.quantised import is_quantised
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every block, layer by layer.
+    """Keys and values of every block in all layers.
 
-    The blocks are the second axis of every leaf, so what moves blocks maps over leaves.
+    Blocks are the second axis of every leaf, so an operation on blocks can map over the
+    leaves.
     """
 
-    k_pages: jax.Array  # [L, N, K, P, D], the last two those of `page_shape`
+    k_pages: jax.Array  # [L, N, K, P, D]; the last two axes as in `page_shape`
     v_pages: jax.Array  # [L, N, K, P, D]
     k_scale: jax.Array | None = None  # f32[L, N, K, P'], of quantised pages
-    v_scale: jax.Array | None = None  # f32[L, N, K, P'], P' of `scale_width`
+    v_scale: jax.Array | None = None  # f32[L, N, K, P'], P' as in `scale_width`
 
 
-def init_cache(
+def init_kv_cache(
     *,
     num_layers: int,
     num_blocks: int,
@@ -50,25 +51,28 @@ def init_cache(
     memory: Any = DEVICE_MEMORY,
     implementation: str | None = None,
 ) -> KVCache:
-    """A cache of zeros; `memory` is `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`.
+    """Return a cache of zeros, in the page layout of the attention backend.
 
-    Heads and scales are stored as the `implementation` of attention wants them. `dtype`
-    is a float's name, "int8" or "fp8".
+    Args:
+      num_layers, num_blocks, num_kv_heads, block_size, head_dim: sizes of the pool.
+      dtype: name of a floating dtype, "int8" or "fp8".
+      memory: `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`.
+      implementation: name of the backend; None: the preferred one.
 
     Raises:
-      ValueError: the implementation does not serve quantised pages of these sizes.
+      ValueError: the backend does not support quantised pages of these sizes.
     """
-    dtype = stored_dtype(dtype, implementation)
-    page = page_shape(block_size, head_dim, dtype, implementation)
+    stored = layout(implementation)
+    dtype = stored.stored_dtype(dtype)
+    page = stored.page_shape(block_size, head_dim, dtype)
     shape = (num_layers, num_blocks, num_kv_heads, *page)
     if not is_quantised(dtype):
         return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
-    # Of one head: how many a device has, a mesh decides.
-    choose(implementation, jax.ShapeDtypeStruct((1, 1, 1, *shape[3:]), dtype))
-    scales = (*shape[:3], scale_width(block_size, implementation))
+    # With one head: a mesh decides how many heads a device has.
+    choose_backend(implementation, jax.ShapeDtypeStruct((1, 1, 1, *page), dtype))
+    scales = (*shape[:3], stored.scale_width(block_size))
     kinds = ((shape, dtype), (shape, dtype), (scales, "float32"), (scales, "float32"))
-    arrays = [zeros(*kind, memory) for kind in kinds]
-    return KVCache(*arrays)
+    return KVCache(*(zeros(*kind, memory) for kind in kinds))
 
 
 def bytes_per_block(
@@ -80,31 +84,32 @@ def bytes_per_block(
     dtype: str,
     implementation: str | None = None,
 ) -> int:
-    """Bytes that one block takes: keys and values, all layers (paper section 3).
+    """Return the bytes of one block: keys and values of all layers (paper section 3).
 
-    With the scales where `dtype` is "int8" or "fp8".
+    Includes the scales if `dtype` is "int8" or "fp8". Arguments as of `init_kv_cache`.
     """
-    dtype = stored_dtype(dtype, implementation)
-    page = page_shape(block_size, head_dim, dtype, implementation)
+    stored = layout(implementation)
+    dtype = stored.stored_dtype(dtype)
+    page = stored.page_shape(block_size, head_dim, dtype)
     head = math.prod(page) * jnp.dtype(dtype).itemsize
     if is_quantised(dtype):
-        head += scale_width(block_size, implementation) * jnp.dtype("float32").itemsize
+        head += stored.scale_width(block_size) * jnp.dtype("float32").itemsize
     return 2 * num_layers * num_kv_heads * head
 
 
-def write(
+def write_tokens(
     cache: KVCache,
     k: jax.Array,
     v: jax.Array,
     slot_mapping: jax.Array,
     layer: jax.Array | int,
-    implementation: str | None = None,
+    implementation: Any = None,
 ) -> KVCache:
-    """The cache with `k`, `v` [T, K, D] of a layer at `slot_mapping` i32[T].
+    """Write `k` and `v` [T, K, D] of a layer to the slots `slot_mapping` i32[T].
 
-    In place where the cache is donated.
+    Updates in place if the caller donates the cache.
     """
-    pages = attention.write_kv(
+    pages = api.write_kv(
         cache.k_pages,
         cache.v_pages,
         k,
@@ -122,13 +127,14 @@ def copy_blocks(
     cache: KVCache,
     src: jax.Array,
     dst: jax.Array,
-    implementation: str | None = None,
+    implementation: Any = None,
 ) -> KVCache:
-    """The cache with block `dst[i]` holding what `src[i]` held, in every layer.
+    """Overwrite block `dst[i]` with the contents of block `src[i]`, in every layer.
 
-    `src`, `dst`: i32[C], NO_BLOCK skips the pair. In place where the cache is donated.
+    `src`, `dst`: i32[C]; NO_BLOCK skips the pair. Updates in place if the caller
+    donates the cache.
     """
-    pages = attention.copy_blocks(
+    pages = api.copy_blocks(
         cache.k_pages,
         cache.v_pages,
         src,
@@ -140,36 +146,45 @@ def copy_blocks(
     return KVCache(*pages)
 
 
-def swap_out(
+def swap_out_pages(
     cache: KVCache, host_cache: KVCache, src: jax.Array, dst: jax.Array
 ) -> KVCache:
-    """The host's cache with block `dst[i]` holding what `src[i]` of `cache` holds.
+    """Copy block `src[i]` of the device's cache to block `dst[i]` of the host's cache.
 
     Args:
-      cache: the device's.
-      host_cache: in the host's memory; donate it, and it is written in place.
-      src, dst: i32[C], pairs first and then NO_BLOCK; the time goes by the pairs.
+      cache: the device's cache.
+      host_cache: in the host's memory; it is updated in place if donated.
+      src, dst: i32[C], pairs first and then NO_BLOCK; the time is proportional to the
+        number of pairs.
+
+    Returns:
+      The host's cache.
 
     Source: paper section 4.5.
     """
     return _move_blocks(cache, host_cache, src, dst, HOST_MEMORY)
 
 
-def swap_in(
+def swap_in_pages(
     cache: KVCache, host_cache: KVCache, src: jax.Array, dst: jax.Array
 ) -> KVCache:
-    """The cache with its block `dst[i]` holding what `src[i]` of the host's holds.
+    """Copy block `src[i]` of the host's cache to block `dst[i]` of the device's cache.
 
-    In place where `cache` is donated; otherwise as `swap_out`.
+    Args: as of `swap_out_pages`; `cache` is updated in place if donated.
+
+    Returns:
+      The device's cache.
     """
     return _move_blocks(host_cache, cache, src, dst, DEVICE_MEMORY)
 
 
-def _move_blocks(source, target, src, dst, memory) -> KVCache:
-    """`target`, which lies in `memory`, with blocks of `source`, one after the other.
+def _move_blocks(
+    source: KVCache, target: KVCache, src: jax.Array, dst: jax.Array, memory: Any
+) -> KVCache:
+    """Copy blocks of `source` into `target`, which lies in `memory`, one at a time.
 
-    Slices, for those go to and from the host's memory by themselves; a gather or a
-    scatter there copies a whole pool (docs/decisions/swapping.md).
+    Slices move to and from the host's memory by themselves. A gather or a scatter there
+    copies a whole pool (docs/decisions/swapping.md).
     """
 
     def move(i: jax.Array, target: KVCache) -> KVCache:

@@ -1,80 +1,110 @@
-"""The reference: attention that gathers whole tables, to compare others with.
+"""The reference backend: attention that gathers whole tables; others are tested on it.
 
-Place on the road: attention -> [reference]. Letters as in `jpaged.attention`.
+Pipeline: attention -> [reference]. Shape symbols as in `jpaged.attention`.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jpaged.pages.quantised import decode
-from jpaged.xla.pages import Pools
+from jpaged.pages.backend import Backend
+from jpaged.pages.layout import PLAIN_OR_BITS
+from jpaged.pages.operands import AttentionOperands, merge_layers, query_starts
+from jpaged.pages.quantised import widen
+from jpaged.xla.backend import XLA
 
 
 def attend(
-    q: jax.Array,
-    pools: Pools,
-    block_tables: jax.Array,
-    context_lens: jax.Array,
-    query_start_loc: jax.Array | None,
-    *,
-    scale: float | jax.Array,
-    sliding_window: int | jax.Array | None,
-    logits_soft_cap: float | jax.Array | None,
-    sinks: jax.Array | None,
+    operands: AttentionOperands, *, return_lse: bool = True, dtype: Any = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [T, H, D] in the dtype of q, and log-sum-exp f32[T, H].
+    """Return attention with each query's whole table gathered, in float32.
 
-    Gathers each query's whole table, masks, and takes the softmax in float32.
-    Arguments as of `jpaged.attention.paged_attention`; `pools` are one layer's.
+    Rows are read one by one, whatever `operands.shared_prefix` says.
+
+    Args:
+      operands: plain pages, and heads as wide as the pages' D.
+      return_lse: the log-sum-exp is returned in either case.
+      dtype: of the output; None: that of q.
+
+    Returns:
+      Output `[T, H, D]` and log-sum-exp f32`[T, H]`.
     """
-    num_queries, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, block_size, _ = pools.k.shape
-    num_seqs, max_blocks = block_tables.shape
-    if query_start_loc is None:
-        query_start_loc = jnp.arange(num_seqs + 1, dtype=jnp.int32)
-    query = jnp.arange(num_queries, dtype=jnp.int32)
-    row = jnp.searchsorted(query_start_loc[1:], query, side="right")
-    row = jnp.minimum(row, num_seqs - 1).astype(jnp.int32)
-    # The last query of a row sees context_lens tokens, the one before it one less.
-    visible = context_lens[row] - (query_start_loc[row + 1] - 1 - query)
-    visible = jnp.where(query < query_start_loc[-1], visible, 0)
-
-    blocks = jnp.clip(block_tables, 0, num_blocks - 1)[row]  # [T, M]
-    position = jnp.arange(max_blocks * block_size, dtype=jnp.int32)
-    position, visible = position[None, :], visible[:, None]
-    mask = position < visible
-    if sliding_window is not None:
-        mask &= position >= visible - sliding_window
-    mask = mask[:, None, None, :]
-
-    def gathered(pages, scale):  # [T, K, M * P, D]
-        rows = decode(pages[blocks]).astype(jnp.float32)
-        if scale is not None:
-            rows *= scale[blocks][..., :block_size, None]
-        rows = rows.transpose(0, 2, 1, 3, 4)
-        rows = rows.reshape(num_queries, num_kv_heads, -1, head_dim)
-        return jnp.where(mask[:, 0, 0, :][:, None, :, None], rows, 0.0)
+    del return_lse
+    operands = merge_layers(operands)
+    q, pools = operands.q, operands.pools
+    (num_queries, num_heads, head_dim), num_kv_heads = q.shape, pools.k.shape[1]
+    row, visible = _visible_tokens(operands)
+    mask = _mask(operands, visible)
+    blocks = jnp.clip(operands.block_tables, 0, pools.k.shape[0] - 1)[row]  # [T, M]
+    # Full precision: a GPU would otherwise multiply float32 as TF32.
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     q_TKGD = q.astype(jnp.float32).reshape(num_queries, num_kv_heads, -1, head_dim)
-    keys = gathered(pools.k, pools.k_scale)
-    # Not TF32, which GPUs would take for float32.
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    scores = product("tkgd,tkcd->tkgc", q_TKGD, keys) * scale
-    if logits_soft_cap is not None:
-        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    scores = jnp.where(mask, scores, -jnp.inf)
+    keys = _gather(pools.k, pools.k_scale, blocks, mask)
+    scores = product("tkgd,tkcd->tkgc", q_TKGD, keys) * operands.scale
+    if (cap := operands.logits_soft_cap) is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    mask_TKGC = mask[:, None, None, :]
+    scores = jnp.where(mask_TKGC, scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)  # [T, K, G]
-    if sinks is not None:
-        sink_KG = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1)
-        # A row that sees nothing stays empty, sink or not.
-        lse = jnp.where(visible[:, None] > 0, jnp.logaddexp(lse, sink_KG), lse)
+    if operands.sinks is not None:
+        sink_KG = operands.sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1)
+        # A query that sees no token has no sink either.
+        is_empty = (visible <= 0)[:, None, None]
+        lse = jnp.where(is_empty, lse, jnp.logaddexp(lse, sink_KG))
     base = jnp.where(jnp.isneginf(lse), 0.0, lse)
-    weights = jnp.where(mask, jnp.exp(scores - base[..., None]), 0.0)
-    values = gathered(pools.v, pools.v_scale)
-    out = product("tkgc,tkcd->tkgd", weights, values)
-    shape = (num_queries, num_heads)
-    return out.reshape(*shape, head_dim).astype(q.dtype), lse.reshape(shape)
+    weights = jnp.where(mask_TKGC, jnp.exp(scores - base[..., None]), 0.0)
+    values = _gather(pools.v, pools.v_scale, blocks, mask)
+    out = product("tkgc,tkcd->tkgd", weights, values).reshape(q.shape)
+    dtype = q.dtype if dtype is None else dtype
+    return out.astype(dtype), lse.reshape(num_queries, num_heads)
+
+
+def _visible_tokens(operands: AttentionOperands) -> tuple[jax.Array, jax.Array]:
+    """Return the row of each query, and how many tokens it sees; i32[T] each."""
+    num_rows = operands.block_tables.shape[0]
+    starts = query_starts(operands.query_start_loc, num_rows)
+    query = jnp.arange(operands.q.shape[0], dtype=jnp.int32)
+    row = jnp.searchsorted(starts[1:], query, side="right")
+    row = jnp.minimum(row, num_rows - 1).astype(jnp.int32)
+    # The last query of a row sees context_lens tokens, the query before it one fewer.
+    visible = operands.context_lens[row] - (starts[row + 1] - 1 - query)
+    return row, jnp.where(query < starts[-1], visible, 0)
+
+
+def _mask(operands: AttentionOperands, visible: jax.Array) -> jax.Array:
+    """Return bool[T, M * P]: whether the query sees the table's token."""
+    num_tokens = operands.block_tables.shape[1] * operands.pools.k.shape[2]
+    position = jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+    mask = position < visible[:, None]
+    if operands.sliding_window is not None:
+        mask &= position >= visible[:, None] - operands.sliding_window
+    return mask
+
+
+def _gather(
+    pages: jax.Array, scale: jax.Array | None, blocks: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Return f32[T, K, M * P, D]: the tokens of `blocks` i32[T, M], 0 where masked."""
+    num_queries = blocks.shape[0]
+    _, num_kv_heads, block_size, head_dim = pages.shape
+    tokens = widen(pages[blocks]).astype(jnp.float32)
+    if scale is not None:
+        tokens *= scale[blocks][..., :block_size, None]
+    tokens = tokens.transpose(0, 2, 1, 3, 4)
+    tokens = tokens.reshape(num_queries, num_kv_heads, -1, head_dim)
+    return jnp.where(mask[:, None, :, None], tokens, 0.0)
+
+
+REFERENCE = Backend(
+    name="reference",
+    attend=attend,
+    write=XLA.write,
+    copy=XLA.copy,
+    layout=PLAIN_OR_BITS,
+    is_differentiable=True,
+)

@@ -117,7 +117,7 @@ def _trunk(
 
     def attend(layer, q, k, v, cache):
         slots = inputs.slot_mapping
-        cache = kv_cache.write(cache, k, v, slots, layer, implementation)
+        cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
         attended = attention.paged_attention(
             q,
             cache.k_pages,

@@ -362,8 +362,8 @@ def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
     def move(cache: KVCache | None, host_cache: KVCache | None):
         if cache is None or host_cache is None:
             return None, None
-        host_cache = kv_cache.swap_out(cache, host_cache, out.src, out.dst)
-        return kv_cache.swap_in(cache, host_cache, into.src, into.dst), host_cache
+        host_cache = kv_cache.swap_out_pages(cache, host_cache, out.src, out.dst)
+        return kv_cache.swap_in_pages(cache, host_cache, into.src, into.dst), host_cache
 
     cache, host_cache = move(state.cache, host.cache)
     draft_cache, host_draft_cache = move(state.draft_cache, host.draft_cache)

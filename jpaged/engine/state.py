@@ -132,7 +132,7 @@ def _make(
     def cache(sizes: ModelConfig | None, is_host: bool = False) -> KVCache | None:
         if sizes is None:
             return None
-        return kv_cache.init_cache(
+        return kv_cache.init_kv_cache(
             num_layers=sizes.num_layers,
             num_blocks=replicas
             * (config.num_swap_blocks if is_host else config.num_blocks),

@@ -1,1 +1,1 @@
-"""Page layouts (plain, packed, quantised), attention backends and their tuned sizes."""
+"""What every attention backend shares: record, operands, page layouts, tile sizes."""

@@ -1,9 +1,9 @@
-"""Quantised pages: numbers of 8 bits, and a float32 scale for each token and KV head.
+"""Quantised pages: 8-bit numbers, and a float32 scale for each token and KV head.
 
-Place on the road: keys, values -> [quantised_pages] -> xla, attention, kv_cache.
+Pipeline: keys, values -> [quantised] -> xla, attention, kv_cache.
 
-A token's key or value of one head is `number * scale`, with the scale that takes its
-largest entry to the largest number: it is known when the token is written, and never
+A token's key or value of one head is `number * scale`. The scale maps its largest entry
+to the largest number of the dtype. It is known when the token is written, and never
 changes. `docs/decisions/quantised_kv.md` compares coarser scales.
 """
 
@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# What a user asks for, and the dtype of the pages. fp8 is float8_e4m3fn, as bits: XLA
-# widens a whole array of float8 to update a slice of it on a CPU, and not one of bytes.
+# `kv_dtype` of a user, and the dtype of the pages. fp8 is float8_e4m3fn, stored as
+# bits: on a CPU, XLA widens a whole array of float8 to update a slice of it, but not an
+# array of bytes.
 PAGE_DTYPES = {"int8": "int8", "fp8": "uint8"}
 
-# Pages of bfloat16 as bits, for a CPU: see `implementations.stored_dtype`.
+# Pages of bfloat16 as bits, on a CPU: see `layout.PageLayout`.
 BITS_OF_BFLOAT16 = "uint16"
 
 _LARGEST = {"int8": 127.0, "uint8": 448.0, "float8_e4m3fn": 448.0}
 
 
 def page_dtype(name: str) -> str:
-    """The dtype of the pages for a `kv_dtype`: "int8", "fp8" or a float's name."""
+    """Return the dtype of pages for a `kv_dtype`: "int8", "fp8" or a float's name."""
     return PAGE_DTYPES.get(name, name)
 
 
@@ -33,28 +34,35 @@ def is_quantised(dtype: jnp.dtype | str) -> bool:
     return jnp.dtype(dtype).name in _LARGEST
 
 
-def encode(values: jax.Array, dtype: jnp.dtype | str) -> tuple[jax.Array, jax.Array]:
-    """Numbers [..., D] of the pages' `dtype` and scales f32[...] of `values` [..., D].
+def quantise(values: jax.Array, dtype: jnp.dtype | str) -> tuple[jax.Array, jax.Array]:
+    """Quantise vectors, each with its own scale.
 
-    A vector that holds NaN or infinity gets a scale that is none either, so that it
-    shows in what reads it.
+    A vector with NaN or infinity gets a scale that is not finite either, so that it
+    shows in the results that read it.
+
+    Args:
+      values: `[..., D]`.
+      dtype: of the pages.
+
+    Returns:
+      Numbers `[..., D]` in `dtype`, and scales f32`[...]`.
     """
     name = jnp.dtype(dtype).name
     values = values.astype(jnp.float32)
     largest = jnp.max(jnp.abs(values), axis=-1)
-    # A vector of zeros has a scale too, so that nothing is divided by zero.
+    # A vector of zeros gets a positive scale too, to avoid a division by zero.
     scale = jnp.maximum(largest / _LARGEST[name], jnp.finfo(jnp.float32).tiny)
     numbers = values / scale[..., None]
     if name == "int8":
         return jnp.round(numbers).astype(dtype), scale
     numbers = numbers.astype(jnp.float8_e4m3fn)
-    return bits(numbers) if name == "uint8" else numbers, scale
+    return (float8_bits(numbers) if name == "uint8" else numbers), scale
 
 
-def decode(numbers: jax.Array) -> jax.Array:
-    """`numbers` of quantised pages in float32, still without their scales.
+def widen(numbers: jax.Array) -> jax.Array:
+    """Return numbers of quantised pages as float32, without their scales.
 
-    Bits of bfloat16 become float32 too; numbers of other pages stay as they are.
+    The bits of bfloat16 become float32 too. Numbers of other pages stay as they are.
     """
     if numbers.dtype == BITS_OF_BFLOAT16:
         numbers = lax.bitcast_convert_type(numbers, jnp.bfloat16)
@@ -67,14 +75,14 @@ def decode(numbers: jax.Array) -> jax.Array:
 
 
 def stored(values: jax.Array, dtype: jnp.dtype | str) -> jax.Array:
-    """`values` as pages of `dtype` hold them: cast, or the bits of their bfloat16."""
+    """Return `values` as pages of `dtype` hold them: cast, or the bits of bfloat16."""
     if dtype == BITS_OF_BFLOAT16:
         return lax.bitcast_convert_type(values.astype(jnp.bfloat16), dtype)
     return values.astype(dtype)
 
 
-def bits(numbers: jax.Array) -> jax.Array:
-    """`numbers` of float8_e4m3fn as uint8, others as they are; nothing is copied."""
+def float8_bits(numbers: jax.Array) -> jax.Array:
+    """Return float8_e4m3fn as uint8, without a copy, and other arrays as they are."""
     if numbers.dtype == jnp.float8_e4m3fn:
         return lax.bitcast_convert_type(numbers, jnp.uint8)
     return numbers
@@ -88,38 +96,51 @@ def check_scales(
     width: int,
     is_whole: bool = False,
 ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-    """The scales of `pages` [..., P, D] as f32[..., P]; None twice where it needs none.
+    """Check scales, and broadcast them to the shape of the pages.
 
-    Those of f32[..., width] keep their shape: what is behind P nobody reads.
-    `is_whole`: they must have one of the two shapes already, to be written.
+    Args:
+      pages: `[..., P, D]`.
+      k_scale, v_scale: floats that broadcast to `[..., P]`, or `[..., width]`; None for
+        pages that need no scales.
+      width: last axis of wider scales, which keep their shape; entries after P are not
+        read.
+      is_whole: the scales must have one of the two shapes, because they are written.
+
+    Returns:
+      f32`[..., P]` or f32`[..., width]` each, or None twice.
 
     Raises:
-      ValueError: quantised pages without scales, other pages with some, or scales whose
-        shape does not broadcast to that of the pages.
+      ValueError: quantised pages without scales, other pages with scales, or scales
+        whose shape does not broadcast to that of the pages.
     """
-    shape, given = pages.shape[:-1], {"k_scale": k_scale, "v_scale": v_scale}
-    for name, scale in given.items():
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (scale is None) == is_quantised(pages.dtype):
-            wanted, got = ("one", "None") if scale is None else ("None", "one")
+            expected, got = ("one", "None") if scale is None else ("None", "one")
             raise ValueError(
-                f"{name}: expected {wanted} beside pages of {pages.dtype}, got {got}; "
-                f"pages of {', '.join(_LARGEST)} have scales, others none"
+                f"{name}: expected {expected} beside pages of {pages.dtype}, got {got}"
+                f"; pages of {', '.join(_LARGEST)} have scales, others none"
             )
     if k_scale is None or v_scale is None:
         return None, None
-    whole = []
-    for name, scale in given.items():
-        scale = jnp.asarray(scale)
-        own = (*shape[:-1], width) if scale.shape == (*shape[:-1], width) else shape
-        fits = scale.shape == own or (not is_whole and _broadcasts(scale, shape))
-        if not fits or not jnp.issubdtype(scale.dtype, jnp.floating):
-            kind = "floats of shape" if is_whole else "floats that broadcast to"
-            raise ValueError(
-                f"{name}: expected {kind} {shape} (pages {pages.shape}), got "
-                f"{scale.dtype}{list(scale.shape)}"
-            )
-        whole.append(jnp.broadcast_to(scale, own).astype(jnp.float32))
-    return whole[0], whole[1]
+    return (
+        _checked_scale("k_scale", k_scale, pages, width=width, is_whole=is_whole),
+        _checked_scale("v_scale", v_scale, pages, width=width, is_whole=is_whole),
+    )
+
+
+def _checked_scale(
+    name: str, scale: jax.Array, pages: jax.Array, *, width: int, is_whole: bool
+) -> jax.Array:
+    shape, scale = pages.shape[:-1], jnp.asarray(scale)
+    own = (*shape[:-1], width) if scale.shape == (*shape[:-1], width) else shape
+    fits = scale.shape == own or (not is_whole and _broadcasts(scale, shape))
+    if not fits or not jnp.issubdtype(scale.dtype, jnp.floating):
+        kind = "floats of shape" if is_whole else "floats that broadcast to"
+        raise ValueError(
+            f"{name}: expected {kind} {shape} (pages {pages.shape}), got "
+            f"{scale.dtype}{list(scale.shape)}"
+        )
+    return jnp.broadcast_to(scale, own).astype(jnp.float32)
 
 
 def _broadcasts(scale: jax.Array, shape: tuple[int, ...]) -> bool:

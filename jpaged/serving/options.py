@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged import parallel
-from jpaged.attention import api as attention_module
+from jpaged.attention import backends
 from jpaged.config import PREEMPTIONS, Speculation
 from jpaged.engine import replicas
 from jpaged.models.config import DTYPES
@@ -25,13 +25,6 @@ from jpaged.models.loading.checkpoint import load_model
 from jpaged.pages.quantised import PAGE_DTYPES
 from jpaged.parallel import distributed
 from jpaged.text.tokenizer import Tokenizer
-
-# What an implementation of attention needs, and what jax calls it.
-_MACHINES = {
-    "mosaic_tpu": ("TPU", "tpu"),
-    "mosaic_gpu": ("Hopper GPU", "gpu"),
-    "triton": ("NVIDIA GPU", "gpu"),
-}
 
 
 def check_sizes(seed: Any, **sizes: Any) -> None:
@@ -82,17 +75,7 @@ def check_choices(
             f"num_swap_blocks: wanted 0 with preemption={preemption!r}, got "
             f"{num_swap_blocks}; take preemption='swap' to use them"
         )
-    if attention is not None and attention not in attention_module.IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention: wanted None or one of {attention_module.IMPLEMENTATIONS}, "
-            f"got {attention!r}"
-        )
-    machine, backend = _MACHINES.get(attention, ("", jax.default_backend()))
-    if jax.default_backend() != backend:
-        raise ValueError(
-            f"attention: {attention!r} needs a {machine}, and this process's backend "
-            f"is {jax.default_backend()!r}; take None for the best one here"
-        )
+    _check_attention(attention)
     if not isinstance(cascade, bool):
         raise ValueError(f"cascade: wanted True or False, got {cascade!r}")
     if mesh is not None:
@@ -102,6 +85,23 @@ def check_choices(
         raise ValueError(
             f"memory_fraction: wanted a share above 0 and up to 1, got "
             f"{memory_fraction!r}"
+        )
+
+
+def _check_attention(name: Any) -> None:
+    """Raises ValueError for a backend that does not exist or needs another device."""
+    if name is None:
+        return
+    if name not in backends.IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention: expected None or one of {backends.IMPLEMENTATIONS}, "
+            f"got {name!r}"
+        )
+    backend = backends.find_backend(name)
+    if backend.platform not in (None, jax.default_backend()):
+        raise ValueError(
+            f"attention: {name!r} needs a {backend.device}, and this process's backend "
+            f"is {jax.default_backend()!r}; use None for the best one here"
         )
 
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged.pages import defaults, tuned
-from jpaged.pages.quantised import bits
+from jpaged.pages import operands, tuned
+from jpaged.pages.quantised import float8_bits
 from jpaged.triton import tiles as tiles_module
 from jpaged.triton.launch import launch
 from jpaged.triton.tiles import Tiles
@@ -65,8 +65,8 @@ def attend(
         tiles = tuned.tiles("triton", tiles, num_heads, k_pages)
     is_ragged = query_start_loc is not None
     queries = max(tiles.query_rows // group, 1) if is_ragged else 1
-    window = defaults.window(sliding_window)
-    starts = defaults.starts(query_start_loc, num_rows)
+    window = operands.window_size(sliding_window)
+    starts = operands.query_starts(query_start_loc, num_rows)
     # Rows split into at most so many items more than there are rows.
     more = max(tiles.programs // num_kv_heads, 1)
     has_parts = width * block_size > tiles.least_chunk
@@ -74,7 +74,7 @@ def attend(
     num_items = num_rows + (num_queries // queries if is_ragged else 0) + more
     num_parts = num_rows + more if has_parts else 1
     sizes = jnp.array([num_rows, width, num_blocks], jnp.int32)
-    settings = jnp.stack([defaults.layer(layer), window, plan.chunk])
+    settings = jnp.stack([operands.layer_index(layer), window, plan.chunk])
     settings = jnp.concatenate([settings, sizes])
     has_sinks = sinks is not None
     sinks = jnp.zeros(num_heads) if sinks is None else sinks
@@ -93,7 +93,7 @@ def attend(
     results = (array(*q.shape, dtype=dtype), array(num_queries, num_heads))
     partial = (array(num_parts, num_heads, head_dim), array(num_parts, num_heads))
     # Compilers for Ampere refuse float8_e4m3fn.
-    pools = (bits(k_pages), bits(v_pages), k_scale, v_scale)
+    pools = (float8_bits(k_pages), float8_bits(v_pages), k_scale, v_scale)
     out, lse, *parts = launch(
         "attend",
         (num_items, num_kv_heads),

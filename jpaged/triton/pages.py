@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.arithmetic import cdiv
-from jpaged.pages import defaults
-from jpaged.pages.quantised import bits
+from jpaged.pages import operands
+from jpaged.pages.quantised import float8_bits
 from jpaged.triton.launch import launch
 
 _COPY_SIZE = 4096  # elements that one program copies of the keys, and of the values
@@ -72,7 +72,7 @@ def copy(
 
 def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]:
     """The pools, in their own memory, after the kernel for so many of them."""
-    arrays, own = (*map(bits, arrays),), (*map(bits, pools),)
+    arrays, own = (*map(float8_bits, arrays),), (*map(float8_bits, pools),)
     found = launch(
         name if len(pools) == 2 else f"{name}_quantised",
         grid,
@@ -88,4 +88,4 @@ def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]
 
 
 def _settings(pools: Pools, layer: Layer) -> jax.Array:
-    return jnp.stack([defaults.layer(layer), jnp.int32(pools[0].shape[-4])])
+    return jnp.stack([operands.layer_index(layer), jnp.int32(pools[0].shape[-4])])

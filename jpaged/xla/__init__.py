@@ -1,1 +1,1 @@
-"""Paged attention and page updates in plain XLA: every backend, and the CPU's path."""
+"""The "xla" backend: paged attention and page updates in plain XLA."""

@@ -1,62 +1,57 @@
-"""Pages in plain XLA: read by tables, and updated in place where the caller donates.
+"""Pages in plain XLA: gathered by tables, and updated in place if the caller donates.
 
-Place on the road: attention -> [xla.pages].
+Pipeline: xla.backend, xla.online_softmax -> [xla.pages].
 
-Scales of quantised pages, [L, N, K, P'], go wherever the pages [L, N, K, P, D] go. P'
-is P, or more, as TPUs want it; nobody reads what is behind P.
+Scales of quantised pages, [L, N, K, P'], are read, written and copied with the pages
+[L, N, K, P, D]. P' is P, or larger, as TPUs store scales; entries after P are not read.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jpaged.compat import switch_in_place
-from jpaged.pages.quantised import decode
+from jpaged.pages.operands import Pools
+from jpaged.pages.quantised import widen
 
 _FEW_PAIRS = 4
 
-
-class Pools(NamedTuple):
-    """Keys and values of one layer, or of all as one pool."""
-
-    k: jax.Array  # [N, K, P, D]
-    v: jax.Array  # [N, K, P, D]
-    k_scale: jax.Array | None = None  # f32[N, K, P'], of quantised pages
-    v_scale: jax.Array | None = None
+Arrays = TypeVar("Arrays")  # a pytree of pools
 
 
-class Tokens(NamedTuple):
-    """What a table's columns hold, by row and KV head: B = R * K."""
+class GatheredTokens(NamedTuple):
+    """Keys and values of the blocks in a table's columns, with B = R * K."""
 
     k: jax.Array  # [B, C * P, D]
     v: jax.Array  # [B, C * P, D]
-    k_scale: jax.Array | None  # f32[B, C * P]
+    k_scale: jax.Array | None  # f32[B, C * P], of quantised pages
     v_scale: jax.Array | None
 
 
-def gather(pools: Pools, columns: jax.Array) -> Tokens:
-    """The blocks `columns` i32[R, C]; numbers of 8 bits come in float32."""
+def gather(pools: Pools, columns: jax.Array) -> GatheredTokens:
+    """Return the blocks `columns` i32[R, C] of one layer; 8-bit numbers as float32."""
     block_size = pools.k.shape[2]
-    scales = [
+    k_scale, v_scale = (
         None
         if scale is None
-        else _gather(scale[..., None], columns, block_size)[..., 0]
+        else _gather_blocks(scale[..., None], columns, block_size)[..., 0]
         for scale in (pools.k_scale, pools.v_scale)
-    ]
-    k, v = (decode(_gather(pages, columns, block_size)) for pages in (pools.k, pools.v))
-    return Tokens(k, v, *scales)
+    )
+    k, v = (_gather_blocks(pages, columns, block_size) for pages in (pools.k, pools.v))
+    return GatheredTokens(widen(k), widen(v), k_scale, v_scale)
 
 
-def _gather(pages: jax.Array, columns: jax.Array, block_size: int) -> jax.Array:
-    """[R * K, C * P, D]: the blocks `columns` i32[R, C] of `pages` [N, K, P', D].
+def _gather_blocks(pages: jax.Array, columns: jax.Array, block_size: int) -> jax.Array:
+    """Return [R * K, C * P, D]: the blocks `columns` i32[R, C] of pages [N, K, P', D].
 
     Gathers (block, head) slabs, so that the result needs no transpose, as flat rows
-    behind a barrier: fused into the product, the CPU of jax 0.12 gathers it slower.
+    before an optimisation barrier: if XLA fuses the gather into the product, the CPU of
+    jax 0.12 gathers more slowly.
     """
     num_blocks, num_kv_heads, width, head_dim = pages.shape
     num_rows, blocks = columns.shape
@@ -76,9 +71,10 @@ def write(
     layer: jax.Array | int | None,
     block_size: int,
 ) -> jax.Array:
-    """`pages` ([L,] N, K, P, D) with `values` [T, K, D] at `slots` i32[T].
+    """Return `pages` ([L,] N, K, P, D) with `values` [T, K, D] at `slots` i32[T].
 
-    Or scales ([L,] N, K, P') and [T, K]. Slots below 0 or past the pool are skipped.
+    The same for scales ([L,] N, K, P') and [T, K]. Slots below 0 or past the pool are
+    skipped.
     """
     num_blocks = pages.shape[0 if layer is None else 1]
     # -1 would wrap around to the last block; past the end, mode="drop" discards it.
@@ -90,18 +86,18 @@ def write(
 
 
 def copy(
-    pools: tuple[jax.Array, ...],
+    pools: Arrays,
     src: jax.Array,
     dst: jax.Array,
     layer: jax.Array | int | None,
     *,
     is_stacked: bool,
-) -> tuple[jax.Array, ...]:
-    """Each pool with block `dst[i]` holding what `src[i]` held; -1 skips the pair.
+) -> Arrays:
+    """Return each pool with block `src[i]` copied to block `dst[i]`; -1 skips the pair.
 
-    Blocks are the first axis, or where `is_stacked` the second, behind the layers. All
-    pairs are read before any is written. A step copies few blocks and has a pair for
-    every row, so few pairs have a program of their own.
+    Blocks are the first axis, or with `is_stacked` the second, after the layers. All
+    pairs are read before any is written. A step has a pair for every row and copies few
+    blocks, so a small number of pairs has a program of its own.
     """
     (num_pairs,) = src.shape
     is_live = (src >= 0) & (dst >= 0)
@@ -109,7 +105,7 @@ def copy(
     src, dst = src[order], dst[order]
     sizes = [size for size in (_FEW_PAIRS, num_pairs) if size <= num_pairs]
 
-    def pairs(size, pools):
+    def copy_first(size: int, pools: Arrays) -> Arrays:
         put = functools.partial(
             _copy_pairs,
             src=src[:size],
@@ -117,15 +113,22 @@ def copy(
             layer=layer,
             is_stacked=is_stacked,
         )
-        return tuple(map(put, pools))
+        return jax.tree.map(put, pools)
 
-    branches = [functools.partial(pairs, size) for size in sorted(set(sizes))]
+    branches = [functools.partial(copy_first, size) for size in sorted(set(sizes))]
     number = jnp.sum(is_live, dtype=jnp.int32)
     index = jnp.where(number <= _FEW_PAIRS, 0, len(branches) - 1)
     return switch_in_place(jnp.where(number == 0, -1, index), branches, pools)
 
 
-def _copy_pairs(pages, *, src, dst, layer, is_stacked) -> jax.Array:
+def _copy_pairs(
+    pages: jax.Array,
+    *,
+    src: jax.Array,
+    dst: jax.Array,
+    layer: jax.Array | int | None,
+    is_stacked: bool,
+) -> jax.Array:
     num_blocks = pages.shape[1 if is_stacked else 0]
     target = jnp.where((src < 0) | (dst < 0), num_blocks, dst)
     source = jnp.clip(src, 0, num_blocks - 1)

@@ -328,7 +328,7 @@ WRONG = {
     "implementation: expected None or one of": {"implementation": "cuda"},
     "k_scale: expected None beside pages of float32": {"k_scale": jnp.ones(1)},
     "v_scale: expected None beside pages of float32": {"v_scale": jnp.ones(1)},
-    "shared_prefix: expected True, or what": {"shared_prefix": integers(1)},
+    "shared_prefix: expected True, or the result": {"shared_prefix": integers(1)},
     r"k_pages: expected rank 4 \[N, K, P, D\]": {"k_pages": jnp.ones((2, 2, 3, 4, 5))},
     r"k_pages: expected rank 5 .* with layer=": {"layer": 0},
     r"v_pages: expected float32\[.*\] like k_pages": {

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import attention
 from jpaged.attention import cascade
-from jpaged.attention.cascade import make_plan, num_members
+from jpaged.attention.cascade import make_cascade_plan, num_members
+from jpaged.attention.reference import REFERENCE
 from jpaged.kv.shared_prefix import SharedPrefix
+from jpaged.pages.backend import CascadeOptions
+from jpaged.pages.operands import AttentionOperands, Pools
 from tests.support.attention import oracle
 from tests.support.attention.oracle import check_result, relative_errors
 from tests.support.attention.prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
@@ -34,9 +36,19 @@ def some_groups(rng: np.random.Generator, num_rows: int):
     return leaders, blocks, queries, blocks * BLOCK_SIZE + own
 
 
-plan_of = jax.jit(
-    make_plan, static_argnames=("block_size", "sliding_window", "num_members")
-)
+@functools.partial(jax.jit, static_argnames="num_members")
+def plan_of(shared, tables, lens, starts, num_members):
+    pages = jnp.zeros((1, 1, BLOCK_SIZE, 1))
+    operands = AttentionOperands(
+        jnp.zeros((1, 1, 1)),
+        Pools(pages, pages),
+        tables,
+        lens,
+        starts,
+        sliding_window=14,
+        shared_prefix=shared,
+    )
+    return make_cascade_plan(operands, num_members=num_members)
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 7, 16])
@@ -57,17 +69,15 @@ def test_every_row_reads_all_its_blocks_once_in_a_virtual_row_or_alone(num_rows)
             plan_of(
                 SharedPrefix(one, two),
                 *rest,
-                block_size=BLOCK_SIZE,
-                sliding_window=14,
                 num_members=size,
             ),
         )
         joins = (blocks > 0) & (queries == 1) & (lens <= 14)
         joins &= np.array([(joins & (leaders == one)).sum() > 1 for one in leaders])
         together += int(joins.sum())
-        places = plan.place[joins].tolist()
+        places = plan.member_index[joins].tolist()
         assert len(set(places)) == len(places)
-        assert (plan.place[~joins] == plan.members.size).all()
+        assert (plan.member_index[~joins] == plan.members.size).all()
         used = {place // size for place in places}
         # As few as can be: each group's rows over R, rounded up.
         counts = [int((joins & (leaders == one)).sum()) for one in set(leaders)]
@@ -81,7 +91,7 @@ def test_every_row_reads_all_its_blocks_once_in_a_virtual_row_or_alone(num_rows)
             assert plan.own_tables[row, 0] == tables[row, read]
             if not joins[row]:
                 continue
-            virtual, slot = divmod(plan.place[row], size)
+            virtual, slot = divmod(plan.member_index[row], size)
             assert plan.members[virtual, slot] == row
             assert plan.lens[virtual] == read * BLOCK_SIZE
             reader = plan.tables[virtual, 0] // 8
@@ -98,37 +108,22 @@ def test_so_many_rows_fill_a_tile():
 
 
 def attend(case, shared, *, seen=None, **options):
-    """Of the transform around the reference; `seen` gets the lengths of its calls."""
-    fixed = {"logits_soft_cap": options.pop("logits_soft_cap", None)}
-    window, sinks = options.get("sliding_window"), options.get("sinks")
+    """Cascade attention around the reference; `seen` gets the lengths of its calls."""
 
-    def plain(q, tables, lens, starts, *, dtype=None, **changed):
+    def plain(operands, **more):
         if seen is not None:
+            lens = operands.context_lens
             jax.debug.callback(lambda lens: seen.append(lens.tolist()), lens)
-        settings = fixed | dict(sliding_window=window, sinks=sinks) | changed
-        out, lse = attention.paged_attention(
-            q.astype(q.dtype if dtype is None else dtype),
-            *(k_pages, v_pages, tables, lens),
-            query_start_loc=starts,
-            return_lse=True,
-            implementation="reference",
-            **settings,
-        )
-        return out, lse
+        return REFERENCE.attend(operands, **more)
 
     arrays = jax.tree.map(jnp.asarray, oracle.arrays(case))
-    k_pages, v_pages = arrays.pop("k_pages"), arrays.pop("v_pages")
-    call = functools.partial(
-        cascade.attend,
-        plain,
-        shared=shared,
-        block_size=k_pages.shape[2],
-        num_kv_heads=k_pages.shape[1],
-        sliding_window=window,
-        skips=True,
+    pools = Pools(arrays.pop("k_pages"), arrays.pop("v_pages"))
+    scale = case.q.shape[-1] ** -0.5
+    operands = AttentionOperands(
+        pools=pools, shared_prefix=shared, scale=scale, **arrays, **options
     )
-    names = ("q", "block_tables", "context_lens", "query_start_loc")
-    found = jax.jit(call)(*(arrays.get(name) for name in names))
+    options = CascadeOptions(branches=True)
+    found = jax.jit(lambda operands: cascade.attend(plain, operands, options))(operands)
     jax.effects_barrier()
     return found
 
@@ -144,7 +139,7 @@ small_case = functools.partial(group_case, GROUPS, OWN_TOKENS, head_dim=8)
 @pytest.mark.parametrize("queries", [None, QUERIES], ids=["decode", "chunks"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_groups_of_any_size_equal_the_oracle(name, queries, monkeypatch):
-    monkeypatch.setattr(cascade, "ROWS", 6)  # three rows of two heads
+    monkeypatch.setattr(cascade, "TILE_ROWS", 6)  # three rows of two heads
     case, shared = small_case(queries=queries)
     options = OPTIONS[name]
     device = {k: jnp.asarray(v) if k == "sinks" else v for k, v in options.items()}
@@ -166,7 +161,7 @@ def test_what_is_shared_is_read_once_and_nothing_where_nothing_is():
 
 
 def test_where_one_row_fills_a_tile_each_reads_alone(monkeypatch):
-    monkeypatch.setattr(cascade, "ROWS", 3)
+    monkeypatch.setattr(cascade, "TILE_ROWS", 3)
     case, shared = small_case()
     seen = []
     out, lse = attend(case, shared, seen=seen)
@@ -175,8 +170,8 @@ def test_where_one_row_fills_a_tile_each_reads_alone(monkeypatch):
 
 
 def one_place_on(plan):
-    place = jnp.where(plan.place < plan.members.size - 1, plan.place + 1, plan.place)
-    return plan._replace(place=place)
+    index = jnp.minimum(plan.member_index + 1, plan.members.size)
+    return plan._replace(member_index=index)
 
 
 def prefix_twice(plan):
@@ -190,8 +185,10 @@ def other_tables(plan):
 @pytest.mark.parametrize("fault", [one_place_on, prefix_twice, other_tables])
 def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
     case, shared = small_case()
-    make = cascade.make_plan
-    monkeypatch.setattr(cascade, "make_plan", lambda *a, **k: fault(make(*a, **k)))
+    make = cascade.make_cascade_plan
+    monkeypatch.setattr(
+        cascade, "make_cascade_plan", lambda *a, **k: fault(make(*a, **k))
+    )
     out, _ = attend(case, shared)
     want, _ = oracle.attention(case)
     assert not (relative_errors(out, want) < 1e-2).all()

@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jpaged.attention import kv_cache
-from jpaged.pages import backends
+from jpaged.attention import backends, kv_cache
 
 SIZES = dict(num_layers=3, num_kv_heads=2, block_size=4, head_dim=8)
 
@@ -18,14 +17,14 @@ SIZES = dict(num_layers=3, num_kv_heads=2, block_size=4, head_dim=8)
     [("float32", "float32"), ("float16", "float16"), ("bfloat16", "uint16")],
 )
 def test_a_block_takes_as_many_bytes_as_it_says(dtype, stored):
-    cache = kv_cache.init_cache(num_blocks=5, dtype=dtype, **SIZES)
+    cache = kv_cache.init_kv_cache(num_blocks=5, dtype=dtype, **SIZES)
     for pages in (cache.k_pages, cache.v_pages):
         assert pages.shape == (3, 5, 2, 4, 8)
         assert pages.dtype == jnp.dtype(stored)
         assert not np.asarray(pages).any()
     total = sum(pages.nbytes for pages in jax.tree.leaves(cache))
     assert total == 5 * kv_cache.bytes_per_block(dtype=dtype, **SIZES)
-    assert backends.stored_dtype(dtype, "triton") == dtype
+    assert backends.layout("triton").stored_dtype(dtype) == dtype
 
 
 def test_a_block_of_opt_13b_takes_the_papers_800_kilobytes_a_token():

@@ -16,6 +16,7 @@ import pytest
 from jpaged.attention import paged_attention
 from jpaged.kv import shared_prefix
 from jpaged.kv.shared_prefix import SharedPrefix, find, least_of, num_tokens_read
+from jpaged.pages.operands import AttentionOperands, Pools
 from jpaged.xla import cascade, online_softmax
 from tests.support.attention import oracle
 from tests.support.attention.oracle import Case, relative_errors
@@ -254,8 +255,8 @@ def test_planted_faults_break_the_tolerance(monkeypatch):
         assert not worst(fault(shared)) < 2 * TOLERANCES["bfloat16"]
     from jpaged.xla import attention as xla_attention
 
-    fault = functools.partial(same_group_twice, online_softmax.merge)
-    monkeypatch.setattr(xla_attention, "merge", fault)
+    fault = functools.partial(same_group_twice, online_softmax.merge_states)
+    monkeypatch.setattr(xla_attention, "merge_states", fault)
     assert not worst(shared) < 2 * TOLERANCES["bfloat16"]
 
 
@@ -309,7 +310,7 @@ def test_wrong_groups_are_refused():
     arguments = on_device(case)
     few = SharedPrefix(jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.int32))
     for wrong in (few, jnp.zeros(12, jnp.int32), 3):
-        with pytest.raises(ValueError, match="shared_prefix: expected True, or what"):
+        with pytest.raises(ValueError, match="shared_prefix: expected True, or the"):
             paged_attention(**arguments, shared_prefix=wrong)
 
 
@@ -317,7 +318,16 @@ def test_split_leaves_rows_alone_whose_window_begins_inside_the_prefix():
     shared = SharedPrefix(jnp.zeros(3, jnp.int32), jnp.full(3, 2, jnp.int32))
     lens = jnp.array([20, 40, 30], jnp.int32)
     tables = jnp.tile(jnp.arange(5, dtype=jnp.int32), (3, 1))
-    parts = cascade.split(shared, tables, lens, BLOCK_SIZE, 32)
+    pages = jnp.zeros((5, 1, BLOCK_SIZE, 1))
+    operands = AttentionOperands(
+        jnp.zeros((3, 1, 1)),
+        Pools(pages, pages),
+        tables,
+        lens,
+        sliding_window=32,
+        shared_prefix=shared,
+    )
+    parts = cascade.split_prefixes(operands)
     assert parts.own_lens.tolist() == [4, 40, 14]
     assert parts.sizes.tolist() == [2, 0, 0]
     assert parts.own_tables[:, 0].tolist() == [2, 0, 2]

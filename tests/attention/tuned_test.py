@@ -9,21 +9,18 @@ import pytest
 from experiments import tune_attention
 from experiments.lib.attention.cases import Shape
 from experiments.tune_attention import CANDIDATES
+from jpaged.attention.backends import find_backend
 from jpaged.pages import tuned
 from jpaged.pages.tuned import Entry
-from jpaged.pallas.gpu import calls as gpu
-from jpaged.pallas.tpu import attention as tpu_attention
-from jpaged.triton import tiles as triton_tiles
 from jpaged.xla import chunks
 from tests.support.attention.cases import attend, check, decode_case, ragged_case
 from tests.support.runners import run_experiment
 
-SIZES = {
-    "xla": chunks.Tiles,
-    "mosaic_tpu": tpu_attention.Tiles,
-    "mosaic_gpu": gpu.Sizes,
-    "triton": triton_tiles.Tiles,
-}
+
+def sizes_of(name: str) -> set[str]:
+    tile_sizes = find_backend(name).tile_sizes
+    assert tile_sizes is not None
+    return {field.name for field in dataclasses.fields(tile_sizes())}
 
 
 def test_the_first_entry_that_fits_counts(monkeypatch):
@@ -31,10 +28,10 @@ def test_the_first_entry_that_fits_counts(monkeypatch):
     any_shape = Entry("triton", "NVIDIA", {"tokens": 16})
     other = Entry("xla", "NVIDIA", {})
     monkeypatch.setattr(tuned, "TABLE", [other, exact, any_shape])
-    assert tuned.find("triton", "NVIDIA H200 SXM", 128, 4, 16, 2) is exact
+    assert tuned.find_entry("triton", "NVIDIA H200 SXM", 128, 4, 16, 2) is exact
     for shape in ((64, 4, 16, 2), (128, 8, 16, 2), (128, 4, 32, 2), (128, 4, 16, 4)):
-        assert tuned.find("triton", "NVIDIA H200", *shape) is any_shape
-    assert tuned.find("triton", "cpu", 128, 4, 16, 2) is None
+        assert tuned.find_entry("triton", "NVIDIA H200", *shape) is any_shape
+    assert tuned.find_entry("triton", "cpu", 128, 4, 16, 2) is None
 
 
 def test_sizes_of_an_entry_replace_those_that_serve_everywhere(monkeypatch):
@@ -48,19 +45,17 @@ def test_sizes_of_an_entry_replace_those_that_serve_everywhere(monkeypatch):
 
 @pytest.mark.parametrize("entry", tuned.TABLE, ids=str)
 def test_entries_name_sizes_that_exist(entry):
-    names = {field.name for field in dataclasses.fields(SIZES[entry.implementation])}
-    assert entry.sizes.keys() <= names
+    assert entry.sizes.keys() <= sizes_of(entry.implementation)
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_candidates_are_sizes_that_exist(name):
-    names = {field.name for field in dataclasses.fields(SIZES[name])}
-    assert CANDIDATES[name].keys() <= names
+    assert CANDIDATES[name].keys() <= sizes_of(name)
 
 
 @pytest.mark.parametrize("make", [decode_case, ragged_case])
 def test_sizes_for_gpus_give_the_same_numbers(make, monkeypatch):
-    entry = tuned.find("xla", "NVIDIA H200", 64, 7, 16, 2)
+    entry = tuned.find_entry("xla", "NVIDIA H200", 64, 7, 16, 2)
     monkeypatch.setattr(tuned, "TABLE", [entry._replace(device="cpu")])
     attend.clear_cache()  # what was compiled with other tiles is not used
     case, options = make("window_300")

@@ -279,7 +279,7 @@ CACHE = dict(num_layers=3, num_kv_heads=2, block_size=4, head_dim=8)
 
 def random_cache(num_blocks: int, seed: int, memory, dtype="float32"):
     rng = np.random.default_rng(seed)
-    shape = kv_cache.init_cache(num_blocks=num_blocks, dtype=dtype, **CACHE)
+    shape = kv_cache.init_kv_cache(num_blocks=num_blocks, dtype=dtype, **CACHE)
     arrays = [
         rng.standard_normal(x.shape).astype(x.dtype) for x in jax.tree.leaves(shape)
     ]
@@ -292,7 +292,7 @@ def test_pages_go_to_the_hosts_memory_and_come_back_in_every_layer(dtype):
     cache, device = random_cache(7, 0, compat.DEVICE_MEMORY, dtype)
     host_cache, host = random_cache(5, 1, compat.HOST_MEMORY, dtype)
     src, dst = i32([6, 0, 3, NO_BLOCK]), i32([1, 4, 0, NO_BLOCK])
-    move_out = jax.jit(kv_cache.swap_out, donate_argnums=1)
+    move_out = jax.jit(kv_cache.swap_out_pages, donate_argnums=1)
     host_cache = move_out(cache, host_cache, src, dst)
     for got, mine, theirs in zip(
         jax.tree.leaves(host_cache), host, device, strict=True
@@ -300,7 +300,7 @@ def test_pages_go_to_the_hosts_memory_and_come_back_in_every_layer(dtype):
         mine[:, [1, 4, 0]] = theirs[:, [6, 0, 3]]
         assert got.sharding.memory_kind == "pinned_host"
         assert np.asarray(got).tobytes() == mine.tobytes()
-    move_in = jax.jit(kv_cache.swap_in, donate_argnums=0)
+    move_in = jax.jit(kv_cache.swap_in_pages, donate_argnums=0)
     src, dst = i32([4, 2, NO_BLOCK, NO_BLOCK]), i32([5, 2, NO_BLOCK, NO_BLOCK])
     cache = move_in(cache, host_cache, src, dst)
     for got, mine, theirs in zip(jax.tree.leaves(cache), device, host, strict=True):
@@ -313,7 +313,7 @@ def test_nothing_moves_where_there_are_no_pairs():
     cache, device = random_cache(7, 0, compat.DEVICE_MEMORY)
     host_cache, _ = random_cache(5, 1, compat.HOST_MEMORY)
     none = i32([NO_BLOCK] * 3)
-    cache = jax.jit(kv_cache.swap_in)(cache, host_cache, none, none)
+    cache = jax.jit(kv_cache.swap_in_pages)(cache, host_cache, none, none)
     assert np.asarray(cache.k_pages).tobytes() == device[0].tobytes()
 
 
@@ -324,8 +324,8 @@ def test_a_loop_of_moves_copies_neither_pool():
     def run(cache, host_cache, src, dst):
         def step(i, carry):
             cache, host_cache = carry
-            host_cache = kv_cache.swap_out(cache, host_cache, src, dst)
-            return kv_cache.swap_in(cache, host_cache, dst, src), host_cache
+            host_cache = kv_cache.swap_out_pages(cache, host_cache, src, dst)
+            return kv_cache.swap_in_pages(cache, host_cache, dst, src), host_cache
 
         return jax.lax.fori_loop(0, 5, step, (cache, host_cache))
 

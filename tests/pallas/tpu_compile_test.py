@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import compile_tpu
 from jpaged import attention
+from jpaged.attention import backends
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig
-from jpaged.pages import backends
 from jpaged.serving import memory
 
 pytestmark = [
@@ -68,7 +68,7 @@ def array(*shape: int, dtype="int32") -> jax.ShapeDtypeStruct:
 
 def pool(name: str, num_blocks: int) -> jax.ShapeDtypeStruct:
     (_, num_kv_heads), head_dim, block_size, dtype, _ = SHAPES[name]
-    page = backends.page_shape(block_size, head_dim, dtype, "mosaic_tpu")
+    page = backends.layout("mosaic_tpu").page_shape(block_size, head_dim, dtype)
     return array(2, num_blocks, num_kv_heads, *page, dtype=dtype)
 
 

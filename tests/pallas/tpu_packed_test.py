@@ -15,8 +15,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jpaged import attention
-from jpaged.attention import kv_cache
-from jpaged.pages import backends, tuned
+from jpaged.attention import backends, kv_cache
+from jpaged.attention.backends import MOSAIC_TPU, XLA
+from jpaged.pages import tuned
 from jpaged.pallas.tpu import (
     attention as tpu_attention,
 )
@@ -226,14 +227,15 @@ def test_pages_that_are_not_packed_are_served_by_name():
 
 
 def test_the_best_on_a_tpu_serves_packed_pages_and_leaves_others_to_xla(monkeypatch):
-    monkeypatch.setattr(backends, "best", lambda: "mosaic_tpu")
+    monkeypatch.setattr(backends, "preferred", lambda: [MOSAIC_TPU, XLA])
     packed = jax.ShapeDtypeStruct((9, 2, 8, 128), jnp.bfloat16)
     plain = jax.ShapeDtypeStruct((9, 2, 16, 64), jnp.bfloat16)
     for head_dim in (64, None):  # None: whole blocks
-        assert backends.choose(None, packed, head_dim) == "mosaic_tpu"
-        assert backends.choose(None, plain, head_dim) == "xla"
+        choose = functools.partial(backends.choose_backend, None, head_dim=head_dim)
+        assert choose(packed) is MOSAIC_TPU
+        assert choose(plain) is XLA
     # The same pages with heads of 128 are blocks of 8.
-    assert backends.choose(None, packed, 128) == "xla"
+    assert backends.choose_backend(None, packed, head_dim=128) is XLA
 
 
 # head_dim, block_size, dtype: pages on a TPU
@@ -258,7 +260,7 @@ def test_a_cache_is_stored_as_its_bytes_say(page):
     head_dim, block_size, dtype = page
     sizes = dict(num_layers=3, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
     sizes |= dict(block_size=block_size, implementation="mosaic_tpu")
-    cache = kv_cache.init_cache(num_blocks=5, **sizes)
+    cache = kv_cache.init_kv_cache(num_blocks=5, **sizes)
     assert cache.k_pages.shape == (3, 5, 2, *STORED[page])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert size == 5 * kv_cache.bytes_per_block(**sizes)

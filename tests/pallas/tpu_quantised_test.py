@@ -20,7 +20,7 @@ from jpaged.attention import kv_cache
 from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig, init_model
 from jpaged.pages import tuned
-from jpaged.pages.quantised import encode
+from jpaged.pages.quantised import quantise
 from jpaged.pallas.tpu import (
     key_tiles as tpu_key_tiles,
 )
@@ -289,7 +289,7 @@ def test_write_kv_writes_exactly_the_named_slots(
     )
     for i, values in enumerate(new):
         numbers, scale = map(
-            np.asarray, jax.jit(encode, static_argnums=1)(values, dtype)
+            np.asarray, jax.jit(quantise, static_argnums=1)(values, dtype)
         )
         for token, slot in enumerate(slots):
             if 0 <= slot < end:
@@ -317,7 +317,7 @@ def test_write_kv_fills_small_heads_up():
     pools = some_pools("int8", 2, 1, 32, 128, scale_width=128)
     new = np.random.default_rng(1).standard_normal((1, 1, 64)).astype(np.float32)
     got = updated(attention.write_kv, pools, new, new, np.array([33], np.int32))
-    numbers, scale = map(np.asarray, encode(jnp.asarray(new), "int8"))
+    numbers, scale = map(np.asarray, quantise(jnp.asarray(new), "int8"))
     for i in (0, 1):
         pools[i][1, 0, 1] = np.pad(numbers[0, 0], (0, 64))
         pools[2 + i][1, 0, 1] = scale[0, 0]
@@ -363,7 +363,7 @@ def test_a_block_takes_scales_as_wide_as_a_memory_tile():
     sizes["implementation"] = "mosaic_tpu"
     for block_size, width in ((16, 128), (64, 128), (256, 256)):
         sizes["block_size"] = block_size
-        cache = kv_cache.init_cache(num_blocks=5, dtype="fp8", **sizes)
+        cache = kv_cache.init_kv_cache(num_blocks=5, dtype="fp8", **sizes)
         assert cache.k_pages.shape == (3, 5, 2, block_size, 128)
         assert cache.k_scale.shape == (3, 5, 2, width)
         size = kv_cache.bytes_per_block(dtype="fp8", **sizes)
@@ -371,7 +371,7 @@ def test_a_block_takes_scales_as_wide_as_a_memory_tile():
         assert 5 * size == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     sizes["block_size"] = 48
     with pytest.raises(ValueError, match="expected a block_size of 16, 32, 64 or"):
-        kv_cache.init_cache(num_blocks=5, dtype="fp8", **sizes)
+        kv_cache.init_kv_cache(num_blocks=5, dtype="fp8", **sizes)
 
 
 # ---- in the engine

@@ -16,7 +16,7 @@ import pytest
 
 from jpaged import attention
 from jpaged.attention import kv_cache
-from jpaged.pages.quantised import encode
+from jpaged.pages.quantised import quantise
 from jpaged.triton import attention as triton_attention
 from jpaged.triton import pages as triton_pages
 from tests.support.attention import oracle
@@ -127,10 +127,10 @@ def test_what_is_not_finite_shows_in_what_reads_it(name, dtype, bad):
     rng = np.random.default_rng(0)
     values = rng.standard_normal((2, 1, 16, 32)).astype(np.float32)
     values[0, 0, 3, 1] = bad
-    numbers, scale = encode(jnp.asarray(values), dtype)
+    numbers, scale = quantise(jnp.asarray(values), dtype)
     arguments = {f"{one}_pages": numbers for one in "kv"}
     arguments |= {f"{one}_scale": scale for one in "kv"}
-    good, good_scale = encode(jnp.ones((2, 1, 16, 32)), dtype)
+    good, good_scale = quantise(jnp.ones((2, 1, 16, 32)), dtype)
     other = "v" if name == "k" else "k"
     arguments |= {f"{other}_pages": good, f"{other}_scale": good_scale}
     arguments["q"] = jnp.ones((2, 1, 32)) * jnp.asarray([[[1.0]], [[1.0]]])
@@ -199,7 +199,7 @@ def pools_of(dtype, *shape):
     """Numbers and scales of keys and of values."""
     rng = np.random.default_rng(0)
     found = [
-        encode(jnp.asarray(rng.standard_normal(shape), jnp.float32), dtype)
+        quantise(jnp.asarray(rng.standard_normal(shape), jnp.float32), dtype)
         for _ in "kv"
     ]
     (k_pages, k_scale), (v_pages, v_scale) = found
@@ -250,7 +250,7 @@ def test_copies_equal_those_of_xla_bit_for_bit(layer, dtype):
 def test_a_cache_of_8_bits_is_made_for_it():
     sizes = dict(num_layers=1, num_kv_heads=1, block_size=16, head_dim=64)
     options = dict(dtype="fp8", implementation="triton")
-    cache = kv_cache.init_cache(num_blocks=2, **sizes, **options)
+    cache = kv_cache.init_kv_cache(num_blocks=2, **sizes, **options)
     assert (cache.k_pages.dtype, cache.v_scale.shape) == (jnp.uint8, (1, 2, 1, 16))
 
 
@@ -261,7 +261,7 @@ def test_updates_find_scales_that_lie_further_apart():
     want = attention.write_kv(*pools, k, v, slot, layer=1, **scales)
     options = dict(k_scale=want[2], v_scale=want[3], implementation="xla")
     want = attention.copy_blocks(*want[:2], src, dst, **options)
-    values = zip(*(encode(x, "int8") for x in (k, v)), strict=True)
+    values = zip(*(quantise(x, "int8") for x in (k, v)), strict=True)
     got = (*pools, *map(wide, scales.values()))
     got = triton_pages.write(got, [x for pair in values for x in pair], slot, 1)
     got = triton_pages.copy(got, src, dst, None)

@@ -93,8 +93,8 @@ def make_case(shape: Shape) -> Case:
         if shape.kv_dtype is None:
             return drawn(*sizes)
         page = quantised_pages.page_dtype(shape.kv_dtype)
-        numbers, scale = quantised_pages.encode(jnp.asarray(drawn(*sizes)), page)
-        return np.asarray(quantised_pages.decode(numbers) * scale[..., None])
+        numbers, scale = quantised_pages.quantise(jnp.asarray(drawn(*sizes)), page)
+        return np.asarray(quantised_pages.widen(numbers) * scale[..., None])
 
     sizes = (shape.rows, shape.context, shape.num_kv_heads, shape.head_dim)
     width = cdiv(shape.context, shape.block_size)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.lib.attention import peers as peers
 from experiments.lib.attention.cases import (
@@ -26,7 +25,7 @@ from experiments.lib.attention.cases import (
     relative_error,
 )
 from jpaged import attention
-from jpaged.pages import backends
+from jpaged.attention import backends
 from jpaged.pages import quantised as quantised_pages
 
 
@@ -34,18 +33,13 @@ def _paged(implementation: str) -> Callable[[Case], Built]:
     def build(case: Case) -> Built:
         shape = case.shape
         page = quantised_pages.page_dtype(shape.kv_dtype or shape.dtype)
-        sizes = (shape.block_size, shape.head_dim, page, implementation)
-        rows, width = backends.page_shape(*sizes)
-        is_packed = rows < shape.block_size
-        room = ((0, 0),) * 3 + ((0, 0 if is_packed else width - shape.head_dim),)
         kind = shape.dtype if shape.kv_dtype is None else "float32"
         pools, scales = [], {}
         for name, values in (("k_scale", case.keys), ("v_scale", case.values)):
-            pages = np.pad(case.pages(values), room)
-            pages = jnp.asarray(pages.reshape(*pages.shape[:2], rows, width), kind)
+            pages = jnp.asarray(case.pages(values), kind)
             if shape.kv_dtype is not None:
-                pages, scales[name] = quantised_pages.encode(pages, page)
-            pools.append(pages)
+                pages, scales[name] = quantised_pages.quantise(pages, page)
+            pools.append(backends.layout(implementation).store(pages))
         lens = jnp.full(shape.rows, shape.context, jnp.int32)
 
         def attend(q, k_pages, v_pages, tables, lens, scales):

@@ -20,7 +20,7 @@ from experiments.lib.attention.cases import median_seconds, repeat
 from experiments.lib.attention.contenders import needs_backend
 from jpaged import attention
 from jpaged.arithmetic import cdiv
-from jpaged.pages import backends
+from jpaged.attention import backends
 from jpaged.pages import packed as packed_pages
 
 
@@ -87,9 +87,10 @@ def _call(update: Update, implementation: str, num_blocks: int) -> Call:
 
 def _arrays(update: Update, implementation: str, num_blocks: int) -> list[jax.Array]:
     """Pools, the places of the first turn, and keys and values to write."""
-    sizes = (update.block_size, update.head_dim, update.dtype, implementation)
+    sizes = (update.block_size, update.head_dim, update.dtype)
     keys = jax.random.split(jax.random.key(0), 4)
-    pool = (num_blocks, update.num_kv_heads, *backends.page_shape(*sizes))
+    page = backends.layout(implementation).page_shape(*sizes)
+    pool = (num_blocks, update.num_kv_heads, *page)
     new = (update.number, update.num_kv_heads, update.head_dim)
     shapes = (pool, pool, new, new)
     k_pages, v_pages, k, v = (

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jpaged.pages import defaults, tuned
+from jpaged.pages import operands, tuned
 from jpaged.pallas.gpu import (
     attention as gpu_attention,
 )
@@ -66,11 +66,11 @@ def attend(
     sizes = tuned.tiles("mosaic_gpu", SIZES, q.shape[1], k_pages)
     plan = _plan(q, k_pages, block_tables, scale, logits_soft_cap, is_ragged, sizes)
     num_rows, num_queries = block_tables.shape[0], q.shape[0]
-    starts = defaults.starts(query_start_loc, num_rows)
+    starts = operands.query_starts(query_start_loc, num_rows)
     tiles = gpu_work.tiles_of(
         starts,
         context_lens,
-        defaults.window(sliding_window),
+        operands.window_size(sliding_window),
         num_tiles=gpu_work.max_tiles(num_queries, num_rows, plan.tile_queries),
         tile_queries=plan.tile_queries,
         group=plan.group,
@@ -93,7 +93,7 @@ def attend(
         items,
         tiles.seen,
         tiles.lowest,
-        defaults.layer(layer).reshape(1),
+        operands.layer_index(layer).reshape(1),
         plan,
     )
     tile = gpu_work.tile_of_queries(starts, num_queries, plan.tile_queries)

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.pages import packed as packed_pages
 from jpaged.pages import tuned
-from jpaged.pages.backends import LANES
+from jpaged.pages.packed import LANES
 from jpaged.pallas.tpu import (
     key_tiles as tpu_key_tiles,
 )
@@ -78,7 +78,7 @@ def attend(
       query_start_loc: i32[S + 1], or None where each row has one query.
       layer: i32[], which of L.
       scale: Python number.
-      window: i32[], at most `defaults.EVERYTHING`.
+      window: i32[], at most `operands.EVERYTHING`.
       logits_soft_cap: Python number or None.
       sinks: f32[H] or None.
       return_lse: whether to give the log-sum-exp.

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpaged.pages import defaults
-from jpaged.pages.backends import scale_width
+from jpaged.pages import operands
+from jpaged.pages.layout import LANE_ROWS
 from jpaged.pages.packed import packed
 from jpaged.pallas.tpu import attention as tpu_attention
 from jpaged.pallas.tpu import pages as tpu_pages
@@ -54,8 +54,8 @@ def attend(
         context_lens,
         query_start_loc,
         scales=_stacked(_wide(k_pages, k_scale, v_scale), has_layers),
-        layer=defaults.layer(layer),
-        window=defaults.window(sliding_window),
+        layer=operands.layer_index(layer),
+        window=operands.window_size(sliding_window),
         sinks=sinks,
         **static,
     )
@@ -77,11 +77,13 @@ def write(
     given = _given(k_pages, v_pages, k_scale, v_scale)
     arrays = (packed(k_pages), packed(v_pages), *_wide(k_pages, k_scale, v_scale))
     stacked = _stacked(arrays, k_pages.ndim == 5)
-    written = tpu_pages.write(stacked[:2], values[:2], slots, defaults.layer(layer))
+    written = tpu_pages.write(
+        stacked[:2], values[:2], slots, operands.layer_index(layer)
+    )
     if scales := stacked[2:]:
         block_size = k_pages.shape[-2]
         written += tpu_pages.write_scales(
-            scales, values[2:], slots, defaults.layer(layer), block_size
+            scales, values[2:], slots, operands.layer_index(layer), block_size
         )
     return _as_given(written, given)
 
@@ -102,7 +104,7 @@ def copy(
         _stacked(arrays, k_pages.ndim == 5),
         src,
         dst,
-        defaults.layer(layer),
+        operands.layer_index(layer),
         is_one_layer=layer is not None,
     )
     return _as_given(copied, given)
@@ -114,7 +116,7 @@ def _given(*arrays: jax.Array | None) -> Arrays:
 
 def _wide(pages: jax.Array, *scales: Scale) -> Arrays:
     """Scales as wide as a memory tile; those that are not are copied."""
-    width = scale_width(pages.shape[-2], "mosaic_tpu")
+    width = LANE_ROWS.scale_width(pages.shape[-2])
     return tuple(
         jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
         for x in _given(*scales)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jpaged.pages.backends import LANES
+from jpaged.pages.packed import LANES
 from jpaged.pallas.tpu import packed as tpu_packed
 from jpaged.pallas.tpu.numbers import bits, of_bits, widened
 from jpaged.pallas.tpu.plan import Plan

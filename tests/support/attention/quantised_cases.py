@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged.pages.quantised import encode
+from jpaged.pages.quantised import quantise
 from tests.support.attention import oracle
 from tests.support.attention.cases import resolve
 from tests.support.attention.oracle import make_case
@@ -56,7 +56,7 @@ def quantised_case(context_lens, query_lens=None, *, dtype, q_dtype="float32", *
         values = pages * sizes_of[..., None].astype(np.float32)
         if name == "k":
             values = pages
-        numbers, scale = map(numpy_of, encode(jnp.nan_to_num(values), dtype))
+        numbers, scale = map(numpy_of, quantise(jnp.nan_to_num(values), dtype))
         is_unused = np.isnan(pages[..., 0])
         scale = np.where(is_unused, np.nan, scale)
         unused = np.full((), 127, np.uint8).view(numbers.dtype)  # of fp8, NaN

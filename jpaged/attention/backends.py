@@ -1,0 +1,104 @@
+"""All attention backends, and the choice of the one that serves a call.
+
+Pipeline: paged_attention, kv_cache -> [backends] -> xla | pallas | triton | reference.
+
+`implementation=None` selects the first backend of `PREFERRED` that supports the call. A
+name is never replaced by another: an unsupported call raises ValueError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+
+from jpaged.attention.reference import REFERENCE
+from jpaged.pages import packed
+from jpaged.pages.backend import AttentionCall, Backend
+from jpaged.pages.layout import PageLayout
+from jpaged.pallas.gpu.backend import MOSAIC_GPU
+from jpaged.pallas.tpu.backend import MOSAIC_TPU
+from jpaged.triton.backend import TRITON
+from jpaged.xla.backend import XLA
+
+BACKENDS = (REFERENCE, XLA, MOSAIC_TPU, MOSAIC_GPU, TRITON)
+IMPLEMENTATIONS = tuple(backend.name for backend in BACKENDS)
+Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
+
+# Names to try for `implementation=None`, by platform. The last one supports every call.
+# No kernel for GPUs has been measured yet, so none is a default.
+PREFERRED: dict[str, tuple[str, ...]] = {
+    "cpu": ("xla",),
+    "gpu": ("xla",),
+    "tpu": ("mosaic_tpu", "xla"),
+}
+
+
+def find_backend(name: str) -> Backend:
+    """Return the backend of a name.
+
+    Raises:
+      ValueError: no backend has this name.
+    """
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(
+        f"implementation: expected None or one of {IMPLEMENTATIONS}, got {name!r}"
+    )
+
+
+def preferred() -> list[Backend]:
+    """Return the available backends for `implementation=None`, the best one first."""
+    names = PREFERRED.get(jax.default_backend(), ("xla",))
+    backends = [find_backend(name) for name in names]
+    return [backend for backend in backends if backend.is_available()]
+
+
+def layout(implementation: str | None) -> PageLayout:
+    """Return the page layout of a backend; None: of the preferred one."""
+    if implementation is None:
+        return preferred()[0].layout
+    return find_backend(implementation).layout
+
+
+def choose_backend(
+    implementation: str | None,
+    k_pages: Any,
+    *,
+    head_dim: int | None = None,
+    call: AttentionCall | None = None,
+) -> Backend:
+    """Return the backend for a call of attention or for a page update.
+
+    Args:
+      implementation: a name; None: the first of `preferred()` whose layout the pages
+        have and that supports the call.
+      k_pages: pages `[..., P, D]` or packed: an array, or its shape and dtype.
+      head_dim: of the tokens that a page update writes; None if it moves whole blocks.
+      call: arguments of `paged_attention`; None for a page update.
+
+    Raises:
+      ValueError: no backend has this name, or it does not support the arguments.
+    """
+    if call is not None:
+        head_dim = call.q.shape[-1]
+    dim = packed.head_dim_of_rows(k_pages) if head_dim is None else head_dim
+
+    def problem(backend: Backend) -> str | None:
+        shape = backend.layout.plain_shape(k_pages, dim)
+        return backend.problem(jax.ShapeDtypeStruct(shape, k_pages.dtype), call)
+
+    if implementation is None:
+        *first, last = preferred()
+        for backend in first:
+            if backend.layout.is_native(k_pages) and problem(backend) is None:
+                return backend
+        return last
+    backend = find_backend(implementation)
+    if reason := problem(backend):
+        raise ValueError(
+            f"implementation: {implementation!r} cannot serve this ('xla' can): "
+            f"{reason}"
+        )
+    return backend

@@ -13,7 +13,7 @@ import pytest
 from jpaged import attention
 from jpaged.triton import attention as triton_attention
 from jpaged.triton import pages as triton_pages
-from jpaged.triton.tiles import Tiles
+from jpaged.triton.tiles import TritonTiles
 from tests.support.attention import oracle
 from tests.support.attention.oracle import make_case, relative_errors
 from tests.support.attention.prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
@@ -26,8 +26,8 @@ from tests.support.attention import triton_interpreter
 # As in `attention_test`.
 TOLERANCES = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
 LSE_TOLERANCE = 1e-4
-# Tiles so small that a few tokens need several, with splits and their edges.
-SMALL = Tiles(query_rows=32, tokens=16, programs=16, least_chunk=32)
+# TritonTiles so small that a few tokens need several, with splits and their edges.
+SMALL = TritonTiles(query_rows=32, tokens=16, programs=16, least_chunk=32)
 # heads, head_dim, block_size, dtype, options; groups of 1 to 16 heads.
 SHAPES = {
     "one_group": ((2, 2), 64, 16, "float32", {}),
@@ -51,7 +51,9 @@ SHAPES = {
 def _interpreted(monkeypatch):
     for module in (triton_attention, triton_pages):
         monkeypatch.setattr(module, "launch", triton_interpreter.launch)
-    monkeypatch.setattr(triton_attention.tiles_module, "choose", lambda *_: SMALL)
+    monkeypatch.setattr(
+        triton_attention.triton_tiles, "default_tiles", lambda *_: SMALL
+    )
 
 
 def errors(case, **options):
@@ -120,7 +122,7 @@ def test_shared_beginnings_equal_the_oracle(queries, options):
 def test_the_plan_splits_by_actual_lengths_within_its_bounds():
     lens = jnp.array([4000, 0, 10, 300], jnp.int32)
     starts = jnp.array([0, 1, 2, 3, 40], jnp.int32)
-    plan = triton_attention.make_plan(lens, starts, jnp.int32(2**30), 8, 8, SMALL)
+    plan = triton_attention.plan_work(lens, starts, jnp.int32(2**30), 8, 8, SMALL)
     items, parts = np.diff(plan.items), np.diff(plan.parts)
     assert plan.chunk == 512  # 4010 tokens over 8, in whole tiles of 16
     assert items.tolist() == [8, 1, 1, 5]
@@ -169,7 +171,7 @@ def test_copies_equal_those_of_xla_bit_for_bit(layer):
 @pytest.mark.parametrize("fault", ["values_for_keys", "one_token_less", "lost_part"])
 def test_a_planted_fault_is_found(fault, monkeypatch):
     case = make_case([200, 17], heads=(4, 2), head_dim=32)
-    attend, plan = triton_attention.attend, triton_attention.make_plan
+    attend, plan = triton_attention.attend, triton_attention.plan_work
 
     def wrong(q, k_pages, v_pages, tables, lens, starts, **options):
         if fault == "values_for_keys":
@@ -184,7 +186,7 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
 
     monkeypatch.setattr(triton_attention, "attend", wrong)
     if fault == "lost_part":
-        monkeypatch.setattr(triton_attention, "make_plan", short)
+        monkeypatch.setattr(triton_attention, "plan_work", short)
     error, _ = errors(case)
     assert not error < 1e-2
 

@@ -37,7 +37,9 @@ DTYPES = ("int8", "uint8")
 def _interpreted(monkeypatch):
     for module in (triton_attention, triton_pages):
         monkeypatch.setattr(module, "launch", triton_interpreter.launch)
-    monkeypatch.setattr(triton_attention.tiles_module, "choose", lambda *_: SMALL)
+    monkeypatch.setattr(
+        triton_attention.triton_tiles, "default_tiles", lambda *_: SMALL
+    )
 
 
 def attend(arguments, **options):

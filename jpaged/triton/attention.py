@@ -52,9 +52,12 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output [T, H, D] and the log-sum-exp f32[T, H].
 
-    Args: as in `jpaged.attention.paged_attention`, and
-      k_scale, v_scale: Scales of quantised pages, f32([L,] N, K, at least P).
-      dtype: The output's; None: that of q.
+    The arguments are those of `jpaged.attention.paged_attention`, and these.
+
+    Args:
+      k_scale: Scales of quantised pages, f32([L,] N, K, at least P), or None.
+      v_scale: Like k_scale.
+      dtype: The output's dtype; None: that of q.
       tiles: Tile sizes; None: those of `jpaged.pages.tuned`.
     """
     num_rows, width = block_tables.shape
@@ -73,7 +76,7 @@ def attend(
     settings = jnp.stack([operands.layer_index(layer), window, work.chunk])
     sizes = jnp.array([num_rows, width, num_blocks], jnp.int32)
     sinks = jnp.zeros(q.shape[1]) if sinks is None else sinks.astype(jnp.float32)
-    # The kernel does not read scales of pages without, so any array can be passed.
+    # The kernel reads no scales of pages that have none, so any array can be passed.
     if k_scale is None or v_scale is None:
         k_scale = v_scale = sinks
     out, lse, *parts = launch(
@@ -92,18 +95,30 @@ def attend(
         **static,
     )
     if has_parts:
-        out, lse = launch(
-            "merge_kernel",
-            (num_rows, q.shape[1]),
-            (*parts, work.starts, work.parts, sinks, out, lse),
-            [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (out, lse)],
-            aliases={5: 0, 6: 1},
-            **{name: static[name] for name in ("HEADS", "HEAD_DIM", "HAS_SINKS")},
-        )
+        out, lse = _merge_parts(out, lse, parts, work, sinks, static)
     # The kernels do not write queries that belong to no row.
     is_owned = jnp.arange(q.shape[0], dtype=jnp.int32) < work.starts[-1]
     out = jnp.where(is_owned[:, None, None], out, 0)
     return out, jnp.where(is_owned[:, None], lse, -jnp.inf)
+
+
+def _merge_parts(
+    out: jax.Array,
+    lse: jax.Array,
+    parts: list[jax.Array],
+    work: WorkList,
+    sinks: jax.Array,
+    static: dict[str, Any],
+) -> list[jax.Array]:
+    """Return output and log-sum-exp, in their memory, with those of split rows."""
+    return launch(
+        "merge_kernel",
+        (work.starts.shape[0] - 1, out.shape[1]),
+        (*parts, work.starts, work.parts, sinks, out, lse),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (out, lse)],
+        aliases={5: 0, 6: 1},
+        **{name: static[name] for name in ("HEADS", "HEAD_DIM", "HAS_SINKS")},
+    )
 
 
 def _choose_tiles(q: jax.Array, k_pages: jax.Array) -> TritonTiles:

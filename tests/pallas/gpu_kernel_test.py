@@ -21,6 +21,7 @@ from jpaged import LLM, attention
 from jpaged.pallas.gpu import attention as gpu_attention
 from jpaged.pallas.gpu import calls as gpu
 from jpaged.pallas.gpu import work as gpu_work
+from jpaged.pallas.gpu.plan import GpuTiles
 from tests.support.attention import oracle
 from tests.support.attention.oracle import Case, make_case, relative_errors
 from tests.support.attention.prefix_cases import group_case
@@ -30,7 +31,7 @@ from tests.support.paths import ROOT
 TOLERANCES = {"float16": 1e-3, "bfloat16": 4e-3}
 LSE_TOLERANCE = 1e-4
 # Parts so short that a few tokens need several; few blocks, for each takes time here.
-SMALL = gpu.Sizes(shared_bytes=2**16, blocks=4, part_tokens=64)
+SMALL = GpuTiles(shared_bytes=2**16, blocks=4, part_tokens=64)
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
@@ -40,7 +41,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture
 def small_sizes(monkeypatch):
-    monkeypatch.setattr(gpu, "SIZES", SMALL)
+    monkeypatch.setattr(gpu, "GPU_TILES", SMALL)
 
 
 def run(case: Case, **options):
@@ -147,7 +148,7 @@ def test_a_buffer_refilled_too_early_is_found(monkeypatch, small_sizes):
             wait(barrier)
 
     monkeypatch.setattr(gpu_attention.plgpu, "barrier_wait", all_but_the_first)
-    monkeypatch.setattr(gpu, "SIZES", dataclasses.replace(SMALL, part_tokens=512))
+    monkeypatch.setattr(gpu, "GPU_TILES", dataclasses.replace(SMALL, part_tokens=512))
     case = make_case([300], heads=(2, 1), head_dim=64, dtype="bfloat16")
     with pytest.raises(Exception, match="RACE DETECTED"):
         run(case)
@@ -201,14 +202,14 @@ def heads_of_256(contexts, queries=None, **more) -> Case:
 
 
 def check_heads_of_256() -> None:
-    gpu.SIZES = SMALL
+    gpu.GPU_TILES = SMALL
     check(heads_of_256([0, 1, 16, 150]), logits_soft_cap=3.0)
     case = heads_of_256([67, 0, 40], [2, 0, 35], block_size=128, num_padding=2)
     check(case, sinks=SINKS, sliding_window=37)
 
 
 def check_faults() -> None:
-    gpu.SIZES = SMALL
+    gpu.GPU_TILES = SMALL
     wait, put = plgpu.barrier_wait, gpu_attention._put
 
     def others_columns(acc, total, out, role, *rest, **scratch):
@@ -241,7 +242,7 @@ def test_heads_of_256_equal_the_oracle_and_faults_are_found(checked):
 
 def tiles_and_items(starts, contexts, *, tile_queries, num_full, window=2**30):
     num_queries = starts[-1] + 3
-    tiles = gpu_work.tiles_of(
+    tiles = gpu_work.query_tiles(
         jnp.array(starts, jnp.int32),
         jnp.array(contexts, jnp.int32),
         jnp.int32(window),
@@ -253,7 +254,7 @@ def tiles_and_items(starts, contexts, *, tile_queries, num_full, window=2**30):
     )
     num_items = tiles.row.shape[0] + num_full
     sizes = dict(unit=16, units=2, min_steps=2)
-    items = gpu_work.items_of(tiles, num_items=num_items, **sizes)
+    items = gpu_work.split_tiles(tiles, num_items=num_items, **sizes)
     return jax.tree.map(np.asarray, (tiles, *items))
 
 

@@ -31,8 +31,8 @@ SHAPES = (
     "float32_int8",
     "float32_fp8",
 )
-# Every release of ptxas spills a few registers in some other program. Tiles that are too
-# large spill hundreds of bytes.
+# Every release of ptxas spills a few registers in some other program. Tiles that are
+# too large spill hundreds of bytes.
 SPILLED_BYTES = 16
 SHARED_BYTES = 166_912  # that a program can have on an A100
 

@@ -20,8 +20,8 @@ from jpaged.engine import forward
 from jpaged.kv import shared_prefix
 from jpaged.models import ModelConfig, init_model
 from jpaged.pages import tuned
-from jpaged.pallas.tpu import attention as tpu_attention
 from jpaged.pallas.tpu import windows as tpu_windows
+from jpaged.pallas.tpu.plan import TpuTiles
 from jpaged.params import SamplingParams
 from tests.support.attention import oracle
 from tests.support.attention.oracle import Case, make_case, relative_errors
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.long
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3}
 LSE_TOLERANCE = 1e-4
 # Tiles so small that a few tokens need several, with their prefetches and edges.
-SMALL = tpu_attention.Tiles(query_rows=32, tokens=32, kv_heads=2)
+SMALL = TpuTiles(query_rows=32, tokens=32, kv_heads=2)
 
 
 @pytest.fixture(autouse=True)

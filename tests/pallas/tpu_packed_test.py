@@ -18,15 +18,9 @@ from jpaged import attention
 from jpaged.attention import backends, kv_cache
 from jpaged.attention.backends import MOSAIC_TPU, XLA
 from jpaged.pages import tuned
-from jpaged.pallas.tpu import (
-    attention as tpu_attention,
-)
-from jpaged.pallas.tpu import (
-    key_tiles as tpu_key_tiles,
-)
-from jpaged.pallas.tpu import (
-    packed as tpu_packed,
-)
+from jpaged.pallas.tpu import key_tiles as tpu_key_tiles
+from jpaged.pallas.tpu import packed as tpu_packed
+from jpaged.pallas.tpu.plan import TpuTiles
 from tests.pallas.tpu_kernel_test import (
     LSE_TOLERANCE,
     SINKS,
@@ -42,7 +36,7 @@ from tests.support.attention.oracle import make_case, relative_errors
 pytestmark = pytest.mark.long
 
 # Tiles of 16 tokens, where heads are 64, so that few tokens need several.
-SMALL = tpu_attention.Tiles(query_rows=32, tokens=8, kv_heads=2)
+SMALL = TpuTiles(query_rows=32, tokens=8, kv_heads=2)
 
 
 @pytest.fixture(autouse=True)
@@ -126,9 +120,9 @@ def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
 
         monkeypatch.setattr(tpu_key_tiles.KeyTiles, "clear_unseen", values_alone)
     elif fault == "places":
-        monkeypatch.setattr(tpu_packed, "place_of_row", lambda row, tokens: row * 0)
+        monkeypatch.setattr(tpu_packed, "token_of_query_row", lambda row, _: row * 0)
     else:
-        monkeypatch.setattr(tpu_packed, "_over_rows", lambda x, *_: x)
+        monkeypatch.setattr(tpu_packed, "_over_copies", lambda x, *_: x)
     got, _ = run(stored(case))
     want, _ = oracle.attention(case)
     errors = relative_errors(got, want)

@@ -171,7 +171,7 @@ def test_the_engine_updates_pages_and_scales_in_place(is_left_in_place, monkeypa
     So small a pool XLA moves beside the core for a step, where it is not told.
     """
     if not is_left_in_place:
-        monkeypatch.setattr(tpu_attention, "_left_in_place", lambda arrays: arrays)
+        monkeypatch.setattr(tpu_attention, "_keep_in_place", lambda arrays: arrays)
         jax.clear_caches()
     program, size = run(4096, 2, 4)
     assert size == 4096 * 2 * 2 * (32 * 128 + 4 * 128)

@@ -21,15 +21,9 @@ from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig, init_model
 from jpaged.pages import tuned
 from jpaged.pages.quantised import quantise
-from jpaged.pallas.tpu import (
-    key_tiles as tpu_key_tiles,
-)
-from jpaged.pallas.tpu import (
-    pages as tpu_pages,
-)
-from jpaged.pallas.tpu import (
-    windows as tpu_windows,
-)
+from jpaged.pallas.tpu import key_tiles as tpu_key_tiles
+from jpaged.pallas.tpu import pages as tpu_pages
+from jpaged.pallas.tpu import windows as tpu_windows
 from jpaged.params import SamplingParams
 from tests.pallas.tpu_kernel_test import LSE_TOLERANCE, SINKS, SMALL, TINY
 from tests.support.attention import oracle
@@ -201,7 +195,7 @@ def scales_of_the_head_before(monkeypatch):
     monkeypatch.setattr(
         tpu_key_tiles.KeyTiles,
         "scales_of",
-        lambda self, head: scales_of(self, (head + 1) % self.plan.walk_heads),
+        lambda self, head: scales_of(self, (head + 1) % self.plan.pass_heads),
     )
 
 
@@ -300,15 +294,15 @@ def test_write_kv_writes_exactly_the_named_slots(
 
 
 def test_a_lane_too_far_is_found(monkeypatch):
-    put = tpu_pages._Lanes.put
+    put = tpu_pages._ScaleWindow.put
 
-    def fault(self, buffer, new, walk, scratch):
+    def fault(self, buffer, new, loop, scratch):
         def shifted(one, start):
-            return walk(lambda token, slot, result: one(token, slot + 1, result), start)
+            return loop(lambda token, slot, result: one(token, slot + 1, result), start)
 
         put(self, buffer, new, shifted, scratch)
 
-    monkeypatch.setattr(tpu_pages._Lanes, "put", fault)
+    monkeypatch.setattr(tpu_pages._ScaleWindow, "put", fault)
     with pytest.raises(AssertionError):
         test_write_kv_writes_exactly_the_named_slots(64, 128, 1, "int8", monkeypatch)
 

@@ -1,9 +1,8 @@
-"""A real NVIDIA GPU: numbers against float64, pools in their own memory, an engine.
+"""Tests on a real NVIDIA GPU: results against float64, updates in place, an engine.
 
     JAX_PLATFORMS=cuda python -m pytest -m gpu tests/gpu_test.py
 
-The cases are those of `attention_test`, of which each implementation takes all that it
-serves.
+The cases are those of `attention_test`. Each backend runs all cases that it supports.
 """
 
 import functools
@@ -47,7 +46,7 @@ pytestmark = pytest.mark.gpu
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu")
 
 
-def serves(implementation: str, name: str) -> bool:
+def supports(implementation: str, name: str) -> bool:
     (num_heads, num_kv_heads), head_dim, block_size, dtype, _ = GPU_SHAPES[name]
     array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     pages = array((1, num_kv_heads, block_size, head_dim))
@@ -60,14 +59,14 @@ def serves(implementation: str, name: str) -> bool:
 
 
 _PAIRS = itertools.product(IMPLEMENTATIONS, GPU_SHAPES)
-SERVED = [(one, name) for one, name in _PAIRS if serves(one, name)]
+SUPPORTED = [(one, name) for one, name in _PAIRS if supports(one, name)]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _gpu():
     if jax.default_backend() != "gpu":
         pytest.skip(
-            "needs an NVIDIA GPU that jax sees: this process computes on "
+            "needs an NVIDIA GPU: this process computes on "
             f"{jax.devices()[0].device_kind} (JAX_PLATFORMS="
             f"{os.environ.get('JAX_PLATFORMS', '')})"
         )
@@ -85,13 +84,13 @@ def _installed(request):
             pytest.skip(f"needs a Hopper GPU, got compute capability {capability}")
 
 
-@pytest.mark.parametrize(("implementation", "name"), SERVED)
+@pytest.mark.parametrize(("implementation", "name"), SUPPORTED)
 def test_decode_equals_the_oracle_at_every_length(implementation, name):
     case, options = decode_case(name)
     check(case, implementation, **options)
 
 
-@pytest.mark.parametrize(("implementation", "name"), SERVED)
+@pytest.mark.parametrize(("implementation", "name"), SUPPORTED)
 def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(
     implementation, name
 ):
@@ -115,7 +114,7 @@ def test_a_long_row_beside_short_ones_equals_the_oracle(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("heads", [(8, 2), (32, 2), (8, 8)])
 @pytest.mark.parametrize("queries", [None, QUERIES], ids=["decode", "chunks"])
-def test_beginnings_that_are_read_once_equal_the_oracle(queries, heads, implementation):
+def test_prefixes_that_are_read_once_equal_the_oracle(queries, heads, implementation):
     sizes = SIZES | dict(heads=heads, queries=queries)
     case, shared = group_case(GROUPS, OWN_TOKENS, **sizes)
     call = functools.partial(
@@ -149,11 +148,11 @@ def test_copies_are_exact(layer, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_pools_that_are_donated_come_back_in_their_own_memory(implementation):
+def test_donated_pools_are_updated_in_their_own_memory(implementation):
     check_in_place(implementation)
 
 
-# ---- pages of 8 bits
+# ---- quantised pages
 
 OF_8_BITS = ("xla", "triton")
 QUANTISED = [
@@ -173,25 +172,27 @@ QUANTISED = [
 ]
 
 
-def attended(arguments, case, implementation, **options):
-    """Each vector's error; of pages that are dequantised, as float64 says."""
+def relative_errors_of(arguments, case, implementation, **options):
+    """Return the relative error of each vector against float64 attention."""
     call = functools.partial(
         attention.paged_attention, implementation=implementation, **options
     )
-    want, _ = oracle.attention(case, **options)
-    return relative_errors(jax.jit(call)(**arguments), want)
+    expected, _ = oracle.attention(case, **options)
+    return relative_errors(jax.jit(call)(**arguments), expected)
 
 
 @pytest.mark.parametrize("implementation", OF_8_BITS)
 @pytest.mark.parametrize(("name", "dtype"), QUANTISED)
-def test_pages_of_8_bits_give_what_their_values_give(name, dtype, implementation):
+def test_quantised_pages_equal_the_oracle_on_the_dequantised_values(
+    name, dtype, implementation
+):
     shape = GPU_SHAPES[name]
     size, tolerance = shape[2], KERNEL_TOLERANCES[shape[3]]
     chunks = [257, 2 * size + 9, 0, size + 1, size, 40, 1, 70]
     queries = [1, 9, 0, size + 1, 1, 0, 1, 37]
     for contexts, lens in ((lengths_around(size), None), (chunks, queries)):
         arguments, case, options = case_of(shape, contexts, lens, dtype=dtype)
-        error = attended(arguments, case, implementation, **options).max()
+        error = relative_errors_of(arguments, case, implementation, **options).max()
         assert error < tolerance, (contexts, error)
 
 
@@ -202,14 +203,14 @@ def test_a_scale_of_another_token_breaks_the_tolerance(axis, name, implementatio
     shape = GPU_SHAPES["groups_of_4"]
     arguments, case, _ = case_of(shape, [2048, 300, 17, 64], dtype="int8")
     arguments[name] = jnp.roll(arguments[name], 1, axis=axis)
-    errors = attended(arguments, case, implementation).max(axis=-1)
+    errors = relative_errors_of(arguments, case, implementation).max(axis=-1)
     assert not (errors < 2 * KERNEL_TOLERANCES["bfloat16"]).any()
 
 
 @pytest.mark.parametrize("implementation", ["triton"])
 @pytest.mark.parametrize("name", ["write_kv", "copy_blocks"])
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-def test_updates_of_8_bits_are_those_of_xla_in_the_pools_memory(
+def test_updates_of_quantised_pages_equal_those_of_xla_and_are_in_place(
     dtype, name, implementation
 ):
     shape, numbers = (2, 256, 2, 16, 64), jnp.arange(8, dtype=jnp.int32)
@@ -227,16 +228,16 @@ def test_updates_of_8_bits_are_those_of_xla_in_the_pools_memory(
         call = functools.partial(getattr(attention, name), **options)
         return call(k_pages, v_pages, *rest[name], implementation=implementation)
 
-    want = [np.asarray(pool).tobytes() for pool in update(*pools, "xla")]
-    places = [pool.unsafe_buffer_pointer() for pool in pools]
+    expected = [np.asarray(pool).tobytes() for pool in update(*pools, "xla")]
+    addresses = [pool.unsafe_buffer_pointer() for pool in pools]
     update = functools.partial(update, implementation=implementation)
     after = jax.jit(update, donate_argnums=(0, 1, 2, 3))(*pools)
-    assert [np.asarray(pool).tobytes() for pool in after] == want
-    assert [pool.unsafe_buffer_pointer() for pool in after] == places
+    assert [np.asarray(pool).tobytes() for pool in after] == expected
+    assert [pool.unsafe_buffer_pointer() for pool in after] == addresses
 
 
-def check_past(num_blocks: int, implementation: str) -> None:
-    """The last blocks of a pool, written and read there, in a program each."""
+def check_last_blocks(num_blocks: int, implementation: str) -> None:
+    """Check that the last blocks of a pool are written and read."""
     case = make_case([40, 33], heads=(8, 8), head_dim=128, dtype="bfloat16")
     own = len(case.k_pages)
     shape = (num_blocks, *case.k_pages.shape[1:])
@@ -257,24 +258,24 @@ def check_past(num_blocks: int, implementation: str) -> None:
     attend = functools.partial(attention.paged_attention, implementation=implementation)
     lens = jnp.asarray(case.context_lens)
     got = jax.jit(attend)(jnp.asarray(case.q), *pools, jnp.asarray(tables), lens)
-    want, _ = oracle.attention(case)
-    assert relative_errors(got, want).max() < TOLERANCES["bfloat16"]
+    expected, _ = oracle.attention(case)
+    assert relative_errors(got, expected).max() < TOLERANCES["bfloat16"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_slots_behind_2_to_the_31_elements_are_written_and_read(implementation):
-    check_past(2**31 // (8 * 16 * 128) + 64, implementation)
+def test_slots_after_2_to_the_31_elements_are_written_and_read(implementation):
+    check_last_blocks(2**31 // (8 * 16 * 128) + 64, implementation)
 
 
 def tokens(implementation: str, kv_dtype: str) -> list[list[int]]:
-    """Greedy tokens of an engine on this process's device."""
+    """Return the greedy tokens of an engine on this process's device."""
     llm = LLM(
         "tiny-python",
         dtype="float32",
         kv_dtype=kv_dtype,
         num_blocks=64,
         max_num_seqs=4,
-        max_num_batched_tokens=32,  # so that the longer prompt comes in chunks
+        max_num_batched_tokens=32,  # the longer prompt is computed in chunks
         attention=implementation,
     )
     prompts = ["def main():", "import numpy as np\n" * 8, "class Queue:\n    "]
@@ -304,7 +305,7 @@ def tokens_on_cpu(kv_dtype: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_an_engine_writes_the_tokens_that_it_writes_on_a_cpu(implementation):
-    # Mosaic's kernel has pages of 16 bits only.
+def test_an_engine_generates_the_same_tokens_as_on_a_cpu(implementation):
+    # "mosaic_gpu" supports 16-bit pages only.
     kv_dtype = "bfloat16" if implementation == "mosaic_gpu" else "float32"
     assert tokens(implementation, kv_dtype) == tokens_on_cpu(kv_dtype)

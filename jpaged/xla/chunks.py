@@ -67,8 +67,7 @@ def attend_chunks(
     q, tables = operands.q, operands.block_tables
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, block_size = operands.pools.k.shape[1:3]
-    size = tiles.ragged_queries if is_causal else tiles.shared_rows
-    size = min(size, num_queries)
+    size = min(tiles.ragged_queries if is_causal else tiles.shared_rows, num_queries)
     dtype = q.dtype if dtype is None else dtype
     blocks = max(1, min(tiles.ragged_tokens // block_size, tables.shape[1]))
     num_tiles, tile_at = query_tiles(

@@ -1,6 +1,6 @@
-"""Cascade attention around any plain attention: who reads what, and the same output.
+"""Cascade attention: which blocks each row reads, and the same output.
 
-The plain attention is the reference here; the kernels' own tests have the same cases.
+The attention inside is the reference here; the kernels' own tests have the same cases.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jpaged.arithmetic import cdiv
 from jpaged.attention import cascade
 from jpaged.attention.cascade import make_cascade_plan, num_members
 from jpaged.attention.reference import REFERENCE
@@ -27,7 +28,7 @@ BLOCK_SIZE = 4
 
 
 def some_groups(rng: np.random.Generator, num_rows: int):
-    """Leaders, blocks and queries of rows in groups of any sizes, and their windows."""
+    """Return leaders, shared blocks, queries and lengths of rows in random groups."""
     group = rng.integers(0, rng.integers(1, num_rows + 1), num_rows)
     leaders = np.array([np.flatnonzero(group == one)[0] for one in group])
     blocks = rng.integers(0, 4, num_rows)[leaders]
@@ -52,7 +53,7 @@ def plan_of(shared, tables, lens, starts, num_members):
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 7, 16])
-def test_every_row_reads_all_its_blocks_once_in_a_virtual_row_or_alone(num_rows):
+def test_every_row_reads_each_of_its_blocks_once_in_a_virtual_row_or_alone(num_rows):
     rng = np.random.default_rng(num_rows)
     together = 0
     for _ in range(12):
@@ -75,13 +76,13 @@ def test_every_row_reads_all_its_blocks_once_in_a_virtual_row_or_alone(num_rows)
         joins = (blocks > 0) & (queries == 1) & (lens <= 14)
         joins &= np.array([(joins & (leaders == one)).sum() > 1 for one in leaders])
         together += int(joins.sum())
-        places = plan.member_index[joins].tolist()
-        assert len(set(places)) == len(places)
+        indices = plan.member_index[joins].tolist()
+        assert len(set(indices)) == len(indices)
         assert (plan.member_index[~joins] == plan.members.size).all()
-        used = {place // size for place in places}
-        # As few as can be: each group's rows over R, rounded up.
+        used = {index // size for index in indices}
+        # As few as possible: each group's rows divided by R, rounded up.
         counts = [int((joins & (leaders == one)).sum()) for one in set(leaders)]
-        assert len(used) == sum(-(-n // size) for n in counts)
+        assert len(used) == sum(cdiv(n, size) for n in counts)
         assert (
             plan.lens[[v for v in range(len(plan.lens)) if v not in used]] == 0
         ).all()
@@ -100,7 +101,7 @@ def test_every_row_reads_all_its_blocks_once_in_a_virtual_row_or_alone(num_rows)
     assert together > 0
 
 
-def test_so_many_rows_fill_a_tile():
+def test_number_of_rows_that_fill_a_tile():
     assert num_members(32, 8, 100) == 16
     assert num_members(32, 8, 5) == 5
     assert num_members(64, 2, 100) == 2
@@ -139,7 +140,7 @@ small_case = functools.partial(group_case, GROUPS, OWN_TOKENS, head_dim=8)
 @pytest.mark.parametrize("queries", [None, QUERIES], ids=["decode", "chunks"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_groups_of_any_size_equal_the_oracle(name, queries, monkeypatch):
-    monkeypatch.setattr(cascade, "TILE_ROWS", 6)  # three rows of two heads
+    monkeypatch.setattr(cascade, "TILE_ROWS", 6)  # three members with two heads each
     case, shared = small_case(queries=queries)
     options = OPTIONS[name]
     device = {k: jnp.asarray(v) if k == "sinks" else v for k, v in options.items()}
@@ -147,20 +148,20 @@ def test_groups_of_any_size_equal_the_oracle(name, queries, monkeypatch):
     check_result(case, out, lse, TOLERANCE, LSE_TOLERANCE, **options)
 
 
-def test_what_is_shared_is_read_once_and_nothing_where_nothing_is():
+def test_shared_blocks_are_read_once_and_unshared_steps_read_no_prefix():
     case, shared = small_case()
     seen = []
     attend(case, shared, seen=seen)
-    # 16 tokens of the five, 48 of the seven and 32 of the two; then no others.
-    wanted = [32, 16, 48, *[0] * 5]
-    assert sorted(seen, key=len) == [wanted, OWN_TOKENS]
-    nobody = dataclasses.replace(shared, num_blocks=shared.num_blocks * 0)
+    # Prefixes of 32 tokens (two rows), 16 (five) and 48 (seven), then unused rows.
+    expected = [32, 16, 48, *[0] * 5]
+    assert sorted(seen, key=len) == [expected, OWN_TOKENS]
+    unshared = dataclasses.replace(shared, num_blocks=shared.num_blocks * 0)
     seen = []
-    attend(case, nobody, seen=seen)
+    attend(case, unshared, seen=seen)
     assert seen == [case.context_lens.tolist()]
 
 
-def test_where_one_row_fills_a_tile_each_reads_alone(monkeypatch):
+def test_rows_read_alone_if_one_row_fills_a_tile(monkeypatch):
     monkeypatch.setattr(cascade, "TILE_ROWS", 3)
     case, shared = small_case()
     seen = []
@@ -169,7 +170,7 @@ def test_where_one_row_fills_a_tile_each_reads_alone(monkeypatch):
     check_result(case, out, lse, TOLERANCE, LSE_TOLERANCE)
 
 
-def one_place_on(plan):
+def next_member(plan):
     index = jnp.minimum(plan.member_index + 1, plan.members.size)
     return plan._replace(member_index=index)
 
@@ -182,7 +183,7 @@ def other_tables(plan):
     return plan._replace(tables=jnp.roll(plan.tables, 1, axis=0))
 
 
-@pytest.mark.parametrize("fault", [one_place_on, prefix_twice, other_tables])
+@pytest.mark.parametrize("fault", [next_member, prefix_twice, other_tables])
 def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
     case, shared = small_case()
     make = cascade.make_cascade_plan
@@ -190,5 +191,5 @@ def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
         cascade, "make_cascade_plan", lambda *a, **k: fault(make(*a, **k))
     )
     out, _ = attend(case, shared)
-    want, _ = oracle.attention(case)
-    assert not (relative_errors(out, want) < 1e-2).all()
+    expected, _ = oracle.attention(case)
+    assert not (relative_errors(out, expected) < 1e-2).all()

@@ -1,7 +1,7 @@
 """Gradients through paged attention: q, pages and sinks, with blocks that rows share.
 
-Against jax.grad of dense attention on keys and values gathered by numpy, and for some
-entries against finite differences of the float64 oracle.
+They are compared with jax.grad of dense attention on keys and values gathered by numpy,
+and for some entries with finite differences of the float64 oracle.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tests.support.attention.oracle import Case, make_case
 
 pytestmark = pytest.mark.long
 
-# float32 sums of some hundred products; where gradients cancel, of the largest entry.
+# Float32 sums of some hundred products, relative to the largest entry.
 TOLERANCE = 2e-5
 LENGTHS = [40, 0, 17, 33, 70]
 CHUNKS = [5, 0, 1, 33, 40]
@@ -40,25 +40,26 @@ def case_of(queries, **options) -> tuple[Case, dict]:
 
 
 def pulls(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the outputs and log-sum-exps in the loss; of no query, none."""
+    """Return the weights of outputs and log-sum-exps in the loss."""
     rng = np.random.default_rng(3)
     out = rng.standard_normal(case.q.shape).astype(np.float32)
     lse = rng.standard_normal(case.q.shape[:2]).astype(np.float32)
-    _, want_lse = oracle.attention(case)
-    return out, np.where(np.isneginf(want_lse), 0.0, lse).astype(np.float32)
+    _, expected_lse = oracle.attention(case)
+    return out, np.where(np.isneginf(expected_lse), 0.0, lse).astype(np.float32)
 
 
 def paged_loss(case: Case, implementation: str, **options):
     pull_out, pull_lse = pulls(case)
-    fixed = dict(block_tables=case.block_tables, context_lens=case.context_lens)
+    fixed = dict(block_tables=case.block_tables)
     if case.query_start_loc is not None:
         fixed["query_start_loc"] = case.query_start_loc
     fixed = {name: jnp.asarray(value) for name, value in fixed.items()}
 
-    def loss(arrays):
+    def loss(arrays, context_lens=case.context_lens):
         out, lse = paged_attention(
             **arrays,
             **fixed,
+            context_lens=jnp.asarray(context_lens),
             **options,
             return_lse=True,
             implementation=implementation,
@@ -70,7 +71,7 @@ def paged_loss(case: Case, implementation: str, **options):
 
 
 def dense_loss(case: Case, **options):
-    """The same with keys and values gathered token by token, and a plain softmax."""
+    """Return the same loss with gathered keys and values and a plain softmax."""
     pull_out, pull_lse = pulls(case)
     _, num_kv_heads, block_size, head_dim = case.k_pages.shape
     scale = options.get("scale", head_dim**-0.5)
@@ -99,7 +100,7 @@ def dense_loss(case: Case, **options):
         lse = jax.nn.logsumexp(jnp.concatenate([scores, sinks], axis=-1), axis=-1)
         weights = jnp.exp(scores - lse[..., None])
         out = jnp.einsum("xkgt,xtkd->xkgd", weights, values, precision="highest")
-        # Pulls are zero, and finite, where a query sees nothing.
+        # The weights are zero, and finite, for a query that sees no token.
         seen = mask.any(axis=1)
         out = out.reshape(case.q.shape) * np.where(seen[:, None, None], pull_out, 0)
         return jnp.sum(out) + jnp.sum(lse.reshape(pull_lse.shape) * pull_lse)
@@ -114,17 +115,17 @@ def arrays_of(case: Case, options: dict) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in arrays.items()}
 
 
-def worst(got: dict, want: dict) -> float:
-    """The largest difference, by the largest entry of each gradient."""
+def worst(got: dict, expected: dict) -> float:
+    """Return the largest difference, relative to the largest entry of a gradient."""
     return max(
-        float(np.abs(np.asarray(got[name]) - np.asarray(want[name])).max())
-        / float(np.abs(np.asarray(want[name])).max())
-        for name in want
+        float(np.abs(np.asarray(got[name]) - np.asarray(expected[name])).max())
+        / float(np.abs(np.asarray(expected[name])).max())
+        for name in expected
     )
 
 
 @pytest.fixture(scope="module")
-def wanted():
+def dense_gradients():
     found = {}
     for name, (queries, options) in CASES.items():
         case, options = case_of(queries, **options)
@@ -138,14 +139,16 @@ def wanted():
     ("implementation", "name"),
     [*(("xla", name) for name in CASES), ("reference", "cap and sinks")],
 )
-def test_gradients_equal_those_of_dense_attention(implementation, name, wanted):
+def test_gradients_equal_those_of_dense_attention(
+    implementation, name, dense_gradients
+):
     queries, options = CASES[name]
     case, options = case_of(queries, **options)
-    arrays = arrays_of(case, options)  # NaN in all that nobody owns
+    arrays = arrays_of(case, options)  # NaN in every slot that no row owns
     loss = paged_loss(case, implementation, **options)
     got = jax.jit(jax.grad(loss))(arrays)
-    assert worst(got, wanted[name]) < TOLERANCE
-    # What nobody sees has exactly none.
+    assert worst(got, dense_gradients[name]) < TOLERANCE
+    # Slots that no query sees have a gradient of exactly 0.
     unused = np.isnan(case.k_pages)
     assert (np.asarray(got["k_pages"])[unused] == 0).all()
 
@@ -154,7 +157,7 @@ def test_gradients_equal_finite_differences_of_the_oracle():
     case, options = case_of(CHUNKS, logits_soft_cap=1.5, sinks=True)
     sinks = options["sinks"]
     arrays = arrays_of(case, options)
-    got = jax.grad(paged_loss(case, "xla", **options))(arrays)
+    got = jax.jit(jax.grad(paged_loss(case, "xla", **options)))(arrays)
     pull_out, pull_lse = pulls(case)
     values = {name: np.asarray(x).astype(np.float64) for name, x in arrays.items()}
 
@@ -182,30 +185,28 @@ def test_gradients_equal_finite_differences_of_the_oracle():
             moved = {key: value.copy() for key, value in values.items()}
             moved[name][index] += step
             ends.append(loss(moved))
-        want = (ends[0] - ends[1]) / 2e-6
+        expected = (ends[0] - ends[1]) / 2e-6
         largest = float(np.abs(np.asarray(got[name])).max())
-        assert abs(float(got[name][index]) - want) < TOLERANCE * largest
+        assert abs(float(got[name][index]) - expected) < TOLERANCE * largest
 
 
-def test_a_shared_block_gets_the_sum_and_a_fault_is_found(wanted):
+def test_a_shared_block_gets_the_sum_and_a_fault_is_found(dense_gradients):
     case, options = case_of(None)
     arrays = arrays_of(case, options)
     gradient = jax.jit(jax.grad(paged_loss(case, "xla")))
-    got = gradient(arrays)
+    got = gradient(arrays, case.context_lens)
     shared = int(case.block_tables[0, 0])
     assert (case.block_tables[[0, 2, 3, 4], 0] == shared).all()
     total = np.zeros_like(case.k_pages[shared])
     for row in (0, 2, 3, 4):
         lens = np.where(np.arange(5) == row, case.context_lens, 0).astype(np.int32)
-        one = dataclasses.replace(case, context_lens=lens)
-        total += np.asarray(jax.grad(paged_loss(one, "xla"))(arrays)["v_pages"])[shared]
+        total += np.asarray(gradient(arrays, lens)["v_pages"])[shared]
     np.testing.assert_allclose(got["v_pages"][shared], total, atol=1e-5)
-    longer = dataclasses.replace(case, context_lens=case.context_lens - 1)
-    fault = jax.grad(paged_loss(longer, "xla"))(arrays)
-    assert not worst(fault, wanted["decode"]) < 100 * TOLERANCE
+    fault = gradient(arrays, case.context_lens - 1)
+    assert not worst(fault, dense_gradients["decode"]) < 100 * TOLERANCE
 
 
-def test_layers_and_bfloat16_pages_have_gradients_of_their_own_dtype():
+def test_gradients_of_stacked_bfloat16_pages_have_their_shape_and_dtype():
     case, _ = case_of(None)
     k_pages, v_pages = (jnp.asarray(x) for x in (case.k_pages, case.v_pages))
     stacked = [jnp.stack([x * 0, x]).astype(jnp.bfloat16) for x in (k_pages, v_pages)]
@@ -217,14 +218,14 @@ def test_layers_and_bfloat16_pages_have_gradients_of_their_own_dtype():
         return jnp.sum(out**2)
 
     got = jax.grad(loss, argnums=(0, 1))(*stacked, layer=1)
-    want = jax.grad(loss, argnums=(0, 1))(*(x[1] for x in stacked))
-    for one, other in zip(got, want, strict=True):
+    expected = jax.grad(loss, argnums=(0, 1))(*(x[1] for x in stacked))
+    for one, other in zip(got, expected, strict=True):
         assert one.dtype == jnp.bfloat16
         assert (np.asarray(one[0]) == 0).all()
         np.testing.assert_array_equal(one[1], other)
 
 
-def test_what_has_no_gradient_is_refused_in_words():
+def test_arguments_without_a_gradient_raise_an_error_that_names_them():
     case, _ = case_of(None)
     arrays = arrays_of(case, {})
     tables, lens = jnp.asarray(case.block_tables), jnp.asarray(case.context_lens)
@@ -264,7 +265,7 @@ def test_what_has_no_gradient_is_refused_in_words():
         jax.grad(on_tpu)(wide[1])
 
 
-def test_queries_have_gradients_over_pages_of_8_bits():
+def test_queries_have_gradients_over_quantised_pages():
     case, _ = case_of(None)
     values = jnp.nan_to_num(jnp.asarray(case.k_pages))
     numbers, scale = quantise(values, "int8")
@@ -279,13 +280,13 @@ def test_queries_have_gradients_over_pages_of_8_bits():
     np.testing.assert_allclose(got, jax.grad(loss)(q, exact), atol=1e-5)
 
 
-def test_a_learned_prefix_in_paged_memory_lowers_the_loss_of_the_bundled_model():
+def test_a_prefix_learned_in_its_pages_lowers_the_loss_of_the_bundled_model():
     model = load_model("tiny-python")
     config = model.config
     block_size, num_prefix = 8, 8
     text = jnp.arange(60, 84, dtype=jnp.int32) % config.vocab_size
     length = text.shape[0]
-    # Block 0 is the prefix, learned; the text of both rows lies in blocks of their own.
+    # Block 0 is the learned prefix. The text of each row is in blocks of its own.
     tables = jnp.array([[0, 1, 2, 3], [0, 4, 5, 6]], jnp.int32)
     lens = jnp.full(2, num_prefix + length, jnp.int32)
     starts = jnp.array([0, length, 2 * length], jnp.int32)
@@ -325,4 +326,4 @@ def test_a_learned_prefix_in_paged_memory_lowers_the_loss_of_the_bundled_model()
         losses.append(float(value))
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in gradient))
         prefix = [p - 2.0 * g / norm for p, g in zip(prefix, gradient, strict=True)]
-    assert losses[-1] < losses[0] - 0.25  # 5.67 to 5.35 nats a token
+    assert losses[-1] < losses[0] - 0.25  # 5.67 to 5.35 nats per token

@@ -1,4 +1,4 @@
-"""The cache of all layers: its sizes, and block copies in every layer at once."""
+"""The KV cache of all layers: its sizes, and block copies in every layer at once."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from jpaged.attention import backends, kv_cache
 SIZES = dict(num_layers=3, num_kv_heads=2, block_size=4, head_dim=8)
 
 
-# On a CPU the bits of bfloat16, which the kernels of others do not take.
+# On a CPU, bfloat16 is stored as its bits, which kernels of other devices do not read.
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [("float32", "float32"), ("float16", "float16"), ("bfloat16", "uint16")],
 )
-def test_a_block_takes_as_many_bytes_as_it_says(dtype, stored):
+def test_a_block_has_as_many_bytes_as_bytes_per_block_says(dtype, stored):
     cache = kv_cache.init_kv_cache(num_blocks=5, dtype=dtype, **SIZES)
     for pages in (cache.k_pages, cache.v_pages):
         assert pages.shape == (3, 5, 2, 4, 8)
@@ -27,8 +27,8 @@ def test_a_block_takes_as_many_bytes_as_it_says(dtype, stored):
     assert backends.layout("triton").stored_dtype(dtype) == dtype
 
 
-def test_a_block_of_opt_13b_takes_the_papers_800_kilobytes_a_token():
-    # Section 3: 2 (key and value) * 5120 (hidden) * 40 (layers) * 2 (bytes) a token.
+def test_a_token_of_opt_13b_takes_800_kilobytes_as_in_the_paper():
+    # Section 3: 2 (key and value) * 5120 (hidden) * 40 (layers) * 2 (bytes) per token.
     token = kv_cache.bytes_per_block(
         num_layers=40, num_kv_heads=40, block_size=1, head_dim=128, dtype="float16"
     )

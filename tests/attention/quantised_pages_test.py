@@ -1,7 +1,7 @@
-"""Pages of 8 bits: what is written, what is read, and that scales follow their blocks.
+"""Quantised pages: writes, reads, and scales that are copied with their blocks.
 
 Attention is compared with the float64 oracle on the dequantised values, which numpy
-computes here from the numbers and the scales, in its own way for each format.
+computes from the numbers and the scales independently for each format.
 """
 
 import functools
@@ -59,16 +59,16 @@ def test_attention_equals_the_oracle_on_the_dequantised_values(
 ):
     arguments, case = quantised_case(LENGTHS, q, dtype=dtype, q_dtype=q_dtype, **sizes)
     out = attend(**arguments, implementation=implementation)
-    want, _ = oracle.attention(case)
-    assert relative_errors(out, want).max() < TOLERANCES[q_dtype]
+    expected, _ = oracle.attention(case)
+    assert relative_errors(out, expected).max() < TOLERANCES[q_dtype]
 
 
-def test_a_window_and_a_soft_cap_see_the_scales_too():
+def test_scales_work_with_a_window_and_a_soft_cap():
     options = dict(sliding_window=40, logits_soft_cap=3.0)
     arguments, case = quantised_case(LENGTHS, dtype="int8", heads=(4, 2))
     out = attend(**arguments, implementation="xla", **options)
-    want, _ = oracle.attention(case, **options)
-    assert relative_errors(out, want).max() < TOLERANCES["float32"]
+    expected, _ = oracle.attention(case, **options)
+    assert relative_errors(out, expected).max() < TOLERANCES["float32"]
 
 
 def values_scale_of_keys(arguments):
@@ -89,13 +89,13 @@ def scales_of_the_other_head(arguments):
 def test_a_planted_fault_breaks_the_tolerance(fault):
     arguments, case = quantised_case([200, 150, 33], dtype="int8", heads=(4, 2))
     out = attend(**fault(arguments), implementation="xla")
-    want, _ = oracle.attention(case)
-    errors = relative_errors(out, want).max(axis=-1)
+    expected, _ = oracle.attention(case)
+    errors = relative_errors(out, expected).max(axis=-1)
     assert not (errors < 2 * TOLERANCES["bfloat16"]).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_written_token_comes_back_within_half_a_step_of_its_largest_entry(dtype):
+def test_a_written_token_is_read_back_within_half_a_step_of_its_largest_entry(dtype):
     rng = np.random.default_rng(0)
     values = rng.standard_normal((9, 2, 32)).astype(np.float32)
     values *= 10.0 ** rng.uniform(-6, 4, (9, 2, 1)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_a_written_token_comes_back_within_half_a_step_of_its_largest_entry(dtyp
     np.testing.assert_allclose(np.abs(back).max(-1), largest[..., 0], rtol=1e-6)
 
 
-def test_bits_of_fp8_are_those_of_ml_dtypes():
+def test_bits_of_fp8_equal_those_of_ml_dtypes():
     values = jnp.linspace(-3, 5, 64).reshape(2, 32)
     bits, scale = quantise(values, "uint8")
     native, same = quantise(values, "float8_e4m3fn")
@@ -125,7 +125,7 @@ def test_bits_of_fp8_are_those_of_ml_dtypes():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_shows_in_what_reads_it(dtype, bad):
+def test_nan_and_infinity_are_visible_in_the_results(dtype, bad):
     numbers, scale = map(numpy_of, quantise(jnp.array([[1.0, bad], [1.0, 2.0]]), dtype))
     back = dequantised(numbers, scale)
     assert np.isnan(back[0]).any()
@@ -134,7 +134,7 @@ def test_what_is_not_finite_shows_in_what_reads_it(dtype, bad):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", [None, 1])
-def test_writes_and_copies_carry_the_scales(layer, dtype):
+def test_writes_and_copies_include_the_scales(layer, dtype):
     shape = (6, 2, 4, 8) if layer is None else (3, 6, 2, 4, 8)
     pages = jnp.zeros(shape, dtype)
     pools = (pages, pages)
@@ -154,20 +154,20 @@ def test_writes_and_copies_carry_the_scales(layer, dtype):
         numbers, scale = map(numpy_of, (copied[at], copied[at + 2]))
         numbers, scale = (x if layer is None else x[layer] for x in (numbers, scale))
         for token, block, offset in ((0, 5, 3), (0, 2, 3), (2, 0, 0)):
-            want, want_scale = quantise(values[token], dtype)
-            np.testing.assert_array_equal(numbers[block, :, offset], want)
-            np.testing.assert_array_equal(scale[block, :, offset], want_scale)
-        assert (scale != 0).sum() == 3 * 2  # and nothing else was written
+            expected, expected_scale = quantise(values[token], dtype)
+            np.testing.assert_array_equal(numbers[block, :, offset], expected)
+            np.testing.assert_array_equal(scale[block, :, offset], expected_scale)
+        assert (scale != 0).sum() == 3 * 2  # nothing else was written
 
 
-def test_scales_that_broadcast_are_as_good_as_whole_ones():
+def test_scales_that_broadcast_give_the_same_result():
     arguments, _ = quantised_case([40, 7], dtype="int8", head_dim=16)
     shape = arguments["k_pages"].shape[:-1]
     for given in (0.25, jnp.float32(0.25), jnp.full((1, shape[1], 1), 0.25)):
         whole = jnp.full(shape, 0.25, jnp.float32)
-        got = paged_attention(**arguments | dict(k_scale=given, v_scale=given))
-        want = paged_attention(**arguments | dict(k_scale=whole, v_scale=whole))
-        np.testing.assert_array_equal(got, want)
+        got = attend(**arguments | dict(k_scale=given, v_scale=given))
+        expected = attend(**arguments | dict(k_scale=whole, v_scale=whole))
+        np.testing.assert_array_equal(got, expected)
 
 
 WRONG = {
@@ -184,13 +184,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_arguments_that_do_not_fit_raise(message):
+def test_invalid_arguments_raise_an_error_that_names_them(message):
     arguments, _ = quantised_case([5, 9], dtype="int8")
     with pytest.raises(ValueError, match=message):
         paged_attention(**arguments | WRONG[message])
 
 
-def test_scales_beside_float_pages_and_missing_scales_raise():
+def test_scales_for_float_pages_and_missing_scales_raise_an_error():
     pages, k, slots = jnp.zeros((3, 2, 4, 8)), jnp.zeros((5, 2, 8)), jnp.arange(5)
     scale = jnp.ones((3, 2, 4))
     scales = dict(k_scale=scale, v_scale=scale)
@@ -204,7 +204,7 @@ def test_scales_beside_float_pages_and_missing_scales_raise():
 
 
 @pytest.mark.parametrize("name", PAGE_DTYPES)
-def test_a_block_takes_its_numbers_and_its_scales(name):
+def test_bytes_per_block_count_numbers_and_scales(name):
     sizes = dict(num_layers=3, num_kv_heads=2, block_size=4, head_dim=32)
     cache = kv_cache.init_kv_cache(num_blocks=5, dtype=name, **sizes)
     leaves = jax.tree.leaves(cache)
@@ -215,7 +215,7 @@ def test_a_block_takes_its_numbers_and_its_scales(name):
     assert size == 2 * 3 * 2 * 4 * (32 + 4)
 
 
-def test_pages_of_8_bits_are_refused_where_nobody_serves_them():
+def test_a_cache_of_8_bits_raises_an_error_if_the_backend_does_not_support_it():
     sizes = dict(num_layers=1, num_kv_heads=1, block_size=16, head_dim=128)
     with pytest.raises(ValueError, match=r"'mosaic_gpu' cannot serve .*'xla' can"):
         kv_cache.init_kv_cache(

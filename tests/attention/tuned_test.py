@@ -1,4 +1,4 @@
-"""The table of tile sizes: which entry counts, and that every entry is right."""
+"""The table of tile sizes: which entry is used, and that every entry is valid."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def sizes_of(name: str) -> set[str]:
     return {field.name for field in dataclasses.fields(tile_sizes())}
 
 
-def test_the_first_entry_that_fits_counts(monkeypatch):
+def test_the_first_entry_that_fits_is_used(monkeypatch):
     exact = Entry("triton", "NVIDIA H200", {"tokens": 32}, 128, 4, 16, 2, "2026")
     any_shape = Entry("triton", "NVIDIA", {"tokens": 16})
     other = Entry("xla", "NVIDIA", {})
@@ -34,7 +34,7 @@ def test_the_first_entry_that_fits_counts(monkeypatch):
     assert tuned.find_entry("triton", "cpu", 128, 4, 16, 2) is None
 
 
-def test_sizes_of_an_entry_replace_those_that_serve_everywhere(monkeypatch):
+def test_sizes_of_an_entry_replace_the_default_sizes(monkeypatch):
     entry = Entry("xla", "cpu", {"decode_rows": 5}, 64, 2, 16, 2)
     monkeypatch.setattr(tuned, "TABLE", [entry])
     pages = jax.ShapeDtypeStruct((9, 4, 16, 64), "bfloat16")
@@ -44,7 +44,7 @@ def test_sizes_of_an_entry_replace_those_that_serve_everywhere(monkeypatch):
 
 
 @pytest.mark.parametrize("entry", tuned.TABLE, ids=str)
-def test_entries_name_sizes_that_exist(entry):
+def test_entries_set_only_sizes_that_exist(entry):
     assert entry.sizes.keys() <= sizes_of(entry.implementation)
 
 
@@ -57,13 +57,13 @@ def test_candidates_are_sizes_that_exist(name):
 def test_sizes_for_gpus_give_the_same_numbers(make, monkeypatch):
     entry = tuned.find_entry("xla", "NVIDIA H200", 64, 7, 16, 2)
     monkeypatch.setattr(tuned, "TABLE", [entry._replace(device="cpu")])
-    attend.clear_cache()  # what was compiled with other tiles is not used
+    attend.clear_cache()  # programs compiled with other tiles are not used
     case, options = make("window_300")
     check(case, "xla", **options)
     attend.clear_cache()
 
 
-def test_a_row_is_what_was_best_when_measured_again():
+def test_a_row_has_the_sizes_that_were_best_in_the_second_measurement():
     shape = Shape(8, 256, 12, 4, 64, 16, "float32")
 
     def sizes(of_first, of_best):
@@ -77,11 +77,11 @@ def test_a_row_is_what_was_best_when_measured_again():
         return entry.sizes
 
     assert sizes(8, 7) == {"decode_rows": 32}
-    assert sizes(7.1, 7) == {}  # the first is as fast, now that it is measured again
+    assert sizes(7.1, 7) == {}  # the first is as fast when it is measured again
 
 
 @pytest.mark.long
-def test_the_runner_prints_tries_and_a_row_of_the_table():
+def test_the_runner_prints_its_tries_and_a_row_of_the_table():
     status, stdout, stderr = run_experiment(
         "tune_attention",
         "--implementations=xla,triton",
@@ -96,7 +96,7 @@ def test_the_runner_prints_tries_and_a_row_of_the_table():
     tried = [one["sizes"] for one in found["tries"]["xla"]]
     assert tried[0] == {}
     assert {"decode_rows": 4} in tried
-    assert tried[-2] == {}  # again, beside the best
+    assert tried[-2] == {}  # measured again, alternating with the best
     assert all(one["seconds"] > 0 for one in found["tries"]["xla"])
     (row,) = found["rows"]
     entry = eval(row.rstrip(","), {"Entry": Entry})

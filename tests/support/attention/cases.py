@@ -1,8 +1,8 @@
-"""The matrix of attention's cases and what each must give, for any implementation.
+"""Cases of attention and of page updates, and their checks, for any backend.
 
 `attention_test` runs them on CPUs, `gpu_test` on a real GPU. In all cases tables are
 shuffled, their unused entries are garbage, and every slot and block that no sequence
-owns holds NaN (see `attention_oracle.make_case`).
+owns holds NaN (see `oracle.make_case`).
 """
 
 import dataclasses
@@ -17,9 +17,10 @@ from jpaged.attention import paged_attention
 from tests.support.attention import oracle
 from tests.support.attention.oracle import Case, make_case, relative_errors
 
-# Of each query's and head's output vector, against the oracle on the stored values.
-# float32 sums of up to 2048 products err by 1e-6; float16 rounds the softmax weights
-# and the output by 2**-11 each, bfloat16 by 2**-8, and random errors add in quadrature.
+# Relative error of each query's and head's output vector, against the oracle on the
+# stored values. float32 sums of up to 2048 products err by 1e-6; float16 rounds the
+# softmax weights and the output by 2**-11 each, bfloat16 by 2**-8, and random errors
+# add in quadrature.
 TOLERANCES = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
 # Log-sum-exps are float32 sums over exact products of the stored values, of size 10.
 LSE_TOLERANCE = 1e-4
@@ -32,7 +33,7 @@ STATIC = (
 )
 attend = jax.jit(paged_attention, static_argnames=STATIC)
 
-# heads, head_dim, block_size, dtype, options; groups of 1 to 16 heads.
+# (heads, kv heads), head_dim, block_size, dtype, options; groups of 1 to 16 heads.
 SHAPES = {
     "one_group": ((8, 8), 64, 16, "float32", {}),
     "groups_of_4": ((32, 8), 128, 16, "bfloat16", {}),
@@ -51,7 +52,7 @@ SHAPES = {
         dict(sinks=True, sliding_window=300, logits_soft_cap=2.0, scale=0.2),
     ),
 }
-# Shapes that every GPU's kernel serves, and heads of 256: `gpu_test` has them too.
+# Shapes that both GPU kernels support, and heads of 256, for `gpu_test`.
 GPU_SHAPES = SHAPES | {
     "one_group_64": ((8, 8), 64, 32, "bfloat16", {}),
     "groups_of_4_blocks_of_128": ((32, 8), 128, 128, "bfloat16", {}),
@@ -66,7 +67,7 @@ def lengths_around(block_size: int) -> list[int]:
 
 
 def many_lengths(block_size: int) -> list[int]:
-    """More rows than the product serves in one group, of mixed lengths."""
+    """Return mixed lengths of more rows than one group of a product has."""
     return [*lengths_around(block_size)[:6], *range(0, 150, 8)]
 
 
@@ -95,17 +96,17 @@ def run(case: Case, implementation: str, **options):
 
 def check(case: Case, implementation: str, **options) -> None:
     out, lse = run(case, implementation, **options)
-    want_out, want_lse = oracle.attention(case, **options)
+    expected_out, expected_lse = oracle.attention(case, **options)
     assert out.dtype == case.q.dtype
     assert lse.dtype == jnp.float32
-    # `not <` and not `>`, which NaN would pass.
-    worst = relative_errors(out, want_out).max()
+    # An error that is NaN fails `<`.
+    worst = relative_errors(out, expected_out).max()
     assert worst < TOLERANCES[case.q.dtype.name]
-    np.testing.assert_allclose(lse, want_lse, atol=LSE_TOLERANCE, rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=LSE_TOLERANCE, rtol=0)
 
 
 def case_of(name: str, contexts: list[int], queries=None, **more) -> tuple[Case, dict]:
-    """A case of the shape and its options."""
+    """Return a case of the named shape, and its options."""
     heads, head_dim, block_size, dtype, options = GPU_SHAPES[name]
     sizes = dict(heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
     return make_case(contexts, queries, **sizes, **more), resolve(options, heads[0])
@@ -117,7 +118,8 @@ def decode_case(name: str) -> tuple[Case, dict]:
 
 def ragged_case(name: str) -> tuple[Case, dict]:
     size = GPU_SHAPES[name][2]
-    #          decode, chunk after context, empty, fresh prompt, decode, empty, 1, chunk
+    # Decode row, chunk after context, empty row, whole prompt, decode row, row without
+    # queries, decode row, chunk.
     contexts = [257, 2 * size + 9, 0, size + 1, size, 40, 1, 70]
     queries = [1, 9, 0, size + 1, 1, 0, 1, 37]
     return case_of(name, contexts, queries, num_padding=5)
@@ -141,16 +143,16 @@ FAULTS = (one_key_less, keys_for_values, one_wrong_block, "no_scale")
 
 
 def check_fault(case: Case, fault, implementation: str, rows: int) -> None:
-    """A fault shows in each of the first rows of q: no length of context hides it."""
+    """Check that a fault shows in each of the first rows of q, at every context."""
     options = {"scale": 1.0} if fault == "no_scale" else {}
     faulty = case if fault == "no_scale" else fault(case)
     got, _ = run(faulty, implementation, **options)
-    want, _ = oracle.attention(case)
-    errors = relative_errors(got, want).max(axis=-1)
+    expected, _ = oracle.attention(case)
+    errors = relative_errors(got, expected).max(axis=-1)
     assert (errors > 2 * TOLERANCES[case.q.dtype.name])[:rows].all()
 
 
-# ---- write_kv, copy_blocks: bitwise
+# ---- write_kv and copy_blocks, compared bit by bit
 
 
 def some_pages(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
@@ -158,14 +160,14 @@ def some_pages(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray
     return values.astype(oracle.DTYPES[dtype])
 
 
-def assert_bitwise(got: jax.Array, want: np.ndarray) -> None:
+def assert_bitwise(got: jax.Array, expected: np.ndarray) -> None:
     got = np.asarray(got)
-    assert got.dtype == want.dtype
-    assert got.tobytes() == want.tobytes()
+    assert got.dtype == expected.dtype
+    assert got.tobytes() == expected.tobytes()
 
 
 def check_writes(dtype: str, layer: int | None, implementation: str | None) -> None:
-    """`write_kv` writes exactly the named slots."""
+    """Check that `write_kv` writes exactly the named slots."""
     shape = (6, 2, 4, 16) if layer is None else (3, 6, 2, 4, 16)
     k_pages, v_pages = (some_pages(*shape, seed=s, dtype=dtype) for s in (0, 1))
     k, v = (some_pages(7, 2, 16, seed=s, dtype=dtype) for s in (2, 3))
@@ -190,7 +192,7 @@ def check_writes(dtype: str, layer: int | None, implementation: str | None) -> N
 def check_copies(
     dtype: str, layer: int | str | None, implementation: str | None
 ) -> None:
-    """`copy_blocks` copies exactly the named blocks; of "all" layers too."""
+    """Check that `copy_blocks` copies exactly the named blocks, or in "all" layers."""
     shape = (8, 2, 4, 16) if layer is None else (3, 8, 2, 4, 16)
     k_pages, v_pages = (some_pages(*shape, seed=s, dtype=dtype) for s in (0, 1))
     src, dst = [3, -1, 0, 3, 5, -1], [1, 2, 7, 6, -1, -1]
@@ -210,7 +212,7 @@ def check_copies(
 
 
 def check_in_place(implementation: str | None, dtype: str = "bfloat16") -> None:
-    """Donated pools come back in their own memory, of writes and of copies."""
+    """Check that writes and copies update donated pools in their own memory."""
     shape, numbers = (2, 256, 2, 16, 64), jnp.arange(8, dtype=jnp.int32)
     k = jnp.ones((8, *shape[2:3], shape[4]), dtype)
     calls = {
@@ -219,10 +221,10 @@ def check_in_place(implementation: str | None, dtype: str = "bfloat16") -> None:
     }
     for name, (call, rest) in calls.items():
         pools = [jnp.zeros(shape, dtype) for _ in range(2)]
-        places = {pool.unsafe_buffer_pointer() for pool in pools}
+        addresses = {pool.unsafe_buffer_pointer() for pool in pools}
         call = functools.partial(call, layer=1, implementation=implementation)
         compiled = jax.jit(call, donate_argnums=(0, 1)).lower(*pools, *rest).compile()
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < pools[0].nbytes // 8, name
         after = compiled(*pools, *rest)
-        assert {pool.unsafe_buffer_pointer() for pool in after} == places, name
+        assert {pool.unsafe_buffer_pointer() for pool in after} == addresses, name

@@ -1,8 +1,8 @@
 """Attention over pages in float64 numpy, one query and one head at a time, and cases.
 
-Nothing here knows of tiles, of an online softmax or of a batch: each query walks its
-table token by token, collects what it may see, and applies the formula. A case fills
-all that must not be read with NaN or garbage, so that reading it shows.
+There are no tiles, no online softmax and no batch here: each query reads its table
+token by token, collects the tokens that it sees, and applies the formula. A case fills
+everything that must not be read with NaN or garbage, so that a read of it shows.
 """
 
 import dataclasses
@@ -11,8 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jpaged.arithmetic import cdiv
+
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-# What stands in a table behind a sequence's last block.
+# Table entries after a sequence's last block.
 GARBAGE = (-1, 2**31 - 1, -(2**31), 10**6)
 
 
@@ -41,15 +43,15 @@ def make_case(
     spare_columns: int = 3,
     seed: int = 0,
 ) -> Case:
-    """Rows of the given lengths over a shuffled pool.
+    """Return rows of the given lengths over a shuffled pool.
 
-    With `query_lens` the queries are chunks, and `num_padding` rows of q follow that no
-    row owns. The first `shared_blocks` full blocks of all rows are the same ones.
-    Slots past a row's length and blocks that nobody uses hold NaN.
+    With `query_lens` the queries are chunks, followed by `num_padding` queries that no
+    row owns. All rows share their first `shared_blocks` full blocks. Slots after a
+    row's length and unused blocks hold NaN.
     """
     rng = np.random.default_rng(seed)
     num_heads, num_kv_heads = heads
-    num_used = [-(-length // block_size) for length in context_lens]
+    num_used = [cdiv(length, block_size) for length in context_lens]
     width = max(*num_used, 1) + spare_columns
     num_blocks = sum(num_used) + 5
     order = iter(rng.permutation(num_blocks).tolist())
@@ -89,7 +91,7 @@ def make_case(
 
 
 def _first(context_lens: list[int], shared: int, block_size: int, column: int) -> int:
-    """The first row that holds the shared block of this column, which fills it."""
+    """Return the first row with the shared block of this column; it fills the block."""
     return next(
         row
         for row, length in enumerate(context_lens)
@@ -105,10 +107,10 @@ def attention(
     logits_soft_cap: float | None = None,
     sinks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output float64 [T, H, D] and natural log-sum-exp float64 [T, H].
+    """Return the output float64 [T, H, D] and natural log-sum-exp float64 [T, H].
 
-    softmax(scale * q . k) . v over the tokens that the query sees; zeros and -inf where
-    it sees none.
+    softmax(scale * q . k) . v over the tokens that the query sees; zeros and -inf if it
+    sees none.
     """
     num_queries, num_heads, head_dim = case.q.shape
     _, num_kv_heads, block_size, _ = case.k_pages.shape
@@ -118,13 +120,13 @@ def attention(
     lse = np.full((num_queries, num_heads), -np.inf)
     for row, query, num_visible in _queries(case):
         first = 0 if sliding_window is None else max(0, num_visible - sliding_window)
-        places = [
+        slots = [
             (case.block_tables[row, position // block_size], position % block_size)
             for position in range(first, num_visible)
         ]
-        if not places:
+        if not slots:
             continue
-        blocks, offsets = np.array(places).T
+        blocks, offsets = np.array(slots).T
         keys = case.k_pages[blocks, :, offsets].astype(np.float64)  # [visible, K, D]
         values = case.v_pages[blocks, :, offsets].astype(np.float64)
         for head in range(num_heads):
@@ -143,7 +145,7 @@ def attention(
 
 
 def _queries(case: Case):
-    """(row, index in q, tokens it sees) of every query."""
+    """Yield (row, index in q, number of tokens it sees) for every query."""
     for row, length in enumerate(case.context_lens.tolist()):
         if case.query_start_loc is None:
             yield row, row, length
@@ -153,23 +155,24 @@ def _queries(case: Case):
             yield row, query, length - (end - 1 - query)
 
 
-def relative_errors(got: Any, want: np.ndarray) -> np.ndarray:
-    """|got - want| / |want| of every vector of the last axis, float64.
+def relative_errors(got: Any, expected: np.ndarray) -> np.ndarray:
+    """Return |got - expected| / |expected| of every vector of the last axis, float64.
 
-    Each vector by its own norm: over the norm of the whole, a wrong row of a long
-    context, whose outputs are small averages, hides behind rows of few tokens. Where a
-    vector should be zeros, the error is 0 if it is and infinite if not. NaN stays NaN.
+    Each vector is divided by its own norm. Divided by the norm of all outputs, an error
+    in a row with a long context, whose outputs are small averages, would be hidden by
+    rows with few tokens. If a vector should be zero, the error is 0 or infinite. NaN
+    stays NaN.
     """
     got = np.asarray(got).astype(np.float64)
-    difference = np.linalg.norm(got - want, axis=-1)
-    norm = np.linalg.norm(want, axis=-1)
+    difference = np.linalg.norm(got - expected, axis=-1)
+    norm = np.linalg.norm(expected, axis=-1)
     is_zero = norm == 0
     empty = np.where(difference == 0, 0.0, np.where(difference > 0, np.inf, np.nan))
     return np.where(is_zero, empty, difference / np.where(is_zero, 1.0, norm))
 
 
 def arrays(case: Case) -> dict[str, np.ndarray]:
-    """The case's arguments by name, without those that are None."""
+    """Return the case's arguments by name, without those that are None."""
     fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -177,10 +180,10 @@ def arrays(case: Case) -> dict[str, np.ndarray]:
 def check_result(
     case: Case, out: Any, lse: Any, tolerance: float, lse_tolerance: float, **options
 ) -> None:
-    """Asserts that a kernel's output and log-sum-exp are the oracle's."""
-    want_out, want_lse = attention(case, **options)
+    """Assert that a kernel's output and log-sum-exp equal the oracle's."""
+    expected_out, expected_lse = attention(case, **options)
     assert out.shape == case.q.shape
     assert out.dtype == case.q.dtype
-    worst = relative_errors(out, want_out).max()
+    worst = relative_errors(out, expected_out).max()
     assert worst < tolerance
-    np.testing.assert_allclose(lse, want_lse, atol=lse_tolerance, rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=lse_tolerance, rtol=0)

@@ -1,12 +1,13 @@
-"""Cases of rows that share beginnings, for attention that reads them once.
+"""Cases of rows that share prefixes, for attention that reads them once.
 
-Tables are shuffled, entries past a row's length are garbage, often equal to those of
-other rows, and slots and blocks that nobody owns hold NaN.
+Tables are shuffled. Entries after a row's last block are garbage, often equal to those
+of other rows. Slots and blocks that no row owns hold NaN.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.arithmetic import cdiv
 from jpaged.kv.shared_prefix import SharedPrefix
 from tests.support.attention import oracle
 from tests.support.attention.oracle import Case
@@ -25,10 +26,10 @@ def filled_case(
     block_size: int,
     dtype: str,
 ) -> Case:
-    """The case of rows with these blocks and tokens, each slot written once.
+    """Return the case of rows with these blocks and tokens; each slot is written once.
 
-    `queries`: None, or of each row how many it has, at most its tokens; three more
-    follow that no row owns.
+    `queries`: number of queries of each row, at most its tokens, followed by three
+    queries that no row owns; or None.
     """
     tables = rng.integers(0, 4, (len(own), width))
     for row, mine in enumerate(own):
@@ -67,11 +68,14 @@ def group_case(
     block_size: int = 16,
     dtype: str = "float32",
 ) -> tuple[Case, SharedPrefix]:
-    """Rows with so many tokens behind their group's blocks, and the groups.
+    """Return a case of rows with shared and own blocks, and their groups.
 
-    `groups`: of a leader its rows' number of shared blocks, and the rows, itself among
-    them. `own_tokens` is of every row; one without a group has no others, and may have
-    none at all.
+    Args:
+      groups: by leader, the number of shared blocks and then the rows of the group,
+        including the leader.
+      own_tokens: tokens of each row after its shared blocks. A row without a group has
+        only these, and may have 0.
+      queries, heads, head_dim, block_size, dtype: as in `filled_case`.
     """
     rng = np.random.default_rng(0)
     num_rows = len(own_tokens)
@@ -83,7 +87,7 @@ def group_case(
         tokens + block_size * depth
         for tokens, depth in zip(own_tokens, depths, strict=True)
     ]
-    used = [-(-length // block_size) for length in lens]
+    used = [cdiv(length, block_size) for length in lens]
     order = iter(rng.permutation(sum(used) + 4).tolist())
     prefix = {
         leader: [next(order) for _ in range(depth)]
@@ -109,10 +113,10 @@ def group_case(
     return case, shared
 
 
-# A group of 2 whose rows lie apart, one of 5, one of more than any virtual row holds
-# for 16 heads of a key and fewer; rows alone, one of them idle.
+# A group of 2 rows that are not neighbours, one of 5 (leader 3), and one of 8, more
+# than a virtual row has with 16 heads per key/value head; rows alone, one of them idle.
 GROUPS = {1: (2, 1, 6), 3: (1, 3, 4, 5, 8, 9), 10: (3, *range(10, 17))}
 OWN_TOKENS = [40, 3, 0, 1, 20, 16, 35, 5, 16, 2, *[7, 1, 17, 32, 9, 4, 18]]
-# Of one of the 5 and of both of 2 chunks: they read alone, and the group goes on. A row
-# alone with one query, with several, and with none.
+# Some rows of groups have chunks: they read alone, and the others still share. Rows
+# alone have one query, several, and none.
 QUERIES = [1, 5, 0, 1, 1, 9, 3, 4, 1, 1, *[1] * 7]

@@ -1,7 +1,6 @@
-"""Cases of attention over pages of 8 bits, and the values that they stand for.
+"""Cases of attention over quantised pages, and their dequantised values.
 
-Numpy computes the values from the numbers and the scales, in its own way for each
-format.
+Numpy computes the values from the numbers and the scales independently for each format.
 """
 
 import dataclasses
@@ -16,14 +15,14 @@ from tests.support.attention import oracle
 from tests.support.attention.cases import resolve
 from tests.support.attention.oracle import make_case
 
-# Numbers are exact, and float32 stays so. Beside float16 and bfloat16 a kernel rounds a
-# weight times a value's scale to bfloat16, by 2**-9, of a single token too, and the
-# output once more.
+# The numbers are exact in float32. With float16 and bfloat16 queries a kernel rounds a
+# weight times a value's scale to bfloat16, by 2**-9, even for a single token, and then
+# rounds the output.
 KERNEL_TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3}
 
 
 def dequantised(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Float64 values; the 8 bits of uint8 are read by the definition of e4m3fn."""
+    """Return float64 values; uint8 is read by the definition of e4m3fn."""
     if numbers.dtype == np.uint8:
         bits = numbers.astype(np.int64)
         exponent, mantissa = (bits >> 3) & 15, bits & 7
@@ -33,7 +32,7 @@ def dequantised(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
         values = np.where(bits >> 7 == 1, -values, values)
     else:
         values = numbers.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinite scales, of what was not finite
+    with np.errstate(invalid="ignore"):  # scales of values that were not finite
         return values * scale.astype(np.float64)[..., None]
 
 
@@ -42,16 +41,16 @@ def numpy_of(array: jax.Array) -> np.ndarray:
 
 
 def quantised_case(context_lens, query_lens=None, *, dtype, q_dtype="float32", **sizes):
-    """Arguments of `paged_attention`, and the case of the dequantised values.
+    """Return arguments of `paged_attention`, and the case of the dequantised values.
 
-    Slots that nobody owns have NaN for scales, and a number that no page should have.
+    Slots that no row owns have NaN as scale, and a number that is not used otherwise.
     """
     case = make_case(context_lens, query_lens, **sizes)
     rng = np.random.default_rng(1)
     arguments, exact = {}, {}
     for name in ("k", "v"):
         pages = getattr(case, f"{name}_pages")
-        # Tokens of very different size: a scale for all would lose the small ones.
+        # Tokens of very different size: one scale for all would lose the small ones.
         sizes_of = 10.0 ** rng.uniform(-3, 1, pages.shape[:-1])
         values = pages * sizes_of[..., None].astype(np.float32)
         if name == "k":
@@ -75,7 +74,7 @@ def quantised_case(context_lens, query_lens=None, *, dtype, q_dtype="float32", *
 def case_of(
     shape: tuple, contexts: list[int], queries: list[int] | None = None, **more: Any
 ) -> tuple[dict[str, jax.Array], oracle.Case, dict[str, Any]]:
-    """The same of a shape as those of `attention_cases`, and its options."""
+    """Return the same for a shape like those of `cases.SHAPES`, and its options."""
     heads, head_dim, block_size, q_dtype, options = shape
     sizes = dict(heads=heads, head_dim=head_dim, block_size=block_size)
     arguments, case = quantised_case(

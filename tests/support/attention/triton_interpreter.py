@@ -1,6 +1,6 @@
-"""`jpaged.triton.launch.launch` on a CPU: Triton's interpreter in a callback of JAX.
+"""`jpaged.triton.launch.launch` on a CPU: Triton's interpreter in a JAX callback.
 
-Outputs start as NaN, or as the contents of the aliased inputs, so that a test sees every
+Outputs start as NaN, or as the aliased inputs, so that a test sees every
 element that a kernel does not write.
 """
 
@@ -20,7 +20,7 @@ _dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _dot_of_values(self, a, b, *rest):
-    """Replaces the interpreter's dot, which reads the bits of bfloat16 as integers."""
+    """Replace the interpreter's dot, which reads the bits of bfloat16 as integers."""
 
     def widened(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -35,7 +35,7 @@ _cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def _cast_to_nearest(self, x, kind):
-    """Replaces the interpreter's cast to bfloat16.
+    """Replace the interpreter's cast to bfloat16.
 
     The interpreter truncates where GPUs round to nearest, and it reads integers as the
     bits of bfloat16.
@@ -50,7 +50,7 @@ _binary = interpreter.InterpreterBuilder.binary_op
 
 
 def _binary_of_booleans(self, lhs, rhs, op):
-    """Replaces the interpreter's operators, whose comparisons claim to be integers.
+    """Replace the interpreter's operators, whose comparisons claim to be integers.
 
     Once broadcast, such a mask has the wrong dtype (triton 3.9).
     """

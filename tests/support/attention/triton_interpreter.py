@@ -1,7 +1,7 @@
 """`jpaged.triton.launch.launch` on a CPU: Triton's interpreter in a JAX callback.
 
-Outputs start as NaN, or as the aliased inputs, so that a test sees every
-element that a kernel does not write.
+Outputs start as NaN, or as the aliased inputs, so that a test sees every element
+that a kernel does not write.
 """
 
 import os

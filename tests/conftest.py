@@ -46,12 +46,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("jpaged")
 
-# This helper imports torch and triton, and collecting it for doctests would import it.
-collect_ignore = [
-    "support/attention/triton_interpreter.py"
-    for name in ("torch", "triton")
-    if importlib.util.find_spec(name) is None
-]
+# This helper imports triton, and collecting it for doctests would import it.
+collect_ignore = []
+if importlib.util.find_spec("triton") is None:
+    collect_ignore.append("support/attention/triton_interpreter.py")
 
 HUGGINGFACE_MISSING = [
     name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None

@@ -1,1 +1,1 @@
-"""Pallas kernels, which read pages where they lie: TPUs."""
+"""Pallas kernels for TPUs and Hopper GPUs; they read pages in place."""

@@ -1,1 +1,1 @@
-"""Triton kernels, which read pages where they lie: NVIDIA GPUs from Ampere on."""
+"""Triton kernels for NVIDIA GPUs from Ampere on; they read pages in place."""

@@ -21,7 +21,7 @@ from jpaged.pages.backend import (
 from jpaged.pages.operands import AttentionOperands, NewTokens, Pools
 from jpaged.pages.quantised import is_quantised
 from jpaged.triton import attention, pages
-from jpaged.triton.tiles import Tiles, query_rows
+from jpaged.triton.tiles import TritonTiles, query_rows
 
 
 def attend(
@@ -94,5 +94,5 @@ TRITON = Backend(
     platform="gpu",
     device="NVIDIA GPU",
     requires=("jax_triton",),
-    tile_sizes=lambda: Tiles,
+    tile_sizes=lambda: TritonTiles,
 )

@@ -1,6 +1,6 @@
-"""Calls of Triton kernels from JAX, by jax-triton, on any version of it that serves.
+"""Launches of Triton kernels from JAX, with any supported version of jax-triton.
 
-Place on the road: triton.attention, triton.pages -> [triton.launch] -> jax-triton.
+Pipeline: triton.attention, triton.pages -> [triton.launch] -> jax-triton.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import Any
 
 import jax
 
-Kernel = str  # a name in `triton.kernels`
-
 
 def launch(
-    name: Kernel,
+    name: str,
     grid: tuple[int, ...],
     arrays: Sequence[jax.Array],
     out_shapes: Sequence[jax.ShapeDtypeStruct],
@@ -26,12 +24,21 @@ def launch(
     num_stages: int = 3,
     **static: Any,
 ) -> list[jax.Array]:
-    """The outputs of a kernel that takes `arrays`, then its outputs, then `static`.
+    """Launch a kernel of `triton.kernels` and return its outputs.
 
-    `aliases` says which array's memory becomes which output; all outputs or none.
+    Args:
+      name: The kernel's name. Its parameters are `arrays`, the outputs, and `static`.
+      grid: Number of programs on each axis.
+      arrays: The kernel's inputs.
+      out_shapes: Shapes and dtypes of the outputs.
+      aliases: Maps the index of an input to the index of the output that overwrites its
+        memory; it names all outputs, or is None.
+      num_warps: Warps per program.
+      num_stages: Stages of Triton's pipeline.
+      **static: The kernel's static sizes.
 
     Raises:
-      ImportError: jax-triton is missing, or this process has no CUDA.
+      ImportError: jax-triton is not installed, or this process has no CUDA.
     """
     jax_triton = _jax_triton()
     kernel = getattr(importlib.import_module("jpaged.triton.kernels"), name)
@@ -42,8 +49,8 @@ def launch(
     if "out_shape" in inspect.signature(jax_triton.triton_call).parameters:
         options |= dict(out_shape=out_shapes, input_output_aliases=aliases)
         return jax_triton.triton_call(*arrays, **options)
-    # From 0.4 on an array that becomes an output is one parameter, which is the
-    # output's. The kernels never read the other one: any array may stand there.
+    # From jax-triton 0.4 on, an input that becomes an output is a single parameter, the
+    # output's. The kernels never read the input's parameter: any array can be passed.
     if aliases:
         pools = [arrays[index] for index in aliases]
         for index in aliases:
@@ -60,7 +67,7 @@ def _jax_triton() -> Any:
         return importlib.import_module("jax_triton")
     except ImportError as error:
         raise ImportError(
-            "implementation: 'triton' needs jax-triton and a jax with CUDA; got "
+            "implementation: expected jax-triton and a jax with CUDA for 'triton', got "
             f"{type(error).__name__}: {error}. Run: pip install "
             "'jpaged[cuda,triton]', or choose implementation='xla'"
         ) from error

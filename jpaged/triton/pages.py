@@ -1,12 +1,13 @@
-"""Page updates on NVIDIA GPUs, in place where the caller donates the pages.
+"""Page updates on NVIDIA GPUs, in place if the caller donates the pages.
 
-Place on the road: attention -> [triton.pages] -> triton.launch.
+Pipeline: attention -> [triton.pages] -> triton.launch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +18,24 @@ from jpaged.pages import operands
 from jpaged.pages.quantised import float8_bits
 from jpaged.triton.launch import launch
 
-_COPY_SIZE = 4096  # elements that one program copies of the keys, and of the values
+_COPY_SIZE = 4096  # elements of the keys, and of the values, that a program copies
 
 Layer = jax.Array | int | None
-# Keys and values; of quantised pages their numbers and their scales.
-Pools = Sequence[jax.Array]
+# Pages of keys and of values; of quantised pages also the scales of both.
+Pages = Sequence[jax.Array]
 
 
 def write(
-    pools: Pools, values: Sequence[jax.Array], slots: jax.Array, layer: Layer
+    pools: Pages, values: Sequence[jax.Array], slots: jax.Array, layer: Layer
 ) -> tuple[jax.Array, ...]:
-    """The pools with a vector or scale of each token and head at `slots` i32[T].
-
-    Slots below 0 or past the pool are skipped.
+    """Return the pools with each token's vectors and scales written at its slot.
 
     Args:
-      pools: keys and values ([L,] N, K, P, D), and of quantised pages their scales
-        ([L,] N, K, P or more).
-      values: as many, [T, K, D] and [T, K].
+      pools: Keys and values ([L,] N, K, P, D), and for quantised pages their scales
+        ([L,] N, K, at least P).
+      values: One array per pool, [T, K, D] or [T, K].
+      slots: i32[T]; slots below 0 or past the pool are skipped.
+      layer: Index into stacked pools.
     """
     num_tokens, num_kv_heads, head_dim = values[0].shape
     arrays = (*values, slots.astype(jnp.int32), _settings(pools, layer))
@@ -52,12 +53,16 @@ def write(
 
 
 def copy(
-    pools: Pools, src: jax.Array, dst: jax.Array, layer: Layer
+    pools: Pages, src: jax.Array, dst: jax.Array, layer: Layer
 ) -> tuple[jax.Array, ...]:
-    """The pools with block `dst[i]` as `src[i]` was, of one layer or of all.
+    """Return the pools with block `src[i]` copied to block `dst[i]`.
 
-    Pairs with a block outside the pool are skipped; no block is in both. `pools` as in
-    `write`.
+    Args:
+      pools: As in `write`.
+      src: i32[C]. Pairs with a block outside the pool are skipped; no block is in both
+        `src` and `dst`.
+      dst: i32[C].
+      layer: Index into stacked pools; None copies the blocks of all layers.
     """
     pages = pools[0]
     is_all = layer is None and pages.ndim == 5
@@ -70,11 +75,17 @@ def copy(
     return _update("copy", grid, arrays, pools, **sizes)
 
 
-def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]:
-    """The pools, in their own memory, after the kernel for so many of them."""
+def _update(
+    name: str,
+    grid: tuple[int, ...],
+    arrays: Sequence[jax.Array],
+    pools: Pages,
+    **static: Any,
+) -> tuple[jax.Array, ...]:
+    """Return the pools, in their own memory, after an update by a kernel."""
     arrays, own = (*map(float8_bits, arrays),), (*map(float8_bits, pools),)
-    found = launch(
-        name if len(pools) == 2 else f"{name}_quantised",
+    updated = launch(
+        f"{name}_kernel" if len(pools) == 2 else f"{name}_quantised_kernel",
         grid,
         (*arrays, *own),
         [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in own],
@@ -83,9 +94,10 @@ def _update(name, grid, arrays, pools: Pools, **static) -> tuple[jax.Array, ...]
     )
     return tuple(
         lax.bitcast_convert_type(new, pool.dtype)
-        for new, pool in zip(found, pools, strict=True)
+        for new, pool in zip(updated, pools, strict=True)
     )
 
 
-def _settings(pools: Pools, layer: Layer) -> jax.Array:
+def _settings(pools: Pages, layer: Layer) -> jax.Array:
+    """Return the layer and the number of blocks, i32[2]."""
     return jnp.stack([operands.layer_index(layer), jnp.int32(pools[0].shape[-4])])

@@ -1,70 +1,30 @@
-"""The Hopper GPU's kernels, compiled to sm_90a programs with no GPU present.
+"""The kernels for Hopper GPUs, compiled to sm_90a programs without a GPU.
 
-What is read off the programs: ptxas kept everything in registers, the pool is neither
-copied by attention nor by XLA's own writes and block copies. Where shared memory does
-not suffice, Mosaic raises.
+The tests read off the compiled programs that ptxas spills no register, that neither
+attention nor page updates copy the pool, and how many loops a decode step has. Where
+shared memory does not suffice, Mosaic raises an error.
 """
 
-import functools
-import importlib.util
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import lax
 
-from jpaged import attention
+from jpaged import attention, engine
+from jpaged.config import EngineConfig
+from jpaged.models import ModelConfig, init_model
 from jpaged.pallas.gpu import attention as gpu_attention
+from tests.support.gpu_compiler import (
+    ControlFlow,
+    compile_for_gpu,
+    control_flow,
+    requires_compiler,
+)
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="needs jax-cuda13-plugin, for the compiler; no GPU",
-    ),
-    pytest.mark.skipif(
-        shutil.which("ptxas") is None, reason="needs ptxas of CUDA 13 on the path"
-    ),
-]
+pytestmark = [pytest.mark.gpu_compile, requires_compiler]
 
-# What XLA asks about the device it compiles for: an H100 SXM, by its data sheet.
-H100 = """
-gpu_device_info {
-  name: "NVIDIA H100 80GB HBM3"
-  device_vendor: "NVIDIA Corporation"
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132
-  fpus_per_core: 128
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024
-  thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64
-  clock_rate_ghz: 1.98
-  l2_cache_size: 52428800
-  memory_bandwidth: 3350000000000
-  device_memory_size: 85000000000
-  driver_version: "13.0.0"
-  runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-  dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 # heads, head_dim, block_size, dtype, options
 SHAPES = {
     "llama_3_8b": ((32, 8), 128, 16, "bfloat16", {}),
@@ -75,37 +35,27 @@ SHAPES = {
     "gemma_2_2b": ((8, 4), 256, 16, "bfloat16", {"logits_soft_cap": 50.0}),
     "gemma_2b": ((8, 1), 256, 64, "float16", {}),
 }
-NUM_BLOCKS = (512, 4096)
-
-
-@functools.cache
-def mesh() -> Mesh:
-    machine = topologies.get_topology_desc(
-        "", "cuda", target_config=H100, topology="1x1x1"
-    )
-    return Mesh(np.array(machine.devices[:1]), ("x",))
-
-
-def compiled(function, *args, donate=()):
-    sharding = NamedSharding(mesh(), PartitionSpec())
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in args]
-    with jax.sharding.use_abstract_mesh(mesh().abstract_mesh):
-        return jax.jit(function, donate_argnums=donate).lower(*args).compile()
+NUM_LAYERS, NUM_BLOCKS = 2, 32768  # gigabytes, beside which results are small
 
 
 def array(*shape: int, dtype="int32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def pool(name: str, num_blocks: int = NUM_BLOCKS[0]) -> jax.ShapeDtypeStruct:
+def pool(name: str) -> jax.ShapeDtypeStruct:
     (_, num_kv_heads), head_dim, block_size, dtype, _ = SHAPES[name]
-    return array(2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
+    shape = NUM_LAYERS, NUM_BLOCKS, num_kv_heads, block_size, head_dim
+    return array(*shape, dtype=dtype)
 
 
-def attend(name: str, *, is_ragged: bool, num_blocks: int = NUM_BLOCKS[0], **more):
+def pool_bytes(name: str) -> int:
+    pages = pool(name)
+    return 2 * pages.size * jnp.dtype(pages.dtype).itemsize
+
+
+def attend(name: str, *, is_ragged: bool, **more):
     (num_heads, _), head_dim, _, dtype, options = SHAPES[name]
     num_rows, num_queries = 16, 128 if is_ragged else 16
-    pages = pool(name, num_blocks)
 
     def call(q, k_pages, v_pages, tables, lens, starts, layer):
         return attention.paged_attention(
@@ -117,43 +67,46 @@ def attend(name: str, *, is_ragged: bool, num_blocks: int = NUM_BLOCKS[0], **mor
             **(options | more),
         )
 
-    return compiled(
+    return compile_for_gpu(
         call,
         array(num_queries, num_heads, head_dim, dtype=dtype),
-        *(pages, pages),
+        *(pool(name), pool(name)),
         *(array(num_rows, 64), array(num_rows), array(num_rows + 1), array()),
     )
 
 
+def temporaries(program) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("is_ragged", [False, True])
-def test_attention_compiles_and_spills_no_register(name, is_ragged, monkeypatch, capfd):
+def test_attention_spills_no_register_and_copies_no_pool(
+    name, is_ragged, monkeypatch, capfd
+):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    text = attend(name, is_ragged=is_ragged).as_text()
-    assert "mosaic_gpu" in text
+    program = attend(name, is_ragged=is_ragged)
+    assert "mosaic_gpu" in program.as_text()
     captured = capfd.readouterr()
     report = captured.out + captured.err
     kernels = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
     assert ("paged_attention_mosaic_gpu_kernel", "sm_90a") in kernels
     assert {int(n) for n in re.findall(r"(\d+) bytes spill", report)} == {0}
     registers = {int(n) for n in re.findall(r"Used (\d+) registers", report)}
-    # Of three warpgroups ptxas names what a thread begins with, a third of a core's.
+    # For a kernel of three warpgroups ptxas reports the registers that a thread starts
+    # with: a third of a core's.
     is_wide = SHAPES[name][1] > 128
     assert (168 if is_wide else gpu_attention._COMPUTE_REGISTERS) in registers
+    assert temporaries(program) < 2**26 < pool_bytes(name) / 16
 
 
-@pytest.mark.parametrize("shared_prefix", [None, True])
-def test_attention_needs_no_memory_that_grows_with_the_pool(shared_prefix):
-    more = dict(is_ragged=True, shared_prefix=shared_prefix)
-    small, large = (
-        attend("llama_3_8b", num_blocks=n, **more).memory_analysis() for n in NUM_BLOCKS
-    )
-    assert small.temp_size_in_bytes == large.temp_size_in_bytes
+def test_attention_over_shared_prefixes_copies_no_pool():
+    program = attend("llama_3_8b", is_ragged=True, shared_prefix=True)
+    assert temporaries(program) < 2**26 < pool_bytes("llama_3_8b") / 16
 
 
 def test_page_updates_by_xla_happen_in_the_pools_memory():
-    pages = pool("llama_3_8b", NUM_BLOCKS[1])
-    size = 2 * pages.size * jnp.dtype(pages.dtype).itemsize
+    pages = pool("llama_3_8b")
 
     def write(k_pages, v_pages, k, v, slots, layer):
         options = {"layer": layer, "implementation": "mosaic_gpu"}
@@ -164,9 +117,66 @@ def test_page_updates_by_xla_happen_in_the_pools_memory():
         return attention.copy_blocks(k_pages, v_pages, src, dst, **options)
 
     new = array(64, 8, 128, dtype="bfloat16")
-    written = compiled(write, pages, pages, new, new, array(64), array(), donate=(0, 1))
-    copied = compiled(copy, pages, pages, *[array(16)] * 2, donate=(0, 1))
+    arguments = pages, pages, new, new, array(64), array()
+    written = compile_for_gpu(write, *arguments, donate=(0, 1))
+    copied = compile_for_gpu(copy, pages, pages, *[array(16)] * 2, donate=(0, 1))
+    size = pool_bytes("llama_3_8b")
     for program in (written, copied):
-        memory = program.memory_analysis()
-        assert memory.alias_size_in_bytes == size
-        assert memory.temp_size_in_bytes < 2**22 < size / 32
+        assert program.memory_analysis().alias_size_in_bytes == size
+        assert temporaries(program) < 2**22 < size / 32
+
+
+# ---- the engine's program
+
+
+def test_the_counter_tells_dynamic_loops_counted_loops_and_branches_apart():
+    def program(x, n):
+        def body(_, x):
+            x = lax.cond(x.sum() > 0, lambda x: jnp.sort(x), lambda x: x @ x, x)
+            return lax.fori_loop(0, 7, lambda _, x: x @ x, x)
+
+        return lax.fori_loop(0, n, body, x)
+
+    text = compile_for_gpu(program, array(64, 64, dtype="float32"), array()).as_text()
+    assert control_flow(text) == ControlFlow(1, 1, 1)
+
+
+MODEL = ModelConfig.from_hf(
+    dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=256,
+        hidden_act="silu",
+        rms_norm_eps=1e-5,
+        torch_dtype="bfloat16",
+    )
+)
+
+
+def test_the_engine_updates_the_pool_in_place_and_has_few_loops():
+    config = EngineConfig(
+        num_blocks=4096,
+        max_num_seqs=2,
+        max_model_len=256,
+        max_num_batched_tokens=16,
+        attention="mosaic_gpu",
+    )
+    model = jax.eval_shape(lambda: init_model(MODEL))
+    state = jax.eval_shape(lambda model: engine.init(model, config), model)
+    program = compile_for_gpu(engine.run, model, state, array())
+    pages = state.cache.k_pages
+    size = 2 * pages.size * pages.dtype.itemsize
+    assert program.memory_analysis().alias_size_in_bytes >= size
+    assert temporaries(program) < 2**24 < size / 4
+    # 22 loops and 16 branches with jax 0.10.2 on 2026-11-30. Each step of a dynamic
+    # loop and each branch makes the GPU wait for the host.
+    found = control_flow(program)
+    assert 0 < found.dynamic_loops <= 24
+    assert found.branches <= 18

@@ -1,8 +1,8 @@
-"""The Hopper GPU's kernels in Mosaic's GPU interpret mode, against the float64 oracle.
-`gpu_compile_test` compiles the same kernels.
+"""The kernels for Hopper GPUs in Mosaic's GPU interpret mode, against float64.
 
-Shared memory that nobody wrote is NaN in this mode, and so is all that must not be
-read. The work list, which is plain arrays, is held against lists of Python.
+In this mode uninitialised shared memory is NaN. The cases also set everything to NaN
+that must not be read. The work list is compared with Python lists. `gpu_compile_test`
+compiles the same kernels.
 """
 
 import dataclasses
@@ -21,16 +21,17 @@ from jpaged import LLM, attention
 from jpaged.pallas.gpu import attention as gpu_attention
 from jpaged.pallas.gpu import calls as gpu
 from jpaged.pallas.gpu import work as gpu_work
+from jpaged.pallas.gpu.plan import GpuTiles
 from tests.support.attention import oracle
 from tests.support.attention.oracle import Case, make_case, relative_errors
 from tests.support.attention.prefix_cases import group_case
 from tests.support.paths import ROOT
 
-# As in `attention_test`.
+# As in `tests/attention/attention_test.py`.
 TOLERANCES = {"float16": 1e-3, "bfloat16": 4e-3}
 LSE_TOLERANCE = 1e-4
-# Parts so short that a few tokens need several; few blocks, for each takes time here.
-SMALL = gpu.Sizes(shared_bytes=2**16, blocks=4, part_tokens=64)
+# Parts so short that a few tokens need several; few blocks, because each takes time.
+SMALL = GpuTiles(shared_bytes=2**16, blocks=4, part_tokens=64)
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
@@ -40,7 +41,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture
 def small_sizes(monkeypatch):
-    monkeypatch.setattr(gpu, "SIZES", SMALL)
+    monkeypatch.setattr(gpu, "GPU_TILES", SMALL)
 
 
 def run(case: Case, **options):
@@ -51,7 +52,7 @@ def run(case: Case, **options):
         return_lse=True,
         **options,
     )
-    # Two threads that use memory without waiting for each other are an error here.
+    # Reports threads that use the same memory without waiting for each other.
     params = plgpu.InterpretGPUParams(detect_races=True)
     with plgpu.force_gpu_interpret_mode(params):
         return jax.block_until_ready(jax.jit(call)(**arrays))
@@ -84,7 +85,7 @@ def test_large_blocks_windows_and_a_soft_cap_equal_the_oracle(small_sizes):
 
 
 @interpreted
-def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(small_sizes):
+def test_chunks_decode_rows_and_empty_rows_equal_the_oracle(small_sizes):
     #          decode, chunk after context, empty, fresh prompt, chunk
     contexts, queries = [67, 25, 0, 17, 40], [1, 9, 0, 17, 18]
     case = make_case(
@@ -114,9 +115,9 @@ def test_a_traced_layer_and_window_equal_that_layer_alone(small_sizes):
 
 @pytest.mark.long
 @interpreted
-def test_shared_beginnings_equal_the_oracle(small_sizes):
-    # Virtual rows of two rows of 32 heads: of a group of three there are two. A chunk
-    # of one row of the group of two, so that nobody shares it.
+def test_shared_prefixes_equal_the_oracle(small_sizes):
+    # A virtual row holds two rows of 32 heads, so the group of three has two virtual
+    # rows. One row of the group of two has a chunk, so that no other row shares it.
     groups = {1: (2, 1, 2, 4), 5: (1, 5, 6)}
     sizes = dict(heads=(32, 1), head_dim=64, dtype="bfloat16")
     case, shared = group_case(
@@ -131,14 +132,14 @@ def test_shared_beginnings_equal_the_oracle(small_sizes):
 
 
 @interpreted
-def test_unseen_values_that_are_not_cleared_poison_the_output(monkeypatch, small_sizes):
+def test_the_output_is_nan_if_unseen_values_are_not_cleared(monkeypatch, small_sizes):
     monkeypatch.setattr(gpu_attention, "_clear_unseen", lambda *args: None)
     out, _ = run(make_case([33], heads=(2, 1), head_dim=64, dtype="bfloat16"))
     assert np.isnan(np.asarray(out, np.float32)).all()
 
 
 @interpreted
-def test_a_buffer_refilled_too_early_is_found(monkeypatch, small_sizes):
+def test_a_buffer_that_is_refilled_too_early_is_reported(monkeypatch, small_sizes):
     wait, calls = plgpu.barrier_wait, []
 
     def all_but_the_first(barrier):
@@ -147,7 +148,7 @@ def test_a_buffer_refilled_too_early_is_found(monkeypatch, small_sizes):
             wait(barrier)
 
     monkeypatch.setattr(gpu_attention.plgpu, "barrier_wait", all_but_the_first)
-    monkeypatch.setattr(gpu, "SIZES", dataclasses.replace(SMALL, part_tokens=512))
+    monkeypatch.setattr(gpu, "GPU_TILES", dataclasses.replace(SMALL, part_tokens=512))
     case = make_case([300], heads=(2, 1), head_dim=64, dtype="bfloat16")
     with pytest.raises(Exception, match="RACE DETECTED"):
         run(case)
@@ -163,7 +164,7 @@ def one_key_less(case: Case) -> Case:
 
 @interpreted
 @pytest.mark.parametrize("fault", [shifted_table, one_key_less])
-def test_a_planted_fault_breaks_the_tolerance(fault, small_sizes):
+def test_a_planted_fault_exceeds_the_tolerance(fault, small_sizes):
     case = make_case([33, 64], heads=(2, 1), head_dim=64, dtype="bfloat16")
     got, _ = run(fault(case))
     want, _ = oracle.attention(case)
@@ -171,14 +172,14 @@ def test_a_planted_fault_breaks_the_tolerance(fault, small_sizes):
     assert not (errors < TOLERANCES["bfloat16"]).all(axis=1).any()
 
 
-# ---- heads of 256, of two warpgroups that multiply
+# ---- heads of 256, for which two warpgroups multiply
 
 
 def with_threads(function) -> None:
-    """Calls a function of this module in a process where all threads can wait.
+    """Call a function of this module in a process with enough threads.
 
-    Each thread of a kernel that waits has one of XLA's, of which there are as many as
-    cores: three warpgroups would wait for ever on two.
+    Each thread of a kernel that waits occupies one of XLA's threads, of which there are
+    as many as cores. On two cores three warpgroups would wait forever.
     """
     code = (
         "import tests.conftest, tests.pallas.gpu_kernel_test as test; "
@@ -201,38 +202,38 @@ def heads_of_256(contexts, queries=None, **more) -> Case:
 
 
 def check_heads_of_256() -> None:
-    gpu.SIZES = SMALL
+    gpu.GPU_TILES = SMALL
     check(heads_of_256([0, 1, 16, 150]), logits_soft_cap=3.0)
     case = heads_of_256([67, 0, 40], [2, 0, 35], block_size=128, num_padding=2)
     check(case, sinks=SINKS, sliding_window=37)
 
 
 def check_faults() -> None:
-    gpu.SIZES = SMALL
+    gpu.GPU_TILES = SMALL
     wait, put = plgpu.barrier_wait, gpu_attention._put
 
-    def others_columns(acc, total, out, role, *rest, **scratch):
+    def columns_of_the_other(acc, total, out, role, *rest, **scratch):
         put(acc, total, out, 1 - role, *rest, **scratch)
 
-    gpu_attention._put = others_columns
+    gpu_attention._put = columns_of_the_other
     case = heads_of_256([33])
     got, _ = run(case)
     want, _ = oracle.attention(case)
     assert (relative_errors(got, want) > TOLERANCES["bfloat16"]).all()
 
-    def without_its_turn(*args, **scratch):
+    def without_waiting(*args, **scratch):
         plgpu.barrier_wait = lambda barrier: None
         put(*args, **scratch)
         plgpu.barrier_wait = wait
 
-    gpu_attention._put = without_its_turn
+    gpu_attention._put = without_waiting
     with pytest.raises(Exception, match="RACE DETECTED"):
         run(case)
 
 
 @interpreted
 @pytest.mark.parametrize("checked", [check_heads_of_256, check_faults])
-def test_heads_of_256_equal_the_oracle_and_faults_are_found(checked):
+def test_heads_of_256_equal_the_oracle_and_faults_are_reported(checked):
     with_threads(checked)
 
 
@@ -241,7 +242,7 @@ def test_heads_of_256_equal_the_oracle_and_faults_are_found(checked):
 
 def tiles_and_items(starts, contexts, *, tile_queries, num_full, window=2**30):
     num_queries = starts[-1] + 3
-    tiles = gpu_work.tiles_of(
+    tiles = gpu_work.query_tiles(
         jnp.array(starts, jnp.int32),
         jnp.array(contexts, jnp.int32),
         jnp.int32(window),
@@ -253,20 +254,20 @@ def tiles_and_items(starts, contexts, *, tile_queries, num_full, window=2**30):
     )
     num_items = tiles.row.shape[0] + num_full
     sizes = dict(unit=16, units=2, min_steps=2)
-    items = gpu_work.items_of(tiles, num_items=num_items, **sizes)
+    items = gpu_work.split_tiles(tiles, num_items=num_items, **sizes)
     return jax.tree.map(np.asarray, (tiles, *items))
 
 
 @pytest.mark.parametrize("num_full", [1, 4, 40])
-def test_items_cover_each_tile_once_in_parts_of_like_length(num_full):
+def test_items_cover_each_tile_once_in_parts_of_about_equal_length(num_full):
     starts, contexts = [0, 1, 1, 8, 10], [4000, 0, 100, 37]
     tiles, items, first, count = tiles_and_items(
         starts, contexts, tile_queries=4, num_full=num_full, window=3000
     )
-    wanted = [(0, 0, 1), (2, 1, 4), (2, 5, 3), (3, 8, 2)]  # row, first query, number
-    n = len(wanted)
+    expected = [(0, 0, 1), (2, 1, 4), (2, 5, 3), (3, 8, 2)]  # row, first query, number
+    n = len(expected)
     found = zip(tiles.row[:n], tiles.first[:n], tiles.queries[:n], strict=True)
-    assert [tuple(map(int, tile)) for tile in found] == wanted
+    assert [tuple(map(int, tile)) for tile in found] == expected
     assert (tiles.end_token[:n] == [4000, 97, 100, 37]).all()
     assert (tiles.queries[n:] == 0).all()
     assert (count[n:] == 0).all()
@@ -294,7 +295,7 @@ def test_each_query_finds_its_tile():
     assert tile.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 3, 3]
 
 
-# ---- what it does not serve
+# ---- unsupported calls
 
 WRONG = {
     "k_pages: expected bfloat16 or float16, got float32": {"dtype": "float32"},
@@ -305,7 +306,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_it_cannot_serve_raises_and_names_who_can(message):
+def test_an_unsupported_call_raises_and_names_another_backend(message):
     case = make_case([5], **({"head_dim": 64, "dtype": "bfloat16"} | WRONG[message]))
     arrays = [jnp.asarray(x) for x in dataclasses.astuple(case)[:5]]
     with pytest.raises(
@@ -326,6 +327,6 @@ def test_a_mesh_of_several_devices_raises():
         jax.eval_shape(call, *arrays)
 
 
-def test_an_llm_without_a_gpu_refuses_its_kernels():
+def test_an_llm_without_a_gpu_raises():
     with pytest.raises(ValueError, match="attention: 'mosaic_gpu' needs a Hopper GPU"):
         LLM("random:opt-125m", attention="mosaic_gpu")

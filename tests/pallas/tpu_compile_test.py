@@ -1,7 +1,7 @@
-"""The TPU's kernels and an engine, compiled to TPU programs with no TPU present.
+"""The TPU's kernels and an engine, compiled to TPU programs without a TPU.
 
-What is read off the programs: they exist, pools come back in the memory they came in,
-and temporaries have nothing of the pool's size.
+The tests read off the compiled programs that pools are updated in their own memory and
+that no temporary has the size of a pool.
 """
 
 import importlib.util
@@ -47,14 +47,14 @@ NUM_BLOCKS = (512, 4096)
 
 
 def compiled(topology: str, function, *args, donate=()):
-    """The program of `function` for one device."""
+    """Return the program of `function` for one device."""
     mesh = compile_tpu.tpu_mesh(topology, 1)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def placed(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    # The mesh says for which TPU a kernel is made.
+    # The kernel is compiled for the TPU of the mesh.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function, donate_argnums=donate).lower(
             *jax.tree.map(placed, args)
@@ -107,7 +107,7 @@ def test_attention_compiles_for_every_shape(name, is_ragged):
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:])
-def test_attention_compiles_for_every_machine(topology):
+def test_attention_compiles_for_every_topology(topology):
     for name in ("llama_3_8b", "llama_3_2_1b", "gemma_2_2b"):
         attend(name, topology, is_ragged=True)
         attend(name, topology, is_ragged=False)
@@ -128,7 +128,7 @@ def test_page_updates_happen_in_the_pools_memory(name, topology):
     (_, num_kv_heads), head_dim, block_size, dtype, _ = SHAPES[name]
     num_blocks = NUM_BLOCKS[1] * max(128 // head_dim, 1)
     pages = pool(name, num_blocks)
-    # All that the program has of them: no axis is filled up.
+    # The program stores the pools without padding.
     size = 2 * num_blocks * num_kv_heads * block_size * head_dim
     size *= 2 * jnp.dtype(dtype).itemsize
 
@@ -179,39 +179,41 @@ def run(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu", **more
 
 
 def pool_bytes(num_blocks: int, tensor: int, implementation: str = "mosaic_tpu") -> int:
-    """Of a device; four store 2 kv heads twice each."""
+    """Return the pool's bytes per device; four devices store each of 2 heads twice."""
     sizes = (16, "bfloat16", implementation, tensor)
     return num_blocks * memory.block_bytes(MODEL, *sizes)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
-def test_the_engine_updates_the_pool_in_place_and_sends_sums_alone(tensor):
+def test_the_engine_updates_the_pool_in_place_and_sends_only_sums(tensor):
     small, large = (run(n, tensor) for n in NUM_BLOCKS)
     for program, num_blocks in ((small, NUM_BLOCKS[0]), (large, NUM_BLOCKS[1])):
         pool = pool_bytes(num_blocks, tensor)
         assert program.memory_analysis().alias_size_in_bytes >= pool
-        # Of both sizes of a step: two sums a layer and one of the embedding.
-        wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1} if tensor > 1 else {}
-        assert compile_tpu.count_collectives(program) == wanted
+        # For each of the two step sizes: two sums per layer, and one of the embedding.
+        expected = (
+            {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1} if tensor > 1 else {}
+        )
+        assert compile_tpu.collectives(program) == expected
     heads = 2 if tensor == 1 else 1
     # Two tokens in a row of 128.
     assert f"bf16[2,{NUM_BLOCKS[1]},{heads},8,128]" in large.as_text()
-    # The block manager's arrays have entries for each block; the pool's are kilobytes.
+    # The block manager has a few bytes per block; the pool has kilobytes.
     grown = temporaries(large) - temporaries(small)
     assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
     assert temporaries(large) < pool_bytes(NUM_BLOCKS[1], tensor) // 2
 
 
-def test_beginnings_read_once_copy_no_pool_and_send_nothing():
+def test_shared_prefixes_copy_no_pool_and_send_nothing():
     small, large = (run(n, 4, max_num_seqs=4, cascade=True) for n in NUM_BLOCKS)
     grown = temporaries(large) - temporaries(small)
     assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
     assert temporaries(large) < pool_bytes(NUM_BLOCKS[1], 4) // 2
-    wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
-    assert compile_tpu.count_collectives(large) == wanted
+    expected = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
+    assert compile_tpu.collectives(large) == expected
 
 
-def test_the_engine_in_plain_xla_would_be_found_to_copy_the_pool():
+def test_the_check_finds_that_plain_xla_copies_the_pool():
     program = run(NUM_BLOCKS[1], 1, "xla")
     assert temporaries(program) > pool_bytes(NUM_BLOCKS[1], 1, "xla") // 2
 
@@ -226,21 +228,23 @@ def test_the_runner_prints_what_a_device_needs():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["compiled"]
     assert result["fits"]
-    # Of one row the compiler gathers the logits by a sum of its parts.
+    # For one row the compiler gathers the logits by summing their parts.
     assert result["collectives"] == {"all-reduce": 2 * (2 * 1 + 1) + 1}
     assert result["compile_s"] > 0
-    # Half of the tied embedding of 151,936 by 896 in bfloat16 and little else: no copy
-    # of it for the product, which it needed in the order [hidden, vocabulary].
+    # Half of the tied embedding of 151,936 by 896 in bfloat16, and little else: the
+    # product with it, which needs the order [hidden, vocabulary], makes no copy.
     assert 136e6 < result["bytes_per_chip"] < 200e6
 
 
-def test_machines_that_do_not_exist_raise():
-    with pytest.raises(ValueError, match="--topology: expected one of"):
+def test_unknown_topologies_raise():
+    with pytest.raises(ValueError, match=r"topology: (wanted|expected) one of"):
         compile_tpu.tpu_mesh("v9:2x2", 1)
-    with pytest.raises(ValueError, match="from 1 to 4, the devices of v5e:2x2, got 8"):
+    with pytest.raises(ValueError, match="from 1 to the 4 devices of v5e:2x2, got 8"):
         compile_tpu.tpu_mesh("v5e:2x2", 8)
 
 
-def test_pages_of_a_dtype_that_does_not_exist_raise():
-    with pytest.raises(ValueError, match=r"--kv_dtype: expected one of .*, got 'int4'"):
+def test_unknown_page_dtypes_raise():
+    with pytest.raises(
+        ValueError, match=r"kv_dtype: (wanted|expected) one of .*, got 'int4'"
+    ):
         compile_tpu.check_kv_dtype("int4")

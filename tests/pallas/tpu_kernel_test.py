@@ -1,7 +1,8 @@
-"""The TPU's kernels in TPU interpret mode: numbers against the float64 oracle, and
-bitwise page updates. `tpu_compile_test` compiles the same kernels.
+"""The TPU's kernels in TPU interpret mode.
 
-Uninitialised memory is NaN in this mode, and so is all that must not be read.
+Attention is compared with the float64 oracle, and page updates with numpy, bit for bit.
+In this mode uninitialised memory is NaN. The cases also set everything to NaN that must
+not be read. `tpu_compile_test` compiles the same kernels.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ from jpaged.engine import forward
 from jpaged.kv import shared_prefix
 from jpaged.models import ModelConfig, init_model
 from jpaged.pages import tuned
-from jpaged.pallas.tpu import attention as tpu_attention
 from jpaged.pallas.tpu import windows as tpu_windows
+from jpaged.pallas.tpu.plan import TpuTiles
 from jpaged.params import SamplingParams
 from tests.support.attention import oracle
 from tests.support.attention.oracle import Case, make_case, relative_errors
@@ -29,11 +30,11 @@ from tests.support.attention.prefix_cases import GROUPS, OWN_TOKENS, QUERIES, gr
 
 pytestmark = pytest.mark.long
 
-# As in `attention_test`.
+# As in `tests/attention/attention_test.py`.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-3}
 LSE_TOLERANCE = 1e-4
-# Tiles so small that a few tokens need several, with their prefetches and edges.
-SMALL = tpu_attention.Tiles(query_rows=32, tokens=32, kv_heads=2)
+# Tiles so small that a few tokens need several tiles.
+SMALL = TpuTiles(query_rows=32, tokens=32, kv_heads=2)
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +49,10 @@ def small_tiles(monkeypatch):
 
 
 def stored(case: Case) -> Case:
-    """The case with pages as TPUs want them.
+    """Return the case with pages as TPUs store them.
 
-    Tokens of small heads side by side, zeros behind heads that do not divide 128.
+    Tokens of small heads are side by side; heads that do not divide 128 are padded with
+    zeros.
     """
     *first, _, head_dim = case.k_pages.shape
     fill = 0 if 128 % head_dim == 0 else -head_dim % 128
@@ -66,7 +68,7 @@ def stored(case: Case) -> Case:
 
 def run(case: Case, **options):
     arrays = jax.tree.map(jnp.asarray, oracle.arrays(case))
-    # A new function each time: what was compiled with other tiles is not used.
+    # A new function for each call, so that no program with other tiles is used.
     call = functools.partial(
         attention.paged_attention,
         implementation="mosaic_tpu",
@@ -113,7 +115,7 @@ def test_decode_equals_the_oracle_at_every_length(name, small_tiles):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name, small_tiles):
+def test_chunks_decode_rows_and_empty_rows_equal_the_oracle(name, small_tiles):
     heads, head_dim, size, dtype, options = SHAPES[name]
     #          decode, chunk after context, empty, fresh prompt, decodes, chunk
     contexts = [47, size + 9, 0, 17, size, 40, 1, 50]
@@ -131,12 +133,12 @@ def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name, small_t
     check(case, **options)
 
 
-def test_tiles_of_their_own_size_equal_the_oracle():
+def test_default_tiles_equal_the_oracle():
     check(make_case([540, 0, 33], [40, 0, 1], heads=(8, 2), head_dim=128))
     check(make_case([540, 0, 33], heads=(8, 2), head_dim=128, shared_blocks=2))
 
 
-def test_a_step_of_empty_rows_gives_zeros():
+def test_a_step_of_empty_rows_returns_zeros():
     for queries in (None, [0, 0, 0]):
         case = make_case([0, 0, 0], queries, num_padding=4, head_dim=128)
         out, lse = run(case)
@@ -169,7 +171,7 @@ def one_key_less(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("fault", [shifted_table, one_key_less])
-def test_a_planted_fault_breaks_the_tolerance(fault):
+def test_a_planted_fault_exceeds_the_tolerance(fault):
     case = make_case([33, 64], [3, 1], head_dim=128, dtype="bfloat16")
     got, _ = run(fault(case))
     want, _ = oracle.attention(case)
@@ -177,7 +179,7 @@ def test_a_planted_fault_breaks_the_tolerance(fault):
     assert not (errors < TOLERANCES["bfloat16"]).all(axis=1).any()
 
 
-# ---- beginnings that are read once
+# ---- shared prefixes
 
 SHARED = {
     "decode": ((32, 2), "bfloat16", None, {}),
@@ -191,7 +193,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_beginnings_equal_the_oracle(name, small_tiles):
+def test_shared_prefixes_equal_the_oracle(name, small_tiles):
     heads, dtype, queries, options = SHARED[name]
     sizes = dict(heads=heads, dtype=dtype, queries=queries)
     case, shared = group_case(GROUPS, OWN_TOKENS, **sizes)
@@ -201,7 +203,7 @@ def test_shared_beginnings_equal_the_oracle(name, small_tiles):
     oracle.check_result(*want, **options)
 
 
-# ---- write_kv, copy_blocks: bitwise
+# ---- write_kv, copy_blocks: bit for bit
 
 
 def some(*shape: int, seed: int, dtype: str) -> np.ndarray:
@@ -220,7 +222,7 @@ def test_write_kv_writes_exactly_the_named_slots(dtype, chunk_bytes, monkeypatch
     pages = [some(2, 6, 2, 32, 128, seed=s, dtype=dtype) for s in (0, 1)]
     new = [some(40, 2, 128, seed=s, dtype=dtype) for s in (2, 3)]
     new[0][0, 0, 0] = -0.0
-    # A chunk of a prompt over the end of a block, single tokens, and none.
+    # A chunk of a prompt across two blocks, single tokens, and skipped slots.
     slots = [191, -1, 7, 64, -9, 192, 100, *range(20, 50), 101, 0, 2**31 - 1]
     got = mosaic(attention.write_kv)(
         *map(jnp.asarray, (*pages, *new, np.array(slots, np.int32))), layer=jnp.int32(1)
@@ -232,7 +234,7 @@ def test_write_kv_writes_exactly_the_named_slots(dtype, chunk_bytes, monkeypatch
         assert np.asarray(result).tobytes() == want.tobytes()
 
 
-def test_write_kv_fills_heads_up_that_do_not_divide_128():
+def test_write_kv_pads_heads_that_do_not_divide_128():
     pages = jnp.ones((2, 1, 16, 128), jnp.bfloat16)
     new = jnp.asarray(some(1, 1, 80, seed=0, dtype="float32"))
     got, _ = mosaic(attention.write_kv)(pages, pages, new, new, jnp.array([17]))
@@ -258,7 +260,7 @@ def test_copy_blocks_copies_exactly_the_named_blocks(layer):
         assert np.asarray(result).tobytes() == want.tobytes()
 
 
-# ---- what it does not serve
+# ---- unsupported calls
 
 WRONG = {
     "k_pages: expected bfloat16, float32, int8, .* got float16": {"dtype": "float16"},
@@ -272,7 +274,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_it_cannot_serve_raises_and_names_who_can(message):
+def test_an_unsupported_call_raises_and_names_another_backend(message):
     case = make_case([5, 9], **({"head_dim": 128} | WRONG[message]))
     with pytest.raises(
         ValueError, match=r"cannot serve this \('xla' can\): " + message
@@ -280,7 +282,7 @@ def test_what_it_cannot_serve_raises_and_names_who_can(message):
         run(case)
 
 
-def test_tables_larger_than_the_scalar_memory_raise():
+def test_tables_larger_than_the_scalar_memory_and_traced_scales_raise():
     case = make_case([5, 9], head_dim=128, spare_columns=120_000)
     with pytest.raises(ValueError, match="block_tables: expected at most 229376"):
         run(case)
@@ -307,7 +309,7 @@ TINY = dict(
 
 
 def check_engine(prompts, max_tokens, **sizes) -> engine.EngineState:
-    """An engine's greedy tokens are the model's own; the state at the end."""
+    """Check that an engine's greedy tokens are the model's; return its last state."""
     model = init_model(ModelConfig.from_hf(TINY))
     fixed = dict(max_model_len=64, max_num_requests=8, attention="mosaic_tpu")
     config = EngineConfig(**fixed, **sizes)
@@ -326,31 +328,26 @@ def check_engine(prompts, max_tokens, **sizes) -> engine.EngineState:
     return state
 
 
-def test_an_engine_on_these_kernels_gives_the_models_own_greedy_tokens():
-    prompts = [[1, 2, 3], list(range(5, 40)), [7] * 17]
-    sizes = dict(num_blocks=12, max_num_seqs=2, max_num_batched_tokens=16)
-    state = check_engine(prompts, 4, **sizes)
-    assert state.cache.k_pages.shape[-1] == 128
-
-
-@pytest.mark.long
-def test_an_engine_that_reads_beginnings_once_gives_the_same(monkeypatch):
-    find_shared_prefix, shared = shared_prefix.find_shared_prefix, []
+def test_an_engine_that_reads_shared_prefixes_once_generates_the_models_tokens(
+    monkeypatch,
+):
+    find, shared = shared_prefix.find, []
 
     def find_all(*tables):
-        found = find_shared_prefix(*tables, min_prefix_tokens=1, min_saved_tokens=1)
+        found = find(*tables, least_tokens=1, least_saved=1)
         jax.debug.callback(lambda n: shared.append(int(n)), found.num_blocks.max())
         return found
 
-    monkeypatch.setattr(forward.shared_prefix, "find_shared_prefix", find_all)
-    prompts = [list(range(5, 40)), [*range(5, 39), 1, 2], [3, 4]]
-    sizes = dict(num_blocks=16, max_num_seqs=3, max_num_batched_tokens=64)
-    check_engine(prompts, 3, cascade=True, enable_prefix_caching=True, **sizes)
+    monkeypatch.setattr(forward.shared_prefix, "find", find_all)
+    # Chunks of prompts, a prompt that waits for a row, and two with a common prefix.
+    prompts = [list(range(5, 40)), [*range(5, 39), 1, 2], [7] * 17, [1, 2, 3]]
+    sizes = dict(num_blocks=16, max_num_seqs=3, max_num_batched_tokens=16)
+    check_engine(prompts, 4, cascade=True, enable_prefix_caching=True, **sizes)
     jax.effects_barrier()
     assert 2 in shared
 
 
-def test_bytes_of_a_block_count_what_heads_are_filled_up_with():
+def test_bytes_per_block_include_the_padding_of_heads():
     sizes = dict(num_layers=2, num_kv_heads=3, block_size=16, dtype="bfloat16")
     for head_dim, bytes_per_head in ((64, 128), (80, 256), (128, 256), (130, 512)):
         size = kv_cache.bytes_per_block(
@@ -359,6 +356,6 @@ def test_bytes_of_a_block_count_what_heads_are_filled_up_with():
         assert size == 2 * 2 * 3 * 16 * bytes_per_head
 
 
-def test_an_llm_without_a_tpu_refuses_its_kernels():
+def test_an_llm_without_a_tpu_raises():
     with pytest.raises(ValueError, match="attention: 'mosaic_tpu' needs a TPU, and"):
         LLM("random:opt-125m", attention="mosaic_tpu")

@@ -1,8 +1,8 @@
-"""Pages of small heads on TPUs, several tokens to a row of 128, in TPU interpret mode.
+"""Packed pages on TPUs, with several tokens per row of 128, in TPU interpret mode.
 
-Attention against the float64 oracle, page updates bit for bit against numpy. As in
-`tpu_kernel_test` memory that nobody wrote is NaN, and so is every slot that must not be
-read: here such a slot lies in the same row as some that must.
+Attention is compared with the float64 oracle, and page updates with numpy, bit for bit.
+As in `tpu_kernel_test`, uninitialised memory is NaN, and so is every slot that must not
+be read. Here such a slot shares its row with slots that must be read.
 """
 
 import dataclasses
@@ -18,15 +18,9 @@ from jpaged import attention
 from jpaged.attention import backends, kv_cache
 from jpaged.attention.backends import MOSAIC_TPU, XLA
 from jpaged.pages import tuned
-from jpaged.pallas.tpu import (
-    attention as tpu_attention,
-)
-from jpaged.pallas.tpu import (
-    key_tiles as tpu_key_tiles,
-)
-from jpaged.pallas.tpu import (
-    packed as tpu_packed,
-)
+from jpaged.pallas.tpu import key_tiles as tpu_key_tiles
+from jpaged.pallas.tpu import packed as tpu_packed
+from jpaged.pallas.tpu.plan import TpuTiles
 from tests.pallas.tpu_kernel_test import (
     LSE_TOLERANCE,
     SINKS,
@@ -42,7 +36,7 @@ from tests.support.attention.oracle import make_case, relative_errors
 pytestmark = pytest.mark.long
 
 # Tiles of 16 tokens, where heads are 64, so that few tokens need several.
-SMALL = tpu_attention.Tiles(query_rows=32, tokens=8, kv_heads=2)
+SMALL = TpuTiles(query_rows=32, tokens=8, kv_heads=2)
 
 
 @pytest.fixture(autouse=True)
@@ -81,13 +75,13 @@ def case_of(name, contexts, queries=None, **more):
 @pytest.mark.parametrize("name", SHAPES)
 def test_decode_equals_the_oracle_at_every_length(name):
     size = SHAPES[name][2]
-    # 0 to 9: every place in a row is once the last.
+    # With lengths from 0 to 9, each token of a row is the last one of some sequence.
     case, options = case_of(name, [*range(10), size, size + 1, 2 * size + 5])
     check(case, **options)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name):
+def test_chunks_decode_rows_and_empty_rows_equal_the_oracle(name):
     size = SHAPES[name][2]
     #          decode, chunk after context, empty, fresh prompt, decodes, chunk
     contexts = [47, size + 9, 0, 17, size, 40, 1, 91]
@@ -98,7 +92,7 @@ def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name):
 
 
 def with_nan_before(case, window):
-    """The case without what its rows' windows have left behind."""
+    """Return the case with NaN in all tokens before the rows' windows."""
     k_pages, v_pages = case.k_pages.copy(), case.v_pages.copy()
     size = k_pages.shape[2]
     for row, length in enumerate(case.context_lens):
@@ -110,13 +104,13 @@ def with_nan_before(case, window):
 
 
 @pytest.mark.parametrize("name", ["two_in_a_row", "eight_in_a_row"])
-def test_neighbours_in_a_row_that_a_window_left_behind_are_not_read(name):
+def test_tokens_before_the_window_are_not_read(name):
     case, options = case_of(name, [40, 41, 55])
     check(with_nan_before(case, 9), sliding_window=9, **options)
 
 
-@pytest.mark.parametrize("fault", ["keys_of_neighbours", "places", "maxima"])
-def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
+@pytest.mark.parametrize("fault", ["keys_of_neighbours", "tokens_of_rows", "maxima"])
+def test_a_planted_fault_exceeds_the_tolerance(fault, monkeypatch):
     case, _ = case_of("two_in_a_row", [33, 51])
     if fault == "keys_of_neighbours":
         clear = tpu_key_tiles.KeyTiles.clear_unseen
@@ -125,10 +119,10 @@ def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
             clear(dataclasses.replace(tiles, keys=tiles.values), *args)
 
         monkeypatch.setattr(tpu_key_tiles.KeyTiles, "clear_unseen", values_alone)
-    elif fault == "places":
-        monkeypatch.setattr(tpu_packed, "place_of_row", lambda row, tokens: row * 0)
+    elif fault == "tokens_of_rows":
+        monkeypatch.setattr(tpu_packed, "token_of_query_row", lambda row, _: row * 0)
     else:
-        monkeypatch.setattr(tpu_packed, "_over_rows", lambda x, *_: x)
+        monkeypatch.setattr(tpu_packed, "_over_copies", lambda x, *_: x)
     got, _ = run(stored(case))
     want, _ = oracle.attention(case)
     errors = relative_errors(got, want)
@@ -136,7 +130,7 @@ def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_other_implementations_read_packed_pages_too(implementation):
+def test_other_backends_read_packed_pages(implementation):
     case, options = case_of("four_in_a_row", [5, 33, 0], [1, 20, 0])
     arrays = oracle.arrays(stored(case))
     sinks = jnp.asarray(options["sinks"])
@@ -150,7 +144,7 @@ def test_other_implementations_read_packed_pages_too(implementation):
     oracle.check_result(case, out, lse, *tolerances, **options)
 
 
-# ---- write_kv, copy_blocks: bitwise
+# ---- write_kv, copy_blocks: bit for bit
 
 
 def called(function, implementation, **options):
@@ -176,7 +170,7 @@ def test_write_kv_writes_exactly_the_named_slots(
     pages = [some(*shape, seed=s, dtype=dtype) for s in (0, 1)]
     new = [some(40, 3, head_dim, seed=s, dtype=dtype) for s in (2, 3)]
     new[0][0, 0, 0] = -0.0
-    # A chunk of a prompt over the end of a block, single tokens, neighbours, and none.
+    # A chunk of a prompt across two blocks, single tokens, neighbours, skipped slots.
     slots = [
         num_slots - 1,
         -1,
@@ -216,10 +210,10 @@ def test_copy_blocks_copies_exactly_the_named_blocks(shape):
         assert np.asarray(result).tobytes() == want.tobytes()
 
 
-# ---- how they are stored, and who serves them
+# ---- how pages are stored, and which backend reads them
 
 
-def test_pages_that_are_not_packed_are_served_by_name():
+def test_plain_pages_are_read_if_the_backend_is_named():
     case, _ = case_of("two_in_a_row", [5, 33, 0], [1, 20, 0])
     out, lse = run(case)
     tolerances = (TOLERANCES["bfloat16"], LSE_TOLERANCE)
@@ -238,7 +232,7 @@ def test_the_best_on_a_tpu_serves_packed_pages_and_leaves_others_to_xla(monkeypa
     assert backends.choose_backend(None, packed, head_dim=128) is XLA
 
 
-# head_dim, block_size, dtype: pages on a TPU
+# (head_dim, block_size, dtype): the last axes of pages on a TPU
 STORED = {
     (64, 16, "bfloat16"): (8, 128),
     (32, 16, "float32"): (4, 128),
@@ -247,16 +241,16 @@ STORED = {
     (128, 16, "bfloat16"): (16, 128),
     (80, 16, "bfloat16"): (16, 128),
     (8, 16, "float32"): (16, 128),
-    (64, 16, "float16"): (16, 128),  # which no kernel serves
+    (64, 16, "float16"): (16, 128),  # no kernel supports it
     (64, 16, "int8"): (16, 128),
-    # No row begins a memory tile.
+    # Blocks are not whole memory tiles.
     (32, 48, "bfloat16"): (48, 32),
     (64, 8, "bfloat16"): (8, 64),
 }
 
 
 @pytest.mark.parametrize("page", STORED)
-def test_a_cache_is_stored_as_its_bytes_say(page):
+def test_bytes_per_block_are_those_of_the_stored_cache(page):
     head_dim, block_size, dtype = page
     sizes = dict(num_layers=3, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
     sizes |= dict(block_size=block_size, implementation="mosaic_tpu")

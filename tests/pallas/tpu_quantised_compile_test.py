@@ -1,6 +1,6 @@
-"""Pages of 8 bits on TPUs: the kernels and an engine, compiled with no TPU present.
+"""The TPU's kernels and an engine on pages of 8 bits, compiled without a TPU.
 
-As in `tpu_compile_test`: programs exist, and neither pages nor scales are copied.
+As in `tpu_compile_test`, the programs copy neither pages nor scales.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ UPDATED = [
 
 
 def pools(name: str):
-    """Pages twice, and scales twice."""
+    """Return pages and scales, of keys and of values."""
     (_, num_kv_heads), head_dim, block_size, dtype, *_ = SHAPES[name]
     shape = (2, NUM_SLOTS // block_size, num_kv_heads)
     pages = array(*shape, block_size, max(head_dim, 128), dtype=dtype)
@@ -84,17 +84,17 @@ def attend(name: str, topology: str):
 def test_attention_compiles_for_every_shape_and_copies_nothing(name):
     program = attend(name, "v5e:2x2")
     assert 'custom_call_target="tpu_custom_call"' in program.as_text()
-    # Queries in tiles and little else: the pools are gigabytes.
+    # Tiles of queries and little else; the pools have gigabytes.
     assert temporaries(program) < 2**23
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:])
 @pytest.mark.parametrize("name", ["llama_3_8b", "llama_3_8b_of_128"])
-def test_attention_compiles_for_every_machine(topology, name):
+def test_attention_compiles_for_every_topology(topology, name):
     assert temporaries(attend(name, topology)) < 2**23
 
 
-def test_scales_that_are_no_wider_than_a_block_would_be_found_to_be_copied():
+def test_the_check_finds_that_scales_as_narrow_as_a_block_are_copied():
     def call(scales, *args):
         return attention.paged_attention(
             *args, k_scale=scales, v_scale=scales, implementation="mosaic_tpu", layer=0
@@ -153,7 +153,7 @@ def run(num_blocks: int, num_kv_heads: int, tensor: int):
 
 
 def moved(program, num_blocks: int, num_kv_heads: int) -> list[str]:
-    """Lines with a copy of pages or scales, or one that does not lie in main memory."""
+    """Return the lines that copy pages or scales, or move them to another memory."""
     text = program.as_text()
     pages = rf"s8\[2,{num_blocks},{num_kv_heads},32,128\]"
     scales = rf"f32\[2,{num_blocks},{num_kv_heads},128\]"
@@ -166,18 +166,18 @@ def moved(program, num_blocks: int, num_kv_heads: int) -> list[str]:
 
 @pytest.mark.parametrize("is_left_in_place", [True, False])
 def test_the_engine_updates_pages_and_scales_in_place(is_left_in_place, monkeypatch):
-    """2 kv heads on four devices, which store each twice.
+    """Four devices store each of 2 key/value heads twice.
 
-    So small a pool XLA moves beside the core for a step, where it is not told.
+    Without a constraint XLA moves so small a pool next to the core for a step.
     """
     if not is_left_in_place:
-        monkeypatch.setattr(tpu_attention, "_left_in_place", lambda arrays: arrays)
+        monkeypatch.setattr(tpu_attention, "_keep_in_place", lambda arrays: arrays)
         jax.clear_caches()
     program, size = run(4096, 2, 4)
     assert size == 4096 * 2 * 2 * (32 * 128 + 4 * 128)
     assert program.memory_analysis().alias_size_in_bytes >= size
     assert (moved(program, 4096, 1) == []) == is_left_in_place
     assert temporaries(program) < 14e6 < size  # whatever the pool's size
-    # Of both sizes of a step: two sums a layer and one of the embedding.
-    wanted = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
-    assert compile_tpu.count_collectives(program) == wanted
+    # For each of the two step sizes: two sums per layer, and one of the embedding.
+    expected = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
+    assert compile_tpu.collectives(program) == expected

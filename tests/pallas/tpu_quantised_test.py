@@ -1,9 +1,9 @@
-"""Pages of 8 bits on the TPU's kernels, in TPU interpret mode.
+"""The TPU's kernels on pages of 8 bits, in TPU interpret mode.
 
-Attention against the float64 oracle on the dequantised values, page updates bit for
-bit. As in `tpu_kernel_test` memory that nobody wrote is NaN; here scales of slots that
-nobody owns are too, what lies behind a block's scales, and the numbers where fp8 has a
-NaN.
+Attention is compared with the float64 oracle on the dequantised values, and page
+updates with numpy, bit for bit. As in `tpu_kernel_test`, uninitialised memory is NaN.
+So are the scales of slots that belong to no sequence, the padding of a block's scales,
+and the numbers of such slots if the dtype has a NaN.
 """
 
 import dataclasses
@@ -21,15 +21,9 @@ from jpaged.config import EngineConfig
 from jpaged.models import ModelConfig, init_model
 from jpaged.pages import tuned
 from jpaged.pages.quantised import quantise
-from jpaged.pallas.tpu import (
-    key_tiles as tpu_key_tiles,
-)
-from jpaged.pallas.tpu import (
-    pages as tpu_pages,
-)
-from jpaged.pallas.tpu import (
-    windows as tpu_windows,
-)
+from jpaged.pallas.tpu import key_tiles as tpu_key_tiles
+from jpaged.pallas.tpu import pages as tpu_pages
+from jpaged.pallas.tpu import windows as tpu_windows
 from jpaged.params import SamplingParams
 from tests.pallas.tpu_kernel_test import LSE_TOLERANCE, SINKS, SMALL, TINY
 from tests.support.attention import oracle
@@ -62,7 +56,7 @@ def use_tiles(monkeypatch, sizes) -> None:
 
 
 def stored(arguments):
-    """The arguments as TPUs want them; NaN where nothing is to be read."""
+    """Return the arguments as TPUs store them, with NaN where nothing must be read."""
     out = dict(arguments)
     for name in ("k", "v"):
         scale = np.asarray(arguments[f"{name}_scale"])
@@ -77,7 +71,7 @@ def stored(arguments):
 
 
 def run(arguments, **options):
-    # A new function each time: what was compiled with other tiles is not used.
+    # A new function for each call, so that no program with other tiles is used.
     call = functools.partial(
         attention.paged_attention,
         implementation="mosaic_tpu",
@@ -132,7 +126,7 @@ def test_decode_equals_the_oracle_at_every_length(name, small_tiles):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name, small_tiles):
+def test_chunks_decode_rows_and_empty_rows_equal_the_oracle(name, small_tiles):
     size = SHAPES[name][2]
     #          decode, chunk after context, empty, fresh prompt, decodes, chunk
     contexts = [47, size + 9, 0, 17, size, 40, 1, 50]
@@ -144,13 +138,13 @@ def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name, small_t
 
 
 @pytest.mark.parametrize("name", ["scales_of_8_heads", "groups_of_4", "blocks_of_128"])
-def test_tiles_of_their_own_size_equal_the_oracle(name):
+def test_default_tiles_equal_the_oracle(name):
     arguments, case, options = case_of(name, [540, 0, 33], [40, 0, 1])
     check(arguments, case, **options)
     check(*case_of(name, [540, 0, 33], shared_blocks=2)[:2], **options)
 
 
-def test_a_traced_layer_is_that_layer_alone_whatever_the_scales_width(small_tiles):
+def test_a_traced_layer_equals_that_layer_alone_with_scales_of_any_width(small_tiles):
     arguments, _, _ = case_of("one_head_each", [5, 33, 0, 32], [1, 20, 0, 3])
     want, _ = run(stored(arguments), sliding_window=9)
     pools = {
@@ -201,7 +195,7 @@ def scales_of_the_head_before(monkeypatch):
     monkeypatch.setattr(
         tpu_key_tiles.KeyTiles,
         "scales_of",
-        lambda self, head: scales_of(self, (head + 1) % self.plan.walk_heads),
+        lambda self, head: scales_of(self, (head + 1) % self.plan.pass_heads),
     )
 
 
@@ -232,9 +226,9 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
+def test_a_planted_fault_exceeds_the_tolerance(fault, monkeypatch):
     arguments, case, _ = case_of("groups_of_4", [96, 64], [3, 1])
-    # Full blocks, so that no fault shows as NaN only.
+    # Full blocks, so that the faults change numbers and not only produce NaN.
     use_tiles(monkeypatch, dataclasses.replace(SMALL, tokens=64))
     fault(monkeypatch)
     got, _ = run(stored(arguments))
@@ -243,11 +237,11 @@ def test_a_planted_fault_breaks_the_tolerance(fault, monkeypatch):
     assert not (errors < 5 * KERNEL_TOLERANCES["bfloat16"]).any()
 
 
-# ---- write_kv, copy_blocks: bitwise
+# ---- write_kv, copy_blocks: bit for bit
 
 
 def some_pools(dtype: str, *shape: int, scale_width: int):
-    """Pages and scales of any bits, NaN among them."""
+    """Return pages and scales of random bits, some of them NaN."""
     rng = np.random.default_rng(0)
     pages = [rng.integers(0, 256, shape, np.uint8) for _ in "kv"]
     scales = [rng.standard_normal((*shape[:-2], scale_width)) for _ in "kv"]
@@ -281,7 +275,7 @@ def test_write_kv_writes_exactly_the_named_slots(
     rng = np.random.default_rng(1)
     new = [rng.standard_normal((40, 2, 128)).astype(np.float32) for _ in "kv"]
     end = 6 * block_size
-    # A chunk of a prompt over the end of a block, single tokens, and none.
+    # A chunk of a prompt across two blocks, single tokens, and skipped slots.
     chunk = range(2 * block_size - 10, 2 * block_size + 20)
     slots = [end - 1, -1, 7, 0, -9, end, 70, *chunk, 71, 1, 2**31 - 1]
     got = updated(
@@ -299,21 +293,21 @@ def test_write_kv_writes_exactly_the_named_slots(
     assert_bitwise(got, pools)
 
 
-def test_a_lane_too_far_is_found(monkeypatch):
-    put = tpu_pages._Lanes.put
+def test_scales_in_the_next_lane_fail_the_comparison(monkeypatch):
+    put = tpu_pages._ScaleWindow.put
 
-    def fault(self, buffer, new, walk, scratch):
+    def fault(self, buffer, new, loop, scratch):
         def shifted(one, start):
-            return walk(lambda token, slot, result: one(token, slot + 1, result), start)
+            return loop(lambda token, slot, result: one(token, slot + 1, result), start)
 
         put(self, buffer, new, shifted, scratch)
 
-    monkeypatch.setattr(tpu_pages._Lanes, "put", fault)
+    monkeypatch.setattr(tpu_pages._ScaleWindow, "put", fault)
     with pytest.raises(AssertionError):
         test_write_kv_writes_exactly_the_named_slots(64, 128, 1, "int8", monkeypatch)
 
 
-def test_write_kv_fills_small_heads_up():
+def test_write_kv_pads_small_heads():
     pools = some_pools("int8", 2, 1, 32, 128, scale_width=128)
     new = np.random.default_rng(1).standard_normal((1, 1, 64)).astype(np.float32)
     got = updated(attention.write_kv, pools, new, new, np.array([33], np.int32))
@@ -337,7 +331,7 @@ def test_copy_blocks_copies_exactly_the_named_blocks_and_scales(layer, dtype):
     assert_bitwise(got, pools)
 
 
-# ---- what it does not serve
+# ---- unsupported calls
 
 WRONG = {
     r"block_size of 16, 32, 64 or a multiple of 128 for pages of int8, got 48": {
@@ -349,7 +343,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_it_cannot_serve_raises_and_names_who_can(message):
+def test_an_unsupported_call_raises_and_names_another_backend(message):
     sizes = dict(heads=(4, 2), head_dim=128, block_size=16) | WRONG[message]
     arguments, _ = quantised_case([5, 9], dtype="int8", **sizes)
     with pytest.raises(
@@ -358,7 +352,7 @@ def test_what_it_cannot_serve_raises_and_names_who_can(message):
         run(arguments)
 
 
-def test_a_block_takes_scales_as_wide_as_a_memory_tile():
+def test_the_scales_of_a_block_are_as_wide_as_a_memory_tile():
     sizes = dict(num_layers=3, num_kv_heads=2, head_dim=64)
     sizes["implementation"] = "mosaic_tpu"
     for block_size, width in ((16, 128), (64, 128), (256, 256)):
@@ -377,10 +371,7 @@ def test_a_block_takes_scales_as_wide_as_a_memory_tile():
 # ---- in the engine
 
 
-@pytest.mark.parametrize(
-    "kv_dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)]
-)
-def test_an_engine_on_these_kernels_gives_the_tokens_of_plain_xla(kv_dtype):
+def test_an_engine_generates_the_same_tokens_as_with_xla():
     model = init_model(ModelConfig.from_hf(TINY))
     prompts = [[1, 2, 3], list(range(5, 40)), [7] * 17]
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -394,7 +385,7 @@ def test_an_engine_on_these_kernels_gives_the_tokens_of_plain_xla(kv_dtype):
             max_num_requests=8,
             attention=implementation,
         )
-        state = engine.init(model, config, kv_dtype=kv_dtype)
+        state = engine.init(model, config, kv_dtype="int8")
         state, _ = engine.submit(state, prompts, params)
         state = engine.run(model, state)
         found.append([result.token_ids for result in engine.collect(state)])

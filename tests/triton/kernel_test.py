@@ -1,5 +1,7 @@
-"""Triton's kernels in Triton's interpreter: numbers against the float64 oracle, bitwise
-page updates. `triton_compile_test` compiles the same kernels.
+"""The Triton kernels in Triton's interpreter.
+
+Attention is compared with the float64 oracle, and page updates with those of XLA, bit
+for bit. `compile_test` compiles the same kernels.
 """
 
 import functools
@@ -13,21 +15,23 @@ import pytest
 from jpaged import attention
 from jpaged.triton import attention as triton_attention
 from jpaged.triton import pages as triton_pages
-from jpaged.triton.tiles import Tiles
+from jpaged.triton.tiles import TritonTiles
 from tests.support.attention import oracle
 from tests.support.attention.oracle import make_case, relative_errors
 from tests.support.attention.prefix_cases import GROUPS, OWN_TOKENS, QUERIES, group_case
 
-# Not `importorskip`: triton must not be imported before it is told to interpret.
-if not all(importlib.util.find_spec(name) for name in ("triton", "torch")):
-    pytest.skip("needs the extra `triton`, and torch", allow_module_level=True)
+# Not `importorskip`: `triton_interpreter` sets a variable before it imports triton.
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton: extra `gpu-compile`", allow_module_level=True)
 from tests.support.attention import triton_interpreter
 
-# As in `attention_test`.
+pytestmark = pytest.mark.gpu_compile
+
+# As in `tests/attention/attention_test.py`.
 TOLERANCES = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
 LSE_TOLERANCE = 1e-4
-# Tiles so small that a few tokens need several, with splits and their edges.
-SMALL = Tiles(query_rows=32, tokens=16, programs=16, least_chunk=32)
+# Tiles so small that a few tokens need several tiles, and rows are split.
+SMALL = TritonTiles(query_rows=32, tokens=16, programs=16, least_chunk=32)
 # heads, head_dim, block_size, dtype, options; groups of 1 to 16 heads.
 SHAPES = {
     "one_group": ((2, 2), 64, 16, "float32", {}),
@@ -51,11 +55,13 @@ SHAPES = {
 def _interpreted(monkeypatch):
     for module in (triton_attention, triton_pages):
         monkeypatch.setattr(module, "launch", triton_interpreter.launch)
-    monkeypatch.setattr(triton_attention.tiles_module, "choose", lambda *_: SMALL)
+    monkeypatch.setattr(
+        triton_attention.triton_tiles, "default_tiles", lambda *_: SMALL
+    )
 
 
 def errors(case, **options):
-    """Worst relative error of a vector of the output, and of the log-sum-exp."""
+    """Return the largest errors of an output vector and of a log-sum-exp."""
     arrays = jax.tree.map(jnp.asarray, oracle.arrays(case))
     call = functools.partial(
         attention.paged_attention, implementation="triton", return_lse=True, **options
@@ -77,9 +83,16 @@ def check(name, contexts, queries=None, **more):
         options["sinks"] = np.linspace(-2, 3, heads[0]).astype(np.float32)
     sizes = dict(heads=heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
     error, lse_error = errors(make_case(contexts, queries, **sizes, **more), **options)
-    # `<` and not `not >`, which NaN would pass.
+    # `<`, because NaN would pass `not >`.
     assert error < TOLERANCES[dtype]
     assert lse_error < LSE_TOLERANCE
+
+
+def ragged_lengths(block_size):
+    """Context lengths and numbers of queries of chunks, decode rows and empty rows."""
+    contexts = [130, 2 * block_size + 9, 0, block_size + 1, block_size, 40, 1, 70]
+    # A prompt without context, or of large blocks the last tokens of a long one.
+    return contexts, [1, 9, 0, min(block_size + 1, 33), 1, 0, 1, 37]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -89,13 +102,11 @@ def test_decode_equals_the_oracle_at_every_length(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_ragged_equals_the_oracle_on_chunks_decodes_and_empty_rows(name):
-    size = SHAPES[name][2]
-    contexts = [130, 2 * size + 9, 0, size + 1, size, 40, 1, 70]
-    check(name, contexts, [1, 9, 0, size + 1, 1, 0, 1, 37], num_padding=5)
+def test_chunks_decode_rows_and_empty_rows_equal_the_oracle(name):
+    check(name, *ragged_lengths(SHAPES[name][2]), num_padding=5)
 
 
-def test_a_long_row_is_split_and_shared_blocks_are_read():
+def test_a_long_row_is_split_and_blocks_can_be_shared():
     check("groups_of_4", [2048, 100, 300, 5], shared_blocks=4)
 
 
@@ -106,7 +117,7 @@ def test_a_long_row_is_split_and_shared_blocks_are_read():
         (QUERIES, dict(sinks=True, sliding_window=50, logits_soft_cap=2.0)),
     ],
 )
-def test_shared_beginnings_equal_the_oracle(queries, options):
+def test_shared_prefixes_equal_the_oracle(queries, options):
     if options.get("sinks"):
         options = options | {"sinks": np.linspace(-2, 3, 16).astype(np.float32)}
     dtype = "bfloat16" if queries is None else "float32"
@@ -117,12 +128,12 @@ def test_shared_beginnings_equal_the_oracle(queries, options):
     assert lse_error < LSE_TOLERANCE
 
 
-def test_the_plan_splits_by_actual_lengths_within_its_bounds():
+def test_the_work_list_splits_rows_by_their_lengths_within_its_bounds():
     lens = jnp.array([4000, 0, 10, 300], jnp.int32)
     starts = jnp.array([0, 1, 2, 3, 40], jnp.int32)
-    plan = triton_attention.make_plan(lens, starts, jnp.int32(2**30), 8, 8, SMALL)
-    items, parts = np.diff(plan.items), np.diff(plan.parts)
-    assert plan.chunk == 512  # 4010 tokens over 8, in whole tiles of 16
+    work = triton_attention.plan_work(lens, starts, jnp.int32(2**30), 8, 8, SMALL)
+    items, parts = np.diff(work.items), np.diff(work.parts)
+    assert work.chunk == 512  # 4010 tokens over 8, in whole tiles of 16
     assert items.tolist() == [8, 1, 1, 5]
     assert parts.tolist() == [8, 0, 0, 0]
 
@@ -167,9 +178,9 @@ def test_copies_equal_those_of_xla_bit_for_bit(layer):
 
 
 @pytest.mark.parametrize("fault", ["values_for_keys", "one_token_less", "lost_part"])
-def test_a_planted_fault_is_found(fault, monkeypatch):
+def test_a_planted_fault_exceeds_the_tolerance(fault, monkeypatch):
     case = make_case([200, 17], heads=(4, 2), head_dim=32)
-    attend, plan = triton_attention.attend, triton_attention.make_plan
+    attend, plan_work = triton_attention.attend, triton_attention.plan_work
 
     def wrong(q, k_pages, v_pages, tables, lens, starts, **options):
         if fault == "values_for_keys":
@@ -179,17 +190,17 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
         return attend(q, k_pages, v_pages, tables, lens, starts, **options)
 
     def short(*arguments):
-        made = plan(*arguments)
-        return made._replace(parts=made.parts.at[1:].add(-1))
+        work = plan_work(*arguments)
+        return work._replace(parts=work.parts.at[1:].add(-1))
 
     monkeypatch.setattr(triton_attention, "attend", wrong)
     if fault == "lost_part":
-        monkeypatch.setattr(triton_attention, "make_plan", short)
+        monkeypatch.setattr(triton_attention, "plan_work", short)
     error, _ = errors(case)
     assert not error < 1e-2
 
 
-def test_what_cannot_be_served_raises():
+def test_unsupported_head_sizes_raise():
     case = make_case([5], head_dim=80)
     pages = jnp.asarray(case.k_pages)
     with pytest.raises(ValueError, match=r"'triton' cannot serve .* got 80"):

@@ -75,9 +75,9 @@ def unsupported(pages: jax.ShapeDtypeStruct, call: AttentionCall | None) -> str 
 
 
 def _tile_sizes() -> type:
-    from jpaged.pallas.gpu.calls import Sizes
+    from jpaged.pallas.gpu.plan import GpuTiles
 
-    return Sizes
+    return GpuTiles
 
 
 MOSAIC_GPU = Backend(

@@ -1,12 +1,12 @@
-"""The parts of a query's attention, made one.
+"""Merges the partial results of each query's attention.
 
-Place on the road: pallas.gpu -> [pallas.gpu_merge].
+Pipeline: pallas.gpu.calls -> [pallas.gpu.merge].
 
-One block of threads serves a query and a key/value head, or some of many heads that
-share a key: it walks the items that read that query's keys, and keeps a running maximum
-as attention itself does. The order is fixed, so the same lengths give the same bits.
+One block of threads serves a query and a key/value head; if many heads share the key,
+it serves some of them. It loops over the query's items and keeps a running maximum, as
+attention itself does. The order of items is fixed, so equal lengths give equal bits.
 
-Letters as in `jpaged.attention`; I items, D' at least 128.
+Shape symbols as in `jpaged.attention`; I items, D' at least 128.
 """
 
 from __future__ import annotations
@@ -19,31 +19,34 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jpaged.pallas.gpu.work import Parts
+from jpaged.pallas.gpu.work import QueryParts
 
 _LOWEST = -1e29
-# Parts of which the loads are under way at once.
+# Parts whose loads are in flight at once.
 _AHEAD = 4
-# Heads that a block of threads serves, one after another, at most.
+# The most heads that a block of threads serves, one after another.
 _HEADS = 8
 
 
-def merge(
+def merge_items(
     outs: jax.Array,
     lses: jax.Array,
-    parts: Parts,
+    parts: QueryParts,
     group: int,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """[T, H, D'] of `dtype`, and log2 of the sum of weights, f32[T, H].
-
-    Where a query has no parts: zeros, and a number below -1e28.
+    """Merge the items' results of each query.
 
     Args:
       outs: f32[I, K, rows, D'].
-      lses: f32[I, K, R], log2.
-      parts: of each of T queries.
-      group: heads that share a key.
+      lses: f32[I, K, R], to base 2.
+      parts: Where the results of each of T queries are.
+      group: Heads that share a key.
+      dtype: The output's dtype.
+
+    Returns:
+      Outputs [T, H, D'], and log-sum-exps to base 2, f32[T, H]. A query without parts
+      has zeros and a log-sum-exp below -1e28.
     """
     num_queries, num_kv_heads, width = parts.item.shape[0], outs.shape[1], outs.shape[3]
     num_heads = num_kv_heads * group
@@ -55,7 +58,7 @@ def merge(
             jax.ShapeDtypeStruct((num_queries, num_heads), jnp.float32),
         ],
         grid=(num_queries, num_kv_heads, group // heads),
-        grid_names=("query", "kv_head", "some"),
+        grid_names=("query", "kv_head", "heads"),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
@@ -65,26 +68,26 @@ def merge(
 
 
 def _kernel(
-    outs,  # f32[I, K, rows, D']
-    lses,  # f32[I, K, R]
-    fields,  # i32[T, fields of Parts]
-    out,  # [T, H, D']
-    lse,  # f32[T, H]
+    outs: Any,  # f32[I, K, rows, D']
+    lses: Any,  # f32[I, K, R]
+    fields: Any,  # i32[T, fields of QueryParts]
+    out: Any,  # [T, H, D']
+    lse: Any,  # f32[T, H]
     *,
     group: int,
     heads: int,
-):
+) -> None:
     query, kv_head = lax.axis_index("query"), lax.axis_index("kv_head")
-    first_head = lax.axis_index("some") * heads
-    parts = Parts(*(fields[query, i] for i in range(len(Parts._fields))))
-    last = parts.item + parts.count - 1
+    first_head = lax.axis_index("heads") * heads
+    parts = QueryParts(*(fields[query, i] for i in range(len(QueryParts._fields))))
+    last = parts.item + parts.num_items - 1
     width = outs.shape[-1]
 
     for i in range(heads):
-        head = first_head + i  # of those of the key
+        head = first_head + i  # among the heads of the key
         row = parts.row + head
 
-        def step(number, carry, row=row):
+        def step(number: Any, carry: Any, row: Any = row) -> Any:
             acc, total, highest = carry
             first = parts.item + number * _AHEAD
             items = [jnp.minimum(first + i, last) for i in range(_AHEAD)]
@@ -100,7 +103,7 @@ def _kernel(
             return acc, total, highest
 
         start = jnp.zeros((width,), jnp.float32), jnp.float32(0), jnp.float32(_LOWEST)
-        trips = lax.div(parts.count + (_AHEAD - 1), jnp.int32(_AHEAD))
+        trips = lax.div(parts.num_items + (_AHEAD - 1), jnp.int32(_AHEAD))
         acc, total, highest = lax.fori_loop(0, trips, step, start)
         total = jnp.maximum(total, 1e-30)
         head += kv_head * group

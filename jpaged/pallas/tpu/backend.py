@@ -22,7 +22,7 @@ from jpaged.pages.operands import AttentionOperands, NewTokens, Pools
 from jpaged.pages.packed import LANES
 from jpaged.pages.quantised import is_quantised
 from jpaged.pallas.tpu import calls
-from jpaged.pallas.tpu.plan import Tiles
+from jpaged.pallas.tpu.plan import TpuTiles
 
 # Block tables are kept in a TPU core's scalar memory of 1 MiB; the rest is for others.
 _TABLE_BYTES = 896 * 1024
@@ -134,5 +134,5 @@ MOSAIC_TPU = Backend(
     cascade=CascadeOptions(branches=True),
     platform="tpu",
     device="TPU",
-    tile_sizes=lambda: Tiles,
+    tile_sizes=lambda: TpuTiles,
 )

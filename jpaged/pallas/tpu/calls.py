@@ -1,9 +1,9 @@
-"""The TPU's kernels as attention calls them: pages with or without layers.
+"""The TPU's kernels as attention calls them, with or without a layer axis.
 
-Place on the road: attention -> [pallas.tpu] -> pallas.tpu_attention, pallas.tpu_pages.
+Pipeline: attention -> [pallas.tpu.calls] -> pallas.tpu.attention, pallas.tpu.pages.
 
-XLA cannot split a kernel over devices by itself: on a mesh they run inside of the
-`shard_map` of `sharded`, on the heads of one device.
+XLA cannot split a kernel over devices. On a mesh the engine is one `shard_map` (see
+`jpaged.parallel`), and these calls get the heads of one device.
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ def attend(
     sinks: jax.Array | None,
     **static: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """As `tpu_attention.attend`, whose `static` options are passed on.
+    """Return the output, and the log-sum-exp or None, as `attend_segments` does.
 
-    Here and below, pages of small heads may come as [..., P, D]; they are copied then.
+    The arguments are those of `jpaged.attention.paged_attention`. Pages of small heads
+    that are not packed are accepted here and below, and copied.
+
+    Args:
+      k_scale: Scales of quantised pages, of any width from P on, or None.
+      v_scale: Like k_scale.
+      **static: Further options of `attend_segments`.
     """
     has_layers = k_pages.ndim == 5
     k_pages, v_pages = packed(k_pages), packed(v_pages)
     stacked_k, stacked_v = _stacked((k_pages, v_pages), has_layers)
-    return tpu_attention.attend(
+    return tpu_attention.attend_segments(
         q,
         stacked_k,
         stacked_v,
@@ -70,14 +76,21 @@ def write(
     slots: jax.Array,
     layer: Layer,
 ) -> Arrays:
-    """As `tpu_pages.write`, and of the scales, where there are some, `write_scales`.
+    """Return pages and scales with new tokens, as `write_pages` and `write_scales` do.
 
-    `values`: of each of the arrays [T, K, D] or [T, K].
+    Args:
+      k_pages: [N, K, P, D] or [L, N, K, P, D].
+      v_pages: Like k_pages.
+      k_scale: As in `attend`.
+      v_scale: Like k_scale.
+      values: New values for each of these arrays that is given, [T, K, D] or [T, K].
+      slots: i32[T]; slots below 0 or past the pool are skipped.
+      layer: Index into stacked pools, or None.
     """
     given = _given(k_pages, v_pages, k_scale, v_scale)
     arrays = (packed(k_pages), packed(v_pages), *_wide(k_pages, k_scale, v_scale))
     stacked = _stacked(arrays, k_pages.ndim == 5)
-    written = tpu_pages.write(
+    written = tpu_pages.write_pages(
         stacked[:2], values[:2], slots, operands.layer_index(layer)
     )
     if scales := stacked[2:]:
@@ -97,10 +110,13 @@ def copy(
     dst: jax.Array,
     layer: Layer,
 ) -> Arrays:
-    """As `tpu_pages.copy`; without `layer`, in every layer."""
+    """Return pages and scales with blocks copied, as `copy_pages` does.
+
+    Without `layer`, the blocks of all layers are copied.
+    """
     given = _given(k_pages, v_pages, k_scale, v_scale)
     arrays = (packed(k_pages), packed(v_pages), *_wide(k_pages, k_scale, v_scale))
-    copied = tpu_pages.copy(
+    copied = tpu_pages.copy_pages(
         _stacked(arrays, k_pages.ndim == 5),
         src,
         dst,
@@ -115,7 +131,7 @@ def _given(*arrays: jax.Array | None) -> Arrays:
 
 
 def _wide(pages: jax.Array, *scales: Scale) -> Arrays:
-    """Scales as wide as a memory tile; those that are not are copied."""
+    """Return scales as wide as a memory tile; narrower ones are copied."""
     width = LANE_ROWS.scale_width(pages.shape[-2])
     return tuple(
         jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
@@ -124,14 +140,14 @@ def _wide(pages: jax.Array, *scales: Scale) -> Arrays:
 
 
 def _stacked(arrays: Arrays, has_layers: bool) -> Arrays:
-    """[L, N, ...] of arrays with or without layers."""
+    """Return the arrays with a layer axis, [L, N, ...]."""
     return arrays if has_layers else tuple(array[None] for array in arrays)
 
 
 def _as_given(arrays: Arrays, given: Arrays) -> Arrays:
-    """The results in the shapes of the arguments."""
+    """Return the results in the shapes of the arguments."""
 
-    def like(array, one):
+    def like(array: jax.Array, one: jax.Array) -> jax.Array:
         is_wide = array.size > one.size
         return (array[..., : one.shape[-1]] if is_wide else array).reshape(one.shape)
 

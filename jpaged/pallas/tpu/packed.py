@@ -1,11 +1,11 @@
-"""Queries over packed pages: one for each place in a row, and their results as one.
+"""Queries over packed pages: one copy per token of a page row, and the merged results.
 
-Place on the road: pallas.tpu_attention -> [pallas.tpu_packed].
+Pipeline: pallas.tpu.attention, pallas.tpu.kernel -> [pallas.tpu.packed].
 
 A row of a packed page holds `tokens` keys side by side, and a product sums over all of
-its lanes. So each query stands in the kernel `tokens` times, neighbours, the j-th with
-its numbers in the lanes of a row's j-th token and zeros elsewhere. Each sees those
-tokens alone, and their online softmaxes are merged in the end.
+its lanes. So the kernel has `tokens` copies of each query in neighbouring rows. The
+j-th copy has its numbers in the lanes of a page row's j-th token, and zeros elsewhere.
+It sees only those tokens, and the online softmaxes of the copies are merged at the end.
 """
 
 from __future__ import annotations
@@ -19,57 +19,64 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.pages.packed import LANES
 
-Numbers = tuple[jax.Array, jax.Array, jax.Array]
+SoftmaxState = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def spread(q: jax.Array, tokens: int) -> jax.Array:
-    """[T, H * tokens, 128] of q [T, H, D]."""
+def repeat_queries(q: jax.Array, tokens: int) -> jax.Array:
+    """Return the copies of each query, [T, H * tokens, 128], given q [T, H, D]."""
     num_queries, num_heads, head_dim = q.shape
-    places = [
+    copies = [
         jnp.pad(q, ((0, 0), (0, 0), (start, LANES - head_dim - start)))
         for start in range(0, LANES, head_dim)
     ]
-    return jnp.stack(places, axis=2).reshape(num_queries, num_heads * tokens, LANES)
+    return jnp.stack(copies, axis=2).reshape(num_queries, num_heads * tokens, LANES)
 
 
-def place_of_row(row: jax.Array, tokens: int) -> jax.Array:
-    """Which token of a page's row a row of queries sees."""
+def token_of_query_row(row: jax.Array, tokens: int) -> jax.Array:
+    """Return which token of a page row a row of queries sees."""
     return row & (tokens - 1)
 
 
-def place_of_lane(shape: tuple[int, ...], tokens: int) -> jax.Array:
-    """Which token of a page's row a lane belongs to, i32 of `shape` [..., 128]."""
+def token_of_lane(shape: tuple[int, ...], tokens: int) -> jax.Array:
+    """Return which token of a page row each lane belongs to, i32[..., 128]."""
     lane = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     return lane >> ((LANES // tokens).bit_length() - 1)
 
 
-def merged(
+def merge_copies(
     highest: jax.Array, total: jax.Array, acc: jax.Array, tokens: int
-) -> Numbers:
-    """A query's maximum, sum and weighted values, from those of its `tokens` rows.
+) -> SoftmaxState:
+    """Merge the online softmaxes of each query's `tokens` copies.
 
-    f32[R, 128] each. All rows of a query get them, and its values stand in the lanes
-    of every token.
+    Args:
+      highest: Maxima, f32[R, 128].
+      total: Sums of weights, f32[R, 128].
+      acc: Weighted values, f32[R, 128].
+      tokens: Copies per query.
+
+    Returns:
+      The same three arrays. All copies of a query have its results, and its values are
+      in the lanes of every token.
     """
     row = lax.broadcasted_iota(jnp.int32, acc.shape, 0)
-    over_all = _over_rows(highest, row, tokens, jnp.maximum)
+    over_all = _over_copies(highest, row, tokens, jnp.maximum)
     share = jnp.exp(highest - over_all)
-    is_own = place_of_lane(acc.shape, tokens) == place_of_row(row, tokens)
-    acc = _over_rows(jnp.where(is_own, acc * share, 0.0), row, tokens, jnp.add)
+    is_own = token_of_lane(acc.shape, tokens) == token_of_query_row(row, tokens)
+    acc = _over_copies(jnp.where(is_own, acc * share, 0.0), row, tokens, jnp.add)
     shift = LANES // tokens
     while shift < LANES:
         acc += pltpu.roll(acc, shift, 1)
         shift *= 2
-    return over_all, _over_rows(total * share, row, tokens, jnp.add), acc
+    return over_all, _over_copies(total * share, row, tokens, jnp.add), acc
 
 
-def _over_rows(
+def _over_copies(
     x: jax.Array,
     row: jax.Array,
     tokens: int,
     combine: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`x` [R, 128] combined over every `tokens` rows, in each of them."""
+    """Combine x [R, 128] over every `tokens` rows; all of them get the result."""
     shift = 1
     while shift < tokens:
         above, below = (pltpu.roll(x, by, 0) for by in (shift, x.shape[0] - shift))

@@ -1,20 +1,20 @@
-"""Arrays updated in place on TPUs: windows are read, changed and written back.
+"""Updates of arrays in place on TPUs: windows are read, changed and written back.
 
-Place on the road: pallas.tpu_pages -> [pallas.tpu_windows].
+Pipeline: pallas.tpu.pages -> [pallas.tpu.windows].
 
-The hardware copies whole memory tiles, and what a token brings is less. So an update
-reads the windows around its slots, changes what is new, and writes them back; the
-tokens are sorted by slot before, so that each window is read and written once, and no
-two copies meet.
+The hardware copies whole memory tiles, and a token has less than a tile. An update
+therefore reads the windows around its slots, changes the new tokens, and writes the
+windows back. The tokens are sorted by slot first, so that each window is read and
+written once, and no two copies overlap.
 
-Letters as in `jpaged.attention`; W slots of a window.
+Shape symbols as in `jpaged.attention`; W slots of a window.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -23,22 +23,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Windows under way at once.
+# Windows in flight at once.
 _BUFFERS = 4
-# New tokens are in the core's memory so many bytes at a time, of each array.
+# Bytes of new tokens per array that the core's memory holds at a time.
 _CHUNK_BYTES = 2**20
 
-# (function, start): the last result of `result = function(token, slot, result)` over
-# the window's tokens, counted from the first of the chunk.
-Walk = Callable[[Callable[..., Any], Any], Any]
+# (function, start) -> result: repeats `result = function(token, slot, result)` for the
+# window's tokens, which count from the first one of the chunk.
+TokenLoop = Callable[[Callable[..., Any], Any], Any]
 
 
 class Window(Protocol):
-    """What is read and written as one; the same for every array of an update."""
+    """The part of an array that is read and written as a whole.
+
+    All arrays of an update have windows of one shape.
+    """
 
     @property
     def num_slots(self) -> int:
-        """W; it divides a block's slots, and windows begin at its multiples."""
+        """W; it divides a block's slots, and windows start at its multiples."""
         ...
 
     @property
@@ -48,23 +51,23 @@ class Window(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a window's numbers."""
+        """Shape of a window."""
         ...
 
     def scratch(self) -> list[Any]:
-        """What `put` needs besides."""
+        """Return the memory that `put` needs."""
         ...
 
-    def place(self, array: Any, layer: Any, slot: Any) -> Any:
-        """The ref of the window of `slot` in an array's ref."""
+    def window_of(self, array: Any, layer: Any, slot: Any) -> Any:
+        """Return the ref of the window of `slot` in an array's ref."""
         ...
 
-    def put(self, buffer: Any, new: Any, walk: Walk, scratch: Any) -> None:
-        """Puts `new[token]` at `slot` into the window in `buffer`, of each token."""
+    def put(self, buffer: Any, new: Any, loop: TokenLoop, scratch: Any) -> None:
+        """Write `new[token]` to `slot` of the window in `buffer`, for each token."""
         ...
 
 
-def update(
+def update_windows(
     arrays: tuple[jax.Array, ...],
     values: tuple[jax.Array, ...],
     slots: jax.Array,
@@ -74,26 +77,26 @@ def update(
     name: str,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
-    """`arrays` with `values` at `slots`, in place where they are donated.
+    """Return the arrays with new values, in place if the arrays are donated.
 
     Args:
-      arrays: [L, N, ...], alike.
-      values: of each array [T, ...], 32 bits wide, as `window.put` wants them.
-      slots: i32[T]; those below 0 or past the arrays are skipped.
-      layer: i32[], which of L.
-      window: how the arrays are cut.
-      name: of the kernel.
+      arrays: [L, N, ...], all of one shape.
+      values: For each array [T, ...], of 32 bits, as `window.put` expects them.
+      slots: i32[T]; slots below 0 or past the arrays are skipped.
+      layer: i32[], index into L.
+      window: How the arrays are divided.
+      name: The kernel's name.
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU.
     """
     number = len(arrays)
     most = max(_CHUNK_BYTES // (4 * math.prod(values[0].shape[1:])), 8)
     chunk = min(1 << (most.bit_length() - 1), pl.cdiv(slots.size, 8) * 8)
     end = arrays[0].shape[1] * window.block_size
-    order, slots, num_live = _sorted(slots, end, chunk)
-    firsts, chunk_windows = _windows(slots, num_live, chunk, window.num_slots)
+    order, slots, num_live = _sort_slots(slots, end, chunk)
+    firsts, chunk_windows = _list_windows(slots, num_live, chunk, window.num_slots)
     any_spec = pl.BlockSpec(memory_space=pl.ANY)
 
-    def chunk_spec(values):
+    def chunk_spec(values: jax.Array) -> pl.BlockSpec:
         rest = values.shape[1:]
         return pl.BlockSpec((chunk, *rest), lambda i, *_: (i, *(0 for _ in rest)))
 
@@ -111,7 +114,7 @@ def update(
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
-        # Counted with the four scalar arguments and the values.
+        # Indices that count the four scalar arguments and the values.
         input_output_aliases={4 + number + i: i for i in range(number)},
         interpret=interpret,
         name=name,
@@ -126,12 +129,14 @@ def update(
     return tuple(updated)
 
 
-def _sorted(
+def _sort_slots(
     slots: jax.Array, end: int, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The tokens' order, their slots in it, and how many are below `end` and live.
+    """Sort tokens by slot; tokens whose slot is not from 0 to `end - 1` come last.
 
-    i32[T] twice, T filled up to whole chunks; what is not live comes last.
+    Returns:
+      The tokens in order i32[T], their slots i32[T], with T rounded up to whole chunks,
+      and the number of tokens with a slot in the range, i32[].
     """
     is_live = (slots >= 0) & (slots < end)
     slots = jnp.where(is_live, slots, jnp.iinfo(jnp.int32).max)
@@ -140,19 +145,20 @@ def _sorted(
     return order, slots[order], jnp.sum(is_live, dtype=jnp.int32)
 
 
-def _windows(
+def _list_windows(
     slots: jax.Array, num_live: jax.Array, chunk: int, num_slots: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The first token of each window, and the number of windows before each chunk.
+    """List the windows of sorted tokens.
 
     Args:
-      slots: i32[T], rising; the first `num_live` are to be written.
+      slots: i32[T], sorted; the first `num_live` are written.
       num_live: i32[].
-      chunk: tokens of a chunk; a window does not reach into the next one.
-      num_slots: of a window.
+      chunk: Tokens per chunk; a window does not reach into the next chunk.
+      num_slots: Slots per window.
 
     Returns:
-      i32[T + 1], `num_live` behind the last window; i32[chunks + 1].
+      The first token of each window, i32[T + 1], with `num_live` after the last window;
+      the number of windows before each chunk, and of all, i32[chunks + 1].
     """
     (num_tokens,) = slots.shape
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -166,55 +172,57 @@ def _windows(
 
 
 def _kernel(
-    layer_ref,  # i32[1]
-    slots_ref,  # i32[T], rising
-    firsts_ref,  # i32[T + 1], first token of each window
-    chunk_windows_ref,  # i32[chunks + 1]
-    *refs,  # of each array values [chunk, ...]; the arrays; the same memory as results
+    layer_ref: Any,  # i32[1]
+    slots_ref: Any,  # i32[T], sorted
+    firsts_ref: Any,  # i32[T + 1], first token of each window
+    chunk_windows_ref: Any,  # i32[chunks + 1]
+    *refs: Any,  # values [chunk, ...], arrays, the same memory as outputs; scratch
     chunk: int,
     window: Window,
     number: int,
-):
-    new_refs, arrays, rest = (
-        refs[:number],
-        refs[2 * number : 3 * number],
-        refs[3 * number :],
-    )
-    # DMA[2, _BUFFERS]: of reads, of writes; of each array [_BUFFERS, *window.shape]
-    semaphores, buffers, scratch = rest[0], rest[1 : 1 + number], rest[1 + number :]
+) -> None:
+    new_refs, arrays = refs[:number], refs[2 * number : 3 * number]
+    semaphores, *rest = refs[3 * number :]  # DMA[2, _BUFFERS]: of reads, of writes
+    buffers, scratch = rest[:number], rest[number:]  # [_BUFFERS, *window.shape]
     first_token = pl.program_id(0) * chunk
     begin, end = (chunk_windows_ref[pl.program_id(0) + i] for i in (0, 1))
 
-    def copies(at, is_read):
+    def copies(at: Any, is_read: bool) -> Iterator[Any]:
         slot, index = slots_ref[firsts_ref[at]], at % _BUFFERS
         for array, buffer in zip(arrays, buffers, strict=True):
-            place = window.place(array, layer_ref[0], slot)
-            ends = (place, buffer.at[index]) if is_read else (buffer.at[index], place)
-            yield pltpu.make_async_copy(*ends, semaphores.at[1 - is_read, index])
+            own = window.window_of(array, layer_ref[0], slot)
+            source, target = own, buffer.at[index]
+            if not is_read:
+                source, target = target, source
+            semaphore = semaphores.at[1 - is_read, index]
+            yield pltpu.make_async_copy(source, target, semaphore)
 
-    def read(at):
+    def read(at: Any) -> None:
         @pl.when(at < end)
-        def _():
+        def _() -> None:
             for copy in copies(at, is_read=True):
                 copy.start()
 
-    def step(at, _):
-        def walk(function, start):
-            def one(token, result):
+    def change(at: Any) -> None:
+        def loop(function: Callable[..., Any], start: Any) -> Any:
+            def one(token: Any, result: Any) -> Any:
                 return function(token - first_token, slots_ref[token], result)
 
             return lax.fori_loop(firsts_ref[at], firsts_ref[at + 1], one, start)
 
+        for buffer, new_ref in zip(buffers, new_refs, strict=True):
+            window.put(buffer.at[at % _BUFFERS], new_ref, loop, scratch)
+
+    def step(at: Any, _: None) -> None:
         for copy in copies(at, is_read=True):
             copy.wait()
-        for buffer, new_ref in zip(buffers, new_refs, strict=True):
-            window.put(buffer.at[at % _BUFFERS], new_ref, walk, scratch)
+        change(at)
         for copy in copies(at, is_read=False):
             copy.start()
 
-        # The buffer of the window before is the next to be read into.
+        # The next read overwrites the buffer of the window before.
         @pl.when(at > begin)
-        def _():
+        def _() -> None:
             for copy in copies(at - 1, is_read=False):
                 copy.wait()
 
@@ -225,6 +233,6 @@ def _kernel(
     lax.fori_loop(begin, end, step, None)
 
     @pl.when(end > begin)
-    def _():
+    def _() -> None:
         for copy in copies(end - 1, is_read=False):
             copy.wait()

@@ -279,7 +279,7 @@ def advance(
     table: RequestTable, seq_indices: jax.Array, tokens: jax.Array
 ) -> jax.Array:
     """Automaton states of the sequences `seq_indices` after one token, i32[S]."""
-    return constraints.advance(
+    return constraints.next_states(
         table.automata,
         table.params.automata[seq_indices],
         table.automaton_states[seq_indices],

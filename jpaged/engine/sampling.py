@@ -92,7 +92,7 @@ def _automaton_states(table, seq_indices, offsets, config: EngineConfig) -> jax.
     def advance(number, states):
         drafts = table.tokens.at[seq_indices, known + number].get(mode="clip")
         index = table.params.automata[seq_indices]
-        after = constraints.advance(table.automata, index, states, drafts)
+        after = constraints.next_states(table.automata, index, states, drafts)
         return jnp.where(number < offsets, after, states)
 
     return lax.fori_loop(0, config.num_drafts, advance, states)

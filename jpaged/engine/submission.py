@@ -295,7 +295,7 @@ def _rules(config: EngineConfig, params: Params) -> LogitsRules | None:
         return None
     if not isinstance(params, SamplingParams):
         params = SamplingParams()
-    return rule_arrays.encode(params, config.rules, params.bad_words)
+    return rule_arrays.encode_rules(params, config.rules, params.bad_words)
 
 
 def _states(

@@ -559,14 +559,14 @@ def test_an_algorithm_whose_parts_do_not_fit_is_refused(algorithm, match, llama)
 def test_a_planted_fault_of_a_wrong_parent_breaks_the_comparison(llama, monkeypatch):
     from jpaged.decoding import beam
 
-    decide = beam.decide
+    make_decision = beam.make_decision
 
-    def wrong(going, runs, held):
-        # Row 1 goes on with row 0's past, whatever its parent is.
-        decision = decide(going, runs, held)
+    def wrong(running, runs, hypotheses):
+        # Row 1 continues row 0, whatever its parent is.
+        decision = make_decision(running, runs, hypotheses)
         return dataclasses.replace(decision, parents=decision.parents.at[1].set(0))
 
-    monkeypatch.setattr(beam, "decide", wrong)
+    monkeypatch.setattr(beam, "make_decision", wrong)
     # Another number of stop ids: another search, which is not compiled yet.
     config = dataclasses.replace(TIGHT, max_num_stop_ids=5, algorithms=())
     prompts, params = prompts_of(3), [BeamSearchParams(4, MAX_TOKENS)] * 3

@@ -287,12 +287,8 @@ def measure_w32(model: Decoder, limits: MachineLimits | None, report: Report) ->
         "jpaged_statistics": statistics,
         **{name: value.summary_ms() for name, value in times.items()},
     }
-    least = None
-    if limits is not None:
-        prompt_lens = list(map(len, burst.prompts))
-        least = lib_limits.burst_limit_s(
-            model.config, limits, prompt_lens, burst.output_lens
-        )
+    lens = list(map(len, burst.prompts)), burst.output_lens
+    least = limits and lib_limits.burst_limit_s(model.config, limits, *lens)
     _report_w32(times, least, report)
 
 

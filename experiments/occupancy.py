@@ -10,9 +10,10 @@ the paper's figure 2 into slots with token states and slots reserved for future 
 with the memory that sharing saves on top, and the events of each request. `--csv`
 writes a row for each step.
 
-Lengths are those of Stanford Alpaca in `experiments.sharing`. Prompts are random
-tokens, and the model is the bundled one, since the tokens do not matter here. Times are
-wall clock. The time of a step is interpolated within its slice of about 0.05 s.
+Lengths are those of Stanford Alpaca in `experiments/lib/request_lengths.py`. Prompts
+are random tokens, and the model is the bundled one, since the tokens do not matter
+here. Times are wall clock. The time of a step is interpolated within its slice of about
+0.05 s.
 
 Time: about 20 s on two CPU cores once the engine is compiled, which takes a minute.
 Expected: more than 80 % of the used slots hold tokens, because only the last block of a
@@ -30,8 +31,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import sharing
 from experiments.lib import runner
+from experiments.lib.request_lengths import table_lengths
 from experiments.lib.runner import Report, progress
 from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
@@ -233,7 +234,7 @@ def main(argv: list[str]) -> None:
     """Runs the load and prints the results."""
     del argv
     count, seed = FLAGS.num_requests, FLAGS.seed
-    lengths = sharing.table_lengths("alpaca", count, seed)
+    lengths = table_lengths("alpaca", count, seed)
     rng = np.random.default_rng(seed)
     with runner.user_errors("occupancy"):
         llm = live_llm(max(map(sum, lengths)))

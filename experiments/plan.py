@@ -38,7 +38,7 @@ from jpaged.models.loading.placing import split_sizes
 from jpaged.models.shapes import random_config
 from jpaged.serving import memory
 from jpaged.simulator.costs.chips import Chip, find_chip
-from jpaged.simulator.costs.load import StepLoad
+from jpaged.simulator.costs.load import Load
 from jpaged.simulator.costs.roofline import Roofline
 from jpaged.simulator.costs.served_models import ServedModel
 
@@ -184,6 +184,29 @@ def check_mesh_sizes(config: ModelConfig, **sizes: int) -> None:
             )
 
 
+def predicted_step_s(
+    model: ServedModel, chip: Chip, tensor: int, rows: int, context: int
+) -> float:
+    """Predicts the seconds of a decode step by the simulator's roofline.
+
+    Args:
+      model: Sizes of the model.
+      chip: The kind of chip.
+      tensor: Chips that share each matrix.
+      rows: Batch rows of the step.
+      context: Tokens of each row.
+    """
+    load = Load(
+        query_lens=jnp.ones(rows, jnp.int32),
+        context_lens=jnp.full(rows, context, jnp.int32),
+        num_logits=jnp.int32(rows),
+        num_copied_tokens=jnp.int32(0),
+        num_swapped_tokens=jnp.int32(0),
+        num_swap_copies=jnp.int32(0),
+    )
+    return float(Roofline.of(model, chip, tensor)(load))
+
+
 def plan_mesh(
     config: ModelConfig,
     chip: Chip,
@@ -231,15 +254,7 @@ def plan_mesh(
     blocks = max(0, (available - weights - temporaries) // block)
     step_s = None
     if blocks:
-        load = StepLoad(
-            query_lens=jnp.ones(max_num_seqs, jnp.int32),
-            context_lens=jnp.full(max_num_seqs, context, jnp.int32),
-            num_logits=jnp.int32(max_num_seqs),
-            num_copied_tokens=jnp.int32(0),
-            num_swapped_tokens=jnp.int32(0),
-            num_swap_copies=jnp.int32(0),
-        )
-        step_s = float(Roofline.of(model, chip, tensor)(load))
+        step_s = predicted_step_s(model, chip, tensor, max_num_seqs, context)
     return MeshPlan(
         weight_bytes=weights,
         temporary_bytes=temporaries,

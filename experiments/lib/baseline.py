@@ -41,7 +41,7 @@ class BaselineShape:
     norm_eps: float
 
 
-class BaselineState(NamedTuple):
+class StaticBatch(NamedTuple):
     """A static batch during generation."""
 
     keys: tuple[jax.Array, ...]  # one f32[B, K, C, D] per layer
@@ -115,7 +115,7 @@ def prefill(
     *,
     shape: BaselineShape,
     max_len: int,
-) -> BaselineState:
+) -> StaticBatch:
     """Computes prompts i32[B, T]; returns the state with each first output token."""
     state, logits = prefill_logits(weights, tokens, starts, shape, max_len)
     return state._replace(tokens=_most_probable(logits))
@@ -127,7 +127,7 @@ def prefill_logits(
     starts: jax.Array,
     shape: BaselineShape,
     max_len: int,
-) -> tuple[BaselineState, jax.Array]:
+) -> tuple[StaticBatch, jax.Array]:
     """Computes prompts without choosing the next tokens.
 
     Args:
@@ -158,7 +158,7 @@ def prefill_logits(
         return _attention(q, k, v, mask)
 
     x = _trunk(weights, tokens, positions, attend, shape)
-    state = BaselineState(
+    state = StaticBatch(
         keys=tuple(keys),
         values=tuple(values),
         starts=starts,
@@ -169,8 +169,8 @@ def prefill_logits(
 
 
 def step_logits(
-    weights: Weights, state: BaselineState, shape: BaselineShape
-) -> tuple[BaselineState, jax.Array]:
+    weights: Weights, state: StaticBatch, shape: BaselineShape
+) -> tuple[StaticBatch, jax.Array]:
     """Writes `state.tokens` to the cache; returns the state and logits f32[B, V]."""
     capacity = state.keys[0].shape[2]
     slots = jnp.arange(capacity, dtype=jnp.int32)[None, :]
@@ -189,9 +189,7 @@ def step_logits(
     return state, x[:, 0] @ weights["output"]
 
 
-def _step(
-    weights: Weights, state: BaselineState, shape: BaselineShape
-) -> BaselineState:
+def _step(weights: Weights, state: StaticBatch, shape: BaselineShape) -> StaticBatch:
     """Decodes one token of each sequence."""
     state, logits = step_logits(weights, state, shape)
     return state._replace(tokens=_most_probable(logits))
@@ -201,8 +199,8 @@ step = jax.jit(_step, static_argnames="shape", donate_argnames="state")
 
 
 def decode_calls(
-    weights: Weights, state: BaselineState, num_steps: int, *, shape: BaselineShape
-) -> tuple[BaselineState, jax.Array]:
+    weights: Weights, state: StaticBatch, num_steps: int, *, shape: BaselineShape
+) -> tuple[StaticBatch, jax.Array]:
     """Decodes by `num_steps` calls of `step`; returns tokens i32[B, steps + 1] too."""
     tokens = [state.tokens.copy()]
     for _ in range(num_steps):
@@ -212,8 +210,8 @@ def decode_calls(
 
 
 def decode_loop(
-    weights: Weights, state: BaselineState, num_steps: int, *, shape: BaselineShape
-) -> tuple[BaselineState, jax.Array]:
+    weights: Weights, state: StaticBatch, num_steps: int, *, shape: BaselineShape
+) -> tuple[StaticBatch, jax.Array]:
     """Computes the result of `decode_calls` in one device call."""
     state, tokens = _loop(weights, state, num_steps, shape=shape)
     return state, tokens[: num_steps + 1].T
@@ -221,15 +219,15 @@ def decode_loop(
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="state")
 def _loop(
-    weights: Weights, state: BaselineState, num_steps: int, *, shape: BaselineShape
-) -> tuple[BaselineState, jax.Array]:
+    weights: Weights, state: StaticBatch, num_steps: int, *, shape: BaselineShape
+) -> tuple[StaticBatch, jax.Array]:
     """The state after `num_steps` (traced) steps, and tokens i32[C + 1, B]."""
     batch, _, capacity, _ = state.keys[0].shape
     tokens = jnp.zeros((capacity + 1, batch), jnp.int32).at[0].set(state.tokens)
 
     def advance(
-        index: jax.Array, carry: tuple[BaselineState, jax.Array]
-    ) -> tuple[BaselineState, jax.Array]:
+        index: jax.Array, carry: tuple[StaticBatch, jax.Array]
+    ) -> tuple[StaticBatch, jax.Array]:
         state, tokens = carry
         state = _step(weights, state, shape)
         return state, tokens.at[index + 1].set(state.tokens)

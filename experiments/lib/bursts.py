@@ -142,7 +142,7 @@ class BaselineBurst:
         self.steps = max(burst.output_lens) - 1
         self.form = "loop"
 
-    def prefill(self) -> baseline.BaselineState:
+    def prefill(self) -> baseline.StaticBatch:
         """Computes the prompts."""
         return baseline.prefill(
             self.weights,
@@ -170,11 +170,11 @@ class BaselineBurst:
         latest = [self.prefill()]
         slot, tokens = int(latest[0].slot), jnp.copy(latest[0].tokens)
 
-        def prepare() -> tuple[baseline.BaselineState]:
+        def prepare() -> tuple[baseline.StaticBatch]:
             return (latest[0]._replace(slot=jnp.int32(slot), tokens=jnp.copy(tokens)),)
 
         def contender(decode: Callable[..., Any]) -> Contender:
-            def run(state: baseline.BaselineState) -> jax.Array:
+            def run(state: baseline.StaticBatch) -> jax.Array:
                 latest[0], out = decode(self.weights, state, steps, shape=self.shape)
                 return out
 

@@ -1,10 +1,12 @@
 """Decoding: from logits to tokens and parents.
 
-Place on the road: decoder -> logits -> [decoding] -> (tokens, parents) -> engine.
-`base` has the two interfaces, `transforms` the filters, `sample` what the engine
-calls in every step, `rules` what a request's rules make of its logits, `automaton` and
-`constraints` what structured output masks, `beam`, `diverse_beam` and
-`stochastic_beam` the searches, `smc` the particle method.
+Pipeline: decoder -> logits -> [decoding] -> (tokens, parents) -> engine.
+
+`base` defines logits transforms and decoding algorithms, `transforms` has the filters,
+and `sample` samples the tokens of an engine step. `rules` applies the logits rules of
+requests, `automaton` and `constraints` mask tokens for structured output. `beam`,
+`diverse_beam` and `stochastic_beam` are search algorithms, `smc` is a particle method.
+`prompt_lookup` drafts tokens for speculative decoding.
 """
 
 from jpaged.decoding.base import Decision as Decision

@@ -1,12 +1,14 @@
-"""Token automata: which tokens a constraint allows, as a table that was trimmed.
+"""Token automata: tables of the tokens that a constraint allows.
 
-Place on the road: structured -> [automaton] -> constraints -> logits. Host only.
+Pipeline: structured -> [automaton] -> constraints -> logits. Host only.
 
-In state q a token of class c leads to `transitions[q, c]`, or nowhere (DEAD). Tokens
-that every state treats alike share a class, so the table is small at any vocabulary.
+In state q, a token of class c leads to state `transitions[q, c]`, or is forbidden
+(DEAD). Tokens with equal transitions in every state share a class, so the table is
+small for any vocabulary.
 
-Shape letters: V vocabulary, Q states, C token classes, K allowed sets (states that
-allow the same tokens share one), W words of a bit mask.
+Shape symbols: V vocabulary, Q states, C token classes, K allowed sets (shared by states
+that allow the same tokens), W words of a bit mask.
+
 Source: Willard and Louf 2023. https://arxiv.org/abs/2307.09702
 """
 
@@ -17,50 +19,44 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jpaged.arithmetic import cdiv
+from jpaged.decoding.bit_masks import MASK_BITS, num_words
 
-DEAD = -1  # no state: nothing is allowed any more
-EOS_CLASS = 0  # the class of the EOS tokens, and of no others
+DEAD = -1  # not a state: no token is allowed
+EOS_CLASS = 0  # the class of EOS tokens only
 MAX_STATES = 2**15 - 1  # states and classes are int16 on the device
-MASK_BITS = 32  # vocabulary entries per word of a bit mask
-
-
-def num_words(vocab_size: int) -> int:
-    """Return W, the words of a bit mask over the vocabulary."""
-    return cdiv(vocab_size, MASK_BITS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenAutomaton:
-    """Which sequences of tokens a constraint allows; state 0 is the start.
+    """The token sequences that a constraint allows; built by `token_automaton`.
 
-    A token t leads from state q to `transitions[q, classes[t]]`. EOS is allowed in the
-    accepting states alone, and stays there. Every state can be reached, and from every
-    state some allowed tokens lead to EOS. `token_automaton` makes one.
+    State 0 is the start. Token t leads from state q to `transitions[q, classes[t]]`.
+    EOS is allowed in accepting states only, and does not change the state. Every state
+    is reachable, and EOS is reachable from every state.
     """
 
-    classes: np.ndarray  # i32[V], EOS_CLASS for EOS tokens alone
+    classes: np.ndarray  # i32[V], EOS_CLASS for EOS tokens only
     transitions: np.ndarray  # i32[Q, C], the next state or DEAD
-    is_accepting: np.ndarray  # bool[Q], the text may end here
+    is_accepting: np.ndarray  # bool[Q], whether the text may end here
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Size V of the vocabulary."""
         return len(self.classes)
 
     @property
     def num_states(self) -> int:
-        """Q."""
+        """Number of states Q."""
         return self.transitions.shape[0]
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of token classes C."""
         return self.transitions.shape[1]
 
     @functools.cached_property
     def digest(self) -> np.ndarray:
-        """u32[4] that tells this automaton from others: a hash of its arrays."""
+        """A hash u32[4] of the arrays, which identifies the automaton."""
         found = hashlib.blake2b(digest_size=16)
         for array in (self.classes, self.transitions, self.is_accepting):
             found.update(str(array.shape).encode())
@@ -69,7 +65,7 @@ class TokenAutomaton:
 
     @functools.cached_property
     def allowed_sets(self) -> tuple[np.ndarray, np.ndarray]:
-        """The allowed set of each state i32[Q], and the sets as bits u32[K, W]."""
+        """Index of each state's allowed set i32[Q], and the sets as masks u32[K, W]."""
         allowed_QC = self.transitions != DEAD
         sets_KC, set_of_state = np.unique(allowed_QC, axis=0, return_inverse=True)
         bits = np.zeros(num_words(self.vocab_size) * MASK_BITS, np.bool_)
@@ -86,22 +82,22 @@ def token_automaton(
     eos_token_ids: Sequence[int],
     classes: np.ndarray | None = None,
 ) -> TokenAutomaton:
-    """Return the trimmed automaton of a table, with EOS in its accepting states.
+    """Builds a trimmed automaton from a table, and adds EOS to its accepting states.
 
-    States that cannot be reached, or that cannot reach an accepting one, are dropped,
-    and tokens with equal columns are merged into classes. States keep their order.
+    States that are not reachable, or from which no accepting state is reachable, are
+    removed. Tokens with equal columns are merged into classes. States keep their order.
 
     Args:
-        transitions: int[Q, V], the next state of each token, or DEAD; with `classes`
-            int[Q, C], the next state of each class. State 0 is the start. What it says
-            of EOS tokens does not matter.
-        is_accepting: bool[Q].
-        eos_token_ids: at least one; all of them end the text.
-        classes: int[V], or None for a class of its own for each token.
+      transitions: int[Q, V], the next state of each token, or DEAD; with `classes`
+        int[Q, C], the next state of each class. State 0 is the start. Entries of EOS
+        tokens are ignored.
+      is_accepting: bool[Q].
+      eos_token_ids: Tokens that end the text; at least one.
+      classes: int[V], the class of each token; None: every token has its own class.
 
     Raises:
-        ValueError: shapes or ids do not fit; there are no EOS tokens; no accepting
-            state can be reached; more than MAX_STATES states or classes are left.
+      ValueError: Shapes or ids are invalid, there are no EOS tokens, no accepting state
+        is reachable, or more than MAX_STATES states or classes are left.
     """
     transitions = np.asarray(transitions, np.int32)
     is_accepting = np.asarray(is_accepting, np.bool_)
@@ -109,20 +105,20 @@ def token_automaton(
         classes = np.arange(transitions.shape[-1])
     classes = np.asarray(classes, np.int32)
     eos_ids = _check_table(transitions, is_accepting, classes, eos_token_ids)
-    # Only the classes that tokens other than EOS have; behind them one for EOS.
+    # Only classes of tokens other than EOS are used; EOS gets a new class.
     is_eos = np.zeros(len(classes), np.bool_)
     is_eos[eos_ids] = True
     used, among_used = np.unique(classes[~is_eos], return_inverse=True)
-    # Merged before the search, so that it sees few columns, and once more after it.
+    # Merging before the search makes it fast; removed states allow merging again later.
     transitions, among_columns = _merge_equal_columns(transitions[:, used])
     live = _live_states(transitions, is_accepting)
     if not live[0]:
         raise ValueError(
-            "automaton: wanted a sequence of tokens from the start to an accepting "
+            "automaton: expected a sequence of tokens from the start to an accepting "
             "state, got none: the constraint cannot be met with this vocabulary"
         )
     new_ids = np.where(live, np.cumsum(live, dtype=np.int32) - 1, DEAD)
-    # The added last entry is what DEAD = -1 picks.
+    # Index DEAD = -1 picks the appended last entry.
     transitions = np.append(new_ids, DEAD)[transitions[live]].astype(np.int32)
     is_accepting = is_accepting[live]
     transitions, column_ids = _merge_equal_columns(transitions)
@@ -133,7 +129,7 @@ def token_automaton(
     token_classes[~is_eos] = 1 + column_ids[among_columns[among_used]]
     if max(transitions.shape) > MAX_STATES:
         raise ValueError(
-            f"automaton: wanted at most {MAX_STATES} states and token classes, got "
+            f"automaton: expected at most {MAX_STATES} states and token classes, got "
             f"{' and '.join(map(str, transitions.shape))}; use a simpler constraint"
         )
     return TokenAutomaton(token_classes, transitions, is_accepting)
@@ -145,10 +141,10 @@ def _check_table(
     classes: np.ndarray,
     eos_token_ids: Sequence[int],
 ) -> list[int]:
-    """Return the EOS ids, or raise ValueError for a table that is none."""
+    """Returns the EOS ids; raises ValueError for an invalid table."""
     if transitions.ndim != 2 or is_accepting.shape != transitions.shape[:1]:
         raise ValueError(
-            f"transitions, is_accepting: wanted [Q, C] and [Q], got "
+            f"transitions, is_accepting: expected shapes [Q, C] and [Q], got "
             f"{transitions.shape} and {is_accepting.shape}"
         )
     num_states, num_classes = transitions.shape
@@ -158,20 +154,20 @@ def _check_table(
     ):
         if values.size and not (low <= values.min() and values.max() < end):
             raise ValueError(
-                f"{name}: wanted numbers from {low} to {end - 1}, got "
+                f"{name}: expected numbers from {low} to {end - 1}, got "
                 f"{values.min()} to {values.max()}"
             )
     eos_ids = [int(token) for token in eos_token_ids]
     if not eos_ids or not all(0 <= token < len(classes) for token in eos_ids):
         raise ValueError(
-            f"eos_token_ids: wanted at least one id, all below the vocabulary's size "
-            f"{len(classes)}, got {eos_ids}: without EOS a constrained text cannot end"
+            f"eos_token_ids: expected at least one id, all below the vocabulary's size "
+            f"{len(classes)}, got {eos_ids}; without EOS a constrained text cannot end"
         )
     return eos_ids
 
 
 def _edges(transitions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs (state, next state) of a table, each once."""
+    """The distinct pairs (state, next state) of a table."""
     num_states = len(transitions)
     source, column = np.nonzero(transitions != DEAD)
     pairs = np.unique(source * num_states + transitions[source, column])
@@ -181,7 +177,7 @@ def _edges(transitions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _distances(
     num_states: int, source: np.ndarray, target: np.ndarray, starts: np.ndarray
 ) -> np.ndarray:
-    """Return i64[Q]: the fewest edges from any of `starts`, or -1 where none leads."""
+    """Fewest edges from any of `starts` to each state, i64[Q]; -1: not reachable."""
     order = np.argsort(source, kind="stable")
     target = target[order]
     first = np.searchsorted(source[order], np.arange(num_states + 1))
@@ -197,7 +193,7 @@ def _distances(
 
 
 def _live_states(transitions: np.ndarray, is_accepting: np.ndarray) -> np.ndarray:
-    """Return bool[Q]: reached from the start, and an accepting state is reached."""
+    """States on a path from the start to an accepting state, bool[Q]."""
     num_states = len(transitions)
     source, target = _edges(transitions)
     is_reached = _distances(num_states, source, target, np.array([0])) >= 0
@@ -206,9 +202,9 @@ def _live_states(transitions: np.ndarray, is_accepting: np.ndarray) -> np.ndarra
 
 
 def _merge_equal_columns(transitions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct columns i32[Q, C], and for each column which it is."""
+    """The distinct columns i32[Q, C], and the index of each column among them."""
     ids: dict[bytes, int] = {}
-    # A hash of each column: a sort would compare long rows again and again.
+    # Hashing is faster than sorting, which compares long columns many times.
     columns = np.ascontiguousarray(transitions.T)
     column_ids = [ids.setdefault(column.tobytes(), len(ids)) for column in columns]
     column_ids = np.array(column_ids, np.int32)
@@ -217,7 +213,7 @@ def _merge_equal_columns(transitions: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def shortest(automaton: TokenAutomaton) -> int:
-    """Return the fewest tokens of a complete text, EOS included."""
+    """Fewest tokens of a complete text, including EOS."""
     source, target = _edges(automaton.transitions)
     start = np.array([0])
     distances = _distances(automaton.num_states, source, target, start)

@@ -1,12 +1,13 @@
-"""Diverse beam search: groups of beams, each kept from the words of those before it.
+"""Diverse beam search: groups of beams that are penalised for equal tokens.
 
-Place on the road: log-probabilities -> [diverse beam] -> (tokens, parents) -> engine.
+Pipeline: log-probabilities -> [diverse beam] -> (tokens, parents) -> engine.
 
-Within one step the groups take their turns. Each is a beam search of its own, on
+Within a step the groups follow one after the other. Each is a separate beam search, on
 log-probabilities from which `diversity_penalty` is subtracted once for every row of an
-earlier group that has just taken the token (Hamming diversity).
+earlier group that got the token in this step (Hamming diversity).
 
-Shape letters: S rows of one request, G groups, W = S / G rows of a group, V vocabulary.
+Shape symbols: S rows of one request, G groups, W = S / G rows of a group, V vocabulary.
+
 Source: Vijayakumar et al. 2016, Algorithm 1. https://arxiv.org/abs/1610.02424
 """
 
@@ -25,9 +26,9 @@ from jpaged.decoding.base import Decision, DecodingAlgorithm
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiverseBeamState:
-    """One request's diverse beam search."""
+    """The state of one request's diverse beam search."""
 
-    groups: beam.BeamState  # of every group, with a leading axis G
+    groups: beam.BeamState  # states of the groups, with a leading axis G
     diversity_penalty: jax.Array  # f32[]
 
 
@@ -40,32 +41,32 @@ def diverse_beam_search(
     early_stopping: bool | str = False,
     stop_token_ids: Sequence[int] = (),
 ) -> DecodingAlgorithm:
-    """Return beam search in groups, over all rows of a request.
+    """Builds diverse beam search over all rows of a request.
 
-    Group g has rows g * W .. (g + 1) * W - 1 and the held sequences S behind them, best
-    first within the group; it ends by its own rule, and the request with the last
-    group. The first group finds what beam search of width W finds. Scores contain the
-    penalties of all steps, as in Hugging Face; `logprobs` do not.
+    Group g has rows g * W .. (g + 1) * W - 1, and S further the retained hypotheses of
+    these rows, best first within the group. Each group ends by its own rule, and the
+    request ends with the last group. The first group finds the hypotheses of beam
+    search of width W. As in Hugging Face, scores include the penalties of all steps;
+    `logprobs` do not. `init` raises ValueError for an invalid argument.
 
     Args:
-        num_groups: G, which must divide the number of rows.
-        diversity_penalty: 0 or larger; 0 makes all groups equal.
-        max_tokens, length_penalty, early_stopping, stop_token_ids: of every group, as
-            in `beam_search`.
-
-    Raises:
-        ValueError: from `init`, for a bad argument.
+      num_groups: Groups G, which must divide the number of rows.
+      diversity_penalty: At least 0; 0 makes all groups equal.
+      max_tokens: As in `beam_search`, for every group.
+      length_penalty: As in `beam_search`, for every group.
+      early_stopping: As in `beam_search`, for every group.
+      stop_token_ids: As in `beam_search`, for every group.
     """
 
     def init(num_rows: int) -> DiverseBeamState:
         if num_groups < 1 or num_rows % num_groups:
             raise ValueError(
-                f"num_groups must divide the {num_rows} rows of the request; "
-                f"got {num_groups}"
+                f"num_groups: expected a divisor of {num_rows}, the rows of the "
+                f"request, got {num_groups}"
             )
         if not 0.0 <= diversity_penalty < float("inf"):
             raise ValueError(
-                "diversity_penalty must be 0 or larger, and finite; "
+                "diversity_penalty: expected a finite number of at least 0, "
                 f"got {diversity_penalty}"
             )
         group = beam.beam_search(
@@ -85,50 +86,45 @@ def diverse_beam_search(
 def step(
     keys: jax.Array, logits: jax.Array, state: DiverseBeamState
 ) -> tuple[DiverseBeamState, Decision]:
-    """Return the state and the decision after one more token (a `StepFn`).
-
-    The keys are not used.
-    """
+    """The `StepFn` of diverse beam search; the keys are not used."""
     del keys
     num_groups, width = state.groups.scores.shape
     num_rows, vocab_size = logits.shape
     logits = logits.astype(jnp.float32)
 
-    def take_turn(
+    def advance_group(
         counts: jax.Array, group: tuple[jax.Array, beam.BeamState]
     ) -> tuple[jax.Array, tuple[beam.BeamState, Decision]]:
         group_logits, group_state = group
         penalised = group_logits - state.diversity_penalty * counts[None]
-        group_state, decision, going = beam.advance(penalised, group_state)
-        # Rows count in the step that ends their group too; stop tokens never do.
-        is_live = (going.scores > -jnp.inf).astype(jnp.float32)
-        return counts.at[going.tokens].add(is_live), (group_state, decision)
+        group_state, decision, continued = beam.advance_beams(penalised, group_state)
+        # Rows count even in the step that ends their group; stop tokens never count.
+        is_live = (continued.scores > -jnp.inf).astype(jnp.float32)
+        return counts.at[continued.tokens].add(is_live), (group_state, decision)
 
     groups = logits.reshape(num_groups, width, vocab_size), state.groups
-    _, (states, decisions) = lax.scan(take_turn, jnp.zeros(vocab_size), groups)
+    _, (states, decisions) = lax.scan(advance_group, jnp.zeros(vocab_size), groups)
 
     tokens, finished = _flat(decisions.tokens), _flat(decisions.finished)
     parents = _of_request(decisions.parents, num_rows)
-    # The log-probabilities without penalties; 0 where no token was taken, as in `beam`.
+    # Log-probabilities without penalties; 0 for sequences without a new token, as in
+    # `beam`.
     is_row = jnp.arange(2 * num_rows) < num_rows
-    is_taken = (parents < num_rows) & (~finished | ~is_row)
+    has_token = (parents < num_rows) & (~finished | ~is_row)
     raw = logits[jnp.minimum(parents, num_rows - 1), tokens]
-    logprobs = jnp.where(is_taken, raw, 0.0)
+    logprobs = jnp.where(has_token, raw, 0.0)
     decision = Decision(tokens, parents, logprobs, finished)
     return dataclasses.replace(state, groups=states), decision
 
 
 def _flat(array: jax.Array) -> jax.Array:
-    """Return [2S] of [G, 2W]: the rows of all groups, then what they hold."""
+    """Reorders [G, 2W] to [2S]: the rows of all groups, then their hypotheses."""
     num_groups = len(array)
     return array.reshape(num_groups, 2, -1).swapaxes(0, 1).reshape(-1)
 
 
 def _of_request(parents: jax.Array, num_rows: int) -> jax.Array:
-    """Return i32[2S]: parents of all groups, counted within the request.
-
-    `parents` is i32[G, 2W], counted within each group.
-    """
+    """Parents i32[2S] as indices in the request, from i32[G, 2W] within each group."""
     num_groups, num_sequences = parents.shape
     width = num_sequences // 2
     first = width * jnp.arange(num_groups, dtype=jnp.int32)[:, None]

@@ -1,9 +1,10 @@
-"""The rules of requests as arrays, and how a request's parameters become them.
+"""Logits rules of requests as arrays, encoded from the requests' parameters.
 
-Place on the road: user's parameters -> [rule_arrays] -> rules -> sample. `encode` works
-on the host, one request at a time; the engine stacks the rows.
+Pipeline: request parameters -> [rule_arrays] -> rules -> sample.
 
-Shape letters: S rows, B biases of a row, W bad words of a row, K tokens of a bad word,
+`encode_rules` runs on the host, for one request at a time; the engine stacks the rows.
+
+Shape symbols: S rows, B biases of a row, W bad words of a row, K tokens of a bad word,
 A words of a bit mask over the vocabulary.
 """
 
@@ -15,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged.arithmetic import cdiv
+from jpaged.decoding.bit_masks import MASK_BITS, num_words, power_of_two
 
-NO_TOKEN = -1  # pads token ids; in front of a bad word it stands for any token
-MASK_BITS = 32  # vocabulary entries per word of the bit mask
+NO_TOKEN = -1  # padding of token ids; before a bad word it matches any token
 
 
 class RuleParams(Protocol):
-    """What is read of a request's parameters; `SamplingParams` has it."""
+    """The parameters of a request that are logits rules, as in `SamplingParams`."""
 
     repetition_penalty: float
     presence_penalty: float
@@ -34,12 +34,12 @@ class RuleParams(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RuleSizes:
-    """Capacities per row. They are shapes, so each new value compiles anew."""
+    """Capacities per row; they are shapes, so every new value is compiled."""
 
     num_bias: int = 0  # B, tokens with a bias
     num_bad_words: int = 0  # W
     bad_word_len: int = 0  # K, tokens of the longest bad word
-    num_allowed: int = 0  # vocabulary entries that the bit mask covers; 0: no mask
+    num_allowed: int = 0  # tokens that the bit mask covers; 0: no mask
 
     @classmethod
     def of_request(
@@ -48,18 +48,18 @@ class RuleSizes:
         vocab_size: int,
         bad_word_token_ids: Sequence[Sequence[int]] = (),
     ) -> "RuleSizes":
-        """Return what one request needs, as powers of two, so that few sizes occur."""
+        """Sizes that a request needs, as powers of two, so that few sizes occur."""
         has_allowed = params.allowed_token_ids is not None
-        covered = cdiv(vocab_size, MASK_BITS) * MASK_BITS
+        covered = num_words(vocab_size) * MASK_BITS
         return cls(
-            num_bias=_power_of_two(len(params.logit_bias or ())),
-            num_bad_words=_power_of_two(len(bad_word_token_ids)),
-            bad_word_len=_power_of_two(max(map(len, bad_word_token_ids), default=0)),
+            num_bias=power_of_two(len(params.logit_bias or ())),
+            num_bad_words=power_of_two(len(bad_word_token_ids)),
+            bad_word_len=power_of_two(max(map(len, bad_word_token_ids), default=0)),
             num_allowed=covered if has_allowed else 0,
         )
 
     def grown(self, other: "RuleSizes") -> "RuleSizes":
-        """Return the least sizes that have room for both.
+        """Elementwise maximum of two sizes.
 
         >>> RuleSizes(num_bias=4).grown(RuleSizes(num_bias=2, num_allowed=32))
         RuleSizes(num_bias=4, num_bad_words=0, bad_word_len=0, num_allowed=32)
@@ -68,28 +68,24 @@ class RuleSizes:
         return RuleSizes(*map(max, pairs))
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length() if number else 0
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogitsRules:
-    """The rules of S rows, as arrays; at S = 1 place or row they have no axis S."""
+    """The rules of S rows as arrays; those of one request have no axis S."""
 
     repetition_penalty: jax.Array  # f32[S], 1 is off
     presence_penalty: jax.Array  # f32[S], 0 is off
     frequency_penalty: jax.Array  # f32[S], 0 is off
     min_tokens: jax.Array  # i32[S], 0 is off
-    bias_ids: jax.Array  # i32[S, B], NO_TOKEN where there is none
+    bias_ids: jax.Array  # i32[S, B], NO_TOKEN is padding
     biases: jax.Array  # f32[S, B]
     bad_words: jax.Array  # i32[S, W, K], NO_TOKEN before the first token
-    has_allowed: jax.Array  # bool[S], whether `allowed` says anything
-    allowed: jax.Array  # u32[S, A], bit v % 32 of word v // 32: token v is allowed
+    has_allowed: jax.Array  # bool[S], whether `allowed` applies
+    allowed: jax.Array  # u32[S, A], see `bit_masks`
 
     @classmethod
     def none(cls, num_rows: int, sizes: RuleSizes) -> "LogitsRules":
-        """Return rows without a rule: the value of unused rows too."""
+        """Rows without rules, which are also the values of unused rows."""
         row = _no_rules(sizes)
         return jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (num_rows, *leaf.shape)), row
@@ -97,7 +93,7 @@ class LogitsRules:
 
     @property
     def sizes(self) -> RuleSizes:
-        """The capacities, read from the shapes."""
+        """Capacities, from the shapes."""
         num_bad_words, bad_word_len = self.bad_words.shape[-2:]
         return RuleSizes(
             num_bias=self.bias_ids.shape[-1],
@@ -108,7 +104,7 @@ class LogitsRules:
 
 
 def _no_rules(sizes: RuleSizes) -> LogitsRules:
-    """Return one row without rules, of numpy arrays without the axis S."""
+    """One row without rules, as numpy arrays without the axis S."""
     leaves: dict[str, Any] = dict(
         repetition_penalty=np.float32(1.0),
         presence_penalty=np.float32(0.0),
@@ -125,20 +121,21 @@ def _no_rules(sizes: RuleSizes) -> LogitsRules:
     return LogitsRules(**leaves)
 
 
-def encode(
+def encode_rules(
     params: RuleParams,
     sizes: RuleSizes,
     bad_word_token_ids: Sequence[Sequence[int]] = (),
 ) -> LogitsRules:
-    """Return the rules of one request: numpy arrays without the axis S.
+    """Encodes the rules of one request as numpy arrays without the axis S.
 
     Args:
-        params: checked by `check_rules`.
-        sizes: at least `RuleSizes.of_request` of the same arguments.
-        bad_word_token_ids: what `text.bad_word_token_ids` made of `params.bad_words`.
+      params: The request's parameters, checked by `check_rules`.
+      sizes: Capacities, at least `RuleSizes.of_request` of the same arguments.
+      bad_word_token_ids: The tokens of `params.bad_words`, from
+        `text.bad_word_token_ids`.
 
     Raises:
-        ValueError: `sizes` has no room for the request.
+      ValueError: The request exceeds `sizes`.
     """
     row: Any = _no_rules(sizes)
     bias, allowed = params.logit_bias or {}, params.allowed_token_ids
@@ -151,7 +148,7 @@ def encode(
     for name, number in needed.items():
         if number > getattr(sizes, name):
             raise ValueError(
-                f"sizes: wanted {name} of at least {number} for this request, got "
+                f"sizes: expected {name} of at least {number} for this request, got "
                 f"{getattr(sizes, name)}; grow it by RuleSizes.of_request"
             )
     row.bias_ids[: len(bias)] = list(bias.keys())
@@ -172,10 +169,10 @@ def encode(
     )
 
 
-def grow(rules: LogitsRules, sizes: RuleSizes) -> LogitsRules:
-    """Return the same rules with room for `sizes` as well; what fits is untouched.
+def grow_rules(rules: LogitsRules, sizes: RuleSizes) -> LogitsRules:
+    """Pads rules to capacities of at least `sizes`; the rules do not change.
 
-    Works on numpy arrays and on jax arrays, with and without the axis S.
+    Accepts numpy and jax arrays, with and without the axis S.
     """
     old, new = rules.sizes, rules.sizes.grown(sizes)
     if old == new:
@@ -188,7 +185,7 @@ def grow(rules: LogitsRules, sizes: RuleSizes) -> LogitsRules:
 
     more_bias = (0, new.num_bias - old.num_bias)
     more_words = (0, new.num_bad_words - old.num_bad_words)
-    longer = (new.bad_word_len - old.bad_word_len, 0)  # words end at the right
+    longer = (new.bad_word_len - old.bad_word_len, 0)  # the last token stays last
     more_bits = (0, (new.num_allowed - old.num_allowed) // MASK_BITS)
     return dataclasses.replace(
         rules,

@@ -1,15 +1,15 @@
-"""What the rules of a request may be, checked before work starts.
+"""Checks the logits rules of a request before it is submitted.
 
-Place on the road: user's parameters -> [rule_checks] -> rule_arrays. Host only.
+Pipeline: request parameters -> [rule_checks] -> rule_arrays. Host only.
 """
 
 from collections.abc import Sequence
 
 from jpaged.decoding.rule_arrays import RuleParams
 
-# Within these, no sum or product of usual logits overflows float32.
+# Within these limits, sums and products with usual logits do not overflow float32.
 LARGEST_BIAS, LEAST_BIAS = 1e9, -3e38
-LARGEST_PENALTY = 1e9  # its inverse is the least
+LARGEST_PENALTY = 1e9  # the smallest penalty is its inverse
 
 
 def check_rules(
@@ -18,33 +18,38 @@ def check_rules(
     bad_word_token_ids: Sequence[Sequence[int]] = (),
     stop_ids: Sequence[int] = (),
 ) -> None:
-    """Raise ValueError where the rules do not fit the vocabulary or leave no token.
+    """Checks that the rules fit the vocabulary and leave at least one token.
 
     Args:
-        params: of one request.
-        vocab_size: of the model.
-        bad_word_token_ids: what `text.bad_word_token_ids` made of `params.bad_words`.
-        stop_ids: all that end the request: its own and, unless ignored, EOS.
+      params: The request's parameters.
+      vocab_size: Size of the model's vocabulary.
+      bad_word_token_ids: The tokens of `params.bad_words`, from
+        `text.bad_word_token_ids`.
+      stop_ids: All tokens that end the request: its own and, unless ignored, EOS.
+
+    Raises:
+      ValueError: A rule is out of range, or no token is left.
     """
     bias, allowed = params.logit_bias or {}, params.allowed_token_ids
     for name, ids in (("logit_bias", bias), ("allowed_token_ids", allowed or ())):
-        wrong = [token for token in ids if not 0 <= token < vocab_size]
-        if wrong:
+        invalid = [token for token in ids if not 0 <= token < vocab_size]
+        if invalid:
             raise ValueError(
-                f"{name}: wanted token ids below the model's vocab_size "
-                f"({vocab_size}), got {wrong[0]}"
+                f"{name}: expected token ids below the model's vocab_size "
+                f"({vocab_size}), got {invalid[0]}"
             )
     for token, value in bias.items():
         if not LEAST_BIAS <= value <= LARGEST_BIAS:
             raise ValueError(
-                f"logit_bias[{token}]: wanted {LEAST_BIAS:g} to {LARGEST_BIAS:g}, "
-                f"which float32 logits can bear, got {value:g}"
+                f"logit_bias[{token}]: expected {LEAST_BIAS:g} to {LARGEST_BIAS:g}, so "
+                f"that float32 logits do not overflow, got {value:g}"
             )
     penalty = params.repetition_penalty
     if not 1.0 / LARGEST_PENALTY <= penalty <= LARGEST_PENALTY:
         raise ValueError(
-            f"repetition_penalty: wanted {1.0 / LARGEST_PENALTY:g} to "
-            f"{LARGEST_PENALTY:g}, which float32 logits can bear, got {penalty:g}"
+            f"repetition_penalty: expected {1.0 / LARGEST_PENALTY:g} to "
+            f"{LARGEST_PENALTY:g}, so that float32 logits do not overflow, got "
+            f"{penalty:g}"
         )
     _check_a_token_is_left(params, vocab_size, bad_word_token_ids, set(stop_ids))
 
@@ -61,12 +66,12 @@ def _check_a_token_is_left(
     left -= {word[0] for word in bad_word_token_ids if len(word) == 1}
     if not left:
         raise ValueError(
-            f"bad_words: wanted at least one token of {what} to be left, got bad words "
-            f"that forbid all of them; allow more tokens, or forbid fewer"
+            f"bad_words: expected at least one token of {what} to be left, got bad "
+            f"words that forbid all of them; allow more tokens, or forbid fewer"
         )
     if params.min_tokens > 0 and left <= stop_ids:
         raise ValueError(
-            f"min_tokens: wanted 0, got {params.min_tokens}: all tokens of {what} that "
-            f"are left ({sorted(left)[:8]}) end the request, so none can come before "
+            f"min_tokens: expected 0, got {params.min_tokens}: all remaining tokens of "
+            f"{what} ({sorted(left)[:8]}) end the request, so none can come before "
             f"min_tokens; allow another token, or set min_tokens to 0"
         )

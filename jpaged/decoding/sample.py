@@ -1,13 +1,13 @@
-"""Sampling: one token per row from its logits, whatever the batch around it.
+"""Sampling: one token per row from its logits, independent of the other rows.
 
-Place on the road: logits -> [sample] -> (tokens, logprobs) -> engine.
+Pipeline: logits -> [sample] -> (tokens, logprobs) -> engine.
 
-A token is drawn by inverse CDF in two levels: first a group of 128 vocabulary
-entries, in proportion to its mass, then an entry of that group. It takes two
-random numbers per row instead of the V of the Gumbel trick, which are most of
-that trick's time on a CPU. See docs/decisions/sampling.md.
+A token is sampled by inverse CDF on two levels: first a group of 128 vocabulary entries
+in proportion to its mass, then an entry of that group. This needs two random numbers
+per row. Gumbel-max sampling needs V, which take most of its time on a CPU. See
+docs/decisions/sampling.md.
 
-Shape letters: S rows, V vocabulary, G groups, W entries of a group.
+Shape symbols: S rows, V vocabulary, G groups, W entries of a group.
 """
 
 import dataclasses
@@ -30,25 +30,25 @@ from jpaged.decoding.transforms import (
     leading,
 )
 
-GREEDY_BELOW = 1e-5  # temperatures below it mean greedy decoding
+GREEDY_BELOW = 1e-5  # lower temperatures mean greedy decoding
 GROUP_SIZE = 128  # vocabulary entries per group
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
-    """Sampling parameters of the rows of a step, as arrays."""
+    """Sampling parameters of the rows of a step as arrays."""
 
-    temperature: jax.Array  # f32[S], below GREEDY_BELOW: greedy, filters do not matter
+    temperature: jax.Array  # f32[S], below GREEDY_BELOW: greedy, without filters
     top_k: jax.Array  # i32[S], 0 is off
     top_p: jax.Array  # f32[S], 1 is off
     min_p: jax.Array  # f32[S], 0 is off
-    seed: jax.Array  # u32[S], of the request
-    sample: jax.Array  # i32[S], which of the request's samples
+    seed: jax.Array  # u32[S], the request's seed
+    sample: jax.Array  # i32[S], index of the sample in the request
 
     @classmethod
     def greedy(cls, num_rows: int) -> "SamplingRows":
-        """Return rows that all decode greedily: the value of unused rows too."""
+        """Rows that decode greedily, which are also the values of unused rows."""
         return cls(
             temperature=jnp.zeros(num_rows, jnp.float32),
             top_k=jnp.zeros(num_rows, jnp.int32),
@@ -60,11 +60,15 @@ class SamplingRows:
 
 
 def token_keys(seeds: jax.Array, samples: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return key[S]: the PRNG key of the token of each row.
+    """PRNG key of each row's token, key[S].
 
-    It depends on nothing but the request's seed (u32[S]), the sample's index
-    (i32[S]) and the token's position (i32[S]), so neither the batch, the schedule
-    nor a preemption changes what a request draws.
+    A key depends only on the request's seed, the sample's index and the token's
+    position, so that batch, schedule and preemption do not change a request's tokens.
+
+    Args:
+      seeds: u32[S].
+      samples: i32[S].
+      positions: i32[S].
     """
 
     def key(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
@@ -77,17 +81,20 @@ def token_keys(seeds: jax.Array, samples: jax.Array, positions: jax.Array) -> ja
 def sample(
     logits: jax.Array, rows: SamplingRows, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return tokens i32[S] and their raw log-probabilities f32[S].
+    """Samples one token per row.
 
-    The cheapest way that serves all rows is chosen on the device: greedy, plain,
-    with temperatures, with filters. What a row gets does not depend on which.
-    The log-probabilities are those of the model: before temperature and filters.
-    A row whose logits are all -inf gives token 0 with log-probability -inf.
+    The device chooses the cheapest method that serves all rows: greedy, plain, with
+    temperatures, or with filters. The token of a row does not depend on this choice. A
+    row whose logits are all -inf gets token 0 with log-probability -inf.
 
     Args:
-        logits: f32[S, V]; -inf marks tokens that cannot be chosen, and never are.
-        rows: parameters of each row.
-        positions: i32[S], index in its sequence of the token to be drawn.
+      logits: f32[S, V]; tokens with -inf are never chosen.
+      rows: Parameters of each row.
+      positions: i32[S], index of the sampled token in its sequence.
+
+    Returns:
+      Tokens i32[S], and their log-probabilities f32[S] under the raw model, before
+      temperature and filters.
     """
     logits = logits.astype(jnp.float32)
     keys = token_keys(rows.seed, rows.sample, positions)
@@ -107,7 +114,7 @@ def _sample(
     maxima, masses, log_total = _summary(logits)
     unfiltered = jnp.full(num_rows, -jnp.inf)
 
-    def drawn() -> jax.Array:
+    def sampled() -> jax.Array:
         threshold = lax.cond(
             jnp.any(is_filtered),
             lambda: jnp.where(
@@ -119,8 +126,8 @@ def _sample(
             ),
             lambda: unfiltered,
         )
-        # Plain rows keep the masses that their log-probability needed anyway, in
-        # every branch, so that their neighbours cannot move them by a rounding.
+        # In every branch, plain rows use the masses that their log-probability needs
+        # anyway, so that other rows cannot change their rounding.
         weights = lax.cond(
             jnp.all(is_plain),
             lambda: masses,
@@ -130,27 +137,27 @@ def _sample(
                 _masses(logits, maxima, temperature, threshold),
             ),
         )
-        tokens = _draw(keys, logits, weights, temperature, threshold)
+        tokens = _sample_groups(keys, logits, weights, temperature, threshold)
         return jnp.where(is_greedy, _largest(logits, maxima), tokens)
 
-    tokens = lax.cond(jnp.all(is_greedy), lambda: _largest(logits, maxima), drawn)
+    tokens = lax.cond(jnp.all(is_greedy), lambda: _largest(logits, maxima), sampled)
     return tokens, _chosen(logits, tokens) - log_total
 
 
 def _summary(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return maxima f32[S, G], masses f32[S, G] and log-sum-exp f32[S] of the rows."""
+    """Maxima f32[S, G] and masses f32[S, G] of groups; log-sum-exp f32[S] of rows."""
     maxima = jnp.max(grouped(logits, GROUP_SIZE), axis=-1)
     row_max = finite_or_zero(jnp.max(maxima, axis=-1))
     masses = jnp.exp(grouped(logits, GROUP_SIZE) - row_max[:, None, None]).sum(axis=-1)
     total = jnp.sum(masses, axis=-1)
-    # 0 for a row that is all -inf, where -inf minus -inf would be NaN.
+    # 0 for a row that is all -inf, since -inf minus -inf would be NaN.
     return maxima, masses, jnp.where(total == 0.0, 0.0, row_max + jnp.log(total))
 
 
 def _masses(
     logits: jax.Array, maxima: jax.Array, temperature: jax.Array, threshold: jax.Array
 ) -> jax.Array:
-    """Return f32[S, G]: the groups' masses at a temperature, above a threshold."""
+    """Masses of the groups at a temperature and above a threshold, f32[S, G]."""
     row_max = finite_or_zero(jnp.max(maxima, axis=-1))[:, None, None]
     x_SGW = grouped(logits, GROUP_SIZE)
     weights = jnp.exp((x_SGW - row_max) * (1.0 / temperature)[:, None, None])
@@ -158,67 +165,72 @@ def _masses(
 
 
 def _group(logits: jax.Array, group: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ids i32[S, W] and logits f32[S, W] of one group per row."""
+    """Token ids i32[S, W] and logits f32[S, W] of one group per row."""
     ids = group[:, None] * GROUP_SIZE + jnp.arange(GROUP_SIZE, dtype=jnp.int32)[None]
     values = jnp.take_along_axis(logits, ids, axis=1, mode="fill", fill_value=-jnp.inf)
     return ids, values
 
 
 def _largest(logits: jax.Array, maxima: jax.Array) -> jax.Array:
-    """Return i32[S]: argmax, the first on ties; XLA's own is 6 times slower on CPU."""
+    """Argmax i32[S], the first on ties; XLA's argmax is 6 times slower on CPUs."""
     group = jnp.argmax(maxima, axis=-1).astype(jnp.int32)
     _, values = _group(logits, group)
     return group * GROUP_SIZE + jnp.argmax(values, axis=-1).astype(jnp.int32)
 
 
-def _draw(
+def _sample_groups(
     keys: jax.Array,
     logits: jax.Array,
     masses: jax.Array,
     temperature: jax.Array,
     threshold: jax.Array,
 ) -> jax.Array:
-    """Return i32[S]: a group by its mass, and in it a token by its own."""
+    """Samples i32[S]: a group by its mass, and a token of the group by its weight."""
     bits = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
-    # 24 bits, all that a float32 below 1 can hold evenly.
+    # 24 bits are the precision of uniformly spaced float32 numbers below 1.
     uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24
     group = _inverse_cdf(masses, uniform[:, 0])
     ids, values = _group(logits, group)
     values = jnp.where(values >= threshold[:, None], values, -jnp.inf)
-    # From the group's own maximum: its largest entry weighs 1, whatever it is worth
-    # in the row, so a group that was drawn always has an entry to draw.
+    # Weights are relative to the group's maximum: its largest entry has weight 1, even
+    # if it is tiny within the row, so that a sampled group always has a possible entry.
     largest = finite_or_zero(jnp.max(values, axis=-1))
     scale = 1.0 / temperature
     weights = jnp.exp((values - largest[:, None]) * scale[:, None])
-    at = _inverse_cdf(weights, uniform[:, 1])
-    return jnp.take_along_axis(ids, at[:, None], axis=1)[:, 0]
+    entry = _inverse_cdf(weights, uniform[:, 1])
+    return jnp.take_along_axis(ids, entry[:, None], axis=1)[:, 0]
 
 
 def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Return i32[S]: the first index whose cumulated weight passes uniform * total.
+    """First index whose cumulative weight exceeds uniform * total, i32[S].
 
-    Never an index of weight 0, unless all are: rounding in the cumulated sum, which
-    need not even ascend, may point to one, and is overruled.
+    An index of weight 0 is never returned unless all weights are 0, even if rounding of
+    the cumulative sum, which need not be monotonic, points to one.
     """
     cumulative = jnp.cumsum(weights, axis=-1)
     is_possible = weights > 0.0
-    passes = is_possible & (cumulative > uniform[:, None] * cumulative[:, -1:])
+    exceeds = is_possible & (cumulative > uniform[:, None] * cumulative[:, -1:])
     indices = jnp.arange(weights.shape[1], dtype=jnp.int32)
     last = jnp.max(jnp.where(is_possible, indices[None], 0), axis=-1)
-    first = jnp.argmax(passes, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.any(passes, axis=-1), first, last)
+    first = jnp.argmax(exceeds, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.any(exceeds, axis=-1), first, last)
 
 
 def _chosen(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Return f32[S]: the logits of the rows' tokens."""
+    """Logits of the rows' tokens, f32[S]."""
     return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
 
 
 def top_logprobs(logits: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
-    """Return the `num` largest raw log-probabilities per row and their token ids.
+    """The largest raw log-probabilities of each row.
 
-    values f32[S, num], descending, and ids i32[S, num], lower id first on ties.
-    `num` is static and at most V.
+    Args:
+      logits: f32[S, V].
+      num: How many, at most V; static.
+
+    Returns:
+      Log-probabilities f32[S, num] in descending order, and their token ids i32[S,
+      num]; equal values are in the order of ids.
     """
     logits = logits.astype(jnp.float32)
     values, ids = leading(logits, num)
@@ -227,9 +239,15 @@ def top_logprobs(logits: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return raw log-probabilities f32[S] and ranks i32[S] of given tokens i32[S].
+    """Raw log-probabilities and ranks of given tokens.
 
-    The rank is 1 + the number of tokens with a larger logit, as vLLM counts it.
+    Args:
+      logits: f32[S, V].
+      tokens: i32[S].
+
+    Returns:
+      Log-probabilities f32[S], and ranks i32[S]: 1 + the number of tokens with a larger
+      logit, as in vLLM.
     """
     logits = logits.astype(jnp.float32)
     chosen = _chosen(logits, tokens)
@@ -239,7 +257,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax
 
 
 def greedy() -> DecodingAlgorithm:
-    """Return the algorithm that takes each row's most probable token."""
+    """Builds the algorithm that chooses each row's most probable token."""
 
     def init(num_rows: int) -> State:
         del num_rows
@@ -258,10 +276,13 @@ def greedy() -> DecodingAlgorithm:
 
 
 def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
-    """Return the algorithm that draws each row's token from softmax(transform(logits)).
+    """Builds the algorithm that samples from softmax(transform(logits)).
 
-    For example `sampling(chain(temperature(0.8), top_k(40)))`. The log-probabilities
-    of the decision are the raw model's.
+    For example `sampling(chain(temperature(0.8), top_k(40)))`. The log-probabilities of
+    its decisions are those of the raw model.
+
+    Args:
+      transform: Applied to the logits of each step; None: no transform.
     """
 
     def init(num_rows: int) -> State:
@@ -273,17 +294,17 @@ def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
     ) -> tuple[State, Decision]:
         logits = logits.astype(jnp.float32)
         _, _, log_total = _summary(logits)
-        warped = logits if transform is None else transform(logits, None)
+        warped = logits if transform is None else transform(logits)
         _, masses, _ = _summary(warped)
         ones, unfiltered = jnp.ones(len(logits)), jnp.full(len(logits), -jnp.inf)
-        tokens = _draw(keys, warped, masses, ones, unfiltered)
+        tokens = _sample_groups(keys, warped, masses, ones, unfiltered)
         return state, _own(tokens, _chosen(logits, tokens) - log_total)
 
     return DecodingAlgorithm(init, step)
 
 
 def _own(tokens: jax.Array, logprobs: jax.Array) -> Decision:
-    """Return the decision in which every row continues itself."""
+    """The decision in which every row continues itself."""
     num_rows = len(tokens)
     return Decision(
         tokens=tokens,

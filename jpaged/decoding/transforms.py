@@ -1,18 +1,16 @@
 """Logits transforms: temperature, min-p, top-k and top-p, without a sort.
 
-Place on the road: logits -> [transforms] -> sampling.
+Pipeline: logits -> [transforms] -> sampling.
 
-XLA sorts 32 rows of 32,000 logits in about 100 ms on a CPU core; none of these
-filters needs it. Each of them keeps the tokens at or above one threshold per
-row, so all that has to be found is that threshold: among the 64 largest values
-when it lies there, and by bisection over the float32 numbers otherwise.
+XLA sorts 32 rows of 32,000 logits in about 100 ms on a CPU core. These filters need no
+sort: each keeps the tokens at or above one threshold per row. The threshold is searched
+among the 64 largest values, and otherwise by bisection over the float32 numbers.
 
-Shape letters: S rows, V vocabulary, G groups of the vocabulary, W entries of a
-group, N leading values.
+Shape symbols: S rows, V vocabulary, G groups of the vocabulary, W entries of a group, N
+leading values.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +19,13 @@ from jax import lax
 from jpaged.arithmetic import cdiv
 from jpaged.decoding.base import LogitsTransform
 
-NUM_LEADING = 64  # values per row that are sorted; thresholds among them are cheap
+NUM_LEADING = 64  # sorted values per row, among which thresholds are cheap
 _SEARCH_ROWS = 8  # rows per chunk of the bisection
-_LEADING_GROUP = 32  # vocabulary entries per group when looking for them
+_LEADING_GROUP = 32  # vocabulary entries per group in the search for leading values
 
 
 def grouped(logits: jax.Array, group_size: int) -> jax.Array:
-    """Return f32[S, G, W]: the vocabulary in groups, the last padded with -inf."""
+    """Reshapes logits into groups f32[S, G, W]; the last is padded with -inf."""
     num_rows, vocab_size = logits.shape
     num_groups = cdiv(vocab_size, group_size)
     padding = num_groups * group_size - vocab_size
@@ -37,28 +35,35 @@ def grouped(logits: jax.Array, group_size: int) -> jax.Array:
 
 
 def finite_or_zero(values: jax.Array) -> jax.Array:
-    """Return `values` with 0 for -inf, so that exp(x - max) of a masked row is 0."""
+    """Replaces -inf by 0, so that exp(x - max) is 0 in a masked row."""
     return jnp.where(values == -jnp.inf, 0.0, values)
 
 
 def leading(logits: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
-    """Return the `num` largest logits per row and their ids, as `lax.top_k` does.
+    """The largest logits of each row, as `lax.top_k`.
 
-    values f32[S, num] descending, ids i32[S, num], the lower id first on ties.
-    Only the `num` groups with the largest maxima are searched: an entry of any
-    other group has `num` group maxima that are larger, or equal at a lower id.
+    Only the `num` groups with the largest maxima are searched: for an entry of any
+    other group there are `num` group maxima that are larger, or equal with a lower id.
+
+    Args:
+      logits: f32[S, V].
+      num: How many.
+
+    Returns:
+      Values f32[S, num] in descending order, and ids i32[S, num]; equal values are in
+      the order of ids.
     """
     vocab_size = logits.shape[1]
     if vocab_size <= 2 * num * _LEADING_GROUP:
         return lax.top_k(logits, num)
     groups_SGW = grouped(logits, _LEADING_GROUP)
     _, group_ids = lax.top_k(jnp.max(groups_SGW, axis=-1), num)
-    # In ascending order, so that equal values still come lower id first.
+    # Ascending, so that equal values stay in the order of ids.
     group_ids = jnp.sort(group_ids, axis=-1)
     found = jnp.take_along_axis(groups_SGW, group_ids[:, :, None], axis=1)
-    values, at = lax.top_k(found.reshape(len(logits), -1), num)
-    chosen = jnp.take_along_axis(group_ids, at // _LEADING_GROUP, axis=1)
-    return values, chosen * _LEADING_GROUP + at % _LEADING_GROUP
+    values, index = lax.top_k(found.reshape(len(logits), -1), num)
+    chosen = jnp.take_along_axis(group_ids, index // _LEADING_GROUP, axis=1)
+    return values, chosen * _LEADING_GROUP + index % _LEADING_GROUP
 
 
 def filter_threshold(
@@ -68,23 +73,24 @@ def filter_threshold(
     top_p: jax.Array,
     min_p: jax.Array,
 ) -> jax.Array:
-    """Return f32[S]: tokens with a logit at or above it survive all three filters.
+    """Threshold of each row's logits for all three filters, f32[S].
 
-    min_p first (probability at least min_p times the largest), then top_k (at
-    least the k-th largest logit; ties are kept), then top_p on what is left,
-    renormalised: the fewest tokens, by descending logit, whose mass reaches top_p.
-    Tokens that tie with the last of them are kept too. The largest logit always
-    survives. -inf where a row has no filter.
+    Tokens with a logit at or above the threshold are kept. min_p is applied first: it
+    keeps probabilities of at least min_p times the largest one. Then top_k keeps logits
+    of at least the k-th largest one, including ties. Then the remaining probabilities
+    are renormalised, and top_p keeps the fewest tokens, by descending logit, whose mass
+    reaches top_p, including ties with the last of them. The largest logit is always
+    kept. The threshold is -inf for a row without filters.
 
     Args:
-        logits: f32[S, V], before temperature.
-        temperature: f32[S], above 0; probabilities are softmax(logits / temperature).
-        top_k: i32[S], 0 (or at least V) is off.
-        top_p: f32[S], 1 is off.
-        min_p: f32[S], 0 is off.
+      logits: f32[S, V], before temperature.
+      temperature: f32[S], above 0; probabilities are softmax(logits / temperature).
+      top_k: i32[S]; 0 or at least V is off.
+      top_p: f32[S]; 1 is off.
+      min_p: f32[S]; 0 is off.
     """
     row_max = jnp.max(logits, axis=-1)
-    # log(0) is -inf: nothing is below it.
+    # For min_p = 0 this is -inf.
     relative = row_max + temperature * jnp.log(min_p)
     threshold = jnp.where(min_p > 0.0, jnp.minimum(relative, row_max), -jnp.inf)
     num = min(NUM_LEADING, logits.shape[1])
@@ -98,11 +104,11 @@ def filter_threshold(
 
 
 def _kth_largest(logits: jax.Array, values: jax.Array, k: jax.Array) -> jax.Array:
-    """Return f32[S]: the k-th largest logit; -inf where k is 0 or at least V."""
+    """The k-th largest logit, f32[S]; -inf if k is 0 or at least V."""
     vocab_size, num = logits.shape[1], values.shape[1]
     is_on = (k > 0) & (k < vocab_size)
-    at = jnp.clip(k - 1, 0, num - 1)
-    among_leading = jnp.take_along_axis(values, at[:, None], axis=1)[:, 0]
+    index = jnp.clip(k - 1, 0, num - 1)
+    among_leading = jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
     beyond = is_on & (k > num)
 
     def search() -> jax.Array:
@@ -127,7 +133,7 @@ def _nucleus_threshold(
     top_p: jax.Array,
     threshold: jax.Array,
 ) -> jax.Array:
-    """Return `threshold` raised to where the mass above reaches top_p of the whole."""
+    """Raises `threshold` until the mass above it is just top_p of the whole mass."""
     row_max = finite_or_zero(values[:, 0])
     scale = 1.0 / temperature
 
@@ -137,7 +143,7 @@ def _nucleus_threshold(
 
     cumulative = jnp.cumsum(weigh(values), axis=-1)
     is_on = top_p < 1.0
-    # Where the survivors so far all lie among the leading values, so does their mass.
+    # If all remaining tokens are among the leading values, so is their whole mass.
     is_wide = is_on & (values[:, -1] >= threshold)
     total = lax.cond(
         jnp.any(is_wide),
@@ -151,7 +157,7 @@ def _nucleus_threshold(
     beyond = is_wide & ~jnp.any(reached, axis=-1)
 
     def search() -> jax.Array:
-        # All tokens below `low` together weigh less than (1 - top_p) / 2 of the whole.
+        # All tokens below `low` have less than (1 - top_p) / 2 of the whole mass.
         least = jnp.maximum((1.0 - top_p) * total / (2.0 * logits.shape[1]), 1e-37)
         low = jnp.maximum(threshold, row_max + temperature * jnp.log(least))
         high = values[:, -1]
@@ -171,17 +177,25 @@ def _largest_threshold(
     high: jax.Array,
     is_open: jax.Array,
 ) -> jax.Array:
-    """Return f32[S]: the largest t in [low, high] with `target` or more at or above t.
+    """Largest threshold in [low, high] at or above which the weight reaches `target`.
 
-    (Or a smaller one above which the same tokens lie.) Bisection over the float32
-    numbers in their order: exact, and at most 32 passes. Only rows of `is_open` are
-    searched, a few at a time: the work follows how many there are, and a chunk stays
-    in a core's cache.
+    The result may also be a smaller number with the same tokens at or above it. The
+    search is a bisection over the ordered float32 numbers, which is exact and takes at
+    most 32 passes. It searches only the rows of `is_open`, in small chunks, so that the
+    work is proportional to their number and a chunk fits into a core's cache.
 
     Args:
-        weigh: (logits f32[C, V] of a chunk, rows i32[C]) -> f32[C, V], or None for 1
-            per token (exact below 2**24 tokens).
-        low: reaches the target, so it is the answer where nothing else does.
+      logits: f32[S, V].
+      weigh: (logits f32[C, V] of a chunk, rows i32[C]) -> f32[C, V]; None: each token
+        has weight 1 (exact below 2**24 tokens).
+      target: f32[S], weight to reach.
+      low: f32[S], a threshold that reaches the target, and the result if no larger
+        one does.
+      high: f32[S].
+      is_open: bool[S], rows to search.
+
+    Returns:
+      f32[S]; the values of other rows are undefined.
     """
     num_rows = len(logits)
     chunk = min(_SEARCH_ROWS, num_rows)
@@ -192,7 +206,7 @@ def _largest_threshold(
         rows = lax.dynamic_slice(order, (start,), (chunk,))
         x_CV = logits[rows]
         weights = 1.0 if weigh is None else weigh(x_CV, rows)
-        wanted = target[rows]
+        needed = target[rows]
 
         def narrow(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             first, last = bounds
@@ -200,10 +214,10 @@ def _largest_threshold(
             middle = (first & last) + ((first ^ last) >> 1)
             kept = jnp.where(x_CV >= _from_ordered(middle)[:, None], weights, 0.0)
             weight = jnp.sum(kept, axis=-1)
-            last = jnp.where(weight >= wanted, last, middle)
-            # Exactly what was wanted: a larger threshold could only lose some of it.
-            last = jnp.where(weight == wanted, middle + 1, last)
-            return jnp.where(weight >= wanted, middle, first), last
+            last = jnp.where(weight >= needed, last, middle)
+            # The weight equals the target: no larger threshold can reach it.
+            last = jnp.where(weight == needed, middle + 1, last)
+            return jnp.where(weight >= needed, middle, first), last
 
         first, last = _to_ordered(low[rows]), _to_ordered(high[rows]) + 1
         last = jnp.where(is_open[rows], last, first)
@@ -214,7 +228,7 @@ def _largest_threshold(
 
     def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start, found = carry
-        # The last chunk slides back to fit, and finds some rows a second time.
+        # The last chunk starts earlier to fit, and searches some rows again.
         found = search_chunk(jnp.minimum(start, num_rows - chunk), found)
         return start + chunk, found
 
@@ -225,79 +239,55 @@ def _largest_threshold(
 
 
 def _to_ordered(values: jax.Array) -> jax.Array:
-    """Return i32 keys in the order of the float32 `values`."""
+    """Maps float32 values to i32 keys of the same order."""
     bits = lax.bitcast_convert_type(values, jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _from_ordered(keys: jax.Array) -> jax.Array:
-    """Return the float32 values of `_to_ordered` keys."""
+    """Inverse of `_to_ordered`."""
     return lax.bitcast_convert_type(keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32)
 
 
-def _per_row(value: Any, name: str, logits: jax.Array, params: Any) -> jax.Array:
-    """Return the transform's own constant for every row, or the rows' parameter."""
-    if value is None:
-        if params is None:
-            raise ValueError(
-                f"{name}: no value given and no params; pass {name}(value), or call "
-                f"the transform with params that have an array {name!r}"
-            )
-        return getattr(params, name)
-    dtype = jnp.int32 if name == "top_k" else jnp.float32
-    return jnp.full((len(logits),), value, dtype)
+def _filter(**setting: float) -> LogitsTransform:
+    """A transform with one filter; the others are off."""
+    off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 
-
-def _off(logits: jax.Array) -> dict[str, jax.Array]:
-    num_rows = (len(logits),)
-    return {
-        "temperature": jnp.ones(num_rows),
-        "top_k": jnp.zeros(num_rows, jnp.int32),
-        "top_p": jnp.ones(num_rows),
-        "min_p": jnp.zeros(num_rows),
-    }
-
-
-def _filter(name: str, value: Any) -> LogitsTransform:
-    def transform(logits: jax.Array, params: Any = None) -> jax.Array:
-        setting = {name: _per_row(value, name, logits, params)}
-        threshold = filter_threshold(logits, **(_off(logits) | setting))
+    def transform(logits: jax.Array, /) -> jax.Array:
+        num_rows = len(logits)
+        rows = {
+            name: jnp.full(num_rows, value, "int32" if name == "top_k" else "float32")
+            for name, value in (off | setting).items()
+        }
+        threshold = filter_threshold(logits, **rows)
         return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
 
     return transform
 
 
-def temperature(value: float | None = None) -> LogitsTransform:
-    """Return the transform that divides logits by a temperature above 0.
+def temperature(value: float) -> LogitsTransform:
+    """Builds the transform that divides logits by a temperature above 0."""
+    return lambda logits: logits / jnp.float32(value)
 
-    `value` None reads `params.temperature`, f32[S].
+
+def min_p(value: float) -> LogitsTransform:
+    """Builds the transform that drops tokens of low probability.
+
+    Args:
+      value: Share of the largest probability below which tokens are dropped; 0 is off.
     """
-
-    def transform(logits: jax.Array, params: Any = None) -> jax.Array:
-        return logits / _per_row(value, "temperature", logits, params)[:, None]
-
-    return transform
+    return _filter(min_p=value)
 
 
-def min_p(value: float | None = None) -> LogitsTransform:
-    """Return the transform that drops tokens below min_p times the top probability.
+def top_k(value: int) -> LogitsTransform:
+    """Builds the transform that keeps the k largest logits and ties; 0 is off."""
+    return _filter(top_k=value)
 
-    `value` None reads `params.min_p`, f32[S]; 0 is off.
+
+def top_p(value: float) -> LogitsTransform:
+    """Builds the transform that keeps the smallest set of tokens with a mass of top_p.
+
+    Args:
+      value: The least mass to keep; 1 is off.
     """
-    return _filter("min_p", value)
-
-
-def top_k(value: int | None = None) -> LogitsTransform:
-    """Return the transform that keeps the k largest logits and what ties with them.
-
-    `value` None reads `params.top_k`, i32[S]; 0 is off.
-    """
-    return _filter("top_k", value)
-
-
-def top_p(value: float | None = None) -> LogitsTransform:
-    """Return the transform that keeps the smallest set with a mass of at least top_p.
-
-    `value` None reads `params.top_p`, f32[S]; 1 is off.
-    """
-    return _filter("top_p", value)
+    return _filter(top_p=value)

@@ -104,7 +104,7 @@ def _automaton_states(
     def advance(number: jax.Array, states: jax.Array) -> jax.Array:
         drafts = table.tokens.at[seq_indices, known + number].get(mode="clip")
         index = table.params.automata[seq_indices]
-        after = constraints.advance(table.automata, index, states, drafts)
+        after = constraints.next_states(table.automata, index, states, drafts)
         return jnp.where(number < offsets, after, states)
 
     return lax.fori_loop(0, config.num_drafts, advance, states)

@@ -1,4 +1,4 @@
-"""Beam search beside transformers, live: `generate` there, `step` on its logits here.
+"""Beam search beside transformers: its `generate`, and `step` on its logits.
 
 Needs the extra `huggingface`.
 """
@@ -24,7 +24,10 @@ WRITERS = {
     "llama": checkpoints.write_tiny_llama,
     "opt": checkpoints.write_tiny_opt,
 }
-SHARPNESS = {"llama": 1.0, "opt": 4.0}  # times the last layer: beams part and meet
+SHARPNESS = {
+    "llama": 1.0,
+    "opt": 4.0,
+}  # factors of the last layer, with which beams diverge
 step = jax.jit(beam.step)
 
 
@@ -43,7 +46,7 @@ def model(request, tmp_path_factory):
 
 
 def logits_of(model, prefixes):
-    """Log-probabilities f32[..., V] behind the prompt and prefixes of one length."""
+    """Log-probabilities f32[..., V] after the prompt and prefixes of equal length."""
     import torch
 
     with torch.no_grad():
@@ -52,7 +55,7 @@ def logits_of(model, prefixes):
 
 
 def theirs(model, width, stop_ids, length_penalty, early_stopping):
-    """Tokens and scores of `generate`, without what it fills ended sequences with."""
+    """Tokens and scores of `generate`, without the padding of ended sequences."""
     import torch
 
     out = model.generate(
@@ -78,9 +81,9 @@ def theirs(model, width, stop_ids, length_penalty, early_stopping):
 
 def ended(tokens, stop_ids):
     """The tokens up to the first stop token."""
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token in stop_ids:
-            return tuple(tokens[: place + 1])
+            return tuple(tokens[: index + 1])
     return tuple(tokens)
 
 
@@ -98,39 +101,41 @@ def ours(model, width, stop_ids, length_penalty, early_stopping):
 
 
 def likely_tokens(model, num):
-    """Tokens that beams do come to: of those of a search without stop tokens."""
+    """The most frequent tokens of a search without stop tokens."""
     outcome = ours(model, NUM_ROWS, (), 1.0, False)
-    tokens = [token for sequence in outcome.held for token in sequence[2:]]
+    tokens = [token for sequence in outcome.hypotheses for token in sequence[2:]]
     values, counts = np.unique(tokens, return_counts=True)
     return tuple(values[np.argsort(-counts, kind="stable")][:num].tolist())
 
 
 @pytest.mark.parametrize("early_stopping", beam.EARLY_STOPPING)
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.7, 1.0, 2.0])
-def test_tokens_and_scores_are_those_of_generate(model, length_penalty, early_stopping):
+def test_tokens_and_scores_equal_those_of_generate(
+    model, length_penalty, early_stopping
+):
     lengths = set()
     for width in range(1, NUM_ROWS + 1):
         for stop_ids in (likely_tokens(model, 1), likely_tokens(model, 4)[1:]):
             case = (width, stop_ids, length_penalty, early_stopping)
             tokens, scores = theirs(model, *case)
             outcome = ours(model, *case)
-            assert outcome.held == tokens, case
+            assert outcome.hypotheses == tokens, case
             lengths |= {len(sequence) for sequence in tokens}
             if width > 1:
-                # A penalty of -1 makes scores of hundreds: the last bits of float32.
-                got = oracle.held_scores(outcome.state)
+                # With a penalty of -1 scores are hundreds, with float32 rounding.
+                got = oracle.hypothesis_scores(outcome.state)
                 np.testing.assert_allclose(got, scores, atol=1e-4, rtol=1e-6)
     assert len(lengths) > 1, "no beam ended early"
 
 
-def test_without_stop_tokens_all_beams_have_the_greatest_length(model):
+def test_without_stop_tokens_all_beams_have_max_tokens(model):
     for width in (1, 4):
         tokens, _ = theirs(model, width, (), 1.0, False)
         assert {len(sequence) for sequence in tokens} == {MAX_TOKENS}
-        assert ours(model, width, (), 1.0, False).held == tokens
+        assert ours(model, width, (), 1.0, False).hypotheses == tokens
 
 
-def test_a_planted_fault_breaks_the_parity(model, monkeypatch):
+def test_a_planted_fault_is_found(model, monkeypatch):
     divisor = beam._length_divisor
 
     def with_the_prompt(length, length_penalty):
@@ -141,5 +146,5 @@ def test_a_planted_fault_breaks_the_parity(model, monkeypatch):
     monkeypatch.setattr(beam, "_length_divisor", with_the_prompt)
     monkeypatch.setitem(globals(), "step", jax.jit(lambda *args: beam.step(*args)))
     outcome = ours(model, *case)
-    got = oracle.held_scores(outcome.state)
-    assert outcome.held != tokens or not np.allclose(got, scores, atol=1e-2)
+    got = oracle.hypothesis_scores(outcome.state)
+    assert outcome.hypotheses != tokens or not np.allclose(got, scores, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Beam search against a slow model of Hugging Face's rules, and against enumeration."""
+"""Beam search against slow Python with Hugging Face's rules, and enumeration."""
 
 import functools
 
@@ -36,17 +36,17 @@ def slow(logits_of, **params) -> oracle.SlowBeams:
 
 
 def differences(logits_of, step=step, **params) -> list[str]:
-    """What distinguishes our search from the slow one."""
+    """Differences between our search and the slow one."""
     outcome, beams = ours(logits_of, step, **params), slow(logits_of, **params)
-    found, wanted = [], beams.pool
+    found, expected = [], beams.pool
     if outcome.num_steps != beams.length:
-        found.append(f"steps: {outcome.num_steps}, wanted {beams.length}")
-    if outcome.held != [tokens for _, tokens in wanted]:
-        found.append(f"tokens: {outcome.held}, wanted {wanted}")
-    scores = oracle.held_scores(outcome.state)
+        found.append(f"steps: {outcome.num_steps}, expected {beams.length}")
+    if outcome.hypotheses != [tokens for _, tokens in expected]:
+        found.append(f"tokens: {outcome.hypotheses}, expected {expected}")
+    scores = oracle.hypothesis_scores(outcome.state)
     # Sums of at most 6 float32 numbers below 10, and a power.
-    if not np.allclose(scores, [score for score, _ in wanted], rtol=1e-5, atol=1e-5):
-        found.append(f"scores: {scores}, wanted {wanted}")
+    if not np.allclose(scores, [score for score, _ in expected], rtol=1e-5, atol=1e-5):
+        found.append(f"scores: {scores}, expected {expected}")
     return found
 
 
@@ -61,10 +61,10 @@ def differences(logits_of, step=step, **params) -> list[str]:
     early_stopping=st.sampled_from(beam.EARLY_STOPPING),
     stop_ids=st.sets(st.integers(0, VOCAB_SIZE), max_size=3).map(sorted),
 )
-def test_tokens_and_scores_are_those_of_a_slow_search(
+def test_tokens_and_scores_equal_a_slow_search(
     seed, is_tied, forbidden, length_penalty, **params
 ):
-    # Other powers round, so exact ties of scores would be decided by the rounding.
+    # With other penalties rounding would decide between exact ties.
     is_tied &= length_penalty in (0.0, 1.0)
     table = oracle.random_table(
         seed,
@@ -78,7 +78,7 @@ def test_tokens_and_scores_are_those_of_a_slow_search(
     assert not differences(logits_of, **params)
 
 
-def test_a_vocabulary_of_many_groups_gives_what_a_small_one_does():
+def test_a_vocabulary_of_many_groups_equals_the_slow_search():
     table = oracle.random_table(0, num_steps=1, vocab_size=3000)[0]
     table[:, ::3] = np.round(table[:, ::3], 1)
 
@@ -108,13 +108,13 @@ def test_width_1_is_greedy_decoding(early_stopping, length_penalty):
             early_stopping=early_stopping,
             length_penalty=length_penalty,
         )
-        assert outcome.held == [tuple(tokens)]
+        assert outcome.hypotheses == [tuple(tokens)]
         assert outcome.num_steps == len(tokens)
 
 
 @pytest.mark.parametrize("length_penalty", [-1.5, 0.0, 0.6, 1.0, 2.0])
 @pytest.mark.parametrize("early_stopping", beam.EARLY_STOPPING)
-def test_a_wide_beam_is_the_sorted_list_of_all_sequences(
+def test_a_beam_as_wide_as_all_sequences_returns_them_sorted(
     length_penalty, early_stopping
 ):
     table = oracle.normalised(oracle.random_table(3, num_steps=4, vocab_size=3))
@@ -132,32 +132,34 @@ def test_a_wide_beam_is_the_sorted_list_of_all_sequences(
         "early_stopping": early_stopping,
     }
     outcome = ours(logits_of, num_rows=32, width=32, **params)
-    assert outcome.held == [tokens for _, tokens in everything]
-    wanted = [score for score, _ in everything]
-    np.testing.assert_allclose(oracle.held_scores(outcome.state), wanted, rtol=1e-5)
+    assert outcome.hypotheses == [tokens for _, tokens in everything]
+    scores = oracle.hypothesis_scores(outcome.state)
+    np.testing.assert_allclose(scores, [score for score, _ in everything], rtol=1e-5)
 
 
-def test_logprobs_of_a_sequence_add_up_to_its_score():
+def test_logprobs_of_a_sequence_sum_to_its_score():
     table = oracle.normalised(oracle.random_table(4, num_steps=5, vocab_size=6))
     outcome = ours(oracle.table_logits(table), length_penalty=1.0, stop_ids=(1, 4))
-    assert len({len(tokens) for tokens in outcome.held}) > 1
-    want = [
+    assert len({len(tokens) for tokens in outcome.hypotheses}) > 1
+    expected = [
         logprob / len(tokens)
-        for tokens, logprob in zip(outcome.held, outcome.logprobs, strict=True)
+        for tokens, logprob in zip(outcome.hypotheses, outcome.logprobs, strict=True)
     ]
-    np.testing.assert_allclose(oracle.held_scores(outcome.state), want, rtol=1e-5)
+    np.testing.assert_allclose(
+        oracle.hypothesis_scores(outcome.state), expected, rtol=1e-5
+    )
 
 
-def test_rows_beyond_the_width_never_run_and_change_nothing():
+def test_rows_beyond_the_width_never_run_and_have_no_effect():
     table = oracle.random_table(5, num_steps=6, vocab_size=VOCAB_SIZE, is_tied=True)
     logits_of = oracle.table_logits(table)
     for width in (1, 3, 8):
         padded = ours(logits_of, num_rows=8, width=width)
         exact = ours(logits_of, num_rows=width, width=width)
-        assert padded.held == exact.held
+        assert padded.hypotheses == exact.hypotheses
         assert padded.num_steps == exact.num_steps
-        kept = oracle.held_scores(padded.state)
-        assert kept == oracle.held_scores(exact.state)
+        kept = oracle.hypothesis_scores(padded.state)
+        assert kept == oracle.hypothesis_scores(exact.state)
     state = beam_state(8, num_stop_ids=3, **PARAMS | {"width": 3})
     logits = np.zeros((8, VOCAB_SIZE), np.float32)
     for _ in range(4):
@@ -166,32 +168,32 @@ def test_rows_beyond_the_width_never_run_and_change_nothing():
         assert decision.finished[3:].all()
 
 
-def test_a_row_without_a_candidate_finishes_and_runs_again_when_there_is_one():
+def test_a_row_without_a_candidate_finishes_and_can_run_again():
     table = oracle.random_table(6, num_steps=5, vocab_size=3)
     outcome = ours(oracle.table_logits(table), width=8, stop_ids=(2,))
     assert outcome.was_revived
-    assert len(set(outcome.held)) == len(outcome.held) == 8
+    assert len(set(outcome.hypotheses)) == len(outcome.hypotheses) == 8
 
 
-def test_a_search_whose_tokens_are_all_forbidden_ends_with_what_it_holds():
+def test_a_search_ends_with_its_hypotheses_if_all_tokens_are_forbidden():
     table = oracle.random_table(7, num_steps=5, vocab_size=VOCAB_SIZE)
     table[2] = -np.inf
     outcome = ours(oracle.table_logits(table), width=8)
     assert outcome.num_steps == 3
-    assert 0 < len(outcome.held) < 8
-    assert all(tokens[-1] == 1 for tokens in outcome.held)
+    assert 0 < len(outcome.hypotheses) < 8
+    assert all(tokens[-1] == 1 for tokens in outcome.hypotheses)
     table[0] = -np.inf
     outcome = ours(oracle.table_logits(table))
     assert outcome.num_steps == 1
-    assert outcome.held == []
+    assert outcome.hypotheses == []
 
 
-def test_forbidden_tokens_are_in_no_sequence_and_nothing_is_renormalised():
+def test_forbidden_tokens_never_occur_and_others_are_not_renormalised():
     table = oracle.normalised(oracle.random_table(8, num_steps=5, vocab_size=6))
     table[:, :, [2, 5]] = -np.inf
     outcome = ours(oracle.table_logits(table))
-    assert not {2, 5} & {token for tokens in outcome.held for token in tokens}
-    best = outcome.held[0]
+    assert not {2, 5} & {token for tokens in outcome.hypotheses for token in tokens}
+    best = outcome.hypotheses[0]
     lasts = (0, *best[:-1])
     raw = sum(
         table[t, last, token]
@@ -200,17 +202,17 @@ def test_forbidden_tokens_are_in_no_sequence_and_nothing_is_renormalised():
     np.testing.assert_allclose(outcome.logprobs[0], raw, rtol=1e-5)
 
 
-def test_steps_after_the_end_change_nothing_that_is_held():
+def test_steps_after_the_end_do_not_change_the_hypotheses():
     table = oracle.random_table(9, num_steps=6, vocab_size=VOCAB_SIZE)
     state = ours(oracle.table_logits(table), early_stopping=True).state
     keys, logits = jax.random.split(jax.random.key(0), 8), np.zeros((8, 6), np.float32)
     after, decision = step(keys, logits, state)
-    np.testing.assert_array_equal(after.held_scores, state.held_scores)
+    np.testing.assert_array_equal(after.hypothesis_scores, state.hypothesis_scores)
     assert decision.finished.all()
     np.testing.assert_array_equal(decision.parents[8:], np.arange(8, 16))
 
 
-def test_requests_of_all_kinds_share_one_program_and_get_what_they_get_alone():
+def test_requests_with_different_parameters_are_independent_in_one_program():
     kinds = [
         {"width": 3, "length_penalty": 0.0, "early_stopping": True},
         {"width": 8, "length_penalty": 1.0, "early_stopping": "never"},
@@ -228,12 +230,13 @@ def test_requests_of_all_kinds_share_one_program_and_get_what_they_get_alone():
     tokens, lengths, end = run(together, tables, keys)
     for n, kind in enumerate(kinds):
         outcome = ours(oracle.table_logits(tables[n]), **kind)
-        assert np.asarray(end.is_held[n]).sum() == len(outcome.held)
-        for place, wanted in enumerate(outcome.held):
-            got = np.asarray(tokens[n, place, : lengths[n, place]])
-            assert tuple(got.tolist()) == wanted
-        scores = np.asarray(end.held_scores[n])[: len(outcome.held)]
-        np.testing.assert_allclose(scores, oracle.held_scores(outcome.state), rtol=1e-6)
+        assert np.asarray(end.has_hypothesis[n]).sum() == len(outcome.hypotheses)
+        for rank, expected in enumerate(outcome.hypotheses):
+            got = np.asarray(tokens[n, rank, : lengths[n, rank]])
+            assert tuple(got.tolist()) == expected
+        scores = np.asarray(end.hypothesis_scores[n])[: len(outcome.hypotheses)]
+        expected = oracle.hypothesis_scores(outcome.state)
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
 def test_one_compiled_step_serves_all_parameters():
@@ -248,11 +251,11 @@ def test_one_compiled_step_serves_all_parameters():
             early_stopping=early,
             stop_ids=(width % 3,),
         )
-    # numpy arrays before the first step, device arrays after it.
+    # The state has numpy arrays before the first step and device arrays after it.
     assert fresh._cache_size() <= 2
 
 
-def test_beam_search_is_the_algorithm_with_all_rows_in_use():
+def test_beam_search_uses_all_rows():
     table = oracle.random_table(1, num_steps=6, vocab_size=6)
     logits_of = oracle.table_logits(table)
     algorithm = beam_search(
@@ -260,7 +263,7 @@ def test_beam_search_is_the_algorithm_with_all_rows_in_use():
     )
     assert isinstance(algorithm, decoding.DecodingAlgorithm)
     got = oracle.follow(jax.jit(algorithm.step), algorithm.init(4), logits_of, 4)
-    wanted = slow(
+    expected = slow(
         logits_of,
         width=4,
         max_tokens=6,
@@ -268,23 +271,23 @@ def test_beam_search_is_the_algorithm_with_all_rows_in_use():
         early_stopping="never",
         stop_ids=(1, 3),
     )
-    assert got.held == [tokens for _, tokens in wanted.pool]
+    assert got.hypotheses == [tokens for _, tokens in expected.pool]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 9}, "width must be between 1 and the 8 rows of the request; got 9"),
-        ({"width": 0}, "width must be between 1 and the 8 rows"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
-        ({"stop_ids": (1, 2, 3, 4)}, "room for num_stop_ids=3 tokens; got 4"),
-        ({"stop_ids": (-1,)}, "stop_ids must be token ids"),
-        ({"early_stopping": "always"}, "early_stopping must be False, True or"),
-        ({"length_penalty": float("nan")}, "length_penalty: max_tokens"),
-        ({"length_penalty": -200.0}, "choose one nearer to 0"),
+        ({"width": 9}, "width: expected from 1 to 8, the rows of the request, got 9"),
+        ({"width": 0}, "width: expected from 1 to 8, the rows"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"stop_ids": (1, 2, 3, 4)}, "expected at most num_stop_ids=3 tokens, got 4"),
+        ({"stop_ids": (-1,)}, "stop_ids: expected token ids"),
+        ({"early_stopping": "always"}, "early_stopping: expected False, True or"),
+        ({"length_penalty": float("nan")}, "length_penalty: expected max_tokens"),
+        ({"length_penalty": -200.0}, "choose a value nearer to 0"),
     ],
 )
-def test_a_bad_argument_is_refused_by_name(change, message):
+def test_an_invalid_argument_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         beam_state(NUM_ROWS, num_stop_ids=3, **PARAMS | change)
 
@@ -298,7 +301,7 @@ def reverse_ties(best, found, scores, num):
     return best(found, scores[::-1], num)
 
 
-def hear_every_stop_token(best, found, scores, num):
+def count_every_stop_token(best, found, scores, num):
     if scores is not found.scores:
         return best(found, scores, num)
     lifted = best(found, jnp.where(found.is_stop, scores + 64.0, scores), num)
@@ -310,25 +313,25 @@ def all_rows_at_first(first_scores, num_rows):
     return np.zeros_like(first_scores(num_rows))
 
 
-def new_before_old(hold, held_scores, ended, ended_scores, width):
-    return hold(held_scores, ended, ended_scores + 1e-3, width)
+def new_before_old(update, previous_scores, ended, ended_scores, width):
+    return update(previous_scores, ended, ended_scores + 1e-3, width)
 
 
-def never_over_early(is_over, state, best_score, held, length):
-    del is_over, state, held, length
+def never_over_early(is_over, state, best_score, hypotheses, length):
+    del is_over, state, hypotheses, length
     return best_score == -jnp.inf
 
 
-def hope_for_nothing(is_over, state, best_score, held, length):
-    return is_over(state, best_score - 0.5, held, length)
+def lower_the_best_score(is_over, state, best_score, hypotheses, length):
+    return is_over(state, best_score - 0.5, hypotheses, length)
 
 
 FAULTS = {
     "_length_divisor": [count_the_prompt],
-    "best": [reverse_ties, hear_every_stop_token],
+    "best_candidates": [reverse_ties, count_every_stop_token],
     "first_scores": [all_rows_at_first],
-    "hold": [new_before_old],
-    "_is_over": [never_over_early, hope_for_nothing],
+    "update_hypotheses": [new_before_old],
+    "_is_over": [never_over_early, lower_the_best_score],
 }
 
 
@@ -336,10 +339,10 @@ FAULTS = {
     ("name", "fault"),
     [(name, fault) for name, faults in FAULTS.items() for fault in faults],
 )
-def test_a_planted_fault_makes_a_difference(name, fault, monkeypatch):
+def test_a_planted_fault_is_found(name, fault, monkeypatch):
     faulty = functools.partial(fault, getattr(beam, name))
     monkeypatch.setattr(beam, name, faulty)
-    # Compiled anew: jax would give what it compiled before the fault.
+    # A new function, since jax would reuse the program without the fault.
     fresh = jax.jit(lambda *args: beam.step(*args))
     tables = [
         oracle.random_table(seed, num_steps=5, vocab_size=VOCAB_SIZE, is_tied=True)

@@ -1,4 +1,4 @@
-"""Logits rules against float64 numpy, one row and one token at a time, and others."""
+"""Logits rules against plain Python in float64, hand-computed numbers and others."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ SIZES = RuleSizes(num_bias=4, num_bad_words=4, bad_word_len=4, num_allowed=64)
 
 @dataclasses.dataclass
 class Case:
-    """One row: parameters, bad words as tokens, what it holds, what ends it."""
+    """One row: parameters, tokens of bad words, known tokens, tokens that end it."""
 
     params: SamplingParams
     bad_words: list[tuple[int, ...]]
@@ -32,7 +32,7 @@ class Case:
 
 
 def by_hand(logits: np.ndarray, case: Case) -> np.ndarray:
-    """Return f64[V], the rules one after another in plain Python."""
+    """The logits f64[V] after the rules, one after the other in plain Python."""
     x = [float(value) for value in logits]
     params = case.params
     output = case.tokens[case.prompt_len :]
@@ -58,16 +58,16 @@ def by_hand(logits: np.ndarray, case: Case) -> np.ndarray:
 
 @functools.cache
 def compiled(order: tuple):
-    """Return `rules.apply` under jit, another one for each (planted) order."""
+    """A jitted `rules.apply` for each (planted) order."""
     del order
     return jax.jit(lambda *arguments: rules.apply(*arguments))
 
 
 def apply_to(logits: np.ndarray, cases: list[Case], sizes: RuleSizes = SIZES):
-    """Return f32[S, V], what the rules of `cases` make of `logits`, in one call."""
-    encoded = [rule_arrays.encode(c.params, sizes, c.bad_words) for c in cases]
+    """Logits f32[S, V] after the rules of `cases`, computed in one call."""
+    encoded = [rule_arrays.encode_rules(c.params, sizes, c.bad_words) for c in cases]
     stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *encoded)
-    # What lies after the last token is not to be looked at: here it is token 0.
+    # Entries after the last token must be ignored; here they are token 0.
     tokens = np.zeros((len(cases), L), np.int32)
     stop_ids = np.full((len(cases), E), -1, np.int32)
     for s, case in enumerate(cases):
@@ -84,7 +84,7 @@ def apply_to(logits: np.ndarray, cases: list[Case], sizes: RuleSizes = SIZES):
     return np.asarray(changed)
 
 
-# Few different tokens, so that repetitions and bad words do occur.
+# Few different tokens, so that repetitions and bad words occur.
 token_ids = st.integers(0, 5) | st.integers(0, V - 1)
 
 
@@ -121,17 +121,17 @@ def normal(seed: int, num_rows: int = S, vocab_size: int = V) -> np.ndarray:
 
 def assert_rules_hold(cases: list[Case], seed: int) -> None:
     logits = 3 * normal(seed, len(cases))
-    wanted = [by_hand(row, case) for row, case in zip(logits, cases, strict=True)]
-    np.testing.assert_allclose(apply_to(logits, cases), wanted, rtol=1e-5, atol=1e-5)
+    expected = [by_hand(row, case) for row, case in zip(logits, cases, strict=True)]
+    np.testing.assert_allclose(apply_to(logits, cases), expected, rtol=1e-5, atol=1e-5)
 
 
 @hypothesis.settings(max_examples=150)
 @hypothesis.given(st.lists(random_cases(), min_size=S, max_size=S), st.integers(0, 99))
-def test_any_rules_give_what_plain_python_gives(cases, seed):
+def test_random_rules_equal_plain_python(cases, seed):
     assert_rules_hold(cases, seed)
 
 
-# Every two rules that do not commute act on one token here.
+# Any two rules that do not commute act on one token here.
 EVERYTHING = Case(
     params=SamplingParams(
         repetition_penalty=1.7,
@@ -149,12 +149,12 @@ EVERYTHING = Case(
 )
 
 
-def test_all_rules_of_one_row_at_once_by_numbers_worked_out_by_hand():
+def test_all_rules_of_a_row_equal_numbers_computed_by_hand():
     logits = np.full((1, V), 2.0, np.float32)
     x = apply_to(logits, [EVERYTHING])[0]
-    # The output is 3, 7, 39, 3, 7. Allowed and left: 1, 3, 7, 9, 39.
+    # The output is 3, 7, 39, 3, 7. Allowed tokens that are left: 1, 3, 7, 9, 39.
     assert np.flatnonzero(x > -np.inf).tolist() == [1, 3, 7, 9, 39]
-    assert x[1] == 2.0  # 9, 9 did not come before it
+    assert x[1] == 2.0  # not preceded by 9, 9
     assert x[3] == 0.0 * 1.7 - 0.25 * 2 - 0.5
     np.testing.assert_allclose(x[7], (2.0 + 4.0) / 1.7 - 0.25 * 2 - 0.5, rtol=1e-6)
     np.testing.assert_allclose(x[9], (2.0 + 1.0) / 1.7, rtol=1e-6)  # in the prompt
@@ -168,9 +168,9 @@ def swapped(first: int, second: int):
 
 
 @pytest.mark.parametrize("pair", [(3, 4), (4, 5), (3, 5)])
-def test_rules_in_another_order_are_noticed(pair, monkeypatch):
+def test_another_order_of_rules_is_found(pair, monkeypatch):
     assert_rules_hold([EVERYTHING], 0)
-    # The three that only forbid commute with one another, and with a bias.
+    # The three rules that only forbid tokens commute with each other and with a bias.
     monkeypatch.setattr(rules, "_ORDER", swapped(*pair))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_rules_hold([EVERYTHING], 0)
@@ -181,7 +181,7 @@ def without(name: str):
 
 
 @pytest.mark.parametrize("name", [has_rule.__name__ for has_rule, _ in rules._ORDER])
-def test_a_rule_that_is_left_out_is_noticed(name, monkeypatch):
+def test_a_missing_rule_is_found(name, monkeypatch):
     monkeypatch.setattr(rules, "_ORDER", without(name))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_rules_hold([EVERYTHING], 0)
@@ -194,7 +194,7 @@ PLAIN = Case(SamplingParams(), [], [9, 3, 7, 3], 2, [2])
 @hypothesis.given(
     st.lists(random_cases(), min_size=S - 1, max_size=S - 1), st.integers(0, 99)
 )
-def test_a_row_gets_the_same_bits_whatever_the_other_rows_have(cases, seed):
+def test_a_row_does_not_depend_on_the_rules_of_other_rows(cases, seed):
     logits = normal(seed)
     logits[:, ::7] = -0.0
     logits[:, 1::7] = -np.inf
@@ -209,9 +209,9 @@ def test_a_row_gets_the_same_bits_whatever_the_other_rows_have(cases, seed):
 
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(random_cases())
-def test_which_rows_have_rules_is_said_and_room_alone_is_no_rule(case):
+def test_is_any_finds_rows_with_rules_and_ignores_capacities(case):
     params = case.params
-    # A penalty that float32 does not tell from none is none.
+    # A penalty that float32 rounds to its neutral value is no rule.
     has_rule = bool(
         np.float32(params.repetition_penalty) != 1
         or np.float32(params.presence_penalty) != 0
@@ -223,14 +223,14 @@ def test_which_rows_have_rules_is_said_and_room_alone_is_no_rule(case):
     )
     needed = RuleSizes.of_request(params, V, case.bad_words)
     for sizes in (needed, SIZES.grown(needed)):
-        row = rule_arrays.encode(params, sizes, case.bad_words)
+        row = rule_arrays.encode_rules(params, sizes, case.bad_words)
         stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], row)
         assert rules.is_any(stacked).tolist() == [has_rule]
     assert not rules.is_any(LogitsRules.none(3, SIZES)).any()
     assert not rules.is_any(LogitsRules.none(3, RuleSizes())).any()
 
 
-def test_room_for_nothing_and_room_for_much_give_the_same():
+def test_capacities_do_not_change_the_result():
     logits = normal(0, 1)
     penalties = dataclasses.replace(
         EVERYTHING.params, logit_bias=None, allowed_token_ids=None
@@ -240,26 +240,26 @@ def test_room_for_nothing_and_room_for_much_give_the_same():
     assert small.tobytes() == large.tobytes()
 
 
-def test_rules_that_have_grown_say_the_same():
+def test_grown_rules_have_the_same_meaning():
     needed = RuleSizes.of_request(EVERYTHING.params, V, EVERYTHING.bad_words)
     # 3 biases, 3 bad words of at most 3 tokens; 40 tokens in masks of 32 bits.
     assert needed == RuleSizes(4, 4, 4, 64)
     larger = needed.grown(RuleSizes(num_bias=8, bad_word_len=8, num_allowed=96))
     assert larger == RuleSizes(8, 4, 8, 96)
-    row = rule_arrays.encode(EVERYTHING.params, needed, EVERYTHING.bad_words)
-    wanted = rule_arrays.encode(EVERYTHING.params, larger, EVERYTHING.bad_words)
+    row = rule_arrays.encode_rules(EVERYTHING.params, needed, EVERYTHING.bad_words)
+    expected = rule_arrays.encode_rules(EVERYTHING.params, larger, EVERYTHING.bad_words)
     assert row.sizes == needed
     stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], row)
     for old, axis in ((row, ()), (stacked, (0,))):
-        grown = rule_arrays.grow(old, larger)
+        grown = rule_arrays.grow_rules(old, larger)
         assert grown.sizes == larger
-        for got, leaf in zip(*map(jax.tree.leaves, (grown, wanted)), strict=True):
+        for got, leaf in zip(*map(jax.tree.leaves, (grown, expected)), strict=True):
             assert got.dtype == leaf.dtype
             np.testing.assert_array_equal(np.squeeze(got, axis), leaf)
-    assert rule_arrays.grow(row, RuleSizes()) is row
+    assert rule_arrays.grow_rules(row, RuleSizes()) is row
 
 
-def test_what_does_not_fit_is_refused_by_the_name_of_the_size():
+def test_a_request_beyond_the_sizes_is_refused():
     params = EVERYTHING.params
     for name, got in (
         ("num_bias", 2),
@@ -269,19 +269,19 @@ def test_what_does_not_fit_is_refused_by_the_name_of_the_size():
     ):
         small = dataclasses.replace(SIZES, **{name: got})
         with pytest.raises(
-            ValueError, match=f"wanted {name} of at least .*, got {got}"
+            ValueError, match=f"expected {name} of at least .*, got {got}"
         ):
-            rule_arrays.encode(params, small, EVERYTHING.bad_words)
+            rule_arrays.encode_rules(params, small, EVERYTHING.bad_words)
     narrow = dataclasses.replace(SIZES, num_allowed=32)
     with pytest.raises(ValueError, match=r"mask of at least 40 tokens.* got one of 32"):
         apply_to(normal(0, 1), [PLAIN], narrow)
 
 
-def test_under_vmap_every_request_gets_its_own():
+def test_rules_can_be_mapped_over_requests():
     cases = [EVERYTHING, PLAIN]
     logits = normal(5, 2)
-    wanted = apply_to(logits, cases)
-    encoded = [rule_arrays.encode(c.params, SIZES, c.bad_words) for c in cases]
+    expected = apply_to(logits, cases)
+    encoded = [rule_arrays.encode_rules(c.params, SIZES, c.bad_words) for c in cases]
     stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x))[:, None], *encoded)
     tokens = np.zeros((2, 1, L), np.int32)
     stop_ids = np.full((2, 1, E), -1, np.int32)
@@ -293,10 +293,10 @@ def test_under_vmap_every_request_gets_its_own():
     got = jax.jit(jax.vmap(rules.apply))(
         jnp.asarray(logits)[:, None], stacked, tokens, lens, nums, stop_ids
     )
-    np.testing.assert_allclose(got[:, 0], wanted, rtol=1e-6)
+    np.testing.assert_allclose(got[:, 0], expected, rtol=1e-6)
 
 
-NUM_DRAWS = 16384
+NUM_SAMPLES = 16384
 LADDER = [
     {},
     {"temperature": 0.6, "repetition_penalty": 1.5},
@@ -316,8 +316,8 @@ LADDER = [
 ]
 
 
-def drawn(case: Case, logits: np.ndarray) -> np.ndarray:
-    """Return NUM_DRAWS tokens that `sample` draws after the rules of one row."""
+def sampled_tokens(case: Case, logits: np.ndarray) -> np.ndarray:
+    """NUM_SAMPLES tokens sampled after the rules of one row."""
     params = case.params
     batch = np.broadcast_to(apply_to(logits[None], [case]), (1024, V))
     settings = {
@@ -329,7 +329,7 @@ def drawn(case: Case, logits: np.ndarray) -> np.ndarray:
         sample(jnp.asarray(batch), sampling_rows(1024, **settings), jnp.full(1024, n))[
             0
         ]
-        for n in range(NUM_DRAWS // 1024)
+        for n in range(NUM_SAMPLES // 1024)
     ]
     return np.concatenate([np.asarray(tokens) for tokens in many])
 
@@ -346,15 +346,15 @@ def exact(case: Case, logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("settings", LADDER, ids=str)
-def test_after_the_rules_the_drawn_distribution_is_the_exact_one(settings):
+def test_samples_after_the_rules_have_the_exact_distribution(settings):
     logits = 1.5 * normal(1, 1)[0]
     case = dataclasses.replace(
         EVERYTHING, params=SamplingParams(**settings), bad_words=[(4,), (3, 7, 6)]
     )
-    tokens = drawn(case, logits)
-    # With fixed seeds this passes or fails for ever; chance is 3e-5.
+    tokens = sampled_tokens(case, logits)
+    # Seeds are fixed; by chance a correct program fails with probability 3e-5.
     assert abs(chi_square_z(tokens, exact(case, logits))) < 4
-    # The same draws do not fit another penalty on what came last.
+    # The same samples do not fit another presence penalty.
     penalty = case.params.presence_penalty - 1
     other = dataclasses.replace(case.params, presence_penalty=penalty)
     wrong = exact(dataclasses.replace(case, params=other), logits)
@@ -365,20 +365,23 @@ def test_after_the_rules_the_drawn_distribution_is_the_exact_one(settings):
 REFUSED = [
     ({"logit_bias": {40: 1.0}}, r"logit_bias: .*vocab_size \(40\), got 40"),
     ({"allowed_token_ids": [1, 41]}, r"allowed_token_ids: .*\(40\), got 41"),
-    ({"logit_bias": {4: 1e10}}, r"logit_bias\[4\]: wanted -3e\+38 to 1e\+09"),
-    ({"logit_bias": {4: -4e38}}, r"logit_bias\[4\]: wanted"),
-    ({"repetition_penalty": 1e-10}, r"repetition_penalty: wanted 1e-09 to 1e\+09"),
+    ({"logit_bias": {4: 1e10}}, r"logit_bias\[4\]: expected -3e\+38 to 1e\+09"),
+    ({"logit_bias": {4: -4e38}}, r"logit_bias\[4\]: expected"),
+    ({"repetition_penalty": 1e-10}, r"repetition_penalty: expected 1e-09 to 1e\+09"),
     ({"repetition_penalty": 1e200}, "repetition_penalty: .*got 1e.200"),
-    ({"allowed_token_ids": [5, 6]}, "bad_words: wanted at least one token of allowed"),
+    (
+        {"allowed_token_ids": [5, 6]},
+        "bad_words: expected at least one token of allowed",
+    ),
     (
         {"allowed_token_ids": [2, 5, 13], "min_tokens": 1},
-        r"min_tokens: wanted 0, got 1: .*are left \(\[2, 13\]\) end the request",
+        r"min_tokens: expected 0, got 1: .*_ids \(\[2, 13\]\) end the request",
     ),
 ]
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
-def test_rules_that_cannot_be_kept_are_refused(settings, message):
+def test_impossible_rules_are_refused(settings, message):
     params = SamplingParams(**settings)
     with pytest.raises(ValueError, match=message):
         check_rules(params, V, [(5,), (6,), (7, 8)], [2, 13])
@@ -394,7 +397,7 @@ def test_rules_that_leave_a_token_are_accepted():
 
 
 @pytest.mark.parametrize("extreme", [1e-9, 1e9])
-def test_the_most_extreme_numbers_that_are_accepted_give_no_nan(extreme):
+def test_the_most_extreme_accepted_numbers_give_no_nan(extreme):
     params = SamplingParams(
         repetition_penalty=extreme, logit_bias={3: 1e9, 7: -3e38, 9: 1e9}
     )
@@ -412,7 +415,7 @@ def test_the_most_extreme_numbers_that_are_accepted_give_no_nan(extreme):
 @pytest.mark.huggingface
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(random_cases(), st.integers(0, 99))
-def test_each_rule_agrees_with_the_processor_of_transformers(case, seed):
+def test_each_rule_equals_the_processor_of_transformers(case, seed):
     import torch
     from transformers import generation
 
@@ -438,7 +441,7 @@ def test_each_rule_agrees_with_the_processor_of_transformers(case, seed):
     theirs = processed(generation.RepetitionPenaltyLogitsProcessor(penalty))
     np.testing.assert_allclose(ours(repetition_penalty=penalty), theirs, rtol=1e-6)
     if case.bad_words:
-        # Theirs match the prompt too, so here all tokens are output.
+        # transformers matches the prompt too, so here all tokens are output.
         words = [list(word) for word in case.bad_words]
         theirs = processed(generation.NoBadWordsLogitsProcessor(words))
         np.testing.assert_array_equal(ours(case.bad_words, prompt_len=0), theirs)

@@ -1,4 +1,4 @@
-"""Sampling: exact distributions, independence of the batch, and the edges."""
+"""Sampling: exact distributions, independence of the batch, and edge cases."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ sample = jax.jit(decoding.sample)
 
 
 def rows(num_rows: int, **settings: object) -> SamplingRows:
-    """Return rows with `settings` (scalars or lists), seeds 0, 1, 2, ..."""
+    """Rows with `settings` (scalars or lists) and seeds 0, 1, 2, ..."""
     base = dataclasses.replace(
         SamplingRows.greedy(num_rows),
         temperature=jnp.ones(num_rows),
@@ -39,7 +39,7 @@ def positions(num_rows: int, first: int = 0) -> jax.Array:
 def exact_distribution(
     logits: np.ndarray, temp: float = 1.0, k: int = 0, p: float = 1.0, low: float = 0.0
 ) -> np.ndarray:
-    """Return f64[V], the distribution that one row is to be drawn from."""
+    """The exact distribution of one row, f64[V]."""
     x = logits.astype(np.float64)
     kept = kept_by_sorting(logits, temp, k, p, low)
     weights = np.where(kept, np.exp((x - x.max()) / temp), 0.0)
@@ -47,7 +47,7 @@ def exact_distribution(
 
 
 def chi_square_z(tokens: np.ndarray, probabilities: np.ndarray) -> float:
-    """Return the chi-square statistic in standard deviations from its mean.
+    """The chi-square statistic in standard deviations from its mean.
 
     Tokens that are expected fewer than 5 times count as one class.
     """
@@ -61,12 +61,12 @@ def chi_square_z(tokens: np.ndarray, probabilities: np.ndarray) -> float:
         observed, expected = observed[:-1], expected[:-1]
     statistic = np.sum((observed - expected) ** 2 / expected)
     degrees = len(expected) - 1
-    # Wilson and Hilferty's cube root is close to normal from 3 degrees on.
+    # By Wilson and Hilferty the cube root is nearly normal from 3 degrees on.
     variance = 2 / (9 * degrees)
     return float(((statistic / degrees) ** (1 / 3) - (1 - variance)) / variance**0.5)
 
 
-NUM_DRAWS = 32768
+NUM_SAMPLES = 32768
 LADDER = [
     {},
     {"temperature": 0.6},
@@ -80,38 +80,38 @@ LADDER = [
 ]
 
 
-def draw_many(logits: np.ndarray, settings: dict) -> np.ndarray:
-    """Return NUM_DRAWS tokens of one row of logits, over seeds and positions."""
+def sample_many(logits: np.ndarray, settings: dict) -> np.ndarray:
+    """NUM_SAMPLES tokens of one row of logits, over seeds and positions."""
     batch = jnp.broadcast_to(jnp.asarray(logits), (1024, len(logits)))
     many = [
         sample(batch, rows(1024, **settings), jnp.full(1024, n, jnp.int32))[0]
-        for n in range(NUM_DRAWS // 1024)
+        for n in range(NUM_SAMPLES // 1024)
     ]
     return np.concatenate([np.asarray(tokens) for tokens in many])
 
 
 @pytest.mark.parametrize("settings", LADDER, ids=str)
-def test_the_drawn_distribution_is_the_exact_one(settings):
-    # 300 entries are three groups, the last one partly padding.
+def test_samples_have_the_exact_distribution(settings):
+    # 300 entries are three groups, the last of which is partly padding.
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32) * 2
     names = {"temperature": "temp", "top_k": "k", "top_p": "p", "min_p": "low"}
-    wanted = exact_distribution(logits, **{names[n]: v for n, v in settings.items()})
-    # 4 sigma: with fixed seeds this passes or fails for ever; chance is 3e-5.
-    assert abs(chi_square_z(draw_many(logits, settings), wanted)) < 4
+    expected = exact_distribution(logits, **{names[n]: v for n, v in settings.items()})
+    # Seeds are fixed; by chance a correct program fails with probability 3e-5.
+    assert abs(chi_square_z(sample_many(logits, settings), expected)) < 4
 
 
-def test_the_chi_square_notices_a_wrong_k_a_wrong_temperature_and_a_wrong_token():
+def test_the_chi_square_finds_a_wrong_k_temperature_and_token():
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32) * 2
-    tokens = draw_many(logits, {"top_k": 20})
+    tokens = sample_many(logits, {"top_k": 20})
     assert chi_square_z(tokens, exact_distribution(logits, k=21)) > 10
     assert chi_square_z(tokens, exact_distribution(logits, k=20, temp=1.1)) > 10
-    wanted = exact_distribution(logits, k=20)
-    one_off = np.where(tokens == np.argmax(wanted), 299, tokens)
+    expected = exact_distribution(logits, k=20)
+    one_off = np.where(tokens == np.argmax(expected), 299, tokens)
     with pytest.raises(AssertionError, match="probability 0"):
-        chi_square_z(one_off, wanted)
+        chi_square_z(one_off, expected)
 
 
-def test_logprobs_are_the_raw_models_in_every_way_of_decoding():
+def test_logprobs_are_the_raw_model_s_with_all_settings():
     logits = np.random.default_rng(1).normal(size=(4, 700)).astype(np.float32) * 3
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
@@ -123,13 +123,13 @@ def test_logprobs_are_the_raw_models_in_every_way_of_decoding():
     ]
     for way in ways:
         tokens, logprobs = sample(logits, way, positions(4))
-        wanted = np.take_along_axis(exact, np.asarray(tokens)[:, None], axis=1)[:, 0]
+        expected = np.take_along_axis(exact, np.asarray(tokens)[:, None], axis=1)[:, 0]
         # Sums of 700 float32 terms.
-        np.testing.assert_allclose(logprobs, wanted, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(logprobs, expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 3, 128, 129, 1000])
-def test_temperature_zero_takes_the_first_largest_whatever_the_filters(vocab_size):
+def test_temperature_zero_is_argmax_with_any_filters(vocab_size):
     logits = np.random.default_rng(2).normal(size=(5, vocab_size)).astype(np.float32)
     # bfloat16 logits tie often.
     logits = np.asarray(jnp.asarray(logits).astype(jnp.bfloat16).astype(jnp.float32))
@@ -156,11 +156,11 @@ def take(settings: SamplingRows, index: np.ndarray) -> SamplingRows:
     return jax.tree.map(lambda leaf: leaf[index], settings)
 
 
-def test_what_a_row_gets_is_bitwise_the_same_whatever_the_other_rows():
+def test_a_row_does_not_depend_on_the_other_rows():
     logits = np.random.default_rng(4).normal(size=(32, 2500)).astype(np.float32)
     mixed, places = rows(32, **MIXED), positions(32)
     tokens, logprobs = sample(logits, mixed, places)
-    # The same rows in another order, and each kind of row alone among idle ones.
+    # The same rows in another order, and each kind of row among unused rows.
     order = np.random.default_rng(5).permutation(32)
     shuffled = sample(logits[order], take(mixed, order), places[order])
     np.testing.assert_array_equal(shuffled[0], tokens[order])
@@ -177,7 +177,7 @@ def test_what_a_row_gets_is_bitwise_the_same_whatever_the_other_rows():
         np.testing.assert_array_equal(got[1][is_kind], logprobs[is_kind])
 
 
-def test_a_row_gets_the_same_token_in_a_batch_of_another_size():
+def test_tokens_do_not_depend_on_the_batch_size():
     logits = np.random.default_rng(6).normal(size=(32, 2500)).astype(np.float32)
     mixed, places = rows(32, **MIXED), positions(32)
     tokens, logprobs = sample(logits, mixed, places)
@@ -190,7 +190,7 @@ def test_a_row_gets_the_same_token_in_a_batch_of_another_size():
             np.testing.assert_allclose(got[1], logprobs[part], rtol=1e-6)
 
 
-def test_seed_sample_and_position_each_change_the_draw_and_nothing_else_does():
+def test_seed_sample_and_position_change_the_token_and_nothing_else_does():
     logits = np.zeros((2, 10000), np.float32)
     base = rows(2, seed=7, sample=[0, 0])
     tokens, _ = sample(logits, base, jnp.array([5, 5], jnp.int32))
@@ -205,7 +205,7 @@ def test_seed_sample_and_position_each_change_the_draw_and_nothing_else_does():
         assert got[1] != tokens[0]
 
 
-def test_keys_are_the_same_for_signed_and_unsigned_seeds():
+def test_signed_and_unsigned_seeds_have_equal_keys():
     zeros = jnp.zeros(2, jnp.int32)
     signed = token_keys(jnp.array([-1, 3], jnp.int32), zeros, zeros)
     unsigned = token_keys(jnp.array([2**32 - 1, 3], jnp.uint32), zeros, zeros)
@@ -221,7 +221,7 @@ def test_keys_are_the_same_for_signed_and_unsigned_seeds():
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 80.0, -300.0]),
 )
-def test_a_masked_token_is_never_drawn(allowed, settings, seed, level):
+def test_a_masked_token_is_never_sampled(allowed, settings, seed, level):
     logits = np.full((8, 300), -np.inf, np.float32)
     logits[:, sorted(allowed)] = level
     tokens, logprobs = sample(logits, rows(8, seed=seed, **settings), positions(8))
@@ -230,7 +230,7 @@ def test_a_masked_token_is_never_drawn(allowed, settings, seed, level):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}])
-def test_a_row_that_is_all_masked_gives_token_0_and_minus_infinity(settings):
+def test_a_completely_masked_row_gives_token_0_and_minus_infinity(settings):
     logits = np.full((2, 300), -np.inf, np.float32)
     logits[1, 299] = 3.0
     tokens, logprobs = sample(logits, rows(2, **settings), positions(2))
@@ -238,14 +238,14 @@ def test_a_row_that_is_all_masked_gives_token_0_and_minus_infinity(settings):
     np.testing.assert_array_equal(logprobs, [-np.inf, 0.0])
 
 
-def test_inverse_cdf_never_gives_an_index_of_weight_zero(monkeypatch):
+def test_inverse_cdf_never_returns_an_index_of_weight_zero(monkeypatch):
     inverse_cdf = decoding.sample.__globals__["_inverse_cdf"]
     weights = np.zeros((4, 200), np.float32)
     weights[:, 5] = weights[:, 120] = 0.1
-    uniform = np.array([0.0, 0.49, 0.51, 1.0], np.float32)  # 1 cannot come, but holds
+    uniform = np.array([0.0, 0.49, 0.51, 1.0], np.float32)  # 1 cannot occur, but works
     np.testing.assert_array_equal(inverse_cdf(weights, uniform), [5, 5, 120, 120])
 
-    # Parallel hardware may add in another order, and then a sum rises at a weight of 0.
+    # With another order of additions the sum may increase at a weight of 0.
     rounded = jnp.array([[0.5, 0.5000001, 1.0]])
     monkeypatch.setattr(jnp, "cumsum", lambda weights, axis: rounded)
     got = inverse_cdf(jnp.array([[0.5, 0.0, 0.5]]), jnp.array([0.5]))
@@ -270,7 +270,7 @@ def test_top_logprobs_and_ranks_equal_a_full_sort():
         np.testing.assert_allclose(logprobs[s], exact[s, token], rtol=1e-5)
 
 
-def test_algorithms_continue_their_own_rows_and_agree_with_sample():
+def test_greedy_and_sampling_equal_sample_and_continue_their_own_rows():
     logits = jnp.asarray(np.random.default_rng(9).normal(size=(64, 900)), jnp.float32)
     places = positions(64)
     setting = rows(64, temperature=0.8, top_k=40)
@@ -290,7 +290,7 @@ def test_algorithms_continue_their_own_rows_and_agree_with_sample():
         assert not decision.finished.any()
 
 
-def test_sampling_reads_nothing_from_the_host_and_compiles_once_for_all_mixes():
+def test_sampling_needs_no_transfers_and_compiles_once_for_all_settings():
     logits = jax.device_put(np.random.default_rng(10).normal(size=(8, 300)))
     logits, places = logits.astype(jnp.float32), positions(8)
     mixes = [rows(8, temperature=0.0), rows(8), rows(8, temperature=0.5, top_p=0.9)]

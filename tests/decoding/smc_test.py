@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo against the enumeration of sequences, and in the engine."""
+"""Sequential Monte Carlo against enumeration, and in the engine."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ STOP = (2,)
 
 @functools.lru_cache
 def table_model(forbidden: float = 0.0):
-    """f32[T, V, V], probabilities with some removed and nothing put in their place."""
+    """Log-probabilities f32[T, V, V]; some forbidden, without renormalisation."""
     table = oracle.normalised(oracle.random_table(3, num_steps=NUM_STEPS, vocab_size=3))
     is_removed = np.random.default_rng(4).random(table.shape) < forbidden
     return np.where(is_removed, -np.inf, table).astype(np.float32)
 
 
-# Of token t after token s: far apart, so that weights are uneven.
+# Log-potentials of token t after token s; very different, so that weights are uneven.
 LOG_POTENTIALS = np.array(
     [[0.0, -3.0, -1.0], [-4.0, 0.5, -2.0], [0.0, 0.0, 0.0]], np.float32
 )
@@ -44,7 +44,7 @@ def potential(last, token):
 
 @functools.lru_cache
 def exact(forbidden: float = 0.0) -> dict[tuple[int, ...], float]:
-    """Of every sequence its probability times its potentials."""
+    """The probability of every sequence times its potentials."""
     logits_of = oracle.table_logits(table_model(forbidden))
     found = {}
     for logprob, tokens in oracle.every_sequence(logits_of, STOP, NUM_STEPS):
@@ -55,10 +55,10 @@ def exact(forbidden: float = 0.0) -> dict[tuple[int, ...], float]:
 
 
 def rollout(algorithm, table, key):
-    """Tokens i32[S, T] (-1 behind the end), parents i32[T, S] and the last state.
+    """Tokens i32[S, T] (-1 after the end), parents i32[T, S] and the last state.
 
-    As the engine does it: the key of a row depends on its number of tokens, a row that
-    has finished gets NaN for logits, and its heirs get no token.
+    As in the engine, the key of a row depends on its number of tokens, the logits of a
+    finished row are NaN, and rows that continue it get no token.
     """
     table, rows = jnp.asarray(table), jnp.arange(NUM_ROWS)
 
@@ -94,7 +94,7 @@ def run(algorithm, forbidden=0.0, num_runs=NUM_RUNS):
 
 
 def estimates(state) -> tuple[np.ndarray, np.ndarray]:
-    """Of each run the normaliser f64[runs] and the particles' weights f64[runs, S]."""
+    """Normaliser f64[runs] and weights of particles f64[runs, S] of each run."""
     log_weights = state.log_weights.astype(np.float64)
     scale = np.exp(state.log_mean_weight.astype(np.float64))
     return scale * np.exp(log_weights).mean(axis=1), np.exp(log_weights) * scale[
@@ -102,26 +102,26 @@ def estimates(state) -> tuple[np.ndarray, np.ndarray]:
     ]
 
 
-def deviations(samples: np.ndarray, wanted: np.ndarray | float) -> np.ndarray:
-    """How many standard errors the mean of independent runs is off."""
+def deviations(samples: np.ndarray, expected: np.ndarray | float) -> np.ndarray:
+    """Deviation of the mean of independent runs, in standard errors."""
     error = samples.std(axis=0) / np.sqrt(len(samples))
-    return (samples.mean(axis=0) - wanted) / error
+    return (samples.mean(axis=0) - expected) / error
 
 
 def per_sequence(tokens, weights, forbidden=0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Of each run the weight that each sequence got, [runs, sequences]; the exact."""
-    wanted = exact(forbidden)
-    number = {sequence: at for at, sequence in enumerate(wanted)}
-    found = np.zeros((len(tokens), len(wanted)))
+    """Weight of each sequence in each run, [runs, sequences], and exact weights."""
+    weight_of = exact(forbidden)
+    number = {sequence: index for index, sequence in enumerate(weight_of)}
+    found = np.zeros((len(tokens), len(weight_of)))
     flat = [
         tuple(t for t in row if t >= 0)
         for row in tokens.reshape(-1, NUM_STEPS).tolist()
     ]
-    for at, sequence in enumerate(flat):
-        weight = weights.reshape(-1)[at]
+    for index, sequence in enumerate(flat):
+        weight = weights.reshape(-1)[index]
         if weight > 0:  # an impossible particle may have any tokens
-            found[at // NUM_ROWS, number[sequence]] += weight / NUM_ROWS
-    return found, np.array(list(wanted.values()))
+            found[index // NUM_ROWS, number[sequence]] += weight / NUM_ROWS
+    return found, np.array(list(weight_of.values()))
 
 
 @pytest.mark.parametrize(
@@ -133,20 +133,20 @@ def test_normaliser_and_posterior_are_unbiased(threshold, forbidden):
     normaliser = sum(exact(forbidden).values())
     assert len(exact(forbidden)) > 8
     found, weights = estimates(state)
-    # 4 standard errors: with fixed keys this passes or fails for ever. The error itself
-    # is below 1 %, so that a bias of 4 % would show.
+    # 4 standard errors, with fixed keys. The error is below 1 %, so that a bias of 4 %
+    # would be found.
     assert found.std() / np.sqrt(NUM_RUNS) < 0.01 * normaliser
     assert abs(deviations(found, normaliser)) < 4
     own = jax.vmap(lambda one: one.log_normaliser)(state)
     np.testing.assert_allclose(np.exp(own), found, rtol=1e-4)
-    posterior, wanted = per_sequence(tokens, weights, forbidden)
-    is_common = wanted > 0.002 * normaliser  # for others the error is not normal
+    posterior, expected = per_sequence(tokens, weights, forbidden)
+    is_common = expected > 0.002 * normaliser  # the error of others is not normal
     assert is_common.sum() > 5
-    assert np.abs(deviations(posterior[:, is_common], wanted[is_common])).max() < 4
+    assert np.abs(deviations(posterior[:, is_common], expected[is_common])).max() < 4
     assert (state.num_resamplings.max() > 0) == (threshold > 0)
 
 
-def test_without_a_threshold_it_is_importance_sampling():
+def test_threshold_0_is_importance_sampling():
     tokens, parents, state = run(smc(potential, 0, threshold=0.0, stop_token_ids=STOP))
     assert np.all(parents == np.arange(NUM_ROWS))
     assert np.all(state.log_mean_weight == 0)
@@ -157,17 +157,17 @@ def test_without_a_threshold_it_is_importance_sampling():
     )
 
 
-def test_parents_are_rows_and_resampled_weights_begin_anew():
+def test_parents_are_rows_and_weights_are_equal_after_resampling():
     algorithm = smc(potential, 0, threshold=1.0, stop_token_ids=STOP)
     _, parents, state = run(algorithm, num_runs=500)
     assert np.all((parents >= 0) & (parents < NUM_ROWS))
     assert np.any(parents != np.arange(NUM_ROWS))
-    # Particles differ by what they earned in the last step, and by no more.
+    # Particles differ only by the potential of the last step.
     spread = state.log_weights.max(axis=1) - state.log_weights.min(axis=1)
     assert 0 < spread.max() <= np.ptp(LOG_POTENTIALS) + 1e-5
 
 
-def test_systematic_resampling_rounds_the_expected_numbers_up_or_down():
+def test_systematic_resampling_rounds_the_expected_counts_up_or_down():
     rng = np.random.default_rng(0)
     weights = rng.exponential(size=(4000, 7)) ** 3 * (rng.random((4000, 7)) < 0.7)
     weights = weights[weights.sum(axis=1) > 0].astype(np.float32)
@@ -182,14 +182,14 @@ def test_systematic_resampling_rounds_the_expected_numbers_up_or_down():
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
-def test_no_rounding_carries_resampling_to_a_row_without_weight(number, monkeypatch):
+def test_rounding_never_resamples_a_row_without_weight(number, monkeypatch):
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(number))
     for weights in ([0, 1, 0, 0], [0, 0.3, 0.7, 0], [0, 0.1, 0.1, 0.8, 0, 0, 0, 0]):
         parents = systematic(jax.random.key(0), jnp.array(weights, jnp.float32))
         assert np.all(np.array(weights)[parents] > 0)
 
 
-def test_particles_that_have_all_become_impossible_end():
+def test_a_request_ends_if_all_particles_are_impossible():
     def never(count, token):
         del token
         return count + 1, jnp.where(count == 1, -jnp.inf, 0.0)
@@ -208,7 +208,7 @@ def test_particles_that_have_all_become_impossible_end():
 
 
 def keeps_weights(before, after, decision):
-    """Weights that are not begun anew after resampling."""
+    """Weights are not reset after resampling."""
     resampled = after.num_resamplings > before.num_resamplings
     kept = before.log_weights[decision.parents]
     return dataclasses.replace(
@@ -217,7 +217,7 @@ def keeps_weights(before, after, decision):
 
 
 def keeps_potential_states(before, after, decision):
-    """What the potential keeps does not follow the parents."""
+    """The potential's states do not follow the parents."""
     states = before.potential_states
     _, good = jax.vmap(potential)(states[decision.parents], decision.tokens)
     _, wrong = jax.vmap(potential)(states, decision.tokens)
@@ -226,13 +226,13 @@ def keeps_potential_states(before, after, decision):
 
 
 def forgets_the_mean(before, after, decision):
-    """Resampling does not enter the normaliser."""
+    """The normaliser ignores resampling."""
     del before, decision
     return dataclasses.replace(after, log_mean_weight=jnp.float32(0.0))
 
 
 def forgives(before, after, decision):
-    """A particle that is impossible counts as one that was welcome."""
+    """An impossible particle has a positive weight."""
     del before, decision
     log_weights = jnp.maximum(after.log_weights, -3.0)
     return dataclasses.replace(after, log_weights=log_weights)
@@ -241,7 +241,7 @@ def forgives(before, after, decision):
 @pytest.mark.parametrize(
     "fault", [keeps_weights, keeps_potential_states, forgets_the_mean, forgives]
 )
-def test_a_planted_fault_shows_in_the_normaliser(fault):
+def test_a_planted_fault_is_found_in_the_normaliser(fault):
     init, step = smc(potential, 0, stop_token_ids=STOP)
 
     def faulty(keys, logits, state):
@@ -252,7 +252,7 @@ def test_a_planted_fault_shows_in_the_normaliser(fault):
     assert abs(deviations(estimates(state)[0], sum(exact().values()))) > 8
 
 
-def test_a_planted_fault_in_the_parents_shows_in_the_posterior():
+def test_a_planted_fault_in_the_parents_is_found_in_the_posterior():
     init, step = smc(potential, 0, stop_token_ids=STOP)
 
     def faulty(keys, logits, state):
@@ -263,9 +263,9 @@ def test_a_planted_fault_in_the_parents_shows_in_the_posterior():
     tokens, _, state = run(DecodingAlgorithm(init, faulty))
     tokens = np.where(tokens == -1, 0, tokens)
     tokens = np.where(np.cumsum(tokens == 2, axis=-1) - (tokens == 2) > 0, -1, tokens)
-    posterior, wanted = per_sequence(tokens, estimates(state)[1])
-    is_common = wanted > 0.002 * wanted.sum()
-    assert np.abs(deviations(posterior[:, is_common], wanted[is_common])).max() > 8
+    posterior, expected = per_sequence(tokens, estimates(state)[1])
+    is_common = expected > 0.002 * expected.sum()
+    assert np.abs(deviations(posterior[:, is_common], expected[is_common])).max() > 8
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def llama(tmp_path_factory):
 
 
 def by_hand(model, algorithm, num_rows, prompt, params):
-    """Tokens of each row by the plain forward on lists, the state, and some facts."""
+    """Tokens of each row by forward passes, the state, and how many rows revived."""
     rows = [list(prompt) for _ in range(num_rows)]
     finished = np.zeros(num_rows, bool)
     step, state = jax.jit(algorithm.step), algorithm.init(num_rows)
@@ -283,8 +283,8 @@ def by_hand(model, algorithm, num_rows, prompt, params):
     while not finished.all():
         lens = np.array([len(row) for row in rows])
         padded = np.zeros((num_rows, len(prompt) + params.max_tokens), np.int32)
-        for at, row in enumerate(rows):
-            padded[at, : len(row)] = row
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = row
         logits = all_logprobs(model, jnp.asarray(padded))[np.arange(num_rows), lens - 1]
         logits = jnp.where(jnp.asarray(finished)[:, None], jnp.nan, logits)
         seeds = jnp.full(num_rows, params.seed)
@@ -304,11 +304,12 @@ def by_hand(model, algorithm, num_rows, prompt, params):
     return [row[len(prompt) :] for row in rows], state, revived
 
 
-def test_the_engine_does_what_plain_forwards_do_by_hand(llama, monkeypatch):
+def test_the_engine_equals_plain_forward_passes(llama, monkeypatch):
     vocab_size = checkpoints.LLAMA["vocab_size"]
     rng = np.random.default_rng(2)
     gains = jnp.asarray(rng.normal(size=vocab_size) * 2, jnp.float32)
-    # Whoever ends early loses by it, so that others take its row.
+    # Tokens that end a particle have low potentials, so that other particles replace
+    # it.
     stop = tuple(np.argsort(gains)[: vocab_size // 8].tolist())
 
     def likes_some(num_tokens, token):
@@ -333,7 +334,7 @@ def test_the_engine_does_what_plain_forwards_do_by_hand(llama, monkeypatch):
         max_num_stop_ids=len(stop),
         algorithms=((algorithm, 5),),
     )
-    # One shape for decode steps and one for prompts: it compiles sooner.
+    # One shape for decode steps and one for prompts compile faster.
     monkeypatch.setattr(EngineConfig, "row_buckets", (config.max_num_seqs,))
     monkeypatch.setattr(EngineConfig, "token_buckets", (16,))
     state = engine.init(llama, config)
@@ -348,28 +349,31 @@ def test_the_engine_does_what_plain_forwards_do_by_hand(llama, monkeypatch):
     results = engine.collect(state)
     total_revived = 0
     for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-        rows, wanted, revived = by_hand(llama, algorithm, 5, prompt, param)
+        rows, expected, revived = by_hand(llama, algorithm, 5, prompt, param)
         got = [r.token_ids for r in results if r.arrival == number]
         assert got == rows
         leader = seq_indices[number][0]
         mine = jax.tree.map(lambda column, at=leader: column[at], state.states[0])
         np.testing.assert_allclose(
-            mine.log_normaliser, wanted.log_normaliser, rtol=1e-4
+            mine.log_normaliser, expected.log_normaliser, rtol=1e-4
         )
-        np.testing.assert_allclose(mine.weights, wanted.weights, rtol=1e-3, atol=1e-6)
-        assert int(mine.num_resamplings) == int(wanted.num_resamplings) > 2
+        np.testing.assert_allclose(mine.weights, expected.weights, rtol=1e-3, atol=1e-6)
+        assert int(mine.num_resamplings) == int(expected.num_resamplings) > 2
         total_revived += revived
-    assert total_revived > 0, "no row that had finished was continued from another"
+    assert total_revived > 0, "no finished row continued another row"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"threshold": 1.5}, "threshold: wanted a share from 0 to 1, got 1.5"),
-        ({"threshold": float("nan")}, "threshold: wanted a share from 0 to 1, got nan"),
+        ({"threshold": 1.5}, "threshold: expected a share from 0 to 1, got 1.5"),
+        (
+            {"threshold": float("nan")},
+            "threshold: expected a share from 0 to 1, got nan",
+        ),
         ({"stop_token_ids": (3, -1)}, r"stop_token_ids: .*got \(3, -1\)"),
     ],
 )
-def test_a_bad_argument_is_refused_by_name(change, message):
+def test_an_invalid_argument_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         smc(potential, 0, **change)

@@ -14,17 +14,17 @@ from tests.support import beam_oracle as oracle
 
 pytestmark = pytest.mark.long
 
-NUM_DRAWS = 40_000
+NUM_RUNS = 40_000
 STOP = (0,)
 
 
 @functools.lru_cache
 def table_and_sequences(vocab_size: int = 3, num_steps: int = 3, forbidden: float = 0):
-    """A model, its sequences, and the probability of each."""
+    """A table model, its sequences, and their probabilities."""
     table = oracle.random_table(
         7, num_steps=num_steps, vocab_size=vocab_size, forbidden=forbidden
     )
-    # Forbidden tokens leave their probability to the others.
+    # The other tokens share the probability of forbidden tokens.
     sequences = oracle.every_sequence(
         oracle.table_logits(oracle.normalised(table)), STOP, num_steps
     )
@@ -35,17 +35,17 @@ def table_and_sequences(vocab_size: int = 3, num_steps: int = 3, forbidden: floa
     )
 
 
-def draw(table, num_rows, step=stochastic_beam.step, num_draws=NUM_DRAWS):
-    """Tokens i32[draws, S, T], lengths i32[draws, S] and what is held, bool."""
+def sample_runs(table, num_rows, step=stochastic_beam.step, num_runs=NUM_RUNS):
+    """Tokens i32[runs, S, T], lengths i32[runs, S] and bool: which samples exist."""
     algorithm = stochastic_beam_search(max_tokens=len(table), stop_token_ids=STOP)
     run = functools.partial(oracle.rollout, step, algorithm.init(num_rows), table)
-    keys = jax.random.split(jax.random.key(1), num_draws)
+    keys = jax.random.split(jax.random.key(1), num_runs)
     tokens, lengths, state = jax.jit(jax.vmap(run))(keys)
-    return np.asarray(tokens), np.asarray(lengths), np.asarray(state.is_held)
+    return np.asarray(tokens), np.asarray(lengths), np.asarray(state.has_hypothesis)
 
 
 def numbered(tokens, lengths, sequences):
-    """i32[draws, S]: which of `sequences` each is."""
+    """The index of each sample in `sequences`, i32[runs, S]."""
     size = 1 + max(token for sequence in sequences for token in sequence)
     num_steps = tokens.shape[-1]
 
@@ -57,13 +57,13 @@ def numbered(tokens, lengths, sequences):
     codes = code(np.array(padded), np.array([[len(s)] for s in sequences]))
     order = np.argsort(codes)
     found = code(tokens, lengths[..., None])
-    at = np.clip(np.searchsorted(codes[order], found), 0, len(codes) - 1)
-    assert np.all(codes[order][at] == found), "not a sequence of the model"
-    return order[at]
+    index = np.clip(np.searchsorted(codes[order], found), 0, len(codes) - 1)
+    assert np.all(codes[order][index] == found), "not a sequence of the model"
+    return order[index]
 
 
-def ordered_draws(probabilities, num):
-    """Exact probabilities of ordered draws without replacement, as a dict."""
+def ordered_probabilities(probabilities, num):
+    """Exact probabilities of ordered samples without replacement."""
     exact = {}
     for order in itertools.permutations(range(len(probabilities)), num):
         chance, left = 1.0, 1.0
@@ -74,67 +74,67 @@ def ordered_draws(probabilities, num):
     return exact
 
 
-def inclusion_z(drawn, probabilities):
-    """Each sequence's inclusions, in standard deviations from what is expected."""
-    num_draws, num = drawn.shape
+def inclusion_z(sampled, probabilities):
+    """Deviation of each sequence's inclusions from the mean, in standard deviations."""
+    num_runs, num = sampled.shape
     expected = np.zeros(len(probabilities))
-    for order, chance in ordered_draws(probabilities, num).items():
+    for order, chance in ordered_probabilities(probabilities, num).items():
         expected[list(order)] += chance
-    counts = np.bincount(drawn.reshape(-1), minlength=len(probabilities))
-    deviation = np.sqrt(num_draws * expected * (1.0 - expected))
-    return (counts - num_draws * expected) / deviation
+    counts = np.bincount(sampled.reshape(-1), minlength=len(probabilities))
+    deviation = np.sqrt(num_runs * expected * (1.0 - expected))
+    return (counts - num_runs * expected) / deviation
 
 
-def pair_z(drawn, probabilities):
-    """Chi-square of the first two, in their order."""
-    exact = ordered_draws(probabilities, 2)
+def pair_z(sampled, probabilities):
+    """Chi-square of the first two samples, in their order."""
+    exact = ordered_probabilities(probabilities, 2)
     numbers = {order: number for number, order in enumerate(exact)}
-    pairs = np.array([numbers[tuple(pair)] for pair in drawn[:, :2].tolist()])
+    pairs = np.array([numbers[tuple(pair)] for pair in sampled[:, :2].tolist()])
     return chi_square_z(pairs, np.array(list(exact.values())))
 
 
 @pytest.mark.parametrize("forbidden", [0.0, 0.2])
-def test_sequences_are_drawn_in_order_without_replacement(forbidden):
+def test_ordered_samples_have_the_exact_distribution(forbidden):
     table, sequences, probabilities = table_and_sequences(forbidden=forbidden)
     np.testing.assert_allclose(probabilities.sum(), 1.0, rtol=1e-5)
     assert (len(sequences) == 15) == (forbidden == 0)
     probabilities = probabilities / probabilities.sum()
-    tokens, lengths, is_held = draw(table, 3)
-    assert is_held.all()
-    drawn = numbered(tokens, lengths, sequences)
-    assert all(len(set(row)) == 3 for row in drawn.tolist())
-    # 4 sigma: with fixed seeds this passes or fails for ever; chance is 1e-3 in all.
-    assert np.abs(inclusion_z(drawn, probabilities)).max() < 4
-    assert pair_z(drawn, probabilities) < 4
-    assert chi_square_z(drawn[:, 0], probabilities) < 4
+    tokens, lengths, has_hypothesis = sample_runs(table, 3)
+    assert has_hypothesis.all()
+    sampled = numbered(tokens, lengths, sequences)
+    assert all(len(set(row)) == 3 for row in sampled.tolist())
+    # Seeds are fixed; by chance a correct program fails with probability 1e-3 in all.
+    assert np.abs(inclusion_z(sampled, probabilities)).max() < 4
+    assert pair_z(sampled, probabilities) < 4
+    assert chi_square_z(sampled[:, 0], probabilities) < 4
 
 
-def test_tokens_of_a_vocabulary_in_many_groups_are_drawn_without_replacement():
+def test_tokens_of_many_vocabulary_groups_are_sampled_without_replacement():
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32) * 2
     logits[::7] = -np.inf
     table = np.broadcast_to(logits, (1, 300, 300))
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum()
-    tokens, _, _ = draw(table, 4, num_draws=10_000)
-    drawn = tokens[:, :, 0]
-    assert all(len(set(row)) == 4 for row in drawn.tolist())
-    # Place 2 on condition of place 1, summed up.
+    tokens, _, _ = sample_runs(table, 4, num_runs=10_000)
+    sampled = tokens[:, :, 0]
+    assert all(len(set(row)) == 4 for row in sampled.tolist())
+    # The second sample given the first, summed over the first.
     second = exact * (np.sum(exact / (1 - exact)) - exact / (1 - exact))
-    assert chi_square_z(drawn[:, 0], exact) < 4
-    assert chi_square_z(drawn[:, 1], second) < 4
-    assert chi_square_z(drawn[:, 1], exact) > 6, "no power"
+    assert chi_square_z(sampled[:, 0], exact) < 4
+    assert chi_square_z(sampled[:, 1], second) < 4
+    assert chi_square_z(sampled[:, 1], exact) > 6, "no power"
 
 
-def test_a_width_of_at_least_the_number_of_sequences_finds_all_however_rare():
+def test_a_width_of_at_least_the_number_of_sequences_finds_all_of_them():
     table = oracle.random_table(1, num_steps=3, vocab_size=3)
-    table[1, :, 2] = -90.0  # beyond what float32 probabilities hold
+    table[1, :, 2] = -90.0  # beyond the range of float32 probabilities
     sequences = [
         s for _, s in oracle.every_sequence(oracle.table_logits(table), STOP, 3)
     ]
-    tokens, lengths, is_held = draw(table, 20, num_draws=50)
-    assert np.all(is_held.sum(axis=1) == 15)
-    drawn = numbered(tokens[:, :15], lengths[:, :15], sequences)
-    assert all(sorted(row) == list(range(15)) for row in drawn.tolist())
+    tokens, lengths, has_hypothesis = sample_runs(table, 20, num_runs=50)
+    assert np.all(has_hypothesis.sum(axis=1) == 15)
+    sampled = numbered(tokens[:, :15], lengths[:, :15], sequences)
+    assert all(sorted(row) == list(range(15)) for row in sampled.tolist())
 
 
 def test_order_logprobs_and_perturbed_scores_agree():
@@ -142,36 +142,36 @@ def test_order_logprobs_and_perturbed_scores_agree():
     algorithm = stochastic_beam_search(max_tokens=3, stop_token_ids=STOP)
     logits_of = oracle.table_logits(oracle.normalised(table))
     outcome = oracle.follow(jax.jit(algorithm.step), algorithm.init(4), logits_of, 4)
-    perturbed = np.asarray(outcome.state.held_perturbed)
-    # The best of all sequences has what the prompt has: 0.
+    perturbed = np.asarray(outcome.state.hypothesis_perturbed)
+    # The best sequence has the perturbed score of the prompt: 0.
     assert perturbed[0] == 0.0
     assert np.all(np.diff(perturbed) < 0)
     every = {s: total for total, s in oracle.every_sequence(logits_of, STOP, 3)}
-    want = [every[tokens] for tokens in outcome.held]
-    np.testing.assert_allclose(outcome.logprobs, want, rtol=1e-5)
+    expected = [every[tokens] for tokens in outcome.hypotheses]
+    np.testing.assert_allclose(outcome.logprobs, expected, rtol=1e-5)
 
 
-def test_a_dead_end_leaves_its_place_to_others():
+def test_other_sequences_replace_a_dead_end():
     table = oracle.random_table(2, num_steps=3, vocab_size=3)
     table[1, 1] = -np.inf  # nothing may follow a first 1
-    tokens, lengths, is_held = draw(table, 4, num_draws=200)
+    tokens, lengths, has_hypothesis = sample_runs(table, 4, num_runs=200)
     first, length = tokens[:, :, 0], lengths
-    assert is_held.any(axis=1).all()
-    assert not np.any(is_held & (first == 1))
-    assert np.all((length > 0) == is_held)
+    assert has_hypothesis.any(axis=1).all()
+    assert not np.any(has_hypothesis & (first == 1))
+    assert np.all((length > 0) == has_hypothesis)
 
 
 def test_width_1_is_ancestral_sampling():
     table, sequences, probabilities = table_and_sequences()
-    tokens, lengths, _ = draw(table, 1)
-    drawn = numbered(tokens, lengths, sequences)[:, 0]
-    assert abs(chi_square_z(drawn, probabilities / probabilities.sum())) < 4
+    tokens, lengths, _ = sample_runs(table, 1)
+    sampled = numbered(tokens, lengths, sequences)[:, 0]
+    assert abs(chi_square_z(sampled, probabilities / probabilities.sum())) < 4
 
 
-def test_perturbed_numbers_have_the_largest_asked_for_and_the_right_distribution():
+def test_perturbed_numbers_have_the_given_maximum_and_the_exact_distribution():
     logprobs = np.array([-0.5, -3.0, -np.inf, -20.0, -1.5], np.float32)
     noise = np.asarray(jax.random.gumbel(jax.random.key(0), (20_000, 5)))
-    # Below -4 float32 differences say nothing about the distribution any more.
+    # Below -4 float32 is too coarse to test the distribution.
     largest = np.linspace(-4.0, 10.0, 20_000, dtype=np.float32)
     perturb = jax.jit(stochastic_beam.perturb)
     got = np.asarray(perturb(np.broadcast_to(logprobs, noise.shape), noise, largest))
@@ -181,13 +181,13 @@ def test_perturbed_numbers_have_the_largest_asked_for_and_the_right_distribution
     for index in (0, 1, 3, 4):
         x, location = got[:, index].astype(np.float64), float(logprobs[index])
         is_below = x < largest
-        # Gumbel noise cut off at the largest: its distribution function.
-        place = np.exp(np.exp(location - largest) - np.exp(location - x))[is_below]
-        counts, _ = np.histogram(place, bins=20, range=(0.0, 1.0))
+        # The distribution function of Gumbel noise truncated at the maximum.
+        quantile = np.exp(np.exp(location - largest) - np.exp(location - x))[is_below]
+        counts, _ = np.histogram(quantile, bins=20, range=(0.0, 1.0))
         assert counts.sum() == is_below.sum()
         statistic = np.sum((counts - counts.mean()) ** 2) / counts.mean()
         assert statistic < 19 + 4 * 38**0.5
-    # The extremes: far away, and certain.
+    # Extremes: a very small maximum, and a certain token.
     far = np.array([[-300.0, -1e-7, -90.0]], np.float32)
     got = np.asarray(perturb(far, noise[:1, :3], np.array([-500.0], np.float32)))
     assert got.max() == -500.0
@@ -197,11 +197,11 @@ def test_perturbed_numbers_have_the_largest_asked_for_and_the_right_distribution
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"stop_token_ids": (-2,)}, "stop_ids must be token ids"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1"),
+        ({"stop_token_ids": (-2,)}, "stop_ids: expected token ids"),
     ],
 )
-def test_a_bad_argument_is_refused_by_name(change, message):
+def test_an_invalid_argument_is_named(change, message):
     algorithm = stochastic_beam_search(**{"max_tokens": 3} | change)
     with pytest.raises(ValueError, match=message):
         algorithm.init(4)
@@ -221,12 +221,14 @@ def less_noise(perturb, logprobs, noise, largest):
 
 
 @pytest.mark.parametrize("fault", [free_noise, shared_noise, less_noise])
-def test_a_planted_fault_shows_in_the_statistics(fault, monkeypatch):
+def test_a_planted_fault_is_found_by_the_statistics(fault, monkeypatch):
     table, sequences, probabilities = table_and_sequences()
     probabilities = probabilities / probabilities.sum()
     faulty = functools.partial(fault, stochastic_beam.perturb)
     monkeypatch.setattr(stochastic_beam, "perturb", faulty)
-    tokens, lengths, _ = draw(table, 3, step=lambda *args: stochastic_beam.step(*args))
-    drawn = numbered(tokens, lengths, sequences)
-    largest = np.abs(inclusion_z(drawn, probabilities)).max()
-    assert max(largest, pair_z(drawn, probabilities)) > 6
+    tokens, lengths, _ = sample_runs(
+        table, 3, step=lambda *args: stochastic_beam.step(*args)
+    )
+    sampled = numbered(tokens, lengths, sequences)
+    largest = np.abs(inclusion_z(sampled, probabilities)).max()
+    assert max(largest, pair_z(sampled, probabilities)) > 6

@@ -1,4 +1,4 @@
-"""The runner `plan`: weights against `load_model`, the rest by hand."""
+"""The runner `plan`: weights beside the shardings of `load_model`, the rest by hand."""
 
 import dataclasses
 import math

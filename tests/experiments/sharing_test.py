@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import sharing
+from experiments.lib import request_lengths
+from experiments.lib.request_lengths import RequestLength
 from jpaged import engine
 from jpaged.config import EngineConfig
 from jpaged.kv import block_manager
@@ -26,10 +28,10 @@ run = functools.partial(call_experiment, "sharing", *SIZES)
 def test_the_tables_have_the_means_of_the_paper_s_figure_11(
     dataset, num_input, num_output
 ):
-    lengths = sharing.table_lengths(dataset, 150, seed=0)
+    lengths = request_lengths.table_lengths(dataset, 150, seed=0)
     means = np.mean(lengths, axis=0)
     np.testing.assert_allclose(means, [num_input, num_output], rtol=0.01)
-    assert max(map(sum, lengths)) < sharing.MAX_LEN
+    assert max(map(sum, lengths)) < request_lengths.MAX_LEN
     first, last = lengths[:50], lengths[-50:]
     assert first != last
     assert sorted(first) == sorted(last)
@@ -43,7 +45,7 @@ def test_parallel_sampling_saves_the_blocks_that_its_lengths_imply():
         num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64, max_num_requests=4,
         max_model_len=64,
     )  # fmt: skip
-    lengths = [sharing.RequestLength(num_input, num_output)]
+    lengths = [RequestLength(num_input, num_output)]
     request = sharing.requests_of(lengths, "parallel", width, 0)
     state, _ = sharing.run_requests(sharing.scaled_model(1.0, 0), config, *request)
     # The first sample computes the prompt. The others map its blocks, recompute the
@@ -87,9 +89,7 @@ def test_the_smallest_run_writes_table_figure_and_json(tmp_path):
 def test_a_request_larger_than_the_pool_is_refused():
     config = EngineConfig(num_blocks=2, max_num_seqs=4, max_num_requests=4)
     with pytest.raises(ValueError, match="blocks"):
-        sharing.check_fits(
-            config, [sharing.RequestLength(30, 5)], "parallel", 2, seed=0
-        )
+        sharing.check_fits(config, [RequestLength(30, 5)], "parallel", 2, seed=0)
 
 
 def test_a_larger_factor_concentrates_the_next_token_distribution():
@@ -135,7 +135,7 @@ def test_an_invalid_trace_is_refused(text, message, tmp_path):
     path = tmp_path / "lengths.csv"
     path.write_text(text, "utf-8")
     with pytest.raises(ValueError, match=message):
-        sharing.trace_lengths(path, 2, seed=0)
+        request_lengths.trace_lengths(path, 2, seed=0)
 
 
 def test_the_share_while_requests_wait_is_the_mean_of_those_steps():
@@ -143,7 +143,7 @@ def test_the_share_while_requests_wait_is_the_mean_of_those_steps():
         num_blocks=64, max_num_seqs=4, max_num_batched_tokens=64, max_num_requests=16,
         max_model_len=64,
     )  # fmt: skip
-    lengths = [sharing.RequestLength(33, 20)] * 4
+    lengths = [RequestLength(33, 20)] * 4
     request = sharing.requests_of(lengths, "parallel", 4, 0)
     state, share = sharing.run_requests(sharing.scaled_model(1.0, 0), config, *request)
     assert not bool(engine.has_work(state))

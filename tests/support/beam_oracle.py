@@ -1,8 +1,9 @@
-"""What beam searches are compared with: models of tables, and slow Python.
+"""Oracles for beam searches: table models, and searches in slow Python.
 
-A table model is f32[T, V, V]: the log-probabilities of token t + 1 given the last one
-(0 at first). `follow` applies an algorithm's decisions to lists of tokens, `SlowBeams`
-has the rules of Hugging Face's beam search once more, on tuples and sorted lists.
+A table model is f32[T, V, V]: the log-probabilities of token t + 1 given the previous
+token (0 at first). `follow` applies an algorithm's decisions to lists of tokens.
+`SlowBeams` implements the rules of Hugging Face's beam search on tuples and sorted
+lists.
 """
 
 import dataclasses
@@ -23,8 +24,10 @@ LogitsOf = Callable[[list[Tokens]], np.ndarray]  # several prefixes -> f32[..., 
 def random_table(
     seed: int, *, num_steps: int, vocab_size: int, forbidden: float = 0.0, **kind: bool
 ) -> np.ndarray:
-    """Log-probabilities (not normalised). `is_tied=True`: multiples of 1/8, which
-    often tie and whose sums are exact. A share `forbidden` of the tokens is -inf."""
+    """Log-probabilities, not normalised, of which a share `forbidden` is -inf.
+
+    With `is_tied=True` they are multiples of 1/8, which often tie and have exact sums.
+    """
     rng = np.random.default_rng(seed)
     shape = (num_steps, vocab_size, vocab_size)
     if kind.get("is_tied"):
@@ -48,19 +51,19 @@ def table_logits(table: np.ndarray) -> LogitsOf:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a search holds at its end, best first, and how it got there."""
+    """The hypotheses of a search at its end, best first, and facts about the search."""
 
-    held: list[Tokens]
-    logprobs: list[float]  # sums of the tokens' own
+    hypotheses: list[Tokens]
+    logprobs: list[float]  # sums of the tokens' log-probabilities
     num_steps: int
-    was_revived: bool  # a row that had finished ran again
+    was_revived: bool  # whether a finished row ran again
     state: Any
 
 
 def follow(step: Any, state: Any, logits_of: LogitsOf, num_rows: int) -> Outcome:
-    """Run one request, as an engine would: the decisions applied to lists of tokens.
+    """Runs one request as an engine does, with lists of tokens.
 
-    Rows that have finished get NaN for logits.
+    The logits of finished rows are NaN.
     """
     sequences: list[tuple[Tokens, float]] = [((), 0.0)] * (2 * num_rows)
     finished = np.array([False] * num_rows + [True] * num_rows)
@@ -85,12 +88,12 @@ def follow(step: Any, state: Any, logits_of: LogitsOf, num_rows: int) -> Outcome
             new.append((tokens, total))
         was_revived |= bool(np.any(finished[:num_rows] & ~decision.finished[:num_rows]))
         sequences, finished = new, decision.finished
-    is_held = np.asarray(state_of(state).is_held).reshape(-1)
-    behind = list(zip(sequences[num_rows:], is_held, strict=True))
-    assert all(sequence == ((), 0.0) for sequence, ok in behind if not ok)
+    has_hypothesis = np.asarray(state_of(state).has_hypothesis).reshape(-1)
+    retained = list(zip(sequences[num_rows:], has_hypothesis, strict=True))
+    assert all(sequence == ((), 0.0) for sequence, ok in retained if not ok)
     return Outcome(
-        held=[sequence[0] for sequence, ok in behind if ok],
-        logprobs=[sequence[1] for sequence, ok in behind if ok],
+        hypotheses=[sequence[0] for sequence, ok in retained if ok],
+        logprobs=[sequence[1] for sequence, ok in retained if ok],
         num_steps=num_steps,
         was_revived=was_revived,
         state=state,
@@ -98,12 +101,12 @@ def follow(step: Any, state: Any, logits_of: LogitsOf, num_rows: int) -> Outcome
 
 
 def state_of(state: Any) -> Any:
-    """The part of a state that has `is_held`."""
+    """The part of a state that has `has_hypothesis`."""
     return getattr(state, "groups", state)
 
 
 def check_decision(decision: Decision, finished: np.ndarray, num_rows: int) -> None:
-    """The interface's own laws."""
+    """Checks the invariants of the interface."""
     assert decision.tokens.shape == decision.parents.shape == (2 * num_rows,)
     assert decision.tokens.dtype == decision.parents.dtype == np.int32
     assert decision.logprobs.dtype == np.float32
@@ -111,15 +114,16 @@ def check_decision(decision: Decision, finished: np.ndarray, num_rows: int) -> N
     assert np.all((decision.parents >= 0) & (decision.parents < 2 * num_rows))
     assert decision.finished[num_rows:].all()
     runs = ~decision.finished
-    assert not finished[decision.parents[runs]].any(), "runs on from a finished one"
+    assert not finished[decision.parents[runs]].any(), "continues a finished sequence"
     assert np.isfinite(decision.logprobs).all()
 
 
-def held_scores(state: Any) -> list[float]:
+def hypothesis_scores(state: Any) -> list[float]:
     state = state_of(state)
-    scores, is_held = np.asarray(state.held_scores), np.asarray(state.is_held)
-    assert np.all(scores[~is_held] == -np.inf)
-    return scores[is_held].tolist()
+    scores = np.asarray(state.hypothesis_scores)
+    has_hypothesis = np.asarray(state.has_hypothesis)
+    assert np.all(scores[~has_hypothesis] == -np.inf)
+    return scores[has_hypothesis].tolist()
 
 
 class SlowBeams:
@@ -130,7 +134,7 @@ class SlowBeams:
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self.stop_ids = set(stop_ids)
         self.running: list[tuple[float, Tokens]] = [(0.0, ())]
-        self.going: list[tuple[float, Tokens]] = []  # were there no end
+        self.continued: list[tuple[float, Tokens]] = []  # without the end of the search
         self.pool: list[tuple[float, Tokens]] = []
         self.length = 0
 
@@ -138,7 +142,7 @@ class SlowBeams:
         return score / float(length) ** self.length_penalty
 
     def advance(self, logits_of: LogitsOf, penalty: np.ndarray | float = 0.0) -> None:
-        """One more token, with `penalty` f[V] subtracted from the log-probabilities."""
+        """Adds one token; subtracts `penalty` f[V] from the log-probabilities."""
         self.length += 1
         logits = logits_of([tokens for _, tokens in self.running])
         logits = logits.astype(np.float64) - penalty
@@ -156,9 +160,9 @@ class SlowBeams:
                 self.pool.append((self.normalise(score, self.length), tokens))
         self.pool.sort(key=lambda entry: -entry[0])
         self.pool = self.pool[: self.width]
-        going = [entry for entry in found if entry[1][-1] not in self.stop_ids]
-        self.going = going[: self.width]
-        self.running = [] if is_last else self.going
+        continued = [entry for entry in found if entry[1][-1] not in self.stop_ids]
+        self.continued = continued[: self.width]
+        self.running = [] if is_last else self.continued
         if self.running and self.is_over():
             self.running = []
 
@@ -180,7 +184,7 @@ class SlowBeams:
 def every_sequence(
     logits_of: LogitsOf, stop_ids: tuple[int, ...], max_tokens: int
 ) -> list[tuple[float, Tokens]]:
-    """All sequences that end, with their cumulative log-probabilities."""
+    """All complete sequences, with their cumulative log-probabilities."""
     found, open_ones = [], [(0.0, ())]
     for length in range(1, max_tokens + 1):
         longer = [
@@ -198,11 +202,11 @@ def every_sequence(
 def rollout(
     step: Any, state: Any, table: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """One request in a `lax.while_loop`: tokens i32[Q, T], lengths i32[Q], the state.
+    """Runs one request in a `lax.while_loop`; array code that `vmap` can map.
 
-    `follow` once more as array code, so that it can be mapped over requests.
+    Returns tokens i32[S, T] and lengths i32[S] of the hypotheses, and the state.
     """
-    num_rows = state_of(state).is_held.size
+    num_rows = state_of(state).has_hypothesis.size
     num_steps, table = len(table), jnp.asarray(table)
 
     def body(carry):
@@ -214,9 +218,9 @@ def rollout(
         state, decision = step(keys, table[t][last], state)
         tokens, lengths = tokens[decision.parents], lengths[decision.parents]
         grows = ~finished[decision.parents]
-        place = jnp.where(grows, lengths, num_steps)
+        index = jnp.where(grows, lengths, num_steps)
         sequence = jnp.arange(2 * num_rows)
-        tokens = tokens.at[sequence, place].set(decision.tokens, mode="drop")
+        tokens = tokens.at[sequence, index].set(decision.tokens, mode="drop")
         return (
             t + 1, tokens, lengths + grows.astype(jnp.int32), decision.finished, state
         )  # fmt: skip

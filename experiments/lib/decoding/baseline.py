@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from experiments.lib import baseline
-from experiments.lib.baseline import BaselineShape, BaselineState, Weights
+from experiments.lib.baseline import BaselineShape, StaticBatch, Weights
 
 
 class BaselineBeams(NamedTuple):
     """State of a beam search."""
 
-    rows: BaselineState  # one row per beam
+    rows: StaticBatch  # one row per beam
     scores: jax.Array  # f32[S], sums of log-probabilities, best first
     tokens: jax.Array  # i32[S, N], zeros after the generated tokens
     length: jax.Array  # i32[], generated tokens
@@ -35,7 +35,7 @@ class BaselineBeams(NamedTuple):
 class BaselineSamples(NamedTuple):
     """State of the samples of one prompt."""
 
-    rows: BaselineState  # one row per sample
+    rows: StaticBatch  # one row per sample
     key: jax.Array  # key[]
     tokens: jax.Array  # i32[S, N], zeros after the generated tokens
     length: jax.Array  # i32[], generated tokens
@@ -138,7 +138,7 @@ decode_samples = _forms_of(_sample_step)
 
 def _begin(
     weights: Weights, prompt: jax.Array, shape: BaselineShape, num_tokens: int
-) -> tuple[BaselineState, jax.Array]:
+) -> tuple[StaticBatch, jax.Array]:
     """One row after the prompt, with a cache for the output, and logits f32[1, V]."""
     # The last token of an output never enters the cache.
     max_len = prompt.shape[0] + num_tokens - 1
@@ -146,7 +146,7 @@ def _begin(
     return baseline.prefill_logits(weights, prompt[None], starts, shape, max_len)
 
 
-def _repeat(rows: BaselineState, num_rows: int, tokens: jax.Array) -> BaselineState:
+def _repeat(rows: StaticBatch, num_rows: int, tokens: jax.Array) -> StaticBatch:
     repeat = functools.partial(jnp.repeat, repeats=num_rows, axis=0)
     return rows._replace(
         keys=tuple(map(repeat, rows.keys)),

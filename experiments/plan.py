@@ -38,7 +38,7 @@ from jpaged.models.loading.placing import split_sizes
 from jpaged.models.shapes import random_config
 from jpaged.serving import memory
 from jpaged.simulator.costs.chips import Chip, find_chip
-from jpaged.simulator.costs.load import Load
+from jpaged.simulator.costs.load import StepLoad
 from jpaged.simulator.costs.roofline import Roofline
 from jpaged.simulator.costs.served_models import ServedModel
 
@@ -196,7 +196,7 @@ def predicted_step_s(
       rows: Batch rows of the step.
       context: Tokens of each row.
     """
-    load = Load(
+    load = StepLoad(
         query_lens=jnp.ones(rows, jnp.int32),
         context_lens=jnp.full(rows, context, jnp.int32),
         num_logits=jnp.int32(rows),

@@ -295,7 +295,7 @@ def next_automaton_states(
     table: RequestTable, seq_indices: jax.Array, tokens: jax.Array
 ) -> jax.Array:
     """Automaton states i32[S] of `seq_indices` i32[S] after `tokens` i32[S]."""
-    return constraints.advance(
+    return constraints.next_states(
         table.automata,
         table.params.automata[seq_indices],
         table.automaton_states[seq_indices],

@@ -296,7 +296,7 @@ def _rules(config: EngineConfig, params: Params) -> LogitsRules | None:
         return None
     # `limits.check_request` refuses bad words that are not token ids.
     mine: Any = params if isinstance(params, SamplingParams) else SamplingParams()
-    return rule_arrays.encode(mine, config.rules, mine.bad_words)
+    return rule_arrays.encode_rules(mine, config.rules, mine.bad_words)
 
 
 def _states(

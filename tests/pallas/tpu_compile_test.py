@@ -194,7 +194,7 @@ def test_the_engine_updates_the_pool_in_place_and_sends_only_sums(tensor):
         expected = (
             {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1} if tensor > 1 else {}
         )
-        assert compile_tpu.collectives(program) == expected
+        assert compile_tpu.count_collectives(program) == expected
     heads = 2 if tensor == 1 else 1
     # Two tokens in a row of 128.
     assert f"bf16[2,{NUM_BLOCKS[1]},{heads},8,128]" in large.as_text()
@@ -210,7 +210,7 @@ def test_shared_prefixes_copy_no_pool_and_send_nothing():
     assert grown < 128 * (NUM_BLOCKS[1] - NUM_BLOCKS[0])
     assert temporaries(large) < pool_bytes(NUM_BLOCKS[1], 4) // 2
     expected = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
-    assert compile_tpu.collectives(large) == expected
+    assert compile_tpu.count_collectives(large) == expected
 
 
 def test_the_check_finds_that_plain_xla_copies_the_pool():

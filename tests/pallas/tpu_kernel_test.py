@@ -331,14 +331,14 @@ def check_engine(prompts, max_tokens, **sizes) -> engine.EngineState:
 def test_an_engine_that_reads_shared_prefixes_once_generates_the_models_tokens(
     monkeypatch,
 ):
-    find, shared = shared_prefix.find, []
+    find_shared_prefix, shared = shared_prefix.find_shared_prefix, []
 
     def find_all(*tables):
-        found = find(*tables, least_tokens=1, least_saved=1)
+        found = find_shared_prefix(*tables, min_prefix_tokens=1, min_saved_tokens=1)
         jax.debug.callback(lambda n: shared.append(int(n)), found.num_blocks.max())
         return found
 
-    monkeypatch.setattr(forward.shared_prefix, "find", find_all)
+    monkeypatch.setattr(forward.shared_prefix, "find_shared_prefix", find_all)
     # Chunks of prompts, a prompt that waits for a row, and two with a common prefix.
     prompts = [list(range(5, 40)), [*range(5, 39), 1, 2], [7] * 17, [1, 2, 3]]
     sizes = dict(num_blocks=16, max_num_seqs=3, max_num_batched_tokens=16)

@@ -180,4 +180,4 @@ def test_the_engine_updates_pages_and_scales_in_place(is_left_in_place, monkeypa
     assert temporaries(program) < 14e6 < size  # whatever the pool's size
     # For each of the two step sizes: two sums per layer, and one of the embedding.
     expected = {"all-reduce": 2 * (2 * 2 + 1), "all-gather": 1}
-    assert compile_tpu.collectives(program) == expected
+    assert compile_tpu.count_collectives(program) == expected

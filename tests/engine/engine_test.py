@@ -266,9 +266,13 @@ def test_a_run_with_lower_limits_generates_the_same_tokens(llama):
     expected = naive(llama, prompts, params, max_model_len=MAX_LEN)
     state, _ = start(llama, CONFIGS["blocks_of_1"], prompts, params)
     run = functools.partial(engine.run, **LIMITS["blocks_of_1"])
-    state = run(llama, state, STEPS(30))
-    assert int(state.counters.num_tokens) <= 30 * 3
-    assert int((np.asarray(state.rows) != scheduler.NO_REQUEST).sum()) == 3
+    most_rows = 0
+    for _ in range(40):
+        state = run(llama, state, STEPS(1))
+        num_rows = int((np.asarray(state.rows) != scheduler.NO_REQUEST).sum())
+        most_rows = max(most_rows, num_rows)
+    assert int(state.counters.num_tokens) <= 40 * 3
+    assert most_rows == 3
     state = run(llama, state, STEPS(FOREVER))
     results = [[result] for result in engine.collect(state)]
     assert differences(state, results, expected) == []

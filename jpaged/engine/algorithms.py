@@ -28,7 +28,7 @@ from jpaged.decoding import beam
 from jpaged.decoding.base import Decision, DecodingAlgorithm
 from jpaged.decoding.sample import token_keys
 from jpaged.engine import request_table
-from jpaged.engine.request_table import NewTokens, RequestTable
+from jpaged.engine.request_table import RequestTable, SampledTokens
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.scheduler import FINISHED, RETAINED, RUNNING
 
@@ -339,7 +339,7 @@ def _apply(
         table,
     )
     gets_token = is_known & ~had_ended
-    new = NewTokens.zeros(
+    new = SampledTokens.zeros(
         jnp.where(gets_token, seq_indices, table_size), table.top_ids.shape[2]
     )
     new = dataclasses.replace(new, tokens=decision.tokens, logprobs=decision.logprobs)

@@ -163,7 +163,7 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NewTokens:
+class SampledTokens:
     """Tokens that decoding generated in a step, S of them; index R marks padding."""
 
     seq_indices: jax.Array  # i32[S], the sequence that gets the token
@@ -175,7 +175,7 @@ class NewTokens:
     is_dead_end: jax.Array  # bool[S], no token is allowed: the sequence ends without
 
     @classmethod
-    def zeros(cls, seq_indices: jax.Array, num_logprobs: int) -> NewTokens:
+    def zeros(cls, seq_indices: jax.Array, num_logprobs: int) -> SampledTokens:
         """Token 0 for each of `seq_indices`, i32[S]."""
         (size,) = seq_indices.shape
         return cls(
@@ -190,7 +190,7 @@ class NewTokens:
 
 
 def extend(
-    table: RequestTable, new: NewTokens, step: jax.Array
+    table: RequestTable, new: SampledTokens, step: jax.Array
 ) -> tuple[RequestTable, jax.Array]:
     """Append the new tokens to their sequences.
 

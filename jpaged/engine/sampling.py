@@ -33,7 +33,7 @@ from jpaged.decoding.sample import (
 )
 from jpaged.engine import request_table
 from jpaged.engine.forward import StepBatch, bucket, pack, token_rows
-from jpaged.engine.request_table import NO_ALGORITHM, NewTokens, RequestTable
+from jpaged.engine.request_table import NO_ALGORITHM, RequestTable, SampledTokens
 from jpaged.models.decoder import Decoder
 
 _SAMPLED_ROWS = 8  # rows that the sampler processes at a time
@@ -143,7 +143,7 @@ def next_logits(
 
 def sample_tokens(
     table: RequestTable, entries: Entries, logits: jax.Array, config: EngineConfig
-) -> NewTokens:
+) -> SampledTokens:
     """Sample a token for each sampled entry.
 
     The sampler is little work but a large program. It is therefore compiled for the
@@ -158,10 +158,10 @@ def sample_tokens(
     (num_rows,) = entries.seq_indices.shape
     is_sampled = jnp.arange(num_rows, dtype=jnp.int32) < entries.num_sampled
     seq_indices = jnp.where(is_sampled, entries.seq_indices, config.max_num_requests)
-    new = NewTokens.zeros(seq_indices, config.num_logprobs)
+    new = SampledTokens.zeros(seq_indices, config.num_logprobs)
 
-    def run(size: int, new: NewTokens) -> NewTokens:
-        def chunk(index: jax.Array, new: NewTokens) -> NewTokens:
+    def run(size: int, new: SampledTokens) -> SampledTokens:
+        def chunk(index: jax.Array, new: SampledTokens) -> SampledTokens:
             # The last chunk is moved back to fit, and samples some rows a second time.
             start = jnp.minimum(index * size, num_rows - size)
             cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=size)

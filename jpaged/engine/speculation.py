@@ -34,7 +34,7 @@ from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.prompt_lookup import prompt_lookup
 from jpaged.engine import forward, request_table, sampling
 from jpaged.engine.forward import StepBatch
-from jpaged.engine.request_table import NO_ALGORITHM, NewTokens, RequestTable
+from jpaged.engine.request_table import NO_ALGORITHM, RequestTable, SampledTokens
 from jpaged.engine.sampling import Entries
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
@@ -207,7 +207,7 @@ def _packed(batch: StepBatch, takes_part: jax.Array) -> StepBatch:
 
 
 def _write_drafts(
-    table: RequestTable, new: NewTokens, entries: Entries
+    table: RequestTable, new: SampledTokens, entries: Entries
 ) -> RequestTable:
     """Write drafts behind the known tokens, and the automata's states after them."""
     seq_indices = new.seq_indices
@@ -222,7 +222,11 @@ def _write_drafts(
 
 
 def accept(
-    table: RequestTable, new: NewTokens, entries: Entries, step: jax.Array, most: int
+    table: RequestTable,
+    new: SampledTokens,
+    entries: Entries,
+    step: jax.Array,
+    most: int,
 ) -> tuple[RequestTable, jax.Array, jax.Array]:
     """Append the accepted tokens to their sequences.
 

@@ -16,8 +16,8 @@ from jpaged.engine.request_table import (
     LENGTH,
     NO_ALGORITHM,
     STOP,
-    NewTokens,
     RequestTable,
+    SampledTokens,
 )
 from tests.support import scheduler_driver
 
@@ -213,7 +213,7 @@ def test_inheriting_copies_the_history_and_nothing_else(seed):
 
 
 def slow_extend(
-    table: RequestTable, new: NewTokens, step: int
+    table: RequestTable, new: SampledTokens, step: int
 ) -> tuple[dict[str, np.ndarray], list[bool]]:
     """Append to one sequence after the other, or end it without a token."""
     found, params, ended = as_lists(table), table.params, []
@@ -260,7 +260,7 @@ def test_extending_equals_appending_one_sequence_at_a_time(seed):
     rng = np.random.default_rng(seed)
     kept = 2 * (seed % 2)
     table, seq_indices = random_table(rng, kept), some_indices(rng, 6)
-    new = NewTokens(
+    new = SampledTokens(
         seq_indices=jnp.asarray(seq_indices),
         tokens=jnp.asarray(rng.integers(0, 3, 6), jnp.int32),
         logprobs=jnp.asarray(-rng.random(6), jnp.float32),
@@ -285,7 +285,7 @@ def test_at_the_limit_a_sampled_sequence_finishes_and_one_of_an_algorithm_only_e
     status = table.queue.status.at[:2].set(scheduler.RUNNING)
     queue = dataclasses.replace(table.queue, status=status)
     table = dataclasses.replace(table, params=params, queue=queue)
-    new = NewTokens.zeros(jnp.arange(2, dtype=jnp.int32), CONFIG.num_logprobs)
+    new = SampledTokens.zeros(jnp.arange(2, dtype=jnp.int32), CONFIG.num_logprobs)
     table, ended = extend(table, new, jnp.int32(0))
     assert ended.tolist() == [True, True]
     assert table.queue.has_ended[:2].tolist() == [True, True]

@@ -22,7 +22,7 @@ from jpaged import scheduler
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, request_table
 from jpaged.engine.iteration import SampledStep, ScheduledStep
-from jpaged.engine.request_table import NO_ALGORITHM, NewTokens, RequestTable
+from jpaged.engine.request_table import NO_ALGORITHM, RequestTable, SampledTokens
 from jpaged.engine.state import EngineState
 from jpaged.scheduler import NO_REQUEST
 from jpaged.simulator.systems.base import SimulatedRequest
@@ -92,7 +92,7 @@ def sample_tokens(
     sampled = jnp.where(is_grouped, table_size, seq_indices)
     position = table.queue.num_tokens[known]
     sampling = jax.tree.map(lambda leaf: leaf[known], table.params.sampling)
-    new = NewTokens.zeros(sampled, config.num_logprobs)
+    new = SampledTokens.zeros(sampled, config.num_logprobs)
     tokens = mix(mix(sampling.seed, sampling.sample + 1), position)
     new = dataclasses.replace(new, tokens=tokens)
     table, ended = request_table.extend(table, new, number)

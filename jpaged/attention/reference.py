@@ -1,4 +1,4 @@
-"""The reference backend: attention that gathers whole tables; others are tested on it.
+"""The reference backend: it gathers whole tables, and tests compare others with it.
 
 Pipeline: attention -> [reference]. Shape symbols as in `jpaged.attention`.
 """

@@ -1,6 +1,6 @@
 """Engine: the whole state is one pytree, and a step is EngineState -> EngineState.
 
-Pipeline: [step] contains it all: schedule, append, decoder, sampling, bookkeeping.
+Pipeline: [step] runs everything: schedule, append, decoder, sampling, bookkeeping.
 `run` is a `lax.while_loop` of steps: one device call in which requests of any lengths
 are admitted, wait, run and finish.
 

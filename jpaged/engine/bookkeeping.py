@@ -2,7 +2,7 @@
 
 Pipeline: scheduler, block manager -> [begin_step] -> decoder -> decoding ->
 [end_step] -> next step. Neither part reads or writes pages, so the simulator runs both
-with a cost model in place of the decoder.
+with a cost model instead of the decoder.
 
 Shape symbols: S batch rows, R sequences of the request table.
 

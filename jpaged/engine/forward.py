@@ -1,6 +1,6 @@
 """Forward: the decoder, at the size of the step's live rows and tokens.
 
-Pipeline: plan -> StepInputs -> [forward] -> hidden states -> sampling.
+Pipeline: scheduled step -> StepInputs -> [forward] -> hidden states -> sampling.
 
 Shapes are static, and the load of a step is not. The decoder is therefore compiled for
 a few numbers of rows (decode steps) and of tokens (steps with prompt chunks); each step

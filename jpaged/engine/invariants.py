@@ -1,4 +1,4 @@
-"""Invariants: what must hold for every state between two steps.
+"""Invariants: conditions that every state between two steps must satisfy.
 
 Host code, for tests and debugging.
 """

@@ -2,8 +2,8 @@
 
 Pipeline: parallel, models, kv_cache -> [replicas] -> state, api, host.
 
-One program runs on every device, and all of it but the decoder is the program of a
-single device: each device has whole block tables, requests and counters, so all devices
+One program runs on every device. Except for the decoder, it is the program of a single
+device: each device has whole block tables, requests and counters, so all devices
 compute the same schedule without communication. `parallel` says which arrays are split,
 and what the decoder sums over devices.
 

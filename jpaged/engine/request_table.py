@@ -5,8 +5,8 @@ Pipeline: user's requests -> [request_table] -> scheduler, decoding.
 A request occupies one row of the table (a sequence index) for each of its sequences:
 one for each sample, or one for each row of its decoding algorithm, followed by the
 sequences that the algorithm retains. All sequences of a request have the same arrival
-number, and their leader is the request's first sequence. `sampling.sample` numbers
-them.
+number, and their leader is the request's first sequence. `params.sampling.sample` is
+the number of a sequence in its request, from 0.
 
 Shape symbols: R sequences of the table, L tokens of the longest sequence, E stop ids,
 C most likely tokens that are kept for each position.

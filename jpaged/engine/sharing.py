@@ -1,4 +1,4 @@
-"""Sharing: which blocks a sequence maps when it gets a row, from cache or sequences.
+"""Sharing: which existing blocks a sequence maps when it gets a batch row.
 
 Pipeline: prefix cache -> [look_up] -> scheduler -> [sharing] -> request table, blocks.
 
@@ -7,7 +7,7 @@ blocks that new tokens need. A sequence also maps the first `shared_lens` tokens
 source, another sequence. The source is set at submission (the request's leader, or a
 pinned prefix). Two functions change it later: `reassign_sources` for preempted
 sequences, which compares them within their request, and `join_running_rows` for newly
-admitted rows, which finds rows that compute the same prefix in this moment.
+admitted rows, which finds rows that compute the same prefix at that time.
 
 Shape symbols: R sequences of the request table, S batch rows, L tokens of the longest
 sequence.

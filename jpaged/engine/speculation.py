@@ -9,9 +9,10 @@ and values in pages of its own under the same block tables. The step computes lo
 all drafts, as for a prompt chunk, and the sampler samples the token of each position
 with the key of that position, as it would without drafts. A draft is accepted if it
 equals the sampled token and all drafts before it are accepted; the sampled token behind
-the last accepted draft is a gain too. `block_manager.truncate` rolls back the others.
-So the tokens, greedy or sampled, are those of decoding without drafts, whatever the
-drafts are; only the number of tokens per step changes (docs/decisions/speculation.md).
+the last accepted draft is valid too. `block_manager.truncate` rolls back the other
+drafts. So the tokens, greedy or sampled, are those of decoding without drafts, whatever
+the drafts are; only the number of tokens per step changes
+(docs/decisions/speculation.md).
 
 Shape symbols: S batch rows, N rows of logits, R sequences of the request table, T
 tokens of the step, E hidden size, V vocabulary.

@@ -12,8 +12,8 @@ keep it until `evict` removes it. A caller that overwrites a node's tokens must 
 the node.
 
 Invariant: the nodes among a row's blocks come first and form a path from the root. So a
-row that uses a node also uses its ancestors, and no ancestor has been used less
-recently than the node. Eviction therefore never leaves a node without its parent.
+row that uses a node also uses its ancestors, and every ancestor was used at least as
+recently as the node. Eviction therefore never leaves a node without its parent.
 
 Shape symbols: S rows, N blocks, M blocks per row, P tokens per block, L tokens, B rows
 of a lookup, R sequences.

@@ -3,8 +3,8 @@
 Pipeline: block tables -> [shared_prefix] -> attention, which then reads those blocks
 once for all rows of a group (cascade attention).
 
-Parallel samples, beams and prompts with a cached prefix point at the same blocks. The
-tables alone show it, so no record of forks is needed.
+Parallel samples, beams and prompts with a cached prefix point at the same blocks. This
+is visible in the tables, so no record of forks is needed.
 
 Shape symbols: S rows, M blocks per row.
 """

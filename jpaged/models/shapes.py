@@ -3,7 +3,7 @@
 Pipeline: "random:NAME" -> [models.shapes] -> ModelConfig -> decoder.
 
 The sizes are those of the published config.json files. They are part of each family's
-record in `models.families`; the tests compare their parameter counts with the published
+record in `models.families`. The tests compare the parameter counts with the published
 ones.
 """
 

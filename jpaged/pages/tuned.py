@@ -2,14 +2,12 @@
 
 Pipeline: xla, pallas, triton -> [tuned].
 
-A backend has sizes that work everywhere. An entry of the table says which sizes are
-better on a device for a shape, and how that was measured. An entry with an empty
-`measured` was not measured: its sizes are arithmetic, or the backend's own. The first
-entry that fits is used.
+A backend has default sizes that work everywhere. An entry of the table has better sizes
+for a device and a shape, and says how they were measured. If its `measured` is empty,
+the sizes are computed by hand, or the backend's defaults. The first matching entry is
+used. This command measures, and prints the entries to add:
 
     python -m experiments.tune_attention
-
-measures, and prints the rows to add here.
 """
 
 from __future__ import annotations

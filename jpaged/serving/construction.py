@@ -1,4 +1,4 @@
-"""Construction: from the options of an LLM to its model, engine and batcher.
+"""Construction: creates the model, engine and batcher of an LLM from its options.
 
 Pipeline: options -> [construction] -> llm. Host only.
 """

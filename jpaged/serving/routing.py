@@ -7,10 +7,12 @@ But if all such requests go to one replica, the others are idle. So the longest 
 prefix decides while loads are similar, and the load decides otherwise.
 
 Source: the cache-aware load balancer of SGLang.
-https://lmsys.org/blog/2024-12-04-sglang-v0-4/ SGLang estimates the contents of its
-servers' caches from the requests it sent them, and routes by load when the longest
-queue exceeds the shortest by a number and by a factor. Here the caches are looked up,
-and the loads of the candidates are compared.
+https://lmsys.org/blog/2024-12-04-sglang-v0-4/
+
+SGLang estimates the contents of its servers' caches from the requests that it sent to
+them, and routes by load if the longest queue exceeds the shortest by a number and by a
+factor. Here the actual caches are searched, and the loads of the candidates are
+compared.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Pipeline: cost model -> seconds -> [clock] -> times of requests.
 
-After an hour, a float32 of seconds has lost the precision of a step, and the error of
-a sum would grow with the length of the run. Whole seconds and microseconds stay exact.
+After an hour, seconds in float32 are too imprecise for the duration of a step, and the
+error of a sum grows with the length of the run. Integers of seconds and microseconds
+are exact.
 """
 
 from __future__ import annotations

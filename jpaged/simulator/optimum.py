@@ -1,4 +1,4 @@
-"""Optimum: bounds that no policy can beat, to compare policies with.
+"""Optimum: bounds that no policy can exceed, for comparison with policies.
 
 Outside the pipeline: host code on traces and workloads.
 

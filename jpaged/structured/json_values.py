@@ -2,7 +2,7 @@
 
 Pipeline: [structured.json_values] -> json_schema. Host only.
 
-Alternatives in a regex are in brackets, so that regexes can be concatenated.
+Alternatives in a regex are in parentheses, so that regexes can be concatenated.
 """
 
 import json

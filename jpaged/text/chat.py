@@ -1,4 +1,4 @@
-"""Chat: from messages to prompts, by the chat template of a checkpoint.
+"""Chat: converts messages to prompts with the chat template of a checkpoint.
 
 Pipeline: messages -> [chat] -> token ids -> llm. Host only.
 """

@@ -3,9 +3,9 @@
 Pipeline: attention -> [triton.attention] -> triton.launch.
 
 The work is a list of items, each a tile of queries of one row. Rows of one query, as in
-decode, are also split along their tokens, by their actual lengths: each part has about
-all tokens of the step, divided by the number of programs that fill the GPU. A second,
-small kernel merges the partial results.
+decode, are also split along their tokens, by their actual lengths: the size of a part
+is about the number of tokens of the step divided by the number of programs that fill
+the GPU. A second, small kernel merges the partial results.
 """
 
 from __future__ import annotations

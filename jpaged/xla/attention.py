@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA, whose work follows the contexts, not the table width.
+"""Paged attention in plain XLA; its work depends on the contexts, not the table width.
 
 Pipeline: xla.gradients -> [xla.attention] -> xla.chunks, xla.cascade.
 
@@ -83,7 +83,7 @@ def _attend_rows(
 ) -> Result:
     """Return attention of one query per row, with the output in `dtype`.
 
-    Each group of rows is walked as far as its own longest context.
+    The loop of each group of rows ends at the longest context of the group.
     """
     num_rows, num_heads, head_dim = operands.q.shape
     groups = _group_rows(operands.context_lens, tiles.decode_rows)

@@ -1,8 +1,8 @@
 """Every family against stored results of transformers: plain forward and engine.
 
 numpy generates the weights, the same ones as for the stored results; see
-golden/make_families.py. `model(tokens)` computes whole sequences; the engine splits
-prompts into chunks and decodes from pages.
+`tests/support/golden/make_families.py`. `model(tokens)` computes whole sequences; the
+engine splits prompts into chunks and decodes from pages.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from tests.support.paths import ROOT
 
 # The float32 error is at most 2e-6, that of the planted faults below at least 1e-2.
 TOLERANCE = 1e-4
-STRIDE = 4  # every 4th logit is stored, see golden/make_families.py
+STRIDE = 4  # every 4th logit is stored: tests/support/golden
 GOLDEN = json.loads(
     (ROOT / "tests" / "support" / "golden" / "families.json").read_text("utf-8")
 )

@@ -1,6 +1,6 @@
 """Sources: the folder of a model, from the name that a user passes.
 
-Pipeline: name, path or hub id -> [models.sources] -> folder -> checkpoint, tokenizer.
+Pipeline: name, path or hub id -> [models.loading.sources] -> folder.
 """
 
 import os
@@ -16,7 +16,7 @@ _BUNDLED = pathlib.Path(__file__).resolve().parents[2] / "data"
 
 
 def is_random(name: str | os.PathLike[str]) -> bool:
-    """Whether a name asks for random weights, as "random:llama-3-8b" does."""
+    """Whether a name selects random weights, as "random:llama-3-8b" does."""
     return os.fspath(name).startswith(RANDOM)
 
 

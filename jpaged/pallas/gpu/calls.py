@@ -2,9 +2,8 @@
 
 Pipeline: attention -> [pallas.gpu.calls] -> pallas.gpu.attention, pallas.gpu.merge.
 
-Decode rows and prompt chunks use the same kernel. A tile holds queries of one row of
-the
-tables: one query for decode, or as many as fill the tensor core's 64 rows.
+Decode rows and prompt chunks use the same kernel. A tile contains queries of one row of
+the block tables: one query for decode, or as many as fill the tensor core's 64 rows.
 """
 
 from __future__ import annotations

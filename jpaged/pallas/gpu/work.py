@@ -4,9 +4,9 @@ Pipeline: pallas.gpu.calls -> [pallas.gpu.work].
 
 A tile holds queries of one row of the block tables, each with the G heads that share a
 key. An item is a tile over a part of its keys, and one block of threads computes it.
-The parts have about all keys of the step, divided by the number of thread blocks that
-run at once, so that many thread blocks read a long context beside short ones. All
-counts follow the lengths, and none follows the width of the tables.
+The size of a part is about the number of keys of the step divided by the number of
+thread blocks that run at once. So many thread blocks share a long context. All
+counts depend on the lengths, not on the width of the tables.
 
 Shape symbols as in `jpaged.attention`; R rows of a tile's products, Q tiles, I items.
 """

@@ -2,7 +2,7 @@
 
 Pipeline: pallas.tpu.pages -> [pallas.tpu.windows].
 
-The hardware copies whole memory tiles, and a token has less than a tile. An update
+The hardware copies whole memory tiles, and a token is smaller than a tile. An update
 therefore reads the windows around its slots, changes the new tokens, and writes the
 windows back. The tokens are sorted by slot first, so that each window is read and
 written once, and no two copies overlap.

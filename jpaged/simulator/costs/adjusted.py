@@ -42,7 +42,7 @@ def scale(model: CostModel, factor: float) -> Scaled:
 class SeparatePrompts:
     """A cost model of an engine that computes prompts in steps of their own.
 
-    A step with prompts and decoding rows takes as long as two steps: weights are read
+    A step with prompts and decode rows takes as long as two steps: weights are read
     twice, and the host works twice. vLLM's releases of 2023 never mixed both in one
     step, although section 4.3 of their paper does.
     """

@@ -1,4 +1,4 @@
-"""Step load: the work of one step, and all that a cost model sees of it.
+"""Step load: the work of one step, the only input of a cost model.
 
 Pipeline: system -> [load] -> cost model -> clock.
 """

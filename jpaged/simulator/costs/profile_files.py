@@ -91,15 +91,15 @@ class DenseTimes:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTimes:
-    """Times of a layer's attention, of prompts and of decoding rows.
+    """Times of a layer's attention, of prompts and of decode rows.
 
-    A measurement has a chunk of a prompt and the tokens before it, or decoding rows and
+    A measurement has a chunk of a prompt and the tokens before it, or decode rows and
     the tokens before each of them; if `is_mixed`, some measurements have both.
     """
 
     chunks: np.ndarray  # f64[N], tokens; 0: no prompt
     past: np.ndarray  # f64[N], tokens before the chunk
-    rows: np.ndarray  # f64[N], 0: no decoding row
+    rows: np.ndarray  # f64[N], 0: no decode row
     contexts: np.ndarray  # f64[N], tokens before the computed one
     seconds: np.ndarray  # f64[N]
     is_mixed: bool

@@ -42,7 +42,7 @@ def _prompt(work: Features) -> tuple[jax.Array, jax.Array]:
 
 
 def _decode(work: Features) -> tuple[jax.Array, jax.Array]:
-    """Return the decoding rows, and the mean number of tokens before each new one."""
+    """Return the decode rows, and the mean number of tokens before each new one."""
     rows = work.decode_rows
     return rows, work.decode_contexts / jnp.maximum(rows, 1.0) - 1.0
 
@@ -50,7 +50,7 @@ def _decode(work: Features) -> tuple[jax.Array, jax.Array]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SeparateAttention:
-    """Attention with separate kernels for prompts and for decoding rows."""
+    """Attention with separate kernels for prompts and for decode rows."""
 
     prompts: Grid  # chunk, tokens before it -> seconds
     decoding: Grid  # rows, tokens before each -> seconds
@@ -100,7 +100,7 @@ class Profile:
     The duration of a step is the sum of:
       matrix products and small operations, by the number of tokens of the step;
       attention: all chunks of prompts count as one chunk with as many pairs of a query
-        and a key, and all decoding rows have their mean context;
+        and a key, and all decode rows have their mean context;
       logits and sampling, by the rows whose next token is sampled;
       copies and swapping;
       `step_s`.
@@ -131,7 +131,7 @@ class Profile:
         Args:
           max_tokens: most tokens of a step.
           max_context: most tokens of a sequence.
-          max_rows: most decoding rows of a step.
+          max_rows: most decode rows of a step.
 
         Raises:
           ValueError: they do not; the message names the measured range.

@@ -31,7 +31,7 @@ Line = tuple[Number, Number, Number]
 class StepFit:
     """A cost model of fitted coefficients (a, b, c), in seconds; each is a leaf.
 
-    A step of prompts takes a + b * tokens + c * sum(tokens^2). A step of decoding rows
+    A step of prompts takes a + b * tokens + c * sum(tokens^2). A step of decode rows
     takes a + b * sum(contexts) + c * rows, with other coefficients from `threshold`
     rows on. A mixed step takes the larger a, since weights are read once, plus the
     remaining terms of both. A chunk's square is its contribution to the square of its

@@ -1,4 +1,4 @@
-"""Contiguous: a row of the longest length for every sequence, continuous batching.
+"""Contiguous: continuous batching, with memory of maximum length for every sequence.
 
 Pipeline: requests -> [contiguous] -> step load -> cost model.
 """

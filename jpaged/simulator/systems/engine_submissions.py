@@ -2,9 +2,9 @@
 
 Pipeline: simulated request -> [engine_submissions] -> submission -> request table.
 
-The engine's own `submission.encode` runs once on the host for each kind of request, a
-pair (num_samples, beam_width). These templates are completed inside the compiled
-program with the number and the lengths of each request.
+The engine's own `submission.encode_requests` runs once on the host for each kind of
+request, a pair (num_samples, beam_width). These templates are completed inside the
+compiled program with the number and the lengths of each request.
 
 Shape symbols: K kinds of requests, B most sequences of one request, R sequence indices.
 """

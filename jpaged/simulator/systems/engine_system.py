@@ -1,4 +1,4 @@
-"""Engine system: the engine itself, with a cost model in place of the decoder.
+"""Engine system: the engine itself, with a cost model instead of the decoder.
 
 Pipeline: requests -> [scheduler, block manager, prefix cache] -> step load.
 

@@ -7,9 +7,9 @@ preempted, so admission is first come, first served, and stops at the first requ
 does not fit.
 
 Each sample or beam of a request has its own chunk; a request gets all of them or none.
-The prompt is computed once and copied for the other sequences before they compute their
-first own token. All `num_seqs` sequences of a request slot end together, since the
-workload defines their length.
+The prompt is computed once, and copied for the other sequences before they compute
+their own first token. All `num_seqs` sequences of a request slot end together, since
+the workload defines their length.
 
 Shape symbols: P request slots, B most sequences of one request, K orders of chunks.
 Source: Kwon et al. 2023, section 6.1, and its artifact; Yu et al., Orca, OSDI 2022.

@@ -17,7 +17,7 @@ from jpaged import engine
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.engine import request_table, sampling
-from jpaged.engine.request_table import NewTokens
+from jpaged.engine.request_table import SampledTokens
 from jpaged.models import Decoder
 from jpaged.params import SamplingParams
 
@@ -129,7 +129,7 @@ def bookkeeping_steps(state: engine.EngineState, steps: int) -> Contender:
         entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
         table, ended = request_table.extend(
             scheduled.table,
-            NewTokens.zeros(entries.seq_indices, config.num_logprobs),
+            SampledTokens.zeros(entries.seq_indices, config.num_logprobs),
             state.counters.num_steps,
         )
         sampled = engine.SampledStep(

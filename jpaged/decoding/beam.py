@@ -82,9 +82,9 @@ def beam_search(
     as in Hugging Face. `init` raises ValueError as `beam_state`.
 
     Args:
-      max_tokens: Generated tokens after which every sequence ends. length_penalty: The
-      score of a hypothesis is its cumulative log-probability divided
-        by (number of generated tokens) ** length_penalty.
+      max_tokens: Generated tokens after which every sequence ends.
+      length_penalty: The score of a hypothesis is its cumulative log-probability
+        divided by (number of generated tokens) ** length_penalty.
       early_stopping: When the search ends once there are S hypotheses. True: at once.
         False: when the best row, at its current length, would not be better than the
         worst hypothesis. "never": when no row can be, at any length up to `max_tokens`.

@@ -197,7 +197,7 @@ def _sample_rows(
     logits: jax.Array,
     config: EngineConfig,
 ) -> dict[str, jax.Array]:
-    """Columns of NewTokens for a few rows; sequence index R is padding."""
+    """Columns of SampledTokens for a few rows; sequence index R is padding."""
     valid = seq_indices < config.max_num_requests
     seq_indices = jnp.where(valid, seq_indices, 0)
     idle = SamplingRows.greedy(seq_indices.shape[0])

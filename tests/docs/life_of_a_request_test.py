@@ -19,7 +19,7 @@ from jpaged import engine, scheduler
 from jpaged.config import EngineConfig
 from jpaged.engine import bookkeeping, forward, iteration, request_table, sampling
 from jpaged.engine import state as engine_state
-from jpaged.engine.request_table import NewTokens
+from jpaged.engine.request_table import SampledTokens
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.params import SamplingParams
@@ -105,7 +105,7 @@ class Recorder:
             for seq_index, letter in zip(seq_indices, letters, strict=True)
             if letter
         }
-        new = NewTokens.zeros(jnp.asarray(seq_indices), 0)
+        new = SampledTokens.zeros(jnp.asarray(seq_indices), 0)
         return dataclasses.replace(new, tokens=jnp.asarray(letters, jnp.int32))
 
 

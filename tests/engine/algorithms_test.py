@@ -462,7 +462,7 @@ def test_ending_a_beam_search_changes_no_other_request(llama):
         (
             BeamSearchParams(2, 30, length_penalty=99.0),
             {},
-            "length_penalty: max_tokens",
+            "length_penalty: expected max_tokens",
         ),
     ],
 )
@@ -563,14 +563,14 @@ def test_an_algorithm_with_wrong_shapes_or_dtypes_raises(algorithm, match, llama
 def test_a_planted_fault_in_parents_is_found(llama, monkeypatch):
     from jpaged.decoding import beam
 
-    decide = beam.decide
+    make_decision = beam.make_decision
 
     def wrong(going, runs, held):
         # Row 1 continues row 0, whatever its parent is.
-        decision = decide(going, runs, held)
+        decision = make_decision(going, runs, held)
         return dataclasses.replace(decision, parents=decision.parents.at[1].set(0))
 
-    monkeypatch.setattr(beam, "decide", wrong)
+    monkeypatch.setattr(beam, "make_decision", wrong)
     # Another number of stop ids: a program that is not compiled yet.
     config = dataclasses.replace(TIGHT, max_num_stop_ids=5, algorithms=())
     prompts, params = prompts_of(3), [BeamSearchParams(4, MAX_TOKENS)] * 3

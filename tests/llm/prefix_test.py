@@ -170,7 +170,7 @@ def test_invalid_prefixes_and_too_many_prefixes_are_refused(llm):
             llm.pin([7])
     with pytest.raises(ValueError, match=r"fewer than max_model_len \(64\), got 64"):
         llm.pin([5] * 64)
-    with pytest.raises(ValueError, match=r"from 1 token to .* got 0"):
+    with pytest.raises(ValueError, match=r"prefix: expected at least 1 token .* got 0"):
         llm.pin([])
     with pytest.raises(ValueError, match=r"from 0 to 299 .* got 300"):
         llm.pin([300])

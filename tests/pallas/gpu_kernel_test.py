@@ -328,5 +328,5 @@ def test_a_mesh_of_several_devices_raises():
 
 
 def test_an_llm_without_a_gpu_raises():
-    with pytest.raises(ValueError, match="attention: 'mosaic_gpu' needs a Hopper GPU"):
+    with pytest.raises(ValueError, match=r"got 'mosaic_gpu', which needs a Hopper GPU"):
         LLM("random:opt-125m", attention="mosaic_gpu")

@@ -113,7 +113,7 @@ def test_errors_name_the_sizes_that_would_work(found):
             assert part in refusals[key]
     refusal = found["llama"]["llm_refusal"]
     assert refusal.startswith("mesh: ")
-    assert "which has 8 devices" in refusal
+    assert "which is on 8 devices" in refusal
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, True, "2"])

@@ -18,7 +18,7 @@ from jpaged import engine
 from jpaged.attention import kv_cache
 from jpaged.compat import when
 from jpaged.engine import algorithms, request_table, sampling
-from jpaged.engine.request_table import NewTokens
+from jpaged.engine.request_table import SampledTokens
 from jpaged.kv.block_manager import NO_BLOCK
 
 # Parts of a step beside scheduler and append, in the order in which they are added.
@@ -86,7 +86,7 @@ def _sampled(
     entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
     own = jnp.arange(config.num_rows, dtype=jnp.int32)
     if "algorithm" not in parts:
-        new = NewTokens.zeros(entries.seq_indices, config.num_logprobs)
+        new = SampledTokens.zeros(entries.seq_indices, config.num_logprobs)
         table, _ = request_table.extend(scheduled.table, new, number)
         states, parents, num_new = state.states, own, entries.num_grouped
     else:

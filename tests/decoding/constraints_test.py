@@ -328,7 +328,7 @@ def test_too_small_sizes_and_another_vocabulary_are_refused():
     with pytest.raises(ValueError, match=r"sizes: expected vocab_size 6.*got 7"):
         pool([automaton], dataclasses.replace(sizes, vocab_size=7))
     rows = jnp.int32([0])
-    with pytest.raises(ValueError, match="a pool for 9 tokens, .* got one for"):
+    with pytest.raises(ValueError, match=r"a pool for 9 tokens, .* got one for"):
         constraints.mask(jnp.ones((1, 9)), on_device([automaton]), rows, rows)
 
 

@@ -144,7 +144,7 @@ def test_an_invalid_flag_is_refused(argument, message):
 def test_an_invalid_line_of_a_trace_is_named(line, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"input_length": 5, "hash_ids": [1]}\n' + line + "\n", "utf-8")
-    with pytest.raises(ValueError, match=r"trace: wanted JSON.*line 2 of .*bad\.jsonl"):
+    with pytest.raises(ValueError, match=r"trace: .*line 2 of .*bad\.jsonl"):
         read_prompts(path)
 
 

@@ -57,8 +57,8 @@ def test_the_expected_output_is_a_softmax_over_the_sequence_s_pages():
     np.testing.assert_array_equal(keys, case.keys[1, :, 1])
     scores = np.array([case.q[1, 3].astype(float) @ k for k in keys]) / 4
     weights = np.exp(scores) / np.exp(scores).sum()
-    wanted = weights @ case.values[1, :, 1]
-    np.testing.assert_allclose(cases.expected_output(case)[1, 3], wanted, rtol=1e-12)
+    expected = weights @ case.values[1, :, 1]
+    np.testing.assert_allclose(cases.expected_output(case)[1, 3], expected, rtol=1e-12)
 
 
 def test_a_contender_with_wrong_output_is_not_timed(monkeypatch):

@@ -237,15 +237,15 @@ def test_scores_equal_a_float64_sum_of_log_probabilities(bundle):
     assert is_real.sum() == len(stream)
     assert windows.shape == (2, length + 1)
     forward = jax.jit(lambda model, tokens: model(tokens))
-    wanted = 0.0
+    expected = 0.0
     for part in (stream[:length], stream[length:]):
         tokens = np.zeros((1, length + 1), np.int32)
         tokens[0, : len(part) + 1] = [bos, *part]
         logits = np.asarray(forward(bundle.model, jnp.asarray(tokens))[0], np.float64)
         for i, token in enumerate(part):
-            wanted -= logits[i, token] - np.log(np.sum(np.exp(logits[i])))
+            expected -= logits[i, token] - np.log(np.sum(np.exp(logits[i])))
     got = training.total_nats(bundle.model, windows, is_real)
-    assert got == pytest.approx(wanted, rel=1e-5)  # float32 sums
+    assert got == pytest.approx(expected, rel=1e-5)  # float32 sums
 
 
 def test_training_windows_start_with_bos_and_the_start_of_a_line(bundle):

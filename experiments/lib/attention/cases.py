@@ -123,9 +123,9 @@ def expected_output(case: AttentionCase) -> np.ndarray:
 
 def relative_error(case: AttentionCase, out: np.ndarray) -> float:
     """Relative L2 error of an output [S, H, D] against float64."""
-    wanted = expected_output(case)
+    expected = expected_output(case)
     found = np.asarray(out[:_CHECKED_ROWS], np.float64)
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 # A contender's output [S, H, D], and a function that computes it `loops` times.

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from experiments.lib import baseline, limits
 from experiments.lib.bursts import lognormal_burst
@@ -35,6 +36,7 @@ SIZES = dict(
 )
 
 
+@pytest.mark.long
 def test_the_runner_reports_all_figures():
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
     status, stdout, stderr = call_experiment("bench_throughput", *sizes)

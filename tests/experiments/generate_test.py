@@ -48,6 +48,7 @@ def test_outputs_follow_their_prompts_and_the_last_line_is_json(run):
     assert record["num_requests"] == 2
 
 
+@pytest.mark.long
 def test_prefix_caching_and_swapping_do_not_change_the_text(run):
     arguments = ("--prompt=abcdefgh", "--prompt=ijkl", "--temperature=0")
     arguments += ("--max_tokens=40", "--ignore_eos")
@@ -121,6 +122,7 @@ def test_a_text_file_has_one_prompt_per_line(run, tmp_path):
     assert err.startswith(f"{path}:3: prompt: expected fewer than max_model_len (64)")
 
 
+@pytest.mark.long
 def test_logprobs_are_printed(run):
     _, text, _, _ = run("--prompt=abc", "--max_tokens=3", "--logprobs=3")
     lines = text.strip().split("\n")[-3:]

@@ -34,6 +34,7 @@ def test_no_letter_charges_the_letter_in_upper_and_lower_case():
     assert total(*potential, [0, 3, 6, 1]) == -9.0
 
 
+@pytest.mark.long
 def test_the_smallest_run_reports_particles_and_estimates():
     status, out, _ = call_experiment(
         "smc_steering",

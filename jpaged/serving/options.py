@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jpaged import parallel
 from jpaged.attention import api as attention_module
 from jpaged.config import PREEMPTIONS
+from jpaged.cpu import library
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
 from jpaged.pages.quantised import PAGE_DTYPES
@@ -28,6 +29,7 @@ from jpaged.validation import error, flag, integer, number, one_of
 
 # The hardware that an attention backend needs, and jax's name of it.
 _HARDWARE = {
+    "cpu": ("CPU", "cpu"),
     "mosaic_tpu": ("TPU", "tpu"),
     "mosaic_gpu": ("Hopper GPU", "gpu"),
     "triton": ("NVIDIA GPU", "gpu"),
@@ -138,3 +140,5 @@ def _check_attention(name: str | None) -> None:
             f"attention: expected a backend that runs on {present!r}, got {name!r}, "
             f"which needs a {hardware}; None chooses the best one"
         )
+    if name == "cpu" and (reason := library.problem()):
+        raise ValueError(f"attention: 'cpu' is not available: {reason}")

@@ -33,7 +33,7 @@ def turn_on() -> pathlib.Path | None:
     config: Any = jax.config  # its options are not declared as attributes
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None
-    folder = user_folder() / _machine()
+    folder = user_folder() / machine()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -63,7 +63,7 @@ def user_folder() -> pathlib.Path:
         return base / "jpaged" / "xla"
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return a name for this kind of processor.
 
     Machines may share a home folder, and a program that is compiled for one processor

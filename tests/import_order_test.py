@@ -45,10 +45,12 @@ LAYERS = {
     "pages":             ["kv"],
     # backends: kernels, and a record of each in its `backend.py`
     "xla":               ["compat", "kv", "pages"],
+    "cpu":               ["compilation_cache", "pages", "xla"],
     "pallas":            ["compat", "pages", "xla"],
     "triton":            ["compat", "pages"],
     # the public attention functions over all kernels
-    "attention":         ["compat", "config", "kv", "pages", "xla", "pallas", "triton"],
+    "attention":         ["compat", "config", "kv", "pages", "xla", "cpu",
+                          "pallas", "triton"],
     "models":            ["compat", "config", "parallel", "kv", "attention"],
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
@@ -57,8 +59,8 @@ LAYERS = {
                           "scheduler", "attention", "models", "decoding"],
     # the host side: requests of all callers, clock, statistics
     "serving":           ["validation", "policies", "config", "params", "outputs",
-                          "parallel", "text", "kv", "scheduler", "pages", "attention",
-                          "models", "decoding", "structured", "engine"],
+                          "parallel", "text", "kv", "scheduler", "pages", "cpu",
+                          "attention", "models", "decoding", "structured", "engine"],
     "llm":               ["config", "policies", "params", "outputs",
                           "compilation_cache", "text", "parallel", "models", "engine",
                           "serving"],

@@ -243,19 +243,24 @@ def _attend(
     backend: Backend, operands: AttentionOperands, return_lse: bool
 ) -> tuple[jax.Array, Any]:
     """Call the backend, through cascade attention if it needs that for prefixes."""
-    if backend.is_differentiable:
+    if backend.is_differentiable and backend.add_gradient is None:
         return backend.attend(operands, return_lse=return_lse)
-    # Kernels compile these two in, so they are no operands of `custom_vjp`.
-    numbers = dict(scale=operands.scale, logits_soft_cap=operands.logits_soft_cap)
 
-    def call(arrays: AttentionOperands) -> tuple[jax.Array, Any]:
-        operands = arrays._replace(**numbers)
+    def call(operands: AttentionOperands) -> tuple[jax.Array, Any]:
         if operands.shared_prefix is None or backend.cascade is None:
             return backend.attend(operands, return_lse=return_lse)
         return cascade.attend(backend.attend, operands, backend.cascade)
 
+    if backend.add_gradient is not None:
+        return backend.add_gradient(call)(operands)
+    # Kernels compile these two in, so they are no operands of `custom_vjp`.
+    numbers = dict(scale=operands.scale, logits_soft_cap=operands.logits_soft_cap)
+
+    def call_with_numbers(arrays: AttentionOperands) -> tuple[jax.Array, Any]:
+        return call(arrays._replace(**numbers))
+
     arrays = operands._replace(scale=None, logits_soft_cap=None)
-    return _refuse_gradient(call, backend.name)(arrays)
+    return _refuse_gradient(call_with_numbers, backend.name)(arrays)
 
 
 def _refuse_gradient(function: Callable[..., Any], name: str) -> Callable[..., Any]:

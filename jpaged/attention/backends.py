@@ -1,6 +1,6 @@
 """All attention backends, and the choice of the one that serves a call.
 
-Pipeline: paged_attention, kv_cache -> [backends] -> xla | pallas | triton | reference.
+Pipeline: paged_attention, kv_cache -> [backends] -> a folder with kernels.
 
 `implementation=None` selects the first backend of `PREFERRED` that supports the call. A
 name is never replaced by another: an unsupported call raises ValueError.
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 
 from jpaged.attention.reference import REFERENCE
+from jpaged.cpu.backend import CPU
 from jpaged.pages import packed
 from jpaged.pages.backend import AttentionCall, Backend
 from jpaged.pages.layout import PageLayout
@@ -21,9 +22,11 @@ from jpaged.pallas.tpu.backend import MOSAIC_TPU
 from jpaged.triton.backend import TRITON
 from jpaged.xla.backend import XLA
 
-BACKENDS = (REFERENCE, XLA, MOSAIC_TPU, MOSAIC_GPU, TRITON)
+BACKENDS = (REFERENCE, XLA, CPU, MOSAIC_TPU, MOSAIC_GPU, TRITON)
 IMPLEMENTATIONS = tuple(backend.name for backend in BACKENDS)
-Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu", "triton"]
+Implementation = Literal[
+    "reference", "xla", "cpu", "mosaic_tpu", "mosaic_gpu", "triton"
+]
 
 # Names to try for `implementation=None`, by platform. The last one supports every call.
 # No kernel for GPUs has been measured yet, so none is a default.

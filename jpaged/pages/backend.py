@@ -79,12 +79,15 @@ class Backend:
         padded to the pages' D.
       is_differentiable: whether `attend` has a gradient. Otherwise differentiation
         raises an error that names the backends that have one.
+      add_gradient: returns a function of `AttentionOperands` with a gradient; for a
+        backend that is differentiable by another backend's gradient.
       returns_lse: whether `attend` can return log-sum-exps.
       cascade: how shared prefixes are read once with `attend`; None if `attend` itself
         handles `operands.shared_prefix`.
       platform: `jax.default_backend()` that the backend runs on; None for any.
       device: name of the device that the backend needs, for error messages.
       requires: packages from an extra that must be installed.
+      is_installed: whether what else the backend needs is there.
       tile_sizes: returns the dataclass of the tile sizes that `pages.tuned` may set.
     """
 
@@ -96,11 +99,13 @@ class Backend:
     layout: PageLayout = PLAIN
     accepts_stored_pages: bool = False
     is_differentiable: bool = False
+    add_gradient: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     returns_lse: bool = True
     cascade: CascadeOptions | None = None
     platform: str | None = None
     device: str = ""
     requires: tuple[str, ...] = ()
+    is_installed: Callable[[], bool] = lambda: True
     tile_sizes: Callable[[], type] | None = None
 
     def problem(
@@ -117,9 +122,10 @@ class Backend:
         return self.unsupported(pages, call)
 
     def is_available(self) -> bool:
-        """Whether this process has the device and the packages that are needed."""
+        """Whether this process has the device and all that the backend needs."""
         is_here = self.platform in (None, jax.default_backend())
-        return is_here and all(map(importlib.util.find_spec, self.requires))
+        has_packages = is_here and all(map(importlib.util.find_spec, self.requires))
+        return has_packages and self.is_installed()
 
 
 def unsupported_numbers(call: AttentionCall | None) -> str | None:

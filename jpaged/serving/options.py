@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jpaged import parallel
 from jpaged.attention import backends
 from jpaged.config import PREEMPTIONS
+from jpaged.cpu import library
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
 from jpaged.pages.quantised import PAGE_DTYPES
@@ -129,3 +130,5 @@ def _check_attention(name: str | None) -> None:
             f"attention: expected a backend that runs on {here!r}, got {name!r}, "
             f"which needs a {backend.device}; None chooses the best one"
         )
+    if name == "cpu" and (reason := library.problem()):
+        raise ValueError(f"attention: 'cpu' is not available: {reason}")

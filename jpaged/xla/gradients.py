@@ -15,7 +15,7 @@ dv = p do, ds = p (do . v - do . o + dlse), dq = scale * ds k, dk = scale * ds q
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jpaged.arithmetic import cdiv
 from jpaged.pages import tuned
-from jpaged.pages.operands import AttentionOperands, Pools
+from jpaged.pages.operands import AttentionOperands, Pools, merge_layers
 from jpaged.pages.quantised import is_quantised
 from jpaged.xla import attention, chunks, pages
 from jpaged.xla.online_softmax import Result
@@ -33,7 +33,21 @@ from jpaged.xla.online_softmax import Result
 _QUERIES, _TOKENS = 32, 128  # of a tile of the backward pass
 
 
-@jax.custom_vjp
+def add_gradient(
+    function: Callable[[AttentionOperands], Result],
+) -> Callable[[AttentionOperands], Result]:
+    """Return attention with a gradient; differentiable once, in reverse mode.
+
+    Args:
+      function: attention without one. It returns the output and the log-sum-exp. Its
+        operands may have stacked pools and shared prefixes.
+    """
+    called = jax.custom_vjp(function)
+    forward = functools.partial(_forward, function)
+    called.defvjp(forward, _backward_of_layers, symbolic_zeros=True)
+    return called
+
+
 def attend(operands: AttentionOperands) -> Result:
     """Return attention; differentiable once, in reverse mode.
 
@@ -43,6 +57,10 @@ def attend(operands: AttentionOperands) -> Result:
     Returns:
       Output `[T, H, D]` in the dtype of q and log-sum-exp f32`[T, H]`.
     """
+    return _differentiable(operands)
+
+
+def _attend(operands: AttentionOperands) -> Result:
     num_heads, pools = operands.q.shape[1], operands.pools
     tiles = tuned.tiles("xla", chunks.TILES, num_heads, pools.k)
     if operands.query_start_loc is None:
@@ -50,7 +68,9 @@ def attend(operands: AttentionOperands) -> Result:
     return attention.attend_ragged(operands, tiles)
 
 
-def _forward(operands: Any) -> tuple[Result, tuple[AttentionOperands, Any, Any]]:
+def _forward(
+    function: Callable[[AttentionOperands], Result], operands: Any
+) -> tuple[Result, tuple[AttentionOperands, Any, Any]]:
     """Return the result and what the backward pass needs.
 
     Raises:
@@ -64,7 +84,7 @@ def _forward(operands: Any) -> tuple[Result, tuple[AttentionOperands, Any, Any]]
                 f"{name}: expected to be differentiated by q, sinks or pages of "
                 f"floats, got {kind}; jax.lax.stop_gradient makes it a constant"
             )
-    out, lse = attend(values)
+    out, lse = function(values)
     return (out, lse), (values, out, lse)
 
 
@@ -99,6 +119,20 @@ class _QueryTile(NamedTuple):
     d_out: jax.Array  # f32[K, G * size, D]
     lse: jax.Array  # f32[K, G * size]
     offset: jax.Array  # f32[K, G * size]: dlse - do . o
+
+
+def _backward_of_layers(
+    saved: tuple[AttentionOperands, jax.Array, jax.Array], cotangents: Any
+) -> tuple[AttentionOperands]:
+    """Return the gradient of operands that may have stacked pools."""
+    operands, out, lse = saved
+    (gradients,) = _backward((merge_layers(operands), out, lse), cotangents)
+    if gradients.pools is not None:
+        pages = operands.pools
+        k, v = gradients.pools.k, gradients.pools.v
+        pools = Pools(k.reshape(pages.k.shape), v.reshape(pages.v.shape))
+        gradients = gradients._replace(pools=pools)
+    return (gradients,)
 
 
 def _backward(
@@ -249,4 +283,4 @@ def _sink_gradient(
     return jnp.sum(weights * offset, axis=0).astype(sinks.dtype)
 
 
-attend.defvjp(_forward, _backward, symbolic_zeros=True)
+_differentiable = add_gradient(_attend)

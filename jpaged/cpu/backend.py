@@ -1,0 +1,78 @@
+"""The "cpu" backend: attention and page updates in C++, on CPUs with a compiler.
+
+Pipeline: attention.backends -> [cpu.backend] -> cpu.calls.
+
+Gradients are those of the "xla" backend, from the outputs of the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.cpu import calls, library
+from jpaged.pages.backend import AttentionCall, Backend, CascadeOptions
+from jpaged.pages.layout import PLAIN_OR_BITS
+from jpaged.pages.operands import AttentionOperands
+from jpaged.pages.quantised import BITS_OF_BFLOAT16, is_quantised
+from jpaged.xla import gradients
+
+MAX_GROUP = 64  # query heads per key/value head, as in kernels/attention.cc
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def attend(
+    operands: AttentionOperands, *, return_lse: bool = True, dtype: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return attention as `calls.attention`; it always has the log-sum-exp."""
+    del return_lse
+    return calls.attention(operands, dtype)
+
+
+def unsupported(pages: jax.ShapeDtypeStruct, call: AttentionCall | None) -> str | None:
+    """Say what the kernels do not support, or None.
+
+    They need a compiler, pages and queries of at most 32 bits, and at most 64 query
+    heads for each key/value head.
+    """
+    if reason := library.problem():
+        return reason
+    name = jnp.dtype(pages.dtype).name
+    if name not in (*_FLOATS, BITS_OF_BFLOAT16) and not is_quantised(pages.dtype):
+        return (
+            f"k_pages: expected {', '.join(_FLOATS)}, the bits of bfloat16, int8 or "
+            f"float8_e4m3fn, got {name}"
+        )
+    if call is None:
+        return None
+    if jnp.dtype(call.q.dtype).name not in _FLOATS:
+        return f"q: expected {', '.join(_FLOATS)}, got {call.q.dtype}"
+    num_heads, num_kv_heads = call.q.shape[1], pages.shape[-3]
+    if num_heads > MAX_GROUP * num_kv_heads:
+        return (
+            f"q: expected at most {MAX_GROUP} heads for each of the {num_kv_heads} "
+            f"key/value heads, got {num_heads}"
+        )
+    tables = call.block_tables
+    if tables is not None and 0 in (*tables.shape[-1:], *pages.shape[:-2]):
+        return f"k_pages, block_tables: expected some blocks, got {pages.shape}"
+    return None
+
+
+CPU = Backend(
+    name="cpu",
+    attend=attend,
+    write=calls.write_kv,
+    copy=calls.copy_blocks,
+    unsupported=unsupported,
+    layout=PLAIN_OR_BITS,
+    is_differentiable=True,
+    add_gradient=gradients.add_gradient,
+    cascade=CascadeOptions(branches=True),
+    platform="cpu",
+    device="CPU",
+    is_installed=library.is_available,
+)

@@ -1,0 +1,145 @@
+"""Calls of the kernels: operands as the C++ functions expect them.
+
+Pipeline: cpu.backend, models -> [cpu.calls] -> kernels/*.cc.
+
+The kernels check shapes and dtypes again and limit all indices, so no call reads or
+writes outside of its arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.cpu import library
+from jpaged.pages.operands import (
+    AttentionOperands,
+    NewTokens,
+    Pools,
+    layer_index,
+    window_size,
+)
+
+
+def attention(
+    operands: AttentionOperands, dtype: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return attention and its log-sum-exp.
+
+    Args:
+      operands: plain pages, of one layer or stacked with `layer`. `scale`,
+        `logits_soft_cap` and `sliding_window` may be traced. `shared_prefix` is not
+        used.
+      dtype: of the output; None: of q.
+
+    Returns:
+      Output `[T, H, D]`, and log-sum-exp f32`[T, H]`.
+    """
+    q, starts, cap = operands.q, operands.query_start_loc, operands.logits_soft_cap
+    pools = _stacked(operands.pools, operands.layer)
+    num_queries, num_heads, _ = q.shape
+    no_integers, no_floats = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
+    window = window_size(operands.sliding_window)
+    numbers = [operands.scale, 0.0 if cap is None else cap]
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype if dtype is None else dtype)
+    lse = jax.ShapeDtypeStruct((num_queries, num_heads), jnp.float32)
+    call = jax.ffi.ffi_call(
+        library.target("attention"), (out, lse), vmap_method="sequential"
+    )
+    return tuple(
+        call(
+            q,
+            pools.k,
+            pools.v,
+            operands.block_tables.astype(jnp.int32),
+            operands.context_lens.astype(jnp.int32),
+            no_integers if starts is None else starts.astype(jnp.int32),
+            jnp.stack([layer_index(operands.layer), window]),
+            jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers]),
+            no_floats if operands.sinks is None else operands.sinks.astype(jnp.float32),
+            no_floats if pools.k_scale is None else pools.k_scale,
+            no_floats if pools.v_scale is None else pools.v_scale,
+        )
+    )
+
+
+def write_kv(
+    pools: Pools, new: NewTokens, slot_mapping: jax.Array, layer: Any
+) -> Pools:
+    """Return the pools with new tokens at slots i32`[T]`, updated in place."""
+    stacked, block_size = _stacked(pools, layer), pools.k.shape[-2]
+    where = slot_mapping.astype(jnp.int32), layer_index(layer).reshape(1)
+
+    def write(
+        k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array
+    ) -> list[jax.Array]:
+        call = _in_place("write_kv", k_pages, v_pages)
+        return call(k_pages, v_pages, k, v, *where, block_size=block_size)
+
+    written = write(stacked.k, stacked.v, new.k, new.v)
+    if stacked.k_scale is not None:
+        written += write(stacked.k_scale, stacked.v_scale, new.k_scale, new.v_scale)
+    return _shaped_like(pools, written)
+
+
+def copy_blocks(pools: Pools, src: jax.Array, dst: jax.Array, layer: Any) -> Pools:
+    """Return the pools with blocks `src` i32`[C]` copied to `dst`, in place.
+
+    Stacked pools without `layer` copy the blocks in every layer.
+    """
+    is_stacked = pools.k.ndim == 5
+    stacked = _stacked(pools, 0 if is_stacked else None)
+    layers = jnp.zeros((0,), jnp.int32) if layer is None else layer_index(layer)
+    where = src.astype(jnp.int32), dst.astype(jnp.int32), layers.reshape(-1)
+
+    def copy(k_pages: jax.Array, v_pages: jax.Array) -> list[jax.Array]:
+        return _in_place("copy_blocks", k_pages, v_pages)(k_pages, v_pages, *where)
+
+    copied = copy(stacked.k, stacked.v)
+    if stacked.k_scale is not None:
+        copied += copy(stacked.k_scale, stacked.v_scale)
+    return _shaped_like(pools, copied)
+
+
+def matmul(
+    x: jax.Array, weight: jax.Array, scale: jax.Array | None = None
+) -> jax.Array:
+    """Return x `[M, K]` @ weight `[K, N]`, with sums in float32.
+
+    Args:
+      x: float32 or bfloat16.
+      weight: float32, bfloat16 or int8.
+      scale: f32`[N]`, a factor of each column; None: 1.
+
+    Returns:
+      `[M, N]` in the dtype of x.
+    """
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
+    call = jax.ffi.ffi_call(library.target("matmul"), out, vmap_method="sequential")
+    return call(x, weight, jnp.zeros((0,), jnp.float32) if scale is None else scale)
+
+
+def _in_place(name: str, *pools: jax.Array) -> Any:
+    """Return the call of a kernel whose results are its first operands, updated."""
+    return jax.ffi.ffi_call(
+        library.target(name),
+        [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
+        input_output_aliases={index: index for index in range(len(pools))},
+        vmap_method="sequential",
+    )
+
+
+def _stacked(pools: Pools, layer: Any) -> Pools:
+    """Return pools with an axis of layers."""
+    if layer is not None:
+        return pools
+    return jax.tree.map(lambda pool: pool.reshape(1, *pool.shape), pools)
+
+
+def _shaped_like(pools: Pools, arrays: list[jax.Array]) -> Pools:
+    given = [pool for pool in pools if pool is not None]
+    return Pools(
+        *(array.reshape(pool.shape) for array, pool in zip(arrays, given, strict=True))
+    )

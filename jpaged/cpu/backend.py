@@ -15,8 +15,14 @@ import jax.numpy as jnp
 from jpaged.cpu import calls, library
 from jpaged.pages.backend import AttentionCall, Backend, CascadeOptions
 from jpaged.pages.layout import PLAIN_OR_BITS
-from jpaged.pages.operands import AttentionOperands
+from jpaged.pages.operands import (
+    AttentionOperands,
+    NewTokens,
+    Pools,
+    layer_index,
+)
 from jpaged.pages.quantised import BITS_OF_BFLOAT16, is_quantised
+from jpaged.xla import backend as xla_backend
 from jpaged.xla import gradients
 
 MAX_GROUP = 64  # query heads per key/value head, as in kernels/attention.cc
@@ -30,6 +36,27 @@ def attend(
     """Return attention as `calls.attention`; it always has the log-sum-exp."""
     del return_lse
     return calls.attention(operands, dtype)
+
+
+def write(pools: Pools, new: NewTokens, slot_mapping: jax.Array, layer: Any) -> Pools:
+    """Return the pools with new tokens, as `calls.write_kv`; differentiable."""
+    index = None if layer is None else layer_index(layer)
+    return _write(pools, new, slot_mapping, index)
+
+
+_write = jax.custom_vjp(calls.write_kv)
+
+
+def _write_forward(*arguments: Any) -> tuple[Pools, Any]:
+    return calls.write_kv(*arguments), arguments
+
+
+def _write_backward(arguments: Any, cotangents: Any) -> Any:
+    _, gradient = jax.vjp(xla_backend.write, *arguments)
+    return gradient(cotangents)
+
+
+_write.defvjp(_write_forward, _write_backward)
 
 
 def unsupported(pages: jax.ShapeDtypeStruct, call: AttentionCall | None) -> str | None:
@@ -65,7 +92,7 @@ def unsupported(pages: jax.ShapeDtypeStruct, call: AttentionCall | None) -> str 
 CPU = Backend(
     name="cpu",
     attend=attend,
-    write=calls.write_kv,
+    write=write,
     copy=calls.copy_blocks,
     unsupported=unsupported,
     layout=PLAIN_OR_BITS,

@@ -43,26 +43,27 @@ def attention(
     no_integers, no_floats = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
     window = window_size(operands.sliding_window)
     numbers = [operands.scale, 0.0 if cap is None else cap]
-    out = jax.ShapeDtypeStruct(q.shape, q.dtype if dtype is None else dtype)
-    lse = jax.ShapeDtypeStruct((num_queries, num_heads), jnp.float32)
+    results = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype if dtype is None else dtype),
+        jax.ShapeDtypeStruct((num_queries, num_heads), jnp.float32),
+    ]
     call = jax.ffi.ffi_call(
-        library.target("attention"), (out, lse), vmap_method="sequential"
+        library.target("attention"), results, vmap_method="sequential"
     )
-    return tuple(
-        call(
-            q,
-            pools.k,
-            pools.v,
-            operands.block_tables.astype(jnp.int32),
-            operands.context_lens.astype(jnp.int32),
-            no_integers if starts is None else starts.astype(jnp.int32),
-            jnp.stack([layer_index(operands.layer), window]),
-            jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers]),
-            no_floats if operands.sinks is None else operands.sinks.astype(jnp.float32),
-            no_floats if pools.k_scale is None else pools.k_scale,
-            no_floats if pools.v_scale is None else pools.v_scale,
-        )
+    out, lse = call(
+        q,
+        pools.k,
+        pools.v,
+        operands.block_tables.astype(jnp.int32),
+        operands.context_lens.astype(jnp.int32),
+        no_integers if starts is None else starts.astype(jnp.int32),
+        jnp.stack([layer_index(operands.layer), window]),
+        jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers]),
+        no_floats if operands.sinks is None else operands.sinks.astype(jnp.float32),
+        no_floats if pools.k_scale is None else pools.k_scale,
+        no_floats if pools.v_scale is None else pools.v_scale,
     )
+    return out, lse
 
 
 def write_kv(
@@ -72,11 +73,9 @@ def write_kv(
     stacked, block_size = _stacked(pools, layer), pools.k.shape[-2]
     where = slot_mapping.astype(jnp.int32), layer_index(layer).reshape(1)
 
-    def write(
-        k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array
-    ) -> list[jax.Array]:
+    def write(k_pages: Any, v_pages: Any, k: Any, v: Any) -> list[jax.Array]:
         call = _in_place("write_kv", k_pages, v_pages)
-        return call(k_pages, v_pages, k, v, *where, block_size=block_size)
+        return list(call(k_pages, v_pages, k, v, *where, block_size=block_size))
 
     written = write(stacked.k, stacked.v, new.k, new.v)
     if stacked.k_scale is not None:
@@ -94,8 +93,9 @@ def copy_blocks(pools: Pools, src: jax.Array, dst: jax.Array, layer: Any) -> Poo
     layers = jnp.zeros((0,), jnp.int32) if layer is None else layer_index(layer)
     where = src.astype(jnp.int32), dst.astype(jnp.int32), layers.reshape(-1)
 
-    def copy(k_pages: jax.Array, v_pages: jax.Array) -> list[jax.Array]:
-        return _in_place("copy_blocks", k_pages, v_pages)(k_pages, v_pages, *where)
+    def copy(k_pages: Any, v_pages: Any) -> list[jax.Array]:
+        call = _in_place("copy_blocks", k_pages, v_pages)
+        return list(call(k_pages, v_pages, *where))
 
     copied = copy(stacked.k, stacked.v)
     if stacked.k_scale is not None:

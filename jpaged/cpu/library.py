@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -23,11 +24,11 @@ import tempfile
 from collections.abc import Iterator
 
 import jax
-import jaxlib
 
 from jpaged import compilation_cache
 
 SOURCES = pathlib.Path(__file__).parent / "kernels"
+JAXLIB_VERSION = importlib.metadata.version("jaxlib")
 COMPILERS = ("c++", "g++", "clang++")  # tried after $CXX
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _TIMEOUT_S = 600
@@ -223,7 +224,7 @@ def _key(compiler: list[str]) -> str:
         raise LibraryError(f"cannot run {compiler[0]}: {error}") from error
     parts = [
         _source_hash(),
-        jaxlib.__version__,
+        JAXLIB_VERSION,
         shlex.join(compiler),
         done.stdout,
         shlex.join([*_FLAGS, *_processor_flags()]),

@@ -255,10 +255,9 @@ def test_planted_faults_break_the_tolerance(monkeypatch):
     expected, _ = oracle.attention(case)
 
     def worst(shared) -> float:
-        call = jax.jit(
-            lambda arguments, s: paged_attention(**arguments, shared_prefix=s)
-        )
-        return relative_errors(call(on_device(case), shared), expected).max()
+        options = dict(shared_prefix=shared, implementation="xla")
+        call = jax.jit(functools.partial(paged_attention, **options))
+        return relative_errors(call(**on_device(case)), expected).max()
 
     assert worst(shared) < TOLERANCES["float32"]
     for fault in (one_block_too_many, wrong_leaders):
@@ -291,7 +290,8 @@ def test_a_prefix_is_read_once_for_all_rows_of_a_tile(monkeypatch):
     read = []
     for shared in (None, groups_of(jnp.asarray(tables), lens, **EVERYTHING)):
         count = 0
-        call = jax.jit(lambda *args, s=shared: paged_attention(*args, shared_prefix=s))
+        options = dict(shared_prefix=shared, implementation="xla")
+        call = jax.jit(functools.partial(paged_attention, **options))
         jax.block_until_ready(call(q, pages, pages, jnp.asarray(tables), lens))
         jax.effects_barrier()
         read.append(count)

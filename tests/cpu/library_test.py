@@ -102,7 +102,7 @@ def test_another_compiler_source_or_processor_builds_another_library(
     paths.add(library.build())
     monkeypatch.setattr(library, "_source_hash", lambda: "other")
     paths.add(library.build())
-    monkeypatch.setattr(library.jaxlib, "__version__", "other")
+    monkeypatch.setattr(library, "JAXLIB_VERSION", "other")
     paths.add(library.build())
     assert len(paths) == 5
 

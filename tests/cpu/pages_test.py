@@ -162,3 +162,21 @@ def test_the_kernels_check_shapes_and_dtypes():
             call("write_kv", pages, pages, k, tokens, where, layer, block_size=size)
     with pytest.raises(Exception, match="copy_blocks: pages and pairs do not fit"):
         call("copy_blocks", pages, pages, slots, slots[:4], layer)
+
+
+def test_gradients_of_writes_equal_those_of_xla():
+    pages = jnp.asarray(some_pages(2, 6, 2, 4, 8))
+    tokens = jnp.asarray(some_pages(3, 2, 8, seed=1))
+    weights = jnp.asarray(some_pages(2, 6, 2, 4, 8, seed=2))
+    slots, layer = jnp.array([0, -1, 9], jnp.int32), jnp.int32(1)
+
+    def loss(pages, tokens, name):
+        options = dict(implementation=name)
+        pools = write_kv(pages, pages, tokens, tokens, slots, layer=layer, **options)
+        return jnp.sum(weights * (pools[0] ** 2 + pools[1]))
+
+    gradients = [
+        jax.grad(loss, argnums=(0, 1))(pages, tokens, name) for name in ("cpu", "xla")
+    ]
+    for got, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -103,7 +103,9 @@ def test_a_planted_fault_in_the_shared_prefixes_is_found(model, monkeypatch):
     prompts, params = workload()
     want = naive(model, prompts, params, max_model_len=CONFIG.max_model_len)
     monkeypatch.setattr(forward.shared_prefix, "find_shared_prefix", other_leaders)
-    got = finished(model, prompts, params)
+    # The tables are read from the leader's row; "cpu" reads those of any member.
+    config = dataclasses.replace(CONFIG, attention="xla")
+    got = finished(model, prompts, params, config)
     assert got != [[one.tokens for one in samples] for samples in want]
 
 

@@ -19,7 +19,7 @@
 #include <vector>
 
 #if defined(__SSE__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -38,6 +38,9 @@ constexpr int kWidth = 4;
 #endif
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
+
+// Before a loop over registers: without it, GCC keeps large arrays of them in memory.
+#define JPAGED_UNROLL _Pragma("GCC unroll 16")
 
 inline Vec Splat(float x) { return Vec{} + x; }
 
@@ -105,6 +108,8 @@ inline Vec Tanh(Vec x) {
 }
 
 // ---- numbers as they are stored
+//
+// GCC widens vectors of small numbers in many steps, hence the intrinsics.
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -177,16 +182,24 @@ inline Vec LoadVec(const T* address) {
 }
 template <>
 inline Vec LoadVec(const float* address) { return Load(address); }
+// kWidth numbers of 16 bits, widened with zeros.
+inline IntVec LoadHalves(const void* address) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepu16_epi32(LoadAs<__m256i>(address));
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepu16_epi32(LoadAs<__m128i>(address));
+#else
+  typedef uint16_t Half __attribute__((vector_size(2 * kWidth)));
+  return __builtin_convertvector(LoadAs<Half>(address), IntVec);
+#endif
+}
 template <>
 inline Vec LoadVec(const BFloat16* address) {
-  typedef uint16_t Half __attribute__((vector_size(2 * kWidth)));
-  const Half half = LoadAs<Half>(address);
-  return (Vec)(__builtin_convertvector(half, IntVec) << 16);
+  return (Vec)(LoadHalves(address) << 16);
 }
 template <>
 inline Vec LoadVec(const Float16* address) {
-  typedef uint16_t Half __attribute__((vector_size(2 * kWidth)));
-  const IntVec bits = __builtin_convertvector(LoadAs<Half>(address), IntVec);
+  const IntVec bits = LoadHalves(address);
   const IntVec magnitude = bits & 0x7fff;
   // Subnormal numbers by a conversion: subnormal floats count as zero here.
   const Vec small = __builtin_convertvector(magnitude, Vec) * 5.9604644775390625e-8f;
@@ -197,13 +210,28 @@ inline Vec LoadVec(const Float16* address) {
 }
 template <>
 inline Vec LoadVec(const int8_t* address) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(LoadAs<__m128i>(address)));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(address));
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
   typedef int8_t Bytes __attribute__((vector_size(kWidth)));
-  return __builtin_convertvector(LoadAs<Bytes>(address), Vec);
+  const IntVec numbers = __builtin_convertvector(LoadAs<Bytes>(address), IntVec);
+  return __builtin_convertvector(numbers, Vec);
+#endif
 }
 template <>
 inline Vec LoadVec(const Float8* address) {
+#if defined(__AVX512F__)
+  const IntVec bits = (IntVec)_mm512_cvtepu8_epi32(LoadAs<__m128i>(address));
+#elif defined(__AVX2__)
+  const IntVec bits = (IntVec)_mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(address)));
+#else
   typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
   const IntVec bits = __builtin_convertvector(LoadAs<Bytes>(address), IntVec);
+#endif
   const IntVec magnitude = bits & 0x7f;
   const Vec small = __builtin_convertvector(magnitude, Vec) * 0.001953125f;  // 2^-9
   const Vec normal = (Vec)((magnitude << 20) + (120 << 23));

@@ -1,178 +1,227 @@
 // Products of few rows with a weight matrix: y = x w, w [K, N] as the model stores it.
 //
 // A decode step multiplies a few rows with every weight, so reading the weights is what
-// takes time. Each thread takes columns and walks down the matrix, with the results of
-// its rows and columns in registers. Every result is summed over k in ascending order in
-// float32, so a row's result depends on neither the other rows nor the threads.
+// takes time. A thread takes a strip of columns and walks down the matrix, some rows at
+// a time, so that it reads runs of a kilobyte and few pages at once. Panels of the strip
+// are multiplied with tiles of rows, whose sums are in registers; between two steps down
+// the sums are in the thread's own memory.
+//
+// Every result is summed over k in ascending order in float32, one rounding for each
+// product and sum, so a row's result depends on neither the other rows nor the threads.
 #include "common.h"
 
 namespace jpaged {
 namespace products {
 
-struct InputTag;
-struct OutputTag;
+constexpr int64_t kMaxDepth = 32;       // rows of the matrix of one step down
+constexpr int64_t kStripBytes = 65536;  // of a strip's sums, at most
+#if defined(__SSE__) && !defined(__AVX512F__)
+constexpr int kMaxRows = 6;  // of a tile: 16 registers
+#else
+constexpr int kMaxRows = 12;  // 32 registers
+#endif
 
-constexpr int kAhead = 12;  // rows of the matrix that are fetched ahead
-
-// y [kRows, kVecs * kWidth] = x [kRows, K] w [K, columns], w and y with strides.
+// Sums [kRows, kVecs * kWidth] += x w, with x [count, kRows] and w [count, stride].
+// `ahead` has the weights that are multiplied next, with the same stride.
 template <int kRows, int kVecs, typename Weight>
-void Tile(const float* x, int64_t depth, const Weight* w, int64_t stride, float* y,
-          int64_t y_stride) {
-  Vec sums[kRows][kVecs];
+void Tile(const float* x, int64_t count, const Weight* w, int64_t stride,
+          const Weight* ahead, int64_t ahead_stride, float* sums) {
+  constexpr int64_t kBytes = kVecs * kWidth * sizeof(Weight);
+  Vec total[kRows][kVecs];
+  JPAGED_UNROLL
   for (int row = 0; row < kRows; ++row)
-    for (int v = 0; v < kVecs; ++v) sums[row][v] = Vec{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Weight* at = w + k * stride;
-    const char* ahead = reinterpret_cast<const char*>(at + kAhead * stride);
-    for (size_t byte = 0; byte < kVecs * kWidth * sizeof(Weight); byte += 64)
-      __builtin_prefetch(ahead + byte);
+    JPAGED_UNROLL
+    for (int v = 0; v < kVecs; ++v)
+      total[row][v] = Load(sums + (row * kVecs + v) * kWidth);
+  for (int64_t k = 0; k < count; ++k) {
+    const char* next = reinterpret_cast<const char*>(ahead + k * ahead_stride);
+    for (int64_t byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(next + byte);
     Vec weights[kVecs];
-    for (int v = 0; v < kVecs; ++v) weights[v] = LoadVec(at + v * kWidth);
-    for (int row = 0; row < kRows; ++row) {
-      const float scale = x[row * depth + k];
-      for (int v = 0; v < kVecs; ++v) sums[row][v] += scale * weights[v];
-    }
+    JPAGED_UNROLL
+    for (int v = 0; v < kVecs; ++v) weights[v] = LoadVec(w + k * stride + v * kWidth);
+    JPAGED_UNROLL
+    for (int row = 0; row < kRows; ++row)
+      JPAGED_UNROLL
+      for (int v = 0; v < kVecs; ++v)
+        total[row][v] += x[k * kRows + row] * weights[v];
   }
+  JPAGED_UNROLL
   for (int row = 0; row < kRows; ++row)
-    for (int v = 0; v < kVecs; ++v) Store(y + row * y_stride + v * kWidth, sums[row][v]);
+    JPAGED_UNROLL
+    for (int v = 0; v < kVecs; ++v)
+      Store(sums + (row * kVecs + v) * kWidth, total[row][v]);
 }
 
-// One row: the results lie in memory, so that the weights are read in long runs.
-template <typename Weight>
-void OneRow(const float* x, int64_t depth, const Weight* w, int64_t stride,
-            int64_t columns, float* y) {
-  std::fill(y, y + columns, 0.0f);
-  int64_t k = 0;
-  for (; k + 4 <= depth; k += 4) {
-    const Weight *w0 = w + k * stride, *w1 = w0 + stride, *w2 = w1 + stride,
-                 *w3 = w2 + stride;
-    int64_t c = 0;
-    for (; c + kWidth <= columns; c += kWidth) {
-      Vec sum = Load(y + c);
-      sum += x[k] * LoadVec(w0 + c);
-      sum += x[k + 1] * LoadVec(w1 + c);
-      sum += x[k + 2] * LoadVec(w2 + c);
-      sum += x[k + 3] * LoadVec(w3 + c);
-      Store(y + c, sum);
-    }
-    for (; c < columns; ++c)
-      for (int i = 0; i < 4; ++i)
-        y[c] = MulAdd(x[k + i], ToFloat(w[(k + i) * stride + c]), y[c]);
-  }
-  for (; k < depth; ++k)
-    for (int64_t c = 0; c < columns; ++c)
-      y[c] = MulAdd(x[k], ToFloat(w[k * stride + c]), y[c]);
-}
-
-template <int kVecs, typename Weight>
-void Columns(const float* x, int64_t rows, int64_t depth, const Weight* w, int64_t stride,
-             float* y, int64_t y_stride) {
+// Calls call(start, rows) for tiles of rows, the number of rows as a constant.
+template <typename Call>
+void ForTiles(int64_t rows, const Call& call) {
   int64_t row = 0;
-  const auto tile = [&](auto count) {
+  const auto tiles = [&](auto count) {
     constexpr int kRows = decltype(count)::value;
-    for (; row + kRows <= rows; row += kRows)
-      Tile<kRows, kVecs>(x + row * depth, depth, w, stride, y + row * y_stride, y_stride);
+    if constexpr (kRows <= kMaxRows)
+      for (; row + kRows <= rows; row += kRows) call(row, count);
   };
-  if (kVecs <= 2) {
-    tile(std::integral_constant<int, kVecs <= 2 ? 12 : 1>());
-    tile(std::integral_constant<int, kVecs <= 2 ? 8 : 1>());
-    tile(std::integral_constant<int, kVecs <= 2 ? 6 : 1>());
-  }
-  tile(std::integral_constant<int, 4>());
-  tile(std::integral_constant<int, 2>());
-  tile(std::integral_constant<int, 1>());
+  // Tiles of 8 are the fastest for each row; those of 12 leave fewer rows behind.
+  if (rows % 8 != 0) tiles(std::integral_constant<int, 12>());
+  tiles(std::integral_constant<int, 8>());
+  tiles(std::integral_constant<int, 6>());
+  tiles(std::integral_constant<int, 4>());
+  tiles(std::integral_constant<int, 2>());
+  tiles(std::integral_constant<int, 1>());
 }
 
+struct Numbers {
+  ffi::DataType type;  // float32, bfloat16 or float16
+  void* data;
+};
+
+template <typename Call>
+void WithType(const Numbers& numbers, const Call& call) {
+  if (numbers.type == ffi::F32)
+    call(static_cast<float*>(numbers.data));
+  else if (numbers.type == ffi::BF16)
+    call(static_cast<BFloat16*>(numbers.data));
+  else
+    call(static_cast<Float16*>(numbers.data));
+}
+
+struct InputTag;
+struct SumsTag;
+struct EdgeTag;
+
+// x [M, K], w [K, N], scales [N] or null, y [M, N].
 template <typename Weight>
-void Product(ffi::ThreadPool& pool, const float* x, int64_t rows, int64_t depth,
-             const Weight* w, int64_t columns, float* y) {
-  const int64_t num_threads = std::max<int64_t>(pool.num_threads(), 1);
-  if (rows == 1) {
-    // A few parts for each thread, of whole cache lines.
-    int64_t part = (columns + 4 * num_threads - 1) / (4 * num_threads);
-    part = std::max<int64_t>((part + 63) / 64 * 64, 64);
-    ParallelFor(pool, (columns + part - 1) / part, [&](int64_t index) {
-      const int64_t start = index * part, count = std::min(part, columns - start);
-      OneRow(x, depth, w + start, columns, count, y + start);
+class Product {
+ public:
+  Product(int64_t rows, int64_t depth, int64_t columns, const Numbers& x, const Weight* w,
+          const float* scales, const Numbers& y)
+      : rows_(rows), depth_(depth), columns_(columns), w_(w), scales_(scales), y_(y) {
+    // Tile after tile; of a tile k after k, its rows side by side.
+    float* packed = Scratch<InputTag>(rows * depth);
+    WithType(x, [&](const auto* numbers) {
+      ForTiles(rows, [&](int64_t start, auto count) {
+        for (int64_t row = 0; row < count; ++row)
+          for (int64_t k = 0; k < depth; ++k)
+            packed[start * depth + k * count + row] =
+                ToFloat(numbers[(start + row) * depth + k]);
+      });
     });
-    return;
+    x_ = packed;
   }
-  constexpr int64_t kPanel = 2 * kWidth;
-  const int64_t num_panels = (columns + kPanel - 1) / kPanel;
-  const int64_t grain = std::max<int64_t>(1, num_panels / (8 * num_threads));
-  ParallelFor(pool, (num_panels + grain - 1) / grain, [&](int64_t index) {
-    const int64_t end = std::min(columns, (index + 1) * grain * kPanel);
-    int64_t c = index * grain * kPanel;
-    if (rows <= 4)
-      for (; c + 2 * kPanel <= end; c += 2 * kPanel)
-        Columns<4>(x, rows, depth, w + c, columns, y + c, columns);
-    for (; c + kPanel <= end; c += kPanel)
-      Columns<2>(x, rows, depth, w + c, columns, y + c, columns);
-    for (; c + kWidth <= end; c += kWidth)
-      Columns<1>(x, rows, depth, w + c, columns, y + c, columns);
-    for (; c < end; ++c) {
-      for (int64_t row = 0; row < rows; ++row) {
-        float sum = 0.0f;
-        for (int64_t k = 0; k < depth; ++k)
-          sum = MulAdd(x[row * depth + k], ToFloat(w[k * columns + c]), sum);
-        y[row * columns + c] = sum;
+
+  void Run(ffi::ThreadPool& pool) {
+    if (rows_ == 1) return RunPanels<8>(pool);
+    if (rows_ <= 4) return RunPanels<4>(pool);
+    RunPanels<2>(pool);
+  }
+
+ private:
+  template <int kVecs>
+  void RunPanels(ffi::ThreadPool& pool) {
+    constexpr int64_t kPanel = kVecs * kWidth;
+    const int64_t num_panels = (columns_ + kPanel - 1) / kPanel;
+    const int64_t most = kStripBytes / (rows_ * kPanel * int64_t(sizeof(float)));
+    // Strips as wide as the sums allow, as many as the threads share out evenly.
+    const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+    const int64_t longest = std::min(std::max<int64_t>(most, 1), 4096 / kPanel);
+    const int64_t rounds = (num_panels + longest * threads - 1) / (longest * threads);
+    const int64_t width =
+        std::max<int64_t>((num_panels + rounds * threads - 1) / (rounds * threads), 1);
+    ParallelFor(pool, (num_panels + width - 1) / width, [&](int64_t index) {
+      const int64_t first = index * width;
+      Strip<kVecs>(first, std::min(width, num_panels - first));
+    });
+  }
+
+  template <int kVecs>
+  void Strip(int64_t first_panel, int64_t num_panels) {
+    constexpr int64_t kPanel = kVecs * kWidth;
+    const int64_t start = first_panel * kPanel;
+    float* sums = Scratch<SumsTag>(num_panels * rows_ * kPanel);
+    std::fill(sums, sums + num_panels * rows_ * kPanel, 0.0f);
+    // With few rows, fewer and longer runs are read faster.
+    const int64_t step = rows_ <= 8 ? 8 : rows_ <= 16 ? 16 : kMaxDepth;
+    for (int64_t k = 0; k < depth_; k += step) {
+      const int64_t count = std::min(step, depth_ - k);
+      const Weight* line = w_ + k * columns_ + start;
+      for (int64_t panel = 0; panel < num_panels; ++panel) {
+        const Weight* w = line + panel * kPanel;
+        const bool is_last = panel + 1 == num_panels;
+        const Weight* ahead = is_last ? line + step * columns_ : w + kPanel;
+        int64_t stride = columns_;
+        const int64_t left = columns_ - start - panel * kPanel;
+        if (left < kPanel) {  // behind the last column are zeros
+          Weight* edge = reinterpret_cast<Weight*>(Scratch<EdgeTag>(kMaxDepth * kPanel));
+          std::memset(edge, 0, kMaxDepth * kPanel * sizeof(Weight));
+          for (int64_t i = 0; i < count; ++i)
+            std::memcpy(edge + i * kPanel, w + i * columns_, left * sizeof(Weight));
+          w = edge, stride = kPanel;
+        }
+        ForTiles(rows_, [&](int64_t row, auto rows) {
+          constexpr int kRows = decltype(rows)::value;
+          if constexpr (kVecs == 2 || kRows <= (kVecs == 8 ? 1 : 4))
+            Tile<kRows, kVecs>(x_ + row * depth_ + k * kRows, count, w, stride, ahead,
+                               columns_, sums + (panel * rows_ + row) * kPanel);
+        });
       }
     }
-  });
+    WithType(y_, [&](auto* y) {
+      using Number = std::remove_reference_t<decltype(*y)>;
+      const int64_t count = std::min(num_panels * kPanel, columns_ - start);
+      for (int64_t c = 0; c < count; c += kPanel) {
+        const int64_t end = std::min(kPanel, count - c);
+        for (int64_t row = 0; row < rows_; ++row) {
+          const float* from = sums + (c / kPanel * rows_ + row) * kPanel;
+          Number* to = y + row * columns_ + start + c;
+          for (int64_t i = 0; i < end; ++i)
+            to[i] = FromFloat<Number>(scales_ ? from[i] * scales_[start + c + i]
+                                              : from[i]);
+        }
+      }
+    });
+  }
+
+  const int64_t rows_, depth_, columns_;
+  const float* x_;
+  const Weight* w_;
+  const float* scales_;
+  const Numbers y_;
+};
+
+inline bool IsFloat(ffi::DataType type) {
+  return type == ffi::F32 || type == ffi::BF16 || type == ffi::F16;
 }
 
-// x [M, K] of float32 or bfloat16, w [K, N], scales [N] of int8 or none; y [M, N].
-ffi::Error MatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                  ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> y) {
+// x [M, K] and y [M, N] of floats, w [K, N], scales [N] or [0].
+inline ffi::Error MatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                         ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> y) {
   const auto xd = x.dimensions(), wd = w.dimensions(), yd = y->dimensions();
   if (xd.size() != 2 || wd.size() != 2 || yd.size() != 2 || xd[1] != wd[0] ||
       yd[0] != xd[0] || yd[1] != wd[1])
-    return ffi::Error::InvalidArgument("matmul: shapes do not fit");
-  const int64_t rows = xd[0], depth = xd[1], columns = wd[1];
-  const bool has_scales = scales.element_count() > 0;
-  if (has_scales && scales.element_count() != size_t(columns))
+    return ffi::Error::InvalidArgument("matmul: expected shapes [M, K], [K, N], [M, N]");
+  if (scales.element_count() && scales.element_count() != size_t(wd[1]))
     return ffi::Error::InvalidArgument("matmul: expected a scale for each column");
-  const float* from;
-  if (x.element_type() == ffi::F32) {
-    from = static_cast<const float*>(x.untyped_data());
-  } else if (x.element_type() == ffi::BF16) {
-    float* floats = Scratch<InputTag>(rows * depth);
-    const auto* numbers = static_cast<const BFloat16*>(x.untyped_data());
-    for (int64_t i = 0; i < rows * depth; ++i) floats[i] = ToFloat(numbers[i]);
-    from = floats;
-  } else {
-    return ffi::Error::InvalidArgument("matmul: x of an unexpected dtype");
-  }
-  const bool is_float = y->element_type() == ffi::F32;
-  if (!is_float && y->element_type() != ffi::BF16)
-    return ffi::Error::InvalidArgument("matmul: y of an unexpected dtype");
-  float* to = is_float ? static_cast<float*>(y->untyped_data())
-                       : Scratch<OutputTag>(rows * columns);
-  switch (w.element_type()) {
-    case ffi::F32:
-      Product(pool, from, rows, depth, static_cast<const float*>(w.untyped_data()),
-              columns, to);
-      break;
-    case ffi::BF16:
-      Product(pool, from, rows, depth, static_cast<const BFloat16*>(w.untyped_data()),
-              columns, to);
-      break;
-    case ffi::S8:
-      Product(pool, from, rows, depth, static_cast<const int8_t*>(w.untyped_data()),
-              columns, to);
-      break;
-    default: return ffi::Error::InvalidArgument("matmul: w of an unexpected dtype");
-  }
-  if (has_scales) {
-    const float* scale = scales.typed_data();
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < columns; ++c) to[row * columns + c] *= scale[c];
-  }
-  if (!is_float) {
-    auto* numbers = static_cast<BFloat16*>(y->untyped_data());
-    for (int64_t i = 0; i < rows * columns; ++i) numbers[i] = FromFloat<BFloat16>(to[i]);
-  }
-  return ffi::Error::Success();
+  if (!IsFloat(x.element_type()) || !IsFloat(y->element_type()))
+    return ffi::Error::InvalidArgument("matmul: expected x and y of floats");
+  return Guarded([&] {
+    const auto run = [&](const auto* weights) {
+      if (xd[0] == 0 || wd[1] == 0) return ffi::Error::Success();
+      Product(xd[0], xd[1], wd[1], Numbers{x.element_type(), x.untyped_data()}, weights,
+              scales.element_count() ? scales.typed_data() : nullptr,
+              Numbers{y->element_type(), y->untyped_data()})
+          .Run(pool);
+      return ffi::Error::Success();
+    };
+    const void* data = w.untyped_data();
+    switch (w.element_type()) {
+      case ffi::F32: return run(static_cast<const float*>(data));
+      case ffi::BF16: return run(static_cast<const BFloat16*>(data));
+      case ffi::F16: return run(static_cast<const Float16*>(data));
+      case ffi::S8: return run(static_cast<const int8_t*>(data));
+      default:
+        return ffi::Error::InvalidArgument("matmul: expected w of floats or int8");
+    }
+  });
 }
 
 }  // namespace products

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged.attention import paged_attention
+from jpaged.attention import backends, paged_attention
 from jpaged.attention.backends import choose_backend
 from jpaged.cpu import library
 from jpaged.pages.backend import AttentionCall
@@ -35,9 +35,10 @@ from tests.support.attention.cases import (
 from tests.support.attention.oracle import check_result, make_case, relative_errors
 from tests.support.attention.quantised_cases import case_of as quantised_case_of
 
-pytestmark = pytest.mark.skipif(
-    library.problem() is not None, reason="needs a C++ compiler"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+]
 call_cpu = functools.partial(paged_attention, implementation="cpu")
 
 
@@ -338,7 +339,10 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("message", UNSUPPORTED)
-def test_unsupported_calls_raise_an_error_by_name_and_use_xla_by_default(message):
+def test_unsupported_calls_raise_an_error_by_name_and_use_xla_by_default(
+    message, monkeypatch
+):
+    monkeypatch.setitem(backends.PREFERRED, "cpu", ("cpu", "xla"))
     arguments = dict(
         q=jnp.ones((2, 4, 8)),
         k_pages=jnp.ones((3, 1, 4, 8)),

@@ -11,6 +11,7 @@ import pytest
 from jpaged.cpu import library
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.long
 needs_compiler = pytest.mark.skipif(
     library.problem() is not None, reason="needs a C++ compiler"
 )
@@ -18,7 +19,8 @@ needs_compiler = pytest.mark.skipif(
 PROGRAM = """
 import jax.numpy as jnp
 from jpaged.attention import paged_attention
-from jpaged.attention.backends import preferred
+from jpaged.attention.backends import PREFERRED, preferred
+PREFERRED["cpu"] = ("cpu", "xla")
 pages = jnp.ones((2, 1, 4, 8))
 arguments = (jnp.ones((1, 2, 8)), pages, pages, jnp.array([[1]]), jnp.array([3]))
 print([backend.name for backend in preferred()])

@@ -18,9 +18,10 @@ from tests.support.attention.cases import (
     some_pages,
 )
 
-pytestmark = pytest.mark.skipif(
-    library.problem() is not None, reason="needs a C++ compiler"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -139,6 +139,7 @@ def test_an_int8_model_is_smaller_and_predicts_nearly_as_well():
     assert after.perplexity == pytest.approx(before.perplexity, rel=0.02)
 
 
+@pytest.mark.long
 def test_greedy_tokens_of_an_int8_engine_equal_those_of_its_plain_forward(tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     model = load_model(folder, quantization="int8")

@@ -233,6 +233,7 @@ def check_faults() -> None:
 
 @interpreted
 @pytest.mark.parametrize("checked", [check_heads_of_256, check_faults])
+@pytest.mark.long
 def test_heads_of_256_equal_the_oracle_and_faults_are_reported(checked):
     with_threads(checked)
 

@@ -158,7 +158,7 @@ def test_the_fused_filters_equal_a_chain_of_single_filters():
 
 
 def test_a_chain_of_something_else_than_transforms_is_refused():
-    with pytest.raises(TypeError, match=r"as argument 1, got 0\.5"):
+    with pytest.raises(TypeError, match=r"logits, as argument 1, got 0\.5"):
         chain(top_k(2), 0.5)
 
 

@@ -144,14 +144,18 @@ def test_an_invalid_flag_is_refused(argument, message):
 def test_an_invalid_line_of_a_trace_is_named(line, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"input_length": 5, "hash_ids": [1]}\n' + line + "\n", "utf-8")
-    with pytest.raises(ValueError, match=r"trace: .*line 2 of .*bad\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"trace: expected JSON.*line 2 of .*bad\.jsonl"
+    ):
         read_prompts(path)
 
 
 def test_an_empty_or_uncompressed_file_is_refused(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text("\n", "utf-8")
-    with pytest.raises(ValueError, match="has no requests"):
+    with pytest.raises(
+        ValueError, match=r"trace: expected requests, got none in .*empty\.jsonl"
+    ):
         read_prompts(path)
     packed = tmp_path / "plain.jsonl.gz"
     packed.write_text("{}", "utf-8")

@@ -31,7 +31,7 @@ SOURCES = pathlib.Path(__file__).parent / "kernels"
 JAXLIB_VERSION = importlib.metadata.version("jaxlib")
 COMPILERS = ("c++", "g++", "clang++")  # tried after $CXX
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
-_TIMEOUT_S = 600
+_TIMEOUT_S = 1800
 # FFI target -> symbol of its handler.
 TARGETS = {
     "attention": "JpagedAttention",

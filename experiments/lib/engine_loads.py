@@ -16,7 +16,7 @@ from experiments.lib.timing import Contender
 from jpaged import engine
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
-from jpaged.engine import request_table, sampling
+from jpaged.engine import request_table
 from jpaged.engine.request_table import SampledTokens
 from jpaged.models import Decoder
 from jpaged.params import SamplingParams
@@ -125,10 +125,10 @@ def bookkeeping_steps(state: engine.EngineState, steps: int) -> Contender:
     state = dataclasses.replace(state, cache=None)
 
     def step(state: engine.EngineState) -> engine.EngineState:
-        scheduled = engine.begin_step(state, config)
-        entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
+        state, scheduled = engine.begin_step(state, config)
+        entries = scheduled.entries
         table, ended = request_table.extend(
-            scheduled.table,
+            state.requests,
             SampledTokens.zeros(entries.seq_indices, config.num_logprobs),
             state.counters.num_steps,
         )

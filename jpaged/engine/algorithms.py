@@ -244,7 +244,7 @@ def _step_one(
     decision = dataclasses.replace(
         decision, parents=jnp.clip(decision.parents, 0, len(members) - 1)
     )
-    table, gets_token = _apply(table, members, decision, step)
+    table, gets_token = _apply(table, members, decision, step, config.num_logprobs)
     table, has_ended = _finish(table, members, num_rows)
 
     row_of = _row_of(rows, table_size)
@@ -323,7 +323,11 @@ def _inputs(
 
 
 def _apply(
-    table: RequestTable, members: jax.Array, decision: Decision, step: jax.Array
+    table: RequestTable,
+    members: jax.Array,
+    decision: Decision,
+    step: jax.Array,
+    num_logprobs: int,
 ) -> tuple[RequestTable, jax.Array]:
     """Apply a decision; also return which sequences got a token, bool[Q]."""
     table_size = table.queue.status.shape[0]
@@ -340,7 +344,7 @@ def _apply(
     )
     gets_token = is_known & ~had_ended
     new = SampledTokens.zeros(
-        jnp.where(gets_token, seq_indices, table_size), table.top_ids.shape[2]
+        jnp.where(gets_token, seq_indices, table_size), num_logprobs
     )
     new = dataclasses.replace(new, tokens=decision.tokens, logprobs=decision.logprobs)
     table, ended = request_table.extend(table, new, step)

@@ -20,12 +20,11 @@ from jpaged import scheduler
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.engine import events, forward, sharing, speculation
+from jpaged.engine import batch, events, sharing, speculation
 from jpaged.engine import state as engine_state
 from jpaged.engine.algorithms import States
-from jpaged.engine.events import Timeline
-from jpaged.engine.forward import StepBatch
-from jpaged.engine.request_table import RequestTable
+from jpaged.engine.batch import Entries, StepBatch
+from jpaged.engine.request_table import NEVER, RequestTable
 from jpaged.engine.state import Counters, EngineState
 from jpaged.kv import block_manager, prefix_cache, swap
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
@@ -48,17 +47,14 @@ from jpaged.scheduler import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScheduledStep:
-    """A step up to the decoder: which rows run, and where their tokens are stored."""
+    """The work of a step, scheduled; the state has the blocks for its tokens."""
 
-    table: RequestTable
-    rows: jax.Array  # i32[S], sequence index of each row
-    blocks: BlockState  # with the step's tokens appended
+    is_live: jax.Array  # bool[], False: the engine has no work, and nothing changes
     plan: StepPlan  # without drafts
     num_drafts: jax.Array  # i32[S]
     appended: Append  # the copies to do before writing
     batch: StepBatch
-    prefix_cache: PrefixCache | None
-    host_blocks: BlockState | None
+    entries: Entries
     swapped: Swapped | None  # the copies to do before those of `appended`
 
 
@@ -75,10 +71,31 @@ class SampledStep:
     is_settled: jax.Array  # bool[], no sequence has ended and no row has a parent
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unsettled:
+    """What decoding leaves for `settle`, which must run before the next schedule."""
+
+    is_settled: jax.Array  # bool[], no sequence has ended and no row has a parent
+    parents: jax.Array  # i32[S], the row that each row continues, NO_BLOCK: none
+    num_drafts: jax.Array  # i32[S], drafts of each row in the last step
+    has_first: jax.Array  # bool[R], sequences with a first token since `settle`
+    has_finished: jax.Array  # bool[R], sequences that finished since `settle`
+
+    @classmethod
+    def none(cls, config: EngineConfig) -> Unsettled:
+        """Return what there is to settle after no step."""
+        rows = jnp.arange(config.num_rows, dtype=jnp.int32)
+        none = jnp.zeros((config.max_num_requests,), jnp.bool_)
+        return cls(jnp.bool_(True), rows, jnp.zeros_like(rows), none, none)
+
+
 # ---- before the decoder
 
 
-def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
+def begin_step(
+    state: EngineState, config: EngineConfig
+) -> tuple[EngineState, ScheduledStep]:
     """Schedule a step and append its tokens: everything before the decoder.
 
     Lengths and tables decide it. Tokens are read only to find common prefixes: in the
@@ -104,22 +121,44 @@ def begin_step(state: EngineState, config: EngineConfig) -> ScheduledStep:
     # nothing: the engine stalls, and writes no wrong token.
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
     num_drafts = jnp.where(appended.ok, num_drafts, 0)
-    plan = dataclasses.replace(plan, num_tokens=num_tokens)
-    batch = forward.make_batch(
+    rows_of_step = batch.make_batch(
         table, rows, starts, num_tokens + num_drafts, num_drafts, config
     )
-    return ScheduledStep(
-        table=table,
-        rows=rows,
-        blocks=blocks,
-        plan=plan,
+    scheduled = ScheduledStep(
+        is_live=has_unfinished(state),
+        plan=dataclasses.replace(plan, num_tokens=num_tokens),
         num_drafts=num_drafts,
         appended=appended,
-        batch=batch,
-        prefix_cache=cache,
-        host_blocks=host_blocks,
+        batch=rows_of_step,
+        entries=batch.make_entries(table, rows_of_step, config),
         swapped=swapped,
     )
+    host = state.host
+    if host is not None and host_blocks is not None:
+        host = dataclasses.replace(host, blocks=host_blocks)
+    step = state.counters.num_steps
+    timeline = events.record_scheduling(
+        state.timeline, step, state.requests.queue, table.queue
+    )
+    state = dataclasses.replace(
+        state,
+        requests=table,
+        rows=rows,
+        blocks=blocks,
+        prefix_cache=cache,
+        host=host,
+        counters=engine_state.count_admitted(
+            state.counters, state.requests.queue, table.queue
+        ),
+        timeline=timeline,
+    )
+    return state, scheduled
+
+
+def has_unfinished(state: EngineState) -> jax.Array:
+    """bool[]: some sequence is unfinished, and the engine has not stalled."""
+    is_any = jnp.any(is_unfinished(state.requests.queue.status))
+    return is_any & ~state.counters.is_stalled
 
 
 def _schedule(
@@ -212,50 +251,98 @@ def end_step(
     """Update the state after decoding: counters, forks, cached and released blocks.
 
     Args:
-      state: the state before the step.
+      state: the state from `begin_step`.
       scheduled: the step, as scheduled.
       sampled: the step's new tokens.
       cache: the pages after the step.
       draft_cache: the draft model's pages after the step.
     """
+    state = dataclasses.replace(state, cache=cache, draft_cache=draft_cache)
+    state, unsettled = finish_step(state, scheduled, sampled)
+    return settle(state, unsettled)
+
+
+def finish_step(
+    state: EngineState, scheduled: ScheduledStep, sampled: SampledStep
+) -> tuple[EngineState, Unsettled]:
+    """Count a step and keep its tokens; `settle` does the rest of `end_step`.
+
+    Args:
+      state: the state from `begin_step`.
+      scheduled: the step, as scheduled.
+      sampled: the step's new tokens.
+    """
+    before, after = state.requests, sampled.table
     num_tokens = jnp.sum(scheduled.plan.num_tokens + scheduled.num_drafts)
-    counters = _count(state, scheduled, sampled, num_tokens)
-    timeline = _record(state, scheduled, sampled, num_tokens)
-    host = state.host
-    if host is not None and scheduled.host_blocks is not None:
-        host = dataclasses.replace(host, blocks=scheduled.host_blocks)
-    table, blocks = sampled.table, _roll_back(state.config, scheduled, sampled)
+    unsettled = Unsettled(
+        is_settled=sampled.is_settled,
+        parents=sampled.parents,
+        num_drafts=scheduled.num_drafts,
+        has_first=(before.first_steps == NEVER) & (after.first_steps != NEVER),
+        has_finished=(before.queue.status != FINISHED)
+        & (after.queue.status == FINISHED),
+    )
+    state = dataclasses.replace(
+        state,
+        requests=after,
+        states=sampled.states,
+        counters=_count(state, scheduled, sampled, num_tokens),
+        timeline=events.record_step(
+            state.timeline,
+            jnp.where(scheduled.is_live, state.counters.num_steps, -1),
+            before.queue,
+            state.blocks,
+            num_tokens=num_tokens,
+            num_generated=sampled.num_new,
+        ),
+    )
+    return state, unsettled
+
+
+def settle(state: EngineState, unsettled: Unsettled) -> EngineState:
+    """Fork, cache and release blocks after one or several steps.
+
+    Steps that only decode, and in which no sequence ends, may follow each other without
+    it (`decode_loop`).
+
+    Args:
+      state: the state from `finish_step`.
+      unsettled: what the steps have left.
+    """
+    table, rows = state.requests, state.rows
+    blocks = _roll_back(state, unsettled.num_drafts)
     if state.config.max_num_prefixes:
-        table = _retain_prefixes(table, scheduled.rows, blocks)
+        table = _retain_prefixes(table, rows, blocks)
     blocks = when(
-        ~sampled.is_settled,
-        lambda blocks: fork_rows(table.queue, sampled.parents, scheduled.rows, blocks),
+        ~unsettled.is_settled,
+        lambda blocks: fork_rows(table.queue, unsettled.parents, rows, blocks),
         blocks,
     )
-    known_blocks = scheduled.prefix_cache
+    known_blocks = state.prefix_cache
+    last_step = state.counters.num_steps - 1
     if known_blocks is not None:
         known_blocks, blocks = _insert_blocks(
-            known_blocks, table, scheduled.rows, blocks, state.counters.num_steps
+            known_blocks, table, rows, blocks, last_step
         )
     rows, blocks = when(
-        ~sampled.is_settled,
+        ~unsettled.is_settled,
         lambda carry: release_finished(table.queue, *carry),
-        (scheduled.rows, blocks),
+        (rows, blocks),
     )
-    return EngineState(
+    timeline = events.record_decoding(
+        state.timeline,
+        last_step,
+        table.first_steps,
+        unsettled.has_first,
+        unsettled.has_finished,
+    )
+    return dataclasses.replace(
+        state,
         requests=table,
-        states=sampled.states,
         rows=rows,
         blocks=blocks,
         prefix_cache=known_blocks,
-        cache=cache,
-        draft_cache=draft_cache,
-        host=host,
-        counters=counters,
         timeline=timeline,
-        scheduler_params=state.scheduler_params,
-        config=state.config,
-        mesh=state.mesh,
     )
 
 
@@ -279,11 +366,11 @@ def _count(
         is_stalled = (is_stalled & (num_swap_ins == 0)) | ~swapped.ok
     return engine_state.count(
         state.counters,
-        scheduled.blocks,
+        state.blocks,
+        is_live=scheduled.is_live,
         is_stalled=is_stalled,
         num_tokens=num_tokens,
         num_generated=sampled.num_new,
-        **engine_state.admitted_tokens(state.requests.queue, sampled.table.queue),
         num_preemptions=plan.num_preempted,
         num_swap_outs=num_swap_outs,
         num_swapped_blocks=num_swapped_blocks,
@@ -293,37 +380,16 @@ def _count(
     )
 
 
-def _record(
-    state: EngineState,
-    scheduled: ScheduledStep,
-    sampled: SampledStep,
-    num_tokens: jax.Array,
-) -> Timeline:
-    """Append the step to the timeline."""
-    return events.record(
-        state.timeline,
-        state.counters.num_steps,
-        state.requests,
-        scheduled.table,
-        sampled.table,
-        scheduled.blocks,
-        num_tokens=num_tokens,
-        num_generated=sampled.num_new,
-    )
-
-
-def _roll_back(
-    config: EngineConfig, scheduled: ScheduledStep, sampled: SampledStep
-) -> BlockState:
+def _roll_back(state: EngineState, num_drafts: jax.Array) -> BlockState:
     """Return the blocks without rejected drafts."""
-    if config.speculation is None:
-        return scheduled.blocks
+    if state.config.speculation is None:
+        return state.blocks
     return when(
-        jnp.any(scheduled.num_drafts > 0),
+        jnp.any(num_drafts > 0),
         lambda blocks: speculation.roll_back(
-            sampled.table, scheduled.rows, blocks, scheduled.num_drafts
+            state.requests, state.rows, blocks, num_drafts
         ),
-        scheduled.blocks,
+        state.blocks,
     )
 
 

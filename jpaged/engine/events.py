@@ -20,9 +20,9 @@ from jpaged import scheduler
 from jpaged.arithmetic import cdiv
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.engine.request_table import NEVER, RequestTable
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
+from jpaged.scheduler import Queue
 
 # What can happen to a sequence in a step, in this order: the first three before the
 # decoder runs, the other two after it.
@@ -75,40 +75,77 @@ def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
     return used, held, saved
 
 
-def record(
+def record_scheduling(
+    timeline: Timeline, step: jax.Array, before: Queue, after: Queue
+) -> Timeline:
+    """Record the events of a step before the decoder.
+
+    Args:
+      timeline: the timeline.
+      step: i32[], number of the step.
+      before: the queue at the start of the step.
+      after: the queue after scheduling.
+    """
+    if not timeline.events.shape[0]:
+        return timeline
+    running = scheduler.RUNNING
+    loses_row = after.num_preemptions > before.num_preemptions
+    is_swapped = after.status == scheduler.SWAPPED
+    happened = {
+        "preempted": loses_row & ~is_swapped,
+        "swapped": loses_row & is_swapped,
+        "scheduled": (before.status != running) & (after.status == running),
+    }
+    return _record(timeline, {name: (step, mask) for name, mask in happened.items()})
+
+
+def record_decoding(
     timeline: Timeline,
     step: jax.Array,
-    before: RequestTable,
-    planned: RequestTable,
-    after: RequestTable,
+    first_steps: jax.Array,
+    has_first: jax.Array,
+    has_finished: jax.Array,
+) -> Timeline:
+    """Record the events of steps after the decoder.
+
+    Args:
+      timeline: the timeline.
+      step: i32[], number of the last step, in which sequences finished.
+      first_steps: i32[R], see `RequestTable`.
+      has_first: bool[R], sequences that got their first token.
+      has_finished: bool[R], sequences that finished.
+    """
+    if not timeline.events.shape[0]:
+        return timeline
+    return _record(
+        timeline,
+        {"first_token": (first_steps, has_first), "finished": (step, has_finished)},
+    )
+
+
+def record_step(
+    timeline: Timeline,
+    step: jax.Array,
+    scheduled: Queue,
     blocks: BlockState,
     *,
     num_tokens: jax.Array,
     num_generated: jax.Array,
 ) -> Timeline:
-    """Append one step to the timeline.
+    """Record the statistics of one step.
 
     Args:
-      timeline: the timeline before the step.
-      step: i32[], number of the step.
-      before: the request table at the start of the step.
-      planned: the request table after scheduling.
-      after: the request table with the step's new tokens.
+      timeline: the timeline.
+      step: i32[], number of the step; -1: record nothing.
+      scheduled: the queue after scheduling.
       blocks: with the step's tokens appended.
       num_tokens: i32[], see `StepRow`.
       num_generated: i32[], see `StepRow`.
     """
-    if timeline.events.shape[0]:
-        happened = _happened(before, planned, after)
-        timeline = when(
-            jnp.any(happened),
-            lambda timeline: _put_events(timeline, step, happened),
-            timeline,
-        )
     (num_rows, _) = timeline.steps.shape
     if num_rows == 0:
         return timeline
-    status = planned.queue.status
+    status = scheduled.status
     used, held, saved = occupancy(blocks)
     row = StepRow(
         step=step,
@@ -123,42 +160,42 @@ def record(
         num_tokens=num_tokens,
         num_generated=num_generated,
     )
+    at = jnp.where(step < 0, num_rows, step % num_rows)
     return dataclasses.replace(
-        timeline, steps=timeline.steps.at[step % num_rows].set(jnp.stack(row))
+        timeline, steps=timeline.steps.at[at].set(jnp.stack(row), mode="drop")
     )
 
 
-def _happened(
-    before: RequestTable, planned: RequestTable, after: RequestTable
-) -> jax.Array:
-    """bool[len(EVENTS), R]: the events of each sequence in a step."""
-    was, is_now = before.queue, planned.queue
-    running, finished = scheduler.RUNNING, scheduler.FINISHED
-    loses_row = is_now.num_preemptions > was.num_preemptions
-    is_swapped = is_now.status == scheduler.SWAPPED
-    happened = {
-        "preempted": loses_row & ~is_swapped,
-        "swapped": loses_row & is_swapped,
-        "scheduled": (was.status != running) & (is_now.status == running),
-        "first_token": (before.first_steps == NEVER) & (after.first_steps != NEVER),
-        "finished": (was.status != finished) & (after.queue.status == finished),
-    }
-    return jnp.stack([happened[name] for name in EVENTS])
+def _record(
+    timeline: Timeline, happened: dict[str, tuple[jax.Array, jax.Array]]
+) -> Timeline:
+    """Append events by name: the step i32[] or i32[R], and the sequences bool[R]."""
+    masks = jnp.stack([mask for _, mask in happened.values()])
+    steps = [jnp.broadcast_to(step, masks.shape[1:]) for step, _ in happened.values()]
+    kinds = jnp.array([EVENTS.index(name) for name in happened], jnp.int32)
+    return when(
+        jnp.any(masks),
+        lambda timeline: _put_events(timeline, jnp.stack(steps), kinds, masks),
+        timeline,
+    )
 
 
-def _put_events(timeline: Timeline, step: jax.Array, happened: jax.Array) -> Timeline:
+def _put_events(
+    timeline: Timeline, steps: jax.Array, kinds: jax.Array, happened: jax.Array
+) -> Timeline:
     size, _ = timeline.events.shape
-    kinds, seq_indices = (index.reshape(-1) for index in jnp.indices(happened.shape))
+    seq_indices = jnp.arange(happened.shape[1], dtype=jnp.int32)
+    entries = (steps, kinds[:, None], seq_indices[None, :])
+    entries = [jnp.broadcast_to(part, happened.shape).reshape(-1) for part in entries]
     happened = happened.reshape(-1)
     number = jnp.cumsum(happened, dtype=jnp.int32)
     total = number[-1]
     # If there are more events than entries, keep the last: no entry is written twice.
     is_kept = happened & (number > total - size)
     at = jnp.where(is_kept, (timeline.num_events + number - 1) % size, size)
-    entries = jnp.stack([jnp.full_like(seq_indices, step), kinds, seq_indices], axis=1)
     return dataclasses.replace(
         timeline,
-        events=timeline.events.at[at].set(entries.astype(jnp.int32), mode="drop"),
+        events=timeline.events.at[at].set(jnp.stack(entries, axis=1), mode="drop"),
         num_events=timeline.num_events + total,
     )
 

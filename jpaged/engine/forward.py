@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,53 +25,12 @@ from jpaged.attention import kv_cache
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
+from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
 from jpaged.kv import block_manager, shared_prefix
 from jpaged.kv.block_manager import BlockState
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import StepInputs
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepBatch:
-    """The rows of a step; rows with tokens come first."""
-
-    rows: jax.Array  # i32[S], batch row of the block manager
-    seq_indices: jax.Array  # i32[S], the row's sequence in the request table
-    starts: jax.Array  # i32[S], position of the row's first token of the step
-    num_tokens: jax.Array  # i32[S], 0 for rows that take no part
-    num_drafts: jax.Array  # i32[S], drafts at the end of these tokens
-    has_logits: jax.Array  # bool[S], the step completes the row's known tokens
-
-
-def make_batch(
-    table: RequestTable,
-    rows: jax.Array,
-    starts: jax.Array,
-    num_tokens: jax.Array,
-    num_drafts: jax.Array,
-    config: EngineConfig,
-) -> StepBatch:
-    """Pack the rows that take part in the step to the front.
-
-    Args:
-      table: the request table.
-      rows: i32[S], sequence index of each row.
-      starts: i32[S], tokens that each row had before the step.
-      num_tokens: i32[S], tokens of each row in the step, drafts included.
-      num_drafts: i32[S], see `speculation`.
-      config: the engine's sizes.
-    """
-    # There are more rows than max_num_seqs if prefixes can be pinned, but never more
-    # than max_num_seqs have tokens in one step.
-    packed = pack(num_tokens > 0)[: config.max_num_seqs]
-    seq_indices = jnp.maximum(rows[packed], 0)
-    starts, num_tokens = starts[packed], num_tokens[packed]
-    num_drafts = num_drafts[packed]
-    has_logits = starts + num_tokens - num_drafts == table.queue.num_tokens[seq_indices]
-    has_logits &= (num_tokens > 0) & ~table.params.is_prefix[seq_indices]
-    return StepBatch(packed, seq_indices, starts, num_tokens, num_drafts, has_logits)
 
 
 def hidden_states(
@@ -111,26 +69,32 @@ def hidden_states(
     index = jnp.where(num_tokens == 0, -1, index)
 
     def run(
-        inputs_of: Callable[..., StepInputs],
-        size: int,
-        carry: tuple[KVCache, jax.Array],
+        is_decode: bool, size: int, carry: tuple[KVCache, jax.Array]
     ) -> tuple[KVCache, jax.Array]:
         cache, hidden = carry
-        inputs = inputs_of(table, blocks, batch, size)
-        if config.cascade:
-            inputs = _with_shared_prefixes(inputs, config.block_size)
-        cache, states = _trunk(model, cache, inputs, config.attention)
+        inputs = step_inputs(table.tokens, blocks, batch, size, is_decode)
+        cache, states = run_trunk(model, cache, inputs, config)
         return cache, hidden.at[:size].set(states)
 
-    branches = [functools.partial(run, _decode_inputs, size) for size in row_buckets]
-    branches += [functools.partial(run, _ragged_inputs, size) for size in token_buckets]
+    branches = [functools.partial(run, True, size) for size in row_buckets]
+    branches += [functools.partial(run, False, size) for size in token_buckets]
     return switch_in_place(index, branches, (cache, hidden))
 
 
-def _trunk(
-    model: Decoder, cache: KVCache, inputs: StepInputs, implementation: str | None
+def run_trunk(
+    model: Decoder, cache: KVCache, inputs: StepInputs, config: EngineConfig
 ) -> tuple[KVCache, jax.Array]:
-    """Return the cache with the tokens' keys and values, and hidden states [T, E]."""
+    """Return the cache with the tokens' keys and values, and hidden states [T, E].
+
+    Args:
+      model: the decoder.
+      cache: the pages.
+      inputs: the tokens.
+      config: the engine's config.
+    """
+    implementation = config.attention
+    if config.cascade:
+        inputs = _with_shared_prefixes(inputs, config.block_size)
 
     def attend(
         layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
@@ -167,14 +131,35 @@ def _with_shared_prefixes(inputs: StepInputs, block_size: int) -> StepInputs:
     return dataclasses.replace(inputs, shared_prefix=found)
 
 
+def step_inputs(
+    tokens: jax.Array,
+    blocks: BlockState,
+    batch: StepBatch,
+    size: int,
+    is_decode: bool,
+) -> StepInputs:
+    """Build the decoder's inputs for a step of at most `size` tokens.
+
+    Args:
+      tokens: i32[R, L], the tokens of all sequences.
+      blocks: with the step's tokens appended.
+      batch: the step's rows.
+      size: number of tokens; of rows if `is_decode`.
+      is_decode: every row has one token.
+    """
+    if is_decode:
+        return _decode_inputs(tokens, blocks, batch, size)
+    return _ragged_inputs(tokens, blocks, batch, size)
+
+
 def _decode_inputs(
-    table: RequestTable, blocks: BlockState, batch: StepBatch, size: int
+    tokens: jax.Array, blocks: BlockState, batch: StepBatch, size: int
 ) -> StepInputs:
     """Build the inputs of `size` rows with one token each."""
     rows, positions = batch.rows[:size], batch.starts[:size]
     is_live = batch.num_tokens[:size] > 0
     return StepInputs(
-        tokens=jnp.where(is_live, table.tokens[batch.seq_indices[:size], positions], 0),
+        tokens=jnp.where(is_live, tokens[batch.seq_indices[:size], positions], 0),
         positions=jnp.where(is_live, positions, 0),
         slot_mapping=block_manager.slots(
             blocks, jnp.where(is_live, rows, -1), positions
@@ -185,24 +170,8 @@ def _decode_inputs(
     )
 
 
-def token_rows(batch: StepBatch, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Locate the first `size` tokens of the step.
-
-    Returns:
-      i32[T], the token's row of the batch; i32[T], its position in its sequence; and
-      bool[T], whether there is such a token.
-    """
-    ends = jnp.cumsum(batch.num_tokens)
-    token = jnp.arange(size, dtype=jnp.int32)
-    row = jnp.searchsorted(ends, token, side="right").astype(jnp.int32)
-    is_live = token < ends[-1]
-    row = jnp.where(is_live, row, 0)
-    positions = batch.starts[row] + token - (ends - batch.num_tokens)[row]
-    return row, jnp.where(is_live, positions, 0), is_live
-
-
 def _ragged_inputs(
-    table: RequestTable, blocks: BlockState, batch: StepBatch, size: int
+    tokens: jax.Array, blocks: BlockState, batch: StepBatch, size: int
 ) -> StepInputs:
     """Build the inputs of `size` tokens of all rows."""
     row, positions, is_live = token_rows(batch, size)
@@ -210,7 +179,7 @@ def _ragged_inputs(
     query_start_loc = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     is_row_live = batch.num_tokens > 0
     return StepInputs(
-        tokens=jnp.where(is_live, table.tokens[batch.seq_indices[row], positions], 0),
+        tokens=jnp.where(is_live, tokens[batch.seq_indices[row], positions], 0),
         positions=positions,
         slot_mapping=block_manager.slots(
             blocks, jnp.where(is_live, batch.rows[row], -1), positions
@@ -219,18 +188,3 @@ def _ragged_inputs(
         context_lens=jnp.where(is_row_live, batch.starts + batch.num_tokens, 0),
         query_start_loc=query_start_loc,
     )
-
-
-def pack(mask: jax.Array) -> jax.Array:
-    """Return i32[S]: indices of the true entries of `mask`, then of the others."""
-    num_rows = mask.shape[0]
-    num_marked = jnp.sum(mask, dtype=jnp.int32)
-    marked = jnp.cumsum(mask, dtype=jnp.int32) - 1
-    others = num_marked + jnp.cumsum(~mask, dtype=jnp.int32) - 1
-    index = jnp.arange(num_rows, dtype=jnp.int32)
-    return jnp.zeros_like(index).at[jnp.where(mask, marked, others)].set(index)
-
-
-def bucket(buckets: tuple[int, ...], number: jax.Array) -> jax.Array:
-    """Return the index of the first bucket that is at least `number`, i32[]."""
-    return jnp.sum(jnp.asarray(buckets, jnp.int32) < number, dtype=jnp.int32)

@@ -29,7 +29,6 @@ from jpaged.engine.bookkeeping import SampledStep as SampledStep
 from jpaged.engine.bookkeeping import ScheduledStep as ScheduledStep
 from jpaged.engine.bookkeeping import begin_step as begin_step
 from jpaged.engine.bookkeeping import end_step as end_step
-from jpaged.engine.sampling import Entries
 from jpaged.engine.speculation import DraftedModel
 from jpaged.engine.state import EngineState, Model
 from jpaged.kv.block_manager import NO_BLOCK
@@ -77,27 +76,58 @@ def iterate(
       The state after the step, and the working memory.
     """
     target = model.target if isinstance(model, DraftedModel) else model
-    scheduled = begin_step(state, config)
-    state = _swap_pages(state, scheduled.swapped)
-    scheduled, draft_cache, memory = _draft(model, state, scheduled, memory, config)
+    state, scheduled = begin_step(state, config)
+    state = move_pages(state, scheduled, config)
+    state, memory = _draft(model, state, scheduled, memory, config)
+    assert state.cache is not None, "a state created without a model has no pages"
     cache, hidden = forward.hidden_states(
         target,
-        _copy_blocks(state.cache, scheduled, config),
-        scheduled.table,
-        scheduled.blocks,
+        state.cache,
+        state.requests,
+        state.blocks,
         scheduled.batch,
         memory.hidden,
         config,
     )
-    entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
-    logits = sampling.next_logits(target, entries, hidden, memory.logits, config)
-    table = sampling.write_prompt_logprobs(
-        target, scheduled.table, scheduled.batch, hidden, config
+    logits = sampling.next_logits(
+        target, scheduled.entries, hidden, memory.logits, config
     )
-    scheduled = dataclasses.replace(scheduled, table=table)
-    sampled = _decode(state, scheduled, entries, logits, config)
-    state = end_step(state, scheduled, sampled, cache, draft_cache)
+    table = sampling.write_prompt_logprobs(
+        target, state.requests, scheduled.batch, hidden, config
+    )
+    state = dataclasses.replace(state, requests=table)
+    sampled = decode(state, scheduled, logits, config)
+    state = end_step(state, scheduled, sampled, cache, state.draft_cache)
     return state, WorkingMemory(hidden, logits, memory.draft_hidden)
+
+
+def move_pages(
+    state: EngineState, scheduled: ScheduledStep, config: EngineConfig
+) -> EngineState:
+    """Do the copies that must come before the step's writes: swaps, then shared blocks.
+
+    Args:
+      state: the state from `begin_step`, with pages.
+      scheduled: the step, as scheduled.
+      config: the engine's config.
+    """
+    state = _swap_pages(state, scheduled.swapped)
+    src, dst = scheduled.appended.copy_src, scheduled.appended.copy_dst
+
+    def copy(cache: KVCache) -> KVCache:
+        return when(
+            jnp.any(dst != NO_BLOCK),
+            lambda cache: kv_cache.copy_blocks(cache, src, dst, config.attention),
+            cache,
+        )
+
+    caches = {
+        name: None if cache is None else copy(cache)
+        for name, cache in dict(
+            cache=state.cache, draft_cache=state.draft_cache
+        ).items()
+    }
+    return dataclasses.replace(state, **caches)
 
 
 def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
@@ -121,60 +151,54 @@ def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
     return dataclasses.replace(state, cache=cache, draft_cache=draft_cache, host=host)
 
 
-def _copy_blocks(
-    cache: KVCache | None, scheduled: ScheduledStep, config: EngineConfig
-) -> KVCache:
-    """Do the copy-on-write copies, which must come before the step's writes."""
-    assert cache is not None, "a state that was created without a model has no pages"
-    src, dst = scheduled.appended.copy_src, scheduled.appended.copy_dst
-    return when(
-        jnp.any(dst != NO_BLOCK),
-        lambda cache: kv_cache.copy_blocks(cache, src, dst, config.attention),
-        cache,
-    )
-
-
 def _draft(
     model: Model,
     state: EngineState,
     scheduled: ScheduledStep,
     memory: WorkingMemory,
     config: EngineConfig,
-) -> tuple[ScheduledStep, KVCache | None, WorkingMemory]:
-    """Write the draft model's drafts into the step's table, if there is one."""
+) -> tuple[EngineState, WorkingMemory]:
+    """Write the draft model's drafts into the request table, if there is one."""
     if not isinstance(model, DraftedModel) or memory.draft_hidden is None:
-        return scheduled, state.draft_cache, memory
+        return state, memory
+    assert state.draft_cache is not None
     table, cache, hidden, logits = speculation.draft(
         model.draft,
-        _copy_blocks(state.draft_cache, scheduled, config),
-        scheduled.table,
-        scheduled.blocks,
+        state.draft_cache,
+        state.requests,
+        state.blocks,
         scheduled.batch,
         memory.draft_hidden,
         memory.logits,
         config,
     )
     memory = memory._replace(logits=logits, draft_hidden=hidden)
-    return dataclasses.replace(scheduled, table=table), cache, memory
+    return dataclasses.replace(state, requests=table, draft_cache=cache), memory
 
 
-def _decode(
+def decode(
     state: EngineState,
     scheduled: ScheduledStep,
-    entries: Entries,
     logits: jax.Array,
     config: EngineConfig,
 ) -> SampledStep:
-    """Generate tokens for all rows with logits, by sampling or by their algorithms."""
-    number = state.counters.num_steps
-    new = sampling.sample_tokens(scheduled.table, entries, logits, config)
+    """Generate tokens for all rows with logits, by sampling or by their algorithms.
+
+    Args:
+      state: the state from `begin_step`.
+      scheduled: the step, as scheduled.
+      logits: f32[N, V], of the step's entries.
+      config: the engine's config.
+    """
+    number, entries = state.counters.num_steps, scheduled.entries
+    new = sampling.sample_tokens(state.requests, entries, logits, config)
     if config.speculation is None:
-        table, ended = request_table.extend(scheduled.table, new, number)
+        table, ended = request_table.extend(state.requests, new, number)
         has_ended, num_new = jnp.any(ended), entries.num_sampled
         num_accepted = jnp.zeros_like(num_new)
     else:
         table, has_ended, num_new = speculation.accept(
-            scheduled.table, new, entries, number, config.num_drafts
+            state.requests, new, entries, number, config.num_drafts
         )
         num_rows = jnp.sum(
             (new.seq_indices < config.max_num_requests) & (entries.offsets == 0)
@@ -184,7 +208,7 @@ def _decode(
     table, states, parents, num_grouped = algorithms.step_algorithms(
         table,
         state.states,
-        scheduled.rows,
+        state.rows,
         Logits(logits, entries.seq_indices),
         number,
         config,

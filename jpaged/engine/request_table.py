@@ -57,7 +57,10 @@ class SequenceParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RequestTable:
-    """All sequences that are waiting, running, or finished and not yet released."""
+    """All sequences that are waiting, running, or finished and not yet released.
+
+    A program that does not use a feature gets None for its arrays (`features`).
+    """
 
     queue: Queue  # the columns that the scheduler reads
     params: SequenceParams
@@ -67,7 +70,7 @@ class RequestTable:
     tokens: jax.Array  # i32[R, L], prompt and generated tokens
     logprobs: jax.Array  # f32[R, L], raw; of prompt tokens only if they are kept
     ranks: jax.Array  # i32[R, L], 1: the most likely token; [R, 0] if C is 0
-    top_ids: jax.Array  # i32[R, L, C]
+    top_ids: jax.Array | None  # i32[R, L, C]
     top_logprobs: jax.Array  # f32[R, L, C]
     finish_reasons: jax.Array  # i32[R]
     first_steps: jax.Array  # i32[R], step of the first generated token, or NEVER
@@ -268,7 +271,9 @@ def inherit(
       parents: i32[Q], sequence indices.
     """
 
-    def move(column: jax.Array) -> jax.Array:
+    def move(column: Any) -> Any:
+        if column is None:
+            return None
         return column.at[seq_indices].set(column[parents], mode="drop")
 
     queue = dataclasses.replace(
@@ -295,10 +300,13 @@ def next_automaton_states(
     table: RequestTable, seq_indices: jax.Array, tokens: jax.Array
 ) -> jax.Array:
     """Automaton states i32[S] of `seq_indices` i32[S] after `tokens` i32[S]."""
+    states = table.automaton_states[seq_indices]
+    if table.automata is None:
+        return states
     return constraints.next_states(
         table.automata,
         table.params.automata[seq_indices],
-        table.automaton_states[seq_indices],
+        states,
         tokens,
     )
 
@@ -319,7 +327,7 @@ def constrain(
       valid: bool[S]; other rows stay unchanged.
       logits: f32[S, V], for the sequences' next tokens.
     """
-    if not table.digests.shape[0]:
+    if table.automata is None or not table.digests.shape[0]:
         return logits
     index = jnp.where(
         valid, table.params.automata[seq_indices], constraints.UNCONSTRAINED

@@ -32,72 +32,22 @@ from jpaged.decoding.sample import (
     top_logprobs,
 )
 from jpaged.engine import request_table
-from jpaged.engine.forward import StepBatch, bucket, pack, token_rows
-from jpaged.engine.request_table import NO_ALGORITHM, RequestTable, SampledTokens
+from jpaged.engine.batch import Entries, StepBatch, bucket, pack, token_rows
+from jpaged.engine.request_table import RequestTable, SampledTokens
 from jpaged.models.decoder import Decoder
 
 _SAMPLED_ROWS = 8  # rows that the sampler processes at a time
 _PROMPT_ROWS = 32  # prompt tokens whose log-probabilities are computed at a time
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Entries:
-    """The rows of logits: first the sampled ones, then those of algorithms."""
-
-    seq_indices: jax.Array  # i32[N], the sequence; R behind the last entry
-    positions: jax.Array  # i32[N], position of the token that the logits predict
-    tokens: jax.Array  # i32[N], index of the step's token that the logits come from
-    offsets: jax.Array  # i32[N], drafts between the last known token and that one
-    states: jax.Array  # i32[N], state of the sequence's automaton before that position
-    num_sampled: jax.Array  # i32[]
-    num_grouped: jax.Array  # i32[], rows of algorithms
-
-
-def make_entries(
-    table: RequestTable, batch: StepBatch, config: EngineConfig
-) -> Entries:
-    """List the rows of logits of a step.
-
-    There is an entry for each batch row whose known tokens are all computed, followed
-    by one for each of the row's drafts.
-    """
-    is_grouped = table.params.algorithms[batch.seq_indices] != NO_ALGORITHM
-    is_sampled = batch.has_logits & ~is_grouped
-    counts = jnp.where(batch.has_logits, 1 + batch.num_drafts, 0)
-    order = pack(is_sampled)
-    order = order[pack(batch.has_logits[order])]
-    ends = jnp.cumsum(counts[order])
-    index = jnp.arange(config.max_num_logits, dtype=jnp.int32)
-    row = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
-    has_logits = index < ends[-1]
-    row = jnp.where(has_logits, row, 0)
-    offsets = jnp.where(has_logits, index - (ends - counts[order])[row], 0)
-    row = order[row]
-    ahead = offsets - batch.num_drafts[row]
-    last = jnp.cumsum(batch.num_tokens) - 1
-    return Entries(
-        seq_indices=jnp.where(
-            has_logits, batch.seq_indices[row], config.max_num_requests
-        ),
-        positions=(batch.starts + batch.num_tokens)[row] + ahead,
-        tokens=jnp.maximum(last[row] + ahead, 0),
-        offsets=offsets,
-        states=_automaton_states(table, batch.seq_indices[row], offsets, config),
-        num_sampled=jnp.sum(jnp.where(is_sampled, counts, 0)),
-        num_grouped=jnp.sum(jnp.where(is_grouped, counts, 0)),
-    )
-
-
 def _automaton_states(
-    table: RequestTable,
-    seq_indices: jax.Array,
-    offsets: jax.Array,
-    config: EngineConfig,
+    table: RequestTable, entries: Entries, config: EngineConfig
 ) -> jax.Array:
-    """States i32[N] of the sequences' automata after `offsets` i32[N] drafts."""
+    """States i32[N] of the entries' automata before the positions they predict."""
+    offsets = entries.offsets
+    seq_indices = jnp.minimum(entries.seq_indices, config.max_num_requests - 1)
     states = table.automaton_states[seq_indices]
-    if not table.digests.shape[0]:
+    if config.automata is None or not config.num_drafts:
         return states
     known = table.queue.num_tokens[seq_indices]
 
@@ -158,6 +108,7 @@ def sample_tokens(
     (num_rows,) = entries.seq_indices.shape
     is_sampled = jnp.arange(num_rows, dtype=jnp.int32) < entries.num_sampled
     seq_indices = jnp.where(is_sampled, entries.seq_indices, config.max_num_requests)
+    states = _automaton_states(table, entries, config)
     new = SampledTokens.zeros(seq_indices, config.num_logprobs)
 
     def run(size: int, new: SampledTokens) -> SampledTokens:
@@ -169,7 +120,7 @@ def sample_tokens(
                 table,
                 cut(seq_indices, start),
                 cut(entries.positions, start),
-                cut(entries.states, start),
+                cut(states, start),
                 cut(logits, start),
                 config,
             )

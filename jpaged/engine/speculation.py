@@ -33,10 +33,10 @@ from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
 from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.prompt_lookup import prompt_lookup
+from jpaged.engine import batch as step_batch
 from jpaged.engine import forward, request_table, sampling
-from jpaged.engine.forward import StepBatch
+from jpaged.engine.batch import Entries, StepBatch
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable, SampledTokens
-from jpaged.engine.sampling import Entries
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
 from jpaged.models.config import ModelConfig
@@ -176,7 +176,7 @@ def draft(
 
     def generate(number: jax.Array, carry: Any) -> Any:
         table, cache, hidden, logits, batch = carry
-        entries = sampling.make_entries(table, batch, config)
+        entries = step_batch.make_entries(table, batch, config)
         logits = sampling.next_logits(model, entries, hidden, logits, config)
         new = sampling.sample_tokens(table, entries, logits, config)
         table = _write_drafts(table, new, entries)
@@ -203,7 +203,7 @@ def draft(
 
 def _packed(batch: StepBatch, takes_part: jax.Array) -> StepBatch:
     """Move the rows that take part to the front."""
-    order = forward.pack(takes_part)
+    order = step_batch.pack(takes_part)
     return jax.tree.map(lambda column: column[order], batch)
 
 

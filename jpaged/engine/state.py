@@ -226,34 +226,44 @@ def _init_counters() -> Counters:
     return Counters(**{name: jnp.zeros((), dtype(name)) for name in names})
 
 
-def admitted_tokens(before: Queue, after: Queue) -> dict[str, jax.Array]:
-    """Compute what a step adds to `num_prompt_tokens` and `num_cached_tokens`.
+def count_admitted(counters: Counters, before: Queue, after: Queue) -> Counters:
+    """Add the prompt tokens of newly admitted requests, and those that were mapped.
 
     A request counts when it is admitted for the first time. Pinned prefixes do not
     count.
 
     Args:
+      counters: the counters before the step.
       before: the queue before the step.
-      after: the queue after the step.
+      after: the queue after scheduling.
     """
     seq_index = jnp.arange(before.status.shape[0], dtype=jnp.int32)
     is_first = (before.status == WAITING) & (after.status != WAITING)
     is_first &= is_new_request(before, seq_index)
     is_first &= before.priorities != BEFORE_ALL
-    return dict(
-        num_prompt_tokens=jnp.sum(jnp.where(is_first, before.prompt_lens, 0)),
-        num_cached_tokens=jnp.sum(after.num_cached - before.num_cached),
+    num_prompt_tokens = jnp.sum(jnp.where(is_first, before.prompt_lens, 0))
+    num_cached_tokens = jnp.sum(after.num_cached - before.num_cached)
+    return dataclasses.replace(
+        counters,
+        num_prompt_tokens=counters.num_prompt_tokens + num_prompt_tokens,
+        num_cached_tokens=counters.num_cached_tokens + num_cached_tokens,
     )
 
 
 def count(
-    counters: Counters, blocks: BlockState, is_stalled: jax.Array, **gained: jax.Array
+    counters: Counters,
+    blocks: BlockState,
+    *,
+    is_live: jax.Array,
+    is_stalled: jax.Array,
+    **gained: jax.Array,
 ) -> Counters:
     """Update the counters after a step.
 
     Args:
       counters: the counters before the step.
       blocks: with the step's tokens appended.
+      is_live: bool[], False: there was no work, and nothing is counted.
       is_stalled: bool[], the step could do nothing.
       **gained: i32[], what the step adds to the counters `num_*`, by name.
     """
@@ -262,7 +272,7 @@ def count(
     slots = jnp.maximum(used * blocks.block_size, 1)
     saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
     totals = {name: getattr(counters, name) + value for name, value in gained.items()}
-    return dataclasses.replace(
+    after = dataclasses.replace(
         counters,
         num_steps=counters.num_steps + 1,
         token_share=counters.token_share + as_float(held) / as_float(slots),
@@ -271,3 +281,4 @@ def count(
         is_stalled=is_stalled,
         **totals,
     )
+    return jax.tree.map(lambda new, old: jnp.where(is_live, new, old), after, counters)

@@ -17,7 +17,7 @@ from experiments.lib.timing import Contender
 from jpaged import engine
 from jpaged.attention import kv_cache
 from jpaged.compat import when
-from jpaged.engine import algorithms, request_table, sampling
+from jpaged.engine import algorithms, request_table
 from jpaged.engine.request_table import SampledTokens
 from jpaged.kv.block_manager import NO_BLOCK
 
@@ -62,7 +62,7 @@ def _step(
     parts: tuple[str, ...], logits: jax.Array, state: engine.EngineState
 ) -> engine.EngineState:
     """One step with these parts."""
-    scheduled = engine.begin_step(state, state.config)
+    state, scheduled = engine.begin_step(state, state.config)
     copies, cache = scheduled.appended, state.cache
     if "copies" in parts:
         assert cache is not None
@@ -83,11 +83,11 @@ def _sampled(
 ) -> engine.SampledStep:
     """Tokens and parents by the algorithms, or token 0 without "algorithm"."""
     config, number = state.config, state.counters.num_steps
-    entries = sampling.make_entries(scheduled.table, scheduled.batch, config)
+    entries = scheduled.entries
     own = jnp.arange(config.num_rows, dtype=jnp.int32)
     if "algorithm" not in parts:
         new = SampledTokens.zeros(entries.seq_indices, config.num_logprobs)
-        table, _ = request_table.extend(scheduled.table, new, number)
+        table, _ = request_table.extend(state.requests, new, number)
         states, parents, num_new = state.states, own, entries.num_grouped
     else:
         # The sequence indices point at another set of logits in each step, so that no
@@ -98,9 +98,9 @@ def _sampled(
             seq_indices, entries.seq_indices, (start,)
         )
         table, states, parents, num_new = algorithms.step_algorithms(
-            scheduled.table,
+            state.requests,
             state.states,
-            scheduled.rows,
+            state.rows,
             algorithms.Logits(logits, seq_indices),
             number,
             config,

@@ -227,10 +227,11 @@ class EngineSystem:
         self, state: EngineSystemState
     ) -> tuple[tuple[EngineSystemState, ScheduledStep], StepLoad, Usage]:
         """Run the engine's step up to the decoder; see `System.begin_step`."""
-        scheduled = iteration.begin_step(state.engine, self.config)
-        return (state, scheduled), self._load(scheduled), self._usage(scheduled)
+        inner, scheduled = iteration.begin_step(state.engine, self.config)
+        state = dataclasses.replace(state, engine=inner)
+        return (state, scheduled), self._load(inner, scheduled), self._usage(inner)
 
-    def _load(self, scheduled: ScheduledStep) -> StepLoad:
+    def _load(self, state: EngineState, scheduled: ScheduledStep) -> StepLoad:
         size = self.config.block_size
         num_copies = jnp.sum(scheduled.appended.copy_dst != NO_BLOCK, dtype=jnp.int32)
         num_moved = jnp.int32(0)
@@ -238,27 +239,25 @@ class EngineSystem:
             num_moved = (
                 scheduled.swapped.out.num_blocks + scheduled.swapped.into.num_blocks
             )
-        is_last = synthetic_tokens.computes_last_token(scheduled)
+        is_last = synthetic_tokens.computes_last_token(state, scheduled)
         return StepLoad(
             query_lens=scheduled.plan.num_tokens,
-            context_lens=scheduled.blocks.context_lens,
+            context_lens=state.blocks.context_lens,
             num_logits=jnp.sum(is_last, dtype=jnp.int32),
             num_copied_tokens=num_copies * size,
             num_swapped_tokens=num_moved * size,
             num_swap_copies=num_moved,
         )
 
-    def _usage(self, scheduled: ScheduledStep) -> Usage:
-        size, queue = self.config.block_size, scheduled.table.queue
-        used, stored, saved = events.occupancy(scheduled.blocks)
+    def _usage(self, state: EngineState) -> Usage:
+        size, queue = self.config.block_size, state.requests.queue
+        used, stored, saved = events.occupancy(state.blocks)
         seq_indices = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
         is_leader = queue.leaders == seq_indices
         # The free slots of a row's last block are filled later, unless the row ends
         # before.
-        limits = scheduler.row_values(
-            scheduled.table.params.token_limits, scheduled.rows
-        )
-        lens = scheduled.blocks.context_lens
+        limits = scheduler.row_values(state.requests.params.token_limits, state.rows)
+        lens = state.blocks.context_lens
         unfilled = jnp.where(lens > 0, -lens % size, 0)
         # The last token of a sequence is never stored, as no token follows it.
         remaining = jnp.maximum(limits - 1 - lens, 0)

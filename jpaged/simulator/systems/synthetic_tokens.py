@@ -62,11 +62,11 @@ def prompt_tokens(
     return jnp.where(position < request.prompt_len, tokens, 0)
 
 
-def computes_last_token(scheduled: ScheduledStep) -> jax.Array:
+def computes_last_token(state: EngineState, scheduled: ScheduledStep) -> jax.Array:
     """bool[S], the row computes its last known token, so that a new one follows."""
-    known = scheduler.row_values(scheduled.table.queue.num_tokens, scheduled.rows)
-    is_last = scheduled.blocks.context_lens == known
-    return is_last & (scheduled.plan.num_tokens > 0) & (scheduled.rows != NO_REQUEST)
+    known = scheduler.row_values(state.requests.queue.num_tokens, state.rows)
+    is_last = state.blocks.context_lens == known
+    return is_last & (scheduled.plan.num_tokens > 0) & (state.rows != NO_REQUEST)
 
 
 def sample_tokens(
@@ -78,15 +78,15 @@ def sample_tokens(
     """Append a token to every row that computes its last known token.
 
     Args:
-      state: the engine's state before the step.
+      state: the engine's state from `begin_step`.
       scheduled: the scheduled step.
       config: the engine's.
       beam_concentration: see `beam_log_probs`.
     """
-    table, table_size = scheduled.table, config.max_num_requests
+    table, table_size = state.requests, config.max_num_requests
     number = state.counters.num_steps
-    is_last = computes_last_token(scheduled)
-    seq_indices = jnp.where(is_last, scheduled.rows, table_size)
+    is_last = computes_last_token(state, scheduled)
+    seq_indices = jnp.where(is_last, state.rows, table_size)
     known = jnp.minimum(seq_indices, table_size - 1)
     is_grouped = table.params.algorithms[known] != NO_ALGORITHM
     sampled = jnp.where(is_grouped, table_size, seq_indices)
@@ -97,14 +97,14 @@ def sample_tokens(
     new = dataclasses.replace(new, tokens=tokens)
     table, ended = request_table.extend(table, new, number)
     states, num_grouped = state.states, jnp.int32(0)
-    parents = jnp.arange(scheduled.rows.shape[0], dtype=jnp.int32)
+    parents = jnp.arange(state.rows.shape[0], dtype=jnp.int32)
     grouped = jnp.where(is_grouped, seq_indices, table_size)
     if algorithms.config_algorithms(config):
         logits = beam_log_probs(table, grouped, beam_concentration)
         table, states, parents, num_grouped = algorithms.step_algorithms(
             table,
             states,
-            scheduled.rows,
+            state.rows,
             algorithms.Logits(logits, grouped),
             number,
             config,

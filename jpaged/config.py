@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # `decoding` imports nothing from here; not needed at run tim
     from jpaged.decoding.rule_arrays import RuleSizes
 
 PREEMPTIONS = ("recompute", "swap")
+# How much sampling a program includes; each includes those before it.
+SAMPLING = ("greedy", "random", "filtered")
 _MAY_BE_ZERO = (
     "num_logprobs",
     "max_num_prefixes",
@@ -107,6 +109,8 @@ class EngineConfig:
         compiles none.
       automata: capacities for compiled structured output; None compiles none.
       speculation: how draft tokens are proposed; None: no speculation.
+      sampling: how requests may sample: "greedy"; "random", also with temperatures; or
+        "filtered", also with top_k, top_p and min_p. Less compiles faster.
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
@@ -139,6 +143,7 @@ class EngineConfig:
     rules: RuleSizes | None = None
     automata: AutomataSizes | None = None
     speculation: Speculation | None = None
+    sampling: str = "filtered"
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
@@ -154,6 +159,10 @@ class EngineConfig:
         if not 0 <= self.watermark < 1:
             raise ValueError(
                 f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"
+            )
+        if self.sampling not in SAMPLING:
+            raise ValueError(
+                f"sampling: expected one of {SAMPLING}, got {self.sampling!r}"
             )
         self._check_preemption()
         self._check_capacities()

@@ -79,7 +79,10 @@ def token_keys(seeds: jax.Array, samples: jax.Array, positions: jax.Array) -> ja
 
 
 def sample(
-    logits: jax.Array, rows: SamplingRows, positions: jax.Array
+    logits: jax.Array,
+    rows: SamplingRows,
+    positions: jax.Array,
+    kind: str = "filtered",
 ) -> tuple[jax.Array, jax.Array]:
     """Samples one token per row.
 
@@ -91,18 +94,24 @@ def sample(
       logits: f32[S, V]; tokens with -inf are never chosen.
       rows: Parameters of each row.
       positions: i32[S], index of the sampled token in its sequence.
+      kind: what the rows may use: "greedy" ignores everything but the logits, "random"
+        ignores filters. Less compiles faster.
 
     Returns:
       Tokens i32[S], and their log-probabilities f32[S] under the raw model, before
       temperature and filters.
     """
     logits = logits.astype(jnp.float32)
+    if kind == "greedy":
+        maxima, _, log_total = _summary(logits)
+        tokens = _largest(logits, maxima)
+        return tokens, _chosen(logits, tokens) - log_total
     keys = token_keys(rows.seed, rows.sample, positions)
-    return _sample(keys, logits, rows)
+    return _sample(keys, logits, rows, has_filters=kind == "filtered")
 
 
 def _sample(
-    keys: jax.Array, logits: jax.Array, rows: SamplingRows
+    keys: jax.Array, logits: jax.Array, rows: SamplingRows, has_filters: bool
 ) -> tuple[jax.Array, jax.Array]:
     num_rows = len(logits)
     is_greedy = rows.temperature < GREEDY_BELOW
@@ -115,17 +124,19 @@ def _sample(
     unfiltered = jnp.full(num_rows, -jnp.inf)
 
     def sampled() -> jax.Array:
-        threshold = lax.cond(
-            jnp.any(is_filtered),
-            lambda: jnp.where(
-                is_filtered,
-                filter_threshold(
-                    logits, temperature, rows.top_k, rows.top_p, rows.min_p
+        threshold = unfiltered
+        if has_filters:
+            threshold = lax.cond(
+                jnp.any(is_filtered),
+                lambda: jnp.where(
+                    is_filtered,
+                    filter_threshold(
+                        logits, temperature, rows.top_k, rows.top_p, rows.min_p
+                    ),
+                    unfiltered,
                 ),
-                unfiltered,
-            ),
-            lambda: unfiltered,
-        )
+                lambda: unfiltered,
+            )
         # In every branch, plain rows use the masses that their log-probability needs
         # anyway, so that other rows cannot change their rounding.
         weights = lax.cond(

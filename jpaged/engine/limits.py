@@ -14,10 +14,11 @@ import numpy as np
 
 from jpaged import scheduler
 from jpaged.arithmetic import cdiv
-from jpaged.config import EngineConfig
+from jpaged.config import SAMPLING, EngineConfig
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.decoding.rule_checks import check_rules
+from jpaged.decoding.sample import GREEDY_BELOW
 from jpaged.engine import algorithms
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable
 from jpaged.params import (
@@ -216,6 +217,12 @@ def _check_sampling(
                 f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
                 f"{getattr(params, name)}; raise num_logprobs in the config"
             )
+    needed = SAMPLING[sampling_level(params)]
+    if SAMPLING.index(config.sampling) < sampling_level(params):
+        raise ValueError(
+            f"params: expected parameters for sampling={config.sampling!r} of the "
+            f"config, got some that need sampling={needed!r}"
+        )
     if keeps_prompt_logprobs(params) and not config.prompt_logprobs:
         raise ValueError(
             "prompt_logprobs: expected None, because the config has "
@@ -285,6 +292,13 @@ def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:
         )
     mine: Any = params  # a frozen `RuleParams`, with token ids as bad words
     return RuleSizes.of_request(mine, vocab_size, mine.bad_words)
+
+
+def sampling_level(params: Params) -> int:
+    """Return how much sampling a request needs, an index in `SAMPLING`."""
+    if not isinstance(params, SamplingParams) or params.temperature < GREEDY_BELOW:
+        return 0
+    return 2 if params.top_k > 0 or params.top_p < 1 or params.min_p > 0 else 1
 
 
 def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) -> int:

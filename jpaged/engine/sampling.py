@@ -155,7 +155,7 @@ def _sample_rows(
     rows = _rows(table.params.sampling, idle, seq_indices, valid)
     allowed = _apply_rules(table, seq_indices, positions, valid, logits, config)
     allowed = request_table.constrain(table, seq_indices, states, valid, allowed)
-    tokens, logprobs = sample(allowed, rows, positions)
+    tokens, logprobs = sample(allowed, rows, positions, config.sampling)
     found = {"tokens": tokens, "logprobs": logprobs}
     if config.rules is not None or config.automata is not None:
         # Log-probabilities are those of the model, before rules and constraints.

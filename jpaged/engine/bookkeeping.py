@@ -20,7 +20,7 @@ from jpaged import scheduler
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.engine import batch, events, sharing, speculation
+from jpaged.engine import batch, events, request_table, sharing, speculation
 from jpaged.engine import state as engine_state
 from jpaged.engine.algorithms import States
 from jpaged.engine.batch import Entries, StepBatch
@@ -153,6 +153,28 @@ def begin_step(
         timeline=timeline,
     )
     return state, scheduled
+
+
+def idle_step(config: EngineConfig) -> ScheduledStep:
+    """Return a step without work, for the shapes of steps."""
+    rows = jnp.full((config.num_rows,), NO_REQUEST, jnp.int32)
+    zeros = jnp.zeros_like(rows)
+    blocks = engine_state.init_blocks(config)
+    swaps, swapped = None, None
+    if config.swaps:
+        none = swap.Copies.none(blocks, engine_state.init_host_blocks(config))
+        swaps, swapped = Swaps.none(rows), Swapped(none, none, jnp.bool_(True))
+    table = request_table.init_table(config)
+    rows_of_step = batch.make_batch(table, rows, zeros, zeros, zeros, config)
+    return ScheduledStep(
+        is_live=jnp.bool_(False),
+        plan=StepPlan(zeros, jnp.int32(0), jnp.int32(0), swaps),
+        num_drafts=zeros,
+        appended=block_manager.no_copies(blocks),
+        batch=rows_of_step,
+        entries=batch.make_entries(table, rows_of_step, config),
+        swapped=swapped,
+    )
 
 
 def has_unfinished(state: EngineState) -> jax.Array:

@@ -47,13 +47,13 @@ class Features(NamedTuple):
             sampling=sampling_level(params),
             rules=rule_sizes(params, vocab_size) is not None,
             automata=automata,
-            logprobs=bool(params.logprobs or params.prompt_logprobs),
+            logprobs=(params.logprobs, params.prompt_logprobs) != (None, None),
             prompt_logprobs=keeps_prompt_logprobs(params),
         )
 
     def union(self, other: Features) -> Features:
         """Return the features of both."""
-        return Features(*map(max, self, other))
+        return Features._make(map(max, self, other))
 
     def covers(self, other: Features) -> bool:
         """Return whether a program with these features serves `other`."""
@@ -118,7 +118,9 @@ def merge(state: EngineState, after: EngineState) -> EngineState:
         return {name: value for name, value in found.items() if value is not None}
 
     table = after.requests
-    fields = (field.name for field in dataclasses.fields(table) if field.name != "params")
+    fields = (
+        field.name for field in dataclasses.fields(table) if field.name != "params"
+    )
     params = table.params
     if params.rules is None:
         params = dataclasses.replace(params, rules=state.requests.params.rules)

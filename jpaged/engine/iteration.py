@@ -32,7 +32,6 @@ from jpaged.engine.bookkeeping import end_step as end_step
 from jpaged.engine.speculation import DraftedModel
 from jpaged.engine.state import EngineState, Model
 from jpaged.kv.block_manager import NO_BLOCK
-from jpaged.kv.swap import Swapped
 from jpaged.models.config import ModelConfig
 
 
@@ -77,7 +76,7 @@ def iterate(
     """
     target = model.target if isinstance(model, DraftedModel) else model
     state, scheduled = begin_step(state, config)
-    state = move_pages(state, scheduled, config)
+    state = _move_all_pages(state, scheduled, config)
     state, memory = _draft(model, state, scheduled, memory, config)
     assert state.cache is not None, "a state created without a model has no pages"
     cache, hidden = forward.hidden_states(
@@ -102,52 +101,49 @@ def iterate(
 
 
 def move_pages(
-    state: EngineState, scheduled: ScheduledStep, config: EngineConfig
-) -> EngineState:
+    cache: KVCache | None,
+    host_cache: KVCache | None,
+    scheduled: ScheduledStep,
+    config: EngineConfig,
+) -> tuple[KVCache | None, KVCache | None]:
     """Do the copies that must come before the step's writes: swaps, then shared blocks.
 
     Args:
-      state: the state from `begin_step`, with pages.
+      cache: a model's pages; None: nothing is copied.
+      host_cache: its pages in the host pool, if there is one.
       scheduled: the step, as scheduled.
       config: the engine's config.
     """
-    state = _swap_pages(state, scheduled.swapped)
-    src, dst = scheduled.appended.copy_src, scheduled.appended.copy_dst
-
-    def copy(cache: KVCache) -> KVCache:
-        return when(
-            jnp.any(dst != NO_BLOCK),
-            lambda cache: kv_cache.copy_blocks(cache, src, dst, config.attention),
-            cache,
-        )
-
-    caches = {
-        name: None if cache is None else copy(cache)
-        for name, cache in dict(
-            cache=state.cache, draft_cache=state.draft_cache
-        ).items()
-    }
-    return dataclasses.replace(state, **caches)
-
-
-def _swap_pages(state: EngineState, swapped: Swapped | None) -> EngineState:
-    """Copy the pages of swapped blocks between the device and the host."""
-    host = state.host
-    if host is None or swapped is None:
-        return state
-    out, into = swapped.out, swapped.into
-
-    def move(
-        cache: KVCache | None, host_cache: KVCache | None
-    ) -> tuple[KVCache | None, KVCache | None]:
-        if cache is None or host_cache is None:
-            return None, None
+    if cache is None:
+        return cache, host_cache
+    swapped = scheduled.swapped
+    if host_cache is not None and swapped is not None:
+        out, into = swapped.out, swapped.into
         host_cache = kv_cache.swap_out_pages(cache, host_cache, out.src, out.dst)
-        return kv_cache.swap_in_pages(cache, host_cache, into.src, into.dst), host_cache
+        cache = kv_cache.swap_in_pages(cache, host_cache, into.src, into.dst)
+    src, dst = scheduled.appended.copy_src, scheduled.appended.copy_dst
+    cache = when(
+        jnp.any(dst != NO_BLOCK),
+        lambda cache: kv_cache.copy_blocks(cache, src, dst, config.attention),
+        cache,
+    )
+    return cache, host_cache
 
-    cache, host_cache = move(state.cache, host.cache)
-    draft_cache, host_draft_cache = move(state.draft_cache, host.draft_cache)
-    host = dataclasses.replace(host, cache=host_cache, draft_cache=host_draft_cache)
+
+def _move_all_pages(
+    state: EngineState, scheduled: ScheduledStep, config: EngineConfig
+) -> EngineState:
+    """Call `move_pages` for the pages of the model and of the draft model."""
+    host = state.host
+    hosts = (None, None) if host is None else (host.cache, host.draft_cache)
+    (cache, own), (draft_cache, own_draft) = (
+        move_pages(pages, host_pages, scheduled, config)
+        for pages, host_pages in zip(
+            (state.cache, state.draft_cache), hosts, strict=True
+        )
+    )
+    if host is not None:
+        host = dataclasses.replace(host, cache=own, draft_cache=own_draft)
     return dataclasses.replace(state, cache=cache, draft_cache=draft_cache, host=host)
 
 
@@ -181,6 +177,7 @@ def decode(
     scheduled: ScheduledStep,
     logits: jax.Array,
     config: EngineConfig,
+    size: int | None = None,
 ) -> SampledStep:
     """Generate tokens for all rows with logits, by sampling or by their algorithms.
 
@@ -189,9 +186,10 @@ def decode(
       scheduled: the step, as scheduled.
       logits: f32[N, V], of the step's entries.
       config: the engine's config.
+      size: the step has at most this number of entries; None: N.
     """
     number, entries = state.counters.num_steps, scheduled.entries
-    new = sampling.sample_tokens(state.requests, entries, logits, config)
+    new = sampling.sample_tokens(state.requests, entries, logits, config, size)
     if config.speculation is None:
         table, ended = request_table.extend(state.requests, new, number)
         has_ended, num_new = jnp.any(ended), entries.num_sampled

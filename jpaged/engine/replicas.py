@@ -16,7 +16,7 @@ copy them: the replicas' blocks are side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -103,6 +103,20 @@ def init_on_mesh(make: Callable[[], State], mesh: Mesh | None) -> State:
     return jax.jit(make_all, out_shardings=shardings(jax.eval_shape(make_all), mesh))()
 
 
+def shapes_on_mesh(make: Callable[[], State], mesh: Mesh | None) -> State:
+    """Return the shapes, dtypes and placements of what `init_on_mesh` would create."""
+    shapes = jax.eval_shape(lambda: broadcast_to_replicas(make(), mesh))
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=sharding
+        ),
+        shapes,
+        shardings(shapes, mesh),
+    )
+
+
 def broadcast_to_replicas(tree: Any, mesh: Mesh | None) -> Any:
     """Add the axis of replicas to each array; return `tree` if there is one replica."""
     number = parallel.num_replicas(mesh)
@@ -141,6 +155,64 @@ def run_on_mesh(
         check_vma=False,
     )
     return mapped(leaves, state, *rest)
+
+
+def per_device(
+    function: Callable[..., Any],
+    mesh: Mesh | None,
+    model: Any,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> Callable[..., Any]:
+    """Return `function` as a function of arrays that are split over a mesh.
+
+    The result takes the leaves of the model in place of the model, because flattening
+    them once costs less than in each call.
+
+    Args:
+      function: the program of one device. It returns a tuple.
+      mesh: the mesh; None is one device.
+      model: the model, for its structure.
+      inputs: what each argument is: "model", "pages"; "state": split over replicas and
+        without their axis in `function`; or "whole": the same on all devices.
+      outputs: what each result is: "pages" or "state".
+    """
+    structure = jax.tree.structure(model)
+    is_many = parallel.num_replicas(mesh) > 1
+
+    def on_each(*parts: Any) -> tuple[Any, ...]:
+        parts = tuple(
+            jax.tree.unflatten(structure, part)
+            if kind == "model"
+            else _without_axis(part)
+            if kind == "state" and is_many
+            else part
+            for kind, part in zip(inputs, parts, strict=True)
+        )
+        results = function(*parts)
+        return tuple(
+            _with_axis(result) if kind == "state" and is_many else result
+            for kind, result in zip(outputs, results, strict=True)
+        )
+
+    if mesh is None:
+        return on_each
+    specs: dict[str, Any] = {
+        "pages": parallel.partition_spec(
+            parallel.split_tensor_axis(mesh), parallel.PAGES
+        ),
+        "state": _but_pages_spec(mesh),
+        "whole": WHOLE,
+    }
+    if "model" in inputs:
+        specs["model"] = _param_specs(model, mesh)
+    return jax.shard_map(
+        on_each,
+        mesh=parallel.split_tensor_axis(mesh),
+        in_specs=tuple(specs[kind] for kind in inputs),
+        out_specs=tuple(specs[kind] for kind in outputs),
+        check_vma=False,
+    )
 
 
 def update_each(function: Callable[..., State], state: Any, *parts: Any) -> Any:

@@ -228,7 +228,7 @@ def extend(
     is_first = position == table.queue.prompt_lens[safe]
     at_first = jnp.where(valid & is_first, seq_indices, table_size)
 
-    def put(column: jax.Array, values: jax.Array) -> jax.Array:
+    def put(column: Any, values: jax.Array) -> jax.Array:
         return column.at[seq_indices, position].set(values, mode="drop")
 
     queue = dataclasses.replace(

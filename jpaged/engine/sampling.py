@@ -92,52 +92,53 @@ def next_logits(
 
 
 def sample_tokens(
-    table: RequestTable, entries: Entries, logits: jax.Array, config: EngineConfig
+    table: RequestTable,
+    entries: Entries,
+    logits: jax.Array,
+    config: EngineConfig,
+    size: int | None = None,
 ) -> SampledTokens:
     """Sample a token for each sampled entry.
 
-    The sampler is little work but a large program. It is therefore compiled for the
-    smallest number of rows and for `_SAMPLED_ROWS`, and processes the rows in chunks.
+    The sampler is little work but a large program. It is therefore compiled for
+    `_SAMPLED_ROWS` rows, and processes the entries in chunks.
 
     Args:
       table: the request table.
       entries: the rows of logits.
       logits: f32[N, V], their logits.
       config: the engine's sizes.
+      size: the step has at most this number of entries. The number of chunks is then
+        static, so that a GPU does not wait for the host. None: N.
     """
     (num_rows,) = entries.seq_indices.shape
     is_sampled = jnp.arange(num_rows, dtype=jnp.int32) < entries.num_sampled
     seq_indices = jnp.where(is_sampled, entries.seq_indices, config.max_num_requests)
-    states = _automaton_states(table, entries, config)
     new = SampledTokens.zeros(seq_indices, config.num_logprobs)
+    states = _automaton_states(table, entries, config)
+    width = min(_SAMPLED_ROWS, num_rows if size is None else size)
 
-    def run(size: int, new: SampledTokens) -> SampledTokens:
-        def chunk(index: jax.Array, new: SampledTokens) -> SampledTokens:
-            # The last chunk is moved back to fit, and samples some rows a second time.
-            start = jnp.minimum(index * size, num_rows - size)
-            cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=size)
-            found = _sample_rows(
-                table,
-                cut(seq_indices, start),
-                cut(entries.positions, start),
-                cut(states, start),
-                cut(logits, start),
-                config,
-            )
-            put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
-            found = {
-                name: put(getattr(new, name), value, start)
-                for name, value in found.items()
-            }
-            return dataclasses.replace(new, **found)
+    def chunk(index: jax.Array, new: SampledTokens) -> SampledTokens:
+        # The last chunk is moved back to fit, and samples some rows a second time.
+        start = jnp.minimum(index * width, num_rows - width)
+        cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=width)
+        found = _sample_rows(
+            table,
+            cut(seq_indices, start),
+            cut(entries.positions, start),
+            cut(states, start),
+            cut(logits, start),
+            config,
+        )
+        put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
+        found = {
+            name: put(getattr(new, name), value, start) for name, value in found.items()
+        }
+        return dataclasses.replace(new, **found)
 
-        return lax.fori_loop(0, cdiv(entries.num_sampled, size), chunk, new)
-
-    sizes = sorted({config.row_buckets[0], min(_SAMPLED_ROWS, config.max_num_seqs)})
-    branches = [functools.partial(run, size) for size in sizes]
-    index = jnp.where(entries.num_sampled <= sizes[0], 0, len(sizes) - 1)
-    index = jnp.where(entries.num_sampled == 0, -1, index)
-    return switch_in_place(index, branches, new)
+    if size is None:
+        return lax.fori_loop(0, cdiv(entries.num_sampled, width), chunk, new)
+    return lax.fori_loop(0, cdiv(size, width), chunk, new)
 
 
 def _sample_rows(

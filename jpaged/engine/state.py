@@ -148,12 +148,7 @@ def _make_state(
         requests=request_table.init_table(config),
         states=algorithms.init_states(config),
         rows=jnp.full((config.num_rows,), NO_REQUEST, jnp.int32),
-        blocks=block_manager.init_state(
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            max_seqs=config.num_rows,
-            max_blocks_per_seq=config.max_blocks_per_seq,
-        ),
+        blocks=init_blocks(config),
         prefix_cache=known_blocks,
         cache=make_cache(sizes),
         draft_cache=make_cache(draft_sizes),
@@ -187,6 +182,16 @@ def _make_cache(
         head_dim=sizes.head_dim,
         implementation=config.attention,
         dtype=sizes.dtype if kv_dtype is None else kv_dtype,
+    )
+
+
+def init_blocks(config: EngineConfig) -> BlockState:
+    """Create the block state with all blocks free."""
+    return block_manager.init_state(
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        max_seqs=config.num_rows,
+        max_blocks_per_seq=config.max_blocks_per_seq,
     )
 
 

@@ -110,6 +110,59 @@ def append(
     return state, Append(ok=ok, copy_src=copied, copy_dst=copy_dst)
 
 
+def append_one(
+    state: BlockState, rows: jax.Array, kept: jax.Array | None = None
+) -> tuple[BlockState, jax.Array]:
+    """Reserve a slot for one more token in some rows, if no block must be copied.
+
+    A small part of `append`, for decode steps: the state after it is the same.
+
+    Args:
+      state: the block tables.
+      rows: bool[S], rows that get a token.
+      kept: bool[N], as for `append`.
+
+    Returns:
+      The new state, and bool[]: whether it is valid. False if there are too few free
+      blocks, a table is full, or a row would write into a block that another row or
+      the prefix cache uses.
+    """
+    (num_rows, width), size = state.block_tables.shape, state.block_size
+    column = lax.div(state.context_lens, jnp.int32(size))
+    starts_block = rows & (column * size == state.context_lens)
+    number = jnp.arange(num_rows, dtype=jnp.int32)
+    written = state.block_tables.at[number, jnp.minimum(column, width - 1)].get(
+        mode="promise_in_bounds"
+    )
+    is_free = state.ref_counts == 0
+    is_shared = state.ref_counts > 1
+    if kept is not None:
+        is_free &= ~kept
+        is_shared |= kept
+    is_shared = is_shared.at[jnp.maximum(written, 0)].get(mode="promise_in_bounds")
+    free_bits = pack_free_blocks(is_free)
+    order = jnp.cumsum(starts_block, dtype=jnp.int32) - 1
+    ok = ~jnp.any(rows & ~starts_block & is_shared)
+    ok &= jnp.all(~rows | (column < width)) & (order[-1] < free_bits.num_free[-1])
+    taken = lowest_free_blocks(free_bits, num_rows)
+    taken = taken.at[jnp.maximum(order, 0)].get(mode="promise_in_bounds")
+    at = jnp.where(starts_block, column, width)
+    return dataclasses.replace(
+        state,
+        block_tables=state.block_tables.at[number, at].set(taken, mode="drop"),
+        ref_counts=state.ref_counts.at[
+            jnp.where(starts_block, taken, state.ref_counts.size)
+        ].set(1, mode="drop"),
+        context_lens=state.context_lens + rows.astype(jnp.int32),
+    ), ok
+
+
+def no_copies(state: BlockState) -> Append:
+    """Return the result of an append that copies no block."""
+    none = jnp.full_like(state.context_lens, NO_BLOCK)
+    return Append(jnp.bool_(True), none, none)
+
+
 def blocks_needed(state: BlockState, num_tokens: jax.Array) -> jax.Array:
     """Return the blocks that `append(state, num_tokens)` needs for each row, i32[S].
 

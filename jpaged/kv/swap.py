@@ -117,6 +117,15 @@ class Swapped:
     into: Copies  # from the host to the device
     ok: jax.Array  # bool[]; False: a pool was full, although the scheduler had checked
 
+    def none(self) -> Swapped:
+        """Return a result of the same shapes that moves nothing."""
+
+        def nothing(copies: Copies) -> Copies:
+            none = jnp.full_like(copies.src, NO_BLOCK)
+            return Copies(none, none)
+
+        return Swapped(nothing(self.out), nothing(self.into), jnp.ones_like(self.ok))
+
 
 def swap_blocks(
     device: BlockState,

@@ -30,6 +30,7 @@ from jpaged.serving.engine_host import EngineHost
 from jpaged.serving.metrics import Event, MeanLatencies
 from jpaged.serving.readout import SequenceProgress
 from jpaged.serving.request_state import OutputState, RequestState, RequestUpdate
+from jpaged.serving.runner import needs_empty_table
 
 # Length of a slice in seconds, by what its callers need.
 STREAM_S = 0.05  # a caller reads text while it grows
@@ -218,7 +219,7 @@ class Batcher:
             heapq.heappush(self._waiting, (priority, request.arrival, request))
         if not self._submitted:
             self.host.clean()
-            self._compile_for_waiting()
+        self._compile_for_waiting()
         groups = self._admit_waiting()
         requests = [request for group in groups for request in group]
         if requests:
@@ -230,26 +231,38 @@ class Batcher:
                 request.enter_table(seq_indices, output_indices)
 
     def _compile_for_waiting(self) -> None:
-        """Compile the features of all waiting requests, so that they run together."""
+        """Start to compile what the waiting requests need, and add their arrays."""
         waiting = [each for *_, each in self._waiting if each.arrival in self._open]
         config = self.host.config
+        if self._submitted:  # some must wait until the request table is empty
+            waiting = [
+                request
+                for request in waiting
+                if not needs_empty_table(config, self._grow(config, [request.params]))
+            ]
+        if not waiting:
+            return
         grown = self._grow(config, [request.params for request in waiting])
-        if grown != config:
-            self.host.reconfigure(grown)
+        if grown != config and not (
+            self._submitted and needs_empty_table(config, grown)
+        ):
+            self.host.grow(grown)
+        self.host.prepare(waiting, self._submitted.values())
 
     def _admit_waiting(self) -> list[list[RequestState]]:
         """Take requests from the heap until one has to wait; return them by replica."""
         groups: list[list[RequestState]] = [[] for _ in range(self.host.num_replicas)]
         cached_lens, loads = self._cached_lens(), self.host.loads()
+        unready: list[tuple[int, int, RequestState]] = []
         while self._waiting:
             *_, request = self._waiting[0]
             # Aborted requests are only removed from the heap.
             if request.arrival in self._open:
-                # The engine cannot be recompiled while requests run. A request that
-                # needs it waits until they end, and the requests after it wait too.
-                config = self.host.config
-                if self._grow(config, [request.params]) != config:
-                    break
+                if self._submitted and not self._is_ready(request):
+                    # It waits for its programs, or for others' beams; those after it
+                    # need not.
+                    unready.append(heapq.heappop(self._waiting))
+                    continue
                 refusal = self.host.refusal(request)
                 found = cached_lens.get(request.arrival)
                 replica = self._choose_replica(request, groups, found, loads)
@@ -264,7 +277,16 @@ class Batcher:
                     groups[replica].append(request)
                     loads[replica] += len(request.prompt_token_ids) * request.table_size
             heapq.heappop(self._waiting)
+        for entry in unready:
+            heapq.heappush(self._waiting, entry)
         return groups
+
+    def _is_ready(self, request: RequestState) -> bool:
+        """Whether a request can join those in the table without waiting."""
+        config = self.host.config
+        if self._grow(config, [request.params]) != config:
+            return False
+        return self.host.prepare([request], self._submitted.values())
 
     def _cached_lens(self) -> dict[int, np.ndarray]:
         """Return the cached prompt tokens per replica for requests that can be next.
@@ -311,8 +333,9 @@ class Batcher:
     # The slice, and what is read after it.
 
     def _run_steps(self) -> None:
-        progress = self.host.run(*self._slice_length())
         requests = list(self._submitted.values())
+        used = self.host.features(requests)
+        progress = self.host.run(used, *self._slice_length())
         owners = {index: each for each in requests for index in each.seq_indices}
         for seq_index, event in self.host.take_events():
             if seq_index in owners:  # otherwise it is a pinned prefix's

@@ -22,12 +22,13 @@ from jpaged import engine
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.engine import limits, request_table, submission
+from jpaged.engine.features import Features
 from jpaged.models.decoder import Decoder
 from jpaged.serving import readout
 from jpaged.serving.metrics import Event, StepRecord
 from jpaged.serving.readout import SequenceProgress, SequenceTokens, TokenSpan
 from jpaged.serving.request_state import RequestState
-from jpaged.serving.runner import EngineRunner
+from jpaged.serving.runner import EngineRunner, needs_empty_table
 
 
 @dataclasses.dataclass(eq=False)
@@ -168,15 +169,18 @@ class EngineHost:
         self.empty_entries[:] = self.config.max_num_requests
         self._pin_again()
 
-    def reconfigure(self, config: EngineConfig) -> None:
-        """Replace the request table by an empty one of another config; keep pages.
+    def grow(self, config: EngineConfig) -> None:
+        """Add the arrays for the features of another config; see `EngineRunner.grow`.
 
-        Pinned prefixes are computed again and get new sequence indices. Call it only
-        while no request is in the table.
+        If that needs an empty request table, pinned prefixes are computed again and get
+        new sequence indices. Call it then only while no request is in the table.
         """
+        if not needs_empty_table(self.config, config):
+            self.runner.grow(config)
+            return
         self.clean()
         self._unpin(self._pinned_indices())
-        self.runner.reconfigure(config)
+        self.runner.grow(config)
         self.empty_entries[:] = config.max_num_requests
         self._pin_again()
 
@@ -337,14 +341,41 @@ class EngineHost:
                 found[replica].append((seq_indices, shape.outputs(seq_indices)))
         return found
 
-    def run(self, seconds: float, least_steps: int = 1) -> SequenceProgress:
+    def prepare(
+        self, requests: Iterable[RequestState], others: Iterable[RequestState] = ()
+    ) -> bool:
+        """Start to compile what requests need; return whether it is ready.
+
+        Args:
+          requests: the requests.
+          others: requests that run beside them.
+        """
+        requests = list(requests)
+        used = self.features([*requests, *others])
+        num_rows = sum(request.table_size for request in requests)
+        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        return self.runner.compiled.are_ready(
+            self.runner.prepare(used, num_rows, num_tokens)
+        )
+
+    def features(self, requests: Iterable[RequestState]) -> Features:
+        """Return what these requests use."""
+        vocab_size = self.model.config.vocab_size
+        used = Features()
+        for request in requests:
+            used = used.union(Features.of(request.params, vocab_size))
+        return used
+
+    def run(
+        self, used: Features, seconds: float, least_steps: int = 1
+    ) -> SequenceProgress:
         """Run a slice of steps, see `EngineRunner.run`.
 
         Raises:
           RuntimeError: the engine stalled or violates its invariants, which is a bug.
           ValueError: other processes that run this engine made other calls.
         """
-        progress = self.runner.run(seconds, least_steps)
+        progress = self.runner.run(used, seconds, least_steps)
         if fault := self.runner.fault():
             self._restart()
             raise RuntimeError(fault)

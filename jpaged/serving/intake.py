@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from jpaged import engine
 from jpaged.config import EngineConfig
+from jpaged.decoding.bit_masks import MASK_BITS, num_words
 from jpaged.decoding.constraints import AutomataSizes
+from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.engine import algorithms as groups
 from jpaged.engine import limits
 from jpaged.engine.limits import Params
@@ -246,13 +248,22 @@ def match_params(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
     return prompts, list(params)
 
 
+# Sizes of the arrays for a feature when it is used first.
+LEAST_LOGPROBS = 20
+LEAST_BEAM_WIDTH = 8
+LEAST_RULES = RuleSizes(num_bias=64, num_bad_words=32, bad_word_len=8)
+LEAST_AUTOMATA = AutomataSizes(
+    num_automata=8, num_states=256, num_classes=64, num_allowed_sets=64
+)
+
+
 def grown_config(
     config: EngineConfig, params: Sequence[Params], vocab_size: int
 ) -> EngineConfig:
     """Return a config with all features that `config` or the requests need.
 
-    Features are never removed, and sizes are rounded up to powers of two, so that few
-    programs are compiled.
+    Features are never removed. Sizes start so large that most requests fit, and are then
+    rounded up to powers of two, so that few programs are compiled.
 
     Args:
       config: the engine's config.
@@ -260,15 +271,17 @@ def grown_config(
       vocab_size: size of the model's vocabulary.
     """
     num_logprobs, width = config.num_logprobs, config.max_beam_width
+    num_allowed = num_words(vocab_size) * MASK_BITS
+    least_rules = dataclasses.replace(LEAST_RULES, num_allowed=num_allowed)
     rules, algorithms = config.rules, list(config.algorithms)
     for param in params:
         if isinstance(param, SamplingParams):
             num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
             sizes = limits.rule_sizes(param, vocab_size)
             if sizes is not None:
-                rules = sizes if rules is None else rules.grown(sizes)
+                rules = (rules or least_rules).grown(sizes)
         elif isinstance(param, BeamSearchParams):
-            width = max(width, _power_of_two(param.beam_width))
+            width = max(width, LEAST_BEAM_WIDTH, _power_of_two(param.beam_width))
         elif (param.algorithm, param.num_rows) not in algorithms:
             algorithms.append((param.algorithm, param.num_rows))
     # The distinct automata of all requests are in the pool at the same time.
@@ -280,9 +293,11 @@ def grown_config(
     automata_sizes = config.automata
     if automata:
         automata_sizes = AutomataSizes.of(list(automata.values()))
-        automata_sizes = automata_sizes.grown(config.automata or AutomataSizes())
+        automata_sizes = automata_sizes.grown(config.automata or LEAST_AUTOMATA)
     if num_logprobs > config.num_logprobs:
-        num_logprobs = min(_power_of_two(num_logprobs), vocab_size)
+        is_many = num_logprobs > LEAST_LOGPROBS
+        num_logprobs = _power_of_two(num_logprobs) if is_many else LEAST_LOGPROBS
+        num_logprobs = min(num_logprobs, vocab_size)
     return dataclasses.replace(
         config,
         num_logprobs=num_logprobs,

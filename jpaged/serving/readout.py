@@ -261,7 +261,7 @@ def _read_windows(
         offsets = jnp.arange(READ_WIDTH, dtype=jnp.int32)
         positions = starts[:, None] + offsets[None, :]
 
-        def window(column: jax.Array) -> jax.Array:
+        def window(column: Any) -> jax.Array:
             if 0 in column.shape:
                 return jnp.zeros((*positions.shape, 0), column.dtype)
             at = column.at[seq_indices[:, None], positions]

@@ -1,8 +1,8 @@
 """Engine runner: the engine's state, and the programs that run on it.
 
-Pipeline: engine host -> [runner] -> engine -> [runner] -> engine host. Host only.
+Pipeline: engine host -> [runner] -> stepping -> [runner] -> engine host. Host only.
 
-A call of a jitted function that donates the state can be interrupted after the old
+A call of a program that donates the state can be interrupted after the old
 state is deleted and before the new one is assigned. The state is then lost
 (`EngineRunner.is_lost`), and `EngineRunner.restart` creates a new one.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,14 +22,25 @@ from jax.sharding import Mesh
 
 from jpaged import engine, parallel
 from jpaged.config import EngineConfig
-from jpaged.engine import DraftedModel, EngineState, algorithms, replicas, request_table
+from jpaged.engine import (
+    DraftedModel,
+    EngineState,
+    algorithms,
+    features,
+    replicas,
+    request_table,
+)
 from jpaged.engine import state as engine_state
+from jpaged.engine.features import Features
 from jpaged.models.decoder import Decoder
 from jpaged.parallel import distributed
 from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 from jpaged.serving import readout
+from jpaged.serving.compiled import CompiledPrograms
 from jpaged.serving.readout import SequenceProgress
 from jpaged.serving.step_log import Slice, StepLog
+from jpaged.serving.stepping import Stepper
+from jpaged.serving.whole_stepping import WholeStepper
 
 _FIRST_STEPS = 4  # steps of a slice while the time of a step is unknown
 _MAX_STEPS = 1 << 30
@@ -57,8 +69,8 @@ class EngineRunner:
       counters: sums of the counters over replicas.
       log: events and steps.
       run_s: seconds of running steps.
-      compile_s: seconds of compiling programs or loading them from the cache.
-      num_compilations: programs that were compiled or loaded.
+      compile_s: seconds in which requests waited for a compiler. The clock stands still
+        meanwhile, so that no request's latency includes them.
     """
 
     def __init__(
@@ -74,20 +86,23 @@ class EngineRunner:
     ):
         self.config = config
         self.mesh = mesh
-        self.clock = time.perf_counter
         self.num_replicas = parallel.num_replicas(mesh)
         self.replica_counters: dict[str, np.ndarray] = {}
         self.counters: dict[str, Any] = {}
         self.run_s = 0.0
         self.compile_s = 0.0
-        self.num_compilations = 0
         self.log = StepLog(self.num_replicas)
         self._models = model if draft is None else DraftedModel(model, draft)
         self._kv_dtype = kv_dtype
         self._checks = check_invariants
         self._seconds_per_step: float | None = None
-        self._compiled: set[tuple[int, int]] = set()  # limits of compiled programs
+        self._max_num_tokens = config.max_num_batched_tokens  # of the state's params
         is_shared = distributed.is_shared(mesh)
+        self._stepper: Stepper | WholeStepper
+        if draft is None:
+            self._stepper = Stepper(model, mesh, is_shared)
+        else:
+            self._stepper = WholeStepper(self._models)
         self._calls = distributed.CallDigests(*_SHARED_CALLS) if is_shared else None
         sizes = (model.config, None if draft is None else draft.config)
         self.note("config", (sizes, config, kv_dtype, seed))
@@ -108,6 +123,7 @@ class EngineRunner:
         """Replace the state by an empty one; counters continue as last read."""
         self.log.forget_events()
         self.state = self._new_state()
+        self._max_num_tokens = self.config.max_num_batched_tokens
 
     def _new_state(self) -> EngineState:
         init = functools.partial(
@@ -126,13 +142,33 @@ class EngineRunner:
         counters = jax.tree.map(_placed_like, state.counters, engine.Counters(**values))
         return dataclasses.replace(state, counters=counters)
 
-    def reconfigure(self, config: EngineConfig) -> None:
-        """Replace the request table by an empty one of another config; keep pages.
+    def clock(self) -> float:
+        """Return the time in seconds, without that of `compile_s`."""
+        return time.perf_counter() - self.compile_s
 
-        No sequence may be in the table.
+    @property
+    def compiled(self) -> CompiledPrograms[Any]:
+        """The programs."""
+        return self._stepper.compiled
+
+    def grow(self, config: EngineConfig) -> None:
+        """Give the state the arrays for the features of another config.
+
+        Sequences in the request table keep what they have and go on, unless
+        `needs_empty_table`.
+
+        Args:
+          config: has all features of the present one.
         """
         self.note("config", config)
+        if needs_empty_table(self.config, config):
+            self.state = self._with_new_table(config)
+        else:
+            self.state = features.grow(self.state, config)
         self.config = config
+
+    def _with_new_table(self, config: EngineConfig) -> EngineState:
+        """Return the state with an empty request table for another config."""
         host = self.state.host
 
         def make() -> tuple[Any, ...]:
@@ -147,15 +183,33 @@ class EngineRunner:
         table, states, blocks = replicas.init_on_mesh(make, self.mesh)
         if host is not None:
             host = dataclasses.replace(host, blocks=blocks)
-        self.state = dataclasses.replace(
+        return dataclasses.replace(
             self.state, requests=table, states=states, host=host, config=config
         )
-        self._compiled.clear()
 
-    def run(self, seconds: float, least_steps: int) -> SequenceProgress:
+    def prepare(self, used: Features, num_rows: int, num_tokens: int) -> list[Any]:
+        """Start to compile what a load needs; see `Stepper.prepare`."""
+        return self._stepper.prepare(self.state, used, num_rows, num_tokens)
+
+    def prepare_all(self, used: Features, max_num_seqs: int) -> list[Any]:
+        """Start to compile all sizes; see `Stepper.prepare_all`."""
+        return self._stepper.prepare_all(self.state, used, max_num_seqs)
+
+    def wait(self, keys: Sequence[Any]) -> None:
+        """Wait for programs; the clock stands still."""
+        if self.compiled.are_ready(keys):
+            return
+        start = time.perf_counter()
+        try:
+            self.compiled.wait(keys)
+        finally:
+            self.compile_s += time.perf_counter() - start
+
+    def run(self, used: Features, seconds: float, least_steps: int) -> SequenceProgress:
         """Run steps until all sequences have ended, or for about `seconds`.
 
         Args:
+          used: features of the sequences in the request table.
           seconds: length of the slice; process 0's where processes share a mesh.
           least_steps: minimum number of steps, so that a call is worth its overhead on
             slow machines too.
@@ -167,11 +221,20 @@ class EngineRunner:
         if self._calls is not None:
             self._calls.check()
             max_steps = distributed.number_of_process_0(max_steps)
-        self.read_progress()
-        limits = self._choose_program()
+        num_seqs, num_tokens = self.live_sequences()
+        load = int(num_seqs.max()), int(num_tokens.max())
+        self.wait(self.prepare(used, *load))
+        self._limit_tokens()
         first = self.replica_counters["num_steps"]
         start = self.clock()
-        progress = self._run(max_steps, limits)
+        self.state = self._stepper.run(
+            self.state,
+            used,
+            least_steps=least_steps,
+            max_steps=max_steps,
+            seconds=seconds,
+        )
+        progress = self.read_progress()
         end = self.clock()
         self.run_s += end - start
         last = self.replica_counters["num_steps"]
@@ -182,6 +245,22 @@ class EngineRunner:
             timelines = readout.read_timelines(self.state)
             self.log.add(slices, timelines, self.config.max_num_requests)
         return progress
+
+    def _limit_tokens(self) -> None:
+        """Let the scheduler plan only steps for which a program is compiled."""
+        most = self._stepper.max_num_tokens(self.state)
+        if most == self._max_num_tokens:
+            return
+        self._max_num_tokens = most
+        params = self.state.scheduler_params
+        limit = params.max_num_batched_tokens
+        full = self.config.scheduler_params.max_num_batched_tokens
+        value = np.minimum(np.int32(most), np.asarray(full))
+        params = dataclasses.replace(
+            params,
+            max_num_batched_tokens=_placed_like(limit, np.full(limit.shape, value)),
+        )
+        self.state = dataclasses.replace(self.state, scheduler_params=params)
 
     def fault(self) -> str | None:
         """Return what is wrong with the engine after a slice, which is a bug."""
@@ -199,30 +278,20 @@ class EngineRunner:
         )
 
     def _num_steps(self, seconds: float, least_steps: int) -> int:
-        """Return the number of steps that take about `seconds`."""
+        """Return the largest number of steps of a slice.
+
+        If the stepper cannot stop in time by itself, they take about `seconds`.
+        """
         if self._checks:
             return 1
+        # Records of more steps would overwrite each other before the host reads them.
+        most = self.config.num_recorded_steps or _MAX_STEPS
+        if self._calls is None and isinstance(self._stepper, Stepper):
+            return most
         steps = _FIRST_STEPS
         if self._seconds_per_step is not None:
             steps = int(seconds / self._seconds_per_step)
-        # Records of more steps would overwrite each other before the host reads them.
-        most = self.config.num_recorded_steps or _MAX_STEPS
         return min(max(steps, least_steps), most)
-
-    def _choose_program(self) -> tuple[int, int]:
-        """Return the limits of the smallest program that serves the request table.
-
-        A new program is compiled here, before the slice's time is measured, so that
-        compilation is not part of any request's time to first token.
-        """
-        num_seqs, num_tokens = self.live_sequences()
-        limits = self.config.limits(int(num_seqs.max()), int(num_tokens.max()))
-        if limits not in self._compiled:
-            start = self.clock()
-            self._run(0, limits)
-            self.compile_s += self.clock() - start
-            self._compiled.add(limits)
-        return limits
 
     def live_sequences(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers of live sequences and of their tokens, each i64[D].
@@ -235,20 +304,6 @@ class EngineRunner:
         num_tokens = self.progress.num_tokens.reshape(shape)
         return is_live.sum(axis=1), (num_tokens * is_live).sum(axis=1, dtype=np.int64)
 
-    def _run(self, max_steps: int, limits: tuple[int, int]) -> SequenceProgress:
-        """Run the program with these limits, and return the progress."""
-        known = _num_programs()
-        max_num_seqs, max_num_batched_tokens = limits
-        self.state = engine.run(
-            self._models,
-            self.state,
-            np.int32(max_steps),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-        )
-        self.num_compilations += _num_programs() - known
-        return self.read_progress()
-
     def read_progress(self) -> SequenceProgress:
         """Read the progress of all sequences and the counters from the state."""
         self.progress, self.replica_counters = readout.read_progress(self.state)
@@ -259,14 +314,19 @@ class EngineRunner:
         return self.progress
 
     def close(self) -> None:
-        """Release the state and the models."""
-        del self.state, self._models
+        """Release the state, the models and the programs."""
+        self._stepper.close()
+        del self.state, self._models, self._stepper
 
 
-def _num_programs() -> int:
-    """Return the number of programs that jit has compiled for `engine.run`."""
-    # jax has no public function for this.
-    return engine.run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+def needs_empty_table(config: EngineConfig, grown: EngineConfig) -> bool:
+    """Return whether an engine can only get the grown config without requests.
+
+    Beams of running requests have the old width. A table with many log-probabilities
+    per token has fewer entries.
+    """
+    is_smaller = grown.max_num_requests != config.max_num_requests
+    return is_smaller or 0 < config.max_beam_width < grown.max_beam_width
 
 
 def _placed_like(array: jax.Array, value: np.ndarray) -> jax.Array:

@@ -37,7 +37,7 @@ def llm_stats(
         "num_free_blocks": int(num_free_blocks.sum()),
         "num_cached_blocks": int(num_cached_blocks.sum()),
         **_engine_stats(host.counters),
-        "num_compilations": host.runner.num_compilations,
+        "num_compilations": host.runner.compiled.num_compilations,
         "compile_s": host.runner.compile_s,
         "run_s": host.runner.run_s,
         "prompt_tokens": num_prompt_tokens,

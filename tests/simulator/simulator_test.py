@@ -331,7 +331,7 @@ def test_a_planted_fault_breaks_the_equality_with_the_engine(monkeypatch):
     monkeypatch.setattr(
         synthetic_tokens,
         "computes_last_token",
-        lambda scheduled: scheduled.plan.num_tokens > 0,
+        lambda state, scheduled: scheduled.plan.num_tokens > 0,
     )
     config = EngineConfig(**SIZES)
     real = real_run_of_twenty_requests(config)

@@ -1,0 +1,175 @@
+"""Programs: the parts of a step as functions that are compiled one by one.
+
+Pipeline: state -> [programs] -> state, driven by the host (`serving.stepping`).
+
+    schedule    settled state -> state with a scheduled step
+    trunk       that step's tokens -> logits; one program per number of tokens
+    decode      logits -> unsettled state with new tokens
+    decode_loop trunk and decode for a number of rows, and the decode steps after it
+    settle      unsettled state -> settled state
+
+In this order they do what `engine.step` does in one program. Only `trunk` and
+`decode_loop` see pages, and only `decode` and `decode_loop` depend on the features that
+requests use. States here have no pages; they are views (`features`).
+
+Shape symbols: N rows of logits, T tokens of the step, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jpaged.attention.kv_cache import KVCache
+from jpaged.config import EngineConfig
+from jpaged.engine import bookkeeping, decode_loop, forward, iteration, sampling
+from jpaged.engine.bookkeeping import ScheduledStep, Unsettled
+from jpaged.engine.state import EngineState
+from jpaged.kv.block_manager import BlockState
+from jpaged.models.decoder import Decoder
+
+
+class Pages(NamedTuple):
+    """The pages of one model."""
+
+    cache: KVCache
+    host: KVCache | None  # of the host pool
+
+
+class StepSize(NamedTuple):
+    """What decides which program computes a step."""
+
+    is_live: jax.Array  # bool[], False: there is no work
+    num_rows: jax.Array  # i32[], rows with tokens
+    num_tokens: jax.Array  # i32[]
+
+
+def schedule(state: EngineState) -> tuple[EngineState, ScheduledStep, StepSize]:
+    """Schedule a step: which rows run, and where their tokens are stored."""
+    state, scheduled = bookkeeping.begin_step(state, state.config)
+    num_tokens = scheduled.batch.num_tokens
+    size = StepSize(scheduled.is_live, jnp.sum(num_tokens > 0), jnp.sum(num_tokens))
+    return state, scheduled, size
+
+
+def trunk(
+    model: Decoder,
+    pages: Pages,
+    logits: jax.Array,
+    tokens: jax.Array,
+    blocks: BlockState,
+    scheduled: ScheduledStep,
+    *,
+    size: int,
+    config: EngineConfig,
+) -> tuple[Pages, jax.Array, jax.Array]:
+    """Compute the tokens of a step.
+
+    Args:
+      model: the decoder.
+      pages: its pages.
+      logits: f32[N, V], working memory.
+      tokens: i32[R, L], the tokens of all sequences.
+      blocks: with the step's tokens appended.
+      scheduled: the step.
+      size: the number of tokens that the program has space for.
+      config: the engine's config.
+
+    Returns:
+      The pages, the logits of the step's entries, and the hidden states [size, E].
+    """
+    cache, host = iteration.move_pages(*pages, scheduled, config)
+    assert cache is not None
+    inputs = forward.step_inputs(tokens, blocks, scheduled.batch, size, is_decode=False)
+    cache, hidden = forward.run_trunk(model, cache, inputs, config)
+    logits = sampling.next_logits(model, scheduled.entries, hidden, logits, config)
+    return Pages(cache, host), logits, hidden
+
+
+def prompt_logprobs(
+    model: Decoder, state: EngineState, scheduled: ScheduledStep, hidden: jax.Array
+) -> EngineState:
+    """Write the log-probabilities of the step's prompt tokens into the request table.
+
+    Args:
+      model: the decoder.
+      state: with `prompt_logprobs` in its config.
+      scheduled: the step.
+      hidden: [T, E], from `trunk`.
+    """
+    table = sampling.write_prompt_logprobs(
+        model, state.requests, scheduled.batch, hidden, state.config
+    )
+    return dataclasses.replace(state, requests=table)
+
+
+def decode(
+    state: EngineState, scheduled: ScheduledStep, logits: jax.Array
+) -> tuple[EngineState, Unsettled]:
+    """Generate the step's tokens from the logits of its entries."""
+    return _decode(state, scheduled, logits, None)
+
+
+def _decode(
+    state: EngineState, scheduled: ScheduledStep, logits: jax.Array, size: int | None
+) -> tuple[EngineState, Unsettled]:
+    sampled = iteration.decode(state, scheduled, logits, state.config, size)
+    return bookkeeping.finish_step(state, scheduled, sampled)
+
+
+def run_decode_loop(
+    model: Decoder,
+    pages: Pages,
+    logits: jax.Array,
+    state: EngineState,
+    scheduled: ScheduledStep,
+    max_steps: jax.Array,
+    *,
+    size: int,
+    config: EngineConfig,
+) -> tuple[Pages, jax.Array, EngineState, Unsettled]:
+    """Run a scheduled decode step, and the decode steps after it.
+
+    It ends before a step that needs the scheduler, or after `max_steps`.
+
+    Args:
+      model: the decoder.
+      pages: its pages.
+      logits: f32[N, V], working memory.
+      state: from `schedule`.
+      scheduled: a step in which each row decodes one token, at most `size` rows.
+      max_steps: i32[], at least 1.
+      size: the number of rows that the program has space for.
+      config: the engine's config.
+    """
+    cache, host = iteration.move_pages(*pages, scheduled, config)
+    last = state.counters.num_steps + max_steps
+    carry = (cache, logits, state, scheduled, Unsettled.none(config), jnp.bool_(True))
+
+    def step(carry: tuple) -> tuple:
+        cache, logits, state, scheduled, before, _ = carry
+        inputs = forward.step_inputs(
+            state.requests.tokens, state.blocks, scheduled.batch, size, is_decode=True
+        )
+        cache, hidden = forward.run_trunk(model, cache, inputs, config)
+        rows = scheduled.entries.tokens[:size]
+        logits = logits.at[:size].set(model.logits(hidden[rows]))
+        state, unsettled = _decode(state, scheduled, logits, size)
+        unsettled = dataclasses.replace(
+            unsettled,
+            has_first=unsettled.has_first | before.has_first,
+            has_finished=unsettled.has_finished | before.has_finished,
+        )
+        state, scheduled, is_scheduled = decode_loop.next_step(
+            state, scheduled, unsettled, state.counters.num_steps < last, config
+        )
+        return cache, logits, state, scheduled, unsettled, is_scheduled
+
+    carry = lax.while_loop(lambda carry: carry[-1], step, carry)
+    cache, logits, state, _, unsettled, _ = carry
+    assert cache is not None
+    return Pages(cache, host), logits, state, unsettled

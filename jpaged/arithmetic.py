@@ -1,13 +1,20 @@
 """Integer arithmetic for Python numbers and arrays."""
 
+from __future__ import annotations
+
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
 
 
 def cdiv(dividend: Any, divisor: Any) -> Any:
     """Divide integers, rounding up.
 
     Args:
-      dividend: int or integer array.
+      dividend: int, or an integer array that is not negative. For an array with
+        negative entries, these give a number from the exact result to 0.
       divisor: positive int or integer array.
 
     Returns:
@@ -16,4 +23,27 @@ def cdiv(dividend: Any, divisor: Any) -> Any:
     >>> cdiv(7, 4), cdiv(8, 4)
     (2, 2)
     """
+    if isinstance(dividend, jax.Array):
+        return floor_div(dividend + (divisor - 1), divisor)
     return -(-dividend // divisor)
+
+
+def floor_div(dividend: jax.Array, divisor: Any) -> jax.Array:
+    """Divide integers that are not negative, rounding down.
+
+    `//` serves negative numbers too, with ten instructions in place of one.
+
+    Args:
+      dividend: integer array.
+      divisor: positive int or integer scalar.
+    """
+    return lax.div(dividend, _like(dividend, divisor))
+
+
+def remainder(dividend: jax.Array, divisor: Any) -> jax.Array:
+    """Return the remainder of `floor_div`, with its arguments."""
+    return lax.rem(dividend, _like(dividend, divisor))
+
+
+def _like(array: jax.Array, value: Any) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(value, array.dtype), array.shape)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jpaged.config import EngineConfig
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable
+from jpaged.indexing import take
 
 
 @jax.tree_util.register_dataclass
@@ -64,11 +65,13 @@ def make_batch(
     # There are more rows than max_num_seqs if prefixes can be pinned, but never more
     # than max_num_seqs have tokens in one step.
     packed = pack(num_tokens > 0)[: config.max_num_seqs]
-    seq_indices = jnp.maximum(rows[packed], 0)
-    starts, num_tokens = starts[packed], num_tokens[packed]
-    num_drafts = num_drafts[packed]
-    has_logits = starts + num_tokens - num_drafts == table.queue.num_tokens[seq_indices]
-    has_logits &= (num_tokens > 0) & ~table.params.is_prefix[seq_indices]
+    seq_indices = jnp.maximum(take(rows, packed), 0)
+    starts, num_tokens = take(starts, packed), take(num_tokens, packed)
+    num_drafts = take(num_drafts, packed)
+    has_logits = starts + num_tokens - num_drafts == take(
+        table.queue.num_tokens, seq_indices
+    )
+    has_logits &= (num_tokens > 0) & ~take(table.params.is_prefix, seq_indices)
     return StepBatch(packed, seq_indices, starts, num_tokens, num_drafts, has_logits)
 
 
@@ -80,26 +83,26 @@ def make_entries(
     There is an entry for each batch row whose known tokens are all computed, followed
     by one for each of the row's drafts.
     """
-    is_grouped = table.params.algorithms[batch.seq_indices] != NO_ALGORITHM
+    is_grouped = take(table.params.algorithms, batch.seq_indices) != NO_ALGORITHM
     is_sampled = batch.has_logits & ~is_grouped
     counts = jnp.where(batch.has_logits, 1 + batch.num_drafts, 0)
     order = pack(is_sampled)
-    order = order[pack(batch.has_logits[order])]
-    ends = jnp.cumsum(counts[order])
+    order = order[pack(take(batch.has_logits, order))]
+    ends = jnp.cumsum(take(counts, order))
     index = jnp.arange(config.max_num_logits, dtype=jnp.int32)
-    row = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    row = segment_of(ends, index)
     has_logits = index < ends[-1]
     row = jnp.where(has_logits, row, 0)
-    offsets = jnp.where(has_logits, index - (ends - counts[order])[row], 0)
-    row = order[row]
-    ahead = offsets - batch.num_drafts[row]
+    offsets = jnp.where(has_logits, index - take(ends - take(counts, order), row), 0)
+    row = take(order, row)
+    ahead = offsets - take(batch.num_drafts, row)
     last = jnp.cumsum(batch.num_tokens) - 1
     return Entries(
         seq_indices=jnp.where(
-            has_logits, batch.seq_indices[row], config.max_num_requests
+            has_logits, take(batch.seq_indices, row), config.max_num_requests
         ),
-        positions=(batch.starts + batch.num_tokens)[row] + ahead,
-        tokens=jnp.maximum(last[row] + ahead, 0),
+        positions=take(batch.starts + batch.num_tokens, row) + ahead,
+        tokens=jnp.maximum(take(last, row) + ahead, 0),
         offsets=offsets,
         num_sampled=jnp.sum(jnp.where(is_sampled, counts, 0)),
         num_grouped=jnp.sum(jnp.where(is_grouped, counts, 0)),
@@ -115,10 +118,10 @@ def token_rows(batch: StepBatch, size: int) -> tuple[jax.Array, jax.Array, jax.A
     """
     ends = jnp.cumsum(batch.num_tokens)
     token = jnp.arange(size, dtype=jnp.int32)
-    row = jnp.searchsorted(ends, token, side="right").astype(jnp.int32)
+    row = segment_of(ends, token)
     is_live = token < ends[-1]
     row = jnp.where(is_live, row, 0)
-    positions = batch.starts[row] + token - (ends - batch.num_tokens)[row]
+    positions = take(batch.starts, row) + token - take(ends - batch.num_tokens, row)
     return row, jnp.where(is_live, positions, 0), is_live
 
 
@@ -135,3 +138,11 @@ def pack(mask: jax.Array) -> jax.Array:
 def bucket(buckets: tuple[int, ...], number: jax.Array) -> jax.Array:
     """Return the index of the first bucket that is at least `number`, i32[]."""
     return jnp.sum(jnp.asarray(buckets, jnp.int32) < number, dtype=jnp.int32)
+
+
+def segment_of(ends: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Return the first segment whose end is above each number, i32 per number.
+
+    Comparing with all ends is a smaller program than a binary search.
+    """
+    return jnp.sum(ends[None, :] <= numbers[:, None], axis=1, dtype=jnp.int32)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged import scheduler
-from jpaged.arithmetic import cdiv
+from jpaged.arithmetic import cdiv, remainder
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.kv import block_manager
@@ -160,7 +160,7 @@ def record_step(
         num_tokens=num_tokens,
         num_generated=num_generated,
     )
-    at = jnp.where(step < 0, num_rows, step % num_rows)
+    at = jnp.where(step < 0, num_rows, remainder(step, num_rows))
     return dataclasses.replace(
         timeline, steps=timeline.steps.at[at].set(jnp.stack(row), mode="drop")
     )
@@ -192,7 +192,7 @@ def _put_events(
     total = number[-1]
     # If there are more events than entries, keep the last: no entry is written twice.
     is_kept = happened & (number > total - size)
-    at = jnp.where(is_kept, (timeline.num_events + number - 1) % size, size)
+    at = jnp.where(is_kept, remainder(timeline.num_events + number - 1, size), size)
     return dataclasses.replace(
         timeline,
         events=timeline.events.at[at].set(jnp.stack(entries, axis=1), mode="drop"),

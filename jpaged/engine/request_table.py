@@ -28,6 +28,7 @@ from jpaged.decoding import constraints
 from jpaged.decoding.constraints import Automata, AutomataSizes
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
+from jpaged.indexing import take
 from jpaged.scheduler import Queue
 
 # Why a sequence ended, and the names that results have for it.
@@ -212,20 +213,20 @@ def extend(
     table_size, _ = table.tokens.shape
     valid = new.seq_indices < table_size
     safe = jnp.where(valid, new.seq_indices, 0)
-    position = table.queue.num_tokens[safe]
-    is_stop = jnp.any(table.params.stop_ids[safe] == new.tokens[:, None], axis=1)
-    is_full = position + 1 >= table.params.token_limits[safe]
+    position = take(table.queue.num_tokens, safe)
+    is_stop = jnp.any(take(table.params.stop_ids, safe) == new.tokens[:, None], axis=1)
+    is_full = position + 1 >= take(table.params.token_limits, safe)
     ended = valid & (is_stop | is_full | new.is_dead_end)
     reason = jnp.where(is_stop, STOP, LENGTH)
     reason = jnp.where(new.is_dead_end, DEAD_END, reason)
     at_end = jnp.where(ended, new.seq_indices, table_size)
-    is_alone = table.params.algorithms[safe] == NO_ALGORITHM
+    is_alone = take(table.params.algorithms, safe) == NO_ALGORITHM
     at_finish = jnp.where(ended & is_alone, new.seq_indices, table_size)
     valid &= ~new.is_dead_end
     seq_indices = jnp.where(valid, new.seq_indices, table_size)
     # `sharing.reassign_sources` reads all tokens in a loop.
     seq_indices = ordered(seq_indices, table.queue.sources)
-    is_first = position == table.queue.prompt_lens[safe]
+    is_first = position == take(table.queue.prompt_lens, safe)
     at_first = jnp.where(valid & is_first, seq_indices, table_size)
 
     def put(column: Any, values: jax.Array) -> jax.Array:
@@ -274,7 +275,7 @@ def inherit(
     def move(column: Any) -> Any:
         if column is None:
             return None
-        return column.at[seq_indices].set(column[parents], mode="drop")
+        return column.at[seq_indices].set(take(column, parents), mode="drop")
 
     queue = dataclasses.replace(
         table.queue,
@@ -300,12 +301,12 @@ def next_automaton_states(
     table: RequestTable, seq_indices: jax.Array, tokens: jax.Array
 ) -> jax.Array:
     """Automaton states i32[S] of `seq_indices` i32[S] after `tokens` i32[S]."""
-    states = table.automaton_states[seq_indices]
+    states = take(table.automaton_states, seq_indices)
     if table.automata is None:
         return states
     return constraints.next_states(
         table.automata,
-        table.params.automata[seq_indices],
+        take(table.params.automata, seq_indices),
         states,
         tokens,
     )
@@ -330,7 +331,7 @@ def constrain(
     if table.automata is None or not table.digests.shape[0]:
         return logits
     index = jnp.where(
-        valid, table.params.automata[seq_indices], constraints.UNCONSTRAINED
+        valid, take(table.params.automata, seq_indices), constraints.UNCONSTRAINED
     )
     return jax.lax.cond(
         jnp.any(index != constraints.UNCONSTRAINED),

@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from jpaged import scheduler
+from jpaged.arithmetic import floor_div, remainder
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine.request_table import RequestTable
+from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.prefix_cache import PrefixCache
@@ -79,11 +81,15 @@ def append_tokens(
     blocks, appended = block_manager.append(blocks, num_tokens, kept)
     # A row that was truncated may now write into a cached block of which it is the only
     # owner. The cache must forget that block.
-    is_writer = (num_tokens > 0) & (before.context_lens % before.block_size != 0)
+    is_writer = (num_tokens > 0) & (
+        remainder(before.context_lens, before.block_size) != 0
+    )
     is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
     rows = jnp.arange(is_writer.shape[0], dtype=jnp.int32)
-    last = before.block_tables[rows, before.context_lens // before.block_size]
-    is_writer &= kept[last]
+    last = take(
+        before.block_tables, rows, floor_div(before.context_lens, before.block_size)
+    )
+    is_writer &= take(kept, last)
     cache = when(
         jnp.any(is_writer),
         lambda cache: prefix_cache.forget(cache, jnp.where(is_writer, last, NO_BLOCK)),
@@ -108,9 +114,9 @@ def reassign_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTabl
     seq_indices = jnp.sort(seq_indices)
     valid = seq_indices < table_size
     safe = jnp.where(valid, seq_indices, 0)
-    tokens, lens = table.tokens[safe], table.queue.num_tokens[safe]
-    leaders = jnp.where(valid, table.queue.leaders[safe], table_size)
-    is_candidate = valid & ~table.queue.has_ended[safe]
+    tokens, lens = take(table.tokens, safe), take(table.queue.num_tokens, safe)
+    leaders = jnp.where(valid, take(table.queue.leaders, safe), table_size)
+    is_candidate = valid & ~take(table.queue.has_ended, safe)
     index = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
 
     def compare(
@@ -118,11 +124,13 @@ def reassign_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTabl
     ) -> tuple[jax.Array, jax.Array]:
         sources, shared = carry
         # At least one token is left to compute: its logits are needed.
-        most = jnp.minimum(lens, lens[j]) - 1
-        common = _num_common(tokens, tokens[j][None, :], most)
-        fits = valid & is_candidate[j] & (leaders == leaders[j]) & (index > j)
+        most = jnp.minimum(lens, take(lens, j)) - 1
+        common = _num_common(tokens, take(tokens, j)[None, :], most)
+        fits = (
+            valid & take(is_candidate, j) & (leaders == take(leaders, j)) & (index > j)
+        )
         is_better = fits & (common > shared)
-        sources = jnp.where(is_better, seq_indices[j], sources)
+        sources = jnp.where(is_better, take(seq_indices, j), sources)
         return sources, jnp.where(is_better, common, shared)
 
     first = (
@@ -180,12 +188,14 @@ def join_running_rows(
       The table, the blocks, and bool[S]: which rows have joined another row.
     """
     queue, seq_indices = table.queue, jnp.maximum(rows, 0)
-    known = queue.num_tokens[seq_indices]
+    known = take(queue.num_tokens, seq_indices)
     start = blocks.context_lens  # of a new row: what the prefix cache had
     # Tokens that never change: a lockstep row may get another's tokens behind its
     # prompt.
     fixed = jnp.where(
-        queue.is_lockstep[seq_indices], queue.prompt_lens[seq_indices], known
+        take(queue.is_lockstep, seq_indices),
+        take(queue.prompt_lens, seq_indices),
+        known,
     )
     fixed = fixed - 1
     is_before = scheduler.rows_before(queue, rows)
@@ -195,9 +205,9 @@ def join_running_rows(
     ranks = jnp.sum(is_before, axis=1, dtype=jnp.int32)
     order = jnp.where(fits, ranks[None, :], rows.shape[0])
     source = jnp.argmin(order, axis=1).astype(jnp.int32)
-    most = jnp.minimum(known - 1, fixed[source])
+    most = jnp.minimum(known - 1, take(fixed, source))
     shared = _num_common(
-        table.tokens[seq_indices], table.tokens[seq_indices[source]], most
+        take(table.tokens, seq_indices), table.tokens[take(seq_indices, source)], most
     )
     at = jnp.where(joins, rows, queue.status.shape[0])
     counts = scheduler.is_new_request(queue, seq_indices)
@@ -226,19 +236,19 @@ def _has_same_next_block(
     `is_before` bool[S, S]: whether row j comes before row i.
     """
     size, queue, seq_indices = blocks.block_size, table.queue, jnp.maximum(rows, 0)
-    known, start = queue.num_tokens[seq_indices], blocks.context_lens
-    can_join = is_new & ~table.params.keeps_prompt_logprobs[seq_indices]
-    can_join &= queue.sources[seq_indices] == seq_indices
+    known, start = take(queue.num_tokens, seq_indices), blocks.context_lens
+    can_join = is_new & ~take(table.params.keeps_prompt_logprobs, seq_indices)
+    can_join &= take(queue.sources, seq_indices) == seq_indices
     can_join &= start + size < known
     is_source = (rows != scheduler.NO_REQUEST) & (
-        queue.status[seq_indices] == scheduler.RUNNING
+        take(queue.status, seq_indices) == scheduler.RUNNING
     )
-    is_source &= ~queue.has_ended[seq_indices]
+    is_source &= ~take(queue.has_ended, seq_indices)
 
     fits = can_join[:, None] & is_source[None, :] & is_before
     fits &= fixed[None, :] >= (start + size)[:, None]
     # The same block precedes the next one in both rows.
-    last = jnp.maximum(start // size - 1, 0)
+    last = jnp.maximum(floor_div(start, size) - 1, 0)
     tables, index = blocks.block_tables, jnp.arange(rows.shape[0], dtype=jnp.int32)
     same_path = tables[:, last].T == tables[index, last][:, None]
     same_path &= blocks.context_lens[None, :] >= start[:, None]

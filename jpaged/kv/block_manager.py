@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.arithmetic import cdiv
+from jpaged.arithmetic import cdiv, floor_div, remainder
+from jpaged.indexing import take
 from jpaged.kv.block_state import NO_BLOCK as NO_BLOCK
 from jpaged.kv.block_state import BlockState as BlockState
 from jpaged.kv.block_state import init_state as init_state
@@ -106,7 +107,7 @@ def append(
         block_tables=_tables_after_append(state, taken, starts, copies, added),
         context_lens=state.context_lens + num_tokens,
     )
-    copy_dst = jnp.where(is_copy, taken.at[starts].get(mode="clip"), NO_BLOCK)
+    copy_dst = jnp.where(is_copy, take(taken, starts), NO_BLOCK)
     return state, Append(ok=ok, copy_src=copied, copy_dst=copy_dst)
 
 
@@ -128,24 +129,22 @@ def append_one(
       the prefix cache uses.
     """
     (num_rows, width), size = state.block_tables.shape, state.block_size
-    column = lax.div(state.context_lens, jnp.int32(size))
+    column = floor_div(state.context_lens, size)
     starts_block = rows & (column * size == state.context_lens)
     number = jnp.arange(num_rows, dtype=jnp.int32)
-    written = state.block_tables.at[number, jnp.minimum(column, width - 1)].get(
-        mode="promise_in_bounds"
-    )
+    written = take(state.block_tables, number, jnp.minimum(column, width - 1))
     is_free = state.ref_counts == 0
     is_shared = state.ref_counts > 1
     if kept is not None:
         is_free &= ~kept
         is_shared |= kept
-    is_shared = is_shared.at[jnp.maximum(written, 0)].get(mode="promise_in_bounds")
+    is_shared = take(is_shared, written)
     free_bits = pack_free_blocks(is_free)
     order = jnp.cumsum(starts_block, dtype=jnp.int32) - 1
     ok = ~jnp.any(rows & ~starts_block & is_shared)
     ok &= jnp.all(~rows | (column < width)) & (order[-1] < free_bits.num_free[-1])
     taken = lowest_free_blocks(free_bits, num_rows)
-    taken = taken.at[jnp.maximum(order, 0)].get(mode="promise_in_bounds")
+    taken = take(taken, order)
     at = jnp.where(starts_block, column, width)
     return dataclasses.replace(
         state,
@@ -232,7 +231,7 @@ def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockS
     _, max_blocks_per_seq = state.block_tables.shape
     adopts = (lens > 0) & (state.context_lens == 0)
     column = jnp.arange(max_blocks_per_seq)[None, :]
-    is_adopted = adopts[:, None] & (column < (lens // state.block_size)[:, None])
+    is_adopted = adopts[:, None] & (column < floor_div(lens, state.block_size)[:, None])
     state = dataclasses.replace(
         state,
         block_tables=jnp.where(is_adopted, block_tables, state.block_tables),
@@ -355,17 +354,19 @@ def _demand(
     An empty row has no last block; its entry is an arbitrary number that is not used.
     """
     num_used = num_blocks_per_row(state)
-    last_column = jnp.maximum(num_used - 1, 0)[:, None]
-    last = jnp.take_along_axis(state.block_tables, last_column, axis=1)[:, 0]
+    last_column = jnp.maximum(num_used - 1, 0)
+    last = take(state.block_tables, jnp.arange(len(num_used)), last_column)
 
     # Rows are served in order, so the n-th writer of a block finds n - 1 references
     # removed. It writes in place if only its own reference is left, and copies if not.
-    is_writer = (num_tokens > 0) & (state.context_lens % state.block_size != 0)
+    is_writer = (num_tokens > 0) & (
+        remainder(state.context_lens, state.block_size) != 0
+    )
     rows = jnp.arange(last.size)
     is_before_SS = is_writer[None, :] & (rows[None, :] <= rows[:, None])
     is_before_SS &= last[None, :] == last[:, None]
     nth = jnp.sum(is_before_SS, axis=1, dtype=jnp.int32)
-    refs = state.ref_counts.at[last].get(mode="clip")
+    refs = take(state.ref_counts, last)
     copies = (is_writer & (nth < refs)).astype(jnp.int32)
 
     unused = num_used * state.block_size - state.context_lens

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.indexing import take
+
 _WORD_BITS = 32
 
 
@@ -46,9 +48,9 @@ def lowest_free_blocks(free: FreeBits, count: int) -> jax.Array:
     nth = jnp.arange(count, dtype=jnp.int32)
     index = jnp.searchsorted(num_free, nth, side="right", method="scan_unrolled")
     index = jnp.minimum(index, words.size - 1).astype(jnp.int32)
-    word = words[index]
+    word = take(words, index)
     # From here on `nth` is the number of free blocks to skip inside the word.
-    nth = nth - num_free[index] + lax.population_count(word).astype(jnp.int32)
+    nth = nth - take(num_free, index) + lax.population_count(word).astype(jnp.int32)
     block = index * _WORD_BITS
     for half in (16, 8, 4, 2, 1):
         in_low = lax.population_count(word & jnp.uint32(2**half - 1)).astype(jnp.int32)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.arithmetic import cdiv
+from jpaged.arithmetic import cdiv, floor_div
 from jpaged.compat import when
 from jpaged.kv.block_state import NO_BLOCK, BlockState
 from jpaged.kv.prefix_checks import violations as violations
@@ -80,7 +80,7 @@ def match(
     """
     num_blocks, block_size = cache.tokens.shape
     num_rows, length = max_lens.shape[0], tokens.shape[1]
-    num_full = jnp.clip(max_lens.astype(jnp.int32), 0, length) // block_size
+    num_full = floor_div(jnp.clip(max_lens.astype(jnp.int32), 0, length), block_size)
     paths = jnp.full((num_rows, cdiv(length, block_size)), NO_BLOCK, jnp.int32)
     parents = jnp.full((num_rows,), num_blocks, jnp.int32)
 
@@ -135,7 +135,7 @@ def insert(
       The new cache and blocks.
     """
     _, block_size = cache.tokens.shape
-    num_full = jnp.minimum(blocks.context_lens, tokens.shape[1]) // block_size
+    num_full = floor_div(jnp.minimum(blocks.context_lens, tokens.shape[1]), block_size)
     last = entry_at(blocks.block_tables, num_full - 1)
     # A row's nodes come first, so its last full block tells whether all are nodes.
     has_new = (num_full > 0) & ~is_node(cache, last)
@@ -236,7 +236,7 @@ def _num_nodes(
 
     def halve(carry: tuple) -> tuple:
         low, high = carry
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         is_more = is_node(cache, entry_at(table_SM, middle)) & (low < high)
         return jnp.where(is_more, middle + 1, low), jnp.where(is_more, high, middle)
 
@@ -266,7 +266,7 @@ def _smallest(
             count: jax.Array = count,
         ) -> tuple:
             low, high = carry
-            middle = low + (high - low) // 2
+            middle = low + ((high - low) >> 1)
             is_enough = jnp.sum(candidates & (keys <= middle), dtype=jnp.int32) >= count
             return (
                 jnp.where(is_enough, low, middle + 1),

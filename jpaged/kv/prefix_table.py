@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jpaged.indexing import take
 from jpaged.kv.block_state import NO_BLOCK, BlockState
 
 NOT_CACHED = -1
@@ -88,7 +89,7 @@ class TableHits(NamedTuple):
 def find_nodes(cache: PrefixCache, parents: jax.Array, chunks: jax.Array) -> TableHits:
     """Find the nodes with the parents i32[S] and the tokens `chunks`, i32[S, P]."""
     buckets = buckets_of(cache, parents, chunks)
-    entries_SW = cache.buckets[buckets]
+    entries_SW = take(cache.buckets, buckets)
     # The block in an empty way never gives a wrong hit: it is not a node (no parent is
     # NOT_CACHED), or a node with another key, or occurs twice in this bucket.
     is_hit_SW = _lookup(cache.parents, entries_SW, NOT_CACHED) == parents[:, None]
@@ -212,7 +213,7 @@ def block_tokens(
 def entry_at(table_SM: jax.Array, columns: jax.Array) -> jax.Array:
     """Return each row's entry at its column, i32[S]; clips columns to the table."""
     columns = jnp.clip(columns, 0, table_SM.shape[1] - 1)
-    return jnp.take_along_axis(table_SM, columns[:, None], axis=1)[:, 0]
+    return take(table_SM, jnp.arange(columns.size), columns)
 
 
 def buckets_of(cache: PrefixCache, parents: jax.Array, chunks: jax.Array) -> jax.Array:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged import policies
-from jpaged.arithmetic import cdiv
+from jpaged.arithmetic import cdiv, floor_div
+from jpaged.indexing import take
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import Policy, SchedulerParams
@@ -84,21 +85,25 @@ def admit(
     # Only the first sequence of a new request counts as cached: what the sequences of
     # a request share among themselves is computed by the request itself.
     is_new = is_new_request(queue, first)
-    cached = jnp.where(is_new, hits.lens[first] + mapped_tokens(queue, first, hits), 0)
+    cached = jnp.where(
+        is_new, take(hits.lens, first) + mapped_tokens(queue, first, hits), 0
+    )
     queue = dataclasses.replace(
         queue,
         status=queue.status.at[target].set(RUNNING, mode="drop"),
         num_cached=queue.num_cached.at[target].add(cached, mode="drop"),
     )
-    rows = jnp.where(is_filled, first[number], rows)
+    rows = jnp.where(is_filled, take(first, number), rows)
     blocks = block_manager.adopt(
-        blocks, hits.block_tables[rows], jnp.where(is_filled, hits.lens[rows], 0)
+        blocks,
+        take(hits.block_tables, rows),
+        jnp.where(is_filled, take(hits.lens, rows), 0),
     )
     return (
         queue,
         rows,
         blocks,
-        jnp.where(is_filled, candidates.num_tokens[number], num_tokens),
+        jnp.where(is_filled, take(candidates.num_tokens, number), num_tokens),
         num_admitted + jnp.sum(is_admitted, dtype=jnp.int32),
     )
 
@@ -125,7 +130,7 @@ def _scores(
             parameters=parameters,
         )
     )
-    return scores[queue.leaders]
+    return take(scores, queue.leaders)
 
 
 class _Candidates(NamedTuple):
@@ -158,16 +163,18 @@ def _find_candidates(
         seq_index,
     )
     first = lax.sort(keys, num_keys=5)[-1][:num_rows]
-    is_valid = is_waiting[first]
+    is_valid = take(is_waiting, first)
 
     num_known = jnp.where(queue.has_ended, 0, queue.num_tokens)
     mapped = mapped_tokens(queue, first, hits)
-    demand = _block_demand(blocks, hits, first, num_known[first], mapped)
+    demand = _block_demand(blocks, hits, first, take(num_known, first), mapped)
     demand = jnp.where(is_valid, jnp.maximum(demand, 0), 0)
     # A sequence that waits for its source computes nothing yet, and a lockstep sequence
     # does not compute its last token yet.
-    tokens = num_known[first] - queue.is_lockstep[first].astype(jnp.int32)
-    tokens = jnp.minimum(tokens - hits.lens[first], scheduler_params.max_prompt_chunk)
+    tokens = take(num_known, first) - take(queue.is_lockstep, first).astype(jnp.int32)
+    tokens = jnp.minimum(
+        tokens - take(hits.lens, first), scheduler_params.max_prompt_chunk
+    )
     tokens = jnp.where(is_valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
     budget = scheduler_params.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(tokens) - tokens
@@ -192,10 +199,10 @@ def _block_demand(
     """
     size = blocks.block_size
     column = jnp.arange(hits.block_tables.shape[1], dtype=jnp.int32)
-    is_hit = column[None, :] < (hits.lens[first] // size)[:, None]
-    is_used = blocks.ref_counts[hits.block_tables[first]] > 0
+    is_hit = column[None, :] < floor_div(take(hits.lens, first), size)[:, None]
+    is_used = take(blocks.ref_counts, take(hits.block_tables, first)) > 0
     num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
-    return cdiv(num_known, size) - mapped // size - num_used
+    return cdiv(num_known, size) - floor_div(mapped, size) - num_used
 
 
 def _whole_requests(
@@ -212,16 +219,16 @@ def _whole_requests(
     sequence decides. Exception: if no other request runs, as many samples of the first
     request as fit are admitted.
     """
-    leaders = jnp.where(is_valid, queue.leaders[first], NO_REQUEST)
+    leaders = jnp.where(is_valid, take(queue.leaders, first), NO_REQUEST)
     is_same = leaders[:, None] == leaders[None, :]
     is_waiting = queue.status == WAITING
     request_size = jnp.zeros_like(queue.leaders)
     request_size = request_size.at[queue.leaders].add(is_waiting.astype(jnp.int32))
-    is_complete = jnp.sum(is_same, axis=1) == request_size[queue.leaders[first]]
+    is_complete = jnp.sum(is_same, axis=1) == request_size[take(queue.leaders, first)]
     fits &= has_budget[jnp.argmax(is_same, axis=1)]
     fits_whole = is_complete & jnp.all(fits[None, :] | ~is_same, axis=1)
     is_other = row_values(queue.leaders, rows, NO_REQUEST) != leaders[0]
     is_running = row_values(queue.status, rows, EMPTY) == RUNNING
     is_alone = ~jnp.any(is_other & is_running)
-    fits_alone = is_alone & (leaders == leaders[0]) & ~queue.is_lockstep[first]
+    fits_alone = is_alone & (leaders == leaders[0]) & ~take(queue.is_lockstep, first)
     return fits & (fits_whole | fits_alone)

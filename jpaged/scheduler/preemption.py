@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.arithmetic import cdiv
+from jpaged.arithmetic import cdiv, floor_div
+from jpaged.indexing import take
 from jpaged.kv import block_manager, swap
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
@@ -93,8 +94,8 @@ def preempt(
     seq_index = jnp.where(is_preempted, rows, queue.status.shape[0])
     # A source in another request is not available when the sequence is admitted again.
     source = row_values(queue.sources, rows)
-    is_kept = queue.arrivals[source] == row_values(queue.arrivals, rows)
-    is_kept |= queue.priorities[source] == BEFORE_ALL
+    is_kept = take(queue.arrivals, source) == row_values(queue.arrivals, rows)
+    is_kept |= take(queue.priorities, source) == BEFORE_ALL
     loses_source = jnp.where(is_preempted & ~is_kept, rows, queue.status.shape[0])
     status = jnp.where(is_swapped, SWAPPED, WAITING)
     queue = dataclasses.replace(
@@ -178,7 +179,7 @@ def swap_in_request(
     first = lax.sort(keys, num_keys=4)[-1][:num_rows]
     leader = queue.leaders[first[0]]
     is_mine = is_swapped & (queue.leaders == leader)
-    is_valid = is_mine[first]
+    is_valid = take(is_mine, first)
 
     demand = _swap_in_demand(queue, host, first, is_valid)
     number = jnp.arange(num_rows, dtype=jnp.int32)
@@ -189,7 +190,7 @@ def swap_in_request(
 
     is_running = row_values(queue.status, rows, EMPTY) == RUNNING
     is_other = row_values(queue.leaders, rows, NO_REQUEST) != leader
-    is_alone = ~jnp.any(is_running & is_other) & ~queue.is_lockstep[leader]
+    is_alone = ~jnp.any(is_running & is_other) & ~take(queue.is_lockstep, leader)
     is_whole = jnp.sum(fits) == jnp.sum(is_mine)
     count = jnp.where(is_whole | is_alone, jnp.sum(fits, dtype=jnp.int32), 0)
     target = jnp.where(number < count, first, table_size)
@@ -197,7 +198,7 @@ def swap_in_request(
         queue, status=queue.status.at[target].set(RUNNING, mode="drop")
     )
     is_filled, number = first_empty_rows(rows, count)
-    into = jnp.where(is_filled, first[number], NO_REQUEST)
+    into = jnp.where(is_filled, take(first, number), NO_REQUEST)
     rows = jnp.where(is_filled, into, rows)
     return queue, rows, swaps._replace(into=into)
 
@@ -207,8 +208,10 @@ def _swap_in_demand(
 ) -> jax.Array:
     """Return the blocks of the sequences `first` and of their next tokens, i32[S]."""
     size = host.block_size
-    stored = cdiv(host.context_lens[first], size)
-    mapped = jnp.where(stored == 0, mapped_tokens(queue, first) // size, stored)
-    known = jnp.where(queue.has_ended, 0, queue.num_tokens)[first]
+    stored = cdiv(take(host.context_lens, first), size)
+    mapped = jnp.where(
+        stored == 0, floor_div(mapped_tokens(queue, first), size), stored
+    )
+    known = take(jnp.where(queue.has_ended, 0, queue.num_tokens), first)
     demand = swap.swap_in_demand(host, jnp.where(is_valid, first, NO_REQUEST))
     return demand + jnp.where(is_valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)

@@ -12,7 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jpaged.arithmetic import cdiv
+from jpaged.arithmetic import cdiv, floor_div
+from jpaged.indexing import take
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
@@ -89,14 +90,14 @@ def init_queue(table_size: int) -> Queue:
 
 def is_new_request(queue: Queue, seq_indices: jax.Array) -> jax.Array:
     """Return whether each is the first sequence of a request never preempted so far."""
-    return (queue.leaders[seq_indices] == seq_indices) & (
-        queue.num_preemptions[seq_indices] == 0
+    return (take(queue.leaders, seq_indices) == seq_indices) & (
+        take(queue.num_preemptions, seq_indices) == 0
     )
 
 
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
     """Return `values`, [R], of the sequences in `rows`, [S]; `fill` for empty rows."""
-    return jnp.where(rows == NO_REQUEST, fill, values[jnp.maximum(rows, 0)])
+    return jnp.where(rows == NO_REQUEST, fill, take(values, rows))
 
 
 def idle_rows(queue: Queue, rows: jax.Array) -> jax.Array:
@@ -122,18 +123,20 @@ def mapped_tokens(
 
     0 for sequences with `hits`, because they map the cached prefix instead.
     """
-    sources = queue.sources[seq_indices]
-    status = queue.status[sources]
+    sources = take(queue.sources, seq_indices)
+    status = take(queue.status, sources)
     # All sequences of a request are admitted together, and pinned prefixes before all.
-    is_admitted_before = queue.arrivals[sources] == queue.arrivals[seq_indices]
-    is_admitted_before |= queue.priorities[sources] == BEFORE_ALL
+    is_admitted_before = take(queue.arrivals, sources) == take(
+        queue.arrivals, seq_indices
+    )
+    is_admitted_before |= take(queue.priorities, sources) == BEFORE_ALL
     is_away = (status == WAITING) | (status == SWAPPED)
     is_live = (status == RUNNING) | (status == RETAINED)
     is_live |= is_away & is_admitted_before
     maps = (sources != seq_indices) & is_live
     if hits is not None:
-        maps &= hits.lens[seq_indices] == 0
-    return jnp.where(maps, queue.shared_lens[seq_indices], 0)
+        maps &= take(hits.lens, seq_indices) == 0
+    return jnp.where(maps, take(queue.shared_lens, seq_indices), 0)
 
 
 def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
@@ -213,7 +216,7 @@ def spare_blocks(
     size = blocks.block_size
     num_used = cdiv(blocks.context_lens, size)
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
-    to_map = row_values(mapped_tokens(queue, seq_index), rows) // size
+    to_map = floor_div(row_values(mapped_tokens(queue, seq_index), rows), size)
     expected = cdiv(row_values(queue.num_tokens, rows), size)
     expected = jnp.where(
         idle_rows(queue, rows), 0, expected - jnp.maximum(num_used, to_map)

@@ -15,6 +15,7 @@ from jax import lax
 
 from jpaged.compat import when
 from jpaged.config import EngineConfig
+from jpaged.indexing import take
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
@@ -161,7 +162,7 @@ def _map_sources(
         own = jnp.arange(rows.shape[0], dtype=jnp.int32)
 
         def can_map(blocks: BlockState) -> jax.Array:
-            is_ready = blocks.context_lens[source_row] >= shared
+            is_ready = take(blocks.context_lens, source_row) >= shared
             return has_source & (blocks.context_lens == 0) & is_ready
 
         def map_blocks(blocks: BlockState) -> BlockState:

@@ -13,7 +13,7 @@ import concurrent.futures
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -28,14 +28,16 @@ class Program(NamedTuple):
     Attributes:
       name: for people.
       function: a function of arrays.
-      args: example arguments, arrays or `jax.ShapeDtypeStruct`; they are not kept.
+      args: example arguments, arrays or `jax.ShapeDtypeStruct`.
       donated: positions of the arguments that may be overwritten.
+      options: options of XLA for this program.
     """
 
     name: str
     function: Callable[..., Any]
     args: Sequence[Any]
     donated: Sequence[int] = ()
+    options: Mapping[str, bool | int] | None = None
 
 
 class CompileRecord(NamedTuple):
@@ -119,7 +121,7 @@ class CompiledPrograms(Generic[Key]):
         jitted = jax.jit(program.function, donate_argnums=tuple(program.donated))
         lowered = jitted.lower(*program.args)
         traced = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(program.options)
         end = time.perf_counter()
         with self._lock:
             self.records.append(
@@ -131,9 +133,12 @@ class CompiledPrograms(Generic[Key]):
 def _shape_of(array: Any) -> Any:
     """Return the shape, dtype and placement of an array."""
     sharding = getattr(array, "sharding", None)
-    if isinstance(sharding, SingleDeviceSharding) and not array.committed:
-        (device,) = sharding.device_set
-        if sharding.memory_kind == device.default_memory().kind:
+    if sharding is not None:
+        device = next(iter(sharding.device_set))
+        default = device.default_memory().kind
+        if sharding.memory_kind not in (None, default):
+            return array  # a shape has no memory space
+        if isinstance(sharding, SingleDeviceSharding) and not array.committed:
             sharding = None  # like the other arrays, wherever they are
     return jax.ShapeDtypeStruct(
         array.shape,

@@ -262,8 +262,8 @@ def grown_config(
 ) -> EngineConfig:
     """Return a config with all features that `config` or the requests need.
 
-    Features are never removed. Sizes start so large that most requests fit, and are then
-    rounded up to powers of two, so that few programs are compiled.
+    Features are never removed. Sizes start so large that most requests fit, and are
+    then rounded up to powers of two, so that few programs are compiled.
 
     Args:
       config: the engine's config.

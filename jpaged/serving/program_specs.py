@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jpaged import compat
 from jpaged.config import EngineConfig
 from jpaged.engine import EngineState, bookkeeping, features, programs, replicas
 from jpaged.engine.bookkeeping import Unsettled
@@ -21,6 +22,8 @@ from jpaged.models.decoder import Decoder
 from jpaged.serving.compiled import Program
 
 GREEDY = Features()
+# Programs whose arrays are so small that little is gained by optimising them.
+_SMALL = ("schedule", "settle")
 _KINDS = {"m": "model", "p": "pages", "s": "state", "w": "whole"}
 
 
@@ -116,7 +119,10 @@ class ProgramSpecs:
             [_KINDS[kind] for kind in inputs],
             [_KINDS[kind] for kind in outputs],
         )
-        return Program(str(key), mapped, args, donated)
+        options = None
+        if key.name in _SMALL and jax.default_backend() == "cpu":
+            options = compat.quick_compilation()
+        return Program(str(key), mapped, args, donated, options)
 
     def logits(self, state: EngineState) -> Any:
         """Return the shape of the working memory for logits, [N, V] per replica."""

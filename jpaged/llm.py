@@ -41,6 +41,7 @@ from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
 from jpaged.text import chat
 from jpaged.text import prompts as text_prompts
 from jpaged.text.tokenizer import Tokenizer
+from jpaged.validation import integer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -420,6 +421,34 @@ class LLM:
         """
         self._open_host()
         return self._intake.errors(prompts, params)
+
+    def warm_up(
+        self,
+        params: Params | Sequence[Params] | None = None,
+        *,
+        max_num_seqs: int | None = None,
+    ) -> None:
+        """Compile what calls with these parameters need; they compile nothing then.
+
+        Without it, the first call with a feature waits for its first programs, and
+        programs for other numbers of sequences and tokens are compiled beside the run.
+
+        Args:
+          params: parameters of later calls, one or several; only the features that they
+            use matter. None is `SamplingParams()`.
+          max_num_seqs: sequences that will run at the same time at most; None is the
+            LLM's `max_num_seqs`.
+
+        Raises:
+          ValueError: the parameters are invalid.
+          RuntimeError: the LLM is closed, or requests run and the parameters need an
+            empty request table.
+        """
+        host = self._open_host()
+        rows = host.config.max_num_seqs
+        if max_num_seqs is not None:
+            rows = integer("max_num_seqs", max_num_seqs, low=1, high=rows)
+        self._batcher.warm_up(self._intake.check_all(params), rows)
 
     def stats(self) -> dict[str, int | float]:
         """Return statistics since the LLM was created, as a flat dict of numbers.

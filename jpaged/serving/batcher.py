@@ -173,6 +173,24 @@ class Batcher:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._executor, self.run_slice)
 
+    def warm_up(self, params: Sequence[Params], num_rows: int) -> None:
+        """Compile all sizes of up to `num_rows` rows for requests with `params`.
+
+        Raises:
+          RuntimeError: this needs an empty request table, and requests run.
+        """
+        with self.host.lock:
+            config = self.host.config
+            grown = self._grow(config, params)
+            if self._submitted and needs_empty_table(config, grown):
+                raise RuntimeError(
+                    "warm_up: expected an engine without running requests, because "
+                    "these parameters need a new request table; wait until they end"
+                )
+            if grown != config:
+                self.host.grow(grown)
+            self.host.warm_up(params, num_rows)
+
     def close(self) -> None:
         """Abort all open requests and release the engine."""
         with self.host.lock:

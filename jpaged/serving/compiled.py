@@ -13,7 +13,7 @@ import concurrent.futures
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -37,7 +37,7 @@ class Program(NamedTuple):
     function: Callable[..., Any]
     args: Sequence[Any]
     donated: Sequence[int] = ()
-    options: Mapping[str, bool | int] | None = None
+    options: dict[str, Any] | None = None
 
 
 class CompileRecord(NamedTuple):

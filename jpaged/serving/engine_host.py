@@ -23,6 +23,7 @@ from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
 from jpaged.engine import limits, request_table, submission
 from jpaged.engine.features import Features
+from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
 from jpaged.serving import readout
 from jpaged.serving.metrics import Event, StepRecord
@@ -352,18 +353,24 @@ class EngineHost:
         """
         requests = list(requests)
         used = self.features([*requests, *others])
-        num_rows = sum(request.table_size for request in requests)
+        num_rows = sum(limits.num_rows(request.params) for request in requests)
         num_tokens = sum(len(request.prompt_token_ids) for request in requests)
         return self.runner.compiled.are_ready(
             self.runner.prepare(used, num_rows, num_tokens)
         )
 
+    def warm_up(self, params: Iterable[Params], num_rows: int) -> None:
+        """Compile all sizes of up to `num_rows` rows for requests with `params`."""
+        self.runner.wait(self.runner.prepare_all(self._features(params), num_rows))
+
     def features(self, requests: Iterable[RequestState]) -> Features:
         """Return what these requests use."""
-        vocab_size = self.model.config.vocab_size
+        return self._features(request.params for request in requests)
+
+    def _features(self, params: Iterable[Params]) -> Features:
         used = Features()
-        for request in requests:
-            used = used.union(Features.of(request.params, vocab_size))
+        for one in params:
+            used = used.union(Features.of(one, self.model.config.vocab_size))
         return used
 
     def run(

@@ -120,6 +120,20 @@ class Intake:
         pairs = zip(*match_params(prompts, params), strict=True)
         return [self._check(prompt, param).error for prompt, param in pairs]
 
+    def check_all(self, params: Any) -> list[Params]:
+        """Return one or several parameters as the engine gets them.
+
+        Raises:
+          ValueError: some are invalid.
+        """
+        if params is None or isinstance(params, Params):
+            params = [SamplingParams() if params is None else params]
+        found = []
+        for one in params:
+            self._check_params(one)
+            found.append(self._resolve(one))
+        return found
+
     def token_ids(self, prompt: Any) -> list[int]:
         """Return a prompt's token ids; raise ValueError if it is not a prompt."""
         return text_prompts.token_ids(self._tokenizer, "prompt", prompt)

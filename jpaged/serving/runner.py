@@ -224,7 +224,7 @@ class EngineRunner:
         num_seqs, num_tokens = self.live_sequences()
         load = int(num_seqs.max()), int(num_tokens.max())
         self.wait(self.prepare(used, *load))
-        self._limit_tokens()
+        self._limit_tokens(load[1])
         first = self.replica_counters["num_steps"]
         start = self.clock()
         self.state = self._stepper.run(
@@ -246,9 +246,9 @@ class EngineRunner:
             self.log.add(slices, timelines, self.config.max_num_requests)
         return progress
 
-    def _limit_tokens(self) -> None:
+    def _limit_tokens(self, wanted: int) -> None:
         """Let the scheduler plan only steps for which a program is compiled."""
-        most = self._stepper.max_num_tokens(self.state)
+        most = self._stepper.max_num_tokens(self.state, wanted)
         if most == self._max_num_tokens:
             return
         self._max_num_tokens = most

@@ -154,25 +154,24 @@ class Stepper:
             ]
         return [self._start(key, state) for key in keys]
 
-    def max_num_tokens(self, state: EngineState) -> int:
-        """Return the tokens of the largest step that need not wait for a compiler."""
+    def max_num_tokens(self, state: EngineState, wanted: int) -> int:
+        """Return the tokens of the largest step that need not wait for a compiler.
+
+        Args:
+          state: the engine's state.
+          wanted: tokens that the load has; a program for as many is compiled beside the
+            run.
+        """
         most = state.config.max_num_batched_tokens
+        if self._is_shared:
+            return most
         largest = max(
             (key.size for key in self.compiled.keys() if key.name == "trunk"),
             default=most,
         )
-        if self._is_shared:
-            return most
-        if largest < most:
-            self._start(
-                _key(
-                    "trunk",
-                    _fit(state.config.token_buckets, largest + 1),
-                    GREEDY,
-                    state,
-                ),
-                state,
-            )
+        if largest < min(wanted, most):
+            size = _fit(state.config.token_buckets, min(wanted, most))
+            self._start(_key("trunk", size, GREEDY, state), state)
         return largest
 
     # ---- steps

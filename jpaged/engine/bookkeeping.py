@@ -78,6 +78,7 @@ class Unsettled:
     """What decoding leaves for `settle`, which must run before the next schedule."""
 
     is_settled: jax.Array  # bool[], no sequence has ended and no row has a parent
+    has_ended: jax.Array  # bool[], a sequence has ended
     parents: jax.Array  # i32[S], the row that each row continues, NO_BLOCK: none
     num_drafts: jax.Array  # i32[S], drafts of each row in the last step
     has_first: jax.Array  # bool[R], sequences with a first token since `settle`
@@ -88,7 +89,14 @@ class Unsettled:
         """Return what there is to settle after no step."""
         rows = jnp.arange(config.num_rows, dtype=jnp.int32)
         none = jnp.zeros((config.max_num_requests,), jnp.bool_)
-        return cls(jnp.bool_(True), rows, jnp.zeros_like(rows), none, none)
+        return cls(
+            is_settled=jnp.bool_(True),
+            has_ended=jnp.bool_(False),
+            parents=rows,
+            num_drafts=jnp.zeros_like(rows),
+            has_first=none,
+            has_finished=none,
+        )
 
 
 # ---- before the decoder
@@ -297,13 +305,16 @@ def finish_step(
     """
     before, after = state.requests, sampled.table
     num_tokens = jnp.sum(scheduled.plan.num_tokens + scheduled.num_drafts)
+    has_finished = before.queue.status != FINISHED
+    has_finished &= after.queue.status == FINISHED
+    has_ended = has_finished | (before.queue.has_ended != after.queue.has_ended)
     unsettled = Unsettled(
         is_settled=sampled.is_settled,
+        has_ended=jnp.any(has_ended),
         parents=sampled.parents,
         num_drafts=scheduled.num_drafts,
         has_first=(before.first_steps == NEVER) & (after.first_steps != NEVER),
-        has_finished=(before.queue.status != FINISHED)
-        & (after.queue.status == FINISHED),
+        has_finished=has_finished,
     )
     state = dataclasses.replace(
         state,

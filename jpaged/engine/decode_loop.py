@@ -2,10 +2,13 @@
 
 Pipeline: scheduled step -> [decode_loop] -> unsettled state.
 
-Most steps admit no request, preempt none, copy no block and end no sequence: every
-running row decodes one token, and some rows take a free block. `next_step` recognises
-this and schedules such a step with little work; the result is that of `begin_step`. So
-a program for a number of rows runs decode steps in a loop until something else happens.
+Most steps admit no request, preempt none and end no sequence: every running row decodes
+one token, and some rows take a free block. `next_step` recognises this and schedules
+such a step with little work; the result is that of `begin_step`. So a program for a
+number of rows runs decode steps in a loop until something else happens.
+
+Beams and other rows of algorithms also continue each other. In a program for them, the
+loop forks their blocks, and a step copies the shared blocks that it writes.
 
 Shape symbols: S batch rows.
 """
@@ -18,10 +21,15 @@ import jax
 import jax.numpy as jnp
 
 from jpaged import scheduler
+from jpaged.arithmetic import floor_div, remainder
 from jpaged.config import EngineConfig
+from jpaged.engine import algorithms
 from jpaged.engine.bookkeeping import ScheduledStep, Unsettled
 from jpaged.engine.state import EngineState
+from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
+from jpaged.kv.prefix_cache import PrefixCache
 from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 
 
@@ -45,22 +53,29 @@ def next_step(
       The state, the step, and bool[]: whether it is scheduled. Otherwise nothing
       changes, and `settle` and `begin_step` have to run.
     """
-    blocks, batch = state.blocks, scheduled.batch
-    kept = None
-    if state.prefix_cache is not None:
-        kept = prefix_cache.is_cached(state.prefix_cache)
     decodes = ~scheduler.idle_rows(state.requests.queue, state.rows)
-    is_plain = may_continue & unsettled.is_settled
-    is_plain &= _keeps_rows(state, scheduled, decodes, config)
-    appended, fits = block_manager.append_one(blocks, decodes, kept)
-    is_plain &= fits
+    if algorithms.config_algorithms(config):
+        is_plain = ~unsettled.has_ended
+        before = block_manager.fork(state.blocks, unsettled.parents)
+        after, appended, fits = _append_copying(state.prefix_cache, before, decodes)
+    else:
+        is_plain, before = unsettled.is_settled, state.blocks
+        after, fits = block_manager.append_one(
+            before, decodes, _kept(state.prefix_cache)
+        )
+        appended = block_manager.no_copies(before)
+    is_plain &= may_continue & fits
+    is_plain &= _keeps_rows(state, scheduled, before, decodes, config)
     blocks = jax.tree.map(
-        lambda new, old: jnp.where(is_plain, new, old), appended, blocks
+        lambda new, old: jnp.where(is_plain, new, old), after, state.blocks
     )
-    entries, gained = scheduled.entries, is_plain.astype(jnp.int32)
+    batch, entries, gained = (
+        scheduled.batch,
+        scheduled.entries,
+        is_plain.astype(jnp.int32),
+    )
     batch = dataclasses.replace(batch, starts=batch.starts + gained * batch.num_tokens)
     entries = dataclasses.replace(entries, positions=entries.positions + gained)
-    none = block_manager.no_copies(blocks)
     plan = dataclasses.replace(
         scheduled.plan,
         num_preempted=jnp.zeros_like(scheduled.plan.num_preempted),
@@ -75,15 +90,41 @@ def next_step(
         plan=plan,
         batch=batch,
         entries=entries,
-        appended=none,
+        appended=appended,
         swapped=swapped,
     )
     return dataclasses.replace(state, blocks=blocks), scheduled, is_plain
 
 
+def _kept(cache: PrefixCache | None) -> jax.Array | None:
+    return None if cache is None else prefix_cache.is_cached(cache)
+
+
+def _append_copying(
+    cache: PrefixCache | None, blocks: BlockState, decodes: jax.Array
+) -> tuple[BlockState, Append, jax.Array]:
+    """Append a token to rows that may share blocks.
+
+    Returns the blocks; the copies; and bool[], False: the prefix cache must evict or
+    forget blocks before.
+    """
+    kept = _kept(cache)
+    after, appended = block_manager.append(blocks, decodes.astype(jnp.int32), kept)
+    ok = appended.ok
+    if kept is not None:
+        column = floor_div(blocks.context_lens, blocks.block_size)
+        is_partial = remainder(blocks.context_lens, blocks.block_size) != 0
+        number = jnp.arange(decodes.shape[0], dtype=jnp.int32)
+        last = take(blocks.block_tables, number, column)
+        in_place = decodes & is_partial & (appended.copy_dst == NO_BLOCK)
+        ok &= ~jnp.any(in_place & take(kept, last))
+    return after, appended, ok
+
+
 def _keeps_rows(
     state: EngineState,
     scheduled: ScheduledStep,
+    blocks: BlockState,
     decodes: jax.Array,
     config: EngineConfig,
 ) -> jax.Array:
@@ -91,7 +132,7 @@ def _keeps_rows(
     queue, rows, batch = state.requests.queue, state.rows, scheduled.batch
     limits = config.scheduler_params
     settings = state.scheduler_params.limited_to(limits)
-    left = scheduler.row_values(queue.num_tokens, rows) - state.blocks.context_lens
+    left = scheduler.row_values(queue.num_tokens, rows) - blocks.context_lens
     waits = (queue.status == WAITING) | (queue.status == SWAPPED)
     num_running = jnp.sum(scheduler.row_values(queue.status, rows) == RUNNING)
     has_open_row = jnp.any(rows == scheduler.NO_REQUEST)

@@ -100,47 +100,59 @@ def iterate(
     return state, WorkingMemory(hidden, logits, memory.draft_hidden)
 
 
-def move_pages(
-    cache: KVCache | None,
-    host_cache: KVCache | None,
-    scheduled: ScheduledStep,
-    config: EngineConfig,
-) -> tuple[KVCache | None, KVCache | None]:
-    """Do the copies that must come before the step's writes: swaps, then shared blocks.
+def swap_pages(
+    cache: KVCache, host_cache: KVCache | None, scheduled: ScheduledStep
+) -> tuple[KVCache, KVCache | None]:
+    """Copy the pages of swapped blocks between the device and the host.
 
     Args:
-      cache: a model's pages; None: nothing is copied.
+      cache: a model's pages.
       host_cache: its pages in the host pool, if there is one.
+      scheduled: the step, as scheduled.
+    """
+    swapped = scheduled.swapped
+    if host_cache is None or swapped is None:
+        return cache, host_cache
+    out, into = swapped.out, swapped.into
+    host_cache = kv_cache.swap_out_pages(cache, host_cache, out.src, out.dst)
+    return kv_cache.swap_in_pages(cache, host_cache, into.src, into.dst), host_cache
+
+
+def copy_pages(
+    cache: KVCache, scheduled: ScheduledStep, config: EngineConfig
+) -> KVCache:
+    """Do the copy-on-write copies, which must come before the step's writes.
+
+    Args:
+      cache: a model's pages, after `swap_pages`.
       scheduled: the step, as scheduled.
       config: the engine's config.
     """
-    if cache is None:
-        return cache, host_cache
-    swapped = scheduled.swapped
-    if host_cache is not None and swapped is not None:
-        out, into = swapped.out, swapped.into
-        host_cache = kv_cache.swap_out_pages(cache, host_cache, out.src, out.dst)
-        cache = kv_cache.swap_in_pages(cache, host_cache, into.src, into.dst)
     src, dst = scheduled.appended.copy_src, scheduled.appended.copy_dst
-    cache = when(
+    return when(
         jnp.any(dst != NO_BLOCK),
         lambda cache: kv_cache.copy_blocks(cache, src, dst, config.attention),
         cache,
     )
-    return cache, host_cache
 
 
 def _move_all_pages(
     state: EngineState, scheduled: ScheduledStep, config: EngineConfig
 ) -> EngineState:
-    """Call `move_pages` for the pages of the model and of the draft model."""
+    """Swap and copy the pages of the model and of the draft model."""
     host = state.host
-    hosts = (None, None) if host is None else (host.cache, host.draft_cache)
-    (cache, own), (draft_cache, own_draft) = (
-        move_pages(pages, host_pages, scheduled, config)
-        for pages, host_pages in zip(
-            (state.cache, state.draft_cache), hosts, strict=True
-        )
+
+    def move(
+        cache: KVCache | None, host_cache: KVCache | None
+    ) -> tuple[KVCache | None, KVCache | None]:
+        if cache is None:
+            return cache, host_cache
+        cache, host_cache = swap_pages(cache, host_cache, scheduled)
+        return copy_pages(cache, scheduled, config), host_cache
+
+    cache, own = move(state.cache, None if host is None else host.cache)
+    draft_cache, own_draft = move(
+        state.draft_cache, None if host is None else host.draft_cache
     )
     if host is not None:
         host = dataclasses.replace(host, cache=own, draft_cache=own_draft)

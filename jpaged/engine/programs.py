@@ -26,7 +26,14 @@ from jax import lax
 
 from jpaged.attention.kv_cache import KVCache
 from jpaged.config import EngineConfig
-from jpaged.engine import bookkeeping, decode_loop, forward, iteration, sampling
+from jpaged.engine import (
+    algorithms,
+    bookkeeping,
+    decode_loop,
+    forward,
+    iteration,
+    sampling,
+)
 from jpaged.engine.bookkeeping import ScheduledStep, Unsettled
 from jpaged.engine.state import EngineState
 from jpaged.kv.block_manager import BlockState
@@ -82,8 +89,8 @@ def trunk(
     Returns:
       The pages, the logits of the step's entries, and the hidden states [size, E].
     """
-    cache, host = iteration.move_pages(*pages, scheduled, config)
-    assert cache is not None
+    cache, host = iteration.swap_pages(*pages, scheduled)
+    cache = iteration.copy_pages(cache, scheduled, config)
     inputs = forward.step_inputs(tokens, blocks, scheduled.batch, size, is_decode=False)
     cache, hidden = forward.run_trunk(model, cache, inputs, config)
     logits = sampling.next_logits(model, scheduled.entries, hidden, logits, config)
@@ -146,12 +153,18 @@ def run_decode_loop(
       size: the number of rows that the program has space for.
       config: the engine's config.
     """
-    cache, host = iteration.move_pages(*pages, scheduled, config)
+    cache, host = iteration.swap_pages(*pages, scheduled)
+    # Only the steps of algorithms copy blocks again.
+    is_forking = bool(algorithms.config_algorithms(config))
+    if not is_forking:
+        cache = iteration.copy_pages(cache, scheduled, config)
     last = state.counters.num_steps + max_steps
     carry = (cache, logits, state, scheduled, Unsettled.none(config), jnp.bool_(True))
 
     def step(carry: tuple) -> tuple:
         cache, logits, state, scheduled, before, _ = carry
+        if is_forking:
+            cache = iteration.copy_pages(cache, scheduled, config)
         inputs = forward.step_inputs(
             state.requests.tokens, state.blocks, scheduled.batch, size, is_decode=True
         )
@@ -171,5 +184,4 @@ def run_decode_loop(
 
     carry = lax.while_loop(lambda carry: carry[-1], step, carry)
     cache, logits, state, _, unsettled, _ = carry
-    assert cache is not None
     return Pages(cache, host), logits, state, unsettled

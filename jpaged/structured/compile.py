@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from jpaged.decoding.automaton import TokenAutomaton, shortest, token_automaton
 from jpaged.params import StructuredOutputsParams
-from jpaged.structured.byte_automata import TokenText, from_choices, over_tokens
-from jpaged.structured.json_schema import to_regex
+from jpaged.structured.byte_automata import from_choices
+from jpaged.structured.json_schema import to_automaton
+from jpaged.structured.over_tokens import TokenText, over_tokens
 from jpaged.structured.regex import from_regex
 from jpaged.structured.token_bytes import token_bytes
 from jpaged.text.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def _compiled(
     elif params.regex is not None:
         automaton = from_regex(params.regex)
     else:
-        automaton = from_regex(to_regex(json.loads(str(params.json))))
+        automaton = to_automaton(json.loads(str(params.json)))
     transitions, classes = over_tokens(automaton, tokens)
     return token_automaton(transitions, automaton.is_accepting, eos_token_ids, classes)
 

@@ -27,6 +27,7 @@ def compile_constraint(
     vocab_size: int,
     eos_token_ids: Sequence[int],
     max_tokens: int | None = None,
+    stop_token_ids: Sequence[int] = (),
 ) -> TokenAutomaton:
     """Return the automaton of all token sequences whose text satisfies `params`.
 
@@ -39,6 +40,8 @@ def compile_constraint(
         vocab_size: of the model; may be larger than that of the tokenizer.
         eos_token_ids: tokens that end the text, at least one.
         max_tokens: limit of the request; None is not checked.
+        stop_token_ids: further tokens that end the text, of the request. Like EOS they
+            are allowed where the text may end, and nowhere else.
 
     Raises:
         ValueError: `tokenizer` is None, there is no EOS token, the regex is invalid,
@@ -56,7 +59,8 @@ def compile_constraint(
             "structured_outputs: expected a model with an EOS token, got none: a "
             "constrained text could not end"
         )
-    automaton = _compiled(params, tokenizer, vocab_size, tuple(eos_token_ids))
+    ends = tuple(sorted({*eos_token_ids, *stop_token_ids}))
+    automaton = _compiled(params, tokenizer, vocab_size, ends)
     fewest = shortest(automaton)
     if max_tokens is not None and max_tokens < fewest:
         raise ValueError(

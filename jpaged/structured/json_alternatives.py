@@ -54,6 +54,7 @@ class Alternatives:
         self._found: dict[tuple, list[Shape]] = {}
         self._found_all: dict[frozenset, list[Shape]] = {}
         self._open: list[tuple] = []
+        self.other_names: dict[int, list] = {}  # by shape, see `json_objects`
         self._kept: list[Any] = []  # so that the ids in keys stay unique
 
     def base_of(self, schema: Any) -> str:
@@ -286,7 +287,8 @@ class Alternatives:
             for other in parts:
                 if other is not one and not self.are_disjoint(one, other):
                     negation = Part(other.schema, other.base, other.where, True)
-                    shapes = self.product(shapes, self.of(negation), part.where)
+                    others = self.of(negation) + self._foreign_members(shapes, other)
+                    shapes = self.product(shapes, others, part.where)
             found += shapes
         if not found:
             raise SchemaError(
@@ -295,6 +297,18 @@ class Alternatives:
                 "be told apart; write anyOf if more than one may hold"
             )
         return found
+
+    def _foreign_members(self, shapes: list[Shape], other: Part) -> list[Shape]:
+        """Return objects with a member of `shapes` that `other` does not accept."""
+        named = [name for one in shapes if isinstance(one, Objects) for name in one.named]
+        upper = [one for one in self._upper.of(other) if isinstance(one, Objects)]
+        return [
+            Objects(required=(name,), is_stated=True)
+            for name in dict.fromkeys(named)
+            if all(
+                self._upper._is_nothing(json_keywords.parts_of(one, name)) for one in upper
+            )
+        ]
 
     def _negated(self, part: Part) -> list[Shape]:
         schema = part.schema

@@ -59,7 +59,10 @@ class _Object:
             and writer.alternatives.accepts(shape.names, name)
         ]
         self._named = named
-        self._others = list(_others(writer, shape)) if self._is_open() else []
+        known = writer.alternatives.other_names
+        if id(shape) not in known:
+            known[id(shape)] = list(_others(writer, shape)) if self._is_open() else []
+        self._others = known[id(shape)]
         self._most = shape.most
         if self._most is not None and self._most >= len(named) and not self._others:
             self._most = None

@@ -38,7 +38,7 @@ from jpaged.structured.json_shapes import (
 from jpaged.structured.json_texts import escaped, numbers, strings
 from jpaged.structured.nfa import Nfa, fragment
 
-QUOTE = 1 << ord('"')
+_QUOTE = 1 << ord('"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +167,20 @@ class _Writer:
         inside = escaped(automaton)
         if inside.is_empty:
             return None
-        end = self.nfa.before(QUOTE, reached)
-        return self.nfa.before(QUOTE, self.nfa.fragment_before(fragment(inside), end))
+        end = self.nfa.before(_QUOTE, reached)
+        return self.nfa.before(_QUOTE, self.nfa.fragment_before(fragment(inside), end))
+
+    def _free_string_before(self, least: int, most: int | None, reached: int) -> int:
+        """Write a string of `least` to `most` characters."""
+        character = fragment(escaped(strings(1, 1)))
+        end = node = self.nfa.before(_QUOTE, reached)
+        if most is None:
+            node = self.nfa.fragment_before(fragment(escaped(strings())), end)
+        for _ in range(0 if most is None else most - least):
+            node = self.nfa.node(end, self.nfa.fragment_before(character, node))
+        for _ in range(least):
+            node = self.nfa.fragment_before(character, node)
+        return self.nfa.before(_QUOTE, node)
 
     def _enter(self, parts: Parts, step: int) -> None:
         self._depth += step
@@ -200,6 +212,8 @@ class _Writer:
             most = shape.most
             if most is not None:
                 most = max(min(most, self.limits.repetitions), shape.least)
+            if not shape.conditions and not shape.excluded:
+                return self._free_string_before(shape.least, most, reached)
             texts = strings(shape.least, most, shape.conditions, shape.excluded)
             return self.string_before(texts, reached)
         assert isinstance(shape, Numbers)

@@ -24,7 +24,7 @@ from jpaged.structured.byte_automata import (
 from jpaged.structured.minimisation import DEAD
 
 ALWAYS, AT_START, AT_END = range(3)  # where a step without a byte is possible
-MAX_NODES = 250_000
+MAX_NODES = 150_000
 MAX_DETERMINISED = 60_000  # states, before minimisation
 
 
@@ -58,7 +58,7 @@ class Nfa:
         self._edges: list[tuple[int, int, int]] = []
         self._blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._steps: dict[int, list[tuple[int, int]]] = {}
-        self._fragment_sets: dict[int, np.ndarray] = {}
+        self._fragment_sets: dict[Fragment, np.ndarray] = {}
 
     def node(self, *nexts: int) -> int:
         """Add a node from which `nexts` are reached without a byte."""
@@ -88,12 +88,11 @@ class Nfa:
         """Add the nodes of a fragment, and return its start."""
         offset = self.num_nodes
         self._grow(fragment.num_states)
-        sets = self._fragment_sets.get(id(fragment))
+        sets = self._fragment_sets.get(fragment)
         if sets is None:
             sets = np.array([self._set_id(mask) for mask in fragment.masks], np.int64)
             sets = sets[fragment.byte_set] if len(sets) else sets
-            self._fragment_sets[id(fragment)] = sets
-            self._kept = [*getattr(self, "_kept", []), fragment]  # keeps the id unique
+            self._fragment_sets[fragment] = sets
         target = fragment.target + offset
         if fragment.end is not None:
             target[fragment.target == fragment.end] = reached
@@ -149,7 +148,7 @@ class Nfa:
         is_accepting[list(ends)] = True
         pairs = []
         for node in self._steps:
-            pairs += [(node, other) for other in self._closure(node, ALWAYS)[0:]]
+            pairs += [(node, other) for other in self._closure(node, ALWAYS)]
             if len(pairs) > 20 * self._max_nodes:
                 self._grow(self._max_nodes)
             if not is_accepting[node]:

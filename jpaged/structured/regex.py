@@ -53,7 +53,7 @@ def containing(pattern: str) -> ByteAutomaton:
     return _compiled(pattern, is_search=True)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=512)
 def _compiled(pattern: str, *, is_search: bool) -> ByteAutomaton:
     tree = parse(pattern)
     whole = [_of_parts(_flat(part), pattern, is_search) for part in _options(tree)]

@@ -86,7 +86,7 @@ class Alternatives:
         if part.key in self._open or len(self._open) > MAX_DEPTH:
             what = "refers to itself" if part.key in self._open else "is nested too deeply"
             raise SchemaError(
-                f"{part.where}: expected at most {MAX_DEPTH} schemas in one another, got "
+                f"{part.where[:200]}: expected at most {MAX_DEPTH} schemas in one another, got "
                 f"one that {what}"
             )
         self._open.append(part.key)

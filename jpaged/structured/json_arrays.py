@@ -28,21 +28,19 @@ def _items_before(
     num_single = max(shape.least, shape.num_first)
     most = shape.most
     if most is not None:
+        writer.is_limited |= most > num_single
         most = min(most, max(num_single, writer.limits.repetitions))
     if most is None:
         # A loop for all items from `num_single` on.
         node: int | None = writer.nfa.node(close)
         item = writer.value_before(shape.parts_at(num_single), node, free_depth)
-        first = num_single
         if item is not None:
-            comma = item if not num_single else writer.separator_before(",", item)
-            if not num_single:  # the first item has no comma
-                after = writer.nfa.node(close)
-                item = writer.value_before(shape.parts_at(0), after, free_depth)
-                assert item is not None
-                writer.nfa.step(after, writer.separator_before(",", item))
+            writer.nfa.step(node, writer.separator_before(",", item))
+            if not num_single:
                 return writer.nfa.node(close, item)
-            writer.nfa.step(node, comma)
+        elif not num_single:
+            return close
+        first = num_single
     else:
         node = close if most >= shape.least else None
         first = most

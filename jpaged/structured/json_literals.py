@@ -20,6 +20,7 @@ class Writer(Protocol):
     nfa: Nfa
     alternatives: Alternatives
     limits: Any
+    is_limited: bool
 
     def value_before(self, parts: Parts, reached: int, free_depth: int) -> int | None: ...
     def text_before(self, text: str, reached: int) -> int: ...

@@ -78,12 +78,15 @@ def to_automaton(schema: Any) -> ByteAutomaton:
     try:
         alternatives = Alternatives(Document(schema))
         for limits, enough in zip(LIMITS, _ENOUGH_STATES, strict=True):
+            writer = _Writer(alternatives, limits)
             try:
-                automaton = _Writer(alternatives, limits).automaton(schema)
+                automaton = writer.automaton(schema)
+                if automaton.num_states <= enough:
+                    return automaton
             except TooLargeError:
-                continue
-            if automaton.num_states <= enough:
-                return automaton
+                pass
+            if not writer.is_limited:  # lower limits would not change anything
+                break
     except RecursionError:
         raise _too_deep("json") from None
     raise SchemaError(
@@ -94,7 +97,7 @@ def to_automaton(schema: Any) -> ByteAutomaton:
 
 def _too_deep(where: str) -> SchemaError:
     return SchemaError(
-        f"{where[:200]}: expected at most {MAX_DEPTH} schemas in one another, got more"
+        f"{where[:60]}...: expected at most {MAX_DEPTH} schemas in one another, got more"
     )
 
 
@@ -105,6 +108,7 @@ class _Writer:
     def __init__(self, alternatives: Alternatives, limits: Limits) -> None:
         self.alternatives, self.limits = alternatives, limits
         self.nfa = Nfa()
+        self.is_limited = False  # whether lower limits would need fewer states
         self._done: dict[tuple, int | None] = {}
         self._open: Counter[frozenset] = Counter()
         self._depth = self._level = 0
@@ -135,6 +139,7 @@ class _Writer:
         key = key_of(parts)
         is_inside = bool(parts) and self._open[key] > 0
         self._level += is_inside
+        self.is_limited |= is_inside or not parts
         question = (key, reached, self._level, None if parts else free_depth)
         if question not in self._done:
             self._done[question] = None
@@ -211,6 +216,7 @@ class _Writer:
         if isinstance(shape, Strings):
             most = shape.most
             if most is not None:
+                self.is_limited |= most > max(shape.least, LIMITS[-1].repetitions)
                 most = max(min(most, self.limits.repetitions), shape.least)
             if not shape.conditions and not shape.excluded:
                 return self._free_string_before(shape.least, most, reached)

@@ -212,8 +212,8 @@ def _reachable(table: np.ndarray, start: int) -> np.ndarray:
     is_found[[start, DEAD]] = True
     order = [np.array([start])]
     while len(order[-1]):
-        found = np.unique(table[order[-1]])
-        found = found[~is_found[found]]
+        found = table[order[-1]].reshape(-1)
+        found = np.unique(found[~is_found[found]])
         is_found[found] = True
         order.append(found)
     return np.concatenate(order)

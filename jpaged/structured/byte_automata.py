@@ -1,6 +1,6 @@
 """Byte automata: languages of texts as tables over bytes.
 
-Pipeline: regex, choices or JSON schema -> [structured.byte_automata] -> token automaton.
+Pipeline: regex, choices or schema -> [structured.byte_automata] -> token automaton.
 
 The alphabet is the bytes of UTF-8, because a token can end inside a character. Host
 only.
@@ -175,8 +175,9 @@ def _product(
         pairs.append(frontier)
         rows.append(np.where(is_dead, DEAD, ids[reached]))
     pairs = np.concatenate(pairs)
-    accepts_a, accepts_b = np.append(a.is_accepting, False), np.append(
-        b.is_accepting, False
+    accepts_a, accepts_b = (
+        np.append(a.is_accepting, False),
+        np.append(b.is_accepting, False),
     )
     is_accepting = accepts(accepts_a[pairs // width], accepts_b[pairs % width])
     transitions = np.concatenate(rows).astype(np.int32)

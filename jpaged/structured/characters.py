@@ -54,7 +54,10 @@ ANY = ranges_of([(0, sys.maxunicode)])
 DIGITS = ranges_of([(ord("0"), ord("9"))])
 WORD = ranges_of([(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
 SPACES = ranges_of(
-    [*_of("\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff"), (0x2000, 0x200A)]
+    [
+        *_of("\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff"),
+        (0x2000, 0x200A),
+    ]
 )
 NO_LINE_END = complement(_of("\n\r\u2028\u2029"))
 POSIX = {

@@ -25,7 +25,6 @@ from jpaged.structured.json_shapes import (
     Parts,
     Shape,
     Strings,
-    all_of,
     any_value,
     fraction,
     key_of,
@@ -35,7 +34,6 @@ from jpaged.structured.json_texts import cache_key
 
 MAX_ALTERNATIVES = 256
 MAX_DEPTH = 100  # nested schemas
-
 
 
 class Alternatives:
@@ -84,9 +82,12 @@ class Alternatives:
         if part.key in self._found:
             return self._found[part.key]
         if part.key in self._open or len(self._open) > MAX_DEPTH:
-            what = "refers to itself" if part.key in self._open else "is nested too deeply"
+            what = (
+                "refers to itself" if part.key in self._open else "is nested too deeply"
+            )
             raise SchemaError(
-                f"{part.where[:200]}: expected at most {MAX_DEPTH} schemas in one another, got "
+                f"{part.where[:200]}: expected at most {MAX_DEPTH} schemas in one "
+                "another, got "
                 f"one that {what}"
             )
         self._open.append(part.key)
@@ -164,14 +165,16 @@ class Alternatives:
         return found
 
     def is_empty(self, shape: Shape) -> bool:
-        """Return whether a shape certainly has no value, by its constants and bounds."""
+        """Return whether a shape has no value, as its constants and bounds show."""
         if isinstance(shape, Strings) and shape.conditions:
             return json_texts.strings(shape.least, None, shape.conditions).is_empty
         if isinstance(shape, Objects):
             parts = [json_keywords.parts_of(shape, name) for name in shape.required]
             return any(self._is_nothing(one) for one in parts)
         if isinstance(shape, Arrays):
-            return any(self._is_nothing(shape.parts_at(i)) for i in range(min(shape.least, 8)))
+            return any(
+                self._is_nothing(shape.parts_at(i)) for i in range(min(shape.least, 8))
+            )
         return False
 
     def _is_nothing(self, parts: Parts) -> bool:
@@ -183,7 +186,9 @@ class Alternatives:
         self._open.pop()
         return found
 
-    def _child(self, part: Part, schema: Any, step: str, *, negated: bool = False) -> Part:
+    def _child(
+        self, part: Part, schema: Any, step: str, *, negated: bool = False
+    ) -> Part:
         base = self._document.base_of(schema, part.base)
         return Part(schema, base, f"{part.where}/{step}", negated)
 
@@ -200,8 +205,8 @@ class Alternatives:
         found = self._document.resolve(part.schema[name], part.base)
         if found is None:
             raise SchemaError(
-                f"{part.where}/{name}: there is no {part.schema[name]!r} in the schema; "
-                "other documents are not loaded"
+                f"{part.where}/{name}: there is no {part.schema[name]!r} in the "
+                "schema; other documents are not loaded"
             )
         return Part(found.schema, found.base, part.where, part.is_negated)
 
@@ -253,11 +258,15 @@ class Alternatives:
         if self._is_upper:
             return []
         if "not" in schema:
-            factors.append(self.of(self._child(part, schema["not"], "not", negated=True)))
+            factors.append(
+                self.of(self._child(part, schema["not"], "not", negated=True))
+            )
         if "if" in schema and ("then" in schema or "else" in schema):
             both = []
             for name, negated in (("then", False), ("else", True)):
-                condition = self.of(self._child(part, schema["if"], "if", negated=negated))
+                condition = self.of(
+                    self._child(part, schema["if"], "if", negated=negated)
+                )
                 if name in schema:
                     result = self.of(self._child(part, schema[name], name))
                     condition = self.product(condition, result, part.where)
@@ -267,7 +276,9 @@ class Alternatives:
             if isinstance(dependent, list):
                 result: list[Shape] = [Objects(required=tuple(dependent))]
             else:
-                result = self.of(self._child(part, dependent, f"dependencies/{trigger}"))
+                result = self.of(
+                    self._child(part, dependent, f"dependencies/{trigger}")
+                )
             without: list[Shape] = [
                 shape for shape in any_value() if not isinstance(shape, Objects)
             ]
@@ -293,20 +304,23 @@ class Alternatives:
         if not found:
             raise SchemaError(
                 f"{part.where}/oneOf: expected alternatives that differ by a type, a "
-                "constant, a required property or a bound, got some whose values cannot "
-                "be told apart; write anyOf if more than one may hold"
+                "constant, a required property or a bound, got some whose values "
+                "cannot be told apart; write anyOf if more than one may hold"
             )
         return found
 
     def _foreign_members(self, shapes: list[Shape], other: Part) -> list[Shape]:
         """Return objects with a member of `shapes` that `other` does not accept."""
-        named = [name for one in shapes if isinstance(one, Objects) for name in one.named]
+        named = [
+            name for one in shapes if isinstance(one, Objects) for name in one.named
+        ]
         upper = [one for one in self._upper.of(other) if isinstance(one, Objects)]
         return [
             Objects(required=(name,), is_stated=True)
             for name in dict.fromkeys(named)
             if all(
-                self._upper._is_nothing(json_keywords.parts_of(one, name)) for one in upper
+                self._upper._is_nothing(json_keywords.parts_of(one, name))
+                for one in upper
             )
         ]
 
@@ -341,7 +355,9 @@ class Alternatives:
                 if name in schema:
                     condition = self._child(part, schema["if"], "if", negated=negated)
                     result = self._child(part, schema[name], name, negated=True)
-                    found += self.product(self.of(condition), self.of(result), part.where)
+                    found += self.product(
+                        self.of(condition), self.of(result), part.where
+                    )
         return found
 
 
@@ -359,7 +375,9 @@ def _without(values: list[Any]) -> list[Shape]:
         elif shape.type == "number":
             found.append(Numbers(excluded=numbers, is_stated=True))
         elif True not in values or False not in values:
-            rest = tuple(v for v in (True, False) if not any(v is one for one in values))
+            rest = tuple(
+                v for v in (True, False) if not any(v is one for one in values)
+            )
             if shape.type == "boolean" and rest:
                 found.append(Constants(type="boolean", values=rest, is_stated=True))
     return found
@@ -368,4 +386,3 @@ def _without(values: list[Any]) -> list[Shape]:
 def stated(shapes: list[Shape]) -> list[Shape]:
     """Return the shapes of types that a schema names, or else all of them."""
     return [shape for shape in shapes if shape.is_stated] or shapes
-

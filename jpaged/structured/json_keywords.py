@@ -49,7 +49,7 @@ _OF_TYPE = {
 
 
 class SchemaError(ValueError):
-    """A schema is malformed or not supported; the message has the path to the problem."""
+    """A schema is malformed or not supported; the message has the path."""
 
 
 def expected(where: str, what: str, value: Any) -> SchemaError:
@@ -84,7 +84,9 @@ def types(schema: Mapping, where: str) -> list[str] | None:
     found = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     known = (*TYPES, "integer")
     if not found or not all(isinstance(name, str) and name in known for name in found):
-        raise expected(f"{where}/type", f"one or more of {', '.join(known)}", schema["type"])
+        raise expected(
+            f"{where}/type", f"one or more of {', '.join(known)}", schema["type"]
+        )
     return found
 
 
@@ -95,8 +97,8 @@ def shapes(
     for name in _REFUSED:
         if name in schema and not is_upper:
             raise SchemaError(
-                f"{where}: the keyword {name!r} is not supported; remove it, or write the "
-                "condition with other keywords"
+                f"{where}: the keyword {name!r} is not supported; remove it, or write "
+                "the condition with other keywords"
             )
     names = types(schema, where)
     mentioned = {name for name, known in _OF_TYPE.items() if known & set(schema)}
@@ -124,7 +126,9 @@ def _limits(schema: Mapping, low: str, high: str, where: str) -> tuple[int, int 
     for name in (low, high):
         number = schema.get(name)
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if number is not None and not (is_number and number >= 0 and number == int(number)):
+        if number is not None and not (
+            is_number and number >= 0 and number == int(number)
+        ):
             raise expected(f"{where}/{name}", "an integer of at least 0", number)
         found.append(None if number is None else int(number))
     return found[0] or 0, found[1]
@@ -140,7 +144,10 @@ def _number(schema: Mapping, name: str, where: str) -> Any:
 
 def _numbers(schema: Mapping, names: list[str] | None, where: str) -> Numbers | None:
     bounds = []
-    for name, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+    for name, exclusive in (
+        ("minimum", "exclusiveMinimum"),
+        ("maximum", "exclusiveMaximum"),
+    ):
         found = []
         number = _number(schema, name, where)
         if isinstance(schema.get(exclusive), bool):  # draft 4
@@ -178,7 +185,11 @@ def _strings(schema: Mapping, where: str, is_upper: bool) -> Strings | None:
             check_pattern(pattern, f"{where}/pattern")
             conditions.add(("pattern", pattern, False))
     # Other formats are annotations.
-    if isinstance(schema.get("format"), str) and schema["format"] in FORMATS and not is_upper:
+    if (
+        isinstance(schema.get("format"), str)
+        and schema["format"] in FORMATS
+        and not is_upper
+    ):
         conditions.add(("format", schema["format"], False))
     if most is not None and least > most:
         return None
@@ -251,8 +262,8 @@ def _objects(schema: Mapping, child: Child, where: str) -> Objects | None:
     unevaluated = schema.get("unevaluatedProperties", True)
     if unevaluated is not True and unevaluated is not False:
         raise SchemaError(
-            f"{where}/unevaluatedProperties: expected a boolean, got a schema, which is "
-            "not supported; write additionalProperties"
+            f"{where}/unevaluatedProperties: expected a boolean, got a schema, which "
+            "is not supported; write additionalProperties"
         )
     names = schema.get("propertyNames", True)
     required = _required(schema, where)
@@ -293,7 +304,8 @@ def negations(schema: Mapping, child: Child, where: str) -> list[Shape]:
         found += [
             shape
             for shape in any_value(is_stated=True)
-            if shape.type not in names and not (shape.type == "number" and "integer" in names)
+            if shape.type not in names
+            and not (shape.type == "number" and "integer" in names)
         ]
     own = {shape.type: shape for shape in shapes(schema, child, where, is_upper=True)}
     numbers, strings = own.get("number"), own.get("string")

@@ -83,12 +83,13 @@ class _Object:
         return nodes[_Count(False)]
 
     def _is_open(self) -> bool:
-        """Return whether members with other names than those of the schema are written."""
+        """Return whether members with other names are written."""
         members, shape = self._shape.members, self._shape
         if shape.is_closed:
             return False
         is_asked = any(
-            one.patterns or (one.others and one.others.schema is not False) for one in members
+            one.patterns or (one.others and one.others.schema is not False)
+            for one in members
         )
         return is_asked or not self._named or shape.least > len(self._named)
 
@@ -197,8 +198,8 @@ def _others(writer: Writer, shape: Objects) -> Iterator[tuple[ByteAutomaton, Par
     patterns = list(dict.fromkeys(p for m in shape.members for p in m.patterns))
     if len(patterns) > _MAX_PATTERNS:
         raise SchemaError(
-            f"json: expected at most {_MAX_PATTERNS} patternProperties in one object, got "
-            f"{len(patterns)}"
+            f"json: expected at most {_MAX_PATTERNS} patternProperties in one object, "
+            f"got {len(patterns)}"
         )
     cells = [(all_names, frozenset())]
     for pattern in patterns:
@@ -225,6 +226,8 @@ def _others(writer: Writer, shape: Objects) -> Iterator[tuple[ByteAutomaton, Par
 def _parts_of_cell(members: tuple[Members, ...], patterns: frozenset[str]) -> Parts:
     found = []
     for one in members:
-        matching = [part for pattern, part in one.patterns.items() if pattern in patterns]
+        matching = [
+            part for pattern, part in one.patterns.items() if pattern in patterns
+        ]
         found += matching or ([one.others] if one.others else [])
     return all_of(tuple(found))

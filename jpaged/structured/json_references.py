@@ -68,13 +68,19 @@ class Document:
             return resource
         if not fragment.startswith("/"):
             return self._anchors.get((url, fragment))
-        steps = [s.replace("~1", "/").replace("~0", "~") for s in fragment.split("/")[1:]]
+        steps = [
+            s.replace("~1", "/").replace("~0", "~") for s in fragment.split("/")[1:]
+        ]
         return functools.reduce(self._child, steps, resource)
 
     def _child(self, part: Subschema | None, step: str) -> Subschema | None:
         if part is None:
             return None
-        if isinstance(part.schema, list) and step.isdigit() and int(step) < len(part.schema):
+        if (
+            isinstance(part.schema, list)
+            and step.isdigit()
+            and int(step) < len(part.schema)
+        ):
             found = part.schema[int(step)]
         elif isinstance(part.schema, Mapping) and step in part.schema:
             found = part.schema[step]

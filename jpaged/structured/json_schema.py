@@ -97,7 +97,8 @@ def to_automaton(schema: Any) -> ByteAutomaton:
 
 def _too_deep(where: str) -> SchemaError:
     return SchemaError(
-        f"{where[:60]}...: expected at most {MAX_DEPTH} schemas in one another, got more"
+        f"{where[:60]}...: expected at most {MAX_DEPTH} schemas in one another, got "
+        "more"
     )
 
 
@@ -229,4 +230,3 @@ class _Writer:
         if found is None:
             return None
         return self.nfa.fragment_before(fragment(found), reached)
-

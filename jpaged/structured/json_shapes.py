@@ -30,7 +30,11 @@ class Part:
     def key(self) -> tuple:
         """Identity of the condition; equal keys are equal conditions."""
         is_constant = isinstance(self.schema, bool)
-        return self.schema if is_constant else id(self.schema), self.base, self.is_negated
+        return (
+            self.schema if is_constant else id(self.schema),
+            self.base,
+            self.is_negated,
+        )
 
 
 Parts = tuple[Part, ...]  # all of them hold; () is any value
@@ -53,7 +57,7 @@ def key_of(parts: Parts) -> frozenset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Values of one JSON type. `is_stated`: a schema names the type or has its keywords."""
+    """Values of one JSON type; `is_stated` if a schema names it or has its keywords."""
 
     type: str
     is_stated: bool = False
@@ -111,7 +115,9 @@ class Numbers(Shape):
         if not (self.low and self.high):
             return False
         is_point = self.low[0] == self.high[0]
-        return self.low[0] > self.high[0] or (is_point and (self.low[1] or self.high[1]))
+        return self.low[0] > self.high[0] or (
+            is_point and (self.low[1] or self.high[1])
+        )
 
     def accepts(self, value: Any) -> bool:
         """Return whether a number is one of these."""

@@ -30,7 +30,16 @@ _ANY_STRING = r"[^\x00-\x08\x0b\x0e-\x1f]*"  # other controls have no short esca
 _MAX_DIVISOR = 4000
 _MOST_DIGITS = 30  # of a bound; a larger bound is replaced by this many nines
 _PRECISION = 15  # digits that a 64-bit float represents
-_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_ESCAPES = {
+    '"': '"',
+    "\\": "\\",
+    "/": "/",
+    "b": "\b",
+    "f": "\f",
+    "n": "\n",
+    "r": "\r",
+    "t": "\t",
+}
 
 _MONTH_AND_DAY = (
     "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
@@ -44,7 +53,12 @@ _IPV4 = rf"{_BYTE}(?:\.{_BYTE}){{3}}"
 _HEX = "[0-9a-fA-F]"
 _GROUP = f"{_HEX}{{1,4}}"
 _IPV6 = "|".join(
-    [f"(?:{_GROUP}:){{7}}{_GROUP}", f"(?:{_GROUP}:){{1,7}}:", f":(?::{_GROUP}){{1,7}}", "::"]
+    [
+        f"(?:{_GROUP}:){{7}}{_GROUP}",
+        f"(?:{_GROUP}:){{1,7}}:",
+        f":(?::{_GROUP}){{1,7}}",
+        "::",
+    ]
     + [f"(?:{_GROUP}:){{1,{7 - n}}}(?::{_GROUP}){{{n}}}" for n in range(1, 7)]
 )
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,20}[A-Za-z0-9])?"
@@ -53,7 +67,9 @@ _ATOM = "[A-Za-z0-9_+-]{1,30}"
 _EMAIL = rf"{_ATOM}(?:\.{_ATOM})?@{_LABEL}(?:\.{_LABEL}){{1,3}}"
 _UNIT = "[A-Za-z0-9._~!$&'()*+,;=-]"
 _PATH = f"(?:/(?:{_UNIT}|[:@]|%{_HEX}{{2}})*)*"
-_QUERY = rf"(?:\?(?:{_UNIT}|[:@/?]|%{_HEX}{{2}})*)?(?:#(?:{_UNIT}|[:@/?]|%{_HEX}{{2}})*)?"
+_QUERY = (
+    rf"(?:\?(?:{_UNIT}|[:@/?]|%{_HEX}{{2}})*)?(?:#(?:{_UNIT}|[:@/?]|%{_HEX}{{2}})*)?"
+)
 _URI = rf"[A-Za-z][A-Za-z0-9+.-]*://{_HOST}(?::[0-9]{{1,4}})?{_PATH}{_QUERY}"
 _DURATION = (
     "P(?:[0-9]{1,9}W|(?:[0-9]{1,9}Y(?:[0-9]{1,9}M(?:[0-9]{1,9}D)?)?|[0-9]{1,9}M(?:[0-9]{1,9}D)?"
@@ -97,7 +113,7 @@ def text_of(value: Any) -> str:
     return json.dumps(value) if has_surrogates else text
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def strings(
     least: int = 0,
     most: int | None = None,
@@ -120,7 +136,11 @@ def strings(
         else:
             found = byte_automata.intersection(found, one) if found else one
     if least or most is not None or found is None:
-        limits = "*" if most is None and not least else f"{{{least},{'' if most is None else most}}}"
+        limits = (
+            "*"
+            if most is None and not least
+            else f"{{{least},{'' if most is None else most}}}"
+        )
         lengths = from_regex(_ANY_STRING[:-1] + limits)
         found = byte_automata.intersection(found, lengths) if found else lengths
     if excluded:
@@ -128,7 +148,7 @@ def strings(
     return found
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def escaped(automaton: ByteAutomaton) -> ByteAutomaton:
     r"""Return the automaton of JSON texts, without quotes, of an automaton's strings.
 
@@ -184,7 +204,7 @@ def _between(low: str, high: str) -> str:
 Bound = tuple[Fraction, bool]  # and whether the bound itself is excluded
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def numbers(
     is_integer: bool,
     low: Bound | None = None,
@@ -224,8 +244,16 @@ def _moderate(bound: Bound | None, sign: int) -> Bound | None:
 
 
 def _integers(low: Bound | None, high: Bound | None) -> str | None:
-    least = None if low is None else math.floor(low[0]) + 1 if low[1] else math.ceil(low[0])
-    most = None if high is None else math.ceil(high[0]) - 1 if high[1] else math.floor(high[0])
+    least = (
+        None if low is None else math.floor(low[0]) + 1 if low[1] else math.ceil(low[0])
+    )
+    most = (
+        None
+        if high is None
+        else math.ceil(high[0]) - 1
+        if high[1]
+        else math.floor(high[0])
+    )
     if least is not None and most is not None and least > most:
         return None
     parts = []
@@ -265,7 +293,9 @@ def _magnitudes(sign: str, low: Bound | None, high: Bound | None) -> ByteAutomat
         if digits or not high[1]:
             parts.append(f"{whole}{_below(digits, high[1])}")
         regexes.append(_any_of(parts or ["[^\\s\\S]"]))
-    automata = [from_regex(f"{sign}(?:{regex})", may_be_empty=True) for regex in regexes]
+    automata = [
+        from_regex(f"{sign}(?:{regex})", may_be_empty=True) for regex in regexes
+    ]
     return functools.reduce(byte_automata.intersection, automata)
 
 
@@ -310,7 +340,9 @@ def _multiples(divisor: Fraction) -> ByteAutomaton:
     while (divisor * 10**num_decimals).denominator != 1:
         num_decimals += 1
         if num_decimals > 12:
-            raise ValueError(f"multipleOf: expected a decimal number, got {float(divisor)}")
+            raise ValueError(
+                f"multipleOf: expected a decimal number, got {float(divisor)}"
+            )
     found = byte_automata.intersection(
         from_regex(_INTEGER), _divisible(divisor.numerator)
     )
@@ -346,7 +378,9 @@ def _texts_of(number: Fraction) -> str:
 def cache_key(value: Any) -> Hashable:
     """Return a key by which equal JSON values are equal, and true differs from 1."""
     if isinstance(value, dict):
-        return "object", frozenset((name, cache_key(part)) for name, part in value.items())
+        return "object", frozenset(
+            (name, cache_key(part)) for name, part in value.items()
+        )
     if isinstance(value, list):
         return "array", tuple(map(cache_key, value))
     return type(value).__name__ if isinstance(value, bool) else "value", value

@@ -124,7 +124,9 @@ def _refined(
         # The parts of touched states, by group and hash.
         states = touched[np.lexsort((hashes[touched], groups[touched]))]
         group, value = groups[states], hashes[states]
-        is_first = np.append(True, (group[1:] != group[:-1]) | (value[1:] != value[:-1]))
+        is_first = np.append(
+            True, (group[1:] != group[:-1]) | (value[1:] != value[:-1])
+        )
         starts = np.flatnonzero(is_first)
         lengths, part_group = np.diff(np.append(starts, len(states))), group[starts]
         # Untouched states of a group keep its number; without any, the largest part.

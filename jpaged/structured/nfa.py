@@ -223,7 +223,7 @@ def _with_sets(
     table: np.ndarray, sets: dict[tuple[int, ...], int], is_accepting: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add the rows of the sets of nodes, and of all sets that are reached from them."""
-    num_nodes, num_classes = table.shape
+    num_nodes = len(table)
     rows, accepts, todo = [], [], list(sets)
     members_of = todo  # of each set, by its number
     while len(rows) < len(todo):
@@ -236,7 +236,9 @@ def _with_sets(
         for column in np.flatnonzero((others.min(axis=0) != most) & (most != DEAD)):
             nodes: set[int] = set()
             for node in set(reached[:, column].tolist()) - {DEAD}:
-                nodes.update([node] if node < num_nodes else members_of[node - num_nodes])
+                nodes.update(
+                    [node] if node < num_nodes else members_of[node - num_nodes]
+                )
             key = tuple(sorted(nodes))
             number = sets.get(key)
             if number is None:

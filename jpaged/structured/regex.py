@@ -44,7 +44,9 @@ def from_regex(pattern: str, *, may_be_empty: bool = False) -> ByteAutomaton:
     """
     automaton = _compiled(pattern, is_search=False)
     if automaton.is_empty and not may_be_empty:
-        raise ValueError(f"regex: expected a regex that some text matches, got {pattern!r}")
+        raise ValueError(
+            f"regex: expected a regex that some text matches, got {pattern!r}"
+        )
     return automaton
 
 
@@ -53,7 +55,7 @@ def containing(pattern: str) -> ByteAutomaton:
     return _compiled(pattern, is_search=True)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def _compiled(pattern: str, *, is_search: bool) -> ByteAutomaton:
     tree = parse(pattern)
     whole = [_of_parts(_flat(part), pattern, is_search) for part in _options(tree)]
@@ -69,7 +71,11 @@ def _options(tree: Node) -> Sequence[Node]:
 
 def _flat(tree: Node) -> list[Node]:
     parts = tree.parts if isinstance(tree, Parts) else (tree,)
-    return [p for part in parts for p in (_flat(part) if isinstance(part, Parts) else [part])]
+    return [
+        p
+        for part in parts
+        for p in (_flat(part) if isinstance(part, Parts) else [part])
+    ]
 
 
 def _has_look_ahead(tree: Node) -> bool:
@@ -92,13 +98,15 @@ def _of_parts(parts: list[Node], pattern: str, is_search: bool) -> ByteAutomaton
     parts = [part for part in parts if not any(part is look for look in conditions)]
     if any(map(_has_look_ahead, [*parts, *(look.part for look in conditions)])):
         raise ValueError(
-            f"regex: expected look-ahead only at the start of the text, got {pattern!r}: "
-            "elsewhere it is not supported"
+            "regex: expected look-ahead only at the start of the text, got "
+            f"{pattern!r}: elsewhere it is not supported"
         )
     automaton = _automaton(parts, is_search)
     for look in conditions:
         ahead = _automaton([look.part, _ANYTHING], is_search=False)
-        combine = byte_automata.difference if look.is_negative else byte_automata.intersection
+        combine = (
+            byte_automata.difference if look.is_negative else byte_automata.intersection
+        )
         automaton = combine(automaton, ahead)
     return automaton
 

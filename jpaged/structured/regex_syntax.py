@@ -80,7 +80,9 @@ _HEX = re.compile(
 )
 _PAIR = re.compile(r"\\u([Dd][89ABab][0-9A-Fa-f]{2})\\u([Dd][C-Fc-f][0-9A-Fa-f]{2})")
 _BRACES = re.compile(r"\{([0-9]+)(,([0-9]*))?\}")
-_GROUP = re.compile(r"\?(?:P?<(?P<name>[^\W\d][\w$]*)>|(?P<flags>[a-zA-Z]*(?:-[a-zA-Z]+)?)[:)])")
+_GROUP = re.compile(
+    r"\?(?:P?<(?P<name>[^\W\d][\w$]*)>|(?P<flags>[a-zA-Z]*(?:-[a-zA-Z]+)?)[:)])"
+)
 _PROPERTY = re.compile(r"[pP](?:\{(\^?)([\w =]+)\}|([A-Z]))")
 _POSIX = re.compile(r"\[:(\^?)([a-z]+):\]")
 
@@ -145,7 +147,9 @@ class _Parser:
 
     def _sequence(self, flags: frozenset[str]) -> tuple[Node, frozenset[str]]:
         parts: list[Node] = []
-        while self.position < len(self.pattern) and not (self._peek("|") or self._peek(")")):
+        while self.position < len(self.pattern) and not (
+            self._peek("|") or self._peek(")")
+        ):
             if "x" in flags and self._skip_space():
                 continue
             start = self.position
@@ -218,7 +222,9 @@ class _Parser:
                 least, most = 0, 1
             elif match := self._match(_BRACES):
                 least = int(match[1])
-                most = least if match[2] is None else int(match[3]) if match[3] else None
+                most = (
+                    least if match[2] is None else int(match[3]) if match[3] else None
+                )
             else:
                 return node
             if is_repeated:
@@ -226,7 +232,9 @@ class _Parser:
             if isinstance(node, LookAhead | Anchor) and least == 0:
                 self.unsupported("an optional condition", start)
             if most is not None and most < least:
-                self.fail(f"the repetition's limits {least} and {most} are swapped", position)
+                self.fail(
+                    f"the repetition's limits {least} and {most} are swapped", position
+                )
             node, is_repeated = Repetition(node, least, most), True
             self._take("?")  # a lazy repetition has the same texts
             if self._peek("+"):
@@ -240,7 +248,9 @@ class _Parser:
         if character == "$":
             return Anchor(END)
         if character == ".":
-            return Characters(characters.ANY if "s" in flags else characters.NO_LINE_END)
+            return Characters(
+                characters.ANY if "s" in flags else characters.NO_LINE_END
+            )
         if character == "[":
             return self._cased(self._class(start), flags)
         if character in "*+?":
@@ -307,7 +317,9 @@ class _Parser:
             if self.position >= len(self.pattern):
                 self.fail("the class [ is not closed", start)
             # As in Python, ] is an ordinary character at the start of a class.
-            if self._peek("]") and not (is_first and "]" in self.pattern[self.position + 1 :]):
+            if self._peek("]") and not (
+                is_first and "]" in self.pattern[self.position + 1 :]
+            ):
                 self.position += 1
                 break
             is_first = False

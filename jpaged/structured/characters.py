@@ -59,6 +59,9 @@ SPACES = ranges_of(
         (0x2000, 0x200A),
     ]
 )
+# White space in both ECMA-262 and Python, and in either.
+COMMON_SPACES = tuple(pair for pair in SPACES if pair != (0xFEFF, 0xFEFF))
+ALL_SPACES = ranges_of([*SPACES, (0x1C, 0x1F), (0x85, 0x85)])
 NO_LINE_END = complement(_of("\n\r\u2028\u2029"))
 POSIX = {
     "alnum": ranges_of([(0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)]),
@@ -128,6 +131,7 @@ def _other_cases() -> dict[int, frozenset[int]]:
     for code in range(sys.maxunicode + 1):
         character = chr(code)
         folded = character.casefold()
+        folded = folded if len(folded) == 1 else character.lower()
         if folded != character and len(folded) == 1:
             groups.setdefault(folded, {ord(folded)}).add(code)
     return {

@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
 _MAPS = frozenset(
-    "properties patternProperties $defs definitions dependentSchemas dependencies".split()
+    "properties patternProperties $defs definitions dependentSchemas "
+    "dependencies".split()
 )
 _NO_SCHEMAS = frozenset("enum const default examples required".split())
 

@@ -113,7 +113,7 @@ def text_of(value: Any) -> str:
     return json.dumps(value) if has_surrogates else text
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=48)
 def strings(
     least: int = 0,
     most: int | None = None,
@@ -148,7 +148,7 @@ def strings(
     return found
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=48)
 def escaped(automaton: ByteAutomaton) -> ByteAutomaton:
     r"""Return the automaton of JSON texts, without quotes, of an automaton's strings.
 
@@ -204,7 +204,7 @@ def _between(low: str, high: str) -> str:
 Bound = tuple[Fraction, bool]  # and whether the bound itself is excluded
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=48)
 def numbers(
     is_integer: bool,
     low: Bound | None = None,

@@ -258,7 +258,7 @@ def _with_sets(
     return table, np.append(is_accepting, accepts)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def fragment(automaton: ByteAutomaton) -> Fragment:
     """Return the edges of an automaton."""
     return Fragment(automaton)

@@ -55,9 +55,9 @@ def containing(pattern: str) -> ByteAutomaton:
     return _compiled(pattern, is_search=True)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=48)
 def _compiled(pattern: str, *, is_search: bool) -> ByteAutomaton:
-    tree = parse(pattern)
+    tree = parse(pattern, is_ecma=is_search)
     whole = [_of_parts(_flat(part), pattern, is_search) for part in _options(tree)]
     return functools.reduce(byte_automata.union, whole)
 

@@ -73,6 +73,11 @@ _CLASSES = {
     "W": characters.complement(characters.WORD),
     "S": characters.complement(characters.SPACES),
 }
+# A match in the first sense is also one for Python's \s.
+_PYTHON_CLASSES = {
+    "s": characters.COMMON_SPACES,
+    "S": characters.complement(characters.ALL_SPACES),
+}
 _CONTROLS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "a": 7, "e": 27}
 _HEX = re.compile(
     r"x\{([0-9A-Fa-f]{1,8})\}|u\{([0-9A-Fa-f]{1,8})\}|x([0-9A-Fa-f]{2})"
@@ -87,14 +92,19 @@ _PROPERTY = re.compile(r"[pP](?:\{(\^?)([\w =]+)\}|([A-Z]))")
 _POSIX = re.compile(r"\[:(\^?)([a-z]+):\]")
 
 
-def parse(pattern: str) -> Node:
-    """Return the tree of a pattern.
+def parse(pattern: str, *, is_ecma: bool = False) -> Node:
+    r"""Return the tree of a pattern.
+
+    Args:
+        pattern: the regex.
+        is_ecma: whether \s and \S are exactly those of ECMA-262; else a text that they
+            match is one for Python too.
 
     Raises:
         ValueError: the pattern does not parse, or has parts that cannot be a finite
             automaton; the message has the position.
     """
-    parser = _Parser(pattern)
+    parser = _Parser(pattern, _CLASSES if is_ecma else _CLASSES | _PYTHON_CLASSES)
     node = parser.alternatives(frozenset())
     if parser.position < len(pattern):
         parser.fail("the ) closes no group")
@@ -102,7 +112,8 @@ def parse(pattern: str) -> Node:
 
 
 class _Parser:
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, classes: dict[str, Ranges]) -> None:
+        self._classes = classes
         self.pattern, self.position, self._depth = pattern, 0, 0
 
     def fail(self, reason: str, position: int | None = None) -> NoReturn:
@@ -296,8 +307,8 @@ class _Parser:
             return ((code, code),)
         character = self.pattern[self.position : self.position + 1]
         self.position += 1
-        if character in _CLASSES:
-            return _CLASSES[character]
+        if character in self._classes:
+            return self._classes[character]
         if character in _CONTROLS:
             return ((_CONTROLS[character], _CONTROLS[character]),)
         if character == "":

@@ -52,7 +52,8 @@ def schema(rng, depth: int) -> dict:
         {"properties": properties, "propertyNames": {"pattern": "^[abc]"}},
         {"properties": properties, "not": {"required": ["b"]}, "type": "object"},
         {"oneOf": [{"required": ["a"]}, {"required": ["b"]}], "properties": properties},
-        {"$defs": {"n": parts[0]}, "anyOf": [{"$ref": "#/$defs/n"}, parts[1]]},
+        {"$id": f"http://x/{rng.integers(10**9)}", "$defs": {"n": parts[0]},
+         "anyOf": [{"$ref": "#/$defs/n"}, parts[1]]},
     ]  # fmt: skip
     return kinds[rng.integers(len(kinds))]
 

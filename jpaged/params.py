@@ -74,6 +74,11 @@ def _json_schema(value: Any) -> str:
         raise ValueError(
             f"json: expected a JSON schema, got {value!r}, which is not JSON: {cause}"
         ) from cause
+    except RecursionError:
+        raise ValueError(
+            "json: expected a JSON schema with at most 100 schemas in one another, got "
+            "one that is nested too deeply for Python's JSON parser"
+        ) from None
     raise error("json", "a JSON schema: a dict, or one as JSON text", value)
 
 

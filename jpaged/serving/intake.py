@@ -231,6 +231,7 @@ class Intake:
                 self._model.vocab_size,
                 self._model.eos_token_ids,
                 params.max_tokens,
+                params.stop_token_ids,
             )
             params = dataclasses.replace(params, structured_outputs=automaton)
         if not isinstance(params, SamplingParams) or not params.bad_words:

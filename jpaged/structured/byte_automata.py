@@ -1,20 +1,26 @@
-"""Byte automata: the language of a regex or of a list of texts, as a table over bytes.
+"""Byte automata: languages of texts as tables over bytes.
 
-Pipeline: regex or choices -> [structured.byte_automata] -> token automaton. Host only.
+Pipeline: regex, choices or schema -> [structured.byte_automata] -> token automaton.
 
-The alphabet is the bytes of UTF-8, because a token can end inside a character.
-`over_tokens` computes the transitions of all tokens of a vocabulary at once.
+The alphabet is the bytes of UTF-8, because a token can end inside a character. Host
+only.
 
-Shape symbols: Q states, B classes of bytes, V vocabulary, C classes of tokens.
+Shape symbols: Q states, B classes of bytes.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-DEAD = -1  # no state: no text of the language has this prefix
+from jpaged.structured.minimisation import DEAD, equivalent_states
+
 NUM_BYTES = 256
+MAX_PAIRS = 30_000_000  # of states in a product of two automata
+
+
+class TooLargeError(ValueError):
+    """A constraint needs too many states."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +29,16 @@ class ByteAutomaton:
 
     transitions: np.ndarray  # i32[Q, 256], the next state or DEAD
     is_accepting: np.ndarray  # bool[Q]
+
+    @property
+    def num_states(self) -> int:
+        """Number of states Q."""
+        return len(self.is_accepting)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no text is in the language."""
+        return not self.is_accepting.any()
 
     def reaches(self, text: bytes) -> int:
         """Return the state after `text`, or DEAD."""
@@ -35,7 +51,7 @@ class ByteAutomaton:
 
     def matches(self, text: str) -> bool:
         """Return whether the whole of `text` is in the language."""
-        state = self.reaches(text.encode("utf-8"))
+        state = self.reaches(text.encode("utf-8", errors="surrogatepass"))
         return state != DEAD and bool(self.is_accepting[state])
 
 
@@ -45,142 +61,124 @@ def from_choices(choices: Iterable[str]) -> ByteAutomaton:
     >>> from_choices(["yes", "no"]).matches("no")
     True
     """
-    rows = [[DEAD] * NUM_BYTES]
+    children: list[dict[int, int]] = [{}]
     accepting = set()
     for choice in choices:
         state = 0
         for byte in choice.encode("utf-8"):
-            if rows[state][byte] == DEAD:
-                rows[state][byte] = len(rows)
-                rows.append([DEAD] * NUM_BYTES)
-            state = rows[state][byte]
+            if byte not in children[state]:
+                children[state][byte] = len(children)
+                children.append({})
+            state = children[state][byte]
         accepting.add(state)
-    is_accepting = np.array([state in accepting for state in range(len(rows))])
-    return minimised(np.array(rows, np.int32), is_accepting)
+    transitions = np.full((len(children), NUM_BYTES), DEAD, np.int32)
+    for state, row in enumerate(children):
+        transitions[state, list(row)] = list(row.values())
+    is_accepting = np.zeros(len(children), np.bool_)
+    is_accepting[list(accepting)] = True
+    return minimised(transitions, is_accepting)
 
 
-def _byte_classes(transitions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def byte_classes(transitions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct columns i32[Q, B], and the column of each byte, [256]."""
-    columns, class_of_byte = np.unique(transitions.T, axis=0, return_inverse=True)
-    return np.ascontiguousarray(columns.T), class_of_byte.reshape(-1)
+    ids: dict[bytes, int] = {}
+    columns = np.ascontiguousarray(transitions.T)
+    class_of_byte = [ids.setdefault(column.tobytes(), len(ids)) for column in columns]
+    class_of_byte = np.array(class_of_byte)
+    _, first = np.unique(class_of_byte, return_index=True)
+    return np.ascontiguousarray(columns[first].T), class_of_byte
 
 
-def minimised(transitions: np.ndarray, is_accepting: np.ndarray) -> ByteAutomaton:
-    """Return the minimal automaton of the same language (Moore 1956).
+def minimised(
+    transitions: np.ndarray,
+    is_accepting: np.ndarray,
+    class_of_byte: np.ndarray | None = None,
+) -> ByteAutomaton:
+    """Return the minimal automaton of the same language.
 
-    The groups of equivalent states start as accepting and other states. They are split
-    by the groups of their successors until nothing changes. DEAD is treated as a state,
-    so states from which no accepting state can be reached are equivalent to it and are
+    States from which no accepting state can be reached are equivalent to DEAD and are
     removed.
 
     Args:
-        transitions: i32[Q, 256]; all states must be reachable from state 0.
+        transitions: i32[Q, 256], or i32[Q, B] with `class_of_byte`; all states must be
+            reachable from state 0.
         is_accepting: bool[Q].
+        class_of_byte: the column of each byte, [256].
     """
-    columns_QB, class_of_byte = _byte_classes(transitions)
-    # DEAD is the last row, which the index -1 selects.
-    rows = np.append(columns_QB, np.full((1, columns_QB.shape[1]), DEAD), axis=0)
-    groups = np.append(is_accepting, False).astype(np.int64)
-    num_groups = len(np.unique(groups))
-    rng = np.random.default_rng(0)
-    while True:
-        groups = _split(groups, rows, rng)
-        if groups.max() + 1 == num_groups:
-            break
-        num_groups = groups.max() + 1
-    dead = groups[-1]
-    # Groups are numbered in the order of their first state, so the start stays 0.
-    _, first = np.unique(groups, return_index=True)
-    order = np.argsort(first)
-    order = order[order != dead]
-    new_ids = np.full(num_groups, DEAD)
-    new_ids[order] = np.arange(len(order))
-    if new_ids[groups[0]] == DEAD:  # the language is empty
+    if class_of_byte is None:
+        transitions, class_of_byte = byte_classes(transitions)
+    groups = equivalent_states(transitions, is_accepting)
+    if groups[0] == DEAD:
         empty = np.full((1, NUM_BYTES), DEAD, np.int32)
         return ByteAutomaton(empty, np.zeros(1, np.bool_))
-    merged = new_ids[groups[rows[first[order]]]]
-    is_accepting = np.append(is_accepting, False)[first[order]]
-    return ByteAutomaton(merged[:, class_of_byte].astype(np.int32), is_accepting)
+    # Groups are numbered by their first state, so that the start stays 0.
+    live = np.flatnonzero(groups != DEAD)
+    _, first = np.unique(groups[live], return_index=True)
+    first = np.sort(live[first])
+    new_ids = np.full(groups.max() + 2, DEAD, np.int32)  # the last is that of DEAD
+    new_ids[groups[first]] = np.arange(len(first))
+    of_state = np.append(new_ids[groups], np.int32(DEAD))
+    merged = of_state[transitions[first]]
+    return ByteAutomaton(merged[:, class_of_byte], is_accepting[first])
 
 
-def _split(
-    groups: np.ndarray, rows: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Split groups of states by the groups of their successors; return the new groups.
-
-    Rows are compared by a random 64-bit hash. A collision is detected, because each row
-    is then compared with the first row of its group, and leads to another hash.
-    """
-    signature = np.concatenate([groups[:, None], groups[rows]], axis=1)
-    while True:
-        factors = rng.integers(1, 2**63, signature.shape[1], dtype=np.uint64)
-        hashes = (signature.astype(np.uint64) * factors).sum(axis=1, dtype=np.uint64)
-        _, first, split = np.unique(hashes, return_index=True, return_inverse=True)
-        if np.array_equal(signature, signature[first[split]]):
-            return split
+def intersection(a: ByteAutomaton, b: ByteAutomaton) -> ByteAutomaton:
+    """Return the automaton of the texts that both accept."""
+    return _product(a, b, np.logical_and, needs_a=True, needs_b=True)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenText:
-    """The bytes of all tokens of a vocabulary, concatenated."""
-
-    text: np.ndarray  # u8[total]
-    starts: np.ndarray  # i64[V]
-    lengths: np.ndarray  # i64[V], 0 for tokens without text
-    distinct: frozenset[bytes]  # the bytes of all tokens with text
-
-    @classmethod
-    def of(cls, token_bytes: Sequence[bytes | None]) -> "TokenText":
-        """Concatenate the bytes of tokens; None means a token without text."""
-        pieces = [token or b"" for token in token_bytes]
-        lengths = np.array([len(piece) for piece in pieces], np.int64)
-        text = np.frombuffer(b"".join(pieces), np.uint8)
-        distinct = frozenset(pieces) - {b""}
-        return cls(text, np.cumsum(lengths) - lengths, lengths, distinct)
+def difference(a: ByteAutomaton, b: ByteAutomaton) -> ByteAutomaton:
+    """Return the automaton of the texts that `a` accepts and `b` does not."""
+    return _product(a, b, lambda p, q: p & ~q, needs_a=True, needs_b=False)
 
 
-def over_tokens(
-    automaton: ByteAutomaton, tokens: TokenText
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the transitions of tokens, by classes of tokens.
+def union(a: ByteAutomaton, b: ByteAutomaton) -> ByteAutomaton:
+    """Return the automaton of the texts that `a` or `b` accepts."""
+    return _product(a, b, np.logical_or, needs_a=False, needs_b=False)
 
-    The bytes of a token define a function from states to states. Tokens with the same
-    function form a class. All tokens advance byte by byte together, and each function
-    that occurs is computed once.
 
-    Args:
-        automaton: of the allowed texts.
-        tokens: the vocabulary. Tokens without text lead to DEAD.
-
-    Returns:
-        transitions i32[Q, C] and classes i32[V], arguments of `token_automaton`.
-    """
-    columns_QB, class_of_byte = _byte_classes(automaton.transitions)
-    num_states, num_byte_classes = columns_QB.shape
-    # DEAD = -1 selects the additional last row.
-    columns_QB = np.append(columns_QB, np.full((1, num_byte_classes), DEAD), axis=0)
-    columns_QB = columns_QB.astype(np.int32)
-    nowhere, identity = 0, 1
-    functions = [np.full(num_states, DEAD, "i4"), np.arange(num_states, dtype="i4")]
-    ids = {function.tobytes(): number for number, function in enumerate(functions)}
-    after: dict[int, int] = {}  # function and byte class -> function
-    byte_class = class_of_byte[tokens.text]
-    classes = np.where(tokens.lengths > 0, identity, nowhere)
-    for position in range(tokens.lengths.max(initial=0)):
-        active = np.flatnonzero((tokens.lengths > position) & (classes != nowhere))
-        step = byte_class[tokens.starts[active] + position]
-        pairs, which = np.unique(
-            classes[active] * num_byte_classes + step, return_inverse=True
+def _product(
+    a: ByteAutomaton,
+    b: ByteAutomaton,
+    accepts: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    needs_a: bool,
+    needs_b: bool,
+) -> ByteAutomaton:
+    """Return the automaton of reachable pairs of states; the last state is DEAD."""
+    both, class_of_byte = byte_classes(np.concatenate([a.transitions, b.transitions]))
+    dead_a, dead_b = a.num_states, b.num_states
+    if (dead_a + 1) * (dead_b + 1) > MAX_PAIRS:
+        raise TooLargeError(
+            f"structured_outputs: expected conditions on one text with at most "
+            f"{MAX_PAIRS} pairs of states, got {dead_a} x {dead_b}; simplify one"
         )
-        for pair in pairs.tolist():
-            if pair not in after:
-                number, column = divmod(pair, num_byte_classes)
-                function = columns_QB[functions[number], column]
-                after[pair] = ids.setdefault(function.tobytes(), len(functions))
-                if after[pair] == len(functions):
-                    functions.append(function)
-        reached = np.array([after[pair] for pair in pairs.tolist()], np.int64)
-        classes[active] = reached[which]
-    used, classes = np.unique(classes, return_inverse=True)
-    transitions = np.stack([functions[number] for number in used], axis=1)
-    return transitions, classes.astype(np.int32)
+    next_a = np.append(both[:dead_a], np.full((1, both.shape[1]), DEAD), axis=0)
+    next_b = np.append(both[dead_a:], np.full((1, both.shape[1]), DEAD), axis=0)
+    next_a[next_a == DEAD], next_b[next_b == DEAD] = dead_a, dead_b
+    width = dead_b + 1
+    ids = np.full((dead_a + 1) * width, DEAD, np.int64)
+    ids[0], num_states = 0, 1
+    frontier, pairs, rows = np.zeros(1, np.int64), [np.zeros(1, np.int64)], []
+    while len(frontier):
+        reached_a, reached_b = next_a[frontier // width], next_b[frontier % width]
+        is_dead = (reached_a == dead_a) & (reached_b == dead_b)
+        is_dead |= (reached_a == dead_a) & needs_a
+        is_dead |= (reached_b == dead_b) & needs_b
+        reached = np.where(is_dead, DEAD, reached_a.astype(np.int64) * width)
+        reached = np.where(is_dead, DEAD, reached + reached_b)
+        found = np.unique(reached)
+        found = found[found != DEAD]
+        frontier = found[ids[found] == DEAD]
+        ids[frontier] = num_states + np.arange(len(frontier))
+        num_states += len(frontier)
+        pairs.append(frontier)
+        rows.append(np.where(is_dead, DEAD, ids[reached]))
+    pairs = np.concatenate(pairs)
+    accepts_a, accepts_b = (
+        np.append(a.is_accepting, False),
+        np.append(b.is_accepting, False),
+    )
+    is_accepting = accepts(accepts_a[pairs // width], accepts_b[pairs % width])
+    transitions = np.concatenate(rows).astype(np.int32)
+    return minimised(transitions, is_accepting, class_of_byte)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from jpaged.decoding.automaton import TokenAutomaton, shortest, token_automaton
 from jpaged.params import StructuredOutputsParams
-from jpaged.structured.byte_automata import TokenText, from_choices, over_tokens
-from jpaged.structured.json_schema import to_regex
+from jpaged.structured.byte_automata import from_choices
+from jpaged.structured.json_schema import to_automaton
+from jpaged.structured.over_tokens import TokenText, over_tokens
 from jpaged.structured.regex import from_regex
 from jpaged.structured.token_bytes import token_bytes
 from jpaged.text.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ def compile_constraint(
     vocab_size: int,
     eos_token_ids: Sequence[int],
     max_tokens: int | None = None,
+    stop_token_ids: Sequence[int] = (),
 ) -> TokenAutomaton:
     """Return the automaton of all token sequences whose text satisfies `params`.
 
@@ -38,6 +40,8 @@ def compile_constraint(
         vocab_size: of the model; may be larger than that of the tokenizer.
         eos_token_ids: tokens that end the text, at least one.
         max_tokens: limit of the request; None is not checked.
+        stop_token_ids: further tokens that end the text, of the request. Like EOS they
+            are allowed where the text may end, and nowhere else.
 
     Raises:
         ValueError: `tokenizer` is None, there is no EOS token, the regex is invalid,
@@ -55,7 +59,8 @@ def compile_constraint(
             "structured_outputs: expected a model with an EOS token, got none: a "
             "constrained text could not end"
         )
-    automaton = _compiled(params, tokenizer, vocab_size, tuple(eos_token_ids))
+    ends = tuple(sorted({*eos_token_ids, *stop_token_ids}))
+    automaton = _compiled(params, tokenizer, vocab_size, ends)
     fewest = shortest(automaton)
     if max_tokens is not None and max_tokens < fewest:
         raise ValueError(
@@ -79,7 +84,7 @@ def _compiled(
     elif params.regex is not None:
         automaton = from_regex(params.regex)
     else:
-        automaton = from_regex(to_regex(json.loads(str(params.json))))
+        automaton = to_automaton(json.loads(str(params.json)))
     transitions, classes = over_tokens(automaton, tokens)
     return token_automaton(transitions, automaton.is_accepting, eos_token_ids, classes)
 

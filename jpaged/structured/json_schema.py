@@ -1,311 +1,232 @@
-r"""JSON schemas as regexes.
+r"""JSON schemas as byte automata.
 
-Pipeline: JSON schema -> [structured.json_schema] -> regex. Host only.
+Pipeline: JSON schema -> [structured.json_schema] -> byte automaton. Host only.
 
-Every text that the regex matches is JSON that the schema accepts, but not vice versa:
-objects have only the properties of the schema, in its order; the only white space is an
-optional space after a comma or a colon; strings have no \u escapes (every character
-except control characters can be written directly). An unknown keyword is an error.
+Every text of the automaton is JSON that the schema accepts, but not vice versa: the
+members of an object have the order of the schema; the only white space is an optional
+space after a comma or a colon; strings have no \u escapes (every character except
+control characters can be written directly); values nest to a limited depth where the
+schema does not limit it.
 
 Source: JSON Schema 2020-12. https://json-schema.org/draft/2020-12
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections import Counter
 from typing import Any
 
-from jpaged.structured.byte_automata import DEAD
-from jpaged.structured.json_values import (
-    ANY_DEPTH,
-    CHARACTER,
-    COLON,
-    COMMA,
-    FORMATS,
-    INTEGER,
-    NUMBER,
-    PLAIN,
-    STRING,
-    any_of,
-    anything,
-    free_object,
-    integers_between,
-    literal,
-    object_of,
+from jpaged.decoding.automaton import MAX_STATES
+from jpaged.structured.byte_automata import ByteAutomaton, TooLargeError
+from jpaged.structured.json_alternatives import MAX_DEPTH, Alternatives, stated
+from jpaged.structured.json_arrays import array_before
+from jpaged.structured.json_keywords import SchemaError
+from jpaged.structured.json_literals import constants_before
+from jpaged.structured.json_objects import object_before
+from jpaged.structured.json_references import Document
+from jpaged.structured.json_shapes import (
+    Arrays,
+    Constants,
+    Numbers,
+    Objects,
+    Part,
+    Parts,
+    Shape,
+    Strings,
+    all_of,
+    key_of,
 )
-from jpaged.structured.regex import from_regex, without_anchors
+from jpaged.structured.json_texts import escaped, numbers, strings
+from jpaged.structured.nfa import Nfa, fragment
 
-# Keywords that do not affect what is valid.
-_ANNOTATIONS = frozenset(
-    "title description default examples deprecated readOnly writeOnly "
-    "$schema $id $comment $defs definitions".split()
+_QUOTE = 1 << ord('"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where the schema sets no limit, or a large one, texts have these."""
+
+    free_depth: int  # levels of objects and arrays in a value without a schema
+    recursion: int  # times that a schema can be inside itself
+    repetitions: int  # characters of a string, items of an array
+
+
+# The first limits with which the automaton is small enough are used.
+LIMITS = (
+    Limits(free_depth=2, recursion=2, repetitions=100_000),
+    Limits(free_depth=2, recursion=2, repetitions=1_000),
+    Limits(free_depth=1, recursion=2, repetitions=250),
+    Limits(free_depth=1, recursion=1, repetitions=60),
+    Limits(free_depth=0, recursion=1, repetitions=16),
+    Limits(free_depth=0, recursion=0, repetitions=8),
 )
-# Supported keywords of each type.
-_OF_TYPE = {
-    "null": frozenset(),
-    "boolean": frozenset(),
-    "integer": frozenset("minimum maximum exclusiveMinimum exclusiveMaximum".split()),
-    "number": frozenset(),
-    "string": frozenset("minLength maxLength pattern format".split()),
-    "array": frozenset("items minItems maxItems".split()),
-    "object": frozenset("properties required additionalProperties".split()),
-}
+# Fewer states leave space for other constraints in the engine's pool.
+_ENOUGH_STATES = (MAX_STATES, *[MAX_STATES // 2] * (len(LIMITS) - 2), MAX_STATES)
 
 
-def to_regex(schema: Any) -> str:
-    """Return a regex of JSON texts that `schema` accepts.
+def to_automaton(schema: Any) -> ByteAutomaton:
+    """Return the automaton of JSON texts that `schema` accepts.
 
     Args:
         schema: a parsed JSON schema: a dict, or True for any value.
 
     Raises:
-        ValueError: `schema` is not a schema, has an unsupported keyword, refers to
-            itself, or accepts nothing. The message contains the path to the problem.
+        ValueError: `schema` is not a schema, has an unsupported keyword, needs too many
+            states, or accepts nothing. The message contains the path to the problem.
     """
-    return _Writer(schema).value(schema, "json")
+    if not isinstance(schema, dict | bool):
+        raise SchemaError(f"json: expected a JSON schema (a dict), got {schema!r}")
+    try:
+        alternatives = Alternatives(Document(schema))
+        for limits, enough in zip(LIMITS, _ENOUGH_STATES, strict=True):
+            writer = _Writer(alternatives, limits)
+            try:
+                automaton = writer.automaton(schema)
+                if automaton.num_states <= enough:
+                    return automaton
+            except TooLargeError:
+                pass
+            if not writer.is_limited:  # lower limits would not change anything
+                break
+    except RecursionError:
+        raise _too_deep("json") from None
+    raise SchemaError(
+        f"json: expected a schema that needs at most {MAX_STATES} states, got one that "
+        "needs more; use fewer properties, or smaller maxLength and maxItems"
+    )
+
+
+def _too_deep(where: str) -> SchemaError:
+    return SchemaError(
+        f"{where[:60]}...: expected at most {MAX_DEPTH} schemas in one another, got "
+        "more"
+    )
 
 
 class _Writer:
-    """Converts the parts of one schema; `where` is the path to a part."""
+    """Writes values from their end to their start; equal values with equal ends are
+    written once."""
 
-    def __init__(self, root: Any) -> None:
-        self._root = root
-        self._open_refs: list[str] = []
+    def __init__(self, alternatives: Alternatives, limits: Limits) -> None:
+        self.alternatives, self.limits = alternatives, limits
+        self.nfa = Nfa()
+        self.is_limited = False  # whether lower limits would need fewer states
+        self._done: dict[tuple, int | None] = {}
+        self._open: Counter[frozenset] = Counter()
+        self._depth = self._level = 0
 
-    def value(self, schema: Any, where: str) -> str:
-        """Return the regex of one value."""
-        if schema is True:
-            schema = {}
-        if not isinstance(schema, Mapping):
-            raise ValueError(
-                f"{where}: expected a JSON schema (a dict), got {schema!r}"
+    def automaton(self, schema: Any) -> ByteAutomaton:
+        """Return the automaton of the whole schema."""
+        end = self.nfa.node()
+        root = all_of((Part(schema, self.alternatives.base_of(schema), "json"),))
+        start = self.value_before(root, end, self.limits.free_depth)
+        if start is None:
+            raise SchemaError(
+                "json: expected a schema that accepts some value, got one that accepts "
+                "none, or none with the supported nesting"
             )
-        keywords = set(schema) - _ANNOTATIONS
-        if not keywords:
-            return anything(ANY_DEPTH)
-        if "$ref" in keywords:
-            _only(keywords, {"$ref"}, where)
-            return self._reference(schema["$ref"], where)
-        if "enum" in keywords or "const" in keywords:
-            return self._constants(schema, keywords, where)
-        for name in ("anyOf", "allOf"):
-            if name in keywords:
-                _only(keywords, {name}, where)
-                return self._combined(name, schema[name], where)
-        return self._typed(schema, keywords, where)
+        return self.nfa.determinised(start, [end])
 
-    def _reference(self, ref: Any, where: str) -> str:
-        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
-            raise ValueError(
-                f"{where}/$ref: expected a path in this schema (#/...), got {ref!r}"
-            )
-        if ref in self._open_refs:
-            raise ValueError(
-                f"{where}/$ref: {ref!r} refers to itself. A finite automaton cannot "
-                "nest without end; write the levels out"
-            )
-        target = self._root
-        for part in ref.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(target, Mapping) or part not in target:
-                raise ValueError(f"{where}/$ref: there is no {ref!r} in the schema")
-            target = target[part]
-        self._open_refs.append(ref)
-        regex = self.value(target, where)
-        self._open_refs.pop()
-        return regex
+    def value_before(self, parts: Parts, reached: int, free_depth: int) -> int | None:
+        """Write a value before a node.
 
-    def _constants(self, schema: Mapping, keywords: set[str], where: str) -> str:
-        name = "enum" if "enum" in keywords else "const"
-        _only(keywords, {name, "type"}, where)
-        values = schema["enum"] if name == "enum" else [schema["const"]]
-        if not isinstance(values, list):
-            raise ValueError(f"{where}/enum: expected a list, got {values!r}")
-        if "type" in keywords:
-            types = _types(schema, keywords, where)
-            values = [value for value in values if _has_type(value, types)]
-        if not values:
-            raise ValueError(
-                f"{where}/{name}: expected at least one accepted value, got none"
-            )
-        return any_of(literal(value, f"{where}/{name}") for value in values)
+        Args:
+            parts: its conditions.
+            reached: the node that continues the text.
+            free_depth: levels of objects and arrays if there are no conditions.
 
-    def _combined(self, name: str, parts: Any, where: str) -> str:
-        if not isinstance(parts, list) or not parts:
-            raise ValueError(
-                f"{where}/{name}: expected a list of schemas, got {parts!r}"
-            )
-        if name == "allOf" and len(parts) > 1:
-            raise ValueError(
-                f"{where}/allOf: expected one schema, got {len(parts)}; merge them"
-            )
-        return any_of(
-            self.value(part, f"{where}/{name}/{i}") for i, part in enumerate(parts)
+        Returns:
+            The node before the value, or None if no value meets the conditions.
+        """
+        key = key_of(parts)
+        is_inside = bool(parts) and self._open[key] > 0
+        self._level += is_inside
+        self.is_limited |= is_inside or not parts
+        question = (key, reached, self._level, None if parts else free_depth)
+        if question not in self._done:
+            self._done[question] = None
+            if self._level <= self.limits.recursion:
+                self._enter(parts, 1)
+                self._open[key] += 1
+                found = self._alternatives_before(parts, reached, free_depth)
+                self._open[key] -= 1
+                self._enter(parts, -1)
+                self._done[question] = found
+        self._level -= is_inside
+        return self._done[question]
+
+    def text_before(self, text: str, reached: int) -> int:
+        """Write ASCII text before a node."""
+        return self.nfa.text_before(text.encode(), reached)
+
+    def separator_before(self, text: str, reached: int) -> int:
+        """Write a comma or a colon and an optional space before a node."""
+        key = (text, reached)
+        found = self._done.get(key)
+        if found is None:
+            space = self.text_before(" ", reached)
+            found = self.nfa.before(1 << ord(text), self.nfa.node(space, reached))
+            self._done[key] = found
+        return found
+
+    def string_before(self, automaton: ByteAutomaton, reached: int) -> int | None:
+        """Write the strings of an automaton with quotes and escapes."""
+        inside = escaped(automaton)
+        if inside.is_empty:
+            return None
+        end = self.nfa.before(_QUOTE, reached)
+        return self.nfa.before(_QUOTE, self.nfa.fragment_before(fragment(inside), end))
+
+    def _free_string_before(self, least: int, most: int | None, reached: int) -> int:
+        """Write a string of `least` to `most` characters."""
+        character = fragment(escaped(strings(1, 1)))
+        end = node = self.nfa.before(_QUOTE, reached)
+        if most is None:
+            node = self.nfa.fragment_before(fragment(escaped(strings())), end)
+        for _ in range(0 if most is None else most - least):
+            node = self.nfa.node(end, self.nfa.fragment_before(character, node))
+        for _ in range(least):
+            node = self.nfa.fragment_before(character, node)
+        return self.nfa.before(_QUOTE, node)
+
+    def _enter(self, parts: Parts, step: int) -> None:
+        self._depth += step
+        if self._depth > MAX_DEPTH:
+            raise _too_deep(parts[0].where if parts else "json")
+
+    def _alternatives_before(
+        self, parts: Parts, reached: int, free_depth: int
+    ) -> int | None:
+        child_depth = self.limits.free_depth if parts else free_depth - 1
+        nodes = []
+        for shape in stated(self.alternatives.of_all(parts)):
+            if not parts and not free_depth and isinstance(shape, Arrays | Objects):
+                continue
+            node = self._shape_before(shape, reached, max(child_depth, 0))
+            nodes += [] if node is None else [node]
+        if len(nodes) < 2:
+            return nodes[0] if nodes else None
+        return self.nfa.node(*nodes)
+
+    def _shape_before(self, shape: Shape, reached: int, free_depth: int) -> int | None:
+        if isinstance(shape, Constants):
+            return constants_before(self, shape.values, reached)
+        if isinstance(shape, Arrays):
+            return array_before(self, shape, reached, free_depth)
+        if isinstance(shape, Objects):
+            return object_before(self, shape, reached, free_depth)
+        if isinstance(shape, Strings):
+            most = shape.most
+            if most is not None:
+                self.is_limited |= most > max(shape.least, LIMITS[-1].repetitions)
+                most = max(min(most, self.limits.repetitions), shape.least)
+            if not shape.conditions and not shape.excluded:
+                return self._free_string_before(shape.least, most, reached)
+            texts = strings(shape.least, most, shape.conditions, shape.excluded)
+            return self.string_before(texts, reached)
+        assert isinstance(shape, Numbers)
+        found = numbers(
+            shape.is_integer, shape.low, shape.high, shape.divisors, shape.excluded
         )
-
-    def _typed(self, schema: Mapping, keywords: set[str], where: str) -> str:
-        types = _types(schema, keywords, where)
-        _only(keywords, {"type"}.union(*(_OF_TYPE[name] for name in types)), where)
-        writers: dict[str, Callable[[], str]] = {
-            "null": lambda: "null",
-            "boolean": lambda: "(?:true|false)",
-            "integer": lambda: _integer(schema, where),
-            "number": lambda: NUMBER,
-            "string": lambda: _string(schema, where),
-            "array": lambda: self._array(schema, where),
-            "object": lambda: self._object(schema, where),
-        }
-        return any_of(writers[name]() for name in types)
-
-    def _array(self, schema: Mapping, where: str) -> str:
-        low, high = _bounds(schema, "minItems", "maxItems", where)
-        if high == 0:
-            return r"\[\]"
-        item = self.value(schema.get("items", True), f"{where}/items")
-        more = "" if high is None else high - 1
-        items = f"{item}(?:{COMMA}{item}){{{max(low, 1) - 1},{more}}}"
-        return rf"\[{items}\]" if low else rf"\[(?:{items})?\]"
-
-    def _object(self, schema: Mapping, where: str) -> str:
-        properties, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(properties, Mapping):
-            raise ValueError(f"{where}/properties: expected a dict, got {properties!r}")
-        names = list(properties)
-        if not isinstance(required, list) or any(n not in names for n in required):
-            raise ValueError(
-                f"{where}/required: expected a list of names in properties, got "
-                f"{required!r}; properties has {names}"
-            )
-        others = schema.get("additionalProperties", True)
-        if properties:  # other properties are not generated
-            return object_of(
-                (
-                    literal(name, where)
-                    + COLON
-                    + self.value(part, f"{where}/properties/{name}"),
-                    name in required,
-                )
-                for name, part in properties.items()
-            )
-        if others is False:
-            return r"\{\}"
-        return free_object(self.value(others, f"{where}/additionalProperties"))
-
-
-def _only(keywords: set[str], known: set[str], where: str) -> None:
-    unknown = sorted(keywords - known)
-    if unknown:
-        raise ValueError(
-            f"{where}: the keyword {unknown[0]!r} is not supported here; what is: "
-            f"{', '.join(sorted(known)) or 'none'}"
-        )
-
-
-def _types(schema: Mapping, keywords: set[str], where: str) -> list[str]:
-    """Return the types of a schema, or else the one type that has its keywords."""
-    if "type" not in keywords:
-        types = [name for name, known in _OF_TYPE.items() if keywords & known]
-        if len(types) == 1:
-            return types
-        raise ValueError(
-            f"{where}: expected a schema with a type, got {sorted(keywords)}; "
-            "supported are type, enum, const, anyOf, allOf of one, $ref"
-        )
-    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    if not types or not all(isinstance(t, str) and t in _OF_TYPE for t in types):
-        raise ValueError(
-            f"{where}/type: expected one or more of {', '.join(_OF_TYPE)}, got "
-            f"{schema['type']!r}"
-        )
-    return types
-
-
-def _has_type(value: Any, types: list[str]) -> bool:
-    if isinstance(value, bool) or value is None:
-        return ("null" if value is None else "boolean") in types
-    if isinstance(value, int | float):
-        is_whole = isinstance(value, int) or value.is_integer()
-        return "number" in types or ("integer" in types and is_whole)
-    python_types = {"string": str, "array": list, "object": Mapping}
-    return any(isinstance(value, python_types.get(name, ())) for name in types)
-
-
-def _bounds(
-    schema: Mapping, low_name: str, high_name: str, where: str
-) -> tuple[int, int | None]:
-    low, high = schema.get(low_name, 0), schema.get(high_name)
-    for name, number in ((low_name, low), (high_name, 0 if high is None else high)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise ValueError(
-                f"{where}/{name}: expected an integer of at least 0, got {number!r}"
-            )
-    if high is not None and low > high:
-        raise ValueError(f"{where}: {low_name} {low} is above {high_name} {high}")
-    return low, high
-
-
-def _string(schema: Mapping, where: str) -> str:
-    given = [name for name in ("pattern", "format") if name in schema]
-    has_bounds = "minLength" in schema or "maxLength" in schema
-    if len(given) + has_bounds > 1:
-        raise ValueError(
-            f"{where}: expected one of pattern, format and lengths, got several; write "
-            "the lengths into the pattern"
-        )
-    if "format" in schema:
-        if schema["format"] not in list(FORMATS):
-            raise ValueError(
-                f"{where}/format: expected one of {', '.join(FORMATS)}, got "
-                f"{schema['format']!r}"
-            )
-        return f'"{FORMATS[schema["format"]]}"'
-    if "pattern" in schema:
-        return f'"{_pattern(schema["pattern"], where)}"'
-    low, high = _bounds(schema, "minLength", "maxLength", where)
-    if not has_bounds:
-        return STRING
-    return f'"{CHARACTER}{{{low},{"" if high is None else high}}}"'
-
-
-def _pattern(pattern: Any, where: str) -> str:
-    """Return the regex of strings that contain `pattern`; they must need no escapes."""
-    if not isinstance(pattern, str):
-        raise ValueError(f"{where}/pattern: expected a string, got {pattern!r}")
-    automaton = from_regex(pattern)
-    to_escape = [*range(0x20), ord('"'), ord("\\")]
-    if (automaton.transitions[:, to_escape] != DEAD).any():
-        raise ValueError(
-            f"{where}/pattern: {pattern!r} matches quotes, backslashes or control "
-            r'characters, which JSON escapes; write [^"\\\x00-\x1f] for .'
-        )
-    inner = without_anchors(pattern)
-    is_open = inner == pattern.removeprefix("^")  # the pattern has no $
-    before = "" if pattern.startswith("^") else f"{PLAIN}*"
-    return f"{before}(?:{inner}){f'{PLAIN}*' if is_open else ''}"
-
-
-def _integer(schema: Mapping, where: str) -> str:
-    """Return the regex of the integers within the bounds of the schema."""
-    lows, highs = [], []
-    for name, bounds, step in (
-        ("minimum", lows, 0),
-        ("exclusiveMinimum", lows, 1),
-        ("maximum", highs, 0),
-        ("exclusiveMaximum", highs, -1),
-    ):
-        number = schema.get(name)
-        if number is None:
-            continue
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise ValueError(f"{where}/{name}: expected an integer, got {number!r}")
-        bounds.append(number + step)
-    low, high = max(lows, default=None), min(highs, default=None)
-    if low is None and high is None:
-        return INTEGER
-    if low is not None and high is not None and low > high:
-        raise ValueError(f"{where}: no integer is at least {low} and at most {high}")
-    parts = []
-    if low is None or low < 0:
-        least = 1 if high is None else max(1, -high)
-        parts.append(f"-{integers_between(least, None if low is None else -low)}")
-    if high is None or high >= 0:
-        parts.append(integers_between(max(0, low or 0), high))
-    return any_of(parts)
+        if found is None:
+            return None
+        return self.nfa.fragment_before(fragment(found), reached)

@@ -1,165 +1,154 @@
-"""Regexes: compile them to byte automata with the package outlines-core.
+r"""Regexes as byte automata.
 
 Pipeline: regex or JSON schema -> [structured.regex] -> byte automaton. Host only.
+
+^ and $ can be anywhere. A look-ahead is possible at the start of the text, where it is
+an intersection: ^(?!admin)[a-z]+$.
 """
 
-import dataclasses
-import re
-from typing import Any
+import functools
+from collections.abc import Sequence
 
-import numpy as np
-
-from jpaged.structured.byte_automata import (
-    DEAD,
-    NUM_BYTES,
-    ByteAutomaton,
-    minimised,
+from jpaged.structured import byte_automata, characters
+from jpaged.structured.byte_automata import ByteAutomaton
+from jpaged.structured.nfa import AT_END, AT_START, Nfa
+from jpaged.structured.regex_syntax import (
+    END,
+    START,
+    Alternatives,
+    Anchor,
+    Characters,
+    LookAhead,
+    Node,
+    Repetition,
+    parse,
 )
+from jpaged.structured.regex_syntax import Sequence as Parts
 
-MAX_REGEX_STATES = 50_000  # in the library's table, before minimisation
-INSTALL = "pip install 'jpaged[structured]'"
-# The library needs a start without look-behind. So each pattern is compiled with this
-# byte before it, which is not part of a word and precedes a match of (?m)^.
-_BEFORE = b"\n"
-# Approximate number of states of character classes; others need few.
-_STATES_OF_CLASS = {r"\w": 320, r"\W": 320, r"\p": 320, r"\P": 320, r"\d": 25}
-# One item of a regex. A closing bracket that is the first character of a class, or the
-# first after ^, is an ordinary character.
-_ITEM = re.compile(
-    r"\\.|\[\^?\]?|\{(?P<least>[0-9]+)(?:,(?P<most>[0-9]*))?\}|.", re.DOTALL
-)
+_ANYTHING = Repetition(Characters(characters.ANY), 0, None)
 
 
-def from_regex(pattern: str) -> ByteAutomaton:
+def from_regex(pattern: str, *, may_be_empty: bool = False) -> ByteAutomaton:
     r"""Return the automaton of the texts that `pattern` matches as a whole.
-
-    The syntax is that of Rust's crate `regex`: that of Python without look-around and
-    back-references. ^ at the start and $ at the end have no effect.
 
     >>> from_regex("[a-c]+|no").matches("no")
     True
 
+    Args:
+        pattern: the regex.
+        may_be_empty: return an automaton of no texts instead of an error.
+
     Raises:
         ValueError: the pattern does not parse, cannot be an automaton, matches nothing,
-            or is too large; or the extra `structured` is not installed.
+            or is too large.
     """
-    inner = without_anchors(pattern)
-    outlines_core = _library()
-    all_bytes = {bytes([byte]): [byte] for byte in range(NUM_BYTES)}
-    vocabulary = outlines_core.Vocabulary(NUM_BYTES, all_bytes)
-    # Without \z the library's table ends at the first alternative that matches: a|ab
-    # would not match ab.
-    try:
-        index = outlines_core.Index(f"{_BEFORE.decode()}(?:{inner})\\z", vocabulary)
-    except ValueError as error:
-        raise _explained(pattern, error) from error
-    table, finals = index.get_transitions(), index.get_final_states()
-    if len(table) > MAX_REGEX_STATES:
-        raise _too_large(pattern, len(table))
-    before = index.get_initial_state()
-    start = table[before].get(_BEFORE[0])
-    # The start becomes state 0; the state before it is removed.
-    states = [start, *(state for state in table if state not in (start, before))]
-    ids = {state: number for number, state in enumerate(states)}
-    transitions = np.full((len(states), NUM_BYTES), DEAD, np.int32)
-    for state in states:
-        for byte, reached in table.get(state, {}).items():
-            if byte < NUM_BYTES:
-                transitions[ids[state], byte] = ids[reached]
-    return minimised(transitions, np.array([state in finals for state in states]))
-
-
-def _library() -> Any:
-    try:
-        import outlines_core
-    except ImportError as error:
+    automaton = _compiled(pattern, is_search=False)
+    if automaton.is_empty and not may_be_empty:
         raise ValueError(
-            "structured_outputs: regex and json need the package outlines-core, which "
-            f"is not installed: {INSTALL}"
-        ) from error
-    return outlines_core
+            f"regex: expected a regex that some text matches, got {pattern!r}"
+        )
+    return automaton
 
 
-def without_anchors(pattern: str) -> str:
-    r"""Return `pattern` without ^ at the start and an unescaped $ at the end.
-
-    Raises:
-        ValueError: the pattern has another start anchor, an unmatched closing bracket
-            (it is compiled inside brackets), or too many repetitions.
-    """
-    item, position, class_depth, is_in_class = "", 0, 0, False
-    sizes = [_Size()]
-    for match in _ITEM.finditer(pattern):
-        item, position, is_in_class = match.group(), match.start(), class_depth > 0
-        if item.startswith("["):
-            class_depth += 1
-        elif is_in_class:
-            class_depth -= item == "]"
-        elif item == r"\A" or (item == "^" and position and "(?m" not in pattern):
-            raise ValueError(
-                f"regex: {_short(pattern)} has a start anchor at position {position}. "
-                "The whole text must always match, so omit anchors"
-            )
-        elif item == ")" and len(sizes) == 1:
-            raise ValueError(
-                f"regex: {_short(pattern)} does not parse: the ) at position "
-                f"{position} closes nothing"
-            )
-        _count_states(sizes, match, is_in_class)
-    num_states = sum(size.before + size.item for size in sizes)
-    if num_states > MAX_REGEX_STATES:
-        raise _too_large(pattern, num_states)
-    end = position if item == "$" and not is_in_class else len(pattern)
-    return pattern[pattern.startswith("^") : end]
+def containing(pattern: str) -> ByteAutomaton:
+    """Return the automaton of the texts that contain a match, as JSON Schema asks."""
+    return _compiled(pattern, is_search=True)
 
 
-@dataclasses.dataclass
-class _Size:
-    """Approximate number of states of an open bracket so far."""
-
-    before: int = 0  # items before the last one
-    item: int = 0  # the last one, which a repetition multiplies
-
-
-def _count_states(sizes: list[_Size], match: re.Match, is_in_class: bool) -> None:
-    """Add an item to the estimate, which prevents hours of work on a huge regex."""
-    item, size, count = match.group(), sizes[-1], match["most"] or match["least"]
-    if is_in_class:  # a class is one item with the states of its contents
-        size.item += _STATES_OF_CLASS.get(item, 0)
-    elif item == "(":
-        sizes.append(_Size())
-    elif item == ")":
-        inner = sizes.pop()
-        sizes[-1].before += sizes[-1].item
-        sizes[-1].item = inner.before + inner.item
-    elif count:
-        size.item *= max(1, int(count))
-    elif item not in ("*", "+", "?", "|"):
-        size.before += size.item
-        size.item = _STATES_OF_CLASS.get(item, 1)
+@functools.lru_cache(maxsize=48)
+def _compiled(pattern: str, *, is_search: bool) -> ByteAutomaton:
+    tree = parse(pattern, is_ecma=is_search)
+    whole = [_of_parts(_flat(part), pattern, is_search) for part in _options(tree)]
+    return functools.reduce(byte_automata.union, whole)
 
 
-def _too_large(pattern: str, num_states: int) -> ValueError:
-    return ValueError(
-        f"regex: expected at most {MAX_REGEX_STATES} states, got about {num_states} "
-        f"for {_short(pattern)}; repeat fewer times, or write [a-z] for \\w"
-    )
+def _options(tree: Node) -> Sequence[Node]:
+    """Return the alternatives apart where one has a look-ahead, else the whole."""
+    if isinstance(tree, Alternatives) and any(_has_look_ahead(p) for p in tree.parts):
+        return tree.parts
+    return (tree,)
 
 
-def _explained(pattern: str, error: ValueError) -> ValueError:
-    """Return an error that explains what is wrong with `pattern`."""
-    if "no transitions" in str(error):
-        return ValueError(f"regex: {_short(pattern)} matches no text at all")
-    try:
-        re.compile(pattern)
-    except re.error as reason:
-        return ValueError(f"regex: {_short(pattern)} does not parse: {reason}")
-    return ValueError(
-        f"regex: {_short(pattern)} is not supported: {error}. Look-around, "
-        "back-references and Unicode's \\b cannot be an automaton; the syntax is that "
-        "of Rust's crate regex"
-    )
+def _flat(tree: Node) -> list[Node]:
+    parts = tree.parts if isinstance(tree, Parts) else (tree,)
+    return [
+        p
+        for part in parts
+        for p in (_flat(part) if isinstance(part, Parts) else [part])
+    ]
 
 
-def _short(pattern: str, most: int = 80) -> str:
-    return repr(pattern if len(pattern) <= most else pattern[:most] + "...")
+def _has_look_ahead(tree: Node) -> bool:
+    if isinstance(tree, Repetition):
+        return _has_look_ahead(tree.part)
+    if isinstance(tree, Parts | Alternatives):
+        return any(map(_has_look_ahead, tree.parts))
+    return isinstance(tree, LookAhead)
+
+
+def _of_parts(parts: list[Node], pattern: str, is_search: bool) -> ByteAutomaton:
+    is_at_start, conditions = not is_search, []
+    for part in parts:
+        if isinstance(part, LookAhead) and is_at_start:
+            conditions.append(part)
+        elif part == Anchor(START):
+            is_at_start = True
+        else:
+            break
+    parts = [part for part in parts if not any(part is look for look in conditions)]
+    if any(map(_has_look_ahead, [*parts, *(look.part for look in conditions)])):
+        raise ValueError(
+            "regex: expected look-ahead only at the start of the text, got "
+            f"{pattern!r}: elsewhere it is not supported"
+        )
+    automaton = _automaton(parts, is_search)
+    for look in conditions:
+        ahead = _automaton([look.part, _ANYTHING], is_search=False)
+        combine = (
+            byte_automata.difference if look.is_negative else byte_automata.intersection
+        )
+        automaton = combine(automaton, ahead)
+    return automaton
+
+
+def _automaton(parts: list[Node], is_search: bool) -> ByteAutomaton:
+    nfa = Nfa()
+    end = nfa.node()
+    if is_search:
+        parts = [_ANYTHING, *parts, _ANYTHING]
+    return nfa.determinised(_before(nfa, Parts(tuple(parts)), end), [end])
+
+
+def _before(nfa: Nfa, tree: Node, reached: int) -> int:
+    """Add `tree` before a node, and return the node before both."""
+    if isinstance(tree, Characters):
+        byte_set = characters.ascii_bytes(tree.ranges)
+        if byte_set is not None:
+            return nfa.before(byte_set, reached)
+        return nfa.fragment_before(characters.utf8(tree.ranges), reached)
+    if isinstance(tree, Parts):
+        for part in reversed(tree.parts):
+            reached = _before(nfa, part, reached)
+        return reached
+    if isinstance(tree, Alternatives):
+        return nfa.node(*(_before(nfa, part, reached) for part in tree.parts))
+    if isinstance(tree, Anchor):
+        node = nfa.node()
+        nfa.step(node, reached, {START: AT_START, END: AT_END}[tree.where])
+        return node
+    assert isinstance(tree, Repetition)
+    return _repeated_before(nfa, tree, reached)
+
+
+def _repeated_before(nfa: Nfa, tree: Repetition, reached: int) -> int:
+    if tree.most is None:
+        loop = nfa.node(reached)
+        nfa.step(loop, _before(nfa, tree.part, loop))
+        node = loop
+    else:
+        node = reached
+        for _ in range(tree.most - tree.least):
+            node = nfa.node(reached, _before(nfa, tree.part, node))
+    for _ in range(tree.least):
+        node = _before(nfa, tree.part, node)
+    return node

@@ -179,7 +179,7 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
 
     All rows change at once. `parents[s] == s` keeps the row. NO_BLOCK, and any other
     number that is not a row, empties it. One call is fork, beam reorder and free. No
-    block is copied; only references are counted. The identity costs almost nothing.
+    block is copied; only references are counted.
 
     Args:
       state: donate it under jit.
@@ -198,18 +198,15 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
     rows = jnp.arange(max_seqs)
     parents = jnp.where((parents >= 0) & (parents < max_seqs), parents, max_seqs)
 
-    def reorder() -> BlockState:
-        num_children = jnp.zeros_like(rows).at[parents].add(1, mode="drop")
-        return dataclasses.replace(
-            state,
-            ref_counts=_add_refs(state, (num_children - 1)[:, None]),
-            block_tables=state.block_tables.at[parents].get(
-                mode="fill", fill_value=NO_BLOCK
-            ),
-            context_lens=state.context_lens.at[parents].get(mode="fill", fill_value=0),
-        )
-
-    return lax.cond(jnp.any(parents != rows), reorder, lambda: state)
+    num_children = jnp.zeros_like(rows).at[parents].add(1, mode="drop")
+    has_parent = parents < max_seqs
+    tables = take(state.block_tables, parents)
+    return dataclasses.replace(
+        state,
+        ref_counts=_add_refs(state, (num_children - 1)[:, None]),
+        block_tables=jnp.where(has_parent[:, None], tables, NO_BLOCK),
+        context_lens=jnp.where(has_parent, take(state.context_lens, parents), 0),
+    )
 
 
 def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockState:
@@ -263,17 +260,14 @@ def truncate(state: BlockState, context_lens: jax.Array) -> BlockState:
     is_shorter = (context_lens >= 0) & (context_lens < state.context_lens)
     context_lens = jnp.where(is_shorter, context_lens, state.context_lens)
 
-    def shorten() -> BlockState:
-        shorter = dataclasses.replace(state, context_lens=context_lens)
-        column = jnp.arange(max_blocks_per_seq)[None, :]
-        is_released = column >= num_blocks_per_row(shorter)[:, None]
-        return dataclasses.replace(
-            shorter,
-            ref_counts=_add_refs(state, jnp.where(is_released, -1, 0)),
-            block_tables=jnp.where(is_released, NO_BLOCK, state.block_tables),
-        )
-
-    return lax.cond(jnp.any(is_shorter), shorten, lambda: state)
+    shorter = dataclasses.replace(state, context_lens=context_lens)
+    column = jnp.arange(max_blocks_per_seq)[None, :]
+    is_released = column >= num_blocks_per_row(shorter)[:, None]
+    return dataclasses.replace(
+        shorter,
+        ref_counts=_add_refs(state, jnp.where(is_released, -1, 0)),
+        block_tables=jnp.where(is_released, NO_BLOCK, state.block_tables),
+    )
 
 
 def exclusive_blocks(state: BlockState, order: jax.Array) -> jax.Array:
@@ -303,22 +297,14 @@ def exclusive_blocks(state: BlockState, order: jax.Array) -> jax.Array:
     (num_blocks,) = state.ref_counts.shape
     (max_seqs,) = order.shape
 
-    def count_first_owners() -> jax.Array:
-        sorted_rows = jnp.argsort(order, stable=True)
-        rank = jnp.zeros_like(order).at[sorted_rows].set(jnp.arange(max_seqs))
-        rank_SM = jnp.broadcast_to(rank[:, None], state.block_tables.shape)
-        first = jnp.full((num_blocks,), max_seqs, jnp.int32)
-        first = first.at[_droppable_tables(state)].min(rank_SM, mode="drop")
-        # NO_BLOCK reads max_seqs, which is no row's rank.
-        first_SM = first.at[_droppable_tables(state)].get(
-            mode="fill", fill_value=max_seqs
-        )
-        return jnp.sum(first_SM == rank_SM, axis=1, dtype=jnp.int32)
-
-    is_any_shared = jnp.any(state.ref_counts > 1)
-    return lax.cond(
-        is_any_shared, count_first_owners, lambda: num_blocks_per_row(state)
-    )
+    sorted_rows = jnp.argsort(order, stable=True)
+    rank = jnp.zeros_like(order).at[sorted_rows].set(jnp.arange(max_seqs))
+    rank_SM = jnp.broadcast_to(rank[:, None], state.block_tables.shape)
+    first = jnp.full((num_blocks,), max_seqs, jnp.int32)
+    first = first.at[_droppable_tables(state)].min(rank_SM, mode="drop")
+    # NO_BLOCK reads max_seqs, which is no row's rank.
+    first_SM = first.at[_droppable_tables(state)].get(mode="fill", fill_value=max_seqs)
+    return jnp.sum(first_SM == rank_SM, axis=1, dtype=jnp.int32)
 
 
 def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array:
@@ -384,6 +370,8 @@ def _take_free_blocks(
     max_seqs, _ = state.block_tables.shape
     most = min(state.ref_counts.size, state.block_tables.size)
     few = min(most, max_seqs + _PROMPT_BLOCKS)
+    if few == most:
+        return lowest_free_blocks(free_bits, most)
     return lax.cond(
         count <= few,
         lambda: jnp.pad(lowest_free_blocks(free_bits, few), (0, most - few)),

@@ -111,18 +111,17 @@ def _token(
     value: Any, folder: pathlib.Path, *, is_special: bool
 ) -> tokenizers.AddedToken:
     """Return a token from its text, or from an object with its text and flags."""
-    if isinstance(value, str) and value:
-        return tokenizers.AddedToken(
-            value, special=is_special, normalized=not is_special
-        )
-    content = value.get("content") if isinstance(value, dict) else None
+    if isinstance(value, str):
+        value = {"content": value}
+    entry: dict[str, Any] = value if isinstance(value, dict) else {}
+    content = entry.get("content")
     if not isinstance(content, str) or not content:
         raise ValueError(
             f"{folder}: expected a text, or an object with content, as an added token, "
             f"got {value!r:.80}"
         )
-    is_special = is_special or bool(value.get("special"))
-    flags = {name: bool(value[name]) for name in _FLAGS if name in value}
+    is_special = is_special or bool(entry.get("special"))
+    flags = {name: bool(entry[name]) for name in _FLAGS if name in entry}
     return tokenizers.AddedToken(content, special=is_special, **flags)
 
 

@@ -207,7 +207,9 @@ def make_llm(lines: list[PromptLine]) -> LLM:
         max_num_seqs = next((n for n in (1, 4, 8, 16, 32) if n >= num_samples), 64)
     if num_tokens is None:
         # Except for special tokens, a token is at least one byte of text.
-        num_bytes = sum(len(str(line.prompt).encode()) + 4 for line in lines)
+        # A prompt that is not valid text is refused later, with its file and line.
+        texts = (str(line.prompt).encode("utf-8", "surrogatepass") for line in lines)
+        num_bytes = sum(len(text) + 4 for text in texts)
         sizes = (n for n in (32, 64, 128, 256) if n >= num_bytes)
         num_tokens = max(next(sizes, 512), max_num_seqs)
     names = ("model", "dtype", "block_size", "num_blocks", "max_model_len", "policy")

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jpaged.attention import cascade
 from jpaged.attention.backends import (
@@ -35,7 +36,7 @@ from jpaged.pages.operands import (
     is_padded,
 )
 from jpaged.pages.packed import plain, plain_shape
-from jpaged.pages.quantised import check_scales, is_quantised, quantise, stored
+from jpaged.pages.quantised import check_scales, quantise, stored
 from jpaged.xla.online_softmax import merge_states
 
 __all__ = [
@@ -85,7 +86,7 @@ def paged_attention(
         tokens that are written in this step. 0 gives zeros.
       query_start_loc: i32`[S + 1]`; sequence s owns queries
         `query_start_loc[s] : query_start_loc[s + 1]`. Rows of `q` after the last entry
-        give zeros.
+        give zeros. Entries after the last sequence may also be 0.
       scale: factor of the scores; None: `head_dim ** -0.5`.
       sliding_window: a query sees itself and the `sliding_window - 1` tokens before it.
         A traced i32 scalar is not checked; with it, layers with and without windows can
@@ -95,7 +96,8 @@ def paged_attention(
         denominator and has no value.
       k_scale, v_scale: scales of quantised pages (int8, float8_e4m3fn or its bits as
         uint8), as `write_kv` returns them: a key or value is the page's number times
-        its scale. f32`[N, K, P]`, or `[L, N, K, P]` with `layer`, or an array that
+        its scale. Pages of float8_e5m2 may have scales too ("xla" and "reference").
+        f32`[N, K, P]`, or `[L, N, K, P]` with `layer`, or an array that
         broadcasts to that shape. Their P may be rounded up to a multiple of 128.
       layer: index into stacked pools. The index goes into the kernel, so the pool is
         not sliced.
@@ -134,7 +136,7 @@ def paged_attention(
         Pools(k_pages, v_pages, *_checked_scales(k_pages, k_scale, v_scale)),
         block_tables,
         context_lens,
-        query_start_loc,
+        _without_padding(query_start_loc),
         scale=head_dim**-0.5 if scale is None else scale,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
@@ -185,8 +187,9 @@ def write_kv(
     check_pages(k_pages, v_pages, layer)
     head_dim = k.shape[-1]
     backend = choose_backend(implementation, k_pages, head_dim=head_dim)
-    new = _new_tokens(k_pages, k, v, slot_mapping)
     scales = _checked_scales(k_pages, k_scale, v_scale, is_whole=True)
+    is_scaled = scales[0] is not None
+    new = _new_tokens(k_pages, k, v, slot_mapping, is_scaled=is_scaled)
     pools = Pools(k_pages, v_pages, *scales)
     if not backend.accepts_stored_pages:
         page_dim = new.k.shape[-1]
@@ -297,7 +300,12 @@ def _groups(
 
 
 def _new_tokens(
-    k_pages: jax.Array, k: jax.Array, v: jax.Array, slot_mapping: jax.Array
+    k_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slot_mapping: jax.Array,
+    *,
+    is_scaled: bool,
 ) -> NewTokens:
     """Check new keys and values, and convert them to the dtype and D of the pages."""
     *_, num_kv_heads, _, page_dim = plain_shape(k_pages, k.shape[-1])
@@ -311,7 +319,7 @@ def _new_tokens(
             )
     check_integers("slot_mapping", slot_mapping, 1)
     k_scale = v_scale = None
-    if is_quantised(k_pages.dtype):
+    if is_scaled:
         (k, k_scale), (v, v_scale) = (quantise(x, k_pages.dtype) for x in (k, v))
     k, v = (_pad_heads(stored(x, k_pages.dtype), page_dim) for x in (k, v))
     return NewTokens(k, v, k_scale, v_scale)
@@ -332,6 +340,13 @@ def _checked_scales(
     """Check scales as `check_scales`; every backend accepts those of the TPU layout."""
     width = LANE_ROWS.scale_width(k_pages.shape[-2])
     return check_scales(k_pages, k_scale, v_scale, width=width, is_whole=is_whole)
+
+
+def _without_padding(query_start_loc: jax.Array | None) -> jax.Array | None:
+    """Repeat the last entry in place of the zeros after it, which other kernels use."""
+    if query_start_loc is None or query_start_loc.ndim != 1:
+        return query_start_loc
+    return lax.cummax(query_start_loc)
 
 
 def _without_none(pools: Pools) -> tuple[jax.Array, ...]:

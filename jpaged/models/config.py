@@ -202,13 +202,27 @@ class ModelConfig:
     def max_length(self) -> int:
         """Length of the longest sequence for which the model is well defined.
 
+        Linear scaling stretches `max_position_embeddings` by its factor, and YaRN the
+        trained length, as in vLLM; but a longer `max_position_embeddings` is kept.
+        Gemma 3's already includes the factor.
+
         Dynamic and LongRoPE scaling change the rotation of every position once a
         sequence exceeds the trained length, including keys that are already stored.
         Such a model is therefore limited to the trained length.
         """
-        return getattr(
-            self.rope_scaling, self.longest_name, self.max_position_embeddings
-        )
+        scaling, length = self.rope_scaling, self.max_position_embeddings
+        if scaling is None or self.local_rope_theta is not None:
+            return length
+        match scaling.kind:
+            case "longrope":
+                return scaling.original_max_position_embeddings
+            case "linear":
+                return max(length, int(length * scaling.factor))
+            case "yarn":
+                stretched = scaling.original_max_position_embeddings * scaling.factor
+                return max(length, int(stretched))
+            case _:
+                return length
 
     @property
     def longest_name(self) -> str:

@@ -22,6 +22,8 @@ PAGE_DTYPES = {"int8": "int8", "fp8": "uint8"}
 BITS_OF_BFLOAT16 = "uint16"
 
 _LARGEST = {"int8": 127.0, "uint8": 448.0, "float8_e4m3fn": 448.0}
+# Pages that may have scales: e5m2 has the range of float16, so casts suffice without.
+_MAY_SCALE = {"float8_e5m2": 57344.0}
 
 
 def page_dtype(name: str) -> str:
@@ -51,10 +53,14 @@ def quantise(values: jax.Array, dtype: jnp.dtype | str) -> tuple[jax.Array, jax.
     values = values.astype(jnp.float32)
     largest = jnp.max(jnp.abs(values), axis=-1)
     # A vector of zeros gets a positive scale too, to avoid a division by zero.
-    scale = jnp.maximum(largest / _LARGEST[name], jnp.finfo(jnp.float32).tiny)
+    scale = jnp.maximum(
+        largest / (_LARGEST | _MAY_SCALE)[name], jnp.finfo(jnp.float32).tiny
+    )
     numbers = values / scale[..., None]
     if name == "int8":
         return jnp.round(numbers).astype(dtype), scale
+    if name in _MAY_SCALE:
+        return numbers.astype(dtype), scale
     numbers = numbers.astype(jnp.float8_e4m3fn)
     return (float8_bits(numbers) if name == "uint8" else numbers), scale
 
@@ -67,7 +73,7 @@ def widen(numbers: jax.Array) -> jax.Array:
     if numbers.dtype == BITS_OF_BFLOAT16:
         numbers = lax.bitcast_convert_type(numbers, jnp.bfloat16)
         return numbers.astype(jnp.float32)
-    if not is_quantised(numbers.dtype):
+    if not is_quantised(numbers.dtype) and numbers.dtype.name not in _MAY_SCALE:
         return numbers
     if numbers.dtype == jnp.uint8:
         numbers = lax.bitcast_convert_type(numbers, jnp.float8_e4m3fn)
@@ -110,10 +116,19 @@ def check_scales(
       f32`[..., P]` or f32`[..., width]` each, or None twice.
 
     Raises:
-      ValueError: quantised pages without scales, other pages with scales, or scales
-        whose shape does not broadcast to that of the pages.
+      ValueError: quantised pages without scales, other pages with scales (those of
+        float8_e5m2 may have them), or scales whose shape does not broadcast to that of
+        the pages.
     """
+    may_scale = jnp.dtype(pages.dtype).name in _MAY_SCALE
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if may_scale and (k_scale is None) == (v_scale is None):
+            continue
+        if may_scale:
+            raise ValueError(
+                f"{name}: expected both k_scale and v_scale beside pages of "
+                f"{pages.dtype}, or neither, got one of them"
+            )
         if (scale is None) == is_quantised(pages.dtype):
             expected, got = ("one", "None") if scale is None else ("None", "one")
             raise ValueError(

@@ -187,8 +187,6 @@ def load_decoder(
         )
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_folder(tokenizer)
-    if tokenizer is not None:
-        tokenizer.check_fits(decoder.config.vocab_size)
     return decoder, tokenizer, name
 
 

@@ -5,7 +5,6 @@ Pipeline: messages -> [chat] -> token ids -> llm. Host only.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 
 from jpaged.text import sandbox
+from jpaged.text.added_tokens import read_json
 from jpaged.text.tokenizer import Tokenizer
 
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -87,8 +87,8 @@ class ChatTemplates:
         Raises:
           ValueError: a file is not a JSON object.
         """
-        config = _read_json(folder / "tokenizer_config.json")
-        tokens = _read_json(folder / "special_tokens_map.json") | config
+        config = read_json(folder / "tokenizer_config.json")
+        tokens = read_json(folder / "special_tokens_map.json") | config
         special = {}
         for kind in _SPECIAL_TOKENS:
             token = tokens.get(f"{kind}_token")
@@ -203,19 +203,6 @@ def check_messages(messages: Any) -> None:
             raise ValueError(
                 f"messages[{index}]: expected a dict with a 'role', got {message!r:.80}"
             )
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        contents = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {contents!r:.40}")
-    return contents
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

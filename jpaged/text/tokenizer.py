@@ -11,10 +11,13 @@ from typing import Any
 
 import tokenizers
 
+from jpaged.text.added_tokens import add_declared_tokens
+
 # The result of decoding bytes that are not (yet) a whole character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Files of unsupported tokenizers: SentencePiece, tiktoken, slow BPE.
 _OTHER_KINDS = ("tokenizer.model", "spiece.model", "tekken.json", "merges.txt")
+_ANCHOR = "x"  # a token before the one that is decoded alone
 _CONTEXT = 6  # last tokens of the prompt, decoded together with the first output
 
 
@@ -49,6 +52,9 @@ class Tokenizer:
     def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer | None":
         """Return the tokenizer in `folder`/tokenizer.json, or None without that file.
 
+        Tokens that only tokenizer_config.json, added_tokens.json or
+        special_tokens_map.json declare are added, as AutoTokenizer does.
+
         Raises:
             ValueError: the file is not a valid tokenizer, or the folder has only a
               tokenizer of another kind.
@@ -68,17 +74,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: expected a tokenizer, got: {error}") from error
+        add_declared_tokens(backend, path.parent)
         return cls(backend, path.parent)
-
-    def check_fits(self, model_vocab_size: int) -> None:
-        """Raise ValueError if the tokenizer has token ids that the model does not."""
-        if self.vocab_size > model_vocab_size:
-            raise ValueError(
-                f"tokenizer: expected token ids below the model's vocab_size "
-                f"({model_vocab_size}), got ids up to {self.vocab_size - 1}; this is "
-                "another model's tokenizer, or tokens were added without resizing the "
-                "model"
-            )
 
     def encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `prompt`.
@@ -111,8 +108,19 @@ class Tokenizer:
         )
 
     def decoded_token(self, token_id: int) -> str:
-        """Return the text of one token, also of a special token."""
-        return self.decode([token_id], skip_special_tokens=False)
+        """Return the text of one token within a text, also of a special token.
+
+        A decoder drops the blank before the first word of a text, so the token is
+        decoded behind another one.
+        """
+        decoder = self.backend.decoder
+        token = self.backend.id_to_token(token_id)
+        if decoder is None or token is None:
+            return self.decode([token_id], skip_special_tokens=False)
+        text = decoder.decode([_ANCHOR, token])
+        if not text.startswith(_ANCHOR):
+            return self.decode([token_id], skip_special_tokens=False)
+        return text.removeprefix(_ANCHOR)
 
 
 def bad_word_token_ids(

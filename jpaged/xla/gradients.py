@@ -26,7 +26,6 @@ from jax.custom_derivatives import SymbolicZero
 from jpaged.arithmetic import cdiv
 from jpaged.pages import tuned
 from jpaged.pages.operands import AttentionOperands, Pools, merge_layers
-from jpaged.pages.quantised import is_quantised
 from jpaged.xla import attention, chunks, pages
 from jpaged.xla.online_softmax import Result
 
@@ -99,7 +98,7 @@ def _constants(operands: Any, values: AttentionOperands) -> Iterator[tuple[str, 
     yield "v_scale", pools.v_scale
     yield "scale", operands.scale
     yield "logits_soft_cap", operands.logits_soft_cap
-    if is_quantised(values.pools.k.dtype):
+    if values.pools.k_scale is not None:
         yield "k_pages", pools.k
         yield "v_pages", pools.v
 
@@ -172,7 +171,7 @@ def _backward(
     sums = lax.fori_loop(0, num_tiles, tile, sums)
     d_pools = None
     kind = pools.k.dtype
-    if jnp.issubdtype(kind, jnp.floating) and not is_quantised(kind):
+    if jnp.issubdtype(kind, jnp.floating) and pools.k_scale is None:
         d_pools = Pools(sums.k.astype(kind), sums.v.astype(kind))
     gradients: dict[str, Any] = dict.fromkeys(AttentionOperands._fields)
     gradients["q"] = sums.q[: q.shape[0]].astype(q.dtype)

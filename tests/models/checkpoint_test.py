@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jpaged.models import ModelConfig, RopeScaling, load_model, save_model
 from jpaged.models.loading import placing
@@ -250,6 +251,96 @@ def test_tensors_that_repeat_the_config_are_ignored(tmp_path):
     checkpoints.write_tensors(folder, tensors)
     for got, expected in zip(leaves(load_model(folder)), want, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_output_than_the_tied_one_is_loaded_with_a_warning(dtype, tmp_path):
+    # transformers 5.24: "both are present in the checkpoints with different values, so
+    # we will NOT tie them".
+    folder = checkpoints.write_tiny_llama(
+        tmp_path, tie_word_embeddings=True, dtype=dtype
+    )
+    tensors = checkpoints.read_tensors(folder)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.copy()
+    tensors["lm_head.weight"][-1, -1] += 1
+    checkpoints.write_tensors(folder, tensors)
+    with pytest.warns(UserWarning, match=r"lm_head.weight differs from the embedding"):
+        model = load_model(folder, dtype=dtype)
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(model.embedding[...], embedding)
+    np.testing.assert_array_equal(model.output.weight[...].T, tensors["lm_head.weight"])
+
+
+def test_tied_weights_may_be_stored_as_the_output_only(tmp_path):
+    # safetensors' save_model keeps the first of two equal names.
+    folder = checkpoints.write_tiny_llama(tmp_path, tie_word_embeddings=True)
+    want, tensors = leaves(load_model(folder)), checkpoints.read_tensors(folder)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    checkpoints.write_tensors(folder, tensors)
+    for got, expected in zip(leaves(load_model(folder)), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_misshapen_tied_output_and_other_families_buffers_are_refused(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path, tie_word_embeddings=True)
+    tensors = checkpoints.read_tensors(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][1:]
+    tensors["model.layers.0.attn.bias"] = np.ones(4, np.float32)  # ignored for GPT-2
+    checkpoints.write_tensors(folder, tensors)
+    with (
+        pytest.warns(UserWarning, match="tie_word_embeddings"),
+        pytest.raises(ValueError, match=r"unknown model.layers.0.attn.bias") as raised,
+    ):
+        load_model(folder)
+    assert "lm_head.weight: expected shape (128, 64)" in str(raised.value)
+
+
+def test_the_index_decides_which_of_two_shards_holds_a_tensor(tmp_path):
+    folder = checkpoints.write_tiny_llama(tmp_path)
+    want, name = checkpoints.read_tensors(folder)["model.norm.weight"], "model.norm.w"
+    checkpoints.shard(folder, 2)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    files = sorted(set(weight_map.values()))
+    right = weight_map["model.norm.weight"]
+    (other,) = set(files) - {right}
+    tensors = safetensors.numpy.load_file(folder / other)
+    tensors["model.norm.weight"] = want + 1
+    safetensors.numpy.save_file(tensors, folder / other)
+    model = load_model(folder)
+    np.testing.assert_array_equal(model.final_norm.weight[...], want)
+    missing = {k: v for k, v in weight_map.items() if k != "model.norm.weight"}
+    edit_json(index, weight_map=missing)
+    with pytest.raises(ValueError, match=f"the file of {name}.* both store it"):
+        load_model(folder)
+    third = "model.layers.0.mlp.up_proj.weight"
+    (wrong,) = set(files) - {weight_map[third]}
+    edit_json(index, weight_map=weight_map | {third: wrong})
+    with pytest.raises(ValueError, match=rf"expected {third} in {wrong}, got a file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        # The form of Qwen2.5's README; vLLM 0.11 derives 4 * 64.
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        # Qwen3's README: 40960 positions of which 32768 were trained.
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}, 192),
+        ({"type": "linear", "factor": 4.0}, 256),
+        ({"type": "linear", "factor": 1.5}, 96),
+        ({"type": "dynamic", "factor": 4.0}, 64),
+        (checkpoints.LLAMA3_SCALING, 64),
+        (None, 64),
+    ],
+)
+def test_the_maximum_length_follows_from_the_rope_scaling(scaling, length):
+    config = llama(rope_scaling=scaling, max_position_embeddings=64)
+    assert config.max_length == length
+    assert config.max_position_embeddings == 64
+    assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 def test_loading_holds_no_second_copy_of_the_model_in_python_memory(tmp_path):

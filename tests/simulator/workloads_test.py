@@ -335,7 +335,11 @@ GOOD = '{"timestamp": 5, "input_length": 9, "output_length": 2, "hash_ids": [1]}
         ("a.csv", CSV + "0,5,5\n1,-5,2\n", "input_tokens, got '-5' in line 3"),
         ("a.csv", CSV + "0,5,5\n1,5,many\n", "got 'many' in line 3"),
         ("a.csv", CSV + "0,5,5.5\n", "got '5.5' in line 2"),
-        ("a.csv", CSV + "0,5\n", "output_tokens, got None in line 2"),
+        (
+            "a.csv",
+            CSV + "0,5\n",
+            "expected 3 fields, one for each column, got 2 in line 2",
+        ),
         ("a.csv", CSV + "0,5,5\n-1,5,5\n", "timestamp_s, got '-1' in line 3"),
         ("a.csv", CSV + "0,5,5\nnan,5,5\n", "timestamp_s, got 'nan' in line 3"),
         ("a.csv", CSV + "2,5,5\n1,5,5\n", "timestamp_s 1 in line 3 of .*, after 2"),

@@ -134,13 +134,25 @@ def test_from_folder_returns_a_tokenizer_or_none_or_names_an_invalid_file(tmp_pa
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused():
-    size = BYTE_LEVEL.vocab_size
-    BYTE_LEVEL.check_fits(size)
-    with pytest.raises(
-        ValueError, match=rf"vocab_size \({size - 1}\), got ids up to {size - 1};"
-    ):
-        BYTE_LEVEL.check_fits(size - 1)
+@pytest.mark.parametrize(
+    ("token_id", "text"),
+    [
+        (2, " hello"),
+        (1, " "),
+        (4, "x"),
+        (5, " y"),
+        (8 + 0x41, "A"),
+        (8 + 0xE6, "\ufffd"),
+    ],
+)
+def test_a_single_token_keeps_its_leading_blank(token_id, text):
+    assert SENTENCEPIECE.decoded_token(token_id) == text
+
+
+@hypothesis.given(st.integers(0, BYTE_LEVEL.vocab_size - 1))
+def test_a_single_byte_level_token_has_the_text_of_its_id(token_id):
+    want = BYTE_LEVEL.decode([token_id], skip_special_tokens=False)
+    assert BYTE_LEVEL.decoded_token(token_id) == want
 
 
 def test_a_prompt_that_is_not_text_is_refused():

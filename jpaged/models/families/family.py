@@ -53,6 +53,7 @@ class Family:
         with spaces names modules whose columns are interleaved in it.
       stacks_experts: whether one tensor holds all experts.
       stores_in_out: whether weights are stored as [in, out] (GPT-2).
+      ignored: ends of the names of stored tensors that repeat config.json.
       defaults: values of config.json entries that may be missing, as in the
         transformers class.
       sizes: config.json of common models by name, for "random:NAME". `model_type`
@@ -74,6 +75,7 @@ class Family:
     experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stacks_experts: bool = False
     stores_in_out: bool = False
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -128,10 +130,3 @@ class Family:
             for expert in range(count):
                 stored = f"{prefix}{name.format(expert=expert)}.weight"
                 yield Tensor(stored, weights, transposed=True, expert=expert)
-
-
-def is_redundant(name: str, *, is_tied: bool) -> bool:
-    """Whether an extra tensor of a checkpoint repeats what the config already says."""
-    return name.endswith(
-        ("rotary_emb.inv_freq", "decoder.version", ".attn.bias", ".attn.masked_bias")
-    ) or (name == "lm_head.weight" and is_tied)

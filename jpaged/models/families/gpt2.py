@@ -92,6 +92,7 @@ GPT2 = Family(
         "mlp.down": "mlp.c_proj",
     },
     stores_in_out=True,
+    ignored=(".attn.bias", ".attn.masked_bias"),
     defaults={"bos_token_id": 50256, "eos_token_id": 50256},
     sizes={
         "gpt2": _sizes(768, 12, 12),

@@ -99,6 +99,7 @@ OPT = Family(
         "mlp.up": "fc1",
         "mlp.down": "fc2",
     },
+    ignored=("decoder.version",),
     defaults={"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
     sizes={
         "opt-125m": _sizes(768, 12, 12),

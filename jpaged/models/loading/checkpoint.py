@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import warnings
 from typing import Any
 
 import jax
@@ -20,14 +21,10 @@ from jax.sharding import Mesh
 from jpaged.models import shapes
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
 from jpaged.models.decoder import Decoder, as_stored, init_model
-from jpaged.models.families import FAMILIES
-from jpaged.models.families.family import is_redundant
-from jpaged.models.loading import placing, sources, stored, weights
-from jpaged.models.loading.stored import Stored
+from jpaged.models.loading import files, placing, sources, weights
 from jpaged.models.loading.weights import Target
 
 _STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_MAX_LISTED = 8  # names in one error message
 
 
 def load_config(path: str | pathlib.Path) -> ModelConfig:
@@ -50,8 +47,8 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
         )
     generation = folder / "generation_config.json"
     return ModelConfig.from_hf(
-        _read_json(folder / "config.json"),
-        _read_json(generation) if generation.is_file() else None,
+        files.read_json(folder / "config.json"),
+        files.read_json(generation) if generation.is_file() else None,
     )
 
 
@@ -84,7 +81,8 @@ def load_model(
       FileNotFoundError: the folder, config.json, the weights or a shard do not exist,
         or the hub does not provide the model.
       ValueError: the config is not supported; a file is truncated or corrupt; tensors
-        are missing, unknown or misshapen; or the model cannot be divided over the mesh.
+        are missing, unknown, misshapen or stored twice; or the model cannot be divided
+        over the mesh.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or one of {DTYPES}, got {dtype!r}")
@@ -101,13 +99,30 @@ def load_model(
     sharding_of = placing.placement(config, mesh)
     if sources.is_random(path):
         return init_model(config, mesh=mesh)
-    folder = sources.find_folder(path)
+    found = files.read_headers(sources.find_folder(path))
+    config = _as_tied(config, found)
     # The abstract model has shapes but no arrays: no random weights are computed.
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    files = [folder / name for name in _weight_files(folder)]
-    where = _locate(files, weights.targets(model), config)
+    where = files.locate(found, weights.targets(model), config)
     weights.fill(model, where, sharding_of=sharding_of, check_finite=check_finite)
     return model
+
+
+def _as_tied(config: ModelConfig, found: files.Found) -> ModelConfig:
+    """The config, untied if the checkpoint stores other output weights.
+
+    config.json may claim tied embeddings although training has changed both. The stored
+    weights decide, as in transformers 5.
+    """
+    if not config.tie_word_embeddings or files.has_equal_output(found, config):
+        return config
+    warnings.warn(
+        "tie_word_embeddings: config.json has true, but lm_head.weight differs from "
+        "the embedding; both are loaded and the model is not tied. Set it to false in "
+        "config.json",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def save_model(
@@ -163,91 +178,3 @@ def _write_safetensors(file: pathlib.Path, targets: list[Target], dtype: str) ->
         for target in targets:
             array = weights.stored_array(target, dtype)
             opened.write(array.view(np.uint8).data if array.ndim else array.tobytes())
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {contents!r:.40}")
-    return contents
-
-
-def _weight_files(folder: pathlib.Path) -> list[str]:
-    """Names of the safetensors files in a folder: model.safetensors, or its shards."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    if not index.is_file():
-        hint = ""
-        for pattern, kind in (
-            ("*.bin", "pickle"),
-            ("*.pt*", "pickle"),
-            ("*.gguf", "GGUF"),
-        ):
-            others = sorted(file.name for file in folder.glob(pattern))
-            if others and not hint:
-                hint = (
-                    f"; {others[0]} is {kind}, which is not supported: convert it with "
-                    "transformers, from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-                )
-        raise FileNotFoundError(
-            f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}"
-        )
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: expected a 'weight_map' of tensors to files")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if pathlib.PurePath(name).name != name:
-            raise ValueError(f"{index}: expected plain file names, got {name!r}")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: no such file, but {index.name} names it"
-            )
-    return names
-
-
-def _locate(
-    files: list[pathlib.Path], targets: list[Target], config: ModelConfig
-) -> dict[str, Stored]:
-    """Location of each target's tensor.
-
-    Raises:
-      ValueError: tensors are missing, unknown, misshapen or of an unsupported dtype.
-    """
-    found = {each.name: each for file in files for each in stored.read_header(file)}
-    expected = {target.tensor.name: target.stored_shape for target in targets}
-    # Checkpoints of the bare model omit the prefix of the names.
-    prefix = FAMILIES[config.architecture].prefix
-    is_bare = not any(name.startswith(prefix) for name in found)
-    where, problems = {}, []
-    for stored_name, tensor in found.items():
-        is_renamed = is_bare and stored_name not in expected
-        name = prefix + stored_name if is_renamed else stored_name
-        if name not in expected:
-            if not is_redundant(name, is_tied=config.tie_word_embeddings):
-                problems.append(f"unknown {stored_name}")
-            continue
-        where[name] = tensor
-        if expected[name] != tensor.shape:
-            problems.append(
-                f"{stored_name}: expected shape {expected[name]}, got {tensor.shape}"
-            )
-        if tensor.dtype not in stored.DTYPES:
-            problems.append(
-                f"{stored_name}: expected one of {tuple(stored.DTYPES)}, "
-                f"got {tensor.dtype}"
-            )
-    # Missing tensors are the most informative problem, so they are listed first.
-    problems = [f"missing {name}" for name in expected if name not in where] + problems
-    if problems:
-        more = len(problems) - _MAX_LISTED
-        listed = "; ".join(problems[:_MAX_LISTED])
-        raise ValueError(
-            f"the weights do not fit config.json ({config.architecture}): {listed}"
-            + (f"; and {more} more" if more > 0 else "")
-        )
-    return where

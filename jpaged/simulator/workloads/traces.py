@@ -8,7 +8,6 @@ messages have the file and the line.
 
 from __future__ import annotations
 
-import csv
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +17,12 @@ import numpy as np
 from jpaged.arithmetic import cdiv
 from jpaged.simulator.workloads.lengths import Lengths
 from jpaged.simulator.workloads.trace_lines import (
+    Clock,
+    csv_header,
     csv_rows,
     json_lines,
     num_tokens,
     number_of,
-    open_text,
 )
 from jpaged.simulator.workloads.workload import NO_CONTENT, Workload
 
@@ -61,15 +61,12 @@ def read_trace(
     path = pathlib.Path(path)
     name = path.name.removesuffix(".gz")
     if name.endswith(".csv"):
-        with open_text(path) as file:
-            header = next(csv.reader(file), [])
-        if "timestamp_s" in header:
+        if "timestamp_s" in csv_header(path):
             return read_csv_trace(path, skip_empty=skip_empty)
         return read_lengths(path, skip_empty=skip_empty)
     if name.endswith(".jsonl"):
-        with open_text(path) as file:
-            first = next((line for line in file if line.strip()), "")
-        if '"arrival_s"' in first:
+        first = next(json_lines(path), ("", "", {}))[2]
+        if isinstance(first, dict) and "arrival_s" in first:
             return read_vllm_run(path, skip_empty=skip_empty)
         return read_mooncake(path, skip_empty=skip_empty)
     raise ValueError(
@@ -80,7 +77,8 @@ def read_trace(
 def read_lengths(path: str | pathlib.Path, *, skip_empty: bool = False) -> Lengths:
     """Read a CSV file with the columns input_tokens and output_tokens.
 
-    Other columns are ignored.
+    Columns may have the usual names of other traces (`trace_lines.ALIASES`), in any
+    case. Other columns are ignored.
 
     Args:
       path: the file.
@@ -89,7 +87,8 @@ def read_lengths(path: str | pathlib.Path, *, skip_empty: bool = False) -> Lengt
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a column is missing, or a field is not an integer of at least 1.
+      ValueError: a column is missing or occurs twice, a field is not an integer of at
+        least 1, there are no rows, or the file is damaged or not UTF-8.
     """
     path = pathlib.Path(path)
     prompts, outputs, num_empty = [], [], 0
@@ -101,6 +100,8 @@ def read_lengths(path: str | pathlib.Path, *, skip_empty: bool = False) -> Lengt
             continue
         prompts.append(prompt)
         outputs.append(output)
+    if not prompts:
+        raise ValueError(f"trace: expected requests, got none in {path}")
     skipped = {_EMPTY: num_empty} if num_empty else {}
     return Lengths(_i32(prompts), _i32(outputs), skipped)
 
@@ -108,7 +109,8 @@ def read_lengths(path: str | pathlib.Path, *, skip_empty: bool = False) -> Lengt
 def read_csv_trace(path: str | pathlib.Path, *, skip_empty: bool = False) -> Workload:
     """Read a CSV file with the columns timestamp_s, input_tokens and output_tokens.
 
-    This is the format of Azure's LLM inference traces, with seconds instead of dates.
+    Columns may have the usual names of other traces (`trace_lines.ALIASES`), in any
+    case. Dates, as in Azure's LLM inference traces, become seconds from the first row.
 
     Raises:
       OSError: the file cannot be read.
@@ -118,7 +120,9 @@ def read_csv_trace(path: str | pathlib.Path, *, skip_empty: bool = False) -> Wor
     path = pathlib.Path(path)
     found = _Requests(path, skip_empty)
     columns = ("timestamp_s", "input_tokens", "output_tokens")
+    clock = Clock()
     for where, row in csv_rows(path, columns):
+        row["timestamp_s"] = clock.seconds(row["timestamp_s"], where)
         found.add(where, *((name, row[name]) for name in columns))
     return found.workload(1.0, None)
 

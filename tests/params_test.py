@@ -34,6 +34,9 @@ def test_defaults_are_those_of_vllm():
         "seed": None,
         "priority": 0,
         "structured_outputs": None,
+        "include_stop_str_in_output": False,
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
     }
 
 
@@ -121,7 +124,8 @@ def test_a_value_that_is_not_an_integer_is_refused(name, value):
         ({"ignore_eos": 1}, "ignore_eos: expected True or False, got 1"),
         ({"logprobs": -2}, "logprobs: expected an integer of at least -1, got -2"),
         ({"logit_bias": [1]}, "logit_bias: expected a dict of token id -> number"),
-        ({"logit_bias": {"1": 1.0}}, "logit_bias key: expected an integer of at least"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias key: expected an integer of at least"),
+        ({"logit_bias": {"1": 1, 1: 2}}, "logit_bias: expected each token id once"),
         ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]: expected a finite number"),
         (
             {"allowed_token_ids": []},
@@ -129,8 +133,8 @@ def test_a_value_that_is_not_an_integer_is_refused(name, value):
         ),
         ({"bad_words": ["x", ""]}, r"bad_words\[1\]: expected a string that is not"),
         (
-            {"seed": 2**32},
-            "seed: expected an integer of at least -1 and at most 4294967",
+            {"seed": 2**64},
+            "seed: expected an integer of at least -1 and at most 18446744",
         ),
         ({"n": 2, "temperature": 0}, "n: expected 1 with greedy decoding .* above 0"),
     ],

@@ -61,8 +61,8 @@ LAYERS = {
                           "parallel", "kv", "scheduler", "attention", "models",
                           "decoding"],
     # the host side: requests of all callers, clock, statistics
-    "serving":           ["validation", "policies", "config", "params", "outputs",
-                          "parallel", "text", "kv", "scheduler", "pages", "cpu",
+    "serving":           ["validation", "param_checks", "policies", "config",
+                          "params", "outputs", "parallel", "text", "kv", "scheduler", "pages", "cpu",
                           "attention", "models", "decoding", "structured", "engine"],
     "llm":               ["config", "policies", "params", "outputs",
                           "compilation_cache", "text", "parallel", "models", "engine",

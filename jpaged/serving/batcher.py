@@ -84,6 +84,11 @@ class Batcher:
         return self._open.get(arrival)
 
     @property
+    def open_requests(self) -> list[int]:
+        """Numbers of the requests that have not ended."""
+        return list(self._open)
+
+    @property
     def num_open(self) -> int:
         """Number of requests that have not ended."""
         return len(self._open)

@@ -47,7 +47,7 @@ class Intake:
     Args:
       host: the engine that runs the requests.
       tokenizer: the model's tokenizer, or None.
-      max_logprobs: limit of `logprobs` and `prompt_logprobs`.
+      max_logprobs: limit of `logprobs` and `prompt_logprobs`; -1: none.
     """
 
     def __init__(
@@ -201,11 +201,17 @@ class Intake:
                 "tokenizer, so there is no text; use stop_token_ids"
             )
         count = _num_logprobs(params, vocab_size)
-        if count > self._max_logprobs:
-            name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+        most = vocab_size if self._max_logprobs == -1 else self._max_logprobs
+        name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+        if count > most:
             raise ValueError(
-                f"{name}: expected at most max_logprobs ({self._max_logprobs}), got "
-                f"{count}; create the LLM with a larger max_logprobs"
+                f"{name}: expected at most max_logprobs ({most}), got {count}; create "
+                "the LLM with a larger max_logprobs"
+            )
+        if count > vocab_size:
+            raise ValueError(
+                f"{name}: expected at most {vocab_size}, the model's vocabulary, or -1 "
+                f"for all of it, got {count}"
             )
 
     def _resolve(self, params: Params) -> Params:

@@ -3,10 +3,18 @@
 Each returns the value in one form, or raises ValueError.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from jpaged.validation import LARGEST_INT32, error, integer, number, text, token_ids
+from jpaged.validation import (
+    LARGEST_INT32,
+    error,
+    integer,
+    items,
+    number,
+    text,
+    token_ids,
+)
 
 MAX_SEED = 2**64 - 1
 
@@ -36,11 +44,10 @@ def stop_token_ids(value: Any) -> tuple[int, ...]:
 
 def bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
     """Return bad words: strings that are not empty, or tuples of token ids."""
-    words = (value,) if isinstance(value, str) else () if value is None else value
-    if isinstance(words, (bytes, bytearray, Mapping)) or not isinstance(
-        words, Iterable
-    ):
-        raise error("bad_words", "strings or sequences of token ids", value)
+    if isinstance(value, str):
+        value = (value,)
+    expected = "strings or sequences of token ids"
+    words = () if value is None else items("bad_words", value, expected)
     checked: list[str | tuple[int, ...]] = []
     for i, word in enumerate(words):
         name = f"bad_words[{i}]"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 LARGEST_INT32 = 2**31 - 1  # integers of requests are int32 on the device
+_MAX_BITS = 256  # of any integer; Python does not print those of thousands of digits
 
 
 def error(name: str, expected: str, got: Any) -> ValueError:
@@ -54,7 +55,8 @@ def integer(
         found = operator.index(value)
     except TypeError:
         raise error(name, expected, value) from None
-    if isinstance(value, bool) or _is_scalar(value, "bool"):
+    is_bool = isinstance(value, bool) or _is_scalar(value, "bool")
+    if is_bool or found.bit_length() > _MAX_BITS:
         raise error(name, expected, value)
     if (low is not None and found < low) or (high is not None and found > high):
         raise error(name, expected, value)
@@ -108,14 +110,14 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """Return a sequence of token ids as a tuple of int."""
-    tokens = _items(name, value, "a sequence of token ids")
+    tokens = items(name, value, "a sequence of token ids")
     return tuple(
         integer(f"{name}[{i}]", token, low=0, high=LARGEST_INT32)
         for i, token in enumerate(tokens)
     )
 
 
-def _items(name: str, value: Any, expected: str) -> tuple[Any, ...]:
+def items(name: str, value: Any, expected: str) -> tuple[Any, ...]:
     """Return the items of a sequence that is neither text nor bytes nor a mapping."""
     if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
         raise error(name, expected, value)
@@ -129,7 +131,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
     """Return one string or several as a tuple; empty strings are refused."""
     if isinstance(value, str):
         value = (value,)
-    found = _items(name, value, "a string or a sequence of strings")
+    found = items(name, value, "a string or a sequence of strings")
     for i, string in enumerate(found):
         if not isinstance(string, str) or not string:
             raise error(f"{name}[{i}]", "a string that is not empty", string)

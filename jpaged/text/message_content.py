@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from jpaged.validation import error
 
@@ -91,12 +91,12 @@ def _text_part(name: str, part: Any) -> dict[str, Any]:
     return {"type": "text", "text": part["text"]}
 
 
-def _is_list(content: Any) -> bool:
+def _is_list(content: Any) -> TypeGuard[Sequence[Any]]:
     is_text = isinstance(content, str | bytes | bytearray)
     return isinstance(content, Sequence) and not is_text
 
 
-def _are_parts(content: Any) -> bool:
+def _are_parts(content: Any) -> TypeGuard[Sequence[Any]]:
     """Whether a content is a list of parts, and not a result of a tool."""
     return _is_list(content) and all(
         isinstance(part, str) or (isinstance(part, Mapping) and "type" in part)

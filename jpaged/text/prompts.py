@@ -5,7 +5,7 @@ Pipeline: user -> [prompts] -> intake, scoring. Host only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -67,17 +67,18 @@ def prompt_list(name: str, value: Any) -> list[Any]:
     """
     if isinstance(value, str | Mapping):
         return [value]
-    is_array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 1
-    if isinstance(value, Iterator) or (is_array and value.dtype.kind in "OSU"):
-        value = list(value)
-    if _is_token_ids(value) and len(value) > 0:
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    is_ordered = not isinstance(value, Set | _BYTES)
+    if is_array and value.ndim == 1 and np.issubdtype(value.dtype, np.integer):
         return [value]
-    is_batch = isinstance(value, np.ndarray | jax.Array) and value.ndim == 2
-    is_several = isinstance(value, Sequence) and not isinstance(value, _BYTES)
-    if not is_batch and not is_several:
+    if is_array and value.ndim == 1 and value.dtype.kind not in "OSUT":
+        is_ordered = False  # numbers that are no token ids
+    is_ordered &= not is_array or value.ndim in (1, 2)
+    if not isinstance(value, Iterable) or not is_ordered:
         expected = "text, a list of token ids, or a list of either"
         raise _not_a_prompt(name, expected, value)
-    return list(value)
+    prompts = list(value)
+    return [prompts] if prompts and _is_token_ids(prompts) else prompts
 
 
 def scoring_pairs(

@@ -105,7 +105,7 @@ def engine_contender(
     return Contender(
         lambda state: engine.run(model, state),
         prepare,
-        units=sum(param.max_tokens for param in params),
+        units=sum(param.max_tokens or 0 for param in params),
     )
 
 

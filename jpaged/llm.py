@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from jpaged import compilation_cache
 from jpaged.config import EngineConfig
+from jpaged.engine import replicas
 from jpaged.engine.limits import Params
 from jpaged.models import scoring
 from jpaged.models.decoder import Decoder
@@ -38,12 +39,13 @@ from jpaged.serving.metrics import StepRecord
 from jpaged.serving.options import LLMOptions
 from jpaged.serving.prefix import Prefix
 from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
+from jpaged.serving.weights import WeightsWatch, check_replacement
 from jpaged.text import chat
 from jpaged.text import prompts as text_prompts
 from jpaged.text.tokenizer import Tokenizer
 from jpaged.validation import integer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -54,8 +56,8 @@ class LLM:
       model: folder in Hugging Face layout; a hub id ("org/name" or "hf://org/name");
         the name of a bundled model; "random:" followed by the name of a shape, see
         `models.shapes`; or a Decoder.
-      dtype: "float32", "bfloat16" or "float16"; "auto" is the checkpoint's dtype, and
-        float32 on a CPU.
+      dtype: "float32", "bfloat16" or "float16" ("half"), or such a dtype of NumPy or
+        JAX; "auto" is the checkpoint's dtype, and float32 on a CPU.
       kv_dtype: dtype of keys and values in the pool; "auto" is the model's. "int8" and
         "fp8" store 8 bits per number, with a float32 scale per token and head.
       block_size: tokens per KV block.
@@ -67,18 +69,20 @@ class LLM:
       max_num_seqs: number of sequences that run at the same time, per replica; others
         wait.
       max_model_len: maximum number of tokens of prompt and output together. None is the
-        model's maximum, limited so that one such sequence fits into the pool.
+        model's maximum, limited so that one such sequence fits into the pool; a warning
+        is logged if this limits it.
       max_num_batched_tokens: maximum number of tokens per step, prompt chunks and
         decoded tokens together.
       enable_prefix_caching: keep the blocks of finished requests while there is space.
         Prompts with the same first tokens map these blocks instead of computing them
-        again. Call `reset_prefix_cache` after a change of the model's weights.
+        again.
       preemption: what happens to the latest requests when blocks run out. "recompute"
         frees their blocks and computes them again later. "swap" copies the blocks to
         the host pool and back, as far as it has space, and admits no other request
         meanwhile.
       num_swap_blocks: blocks of the host pool, with preemption="swap".
-      policy: order in which waiting requests are admitted. "fcfs": by arrival.
+      policy: order in which waiting requests are admitted, also of those that wait on
+        the host for space in the request table. "fcfs": by arrival.
         "priority": smallest `SamplingParams.priority` first. "shortest_prompt".
         "longest_prefix": most cached prompt tokens first. Or a function, see
         `jpaged.policies`.
@@ -91,7 +95,8 @@ class LLM:
         of the sizes given here; `serving.routing` assigns requests to replicas. If the
         devices belong to several processes, each process creates the same LLM, makes
         the same calls in the same order, and gets all outputs (docs/hosts.md).
-      seed: requests without a seed derive one from this seed and their number.
+      seed: requests without a seed derive one from this seed and their number. None
+        chooses one at random; the attribute `seed` has it.
       speculative_config: guess several tokens ahead. This changes no token, only how
         many are generated per step. {"method": "ngram", "num_speculative_tokens": 4}
         guesses the continuation of an earlier occurrence of the last
@@ -103,7 +108,8 @@ class LLM:
         None is four times the sum of `max_num_seqs` and `max_num_prefixes`, or less
         where entries are large. A call may have any number of prompts.
       max_num_stop_ids: maximum number of stop tokens per request, EOS included.
-      max_logprobs: maximum of `SamplingParams.logprobs` and `prompt_logprobs`.
+      max_logprobs: maximum of `SamplingParams.logprobs` and `prompt_logprobs`; -1 is
+        the vocabulary's size.
       max_num_prefixes: number of prefixes that can be pinned at the same time, see
         `pin`.
       max_prompt_chunk: maximum number of tokens of one prompt per step; None is
@@ -130,8 +136,8 @@ class LLM:
     def __init__(
         self,
         model: str | os.PathLike[str] | Decoder,
-        dtype: str = "auto",
-        kv_dtype: str = "auto",
+        dtype: Any = "auto",
+        kv_dtype: Any = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         memory_fraction: float = 0.9,
@@ -145,7 +151,7 @@ class LLM:
         policy_parameters: Sequence[float] = (),
         attention: str | None = None,
         mesh: Mesh | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         speculative_config: Mapping[str, Any] | None = None,
         *,
         tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
@@ -164,15 +170,36 @@ class LLM:
         options = LLMOptions(**arguments)
         compilation_cache.turn_on()
         parts = construction.build_parts(options)
-        self.model = parts.model
+        self._model = parts.model
+        self._weights = WeightsWatch(parts.model)
         self.tokenizer = parts.tokenizer
-        self.seed = seed
+        self.seed = options.seed
         self.max_logprobs = max_logprobs
         self._name = parts.name
         self._kv_dtype = parts.kv_dtype
         self._host: EngineHost | None = parts.host
         self._batcher = parts.batcher
         self._intake = Intake(parts.host, parts.tokenizer, max_logprobs)
+
+    @property
+    def model(self) -> Decoder:
+        """The model. A Decoder of the same config can be assigned.
+
+        Its arrays may also be replaced in place (`flax.nnx.update`). The next call
+        notices this, and drops what was cached with the old weights.
+        """
+        return self._model
+
+    @model.setter
+    def model(self, model: Decoder) -> None:
+        host = self._open_host()
+        check_replacement(self._model, model, self._batcher.num_open)
+        with host.lock:
+            if host.runner.mesh is not None:
+                model = replicas.shard_model(model, host.runner.mesh)
+            host.replace_model(model)
+            self._model = model
+            self._weights.remember(model)
 
     @property
     def config(self) -> EngineConfig:
@@ -191,7 +218,8 @@ class LLM:
         """Generate outputs for prompts.
 
         Args:
-          prompts: a text, a list of token ids, or a list of either.
+          prompts: a text, a list of token ids, a dict of either ({"prompt": text} or
+            {"prompt_token_ids": token ids}), or a list or iterator of these.
           params: parameters for all prompts, or one for each; None is SamplingParams().
           progress: show a progress bar on stderr if it is a terminal or a notebook.
           on_error: what to do if a request is invalid. All requests are checked before
@@ -210,7 +238,7 @@ class LLM:
             raise ValueError(
                 f"on_error: expected 'raise' or 'return', got {on_error!r}"
             )
-        self._open_host()
+        self._with_current_weights()
         requests, outputs = self._intake.call(prompts, params, on_error)
         return collect_outputs(
             self._batcher, requests, outputs, progress=progress, on_output=on_output
@@ -231,7 +259,7 @@ class LLM:
         delta, run while a caller waits for this stream or for another call, and are
         dropped if the iteration ends early.
         """
-        self._open_host()
+        self._with_current_weights()
         requests, _ = self._intake.call(prompts, params)
         for request in requests:
             request.is_streamed = True
@@ -253,7 +281,7 @@ class LLM:
         Raises:
           ValueError: the request is invalid; other requests are not affected.
         """
-        self._open_host()
+        self._with_current_weights()
         state = self._intake.live(prompt, params)
         self._batcher.add([state])
         return Request(self._batcher, state)
@@ -272,11 +300,11 @@ class LLM:
         Raises:
           ValueError: the request is invalid.
         """
-        self._open_host()
+        self._with_current_weights()
         state = self._intake.live(prompt, params)
 
         async def deltas() -> AsyncGenerator[Delta, None]:
-            self._open_host()
+            self._with_current_weights()
             self._batcher.add([state])
             request = Request(self._batcher, state)
             try:
@@ -328,7 +356,7 @@ class LLM:
 
         Source: paper section 4.4, shared prefix.
         """
-        host = self._open_host()
+        host = self._with_current_weights()
         with host.lock:
             return Prefix(host, self.tokenizer, self._intake.token_ids(prefix))
 
@@ -345,6 +373,7 @@ class LLM:
 
         Args:
           messages: `[{"role": "user", "content": "..."}, ...]`, or a list of these.
+            The content is a text or a list of `{"type": "text", "text": ...}`.
           params: as for `generate`.
           add_generation_prompt: end the prompt with the header of the answer.
           chat_template: source of a template, or the name of one in the model's folder;
@@ -407,7 +436,7 @@ class LLM:
             text_prompts.token_ids(self.tokenizer, "text", text),
             window=window,
             overlap=overlap,
-            num_characters=len(text) if isinstance(text, str) else 0,
+            num_characters=len(text_prompts.text_of(text) or ""),
         )
 
     def check(
@@ -506,7 +535,7 @@ class LLM:
             return host.step_records(replica)
 
     def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache, for example after a change of the model's weights.
+        """Empty the prefix cache.
 
         Running requests keep their blocks. Pinned prefixes are computed again.
         """
@@ -522,7 +551,7 @@ class LLM:
         if self._host is not None:
             self._batcher.close()
             self._host = None
-            del self.model
+            del self._model
 
     def __enter__(self) -> LLM:
         return self
@@ -548,9 +577,17 @@ class LLM:
             raise RuntimeError("this LLM is closed; create a new one")
         return self._host
 
+    def _with_current_weights(self) -> EngineHost:
+        """Return the engine, without anything cached if weights have changed."""
+        host = self._open_host()
+        if self._weights.must_reset(self._model, self._batcher.open_requests):
+            with host.lock:
+                host.reset_prefix_cache()
+        return host
+
     def _follow(
         self, requests: list[RequestState]
     ) -> Generator[RequestUpdate, None, None]:
         """`Batcher.follow`, for a caller that may start after the LLM was closed."""
-        self._open_host()
+        self._with_current_weights()
         yield from self._batcher.follow(requests)

@@ -8,48 +8,23 @@ clamped, dropped or replaced silently.
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from jpaged import param_checks
 from jpaged.decoding.sample import GREEDY_BELOW
-from jpaged.validation import error, flag, integer, number, strings, text, token_ids
+from jpaged.validation import (
+    error,
+    flag,
+    integer,
+    number,
+    strings,
+    text,
+    token_ids,
+)
 
 LEAST_TEMPERATURE = 0.01  # smaller temperatures overflow the softmax of large logits
-MAX_SEED = 2**32 - 1
-
-
-def _seed(value: Any) -> int | None:
-    """Return a seed; None and -1 both mean None."""
-    if value is None:
-        return None
-    seed = integer("seed", value, low=-1, high=MAX_SEED)
-    return None if seed == -1 else seed
-
-
-def _bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """Return bad words: strings that are not empty, or tuples of token ids."""
-    words = (value,) if isinstance(value, str) else () if value is None else value
-    if isinstance(words, (bytes, Mapping)) or not isinstance(words, Iterable):
-        raise error("bad_words", "strings or sequences of token ids", value)
-    checked: list[str | tuple[int, ...]] = []
-    for i, word in enumerate(words):
-        name = f"bad_words[{i}]"
-        if not isinstance(word, str):
-            word = token_ids(name, word)
-        if not word:
-            raise error(name, "a string that is not empty, or token ids", word)
-        checked.append(word)
-    return tuple(checked)
-
-
-def _logit_bias(name: str, value: Any) -> dict[int, float]:
-    """Return a dict of token id -> finite number."""
-    if not isinstance(value, Mapping):
-        raise error(name, "a dict of token id -> number", value)
-    return {
-        integer(f"{name} key", token, low=0): number(f"{name}[{token}]", bias)
-        for token, bias in value.items()
-    }
+MAX_TEMPERATURE = 1e30  # far below the largest float32: its inverse is a normal number
 
 
 def _choices(value: Any) -> tuple[str, ...]:
@@ -123,21 +98,27 @@ class StructuredOutputsParams:
         object.__setattr__(self, name, checked)
 
 
-def _check_can_end(structured_outputs: Any, ignore_eos: Any) -> None:
-    """Raise ValueError if EOS is ignored although the constraint needs it."""
-    if structured_outputs is not None and ignore_eos is True:
+def _structured_outputs(value: Any, ignore_eos: bool) -> Any:
+    """Return a constraint, compiled or not, or None; a dict has its attributes."""
+    if isinstance(value, Mapping):
+        names = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
+        if unknown := sorted(map(str, set(value) - set(names))):
+            expected = f"a dict with one of {', '.join(names)}"
+            raise error("structured_outputs", expected, unknown[0])
+        value = StructuredOutputsParams(**value)
+    is_compiled = hasattr(value, "transitions") and hasattr(value, "classes")
+    if not (value is None or is_compiled or isinstance(value, StructuredOutputsParams)):
+        expected = "StructuredOutputsParams, a dict, a TokenAutomaton or None"
+        raise error("structured_outputs", expected, value)
+    # A text that may end anywhere needs no EOS.
+    is_accepting = getattr(value, "is_accepting", None)
+    needs_eos = is_accepting is None or not is_accepting.all()
+    if value is not None and needs_eos and ignore_eos:
         raise ValueError(
             "ignore_eos: expected False with structured_outputs, got True: only EOS "
             "can end a text that is complete"
         )
-
-
-def _check_structured_outputs(value: Any) -> None:
-    """Raise ValueError unless `value` is a constraint, compiled or not, or None."""
-    is_compiled = hasattr(value, "transitions") and hasattr(value, "classes")
-    if not (value is None or is_compiled or isinstance(value, StructuredOutputsParams)):
-        expected = "StructuredOutputsParams, a TokenAutomaton or None"
-        raise error("structured_outputs", expected, value)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +130,22 @@ class SamplingParams:
         temperature: values below 1e-5 become 0, which means greedy decoding and
             disables top_k, top_p and min_p. Values from 1e-5 to 0.01 are raised to
             0.01 with a warning, as in vLLM.
-        top_k: keep the k largest logits and ties with the last of them; 0 and -1
-            keep all.
+        top_k: after min_p, keep the k largest logits and ties with the last of them;
+            0, -1 and the vocabulary's size or more keep all.
         top_p: after top_k, keep the smallest set of most probable tokens whose
             probabilities sum to at least this; 1 keeps all.
-        min_p: drop tokens whose probability is below this fraction of the largest;
-            0 disables it.
+        min_p: first, drop tokens whose probability is below this fraction of the
+            largest; 0 disables it.
         repetition_penalty: penalty on tokens of prompt and output; 1 disables it.
         presence_penalty, frequency_penalty: penalties on tokens of the output, from
             -2 to 2; 0 disables them.
-        max_tokens: maximum number of tokens to generate.
+        max_tokens: maximum number of tokens to generate; None is limited only by
+            max_model_len.
         min_tokens: number of tokens before which neither EOS nor a stop token or stop
             string ends the output.
-        stop: one or more strings that end the output; the text excludes them.
+        stop: one or more strings that end the output; the text excludes them. A
+            string can contain special tokens ("<|im_end|>"), also where the text does
+            not show them.
         stop_token_ids: tokens that end the output as EOS does.
         ignore_eos: continue after the model's own EOS. `stop_token_ids` still end the
             output.
@@ -170,12 +154,22 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt.
         logit_bias: numbers to add to the logits, keyed by token id.
         allowed_token_ids: the only tokens that may be sampled; None allows all.
-        bad_words: strings, or sequences of token ids, that must not be generated.
-        seed: 0 to 2**32 - 1; the same seed gives the same tokens in any batch.
+        bad_words: strings that the generated text never contains, however it is divided
+            into tokens, or sequences of token ids that are never generated. A string
+            that begins with a blank is also forbidden, without the blank, at the start
+            of the output. See docs/decoding.md.
+        seed: 0 to 2**64 - 1; the same seed gives the same tokens in any batch.
             None and -1 derive a seed from the engine's.
-        priority: under policy "priority", smaller values are admitted first.
+        priority: under policy "priority", smaller values are admitted first; from
+            -(2**31 - 1) to 2**31 - 1.
         structured_outputs: constraint on the text: a regex, a list of texts, or a JSON
-            schema. None leaves the text unconstrained.
+            schema, as StructuredOutputsParams or as a dict ({"regex": "[a-z]+"}). None
+            leaves the text unconstrained.
+        include_stop_str_in_output: whether the text includes the stop string, EOS or
+            stop token that ended it.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: False removes what the tokenizer's decoder puts
+            between special tokens, if the text shows them.
 
     Raises:
         ValueError: a value is out of range, or two values contradict each other.
@@ -189,7 +183,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -202,14 +196,17 @@ class SamplingParams:
     seed: int | None = None
     priority: int = 0
     structured_outputs: Any = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
         self._check_numbers()
         self._check_ends()
         self._check_tokens()
-        _check_structured_outputs(self.structured_outputs)
-        _check_can_end(self.structured_outputs, self.ignore_eos)
+        constraint = _structured_outputs(self.structured_outputs, self.ignore_eos)
+        self._set("structured_outputs", constraint)
         if self.is_greedy and self.n > 1:
             raise ValueError(
                 "n: expected 1 with greedy decoding (temperature "
@@ -228,6 +225,9 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         self._set("n", integer("n", self.n, low=1))
         self._set("temperature", number("temperature", self.temperature, low=0))
+        if self.temperature > MAX_TEMPERATURE:
+            expected = f"a finite number of at most {MAX_TEMPERATURE:g}"
+            raise error("temperature", expected, self.temperature)
         if self.temperature < GREEDY_BELOW:
             self._set("temperature", 0.0)
         elif self.temperature < LEAST_TEMPERATURE:
@@ -244,28 +244,35 @@ class SamplingParams:
             self._set(name, number(name, getattr(self, name), low=-2, high=2))
         penalty = number("repetition_penalty", self.repetition_penalty, above=0)
         self._set("repetition_penalty", penalty)
-        self._set("priority", integer("priority", self.priority))
-        self._set("seed", _seed(self.seed))
+        self._set("priority", param_checks.priority(self.priority))
+        self._set("seed", param_checks.seed(self.seed))
 
     def _check_ends(self) -> None:
-        self._set("max_tokens", integer("max_tokens", self.max_tokens, low=1))
+        self._set("max_tokens", param_checks.max_tokens(self.max_tokens))
         self._set("min_tokens", integer("min_tokens", self.min_tokens, low=0))
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens: expected at most max_tokens ({self.max_tokens}), got "
                 f"{self.min_tokens}"
             )
         self._set("stop", strings("stop", () if self.stop is None else self.stop))
-        stop_ids = () if self.stop_token_ids is None else self.stop_token_ids
-        self._set("stop_token_ids", token_ids("stop_token_ids", stop_ids))
-        flag("ignore_eos", self.ignore_eos)
+        self._set("stop_token_ids", param_checks.stop_token_ids(self.stop_token_ids))
+        for name in (
+            "ignore_eos",
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+        ):
+            self._set(name, flag(name, getattr(self, name)))
 
     def _check_tokens(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), low=-1))
         if self.logit_bias is not None:
-            self._set("logit_bias", _logit_bias("logit_bias", self.logit_bias))
+            self._set(
+                "logit_bias", param_checks.logit_bias("logit_bias", self.logit_bias)
+            )
         if self.allowed_token_ids is not None:
             allowed = token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
@@ -273,7 +280,7 @@ class SamplingParams:
                     "allowed_token_ids", "None, or at least one token id", allowed
                 )
             self._set("allowed_token_ids", allowed)
-        self._set("bad_words", _bad_words(self.bad_words))
+        self._set("bad_words", param_checks.bad_words(self.bad_words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +289,8 @@ class BeamSearchParams:
 
     Attributes:
         beam_width: number of beams to keep.
-        max_tokens: maximum number of tokens to generate.
+        max_tokens: maximum number of tokens to generate; None is limited only by
+            max_model_len.
         length_penalty: exponent of the score, cumulative_logprob / length **
             length_penalty. The length counts generated tokens only.
         early_stopping: when the search ends. True: as soon as beam_width beams have
@@ -300,7 +308,7 @@ class BeamSearchParams:
     """
 
     beam_width: int
-    max_tokens: int
+    max_tokens: int | None
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     ignore_eos: bool = False
@@ -312,13 +320,14 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
         width = integer("beam_width", self.beam_width, low=1)
-        penalty = number("length_penalty", self.length_penalty)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise error("early_stopping", "False, True or 'never'", self.early_stopping)
-        flag("ignore_eos", self.ignore_eos)
-        _check_structured_outputs(self.structured_outputs)
-        _check_can_end(self.structured_outputs, self.ignore_eos)
-        stop_ids = token_ids("stop_token_ids", self.stop_token_ids)
+        early_stopping = self.early_stopping
+        if early_stopping != "never":
+            try:
+                early_stopping = flag("early_stopping", early_stopping)
+            except ValueError:
+                expected = "False, True or 'never'"
+                raise error("early_stopping", expected, early_stopping) from None
+        ignore_eos = flag("ignore_eos", self.ignore_eos)
         num_return = self.num_return
         if num_return is not None:
             num_return = integer("num_return", num_return, low=1)
@@ -329,11 +338,16 @@ class BeamSearchParams:
                 )
         checked = {
             "beam_width": width,
-            "max_tokens": integer("max_tokens", self.max_tokens, low=1),
-            "length_penalty": penalty,
-            "stop_token_ids": stop_ids,
+            "max_tokens": param_checks.max_tokens(self.max_tokens),
+            "length_penalty": number("length_penalty", self.length_penalty),
+            "early_stopping": early_stopping,
+            "ignore_eos": ignore_eos,
+            "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),
             "num_return": num_return,
-            "priority": integer("priority", self.priority),
+            "priority": param_checks.priority(self.priority),
+            "structured_outputs": _structured_outputs(
+                self.structured_outputs, ignore_eos
+            ),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -350,11 +364,12 @@ class AlgorithmParams:
             `step`. It becomes part of the compiled step, so create it once and reuse
             it: another object compiles the engine again.
         num_rows: number of sequences that run, the S of the algorithm.
-        max_tokens: maximum number of tokens to generate.
+        max_tokens: maximum number of tokens to generate; None is limited only by
+            max_model_len.
         ignore_eos: continue after the model's own EOS. `stop_token_ids` still end a
             sequence.
         stop_token_ids: tokens that end a sequence as EOS does.
-        seed: 0 to 2**32 - 1; None and -1 derive a seed from the engine's.
+        seed: 0 to 2**64 - 1; None and -1 derive a seed from the engine's.
         priority: under policy "priority", smaller values are admitted first.
         structured_outputs: constraint on the text, as in `SamplingParams`.
 
@@ -364,7 +379,7 @@ class AlgorithmParams:
 
     algorithm: Any
     num_rows: int = 1
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None
@@ -373,19 +388,21 @@ class AlgorithmParams:
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples and ints."""
-        _check_structured_outputs(self.structured_outputs)
         for name in ("init", "step"):
             if not callable(getattr(self.algorithm, name, None)):
                 expected = "an object with functions init and step"
                 raise error("algorithm", expected, self.algorithm)
-        flag("ignore_eos", self.ignore_eos)
-        _check_can_end(self.structured_outputs, self.ignore_eos)
+        ignore_eos = flag("ignore_eos", self.ignore_eos)
         checked = {
             "num_rows": integer("num_rows", self.num_rows, low=1),
-            "max_tokens": integer("max_tokens", self.max_tokens, low=1),
-            "stop_token_ids": token_ids("stop_token_ids", self.stop_token_ids),
-            "seed": _seed(self.seed),
-            "priority": integer("priority", self.priority),
+            "max_tokens": param_checks.max_tokens(self.max_tokens),
+            "ignore_eos": ignore_eos,
+            "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),
+            "seed": param_checks.seed(self.seed),
+            "priority": param_checks.priority(self.priority),
+            "structured_outputs": _structured_outputs(
+                self.structured_outputs, ignore_eos
+            ),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -29,7 +29,9 @@ class Waiting(NamedTuple):
     """Input of a policy: one column for each sequence of the request table.
 
     Scores of sequences that are not waiting are ignored. For a request with several
-    sequences, the score of the first one is used.
+    sequences, the score of the first one is used. `LLM` also passes the requests that
+    wait on the host until the table has space, one element for each, followed by
+    padding.
     """
 
     arrivals: jax.Array  # i32[R], rank of arrival
@@ -177,6 +179,21 @@ def check_policy(policy: str | Policy, parameters: tuple[float, ...] = ()) -> No
             f"policy: expected numbers, got NaN among {np.asarray(scores).tolist()} "
             f"for the example {jax.tree.map(lambda x: x.tolist(), example)}"
         )
+
+
+def reads_cached_lens(policy: str | Policy, parameters: tuple[float, ...]) -> bool:
+    """Whether a policy's scores depend on `Waiting.cached_lens`."""
+    if policy == "weighted":
+        return parameters[WEIGHTED.index("cached_lens")] != 0.0
+    example = _example(parameters)
+
+    def scores(cached_lens: jax.Array) -> jax.Array:
+        return find_policy(policy)(example._replace(cached_lens=cached_lens))
+
+    jaxpr = jax.make_jaxpr(scores)(example.cached_lens).jaxpr
+    (column,) = jaxpr.invars
+    used = [value for equation in jaxpr.eqns for value in equation.invars]
+    return any(value is column for value in [*used, *jaxpr.outvars])
 
 
 def _example(parameters: tuple[float, ...]) -> Waiting:

@@ -5,8 +5,12 @@ All messages have the form `NAME: expected ..., got VALUE (TYPE)`. Host only.
 
 import math
 import numbers
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+LARGEST_INT32 = 2**31 - 1  # integers of requests are int32 on the device
+_MAX_BITS = 256  # of any integer; Python does not print those of thousands of digits
 
 
 def error(name: str, expected: str, got: Any) -> ValueError:
@@ -15,23 +19,45 @@ def error(name: str, expected: str, got: Any) -> ValueError:
     >>> print(error("top_k", "an integer", "many"))
     top_k: expected an integer, got 'many' (str)
     """
-    return ValueError(
-        f"{name}: expected {expected}, got {got!r:.200} ({type(got).__name__})"
+    try:
+        shown = f"{got!r:.200}"
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        shown = "a value that cannot be printed"
+    return ValueError(f"{name}: expected {expected}, got {shown} ({_kind(got)})")
+
+
+def _kind(value: Any) -> str:
+    """Return the name of a value's type."""
+    return type(value).__name__
+
+
+def _is_scalar(value: Any, kinds: str) -> bool:
+    """Whether `value` is a NumPy, JAX or torch scalar whose dtype begins so."""
+    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return getattr(value, "shape", None) == () and dtype.startswith(
+        tuple(kinds.split())
     )
 
 
 def integer(
     name: str, value: Any, low: int | None = None, high: int | None = None
 ) -> int:
-    """Return `value` as int if it is an integer in [low, high]; bool is refused."""
+    """Return `value` as int if it is an integer in [low, high]; bool is refused.
+
+    NumPy and JAX scalars are integers if their dtype is.
+    """
     expected = "an integer"
     if low is not None:
         expected += f" of at least {low}"
     if high is not None:
         expected += f" and at most {high}" if low is not None else f" of at most {high}"
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise error(name, expected, value) from None
+    is_bool = isinstance(value, bool) or _is_scalar(value, "bool")
+    if is_bool or found.bit_length() > _MAX_BITS:
         raise error(name, expected, value)
-    found = int(value)
     if (low is not None and found < low) or (high is not None and found > high):
         raise error(name, expected, value)
     return found
@@ -54,9 +80,13 @@ def number(
     if high < math.inf:
         limits.append(f"at most {high:g}" if limits else f"of at most {high:g}")
     expected = " ".join(["a finite number", " and ".join(limits)]).rstrip()
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number and not _is_scalar(value, "float bfloat int uint"):
         raise error(name, expected, value)
-    found = float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an int beyond the range of floats
+        raise error(name, expected, value) from None
     is_above = above is None or found > above
     if not math.isfinite(found) or not low <= found <= high or not is_above:
         raise error(name, expected, value)
@@ -64,10 +94,10 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return `value` if it is True or False."""
-    if not isinstance(value, bool):
+    """Return `value` as bool if it is True or False, also of NumPy or JAX."""
+    if not isinstance(value, bool) and not _is_scalar(value, "bool"):
         raise error(name, "True or False", value)
-    return value
+    return bool(value)
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
@@ -80,18 +110,28 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """Return a sequence of token ids as a tuple of int."""
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise error(name, "a sequence of token ids", value)
-    return tuple(integer(f"{name}[{i}]", token, low=0) for i, token in enumerate(value))
+    tokens = items(name, value, "a sequence of token ids")
+    return tuple(
+        integer(f"{name}[{i}]", token, low=0, high=LARGEST_INT32)
+        for i, token in enumerate(tokens)
+    )
+
+
+def items(name: str, value: Any, expected: str) -> tuple[Any, ...]:
+    """Return the items of a sequence that is neither text nor bytes nor a mapping."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+        raise error(name, expected, value)
+    try:
+        return tuple(value)
+    except TypeError:  # not iterable, or an array without axes
+        raise error(name, expected, value) from None
 
 
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """Return one string or several as a tuple; empty strings are refused."""
     if isinstance(value, str):
         value = (value,)
-    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
-        raise error(name, "a string or a sequence of strings", value)
-    found = tuple(value)
+    found = items(name, value, "a string or a sequence of strings")
     for i, string in enumerate(found):
         if not isinstance(string, str) or not string:
             raise error(f"{name}[{i}]", "a string that is not empty", string)

@@ -24,17 +24,19 @@ LAYERS = {
     "compilation_cache": ["compat"],
     # checks of argument values; host only
     "validation":        [],
+    "param_checks":      ["validation"],
     # scores of arrays: who is admitted first
     "policies":          [],
     # logits in, tokens and parents out: never sees a block
     "decoding":          ["compat"],
     "config":            ["compat", "policies", "decoding"],
-    "params":            ["compat", "config", "validation", "decoding"],
+    "params":            ["compat", "config", "validation", "param_checks",
+                          "decoding"],
     "outputs":           [],
     # meshes and processes
     "parallel":          ["compat", "config"],
     # tokenizers and chat templates; host only
-    "text":              ["compat", "config", "params"],
+    "text":              ["compat", "validation", "config", "params"],
     # which tokens live where: block tables and lengths, no activations
     "kv":                ["compat", "config"],
     # the public name of kv.block_manager
@@ -55,11 +57,12 @@ LAYERS = {
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
     # the engine's state, its step and its loop: pure functions
-    "engine":            ["compat", "policies", "config", "params", "parallel", "kv",
-                          "scheduler", "attention", "models", "decoding"],
+    "engine":            ["compat", "validation", "policies", "config", "params",
+                          "parallel", "kv", "scheduler", "attention", "models",
+                          "decoding"],
     # the host side: requests of all callers, clock, statistics
-    "serving":           ["validation", "policies", "config", "params", "outputs",
-                          "parallel", "text", "kv", "scheduler", "pages", "cpu",
+    "serving":           ["validation", "param_checks", "policies", "config",
+                          "params", "outputs", "parallel", "text", "kv", "scheduler", "pages", "cpu",
                           "attention", "models", "decoding", "structured", "engine"],
     "llm":               ["config", "policies", "params", "outputs",
                           "compilation_cache", "text", "parallel", "models", "engine",

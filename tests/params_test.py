@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
-from jpaged.params import BeamSearchParams, SamplingParams
+from jpaged.params import (
+    BeamSearchParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 
 def test_defaults_are_those_of_vllm():
@@ -34,6 +38,9 @@ def test_defaults_are_those_of_vllm():
         "seed": None,
         "priority": 0,
         "structured_outputs": None,
+        "include_stop_str_in_output": False,
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
     }
 
 
@@ -121,7 +128,8 @@ def test_a_value_that_is_not_an_integer_is_refused(name, value):
         ({"ignore_eos": 1}, "ignore_eos: expected True or False, got 1"),
         ({"logprobs": -2}, "logprobs: expected an integer of at least -1, got -2"),
         ({"logit_bias": [1]}, "logit_bias: expected a dict of token id -> number"),
-        ({"logit_bias": {"1": 1.0}}, "logit_bias key: expected an integer of at least"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias key: expected an integer of at least"),
+        ({"logit_bias": {"1": 1, 1: 2}}, "logit_bias: expected each token id once"),
         ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\]: expected a finite number"),
         (
             {"allowed_token_ids": []},
@@ -129,8 +137,8 @@ def test_a_value_that_is_not_an_integer_is_refused(name, value):
         ),
         ({"bad_words": ["x", ""]}, r"bad_words\[1\]: expected a string that is not"),
         (
-            {"seed": 2**32},
-            "seed: expected an integer of at least -1 and at most 4294967",
+            {"seed": 2**64},
+            "seed: expected an integer of at least -1 and at most 18446744",
         ),
         ({"n": 2, "temperature": 0}, "n: expected 1 with greedy decoding .* above 0"),
     ],
@@ -189,6 +197,30 @@ def test_valid_beam_search_values_are_kept():
     assert params.stop_token_ids == (2,)
     assert params.length_penalty == 1.0
     assert params.num_return is None
+
+
+def test_a_dict_is_a_constraint():
+    params = SamplingParams(structured_outputs={"regex": "[a-z]+"})
+    assert params.structured_outputs == StructuredOutputsParams(regex="[a-z]+")
+    params = BeamSearchParams(2, None, structured_outputs={"choice": ["a"]})
+    assert params.structured_outputs == StructuredOutputsParams(choice=["a"])
+    assert params.max_tokens is None
+    for wrong, message in [
+        ({"pattern": "a"}, "structured_outputs: expected a dict with one of regex"),
+        ({}, "structured_outputs: expected exactly one of"),
+        ({"regex": 5}, "regex: expected a string"),
+        ("[a-z]+", "structured_outputs: expected StructuredOutputsParams, a dict"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SamplingParams(structured_outputs=wrong)
+    for name in ("regex", "choice", "json"):
+        for value in (2**31, 0.5, b"a", 10**4400, [], np.array(2)):
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                StructuredOutputsParams(**{name: value})
+
+
+def test_keys_of_logit_bias_can_be_text_as_in_json():
+    assert SamplingParams(logit_bias={"50": -100}).logit_bias == {50: -100.0}
 
 
 def test_repr_of_outputs_is_one_line_without_fields_that_are_none():

@@ -26,6 +26,7 @@ from jpaged.decoding.transforms import leading
 
 EARLY_STOPPING = (False, True, "never")  # the state has an index into it
 NO_TOKEN = -1  # padding of `stop_ids`
+LARGEST_PENALTY = 1e30  # of either sign
 
 
 @jax.tree_util.register_dataclass
@@ -136,13 +137,7 @@ def beam_state(
         raise ValueError(
             f'early_stopping: expected False, True or "never", got {early_stopping!r}'
         )
-    # Beyond e**80 a float32 score would become 0 or infinity.
-    if not abs(length_penalty) * math.log(max_tokens) < 80:
-        raise ValueError(
-            "length_penalty: expected max_tokens ** length_penalty within the range of "
-            f"float32, got length_penalty={length_penalty} and "
-            f"max_tokens={max_tokens}; choose a value nearer to 0"
-        )
+    check_length_penalty(length_penalty, max_tokens)
     return BeamState(
         width=as_array(width, np.int32),
         max_tokens=as_array(max_tokens, np.int32),
@@ -154,6 +149,24 @@ def beam_state(
         has_hypothesis=as_array(np.zeros(num_rows), bool),
         num_generated=as_array(0, np.int32),
     )
+
+
+def check_length_penalty(length_penalty: float, max_tokens: int) -> None:
+    """Raises ValueError if scores of up to `max_tokens` tokens leave float32's range.
+
+    Args:
+      length_penalty: Any finite number, see `beam_search`.
+      max_tokens: Generated tokens of the longest sequence, at least 1.
+    """
+    # Beyond e**80 a float32 score would become 0 or infinity; the penalty itself is a
+    # float32 number too, also for sequences of one token.
+    size = abs(length_penalty)
+    if not (size * math.log(max_tokens) < 80 and size <= LARGEST_PENALTY):
+        raise ValueError(
+            "length_penalty: expected max_tokens ** length_penalty within the range of "
+            f"float32, got length_penalty={length_penalty} and "
+            f"max_tokens={max_tokens}; choose a value nearer to 0"
+        )
 
 
 def as_array(value: Any, dtype: Any) -> jax.Array:

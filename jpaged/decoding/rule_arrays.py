@@ -164,7 +164,7 @@ def encode_rules(
         repetition_penalty=np.float32(params.repetition_penalty),
         presence_penalty=np.float32(params.presence_penalty),
         frequency_penalty=np.float32(params.frequency_penalty),
-        min_tokens=np.int32(params.min_tokens),
+        min_tokens=np.int32(min(params.min_tokens, np.iinfo(np.int32).max)),
         has_allowed=np.bool_(allowed is not None),
     )
 

@@ -3,6 +3,7 @@
 Pipeline: request parameters -> [rule_checks] -> rule_arrays. Host only.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from jpaged.decoding.rule_arrays import RuleParams
@@ -31,7 +32,11 @@ def check_rules(
       ValueError: A rule is out of range, or no token is left.
     """
     bias, allowed = params.logit_bias or {}, params.allowed_token_ids
-    for name, ids in (("logit_bias", bias), ("allowed_token_ids", allowed or ())):
+    for name, ids in (
+        ("logit_bias", bias),
+        ("allowed_token_ids", allowed or ()),
+        ("bad_words", itertools.chain.from_iterable(bad_word_token_ids)),
+    ):
         invalid = [token for token in ids if not 0 <= token < vocab_size]
         if invalid:
             raise ValueError(

@@ -15,6 +15,7 @@ import numpy as np
 from jpaged import scheduler
 from jpaged.arithmetic import cdiv
 from jpaged.config import SAMPLING, EngineConfig
+from jpaged.decoding import beam
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.decoding.rule_checks import check_rules
@@ -171,6 +172,9 @@ def check_request(
                 f"beam_width: expected at most the vocabulary's size ({vocab_size}), "
                 f"got {params.beam_width}"
             )
+    if isinstance(params, BeamSearchParams):
+        max_tokens = token_limit(config, length, params) - length
+        beam.check_length_penalty(params.length_penalty, max_tokens)
 
 
 def _check_blocks(
@@ -183,12 +187,13 @@ def _check_blocks(
     """Raise ValueError if a prompt of `length` tokens needs more than `num_blocks`."""
     # Samples of a request need not run at the same time.
     rows = 1 if sequences.kind == NO_ALGORITHM else sequences.num_rows
-    needed = most_blocks(config, length, token_limit(config, length, params), rows)
+    limit = token_limit(config, length, params)
+    needed = most_blocks(config, length, limit, rows)
     if needed > num_blocks:
         in_rows = f"in each of {rows} rows " * (rows > 1)
         not_pinned = " that are not pinned" * (num_blocks < config.num_blocks)
         raise ValueError(
-            f"prompt: {length} tokens and up to {params.max_tokens} generated tokens "
+            f"prompt: {length} tokens and up to {limit - length} generated tokens "
             f"{in_rows}need {needed} blocks of {config.block_size}, the pool has "
             f"{num_blocks}{not_pinned}; raise num_blocks, or lower max_tokens"
         )
@@ -343,6 +348,8 @@ def num_pinned_blocks(table: RequestTable, block_size: int) -> int:
 
 def token_limit(config: EngineConfig, prompt_len: int, params: Params) -> int:
     """Return the number of tokens at which a sequence ends, prompt included."""
+    if params.max_tokens is None:
+        return config.max_model_len
     return min(config.max_model_len, prompt_len + params.max_tokens)
 
 

@@ -39,6 +39,7 @@ from jpaged.engine.request_table import (
     Submission,
 )
 from jpaged.params import BeamSearchParams, SamplingParams
+from jpaged.validation import LARGEST_INT32
 
 
 class LoadAutomaton(NamedTuple):
@@ -272,17 +273,18 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
 def _own_seed(request: _Request) -> int:
     """The request's seed, or one derived from the run's seed and the arrival."""
     own = getattr(request.params, "seed", None)
-    if own is not None:
+    if own is not None and own < 2**32:
         return own
-    words = np.random.SeedSequence((request.seed, request.arrival)).generate_state(1)
-    return int(words[0])
+    # Keys have 32 bits; longer seeds are mixed into them.
+    entropy = (request.seed, request.arrival) if own is None else own
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def _sampling(params: Params, seed: int, number: int) -> SamplingRows:
     is_sampled = isinstance(params, SamplingParams)
     values: dict[str, Any] = dict(
         temperature=np.float32(params.temperature if is_sampled else 0.0),
-        top_k=np.int32(max(params.top_k, 0) if is_sampled else 0),
+        top_k=np.int32(min(params.top_k, LARGEST_INT32) if is_sampled else 0),
         top_p=np.float32(params.top_p if is_sampled else 1.0),
         min_p=np.float32(params.min_p if is_sampled else 0.0),
         seed=np.uint32(seed),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
-import heapq
 from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
@@ -25,12 +24,13 @@ from jpaged.config import EngineConfig
 from jpaged.engine import request_table
 from jpaged.engine.limits import Params
 from jpaged.params import SamplingParams
-from jpaged.serving import output_reading, routing
+from jpaged.serving import feeding, output_reading
 from jpaged.serving.engine_host import EngineHost
 from jpaged.serving.metrics import Event, MeanLatencies
 from jpaged.serving.readout import SequenceProgress
 from jpaged.serving.request_state import OutputState, RequestState, RequestUpdate
 from jpaged.serving.runner import needs_empty_table
+from jpaged.serving.waiting import WaitingQueue
 
 # Length of a slice in seconds, by what its callers need.
 STREAM_S = 0.05  # a caller reads text while it grows
@@ -42,10 +42,6 @@ LEAST_STEPS = 4  # fewer steps are not worth the call, unless a caller reads a s
 _STATE_LOST = (
     "the engine's state was lost when another call was interrupted, together with the "
     "requests of this call; send them again"
-)
-_TABLE_FULL = (
-    "the request table is too small for the sequences of this request, even if it is "
-    "the only one; release pinned prefixes, or increase max_num_requests"
 )
 
 
@@ -73,11 +69,15 @@ class Batcher:
         self._grow = grow
         # By arrival, until the caller has the last update.
         self._open: dict[int, RequestState] = {}
+        # Added since programs were last compiled for new requests.
+        self._unprepared: list[RequestState] = []
         # Queues that the next slice reads.
         self._added: collections.deque[RequestState] = collections.deque()
         self._aborted: collections.deque[RequestState] = collections.deque()
-        # A heap by priority and arrival.
-        self._waiting: list[tuple[int, int, RequestState]] = []
+        config = host.config
+        self._waiting = WaitingQueue(
+            config.policy, config.policy_parameters, host.cached_lens
+        )
         self._submitted: dict[int, RequestState] = {}  # in the request table
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._slice_task: asyncio.Task[None] | None = None
@@ -85,6 +85,11 @@ class Batcher:
     def find_open(self, arrival: int) -> RequestState | None:
         """Return the open request with this number, if there is one."""
         return self._open.get(arrival)
+
+    @property
+    def open_requests(self) -> list[int]:
+        """Numbers of the requests that have not ended."""
+        return list(self._open)
 
     @property
     def num_open(self) -> int:
@@ -230,73 +235,74 @@ class Batcher:
 
     def _submit_waiting(self) -> None:
         """Submit the first waiting requests, as many as the request tables can hold."""
-        is_priority = self.host.config.policy == "priority"
         while self._added:
-            request = self._added.popleft()
-            priority = request.params.priority * is_priority
-            heapq.heappush(self._waiting, (priority, request.arrival, request))
+            self._unprepared.append(self._added[0])
+            self._waiting.push(self._added.popleft())
         if not self._submitted:
             self.host.clean()
         self._compile_for_waiting()
+        if self.host.num_empty:
+            self._waiting.order()
         groups = self._admit_waiting()
         requests = [request for group in groups for request in group]
         if requests:
             self._submitted |= {request.arrival: request for request in requests}
-            found = [indices for group in self.host.submit(groups) for indices in group]
-            for request, (seq_indices, output_indices) in zip(
-                requests, found, strict=True
-            ):
+            entered, failed = feeding.submit_groups(self.host, groups)
+            for request, seq_indices, output_indices in entered:
                 request.enter_table(seq_indices, output_indices)
+            for request, error in failed:
+                self._fail(request, error)
 
     def _compile_for_waiting(self) -> None:
-        """Start to compile what the waiting requests need, and add their arrays."""
-        waiting = [each for *_, each in self._waiting if each.arrival in self._open]
-        config = self.host.config
-        if self._submitted:  # some must wait until the request table is empty
-            waiting = [
-                request
-                for request in waiting
-                if not needs_empty_table(config, self._grow(config, [request.params]))
-            ]
+        """Start to compile what new requests need, and add their arrays."""
+        waiting = [each for each in self._unprepared if each.arrival in self._open]
+        self._unprepared.clear()
         if not waiting:
             return
-        grown = self._grow(config, [request.params for request in waiting])
-        if grown != config and not (
-            self._submitted and needs_empty_table(config, grown)
-        ):
+        config = self.host.config
+        grown, failed = feeding.grow_for(self._grow, config, waiting)
+        for request, error in failed:
+            self._fail(request, error)
+        waiting = [each for each in waiting if each.arrival in self._open]
+        if self._submitted and needs_empty_table(config, grown):
+            # They wait until the request table is empty.
+            self._unprepared = waiting
+            return
+        if grown != config:
             self.host.grow(grown)
-        self.host.prepare(waiting, self._submitted.values())
+        if waiting:
+            self.host.prepare(waiting, self._submitted.values())
 
     def _admit_waiting(self) -> list[list[RequestState]]:
-        """Take requests from the heap until one has to wait; return them by replica."""
+        """Take requests from the queue until one waits; return them by replica."""
         groups: list[list[RequestState]] = [[] for _ in range(self.host.num_replicas)]
         cached_lens, loads = self._cached_lens(), self.host.loads()
-        unready: list[tuple[int, int, RequestState]] = []
-        while self._waiting:
-            *_, request = self._waiting[0]
-            # Aborted requests are only removed from the heap.
+        unready: list[RequestState] = []
+        while self._waiting.is_ordered:
+            request = self._waiting.peek()
+            # Aborted requests are only removed from the queue.
             if request.arrival in self._open:
-                if self._submitted and not self._is_ready(request):
-                    # It waits for its programs, or for others' beams; those after it
-                    # need not.
-                    unready.append(heapq.heappop(self._waiting))
-                    continue
-                refusal = self.host.refusal(request)
-                found = cached_lens.get(request.arrival)
-                replica = self._choose_replica(request, groups, found, loads)
-                is_alone = not (self._submitted or any(groups))
-                if refusal is None and replica is None and not is_alone:
-                    break
-                if refusal is not None:
-                    self._fail(request, ValueError(refusal))
-                elif replica is None:
-                    self._fail(request, RuntimeError(_TABLE_FULL))
-                else:
-                    groups[replica].append(request)
-                    loads[replica] += len(request.prompt_token_ids) * request.table_size
-            heapq.heappop(self._waiting)
-        for entry in unready:
-            heapq.heappush(self._waiting, entry)
+                try:
+                    if self._submitted and not self._is_ready(request):
+                        # It waits for its programs, or for others' beams; those after
+                        # it need not.
+                        unready.append(self._waiting.pop())
+                        continue
+                    if not feeding.place(
+                        self.host,
+                        self._grow,
+                        request,
+                        groups,
+                        cached_lens.get(request.arrival),
+                        loads,
+                        is_alone=not (self._submitted or any(groups)),
+                    ):
+                        break
+                except Exception as error:  # ends this request alone
+                    self._fail(request, error)
+            self._waiting.pop()
+        for request in unready:
+            self._waiting.push(request)
         return groups
 
     def _is_ready(self, request: RequestState) -> bool:
@@ -314,39 +320,11 @@ class Batcher:
         """
         if self.host.num_replicas == 1:
             return {}
-        first = heapq.nsmallest(self.host.num_empty, self._waiting)
-        requests = [request for *_, request in first]
+        requests = self._waiting.first(self.host.num_empty)
         found = self.host.cached_lens(requests)
         return {
             request.arrival: lens for request, lens in zip(requests, found, strict=True)
         }
-
-    def _choose_replica(
-        self,
-        request: RequestState,
-        groups: Sequence[Sequence[RequestState]],
-        cached_lens: np.ndarray | None,
-        loads: np.ndarray,
-    ) -> int | None:
-        """Return the replica for a request, see `routing`; None if all are full.
-
-        Args:
-          request: the request.
-          groups: per replica, the requests that it gets before this one.
-          cached_lens: i32[D], or None if there is only one replica.
-          loads: i64[D].
-        """
-        has_capacity = [
-            self.host.has_capacity([*group, request], replica)
-            for replica, group in enumerate(groups)
-        ]
-        config = self.host.config
-        return routing.choose_replica(
-            np.zeros_like(loads) if cached_lens is None else cached_lens,
-            loads,
-            np.array(has_capacity),
-            margin=routing.LOAD_MARGIN * config.num_blocks * config.block_size,
-        )
 
     # The slice, and what is read after it.
 

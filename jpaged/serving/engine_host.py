@@ -192,6 +192,12 @@ class EngineHost:
         self.runner.state = engine.reset_prefix_cache(self.runner.state)
         self._pin_again()
 
+    def replace_model(self, model: Decoder) -> None:
+        """Use another model of the same config from now on; drop what is cached."""
+        self.model = model
+        self.runner.replace_model(model)
+        self.reset_prefix_cache()
+
     def close(self) -> None:
         """Release the pages, the tables and the model."""
         self.pinned.clear()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jpaged import engine
 from jpaged.config import EngineConfig
@@ -25,11 +27,12 @@ from jpaged.params import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from jpaged.serving.bad_words import bad_words_of
 from jpaged.serving.engine_host import EngineHost
 from jpaged.serving.request_state import RequestState, RequestUpdate
 from jpaged.structured import compile_constraint
 from jpaged.text import prompts as text_prompts
-from jpaged.text.tokenizer import Tokenizer, bad_word_token_ids
+from jpaged.text.tokenizer import Tokenizer
 
 
 class CheckedRequest(NamedTuple):
@@ -46,7 +49,7 @@ class Intake:
     Args:
       host: the engine that runs the requests.
       tokenizer: the model's tokenizer, or None.
-      max_logprobs: limit of `logprobs` and `prompt_logprobs`.
+      max_logprobs: limit of `logprobs` and `prompt_logprobs`; -1: none.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class Intake:
     ) -> RequestState | RequestOutput:
         """Return the request if it is valid, else an output with its error."""
         token_ids, params, error = self._check(prompt, params)
-        text = prompt if isinstance(prompt, str) else None
+        text = text_prompts.text_of(prompt)
         if error is not None:
             return RequestOutput(arrival, text, token_ids, [], error=error)
         vocab_size = self._model.vocab_size
@@ -214,33 +217,42 @@ class Intake:
                 "tokenizer, so there is no text; use stop_token_ids"
             )
         count = _num_logprobs(params, vocab_size)
-        if count > self._max_logprobs:
-            name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+        most = vocab_size if self._max_logprobs == -1 else self._max_logprobs
+        name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+        if count > most:
             raise ValueError(
-                f"{name}: expected at most max_logprobs ({self._max_logprobs}), got "
-                f"{count}; create the LLM with a larger max_logprobs"
+                f"{name}: expected at most max_logprobs ({most}), got {count}; create "
+                "the LLM with a larger max_logprobs"
+            )
+        if count > vocab_size:
+            raise ValueError(
+                f"{name}: expected at most {vocab_size}, the model's vocabulary, or -1 "
+                f"for all of it, got {count}"
             )
 
     def _resolve(self, params: Params) -> Params:
-        """Replace text in the parameters by token ids and automata."""
-        structured = params.structured_outputs
-        if isinstance(structured, StructuredOutputsParams):
+        """Replace text in the parameters by token ids and automata.
+
+        The result shares no dict with the caller, who may change it later.
+        """
+        automaton = params.structured_outputs
+        if isinstance(automaton, StructuredOutputsParams):
             automaton = compile_constraint(
-                structured,
+                automaton,
                 self._tokenizer,
                 self._model.vocab_size,
                 self._model.eos_token_ids,
                 params.max_tokens,
                 params.stop_token_ids,
             )
-            params = dataclasses.replace(params, structured_outputs=automaton)
-        if not isinstance(params, SamplingParams) or not params.bad_words:
-            return params
-        texts = [word for word in params.bad_words if isinstance(word, str)]
-        ids = [word for word in params.bad_words if not isinstance(word, str)]
-        if texts:
-            ids += bad_word_token_ids(self._tokenizer, texts)
-        return dataclasses.replace(params, bad_words=ids)
+        if not isinstance(params, SamplingParams):
+            return dataclasses.replace(params, structured_outputs=automaton)
+        automaton, bad_words = bad_words_of(
+            params, automaton, self._tokenizer, self._model
+        )
+        return dataclasses.replace(
+            params, structured_outputs=automaton, bad_words=bad_words
+        )
 
 
 def match_params(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
@@ -253,6 +265,8 @@ def match_params(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
     prompts = text_prompts.prompt_list("prompts", prompts)
     if params is None:
         params = SamplingParams()
+    if isinstance(params, Iterator | np.ndarray):
+        params = list(params)
     if not isinstance(params, Sequence):
         params = [params] * len(prompts)
     if len(params) != len(prompts):

@@ -5,6 +5,7 @@ Pipeline: model, device -> [memory] -> EngineConfig. Host only.
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 
@@ -18,6 +19,7 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.parallel import distributed
 
+_LOG = logging.getLogger(__name__)
 # On a CPU the pool uses the same memory as other programs, so its default is small.
 CPU_POOL_BYTES = 2**30
 _TABLE_BYTES = 2**30  # limit of the request table's default size
@@ -98,8 +100,17 @@ def choose_sizes(
                 "smaller block_size or model, or set num_blocks"
             )
         num_blocks = chosen
-    if max_model_len is None:
-        length = min(length, num_blocks * block_size)
+    if max_model_len is None and length > num_blocks * block_size:
+        _LOG.warning(
+            "max_model_len: %d instead of the model's %d, because the pool has %d "
+            "blocks of %d tokens; raise num_blocks for longer sequences, or set "
+            "max_model_len",
+            num_blocks * block_size,
+            length,
+            num_blocks,
+            block_size,
+        )
+        length = num_blocks * block_size
     return num_blocks, length
 
 

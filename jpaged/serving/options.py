@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jpaged import parallel
@@ -23,6 +25,7 @@ from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
 from jpaged.pages.quantised import PAGE_DTYPES
 from jpaged.parallel import distributed
+from jpaged.param_checks import MAX_SEED
 from jpaged.policies import Policy
 from jpaged.text.tokenizer import Tokenizer
 from jpaged.validation import error, flag, integer, number, one_of
@@ -37,8 +40,8 @@ class LLMOptions:
     """
 
     model: str | os.PathLike[str] | Decoder
-    dtype: str
-    kv_dtype: str
+    dtype: Any
+    kv_dtype: Any
     block_size: int
     num_blocks: int | None
     memory_fraction: float
@@ -52,7 +55,7 @@ class LLMOptions:
     policy_parameters: Sequence[float]
     attention: str | None
     mesh: Mesh | None
-    seed: int
+    seed: Any
     speculative_config: Mapping[str, Any] | None
     tokenizer: str | os.PathLike[str] | Tokenizer | None
     max_num_requests: int | None
@@ -67,29 +70,38 @@ class LLMOptions:
 
     def __post_init__(self) -> None:
         """Check the arguments that neither the model nor `EngineConfig` checks."""
-        for name in ("block_size", "max_num_seqs"):
-            integer(name, getattr(self, name), low=1)
-        for name in ("num_blocks", "max_model_len"):
+        for name, low in _INTEGERS.items():
+            self._set(name, integer(name, getattr(self, name), low=low))
+        for name in _OPTIONAL_INTEGERS:
             if getattr(self, name) is not None:
-                integer(name, getattr(self, name), low=1)
-        integer("seed", self.seed, low=0)
+                self._set(name, integer(name, getattr(self, name), low=1))
+        for name in ("enable_prefix_caching", "cascade", "check_invariants"):
+            self._set(name, flag(name, getattr(self, name)))
+        self._set("seed", _seed(self.seed, self.mesh))
+        self._set("dtype", _dtype_name("dtype", self.dtype))
+        self._set("kv_dtype", _dtype_name("kv_dtype", self.kv_dtype))
+        if self.dtype not in ("auto", *DTYPES):
+            raise error("dtype", f"'auto' or one of {DTYPES}", self.dtype)
         one_of("kv_dtype", self.kv_dtype, ("auto", *DTYPES, *PAGE_DTYPES))
-        flag("enable_prefix_caching", self.enable_prefix_caching)
-        flag("cascade", self.cascade)
+        self._set("watermark", number("watermark", self.watermark, low=0, high=1))
+        self._set("policy_parameters", _policy_parameters(self.policy_parameters))
         self._check_preemption()
         _check_attention(self.attention)
         if self.mesh is not None:
             parallel.check_is_mesh(self.mesh)
-        number("memory_fraction", self.memory_fraction, above=0, high=1)
+        share = number("memory_fraction", self.memory_fraction, above=0, high=1)
+        self._set("memory_fraction", share)
         self._check_processes()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_preemption(self) -> None:
         """Raise ValueError for an unknown kind of preemption or a wrong host pool."""
         one_of("preemption", self.preemption, PREEMPTIONS)
         count, with_kind = self.num_swap_blocks, f"with preemption={self.preemption!r}"
         least = 1 if self.preemption == "swap" else 0
-        is_integer = isinstance(count, int) and not isinstance(count, bool)
-        if not is_integer or count < least:
+        if count < least:
             raise error(
                 "num_swap_blocks", f"an integer of at least {least} {with_kind}", count
             )
@@ -115,6 +127,67 @@ class LLMOptions:
 
 
 _FIELDS = dataclasses.fields(LLMOptions)
+# The integers, with the smallest values.
+_INTEGERS = {
+    "block_size": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "num_swap_blocks": 0,
+    "max_num_stop_ids": 1,
+    "max_logprobs": -1,
+    "max_num_prefixes": 0,
+}
+_OPTIONAL_INTEGERS = (
+    "num_blocks",
+    "max_model_len",
+    "max_num_requests",
+    "max_prompt_chunk",
+)
+_DTYPE_ALIASES = {
+    "half": "float16",
+    "float": "float32",
+    "float8_e4m3fn": "fp8",
+    "fp8_e4m3": "fp8",
+}
+
+
+def _seed(value: Any, mesh: Mesh | None) -> int:
+    """Return a seed; None is a random one."""
+    if value is not None:
+        return integer("seed", value, low=0, high=MAX_SEED)
+    if distributed.is_shared(mesh):
+        raise ValueError(
+            "seed: expected an integer, because processes that share the mesh need the "
+            "same seed, got None"
+        )
+    return secrets.randbits(32)
+
+
+def _dtype_name(name: str, value: Any) -> str:
+    """Return the name of a dtype: a string, a dtype of NumPy, JAX or torch."""
+    if isinstance(value, str):
+        return _DTYPE_ALIASES.get(value, value)
+    text = str(value)
+    if not text.startswith("torch."):
+        try:
+            if value is None:
+                raise TypeError
+            text = jnp.dtype(value).name
+        except TypeError:
+            raise error(name, "the name of a dtype, or a dtype", value) from None
+    text = text.removeprefix("torch.")
+    return _DTYPE_ALIASES.get(text, text)
+
+
+def _policy_parameters(value: Any) -> tuple[float, ...]:
+    """Return the policy's numbers, which are float32 on the device."""
+    if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):
+        raise error("policy_parameters", "a sequence of numbers", value)
+    most = float(jnp.finfo(jnp.float32).max)
+    return tuple(
+        number(f"policy_parameters[{i}]", one, low=-most, high=most)
+        for i, one in enumerate(value)
+    )
 
 
 def _check_attention(name: str | None) -> None:

@@ -19,7 +19,8 @@ from jpaged.params import BeamSearchParams, SamplingParams
 from jpaged.serving import metrics
 from jpaged.serving.metrics import Event
 from jpaged.serving.readout import SequenceTokens
-from jpaged.text.tokenizer import OutputText, Tokenizer
+from jpaged.text.output_text import OutputText
+from jpaged.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,7 @@ class OutputState:
             request.prompt_token_ids,
             request.stop,
             request.min_tokens,
+            **request.text_options,
         )
 
     def append(self, tokens: SequenceTokens, finish_reason: str | None) -> None:
@@ -86,9 +88,10 @@ class OutputState:
                 self.logprobs.append(
                     logprobs_at(tokens, i, count, self.request.tokenizer)
                 )
-            # The token that ends the sequence has no text.
+            # The token that ends the sequence has no text, unless it is asked for.
             is_last = finish_reason == "stop" and i == len(tokens.ids) - 1
-            if not (is_last and token in self.request.stop_ids):
+            is_end = is_last and token in self.request.stop_ids
+            if not is_end or self.request.includes_stop:
                 self.new_text += self._text.push(token)
             if self._text.stop_reason is not None:
                 self.finish("stop", self._text.stop_reason)
@@ -205,6 +208,24 @@ class RequestState:
     def stop(self) -> Sequence[str]:
         """Strings that end an output."""
         return self.params.stop if isinstance(self.params, SamplingParams) else ()
+
+    @property
+    def includes_stop(self) -> bool:
+        """Whether the text includes the stop string or token that ended it."""
+        params = self.params
+        return isinstance(params, SamplingParams) and params.include_stop_str_in_output
+
+    @property
+    def text_options(self) -> dict[str, bool]:
+        """The options of `OutputText` that parameters set."""
+        params = self.params
+        if not isinstance(params, SamplingParams):
+            return {}
+        return {
+            "include_stop": params.include_stop_str_in_output,
+            "skip_special_tokens": params.skip_special_tokens,
+            "spaces_between_special_tokens": params.spaces_between_special_tokens,
+        }
 
     @property
     def min_tokens(self) -> int:

@@ -313,6 +313,13 @@ class EngineRunner:
         }
         return self.progress
 
+    def replace_model(self, model: Decoder) -> None:
+        """Use another model of the same config from now on."""
+        if isinstance(self._models, DraftedModel):
+            self._models = dataclasses.replace(self._models, target=model)
+        else:
+            self._models = model
+
     def close(self) -> None:
         """Release the state, the models and the programs."""
         self._stepper.close()

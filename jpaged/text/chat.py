@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from jpaged.text import sandbox
+from jpaged.text import message_content, sandbox
 from jpaged.text.added_tokens import read_json
 from jpaged.text.tokenizer import Tokenizer
 
@@ -143,7 +143,9 @@ def render(
 
     Args:
       messages: `{"role": ..., "content": ...}`, with any other keys that the template
-        reads.
+        reads. The content is a text or a list of text parts,
+        `{"type": "text", "text": ...}`. A template that does not read parts gets their
+        texts, joined by line ends.
       template: source of a jinja2 template.
       special_tokens: `bos_token` and so on.
       add_generation_prompt: end the text with the header of the answer.
@@ -158,6 +160,7 @@ def render(
         the messages, or exceeds the limits of the sandbox.
     """
     check_messages(messages)
+    messages = message_content.with_text(messages)
     chat = [
         _with_reasoning(
             {key: value for key, value in each.items() if value is not None}
@@ -165,14 +168,42 @@ def render(
         for each in messages
     ]
     names = {**(special_tokens or {}), **variables}
-    try:
-        return sandbox.compile_template(template).render(
-            messages=_plain(chat),
+
+    def rendered(messages: Sequence[Mapping[str, Any]]) -> str:
+        return _render(
+            template,
+            messages=_plain(messages),
             tools=_plain(tools),
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **_plain(names),
         )
+
+    if not message_content.has_parts(chat):
+        return rendered(chat)
+    if _reads_parts(template, _plain(names)):
+        text = rendered(chat)
+        # The template may read the parts of some roles only.
+        if not message_content.shows_parts(_plain(chat), text):
+            return text
+    return rendered(message_content.joined(chat))
+
+
+def _reads_parts(template: str, names: Mapping[str, Any]) -> bool:
+    """Whether a template reads content that is a list of parts."""
+    probe = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+    settings = {"tools": None, "documents": None, "add_generation_prompt": False}
+    try:
+        text = _render(template, **{**settings, **names, "messages": [probe]})
+    except ValueError:
+        return False
+    return not message_content.shows_parts([probe], text)
+
+
+def _render(template: str, **variables: Any) -> str:
+    """Render a template; every failure of it is a ValueError."""
+    try:
+        return sandbox.compile_template(template).render(**variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"chat_template: expected a jinja2 template, got a syntax error in line "

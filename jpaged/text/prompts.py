@@ -5,14 +5,17 @@ Pipeline: user -> [prompts] -> intake, scoring. Host only.
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import numpy as np
 
 from jpaged.text.tokenizer import Tokenizer
+from jpaged.validation import integer
+
+_BYTES = bytes | bytearray | memoryview  # sequences of int, but no token ids
+_KEYS = ("prompt_token_ids", "prompt")  # of a prompt that is a dict
 
 
 def token_ids(
@@ -23,13 +26,15 @@ def token_ids(
     Args:
       tokenizer: the model's tokenizer, or None if it has none.
       name: how error messages call the argument.
-      value: a text, or token ids (a sequence of int or a 1-D integer array).
+      value: a text, token ids (a sequence of int or a 1-D integer array), or one of
+        these as {"prompt": text} or {"prompt_token_ids": token ids}.
       add_special_tokens: add the tokenizer's special tokens, such as a BOS, to a text.
 
     Raises:
       ValueError: `value` is neither text nor token ids, or it is text and there is no
         tokenizer.
     """
+    value = _without_dict(name, value)
     if isinstance(value, str):
         if tokenizer is None:
             raise ValueError(
@@ -37,11 +42,15 @@ def token_ids(
             )
         return tokenizer.encode(value, add_special_tokens)
     if not _is_token_ids(value):
-        raise ValueError(
-            f"{name}: expected text or a list of token ids, got {value!r:.80} "
-            f"({type(value).__name__})"
-        )
+        raise _not_a_prompt(name, "text or a list of token ids", value)
     return [int(token) for token in value]
+
+
+def text_of(value: Any) -> str | None:
+    """Return the text of a prompt; None for a prompt of token ids."""
+    if isinstance(value, Mapping):
+        value = value.get("prompt")
+    return str(value) if isinstance(value, str) else None
 
 
 def prompt_list(name: str, value: Any) -> list[Any]:
@@ -49,20 +58,27 @@ def prompt_list(name: str, value: Any) -> list[Any]:
 
     Args:
       name: how error messages call the argument.
-      value: a text, token ids, or a sequence of either. An empty sequence is no
-        prompts, not one empty prompt.
+      value: a text, token ids, a dict of either (see `token_ids`), or a sequence, an
+        iterator or an array of them. An empty sequence is no prompts, not one empty
+        prompt.
 
     Raises:
       ValueError: `value` is none of these.
     """
-    if isinstance(value, str) or (_is_token_ids(value) and len(value) > 0):
+    if isinstance(value, str | Mapping):
         return [value]
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise ValueError(
-            f"{name}: expected text, a list of token ids, or a list of either, got "
-            f"{value!r:.80} ({type(value).__name__})"
-        )
-    return list(value)
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    is_ordered = not isinstance(value, Set | _BYTES)
+    if is_array and value.ndim == 1 and np.issubdtype(value.dtype, np.integer):
+        return [value]
+    if is_array and value.ndim == 1 and value.dtype.kind not in "OSUT":
+        is_ordered = False  # numbers that are no token ids
+    is_ordered &= not is_array or value.ndim in (1, 2)
+    if not isinstance(value, Iterable) or not is_ordered:
+        expected = "text, a list of token ids, or a list of either"
+        raise _not_a_prompt(name, expected, value)
+    prompts = list(value)
+    return [prompts] if prompts and _is_token_ids(prompts) else prompts
 
 
 def scoring_pairs(
@@ -92,10 +108,43 @@ def scoring_pairs(
     )
 
 
+def _without_dict(name: str, value: Any) -> Any:
+    """Return the text or the token ids of a prompt that is a dict, as vLLM's can be."""
+    if not isinstance(value, Mapping):
+        return value
+    if unknown := sorted(map(str, set(value) - set(_KEYS))):
+        raise ValueError(
+            f"{name}: expected a dict with 'prompt' or 'prompt_token_ids', got the key "
+            f"{unknown[0]!r}"
+        )
+    # Token ids take precedence: the text beside them is what they were made from.
+    given = [value[key] for key in _KEYS if value.get(key) is not None]
+    if not given or isinstance(given[0], Mapping):
+        expected = "a dict with 'prompt' or 'prompt_token_ids'"
+        raise _not_a_prompt(name, expected, value)
+    return given[0]
+
+
+def _not_a_prompt(name: str, expected: str, value: Any) -> ValueError:
+    return ValueError(
+        f"{name}: expected {expected}, got {value!r:.80} ({type(value).__name__})"
+    )
+
+
 def _is_token_ids(value: Any) -> bool:
     if isinstance(value, np.ndarray | jax.Array):
         return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
-    return isinstance(value, Sequence) and all(
-        isinstance(token, numbers.Integral) and not isinstance(token, bool)
-        for token in value
-    )
+    if not isinstance(value, Sequence) or isinstance(value, str | _BYTES):
+        return False
+    return all(_is_token_id(token) for token in value)
+
+
+def _is_token_id(value: Any) -> bool:
+    """Whether `value` is an integer, also one of NumPy or JAX, and no bool."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    try:
+        integer("token", value)
+    except ValueError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Tokenizers, incremental detokenisation, stop strings and bad words.
+"""Tokenizers and incremental detokenisation.
 
 Pipeline: prompt -> [tokenizer] -> token ids -> llm, and token ids -> [tokenizer] ->
 text. Host only. A checkpoint without a tokenizer works with token ids only.
@@ -6,8 +6,7 @@ text. Host only. A checkpoint without a tokenizer works with token ids only.
 
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import tokenizers
 
@@ -123,70 +122,6 @@ class Tokenizer:
         return text.removeprefix(_ANCHOR)
 
 
-def bad_word_token_ids(
-    tokenizer: Tokenizer | None, words: Iterable[str]
-) -> list[tuple[int, ...]]:
-    """Return the token sequences that must not be generated, as vLLM does.
-
-    Each word is tokenized twice: without its leading spaces, and with one leading
-    space, as it appears within a text. The second sequence is used only if it has the
-    same length as the first and another first token. Otherwise it is the first
-    sequence after a token for the space, or a sequence that vLLM does not forbid
-    either. A word that consists of spaces is used as it is. (vLLM also strips tabs and
-    line ends, and then forbids another word than the one it was given.)
-
-    No special tokens are added. A word spelled with other tokens is not forbidden: bad
-    words are sequences of tokens.
-
-    Returns:
-        The token sequences in order, without duplicates.
-
-    Raises:
-        ValueError: there is no tokenizer, or it cannot encode a word.
-    """
-    words = tuple(words)
-    if not words:
-        return []
-    if tokenizer is None:
-        raise ValueError(
-            f"bad_words: expected none, got {words!r}: the model has no tokenizer to "
-            "encode words; use token ids, logit_bias or allowed_token_ids"
-        )
-    found: dict[tuple[int, ...], None] = {}
-    for position, word in enumerate(words):
-        bare = word.lstrip(" ")
-        plain = _word_token_ids(tokenizer, bare or word, word, position)
-        found[plain] = None
-        if bare:
-            spaced = _word_token_ids(tokenizer, " " + bare, word, position)
-            if spaced[0] != plain[0] and len(spaced) == len(plain):
-                found[spaced] = None
-    return list(found)
-
-
-def _word_token_ids(
-    tokenizer: Tokenizer, text: str, word: str, position: int
-) -> tuple[int, ...]:
-    """Return the tokens of `text`; raise ValueError about `word` if it has none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"bad_words[{position}]: expected text that can be encoded as UTF-8, got "
-            f"a lone surrogate in {word!r}"
-        ) from error
-    token_ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
-    unknown = getattr(tokenizer.backend.model, "unk_token", None)
-    if not token_ids or (
-        unknown is not None and tokenizer.backend.token_to_id(unknown) in token_ids
-    ):
-        raise ValueError(
-            f"bad_words[{position}]: expected text that the tokenizer can encode, got "
-            f"{word!r}"
-        )
-    return tuple(token_ids)
-
-
 class IncrementalDetokenizer:
     """Decodes one growing sequence, a piece of text per token.
 
@@ -244,118 +179,3 @@ class IncrementalDetokenizer:
         piece = text[len(self._context) :]
         self._num_read, self._context = len(self._token_ids), text
         return piece
-
-
-class StopChecker:
-    """Finds the first stop string in text that arrives in pieces, one per token.
-
-    The first stop string is the one that is complete first; of several that end at the
-    same character, the longest. The result does not depend on how the text is divided
-    into tokens, except that `num_tokens` counts whole tokens.
-    """
-
-    def __init__(self, stop: Iterable[str] = (), min_tokens: int = 0):
-        """Looks for `stop`, except in the first `min_tokens` tokens."""
-        self._stop = tuple(stop)
-        self._min_tokens = min_tokens
-        self._held_back = max((len(string) for string in self._stop), default=1) - 1
-        self._num_shown = 0  # characters that were returned
-        self.text = ""  # so far, without the stop string
-        self.num_tokens = 0  # including the one that completed the stop string
-        self.stop_reason: str | None = None  # the stop string that was found
-
-    def push(self, piece: str) -> str:
-        """Return the text that cannot become part of a stop string any more.
-
-        The last characters, one fewer than the longest stop string has, are held
-        back until more text arrives or the text ends. Pieces after a stop string are
-        ignored.
-        """
-        if self.stop_reason is not None:
-            return ""
-        self.num_tokens += 1
-        self._append(piece, is_checked=self.num_tokens > self._min_tokens)
-        end = len(self.text)
-        if self.stop_reason is None:
-            end = max(self._num_shown, end - self._held_back)
-        return self._show(end)
-
-    def finish(self, rest: str = "") -> str:
-        """Append `rest`, the detokenizer's last text; return all text held back."""
-        if self.stop_reason is None:
-            self._append(rest, is_checked=self.num_tokens > self._min_tokens)
-        return self._show(len(self.text))
-
-    def _append(self, piece: str, is_checked: bool) -> None:
-        old = len(self.text)
-        self.text += piece
-        if not is_checked or not piece:
-            return
-        found = []
-        for string in self._stop:
-            # A match must end in the new piece: earlier matches were found already,
-            # or ended within the first `min_tokens` tokens.
-            start = self.text.find(string, max(0, old - len(string) + 1))
-            if start >= 0:
-                found.append((start + len(string), start, string))
-        if found:
-            _, start, self.stop_reason = min(found)
-            self.text = self.text[:start]
-
-    def _show(self, end: int) -> str:
-        piece = self.text[self._num_shown : end]
-        self._num_shown = max(self._num_shown, end)
-        return piece
-
-
-class OutputText:
-    """The text of one output: detokenisation and stop strings combined.
-
-    Without a tokenizer the text stays empty and tokens are only counted.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        prompt_token_ids: Sequence[int] = (),
-        stop: Iterable[str] = (),
-        min_tokens: int = 0,
-    ):
-        stop = tuple(stop)
-        if stop and tokenizer is None:
-            raise ValueError(
-                f"stop: expected none, got {stop!r}: the model has no tokenizer, so "
-                "there is no text; use stop_token_ids"
-            )
-        self._detokenizer: Any = None
-        if tokenizer is not None:
-            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids)
-        self._checker = StopChecker(stop, min_tokens)
-
-    def push(self, token_id: int) -> str:
-        """Return the text that can be shown after `token_id`; often empty."""
-        if self.stop_reason is not None:
-            return ""
-        if self._detokenizer is None:
-            return self._checker.push("")
-        return self._checker.push(self._detokenizer.push(token_id))
-
-    def finish(self) -> str:
-        """Return the remaining text."""
-        rest = "" if self._detokenizer is None else self._detokenizer.finish()
-        return self._checker.finish(rest)
-
-    @property
-    def text(self) -> str:
-        """The text so far, without the stop string."""
-        return self._checker.text
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens so far, including the one that completed a stop string."""
-        return self._checker.num_tokens
-
-    @property
-    def stop_reason(self) -> str | None:
-        """The stop string that was found, or None."""
-        return self._checker.stop_reason

@@ -208,3 +208,22 @@ def test_the_oracle_finds_an_off_by_one_k_and_a_strict_nucleus():
     equal[0, 1] = -1e-30  # another float32, the same weight
     assert kept_by_sorting(equal[0], 1.0, 0, 0.5, 0.0).sum() == 1
     assert kept(equal, top_p=0.5).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # min_p keeps .5 and .3; they are then .625 and .375, so .6 is one token.
+        ({"min_p": 0.4, "top_p": 0.6}, 1),
+        # After top_k the first token has .625 of the mass, too.
+        ({"top_k": 2, "top_p": 0.6}, 1),
+        ({"top_p": 0.6}, 2),
+        ({"min_p": 0.4}, 2),
+        ({"min_p": 0.4, "top_k": 3}, 2),
+    ],
+    ids=str,
+)
+def test_the_order_of_the_filters_is_that_of_vllm(settings, expected):
+    logits = np.log(np.array([[0.15, 0.5, 0.05, 0.3]], np.float32))
+    order = np.argsort(-logits[0])
+    assert set(np.flatnonzero(kept(logits, **settings)[0])) == set(order[:expected])

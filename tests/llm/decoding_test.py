@@ -9,7 +9,12 @@ import math
 import numpy as np
 import pytest
 
-from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
+from jpaged.params import (
+    AlgorithmParams,
+    BeamSearchParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from jpaged.serving import batcher
 from tests.engine.algorithms_test import race
 from tests.support.engine.algorithms_oracle import Plain, drive, search
@@ -99,12 +104,71 @@ def test_bad_words_of_text_are_never_generated(llm, oracle, free_run):
     words = [pieces[0][0], pieces[3]]
     params = SamplingParams(n=4, seed=3, max_tokens=12, bad_words=words)
     (output,) = llm.generate([PROMPT], params)
-    ids = [tuple(llm.tokenizer.encode(word)) for word in words]
-    resolved = dataclasses.replace(params, bad_words=ids)
-    expected = [oracle.tokens(PROMPT, resolved, number=i) for i in range(4)]
+
+    def is_allowed(token_ids):
+        """Which tokens may follow: none after which a word is in the text."""
+        text = "".join(oracle.pieces[token] for token in token_ids)
+        texts = [text + piece for piece in oracle.pieces]
+        is_end = np.isin(np.arange(VOCAB_SIZE), EOS)
+        return is_end | [not any(word in t for word in words) for t in texts]
+
+    free = dataclasses.replace(params, bad_words=())
+    expected = [
+        oracle.tokens(PROMPT, free, number=i, mask=is_allowed) for i in range(4)
+    ]
     assert outputs_of(output) == expected
-    for sample in output.outputs:
-        assert ids[0][0] not in sample.token_ids
+    assert words[1] in oracle.pieces  # a token of its own, and parts of others
+    assert not any(word in sample.text for sample in output.outputs for word in words)
+
+
+def test_bad_words_apply_within_structured_output_and_with_ignored_eos(llm, oracle):
+    regex = StructuredOutputsParams(regex="[a-c]{6}")
+    params = SamplingParams(seed=1, max_tokens=12, bad_words=["ab", "c"])
+    both = dataclasses.replace(params, structured_outputs=regex)
+    ignored = dataclasses.replace(params, ignore_eos=True)
+    constrained, free = llm.generate([PROMPT] * 2, [both, ignored])
+    text = constrained.outputs[0].text
+    assert len(text) == 6
+    assert set(text) <= set("ab")
+    assert "ab" not in text
+    assert len(free.outputs[0].token_ids) == 12
+    assert not any(word in free.outputs[0].text for word in ("ab", "c"))
+    impossible = dataclasses.replace(both, bad_words=["a", "b", "c"])
+    with pytest.raises(ValueError, match="bad_words: expected strings that leave"):
+        llm.generate([PROMPT], impossible)
+
+
+def test_the_text_can_include_what_ended_it(llm, oracle, free_run):
+    pieces = [oracle.pieces[token] for token in free_run]
+    text = "".join(pieces)
+    stop = pieces[2] + pieces[3]
+    string = dataclasses.replace(GREEDY, stop=[stop], include_stop_str_in_output=True)
+    token = dataclasses.replace(
+        GREEDY, stop_token_ids=free_run[4:5], include_stop_str_in_output=True
+    )
+    first, second = llm.generate([PROMPT] * 2, [string, token])
+    assert first.outputs[0].text == text[: text.index(stop) + len(stop)]
+    assert first.outputs[0].stop_reason == stop
+    end = free_run.index(free_run[4]) + 1
+    assert second.outputs[0].text == "".join(pieces[:end])
+    assert second.outputs[0].stop_reason == free_run[4]
+    deltas = list(llm.stream([PROMPT], string))
+    assert "".join(delta.text for delta in deltas) == first.outputs[0].text
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text(llm, free_run):
+    # The prompt's most probable token becomes "<s>", which the text leaves out.
+    bias = {0: 1000.0}
+    after_two = dataclasses.replace(GREEDY, logit_bias=bias, min_tokens=0, stop=["<s>"])
+    (output,) = llm.generate([PROMPT], after_two)
+    sample = output.outputs[0]
+    assert (sample.token_ids, sample.text) == ([0], "")
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", "<s>")
+    shown = dataclasses.replace(
+        GREEDY, logit_bias=bias, skip_special_tokens=False, max_tokens=2
+    )
+    (output,) = llm.generate([PROMPT], shown)
+    assert output.outputs[0].text == "<s><s>"
 
 
 def test_stop_strings_are_ignored_before_min_tokens(llm, oracle, free_run):
@@ -290,7 +354,7 @@ def test_invalid_requests_return_their_error_while_the_others_run(llm, free_run)
         (AlgorithmParams(race, 12), "num_rows: expected at most max_num_seqs (8)"),
         (SamplingParams(logit_bias={999: 1}), "token ids below the model's vocab_size"),
         (SamplingParams(prompt_logprobs=400), "at most max_logprobs (300), got 400"),
-        (SamplingParams(bad_words=["é"]), "bad_words[0]: expected text"),
+        (SamplingParams(bad_words=[[5, 300]]), "bad_words: expected token ids below"),
         (BeamSearchParams(8, 60), "in each of 8 rows need"),
     ]
     params = [GREEDY, *(param for param, _ in invalid)]

@@ -1,5 +1,7 @@
 """LLM: invalid prompts, parameters and arguments, and their error messages."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jpaged.llm import LLM
@@ -42,6 +44,53 @@ def test_an_invalid_prompt_is_reported_before_any_step_runs(llm, prompts, match)
     with pytest.raises(ValueError, match=match):
         llm.stream(prompts)
     assert llm.stats()["num_steps"] == num_steps
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"abc", [5.9], [True], bytearray(b"a"), {"prompt": 5}, [5, None]],
+    ids=repr,
+)
+def test_every_call_checks_its_prompts_alike(llm, value):
+    with llm.pin([5, 6]) as prefix:
+        for call in (
+            llm.generate,
+            llm.stream,
+            llm.submit,
+            llm.astream,
+            llm.pin,
+            llm.perplexity,
+            prefix.prompt,
+            lambda value: llm.score([value], ["a"]),
+            lambda value: llm.score(["a"], [value]),
+        ):
+            with pytest.raises(ValueError, match=r"expected (text|a dict)"):
+                call(value)
+        for errors in (llm.check([value]), [llm.generate([value], on_error="return")]):
+            assert "expected" in str(errors)
+    assert is_idle(llm)
+
+
+def test_usual_forms_of_arguments_are_accepted(folder, llm):
+    usual = LLM(
+        folder,
+        **(SIZES | dict(block_size=np.int64(4), num_blocks=jnp.int32(32))),
+        dtype=jnp.float32,
+        kv_dtype=np.dtype("float32"),
+        seed=None,
+        memory_fraction=np.float32(0.5),
+        enable_prefix_caching=np.True_,
+        policy="weighted",
+        policy_parameters=np.zeros(6),
+        max_logprobs=-1,
+    )
+    assert 0 <= usual.seed < 2**32
+    assert usual.model.config.dtype == "float32"
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    (output,) = usual.generate([[5, 6]], params)
+    assert len(output.outputs[0].token_ids) == 62  # all that max_model_len allows
+    (output,) = usual.generate({"prompt_token_ids": [5, 6]}, GREEDY)
+    assert output.prompt_token_ids == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +197,13 @@ def test_invalid_requests_return_their_error_while_the_others_run(llm, naive):
         (dict(max_model_len=257), r"max_position_embeddings \(256\), got 257"),
         (dict(block_size=0), "block_size: expected an integer of at least 1"),
         (dict(num_blocks=2.5), "num_blocks: expected an integer of at least 1"),
+        (dict(dtype=None), "dtype: expected the name of a dtype, or a dtype, got None"),
+        (dict(dtype=float), "dtype: expected 'auto' or one of .* got 'float64'"),
+        (
+            dict(policy_parameters=3),
+            "policy_parameters: expected a sequence of numbers",
+        ),
+        (dict(max_logprobs=-2), "max_logprobs: expected an integer of at least -1"),
         (dict(seed=-1), "seed: expected an integer of at least 0"),
         (dict(max_num_batched_tokens=2), "max_num_batched_tokens: expected at least"),
         (dict(max_num_requests=2), "max_num_requests: expected at least"),

@@ -277,7 +277,12 @@ def test_a_pool_that_is_too_small_preempts_and_counts_preemptions(decoder, naive
 
 
 @pytest.mark.parametrize(
-    ("policy", "order"), [("fcfs", [5, 6, 7, 8]), ("priority", [8, 6, 7, 5])]
+    ("policy", "order"),
+    [
+        ("fcfs", [5, 6, 7, 8]),
+        ("priority", [8, 6, 7, 5]),
+        ("shortest_prompt", [7, 5, 6, 8]),
+    ],
 )
 def test_requests_are_submitted_in_the_order_of_the_policy(
     decoder, monkeypatch, policy, order
@@ -295,7 +300,7 @@ def test_requests_are_submitted_in_the_order_of_the_policy(
     monkeypatch.setattr(engine_host.EngineHost, "submit", submit)
     monkeypatch.setattr(runner.EngineRunner, "_choose_program", lambda self: (1, 1))
     with pytest.raises(KeyboardInterrupt):
-        llm.generate([[5], [6], [7], [8]], params)
+        llm.generate([[5] * 2, [6] * 3, [7], [8] * 4], params)
     assert submitted == order
 
 

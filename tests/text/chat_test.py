@@ -109,6 +109,74 @@ def test_a_template_is_rendered_with_its_blocks_trimmed():
     assert without.endswith("again</s>\n")
 
 
+WITH_PARTS = """{% for m in messages %}[{{ m.role }}]
+{%- if m.content is string %} {{ m.content }}{% else %}
+{%- for part in m.content %} <{{ part.type }}> {{ part.text }}{% endfor %}
+{%- endif %}{% endfor %}"""
+TEXT_ONLY = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+STRIPPED = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'].strip() }}{% endfor %}"
+)
+PARTS_OF_USERS = """{% for m in messages %}[{{ m.role }}]
+{%- if m.role == 'user' and m.content is not string %}
+{%- for part in m.content %} {{ part['text'] }}{% endfor %}
+{%- else %} {{ m.content }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEXT_ONLY, "[user] hi\nyou[system] so"),
+        (STRIPPED, "[user] hi\nyou[system] so"),
+        (WITH_PARTS, "[user] <text> hi <text> you[system] <text> so"),
+        (PARTS_OF_USERS, "[user] hi\nyou[system] so"),
+    ],
+    ids=["text only", "stripped", "with parts", "parts of users only"],
+)
+def test_text_parts_are_read_by_the_template_or_joined(template, expected):
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "system", "content": [{"type": "text", "text": "so"}]},
+    ]
+    assert render(messages, template) == expected
+    assert messages[0]["content"] is parts
+    texts = [
+        {"role": "user", "content": "hi\nyou"},
+        {"role": "system", "content": "so"},
+    ]
+    assert render(texts, TEXT_ONLY) == "[user] hi\nyou[system] so"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hi", r"messages\[0\]\['content'\]: expected a text or a list"),
+        (5, r"messages\[0\]\['content'\]: expected a text or a list"),
+        ({"type": "text", "text": "x"}, r"\['content'\]: expected a text or a list"),
+        (
+            [{"type": "image_url"}],
+            r"\['content'\]\[0\]: .* of type 'text', got 'image_",
+        ),
+        (["a", 5], r"\['content'\]\[1\]: expected a text or a dict"),
+        ([{"type": "text", "text": 5}], r"\['content'\]\[0\]\['text'\]: expected"),
+        ([{"text": "a"}, {}], r"\['content'\]\[1\]: .* of type 'text', got None"),
+    ],
+    ids=repr,
+)
+def test_content_that_is_not_text_is_refused_by_name(content, message):
+    with pytest.raises(ValueError, match=message):
+        render([{"role": "user", "content": content}], TEXT_ONLY)
+
+
+def test_results_of_tools_may_be_json_and_content_may_be_missing():
+    template = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    messages = [{"role": "tool", "content": {"sum": [1, 2.5, None]}}]
+    assert render(messages, template) == '{"sum": [1, 2.5, null]}'
+    messages = [{"role": "assistant", "content": None, "tool_calls": []}]
+    assert render(messages, "{{ messages[0].content is defined }}") == "False"
+
+
 def test_json_is_neither_escaped_for_html_nor_reduced_to_ascii():
     text = rendered("tools and namespaces", tools=TOOLS)
     assert '"description": "Ädd & <b>"' in text
@@ -244,11 +312,11 @@ def test_a_template_receives_only_plain_values():
         def save(self) -> str:
             return "written"
 
-    messages = [{"role": "user", "content": Picture(), "n": np.float64(2.5)}]
-    shown = render(messages, "{{ messages[0].content }} {{ messages[0].n }}")
+    messages = [{"role": "user", "content": "", "a": Picture(), "n": np.float64(2.5)}]
+    shown = render(messages, "{{ messages[0].a }} {{ messages[0].n }}")
     assert shown == "<Picture> 2.5"
     with pytest.raises(ValueError, match="refused the messages"):
-        render(messages, "{{ messages[0].content.save() }}")
+        render(messages, "{{ messages[0].a.save() }}")
 
 
 # Templates in folders

@@ -1,0 +1,74 @@
+"""Checks of request parameters that need more than a type and a range. Host only.
+
+Each returns the value in one form, or raises ValueError.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jpaged.validation import (
+    LARGEST_INT32,
+    error,
+    integer,
+    items,
+    number,
+    text,
+    token_ids,
+)
+
+MAX_SEED = 2**64 - 1
+
+
+def seed(value: Any) -> int | None:
+    """Return a seed; None and -1 both mean None."""
+    if value is None:
+        return None
+    found = integer("seed", value, low=-1, high=MAX_SEED)
+    return None if found == -1 else found
+
+
+def priority(value: Any) -> int:
+    """Return a priority; the smallest int32 is that of pinned prefixes."""
+    return integer("priority", value, low=-LARGEST_INT32, high=LARGEST_INT32)
+
+
+def max_tokens(value: Any) -> int | None:
+    """Return a limit of generated tokens; None is the limit of the engine."""
+    return None if value is None else integer("max_tokens", value, low=1)
+
+
+def stop_token_ids(value: Any) -> tuple[int, ...]:
+    """Return stop tokens; None is none."""
+    return token_ids("stop_token_ids", () if value is None else value)
+
+
+def bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Return bad words: strings that are not empty, or tuples of token ids."""
+    if isinstance(value, str):
+        value = (value,)
+    expected = "strings or sequences of token ids"
+    words = () if value is None else items("bad_words", value, expected)
+    checked: list[str | tuple[int, ...]] = []
+    for i, word in enumerate(words):
+        name = f"bad_words[{i}]"
+        word = text(name, word) if isinstance(word, str) else token_ids(name, word)
+        if not word:
+            raise error(name, "a string that is not empty, or token ids", word)
+        checked.append(word)
+    return tuple(checked)
+
+
+def logit_bias(name: str, value: Any) -> dict[int, float]:
+    """Return a dict of token id -> finite number."""
+    if not isinstance(value, Mapping):
+        raise error(name, "a dict of token id -> number", value)
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        # Keys of JSON objects are text.
+        is_text = isinstance(key, str) and key.isascii() and key.isdigit()
+        key = int(key) if is_text and len(key) < 20 else key
+        token = integer(f"{name} key", key, low=0, high=LARGEST_INT32)
+        if token in found:
+            raise ValueError(f"{name}: expected each token id once, got {token} twice")
+        found[token] = number(f"{name}[{token}]", bias)
+    return found

@@ -15,7 +15,7 @@ import jax
 from jpaged.attention.reference import REFERENCE
 from jpaged.cpu.backend import CPU
 from jpaged.pages import packed
-from jpaged.pages.backend import AttentionCall, Backend
+from jpaged.pages.backend import AttentionCall, Backend, Products
 from jpaged.pages.layout import PageLayout
 from jpaged.pallas.gpu.backend import MOSAIC_GPU
 from jpaged.pallas.tpu.backend import MOSAIC_TPU
@@ -63,6 +63,13 @@ def layout(implementation: str | None) -> PageLayout:
     if implementation is None:
         return preferred()[0].layout
     return find_backend(implementation).layout
+
+
+def products(implementation: str | None) -> Products | None:
+    """Return the products of a backend; None: of the preferred one."""
+    if implementation is None:
+        return preferred()[0].products
+    return find_backend(implementation).products
 
 
 def choose_backend(

@@ -38,6 +38,7 @@ TARGETS = {
     "write_kv": "JpagedWriteKv",
     "copy_blocks": "JpagedCopyBlocks",
     "matmul": "JpagedMatMul",
+    "grouped_matmul": "JpagedGroupedMatMul",
 }
 
 

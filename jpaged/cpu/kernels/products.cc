@@ -110,7 +110,6 @@ class Product {
   }
 
   void Run(ffi::ThreadPool& pool) {
-    if (rows_ == 1) return RunPanels<8>(pool);
     if (rows_ <= 4) return RunPanels<4>(pool);
     RunPanels<2>(pool);
   }
@@ -140,7 +139,7 @@ class Product {
     float* sums = Scratch<SumsTag>(num_panels * rows_ * kPanel);
     std::fill(sums, sums + num_panels * rows_ * kPanel, 0.0f);
     // With few rows, fewer and longer runs are read faster.
-    const int64_t step = rows_ <= 8 ? 8 : rows_ <= 16 ? 16 : kMaxDepth;
+    const int64_t step = rows_ == 1 ? 16 : rows_ <= 8 ? 8 : rows_ <= 16 ? 16 : kMaxDepth;
     for (int64_t k = 0; k < depth_; k += step) {
       const int64_t count = std::min(step, depth_ - k);
       const Weight* line = w_ + k * columns_ + start;
@@ -159,7 +158,7 @@ class Product {
         }
         ForTiles(rows_, [&](int64_t row, auto rows) {
           constexpr int kRows = decltype(rows)::value;
-          if constexpr (kVecs == 2 || kRows <= (kVecs == 8 ? 1 : 4))
+          if constexpr (kVecs == 2 || kRows <= 4)
             Tile<kRows, kVecs>(x_ + row * depth_ + k * kRows, count, w, stride, ahead,
                                columns_, sums + (panel * rows_ + row) * kPanel);
         });

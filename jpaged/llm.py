@@ -421,9 +421,10 @@ class LLM:
         self._open_host()
         return self._intake.errors(prompts, params)
 
-    def stats(self) -> dict[str, int | float]:
-        """Return statistics since the LLM was created, as a flat dict of numbers.
+    def stats(self) -> dict[str, Any]:
+        """Return statistics since the LLM was created, as a flat dict.
 
+        - attention: name of the backend whose kernels serve; all others are numbers.
         - kv_token_share: token states divided by slots of used blocks.
           blocks_saved_by_sharing: share of the blocks that would be needed without
           sharing. Both are means over steps.
@@ -451,7 +452,7 @@ class LLM:
             host, self._batcher, size, self._intake.num_prompt_tokens
         )
 
-    def replica_stats(self) -> list[dict[str, int | float]]:
+    def replica_stats(self) -> list[dict[str, Any]]:
         """Return the engine's part of `stats` per replica: blocks, steps, tokens.
 
         The list has one dict if the mesh has no replicas.
@@ -509,7 +510,8 @@ class LLM:
                 f"num_blocks={self.config.num_blocks}, "
                 f"block_size={self.config.block_size}, "
                 f"max_num_seqs={self.config.max_num_seqs}, "
-                f"max_model_len={self.config.max_model_len}"
+                f"max_model_len={self.config.max_model_len}, "
+                f"attention={stats.attention_name(self.config)!r}"
             )
         return f"LLM({self._name!r}, {sizes})"
 

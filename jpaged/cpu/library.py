@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -35,6 +36,7 @@ JAXLIB_VERSION = importlib.metadata.version("jaxlib")
 COMPILERS = ("c++", "g++", "clang++")  # tried after $CXX
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _TIMEOUT_S = 1800
+_LOCK = threading.Lock()
 # Libraries of a wheel: compiler flag -> what the processor must have, best one first.
 SHIPPED = SOURCES.parent / "built"
 _LEVELS = {
@@ -114,10 +116,23 @@ def _report(reason: str) -> None:
         )
 
 
-@functools.cache
 def _load() -> None:
-    """Build, load and register the kernels, once in a process."""
-    path = build()
+    """Build, load and register the kernels, once in a process, from any thread."""
+    with _LOCK:
+        _load_once()
+
+
+@functools.cache
+def _load_once() -> None:
+    try:
+        _register(build())
+    except LibraryError:
+        if _shipped() is None:
+            raise
+        _register(_build_here())  # jaxlib does not accept the library of the wheel
+
+
+def _register(path: pathlib.Path) -> None:
     library = _open(path)
     try:
         for name, symbol in TARGETS.items():
@@ -143,14 +158,16 @@ def _open(path: pathlib.Path) -> ctypes.CDLL:
 def build() -> pathlib.Path:
     """Return the path of the library, and build it if there is none.
 
-    A library that came with the wheel is used as it is, unless its sources or jaxlib
-    differ. Of several processes one builds while the others wait.
+    A library that came with the wheel is used as it is, unless its sources differ. Of
+    several processes one builds while the others wait.
 
     Raises:
       LibraryError: there is no compiler, or it fails.
     """
-    if (shipped := _shipped()) is not None:
-        return shipped
+    return _shipped() or _build_here()
+
+
+def _build_here() -> pathlib.Path:
     compiler = find_compiler()
     name = f"jpaged-cpu-{_key(compiler)}.so"
     errors = []

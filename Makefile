@@ -22,6 +22,7 @@ help:
 	@echo "make test-long  run the longer tests: whole engines, runners, documents"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make env        only create the environment $(VENV)"
+	@echo "make wheel      build a wheel with compiled CPU kernels into dist/"
 	@echo "make lint       ruff (style, formatting) and pyright (types)"
 	@echo "make clean      remove environments, caches and compiled programs"
 	@echo "PYTHON=...      the Python to use (3.11 to 3.13); VENV=... where to install"
@@ -37,6 +38,20 @@ test-long: env
 
 test-slow: env
 	@$(PYTEST) -m "slow and $(NO_DEVICE)" $(PYTEST_ARGS)
+
+wheel: env
+	@$(MAKE) --no-print-directory wheel-only
+
+# Built from a copy, so that a checkout never contains compiled kernels. The wheel is for
+# this kind of processor and system, for any Python.
+WHEELS ?= dist
+wheel-only:
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	  platform=$$($(RUN) -c "import sysconfig; print(sysconfig.get_platform())"); \
+	  cp -R jpaged pyproject.toml README.md LICENSE "$$scratch"; cd "$$scratch"; \
+	  $(abspath $(RUN)) -c "from jpaged.cpu import library; library.build_shipped()"; \
+	  $(abspath $(RUN)) -m pip wheel -q --no-deps -w "$(abspath $(WHEELS))" \
+	    --config-settings="--build-option=--plat-name=$$platform" .
 
 lint: env
 	@$(RUN) -m pyright --version >/dev/null 2>&1 || $(RUN) -m pip install -q -e '.[dev]'
@@ -122,4 +137,4 @@ export MAKE_ENV
 env:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh -c "$$MAKE_ENV"
 
-.PHONY: help demo test test-long test-slow lint clean env
+.PHONY: help demo test test-long test-slow wheel wheel-only lint clean env

@@ -479,9 +479,10 @@ class LLM:
             rows = integer("max_num_seqs", max_num_seqs, low=1, high=rows)
         self._batcher.warm_up(self._intake.check_all(params), rows)
 
-    def stats(self) -> dict[str, int | float]:
-        """Return statistics since the LLM was created, as a flat dict of numbers.
+    def stats(self) -> dict[str, Any]:
+        """Return statistics since the LLM was created, as a flat dict.
 
+        - attention: name of the backend whose kernels serve; all others are numbers.
         - kv_token_share: token states divided by slots of used blocks.
           blocks_saved_by_sharing: share of the blocks that would be needed without
           sharing. Both are means over steps.
@@ -509,7 +510,7 @@ class LLM:
             host, self._batcher, size, self._intake.num_prompt_tokens
         )
 
-    def replica_stats(self) -> list[dict[str, int | float]]:
+    def replica_stats(self) -> list[dict[str, Any]]:
         """Return the engine's part of `stats` per replica: blocks, steps, tokens.
 
         The list has one dict if the mesh has no replicas.
@@ -567,7 +568,8 @@ class LLM:
                 f"num_blocks={self.config.num_blocks}, "
                 f"block_size={self.config.block_size}, "
                 f"max_num_seqs={self.config.max_num_seqs}, "
-                f"max_model_len={self.config.max_model_len}"
+                f"max_model_len={self.config.max_model_len}, "
+                f"attention={stats.attention_name(self.config)!r}"
             )
         return f"LLM({self._name!r}, {sizes})"
 

@@ -53,7 +53,7 @@ LAYERS = {
     # the public attention functions over all kernels
     "attention":         ["compat", "config", "kv", "pages", "xla", "cpu",
                           "pallas", "triton"],
-    "models":            ["compat", "config", "parallel", "kv", "attention"],
+    "models":            ["compat", "config", "parallel", "kv", "pages", "attention"],
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
     # the engine's state, its step and its loop: pure functions

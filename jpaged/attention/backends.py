@@ -15,7 +15,7 @@ import jax
 from jpaged.attention.reference import REFERENCE
 from jpaged.cpu.backend import CPU
 from jpaged.pages import packed
-from jpaged.pages.backend import AttentionCall, Backend
+from jpaged.pages.backend import AttentionCall, Backend, Products
 from jpaged.pages.layout import PageLayout
 from jpaged.pallas.gpu.backend import MOSAIC_GPU
 from jpaged.pallas.tpu.backend import MOSAIC_TPU
@@ -29,9 +29,10 @@ Implementation = Literal[
 ]
 
 # Names to try for `implementation=None`, by platform. The last one supports every call.
-# No kernel for GPUs has been measured yet, so none is a default.
+# No kernel for GPUs has been measured yet, so none is a default. "cpu" needs a C++
+# compiler or a library that is built (`jpaged.cpu.library`).
 PREFERRED: dict[str, tuple[str, ...]] = {
-    "cpu": ("xla",),
+    "cpu": ("cpu", "xla"),
     "gpu": ("xla",),
     "tpu": ("mosaic_tpu", "xla"),
 }
@@ -60,9 +61,17 @@ def preferred() -> list[Backend]:
 
 def layout(implementation: str | None) -> PageLayout:
     """Return the page layout of a backend; None: of the preferred one."""
-    if implementation is None:
-        return preferred()[0].layout
-    return find_backend(implementation).layout
+    return find_backend(serving_name(implementation)).layout
+
+
+def serving_name(implementation: str | None) -> str:
+    """Return the name of a backend; None: of the preferred one."""
+    return preferred()[0].name if implementation is None else implementation
+
+
+def products(implementation: str | None) -> Products | None:
+    """Return the products of a backend; None: of the preferred one."""
+    return find_backend(serving_name(implementation)).products
 
 
 def choose_backend(

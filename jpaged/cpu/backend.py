@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.cpu import calls, library
+from jpaged.cpu.products import PRODUCTS
 from jpaged.pages.backend import AttentionCall, Backend, CascadeOptions
 from jpaged.pages.layout import PLAIN_OR_BITS
 from jpaged.pages.operands import (
@@ -102,4 +103,5 @@ CPU = Backend(
     platform="cpu",
     device="CPU",
     is_installed=library.is_available,
+    products=PRODUCTS,
 )

@@ -109,16 +109,75 @@ def matmul(
     """Return x `[M, K]` @ weight `[K, N]`, with sums in float32.
 
     Args:
-      x: float32 or bfloat16.
-      weight: float32, bfloat16 or int8.
+      x: float32, bfloat16 or float16.
+      weight: float32, bfloat16, float16 or int8.
       scale: f32`[N]`, a factor of each column; None: 1.
 
     Returns:
       `[M, N]` in the dtype of x.
     """
+    factors = jnp.zeros((0,), jnp.float32) if scale is None else scale
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"x, weight: expected shapes [M, K] and [K, N], got {x.shape} and "
+            f"{weight.shape}"
+        )
+    _check_product(x, weight, scale, weight.shape[1:])
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
     call = jax.ffi.ffi_call(library.target("matmul"), out, vmap_method="sequential")
-    return call(x, weight, jnp.zeros((0,), jnp.float32) if scale is None else scale)
+    return call(x, weight, factors)
+
+
+def grouped_matmul(
+    x: jax.Array, weight: jax.Array, scale: jax.Array | None, counts: jax.Array
+) -> jax.Array:
+    """Return consecutive groups of rows, each multiplied by its own matrix.
+
+    Args:
+      x: `[T, K]`; the first counts[0] rows are multiplied by weight[0], and so on.
+      weight: `[X, K, N]`, dtypes as in `matmul`.
+      scale: f32`[X, N]`; None: 1.
+      counts: i32`[X]`. A negative count is 0, and rows past T are ignored.
+
+    Returns:
+      `[T, N]` in the dtype of x; zeros in rows past the sum of `counts`.
+    """
+    factors = jnp.zeros((0, 0), jnp.float32) if scale is None else scale
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x, weight: expected shapes [T, K] and [X, K, N], got {x.shape} and "
+            f"{weight.shape}"
+        )
+    if counts.shape != weight.shape[:1]:
+        raise ValueError(
+            f"counts: expected shape {weight.shape[:1]}, got {counts.shape}"
+        )
+    _check_product(x, weight, scale, (weight.shape[0], weight.shape[2]))
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[2]), x.dtype)
+    name = library.target("grouped_matmul")
+    call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
+    return call(x, weight, factors, counts.astype(jnp.int32))
+
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def _check_product(
+    x: jax.Array, weight: jax.Array, scale: jax.Array | None, shape: tuple[int, ...]
+) -> None:
+    """Raise ValueError for dtypes that a product does not support, or a wrong scale."""
+    for name, array, dtypes in (
+        ("x", x, _FLOATS),
+        ("weight", weight, (*_FLOATS, "int8")),
+    ):
+        if jnp.dtype(array.dtype).name not in dtypes:
+            raise ValueError(
+                f"{name}: expected dtype {', '.join(dtypes)}, got {array.dtype}"
+            )
+    if scale is not None and (scale.shape != shape or scale.dtype != jnp.float32):
+        raise ValueError(
+            f"scale: expected float32 {shape}, got {scale.dtype} {scale.shape}"
+        )
 
 
 def _in_place(name: str, *pools: jax.Array) -> Any:

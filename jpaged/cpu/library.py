@@ -4,12 +4,15 @@ Pipeline: kernels/*.cc -> [library] -> cpu.calls.
 
 The library is built at first use and kept in the user's cache folder. Its file name
 holds a hash of the sources, the jaxlib version, the compiler and the processor, so a
-change of any of them builds another file.
+change of any of them builds another file. A wheel may contain libraries for a few kinds
+of processors (`make wheel`); then no compiler is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -21,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -32,12 +36,23 @@ JAXLIB_VERSION = importlib.metadata.version("jaxlib")
 COMPILERS = ("c++", "g++", "clang++")  # tried after $CXX
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _TIMEOUT_S = 1800
+_LOCK = threading.Lock()
+# Libraries of a wheel: compiler flag -> what the processor must have, best one first.
+SHIPPED = SOURCES.parent / "built"
+_LEVELS = {
+    "x86_64": {
+        "-march=x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+        "-march=x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
+    },
+    "arm64": {"-march=armv8-a": set[str]()},
+}
 # FFI target -> symbol of its handler.
 TARGETS = {
     "attention": "JpagedAttention",
     "write_kv": "JpagedWriteKv",
     "copy_blocks": "JpagedCopyBlocks",
     "matmul": "JpagedMatMul",
+    "grouped_matmul": "JpagedGroupedMatMul",
 }
 
 
@@ -78,7 +93,17 @@ def target(name: str) -> str:
       LibraryError: the library cannot be built or loaded.
     """
     _load()
+    return _target(name)
+
+
+def _target(name: str) -> str:
     return f"jpaged_{name}_{_source_hash()[:12]}"
+
+
+@functools.cache
+def announce() -> None:
+    """Say on stderr that the kernels serve, once in a process."""
+    print("jpaged: the CPU kernels serve (C++)", file=sys.stderr)
 
 
 @functools.cache
@@ -91,16 +116,30 @@ def _report(reason: str) -> None:
         )
 
 
-@functools.cache
 def _load() -> None:
-    """Build, load and register the kernels, once in a process."""
-    library = _open(build())
-    for name, symbol in TARGETS.items():
-        jax.ffi.register_ffi_target(
-            f"jpaged_{name}_{_source_hash()[:12]}",
-            jax.ffi.pycapsule(getattr(library, symbol)),
-            platform="cpu",
-        )
+    """Build, load and register the kernels, once in a process, from any thread."""
+    with _LOCK:
+        _load_once()
+
+
+@functools.cache
+def _load_once() -> None:
+    try:
+        _register(build())
+    except LibraryError:
+        if _shipped() is None:
+            raise
+        _register(_build_here())  # jaxlib does not accept the library of the wheel
+
+
+def _register(path: pathlib.Path) -> None:
+    library = _open(path)
+    try:
+        for name, symbol in TARGETS.items():
+            capsule = jax.ffi.pycapsule(getattr(library, symbol))
+            jax.ffi.register_ffi_target(_target(name), capsule, platform="cpu")
+    except Exception as error:  # jaxlib does not accept a library of another version
+        raise LibraryError(f"cannot register {path}: {error}") from error
 
 
 def _open(path: pathlib.Path) -> ctypes.CDLL:
@@ -119,12 +158,16 @@ def _open(path: pathlib.Path) -> ctypes.CDLL:
 def build() -> pathlib.Path:
     """Return the path of the library, and build it if there is none.
 
-    Several processes may build at the same time. Each writes a file of its own and
-    renames it, so a file with the final name is complete.
+    A library that came with the wheel is used as it is, unless its sources differ. Of
+    several processes one builds while the others wait.
 
     Raises:
       LibraryError: there is no compiler, or it fails.
     """
+    return _shipped() or _build_here()
+
+
+def _build_here() -> pathlib.Path:
     compiler = find_compiler()
     name = f"jpaged-cpu-{_key(compiler)}.so"
     errors = []
@@ -133,14 +176,54 @@ def build() -> pathlib.Path:
         if path.is_file():
             return path
         try:
-            with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-                built = pathlib.Path(scratch) / name
-                _compile(compiler, built)
-                os.replace(built, path)
+            with _locked(folder):
+                if not path.is_file():
+                    compile_library(compiler, path, processor_flags())
             return path
         except OSError as error:
             errors.append(f"{folder}: {error}")
     raise LibraryError("found no folder for the library: " + "; ".join(errors))
+
+
+def build_shipped() -> None:
+    """Build the libraries of a wheel for this machine's family of processors.
+
+    Raises:
+      LibraryError: there is no compiler, or it fails.
+    """
+    compiler = find_compiler()
+    shutil.rmtree(SHIPPED, ignore_errors=True)
+    SHIPPED.mkdir()
+    for flag in _LEVELS.get(_family(), {}):
+        compile_library(compiler, _shipped_path(flag), [flag])
+
+
+def _shipped() -> pathlib.Path | None:
+    """Return the best library of the wheel for this processor, or None."""
+    for flag, needed in _LEVELS.get(_family(), {}).items():
+        path = _shipped_path(flag)
+        if path.is_file() and needed <= _processor_features():
+            return path
+    return None
+
+
+def _shipped_path(flag: str) -> pathlib.Path:
+    return SHIPPED / f"jpaged-cpu-{_source_hash()[:12]}{flag.replace('=', '-')}.so"
+
+
+def _family() -> str:
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
+
+
+def _processor_features() -> set[str]:
+    """Return the flags of the processor on Linux; empty elsewhere."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return set()
+    flags = [line for line in lines if line.startswith("flags")]
+    return set(flags[0].split(":", 1)[1].split()) if flags else set()
 
 
 def find_compiler() -> list[str]:
@@ -163,19 +246,48 @@ def find_compiler() -> list[str]:
     )
 
 
-def _compile(compiler: list[str], output: pathlib.Path) -> None:
-    command = [*compiler, *_FLAGS, *_processor_flags()]
-    command += ["-isystem", jax.ffi.include_dir(), "-I", str(SOURCES)]
-    command += [str(SOURCES / "kernels.cc"), "-o", str(output)]
+def compile_library(
+    compiler: list[str], path: pathlib.Path, processor: list[str]
+) -> None:
+    """Compile the kernels into a new file at `path`.
+
+    A file of another name is renamed at the end, so the file is always complete.
+
+    Args:
+      compiler: the command of the compiler.
+      path: of the library.
+      processor: flags for the processor, such as `processor_flags()`.
+
+    Raises:
+      LibraryError: the compiler fails.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
+        built = pathlib.Path(scratch) / path.name
+        command = [*compiler, *_FLAGS, *processor]
+        command += ["-isystem", jax.ffi.include_dir(), "-I", str(SOURCES)]
+        command += [str(SOURCES / "kernels.cc"), "-o", str(built)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise LibraryError(f"cannot run {command[0]}: {error}") from error
+        if done.returncode:
+            message = done.stderr.strip() or done.stdout.strip()
+            raise LibraryError(f"{shlex.join(command)} failed:\n{message[-2000:]}")
+        os.replace(built, path)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Let one process at a time build in a folder, where its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LibraryError(f"cannot run {command[0]}: {error}") from error
-    if done.returncode:
-        message = done.stderr.strip() or done.stdout.strip()
-        raise LibraryError(f"{shlex.join(command)} failed:\n{message[-2000:]}")
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _folders() -> Iterator[pathlib.Path]:
@@ -196,9 +308,9 @@ def _process_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="jpaged-")
 
 
-def _processor_flags() -> list[str]:
-    is_arm = platform.machine().lower() in ("arm64", "aarch64")
-    return ["-mcpu=native" if is_arm else "-march=native"]
+def processor_flags() -> list[str]:
+    """Return the compiler's flags for the processor of this machine."""
+    return ["-mcpu=native" if _family() == "arm64" else "-march=native"]
 
 
 @functools.cache
@@ -227,7 +339,7 @@ def _key(compiler: list[str]) -> str:
         JAXLIB_VERSION,
         shlex.join(compiler),
         done.stdout,
-        shlex.join([*_FLAGS, *_processor_flags()]),
+        shlex.join([*_FLAGS, *processor_flags()]),
         compilation_cache.machine(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -29,6 +29,7 @@ from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
 from jpaged.kv import block_manager, shared_prefix
 from jpaged.kv.block_manager import BlockState
+from jpaged.models import products
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import StepInputs
 
@@ -119,7 +120,8 @@ def run_trunk(
         )
         return attended, cache
 
-    hidden, cache = model.trunk_loop(inputs.tokens, inputs.positions, attend, cache)
+    with products.serving(implementation):
+        hidden, cache = model.trunk_loop(inputs.tokens, inputs.positions, attend, cache)
     return cache, hidden
 
 

@@ -34,6 +34,7 @@ from jpaged.decoding.sample import (
 from jpaged.engine import request_table
 from jpaged.engine.batch import Entries, StepBatch, bucket, pack, token_rows
 from jpaged.engine.request_table import RequestTable, SampledTokens
+from jpaged.models import products
 from jpaged.models.decoder import Decoder
 
 _SAMPLED_ROWS = 8  # rows that the sampler processes at a time
@@ -81,7 +82,9 @@ def next_logits(
     """
 
     def run(size: int, logits: jax.Array) -> jax.Array:
-        return logits.at[:size].set(model.logits(hidden[entries.tokens[:size]]))
+        with products.serving(config.attention):
+            values = model.logits(hidden[entries.tokens[:size]])
+        return logits.at[:size].set(values)
 
     sizes = config.logit_buckets
     number = entries.num_sampled + entries.num_grouped
@@ -248,7 +251,8 @@ def write_prompt_logprobs(
         at = lax.dynamic_slice_in_dim(order, start, size)
         seq_index = jnp.where(is_kept[at], seq_indices[at], config.max_num_requests)
         position = positions[at] + 1
-        logits = model.logits(hidden[at])
+        with products.serving(config.attention):
+            logits = model.logits(hidden[at])
         tokens = table.tokens[seq_indices[at], position]
         found = {"logprobs": token_logprobs(logits, tokens)[0]}
         found |= _ranked(logits, tokens, config)

@@ -18,7 +18,8 @@ from flax import nnx
 
 from jpaged import parallel
 from jpaged.models.config import ModelConfig
-from jpaged.models.quantize import product_int8, random_int8
+from jpaged.models.products import matmul
+from jpaged.models.quantize import random_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
 # rotated by their positions; q is not scaled.
@@ -44,17 +45,6 @@ def random_param(
     """Parameter with normal values of standard deviation `config.initializer_range`."""
     values = jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param((values * config.initializer_range).astype(config.dtype))
-
-
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] @ weight [in, out]; float32 products at full precision.
-
-    By default, GPUs and TPUs multiply float32 with 10 or 7 bits of mantissa.
-    """
-    is_full = weight.dtype == jnp.float32
-    return jnp.matmul(
-        x, weight, precision=jax.lax.Precision.HIGHEST if is_full else None
-    )
 
 
 class Linear(nnx.Module):
@@ -95,10 +85,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x @ weight + bias, [..., out]; in the dtype of x if the weight is int8."""
-        if self.scale is None:
-            out = matmul(x, self.weight[...])
-        else:
-            out = product_int8(x, self.weight[...], self.scale[...])
+        scale = None if self.scale is None else self.scale[...]
+        out = matmul(x, self.weight[...], scale)
         if self.part is not None:
             out = parallel.sum_partials(out, self.part)
         if self.bias is None:

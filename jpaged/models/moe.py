@@ -21,6 +21,7 @@ from jax import lax
 
 from jpaged import parallel
 from jpaged.arithmetic import cdiv
+from jpaged.models import products
 from jpaged.models.config import ModelConfig
 from jpaged.models.layers import ACTIVATION_FUNCTIONS, Linear, random_param
 from jpaged.models.quantize import random_int8
@@ -67,9 +68,13 @@ class ExpertLinear(nnx.Module):
         Returns:
           [T, out].
         """
-        out = grouped_matmul(x, self.weight[...], counts)
-        if self.scale is not None:
-            out = (out * self.scale[...][experts]).astype(x.dtype)
+        weight = self.weight[...]
+        scale = None if self.scale is None else self.scale[...]
+        out = products.grouped_matmul(x, weight, scale, counts)
+        if out is None:
+            out = grouped_matmul(x, weight, counts)
+            if scale is not None:
+                out = (out * scale[experts]).astype(x.dtype)
         if self.bias is None:
             return out
         bias = self.bias[...][experts]

@@ -29,6 +29,19 @@ Write = Callable[[Pools, NewTokens, jax.Array, Any], Pools]
 Copy = Callable[[Pools, jax.Array, jax.Array, Any], Pools]
 
 
+class Products(NamedTuple):
+    """Products with weights by a backend's own kernels, for a step of the engine.
+
+    Each returns None where XLA's product is as fast. They have no gradients.
+    """
+
+    # (x [M, K], weight [K, N], scale f32[N] or None) -> [M, N], in the dtype of x
+    matmul: Callable[..., jax.Array | None]
+    # (x [T, K] in groups of rows, weight [X, K, N], scale f32[X, N] or None, rows of
+    # each group i32[X]) -> [T, N], in the dtype of x
+    grouped_matmul: Callable[..., jax.Array | None]
+
+
 class AttentionCall(NamedTuple):
     """The arguments of `paged_attention` that decide whether a backend supports it."""
 
@@ -89,6 +102,7 @@ class Backend:
       requires: packages from an extra that must be installed.
       is_installed: whether what else the backend needs is there.
       tile_sizes: returns the dataclass of the tile sizes that `pages.tuned` may set.
+      products: kernels for the decoder's products with weights; None: XLA's.
     """
 
     name: str
@@ -107,6 +121,7 @@ class Backend:
     requires: tuple[str, ...] = ()
     is_installed: Callable[[], bool] = lambda: True
     tile_sizes: Callable[[], type] | None = None
+    products: Products | None = None
 
     def problem(
         self, pages: jax.ShapeDtypeStruct, call: AttentionCall | None

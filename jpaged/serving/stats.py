@@ -8,10 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jpaged.attention import backends
+from jpaged.config import EngineConfig
 from jpaged.serving.batcher import Batcher
 from jpaged.serving.engine_host import EngineHost
 
-Stats = dict[str, int | float]
+Stats = dict[str, Any]  # numbers, and the name of the attention backend
+
+
+def attention_name(config: EngineConfig) -> str:
+    """Return the name of the backend whose kernels serve."""
+    return backends.serving_name(config.attention)
 
 
 def llm_stats(
@@ -30,6 +37,7 @@ def llm_stats(
         num_free_blocks, num_cached_blocks = host.count_blocks()
     num_blocks = host.config.num_blocks * host.num_replicas
     return {
+        "attention": attention_name(host.config),
         "num_replicas": host.num_replicas,
         "num_blocks": num_blocks,
         "block_size": host.config.block_size,

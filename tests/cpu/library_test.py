@@ -19,8 +19,7 @@ needs_compiler = pytest.mark.skipif(
 PROGRAM = """
 import jax.numpy as jnp
 from jpaged.attention import paged_attention
-from jpaged.attention.backends import PREFERRED, preferred
-PREFERRED["cpu"] = ("cpu", "xla")
+from jpaged.attention.backends import preferred
 pages = jnp.ones((2, 1, 4, 8))
 arguments = (jnp.ones((1, 2, 8)), pages, pages, jnp.array([[1]]), jnp.array([3]))
 print([backend.name for backend in preferred()])
@@ -107,6 +106,38 @@ def test_another_compiler_source_or_processor_builds_another_library(
     monkeypatch.setattr(library, "JAXLIB_VERSION", "other")
     paths.add(library.build())
     assert len(paths) == 5
+
+
+@needs_compiler
+def test_several_threads_can_load_the_kernels_first():
+    code = (
+        "import concurrent.futures as f; from jpaged.cpu import library\n"
+        "with f.ThreadPoolExecutor(8) as pool:\n"
+        "    print(set(pool.map(lambda _: library.problem(), range(16))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "{None}", done.stderr
+
+
+@needs_compiler
+def test_a_shipped_library_that_does_not_load_is_replaced_by_a_built_one(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "wrong.so").write_text("library")
+    monkeypatch.setattr(library, "_shipped", lambda: tmp_path / "wrong.so")
+    registered = []
+    register = library._open
+
+    def record(path):
+        registered.append(path)
+        register(path)
+
+    monkeypatch.setattr(library, "_register", record)
+    library._load_once.__wrapped__()
+    assert registered[0] == library.build() == tmp_path / "wrong.so"
+    assert registered[1:] == [library._build_here()]
 
 
 def test_several_processes_can_build_at_once(quick_compiler):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jpaged import engine
+from jpaged.attention import backends
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
 from jpaged.serving import engine_host, runner
@@ -257,6 +258,7 @@ def test_statistics_and_metrics_of_one_request(decoder):
     assert stats["num_preemptions"] == stats["num_swapped_blocks"] == 0
     assert stats["prefix_hit_ratio"] == 0
     assert stats["num_compilations"] <= 1
+    assert stats.pop("attention") == backends.preferred()[0].name
     assert all(isinstance(value, int | float) for value in stats.values())
     metrics = output.metrics
     assert metrics["num_prompt_tokens"] == 3

@@ -110,7 +110,6 @@ class Product {
   }
 
   void Run(ffi::ThreadPool& pool) {
-    if (rows_ == 1) return RunPanels<8>(pool);
     if (rows_ <= 4) return RunPanels<4>(pool);
     RunPanels<2>(pool);
   }
@@ -140,7 +139,7 @@ class Product {
     float* sums = Scratch<SumsTag>(num_panels * rows_ * kPanel);
     std::fill(sums, sums + num_panels * rows_ * kPanel, 0.0f);
     // With few rows, fewer and longer runs are read faster.
-    const int64_t step = rows_ <= 8 ? 8 : rows_ <= 16 ? 16 : kMaxDepth;
+    const int64_t step = rows_ == 1 ? 16 : rows_ <= 8 ? 8 : rows_ <= 16 ? 16 : kMaxDepth;
     for (int64_t k = 0; k < depth_; k += step) {
       const int64_t count = std::min(step, depth_ - k);
       const Weight* line = w_ + k * columns_ + start;
@@ -159,7 +158,7 @@ class Product {
         }
         ForTiles(rows_, [&](int64_t row, auto rows) {
           constexpr int kRows = decltype(rows)::value;
-          if constexpr (kVecs == 2 || kRows <= (kVecs == 8 ? 1 : 4))
+          if constexpr (kVecs == 2 || kRows <= 4)
             Tile<kRows, kVecs>(x_ + row * depth_ + k * kRows, count, w, stride, ahead,
                                columns_, sums + (panel * rows_ + row) * kPanel);
         });
@@ -192,6 +191,27 @@ inline bool IsFloat(ffi::DataType type) {
   return type == ffi::F32 || type == ffi::BF16 || type == ffi::F16;
 }
 
+// Calls call(w) with the data of w in its type.
+template <typename Call>
+ffi::Error WithWeights(ffi::AnyBuffer w, const Call& call) {
+  const void* data = w.untyped_data();
+  switch (w.element_type()) {
+    case ffi::F32: return call(static_cast<const float*>(data));
+    case ffi::BF16: return call(static_cast<const BFloat16*>(data));
+    case ffi::F16: return call(static_cast<const Float16*>(data));
+    case ffi::S8: return call(static_cast<const int8_t*>(data));
+    default:
+      return ffi::Error::InvalidArgument("matmul: expected w of floats or int8");
+  }
+}
+
+// An array of floats [M, columns] from row `start` on.
+inline Numbers Rows(ffi::AnyBuffer array, int64_t start, int64_t columns) {
+  const int64_t bytes = array.element_type() == ffi::F32 ? 4 : 2;
+  return {array.element_type(),
+          static_cast<char*>(array.untyped_data()) + start * columns * bytes};
+}
+
 // x [M, K] and y [M, N] of floats, w [K, N], scales [N] or [0].
 inline ffi::Error MatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
                          ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> y) {
@@ -203,24 +223,54 @@ inline ffi::Error MatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
     return ffi::Error::InvalidArgument("matmul: expected a scale for each column");
   if (!IsFloat(x.element_type()) || !IsFloat(y->element_type()))
     return ffi::Error::InvalidArgument("matmul: expected x and y of floats");
+  if (xd[0] == 0 || wd[1] == 0) return ffi::Error::Success();
   return Guarded([&] {
-    const auto run = [&](const auto* weights) {
-      if (xd[0] == 0 || wd[1] == 0) return ffi::Error::Success();
-      Product(xd[0], xd[1], wd[1], Numbers{x.element_type(), x.untyped_data()}, weights,
+    return WithWeights(w, [&](const auto* weights) {
+      Product(xd[0], xd[1], wd[1], Rows(x, 0, xd[1]), weights,
               scales.element_count() ? scales.typed_data() : nullptr,
-              Numbers{y->element_type(), y->untyped_data()})
+              Rows(*y, 0, wd[1]))
           .Run(pool);
       return ffi::Error::Success();
-    };
-    const void* data = w.untyped_data();
-    switch (w.element_type()) {
-      case ffi::F32: return run(static_cast<const float*>(data));
-      case ffi::BF16: return run(static_cast<const BFloat16*>(data));
-      case ffi::F16: return run(static_cast<const Float16*>(data));
-      case ffi::S8: return run(static_cast<const int8_t*>(data));
-      default:
-        return ffi::Error::InvalidArgument("matmul: expected w of floats or int8");
-    }
+    });
+  });
+}
+
+// Groups of rows with a matrix each: x [T, K], w [X, K, N], scales [X, N] or [0, 0],
+// counts [X] of rows. Rows past their sum are zeros.
+inline ffi::Error GroupedMatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                                ffi::Buffer<ffi::F32> scales,
+                                ffi::Buffer<ffi::S32> counts,
+                                ffi::Result<ffi::AnyBuffer> y) {
+  const auto xd = x.dimensions(), wd = w.dimensions(), yd = y->dimensions();
+  if (xd.size() != 2 || wd.size() != 3 || yd.size() != 2 || xd[1] != wd[1] ||
+      yd[0] != xd[0] || yd[1] != wd[2] || counts.element_count() != size_t(wd[0]))
+    return ffi::Error::InvalidArgument(
+        "grouped_matmul: expected shapes [T, K], [X, K, N], [X], [T, N]");
+  if (scales.element_count() && scales.element_count() != size_t(wd[0] * wd[2]))
+    return ffi::Error::InvalidArgument("grouped_matmul: expected a scale for each column");
+  if (!IsFloat(x.element_type()) || !IsFloat(y->element_type()))
+    return ffi::Error::InvalidArgument("grouped_matmul: expected x and y of floats");
+  const int64_t num_rows = xd[0], depth = xd[1], columns = wd[2];
+  if (num_rows == 0 || columns == 0) return ffi::Error::Success();
+  return Guarded([&] {
+    return WithWeights(w, [&](const auto* weights) {
+      int64_t start = 0;
+      for (int64_t group = 0; group < wd[0]; ++group) {
+        const int64_t count = std::min<int64_t>(
+            std::max<int64_t>(counts.typed_data()[group], 0), num_rows - start);
+        if (count == 0) continue;
+        Product(count, depth, columns, Rows(x, start, depth),
+                weights + group * depth * columns,
+                scales.element_count() ? scales.typed_data() + group * columns : nullptr,
+                Rows(*y, start, columns))
+            .Run(pool);
+        start += count;
+      }
+      const Numbers rest = Rows(*y, start, columns);
+      const size_t bytes = y->element_type() == ffi::F32 ? 4 : 2;
+      std::memset(rest.data, 0, size_t((num_rows - start) * columns) * bytes);
+      return ffi::Error::Success();
+    });
   });
 }
 
@@ -233,4 +283,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedMatMul, jpaged::products::MatMul,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedGroupedMatMul, jpaged::products::GroupedMatMul,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>());

@@ -1,0 +1,52 @@
+"""Products with weights: where the kernel is faster than XLA's product.
+
+Pipeline: models.products -> [cpu.products] -> cpu.calls.
+
+The kernel reads weights as the model stores them, and wins where reading them is what
+takes time. XLA's product needs many rows to be as fast.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.cpu import calls
+from jpaged.pages.backend import Products
+
+# Most rows of x, by the weight's dtype. Measured on 2026-11-30 with the products of a
+# decode step of the 110M shape (docs/decisions/cpu_kernels.md).
+MAX_ROWS = {"float32": 128, "bfloat16": 256, "float16": 256, "int8": 256}
+
+
+def matmul(
+    x: jax.Array, weight: jax.Array, scale: jax.Array | None = None
+) -> jax.Array | None:
+    """Return x `[M, K]` @ weight `[K, N]` * scale `[N]`, or None for XLA's product."""
+    if not _is_served(x, weight):
+        return None
+    return calls.matmul(x, weight, scale)
+
+
+def grouped_matmul(
+    x: jax.Array, weight: jax.Array, scale: jax.Array | None, counts: jax.Array
+) -> jax.Array | None:
+    """Return groups of rows of x `[T, K]`, each multiplied by its matrix `[K, N]`.
+
+    Args:
+      x: the first counts[0] rows are multiplied by weight[0], and so on.
+      weight: `[X, K, N]`.
+      scale: f32`[X, N]`, or None.
+      counts: i32`[X]`. Rows past their sum give zeros.
+    """
+    if not _is_served(x, weight):
+        return None
+    return calls.grouped_matmul(x, weight, scale, counts)
+
+
+def _is_served(x: jax.Array, weight: jax.Array) -> bool:
+    is_known = jnp.dtype(x.dtype).name in ("float32", "bfloat16", "float16")
+    return is_known and x.shape[0] <= MAX_ROWS.get(jnp.dtype(weight.dtype).name, 0)
+
+
+PRODUCTS = Products(matmul, grouped_matmul)

@@ -1,0 +1,184 @@
+"""The products in C++: float64 numpy, exact invariance to rows, invalid calls."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged.cpu import calls, library, products
+from jpaged.models import products as model_products
+from jpaged.models.moe import grouped_matmul
+from jpaged.models.quantize import quantize_int8
+from tests.support.attention.oracle import relative_errors
+from tests.support.models.tiny_llama import tiny_llama
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+]
+TOLERANCES = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 1e-3}
+# Depths and columns that are no multiples of a vector, a panel or a step down.
+SHAPES = [(1, 1), (5, 3), (17, 15), (64, 128), (33, 257), (100, 1040), (3, 4100)]
+
+
+def normal(*shape: int, dtype: str = "float32", seed: int = 0) -> jax.Array:
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(values).astype(dtype)
+
+
+def expected(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> np.ndarray:
+    out = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
+    return out if scale is None else out * np.asarray(scale, np.float64)
+
+
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_products_equal_those_of_numpy(dtype, weight_dtype):
+    for depth, columns in SHAPES:
+        weight, scale = normal(depth, columns, seed=1), None
+        if weight_dtype == "int8":
+            weight, scale = quantize_int8(weight)
+        weight = weight.astype(weight_dtype)
+        for rows in (1, 2, 3, 7, 8, 13, 33):
+            x = normal(rows, depth, dtype=dtype)
+            out = calls.matmul(x, weight, scale)
+            assert out.dtype == x.dtype
+            worst = relative_errors(out, expected(x, weight, scale)).max()
+            assert worst < TOLERANCES[dtype], (depth, columns, rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_row_has_the_same_bits_in_every_batch(dtype):
+    weight, scale = normal(300, 200, seed=1), None
+    if dtype == "int8":
+        weight, scale = quantize_int8(weight)
+    weight, x = weight.astype(dtype), normal(70, 300)
+    together = np.asarray(calls.matmul(x, weight, scale))
+    for start, end in ((0, 1), (69, 70), (3, 8), (10, 23), (20, 52), (6, 70)):
+        some = calls.matmul(x[start:end], weight, scale)
+        np.testing.assert_array_equal(some, together[start:end])
+
+
+def test_no_rows_columns_or_depth():
+    for rows, depth, columns in ((0, 4, 3), (2, 0, 3), (2, 4, 0)):
+        out = calls.matmul(jnp.ones((rows, depth)), jnp.ones((depth, columns)))
+        np.testing.assert_array_equal(out, np.zeros((rows, columns)))
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [2, 0, 0, 0]])
+def test_groups_of_rows_equal_the_loop_of_xla(counts, is_int8):
+    x, weight, scale = normal(9, 40), normal(4, 40, 70, seed=1), None
+    if is_int8:
+        weight, scale = quantize_int8(weight)
+    numbers = jnp.asarray(counts, jnp.int32)
+    out = calls.grouped_matmul(x, weight, scale, numbers)
+    loop = grouped_matmul(x, weight, numbers)
+    if scale is not None:
+        loop = loop * scale[np.repeat(np.arange(5), [*counts, 9 - sum(counts)]) % 4]
+    used = sum(counts)
+    np.testing.assert_allclose(out[:used], loop[:used], rtol=1e-4, atol=1e-4)
+    assert not out[used:].any()
+
+
+@pytest.mark.parametrize("counts", [[-5, 3, 100], [2**31 - 1] * 3, [-(2**31)] * 3])
+def test_counts_from_data_are_limited_to_the_rows(counts):
+    x, weight = normal(4, 8), normal(3, 8, 16, seed=1)
+    out = calls.grouped_matmul(x, weight, None, jnp.asarray(counts, jnp.int32))
+    limited, start = np.zeros((4, 16)), 0
+    for index, count in enumerate(np.clip(counts, 0, 4)):
+        end = min(start + count, 4)
+        limited[start:end] = expected(x[start:end], weight[index], None)
+        start = end
+    np.testing.assert_allclose(out, limited, rtol=1e-4, atol=1e-4)
+
+
+def test_invalid_shapes_and_dtypes_raise_before_a_kernel_runs():
+    x, weight, counts = normal(2, 4), normal(4, 3), jnp.ones(5, jnp.int32)
+    experts = normal(5, 4, 3)
+    for arguments, message in (
+        ((x, normal(5, 3)), r"x, weight: expected shapes \[M, K\] and \[K, N\]"),
+        ((x[0], weight), "x, weight: expected shapes"),
+        ((x.astype(jnp.int32), weight), "x: expected dtype float32"),
+        ((x, weight.astype(jnp.int32)), "weight: expected dtype float32"),
+        ((x, weight, jnp.ones(4)), r"scale: expected float32 \(3,\), got"),
+        ((x, weight, jnp.ones(3, jnp.bfloat16)), "scale: expected float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calls.matmul(*arguments)
+    for arguments, message in (
+        ((x, experts[0], None, counts), r"expected shapes \[T, K\] and \[X, K, N\]"),
+        ((x, experts, None, counts[:4]), r"counts: expected shape \(5,\), got \(4,\)"),
+        ((x, experts, jnp.ones(3), counts), r"scale: expected float32 \(5, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calls.grouped_matmul(*arguments)
+
+
+def test_the_kernels_check_shapes_and_dtypes_themselves():
+    x, weight, none = normal(2, 4), normal(4, 3), jnp.zeros(0)
+
+    def call(name, out, *arguments):
+        function = jax.ffi.ffi_call(library.target(name), out)
+        return jax.block_until_ready(function(*arguments))
+
+    out = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    wrong = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+    integers = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    call("matmul", out, x, weight, none)
+    for arguments in (
+        (wrong, x, weight, none),
+        (integers, x, weight, none),
+        (out, x, normal(5, 3), none),
+        (out, x, weight, jnp.ones(4)),
+        (out, x, weight.astype(jnp.int32), none),
+    ):
+        with pytest.raises(Exception, match="matmul: expected"):
+            call("matmul", *arguments)
+    experts, counts = normal(5, 4, 3), jnp.ones(5, jnp.int32)
+    for arguments in (
+        (out, x, experts, none.reshape(0, 0), counts[:3]),
+        (wrong, x, experts, none.reshape(0, 0), counts),
+        (out, x, experts, jnp.ones((5, 2)), counts),
+    ):
+        with pytest.raises(Exception, match="grouped_matmul: expected"):
+            call("grouped_matmul", *arguments)
+
+
+def test_many_rows_are_left_to_xla():
+    weight = normal(8, 8)
+    for dtype, most in products.MAX_ROWS.items():
+        narrow = weight.astype(dtype)
+        assert products.matmul(normal(most, 8), narrow) is not None
+        assert products.matmul(normal(most + 1, 8), narrow) is None
+    assert products.matmul(jnp.ones((2, 8), jnp.int32), weight) is None
+
+
+def test_the_model_uses_the_kernels_inside_of_serving_only():
+    model, tokens = tiny_llama(), jnp.array([[3, 5, 7]])
+    text = {}
+
+    def program(name: str) -> None:
+        text[name] = jax.jit(lambda tokens: model(tokens)).lower(tokens).as_text()
+
+    with model_products.serving("cpu"):
+        program("inside")
+        other = threading.Thread(target=program, args=("other thread",))
+        other.start()
+        other.join()
+        with model_products.serving("xla"):
+            program("xla")
+        served = model(tokens)
+    program("after")
+    found = {name for name, each in text.items() if "jpaged_matmul" in each}
+    assert found == {"inside"}
+    np.testing.assert_allclose(served, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_of_products_equals_a_loop():
+    x, weight = normal(3, 2, 8), normal(8, 5, seed=1)
+    got = jax.vmap(lambda x: calls.matmul(x, weight))(x)
+    for row in range(3):
+        np.testing.assert_array_equal(got[row], calls.matmul(x[row], weight))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.attention import api as attention
-from jpaged.attention import kv_cache
+from jpaged.attention import backends, kv_cache
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
@@ -133,7 +133,7 @@ def _trunk(
     """Return the cache with the tokens' keys and values, and hidden states [T, E]."""
 
     def attend(
-        layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
+        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         slots = inputs.slot_mapping
         cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
@@ -155,7 +155,13 @@ def _trunk(
         )
         return attended, cache
 
-    hidden, cache = model.trunk_loop(inputs.tokens, inputs.positions, attend, cache)
+    hidden, cache = model.trunk_loop(
+        inputs.tokens,
+        inputs.positions,
+        attend,
+        cache,
+        is_unrolled=backends.unrolls_layers(implementation),
+    )
     return cache, hidden
 
 

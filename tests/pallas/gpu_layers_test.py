@@ -90,14 +90,17 @@ def trunk(model_file, attention, *, is_ragged=False, kv_dtype="bfloat16"):
         return forward._trunk(model, cache, inputs, attention)
 
     program = compile_for_gpu(run, model, cache, inputs, donate=(1,))
-    return program, sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    return program, sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)
+    )
 
 
 def check(program, pool_bytes):
     assert control_flow(program) == ControlFlow(0, 0, 0)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= pool_bytes
-    assert memory.temp_size_in_bytes < 2**23 < pool_bytes / 4
+    # Partial results of the kernels; a copy of one layer's keys is 67 MB of bfloat16.
+    assert memory.temp_size_in_bytes < 2**24 < pool_bytes / 16
 
 
 @pytest.mark.parametrize("is_ragged", [False, True])

@@ -244,7 +244,5 @@ def test_unknown_topologies_raise():
 
 
 def test_unknown_page_dtypes_raise():
-    with pytest.raises(
-        ValueError, match=r"kv_dtype: expected one of .*, got 'int4'"
-    ):
+    with pytest.raises(ValueError, match=r"kv_dtype: expected one of .*, got 'int4'"):
         compile_tpu.check_kv_dtype("int4")

@@ -74,6 +74,13 @@ def products(implementation: str | None) -> Products | None:
     return find_backend(serving_name(implementation)).products
 
 
+def unrolls_layers(implementation: str | None) -> bool:
+    """Return whether decoders unroll their layers; None: with the preferred backend."""
+    if implementation is None:
+        return preferred()[0].unrolls_layers
+    return find_backend(implementation).unrolls_layers
+
+
 def choose_backend(
     implementation: str | None,
     k_pages: Any,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.attention import api as attention
-from jpaged.attention import kv_cache
+from jpaged.attention import backends, kv_cache
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
@@ -74,7 +74,7 @@ def hidden_states(
     ) -> tuple[KVCache, jax.Array]:
         cache, hidden = carry
         inputs = step_inputs(table.tokens, blocks, batch, size, is_decode)
-        cache, states = run_trunk(model, cache, inputs, config)
+        cache, states = run_trunk(model, cache, inputs, config, is_alone=False)
         return cache, hidden.at[:size].set(states)
 
     branches = [functools.partial(run, True, size) for size in row_buckets]
@@ -83,7 +83,11 @@ def hidden_states(
 
 
 def run_trunk(
-    model: Decoder, cache: KVCache, inputs: StepInputs, config: EngineConfig
+    model: Decoder,
+    cache: KVCache,
+    inputs: StepInputs,
+    config: EngineConfig,
+    is_alone: bool = True,
 ) -> tuple[KVCache, jax.Array]:
     """Return the cache with the tokens' keys and values, and hidden states [T, E].
 
@@ -92,13 +96,14 @@ def run_trunk(
       cache: the pages.
       inputs: the tokens.
       config: the engine's config.
+      is_alone: the program has no other sizes, so its layers may be unrolled.
     """
     implementation = config.attention
     if config.cascade:
         inputs = _with_shared_prefixes(inputs, config.block_size)
 
     def attend(
-        layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
+        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         slots = inputs.slot_mapping
         cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
@@ -121,7 +126,13 @@ def run_trunk(
         return attended, cache
 
     with products.serving(implementation):
-        hidden, cache = model.trunk_loop(inputs.tokens, inputs.positions, attend, cache)
+        hidden, cache = model.trunk_loop(
+            inputs.tokens,
+            inputs.positions,
+            attend,
+            cache,
+            is_unrolled=is_alone and backends.unrolls_layers(implementation),
+        )
     return cache, hidden
 
 

@@ -228,23 +228,46 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         attend: AttendInLoop,
         cache: Cache,
+        *,
+        is_unrolled: bool = False,
     ) -> tuple[jax.Array, Cache]:
         """Hidden states as from `trunk`, with a cache that `attend` updates.
 
-        This is a loop over the layers. Attention is compiled once, and a switch selects
-        each layer's weights. An unrolled program with many step sizes compiles for
-        minutes, and a scan over stacked weights copies each layer's weights on a CPU.
+        `docs/decisions/layers.md` compares the two forms.
 
         Args:
           tokens: as in `trunk`.
           positions: as in `trunk`.
-          attend: see `layers.AttendInLoop`; the layer's index is traced.
+          attend: see `layers.AttendInLoop`; called once per layer, in order, with the
+            layer's number if `is_unrolled`, else once with a traced index.
           cache: a pytree; updated in place if it is donated.
+          is_unrolled: whether every layer has its own code, without branches. Otherwise
+            the layers are a loop with one attention, which compiles faster.
 
         Returns:
           Hidden states [T, E] after the final norm, and the updated cache.
         """
         x, angles = self._start(tokens, positions)
+        if not is_unrolled:
+            x, cache = self._loop(x, angles, attend, cache)
+            return self._end(x), cache
+        for i, layer in enumerate(self.layers):
+            attended, cache = attend(i, *layer.before(x, angles[layer.is_local]), cache)
+            x = layer.after(x, attended)
+        return self._end(x), cache
+
+    def _loop(
+        self,
+        x: jax.Array,
+        angles: tuple[RotaryTables, RotaryTables],
+        attend: AttendInLoop,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """x [T, E] after all layers, and the updated cache.
+
+        A switch selects each layer's weights: a scan over stacked weights copies each
+        layer's weights on a CPU. The pages do not pass through the switch.
+        """
         qkv = self.layers[0].before(x, angles[self.layers[0].is_local])
 
         def dense(
@@ -270,31 +293,30 @@ class Decoder(nnx.Module):
         num_layers = jnp.int32(len(self.layers))
         carry = (x, qkv, cache)
         x, _, cache = jax.lax.fori_loop(jnp.int32(0), num_layers, body, carry)
-        return self._end(x), cache
+        return x, cache
 
     def attention_options(self, layer: int | jax.Array) -> dict[str, Any]:
         """Options of a layer's attention, as arguments of `paged_attention`.
 
         Args:
-          layer: index of the layer, traced in `trunk_loop`. If the layers differ in
-            their window, a traced index makes the window traced as well, so that one
-            compiled attention serves all layers.
+          layer: number of the layer, or a traced index in a loop over layers. If the
+            layers differ in their window, a traced index makes the window traced as
+            well, so that one compiled attention serves all layers.
         """
-        config = self.config
+        config, windows = self.config, self.config.windows
         options: dict[str, Any] = {"scale": config.attention_scale}
         options["logits_soft_cap"] = config.attention_soft_cap
-        windows = config.windows
-        if len(set(windows)) == 1 or isinstance(layer, int):
+        if isinstance(layer, int) or len(set(windows)) == 1:
             options["sliding_window"] = windows[layer if isinstance(layer, int) else 0]
         else:
             unlimited = jnp.iinfo(jnp.int32).max
             sizes = [unlimited if w is None else w for w in windows]
             options["sliding_window"] = jnp.asarray(sizes, jnp.int32)[layer]
-        if config.attention_sinks:
-            sinks = [each.attention.sinks for each in self.layers]
-            options["sinks"] = jnp.stack([s[...] for s in sinks if s is not None])[
-                layer
-            ]
+        sinks = [each.attention.sinks for each in self.layers]
+        if config.attention_sinks and isinstance(layer, int):
+            options["sinks"] = _values(sinks[layer])
+        elif config.attention_sinks:
+            options["sinks"] = jnp.stack([_values(each) for each in sinks])[layer]
         return options
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -341,6 +363,11 @@ class Decoder(nnx.Module):
             # The factor is rounded to the dtype, as in transformers.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return x if self.project_in is None else self.project_in(x)
+
+
+def _values(param: nnx.Param | None) -> jax.Array:
+    assert param is not None
+    return param[...]
 
 
 def as_stored(config: ModelConfig) -> ModelConfig:

@@ -25,10 +25,11 @@ from jpaged.models.quantize import random_int8
 # rotated by their positions; q is not scaled.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# The same with a cache: (layer i32[], q, k, v, cache) -> (out, cache).
+# The same with a cache: (layer, q, k, v, cache) -> (out, cache). The layer is a number,
+# or i32[] in a loop over layers.
 Cache = TypeVar("Cache")
 AttendInLoop = Callable[
-    [jax.Array, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
+    [int | jax.Array, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
 ]
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -97,6 +97,8 @@ class Backend:
       returns_lse: whether `attend` can return log-sum-exps.
       cascade: how shared prefixes are read once with `attend`; None if `attend` itself
         handles `operands.shared_prefix`.
+      unrolls_layers: whether a decoder has code of its own for every layer. Otherwise
+        its layers are a loop, which compiles faster (docs/decisions/layers.md).
       platform: `jax.default_backend()` that the backend runs on; None for any.
       device: name of the device that the backend needs, for error messages.
       requires: packages from an extra that must be installed.
@@ -116,6 +118,7 @@ class Backend:
     add_gradient: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     returns_lse: bool = True
     cascade: CascadeOptions | None = None
+    unrolls_layers: bool = False
     platform: str | None = None
     device: str = ""
     requires: tuple[str, ...] = ()

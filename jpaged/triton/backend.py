@@ -91,6 +91,7 @@ TRITON = Backend(
     cascade=CascadeOptions(
         branches=False, tile_rows=lambda dtype: query_rows(jnp.dtype(dtype).itemsize)
     ),
+    unrolls_layers=True,
     platform="gpu",
     device="NVIDIA GPU",
     requires=("jax_triton",),

@@ -87,6 +87,7 @@ MOSAIC_GPU = Backend(
     copy=XLA.copy,
     unsupported=unsupported,
     cascade=CascadeOptions(branches=False),
+    unrolls_layers=True,
     platform="gpu",
     device="Hopper GPU",
     tile_sizes=_tile_sizes,

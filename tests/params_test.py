@@ -12,6 +12,7 @@ from jpaged.params import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from tests.support.ids import stable_repr
 
 
 def test_defaults_are_those_of_vllm():
@@ -85,14 +86,16 @@ INTEGERS = ["n", "top_k", "max_tokens", "min_tokens", "priority"]
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize("value", NOT_NUMBERS, ids=repr)
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=stable_repr)
 def test_a_value_that_is_not_a_finite_number_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected a finite number.* got "):
         SamplingParams(**{name: value})
 
 
 @pytest.mark.parametrize("name", [*INTEGERS, "seed", "logprobs", "prompt_logprobs"])
-@pytest.mark.parametrize("value", [1.0, math.nan, True, np.True_, "1", [1]], ids=repr)
+@pytest.mark.parametrize(
+    "value", [1.0, math.nan, True, np.True_, "1", [1]], ids=stable_repr
+)
 def test_a_value_that_is_not_an_integer_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected an integer.* got "):
         SamplingParams(**{name: value})

@@ -6,6 +6,7 @@ import pytest
 
 from jpaged.llm import LLM
 from jpaged.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+from tests.support.ids import stable_repr
 from tests.support.tiny_llm import (
     GREEDY,
     SIZES,
@@ -49,7 +50,7 @@ def test_an_invalid_prompt_is_reported_before_any_step_runs(llm, prompts, match)
 @pytest.mark.parametrize(
     "value",
     [b"abc", [5.9], [True], bytearray(b"a"), {"prompt": 5}, [5, None]],
-    ids=repr,
+    ids=stable_repr,
 )
 def test_every_call_checks_its_prompts_alike(llm, value):
     with llm.pin([5, 6]) as prefix:

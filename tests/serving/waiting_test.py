@@ -64,7 +64,9 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("policy", SCORES, ids=lambda one: getattr(one, "__name__", one))
+@pytest.mark.parametrize(
+    "policy", SCORES, ids=lambda one: getattr(one, "__name__", one)
+)
 def test_requests_leave_the_queue_in_the_order_of_the_policy(policy):
     parameters = WEIGHTS if policy == "weighted" else ()
     queue = WaitingQueue(policy, parameters, cached_lens)

@@ -15,6 +15,7 @@ from jpaged.models.loading.sources import bundled_path
 from jpaged.text import sandbox
 from jpaged.text.chat import ChatTemplates, render
 from jpaged.text.tokenizer import Tokenizer
+from tests.support.ids import stable_repr
 from tests.support.tiny_llm import SIZES, byte_tokenizer, write_folder
 
 pytestmark = pytest.mark.long
@@ -162,7 +163,7 @@ def test_text_parts_are_read_by_the_template_or_joined(template, expected):
         ([{"type": "text", "text": 5}], r"\['content'\]\[0\]\['text'\]: expected"),
         ([{"text": "a"}, {}], r"\['content'\]\[1\]: .* of type 'text', got None"),
     ],
-    ids=repr,
+    ids=stable_repr,
 )
 def test_content_that_is_not_text_is_refused_by_name(content, message):
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import pytest
 
 from jpaged.text import prompts
 from jpaged.text.tokenizer import Tokenizer
+from tests.support.ids import stable_repr
 from tests.support.tiny_llm import ascii_tokenizer
 
 TOKENIZER = Tokenizer(ascii_tokenizer())
@@ -27,7 +28,7 @@ NO_PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("value", NO_PROMPTS, ids=repr)
+@pytest.mark.parametrize("value", NO_PROMPTS, ids=stable_repr)
 def test_what_is_no_prompt_is_refused_by_name(value):
     with pytest.raises(ValueError, match=r"^prefix: expected "):
         prompts.token_ids(TOKENIZER, "prefix", value)
@@ -52,7 +53,7 @@ def test_what_is_no_prompt_is_refused_by_name(value):
         np.str_("abc"),
         "abc",
     ],
-    ids=repr,
+    ids=stable_repr,
 )
 def test_every_form_of_a_prompt_has_the_same_tokens(value):
     found = prompts.token_ids(TOKENIZER, "prompt", value)
@@ -78,7 +79,7 @@ def test_every_form_of_a_prompt_has_the_same_tokens(value):
         collections.deque(["abc", "abc"]),
         {"a": "abc", "b": "abc"}.values(),
     ],
-    ids=repr,
+    ids=stable_repr,
 )
 def test_every_form_of_several_prompts_is_a_list(value):
     found = prompts.prompt_list("prompts", value)
@@ -87,8 +88,8 @@ def test_every_form_of_several_prompts_is_a_list(value):
 
 @pytest.mark.parametrize(
     "value",
-    [b"abc", bytearray(b"abc"), 5, None, {"a", "b"}, np.array(5), np.array([1.5]), 1.5],
-    ids=repr,
+    [b"abc", bytearray(b"abc"), 5, None, {"a"}, np.array(5), np.array([1.5]), 1.5],
+    ids=stable_repr,
 )
 def test_what_are_no_prompts_is_refused(value):
     with pytest.raises(ValueError, match=r"^prompts(\[0\])?: expected text"):

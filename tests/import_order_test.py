@@ -66,7 +66,7 @@ LAYERS = {
                           "params", "outputs", "parallel", "text", "kv", "scheduler",
                           "pages", "cpu", "attention", "models", "decoding",
                           "structured", "engine"],
-    "llm":               ["config", "policies", "params", "outputs",
+    "llm":               ["validation", "config", "policies", "params", "outputs",
                           "compilation_cache", "text", "parallel", "models", "engine",
                           "serving"],
     # the engine's step on a virtual clock: no model, no pages

@@ -84,11 +84,11 @@ class Recorder:
         self.is_decode = num_rows == num_tokens
         make = forward._decode_inputs if self.is_decode else forward._ragged_inputs
         size = num_rows if self.is_decode else num_tokens
-        self.inputs = make(table, blocks, batch, size)
+        self.inputs = make(table.tokens, blocks, batch, size)
         self.starts = [0, *np.cumsum(batch.num_tokens[:num_rows]).tolist()]
         return cache, hidden
 
-    def sample_tokens(self, table, entries, logits, config):
+    def sample_tokens(self, table, entries, logits, config, size=None):
         """Return the next letter of each row whose known tokens are all computed."""
         seq_indices = np.asarray(entries.seq_indices)
         letters = [

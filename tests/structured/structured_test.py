@@ -227,15 +227,17 @@ def test_invalid_or_ambiguous_parameters_are_refused(values, message):
         StructuredOutputsParams(**values)
 
 
-def test_sampling_and_beam_search_accept_only_structured_outputs_params():
+def test_sampling_and_beam_search_accept_structured_outputs_params_or_their_fields():
     params = StructuredOutputsParams(json={"type": "object"})
     assert params.json == '{"type": "object"}'
     assert SamplingParams(structured_outputs=params).structured_outputs == params
     beams = BeamSearchParams(2, max_tokens=4, structured_outputs=params)
     assert beams.structured_outputs is params
     for make in (SamplingParams, lambda **kw: BeamSearchParams(2, max_tokens=4, **kw)):
-        with pytest.raises(ValueError, match=r"structured_outputs: .* StructuredO"):
-            make(structured_outputs={"regex": "a"})
+        regex = StructuredOutputsParams(regex="a")
+        assert make(structured_outputs={"regex": "a"}).structured_outputs == regex
+        with pytest.raises(ValueError, match="structured_outputs: .*"):
+            make(structured_outputs="a")
 
 
 # The bytes of tokens.

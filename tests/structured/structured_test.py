@@ -236,7 +236,7 @@ def test_sampling_and_beam_search_accept_structured_outputs_params_or_their_fiel
     for make in (SamplingParams, lambda **kw: BeamSearchParams(2, max_tokens=4, **kw)):
         regex = StructuredOutputsParams(regex="a")
         assert make(structured_outputs={"regex": "a"}).structured_outputs == regex
-        with pytest.raises(ValueError, match="structured_outputs: .*"):
+        with pytest.raises(ValueError, match=r"structured_outputs: .*"):
             make(structured_outputs="a")
 
 

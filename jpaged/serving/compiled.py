@@ -19,6 +19,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from jpaged.compat import return_free_memory
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -111,10 +113,16 @@ class CompiledPrograms(Generic[Key]):
                 del self._futures[key]  # it can be tried again
                 raise
 
+    def are_done(self, keys: Sequence[Key], timeout_s: float | None) -> bool:
+        """Wait at most `timeout_s` for started programs; return whether all ended."""
+        futures = [self._futures[key] for key in keys]
+        return not concurrent.futures.wait(futures, timeout_s).not_done
+
     def close(self) -> None:
         """Free all programs."""
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._futures.clear()
+        return_free_memory()
 
     def _compile(self, program: Program) -> Any:
         start = time.perf_counter()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from jpaged import engine, parallel
 from jpaged.config import EngineConfig
@@ -44,6 +46,7 @@ from jpaged.serving.whole_stepping import WholeStepper
 
 _FIRST_STEPS = 4  # steps of a slice while the time of a step is unknown
 _MAX_STEPS = 1 << 30
+_QUIET_S = 1.0  # waiting for a compiler this long is not worth a message
 # What all processes that share a mesh must do in the same order: use the same sizes,
 # submit the same requests, and end or release the same sequences.
 _SHARED_CALLS = ("config", "prompts", "params", "ends")
@@ -197,10 +200,19 @@ class EngineRunner:
 
     def wait(self, keys: Sequence[Any]) -> None:
         """Wait for programs; the clock stands still."""
-        if self.compiled.are_ready(keys):
+        keys = [key for key in keys if not self.compiled.are_ready([key])]
+        if not keys:
             return
         start = time.perf_counter()
         try:
+            if not self.compiled.are_done(keys, _QUIET_S):
+                with tqdm.external_write_mode(file=sys.stderr):
+                    names = ", ".join(map(str, keys))
+                    print(f"jpaged: compiling {names} ...", end="", file=sys.stderr)
+                    sys.stderr.flush()
+                    self.compiled.are_done(keys, None)
+                    seconds = time.perf_counter() - start
+                    print(f" {seconds:.1f} s", file=sys.stderr)
             self.compiled.wait(keys)
         finally:
             self.compile_s += time.perf_counter() - start

@@ -331,6 +331,7 @@ class EngineRunner:
             self._models = dataclasses.replace(self._models, target=model)
         else:
             self._models = model
+        self._stepper.replace_model(self._models)
 
     def close(self) -> None:
         """Release the state, the models and the programs."""

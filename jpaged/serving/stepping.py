@@ -345,6 +345,10 @@ class Stepper:
             self._logits = jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
         return self._logits
 
+    def replace_model(self, model: Any) -> None:
+        """Use another model of the same config from now on."""
+        self._model = model
+
     def close(self) -> None:
         """Free the programs and the working memory."""
         self.compiled.close()

@@ -91,6 +91,10 @@ class WholeStepper:
         del used, least_steps, seconds
         return self.compiled.call(self._key, self._model, state, np.int32(max_steps))
 
+    def replace_model(self, model: Model) -> None:
+        """Use another model of the same config from now on."""
+        self._model = model
+
     def close(self) -> None:
         """Free the programs."""
         self.compiled.close()

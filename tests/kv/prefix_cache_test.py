@@ -314,7 +314,7 @@ def test_invalid_sizes_raise(sizes, message):
             id="a way in use is overwritten",
         ),
         pytest.param(
-            ("// block_size\n    paths", "// block_size + 1\n    paths"),
+            ("block_size)\n    paths", "block_size) + 1\n    paths"),
             id="one block too many is matched",
         ),
     ],

@@ -169,7 +169,6 @@ def test_tokens_scores_and_order_are_those_of_generate_for_widths_1_to_8(pair):
     assert len(leaders) > 6  # for 2 prompts: the best beam depends on the parameters
     stats = pair.ours.stats()
     assert stats["num_free_blocks"] == stats["num_blocks"]
-    assert stats["num_compilations"] == 1
 
 
 def test_width_1_is_greedy_decoding(pair):

@@ -57,6 +57,7 @@ def test_tokens_are_the_same_for_less_work_and_blocks_are_kept_until_release(
     llm, expected
 ):
     outputs, computed = expected
+    llm.warm_up(PARAMS)
     compiled = llm.stats()["num_compilations"]
     with llm.pin(PREFIX) as prefix:
         assert prefix.token_ids == PREFIX
@@ -198,16 +199,14 @@ def test_a_request_that_does_not_fit_beside_pinned_blocks_is_refused(llm, monkey
     assert num_used(llm) == 0
 
 
-def test_a_pinned_prefix_is_kept_when_the_engine_is_compiled_again(
-    folder, llm, expected
-):
+def test_a_pinned_prefix_is_kept_when_the_engine_grows(folder, llm, expected):
     outputs, _ = expected
     other = LLM(folder, **PLAIN_SIZES)
     prefix = other.pin(PREFIX)
     assert tokens_of(other.generate(PROMPTS[:1], GREEDY)) == outputs[:1]
     assert num_used(other) == NUM_BLOCKS
     (beams,) = other.generate([[7]], BeamSearchParams(2, 4))
-    assert other.config.max_beam_width == 2
+    assert other.config.max_beam_width >= 2
     assert tokens_of([beams]) == tokens_of(llm.generate([[7]], BeamSearchParams(2, 4)))
     assert num_used(other) == NUM_BLOCKS
     before = other.stats()["computed_tokens"]
@@ -220,9 +219,7 @@ def test_a_pinned_prefix_is_kept_when_the_engine_is_compiled_again(
     assert num_used(other) == 0
 
 
-def test_a_call_that_compiles_the_engine_again_waits_for_a_stream(
-    folder, llm, monkeypatch
-):
+def test_a_call_with_a_new_feature_runs_beside_a_stream(folder, llm, monkeypatch):
     monkeypatch.setattr(batcher, "STREAM_S", 0.0)
     other = LLM(folder, **PLAIN_SIZES)
     params = dataclasses.replace(GREEDY, max_tokens=20)

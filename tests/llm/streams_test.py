@@ -5,10 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from jpaged import engine
 from jpaged.llm import LLM
 from jpaged.params import BeamSearchParams, SamplingParams
-from jpaged.serving import batcher, engine_host
+from jpaged.serving import batcher, engine_host, stepping
 from jpaged.text.tokenizer import Tokenizer
 from tests.support.tiny_llm import (
     GREEDY,
@@ -114,18 +113,17 @@ def test_a_call_runs_although_unread_streams_fill_the_request_table(
 @pytest.mark.parametrize("moment", ["before the call", "after the state was donated"])
 def test_the_llm_is_usable_after_an_interrupt(decoder, naive, monkeypatch, moment):
     llm = LLM(decoder, **SIZES)
-    run, calls = engine.run, []
+    run, calls = stepping.Stepper.run, []
 
-    def interrupted(model, state, max_steps, **limits):
-        calls.append(max_steps)
+    def interrupted(self, state, used, **limits):
+        calls.append(used)
         if len(calls) == 3:
             if moment != "before the call":
-                run(model, state, max_steps, **limits)
+                run(self, state, used, **limits)
             raise KeyboardInterrupt
-        return run(model, state, max_steps, **limits)
+        return run(self, state, used, **limits)
 
-    interrupted._cache_size = run._cache_size
-    monkeypatch.setattr(engine, "run", interrupted)
+    monkeypatch.setattr(stepping.Stepper, "run", interrupted)
     monkeypatch.setattr(batcher, "QUIET_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(random_prompts(9), GREEDY)
@@ -154,7 +152,7 @@ def test_the_llm_is_usable_after_an_interrupt_of_a_submission(
     # The next call replaces the request table, because it needs another config.
     beams = BeamSearchParams(2, 12, ignore_eos=True)
     after = llm.generate([[9], [5, 6]], [beams, GREEDY])
-    assert llm.config.max_beam_width == 2
+    assert llm.config.max_beam_width == min(8, SIZES["max_num_seqs"])
     assert tokens_of(after[1:]) == [[naive([5, 6], 12)]]
     assert is_idle(llm)
     assert tokens_of(after) == tokens_of(
@@ -181,16 +179,15 @@ def test_an_engine_that_stalls_raises_and_can_be_used_again(
 ):
     llm = LLM(decoder, **SIZES)
     llm.generate([9], GREEDY)
-    run = engine.run
+    run = stepping.Stepper.run
 
-    def stalled(model, state, max_steps, **limits):
-        state = run(model, state, max_steps, **limits)
+    def stalled(self, state, used, **limits):
+        state = run(self, state, used, **limits)
         counters = dataclasses.replace(state.counters, is_stalled=jnp.array(True))
         return dataclasses.replace(state, counters=counters)
 
-    stalled._cache_size = run._cache_size
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run", stalled)
+        patch.setattr(stepping.Stepper, "run", stalled)
         with pytest.raises(RuntimeError, match="report it with the prompts' lengths"):
             llm.generate([9], GREEDY)
     assert is_idle(llm)

@@ -107,13 +107,17 @@ class Milestones:
 class SerialPrograms(CompiledPrograms[Any]):
     """Compiles one program after another, and measures the stages of each.
 
+    Args:
+      events: from `compile_events`; those of the programs are removed.
+
     Attributes:
       rows: what was measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, events: list[tuple[str, float]]) -> None:
         super().__init__()
         self.rows: list[dict[str, Any]] = []
+        self._events = events
 
     def start(self, key: Any, program: Any) -> None:
         """Compiles a program unless it is known."""
@@ -121,9 +125,10 @@ class SerialPrograms(CompiledPrograms[Any]):
         self.wait([key])
 
     def _compile(self, program: Program) -> Any:
-        donated = tuple(program.donated)
+        donated, number = tuple(program.donated), len(self._events)
         jitted = jax.jit(program.function, donate_argnums=donated)
         compiled, row = compile_stages(program.name, jitted, program)
+        del self._events[number:]
         self.rows.append(row)
         traced_s = row["trace_s"] + row["lower_s"]
         self.records.append(CompileRecord(program.name, traced_s, row["compile_s"]))
@@ -156,13 +161,13 @@ def compile_stages(
     return compiled, row | {"hlo_lines": (compiled.as_text() or "").count("\n")}
 
 
-def compile_events() -> list[float]:
-    """Returns a list that gets the seconds of each later compilation."""
-    found: list[float] = []
+def compile_events() -> list[tuple[str, float]]:
+    """Returns a list that gets a name and the seconds of each later compilation."""
+    found: list[tuple[str, float]] = []
 
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
         if event == _COMPILE_EVENT:
-            found.append(duration_secs)
+            found.append((str(details.get("fun_name", "?")), duration_secs))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return found
@@ -230,13 +235,14 @@ def run_parts() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     events = compile_events()
     llm = make_llm()
-    compiled = SerialPrograms()
+    compiled = SerialPrograms(events)
     llm._open_host().runner._stepper.compiled = compiled
     make_calls(llm, Milestones())
-    own = sum(record.compile_s for record in compiled.records)
+    slowest = sorted(events, key=lambda event: event[1], reverse=True)[:5]
     helpers = {
-        "number": len(events) - len(compiled.records),
-        "compile_s": max(sum(events) - own, 0.0),
+        "number": len(events),
+        "compile_s": sum(seconds for _, seconds in events),
+        "slowest": dict(slowest),
     }
     result = {"programs": compiled.rows, "helpers": helpers}
     processes.send_result(result | {"reference": reference(llm)})
@@ -276,8 +282,10 @@ def print_case(name: str, result: dict[str, Any]) -> None:
 
 def print_parts(result: dict[str, Any]) -> None:
     """Prints a row for each program."""
+    names = [row["name"] for row in result.get("programs", [])]
+    width = max(map(len, [*names, "reference: a plain decode step of 32 rows"])) + 1
     heads = ("trace s", "lower s", "compile s", "proc. s", "HLO lines")
-    print(f"\n{_PARTS:<46}" + "".join(f"{head:>11}" for head in heads))
+    print(f"\n{_PARTS:<{width}}" + "".join(f"{head:>11}" for head in heads))
     if "failed" in result:
         print(result["failed"])
         return
@@ -289,8 +297,11 @@ def print_parts(result: dict[str, Any]) -> None:
         times = (row[name] for name in ("trace_s", "lower_s", "compile_s"))
         cells = "".join(f"{seconds:>11.2f}" for seconds in times)
         cells += f"{row['processor_s']:>11.2f}{row['hlo_lines']:>11,}"
-        print(f"{row['name']:<46}{cells}")
-    print(f"{helpers['number']} helper functions{helpers['compile_s']:>61.2f}")
+        print(f"{row['name']:<{width}}{cells}")
+    label = f"{helpers['number']} helper functions"
+    slowest = ", ".join(f"{name} {s:.2f}" for name, s in helpers["slowest"].items())
+    print(f"{label:<{width}}{helpers['compile_s']:>33.2f}")
+    print(f"the slowest of them: {slowest}")
 
 
 def ratios(cases: dict[str, Any], parts: dict[str, Any]) -> dict[str, float]:

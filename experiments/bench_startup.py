@@ -1,7 +1,7 @@
 """Measures the time to the first token, and where it goes.
 
     python -m experiments.bench_startup
-    python -m experiments.bench_startup --model random:gpt2 --max_num_seqs 32
+    python -m experiments.bench_startup --model sizes --max_num_seqs 32
     python -m experiments.bench_startup --features greedy,sampling,logprobs,beams
 
 Three processes make the same calls, one for each of `--features`, with `--num_prompts`
@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.lib import baseline, processes, runner
+from experiments.lib import baseline, processes, random_model, runner
 from jpaged import compilation_cache
 from jpaged.engine.limits import Params
 from jpaged.llm import LLM
@@ -64,7 +64,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 def define_flags() -> None:
     """Defines the runner's flags."""
-    flags.DEFINE_string("model", "tiny-python", "Folder, bundled name or random:NAME.")
+    flags.DEFINE_string(
+        "model",
+        "tiny-python",
+        "Folder, bundled name, random:NAME, or 'sizes' for a Llama with random weights "
+        "of the sizes of --hidden_size and others.",
+    )
+    random_model.define_flags()
     flags.DEFINE_string("dtype", "auto", "dtype of the weights.")
     flags.DEFINE_integer("max_num_seqs", 8, "Rows of the engine.", lower_bound=1)
     flags.DEFINE_integer(
@@ -175,8 +181,12 @@ def compile_events() -> list[tuple[str, float]]:
 
 def make_llm() -> LLM:
     """Creates the engine of the flags."""
-    names = ("model", "dtype", "max_num_seqs", "max_model_len")
+    names = ("dtype", "max_num_seqs", "max_model_len")
+    model = FLAGS.model
+    if model == "sizes":
+        model = random_model.make_random_model(FLAGS.max_model_len or 1024, seed=0)
     return LLM(
+        model,
         **{name: getattr(FLAGS, name) for name in names},
         max_num_batched_tokens=max(FLAGS.max_num_batched_tokens, FLAGS.max_num_seqs),
     )

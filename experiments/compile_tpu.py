@@ -4,9 +4,9 @@ r"""Compiles the engine for TPUs without a TPU, and reports the memory it needs.
         --tensor_parallel 4
 
 Nothing is computed, and no weights exist. The TPU's compiler (libtpu, of the extra
-`tpu`) gets shapes and returns a program for the named machine, or an error. It is the
-program that `LLM(mesh=...)` runs: `engine.run` on a state of `engine.init(mesh=...)`,
-with weights and pages sharded by `jpaged.parallel`.
+`tpu`) gets shapes and returns a program for the named machine, or an error. It is
+`engine.run`, of which `LLM(mesh=...)` runs the parts, on a state of
+`engine.init(mesh=...)`, with weights and pages sharded by `jpaged.parallel`.
 
 Time: a minute or two on two cores, mostly for the decoder's layers; `--num_layers`
 compiles fewer of them. The last line of the output is one JSON object: compiled,

@@ -121,12 +121,14 @@ class LLM:
       cascade: samples, beams and prompts with a shared prefix read its keys and values
         together, where this is faster.
 
-    The first call that needs a feature (beams, logits rules, more log-probabilities,
-    another algorithm) compiles the engine again; `num_compilations` of `stats` counts
-    this. Afterwards all calls share that program.
+    The first call compiles a few small programs, and the first call with a feature
+    (sampling, log-probabilities, beams, an algorithm) one more. Programs for other
+    numbers of sequences and tokens are compiled beside the run. `warm_up` compiles in
+    advance, `close` frees the programs, and docs/compilation.md says when and why.
+    Compiled programs are also stored in a cache folder of the user, see
+    `jpaged.compilation_cache`.
 
-    Compiled programs are stored in a cache folder of the user, see
-    `jpaged.compilation_cache`. An LLM is not thread-safe.
+    An LLM is not thread-safe.
 
     Raises:
       ValueError: an argument is invalid or unsupported.
@@ -490,8 +492,10 @@ class LLM:
           prefix cache, another request or a pinned prefix, and not computed.
         - num_cached_blocks: full blocks that the prefix cache can find. Those that no
           sequence uses count as free too.
-        - tokens_per_s: generated tokens per second of running steps, without
-          compilation. num_compilations: compilations of the engine's program.
+        - tokens_per_s: generated tokens per second of running steps. run_s: these
+          seconds, without compilation.
+        - num_compilations: programs that were compiled, or loaded from the cache's
+          folder. compile_s: seconds in which calls waited for them.
         - mean_queue_s and the other means: see `serving.metrics.latencies`; over the
           num_finished_requests that ended by themselves.
         - num_lost_events: events that were overwritten before the host read them.

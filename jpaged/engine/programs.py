@@ -53,13 +53,19 @@ class StepSize(NamedTuple):
     is_live: jax.Array  # bool[], False: there is no work
     num_rows: jax.Array  # i32[], rows with tokens
     num_tokens: jax.Array  # i32[]
+    num_logits: jax.Array  # i32[], rows that complete their known tokens
 
 
 def schedule(state: EngineState) -> tuple[EngineState, ScheduledStep, StepSize]:
     """Schedule a step: which rows run, and where their tokens are stored."""
     state, scheduled = bookkeeping.begin_step(state, state.config)
     num_tokens = scheduled.batch.num_tokens
-    size = StepSize(scheduled.is_live, jnp.sum(num_tokens > 0), jnp.sum(num_tokens))
+    size = StepSize(
+        is_live=scheduled.is_live,
+        num_rows=jnp.sum(num_tokens > 0),
+        num_tokens=jnp.sum(num_tokens),
+        num_logits=jnp.sum(scheduled.batch.has_logits),
+    )
     return state, scheduled, size
 
 

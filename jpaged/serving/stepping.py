@@ -218,10 +218,12 @@ class Stepper:
             _key("schedule", 0, GREEDY, state), features.view(state, GREEDY)
         )
         state = features.merge(state, view)
-        is_live, rows, tokens = _largest(size)
+        is_live, rows, tokens, is_complete = _largest(size)
         if not is_live:
             return state, 0
         is_decode = rows == tokens and state.config.speculation is None
+        # A chunk of one prompt token may have a log-probability.
+        is_decode &= is_complete or not used.prompt_logprobs
         loop = self._find("loop", rows, used, state) if is_decode else None
         if loop is not None:
             state, unsettled, steps = self._loop(loop, state, scheduled, max_steps, end)
@@ -364,13 +366,18 @@ def _fit(sizes: Sequence[int], number: int) -> int:
     return next(size for size in sizes if size >= number)
 
 
-def _largest(size: StepSize) -> tuple[bool, int, int]:
-    """Return whether any replica has work, and its most rows and tokens."""
-    is_live, rows, tokens = (np.asarray(part) for part in jax.device_get(size))
-    if (rows == tokens).all():
-        return bool(is_live.any()), int(rows.max()), int(tokens.max())
-    # Some replica computes prompts: there are more tokens than rows.
-    return bool(is_live.any()), int(rows.max()), max(int(tokens.max()), rows.max() + 1)
+def _largest(size: StepSize) -> tuple[bool, int, int, bool]:
+    """Return what holds for the step of all replicas together.
+
+    Returns:
+      Whether any has work; the most rows; the most tokens, above the rows if some
+      replica computes prompts; and whether all rows complete their known tokens.
+    """
+    is_live, rows, tokens, logits = map(np.asarray, jax.device_get(size))
+    most_rows, most_tokens = int(rows.max()), int(tokens.max())
+    if (rows != tokens).any():
+        most_tokens = max(most_tokens, most_rows + 1)
+    return bool(is_live.any()), most_rows, most_tokens, bool((rows == logits).all())
 
 
 def _num_steps(state: EngineState) -> np.ndarray:

@@ -82,7 +82,7 @@ def test_a_model_of_the_same_config_can_be_assigned(llm, decoder):
     check_scores(llm)
     for prompt in random_prompts(3, seed=6):
         check_scores(llm, prompt)
-    assert llm.stats()["num_compilations"] <= 1
+    assert llm.stats()["num_compilations"] <= 6  # of one set of programs
 
 
 def test_what_does_not_fit_is_refused(llm):

@@ -284,8 +284,9 @@ class Batcher:
             if request.arrival in self._open:
                 try:
                     if self._submitted and not self._is_ready(request):
-                        # It waits for its programs, or for others' beams; those after
-                        # it need not.
+                        if self._needs_empty_table(request):
+                            break
+                        # It waits for its programs; those after it need not.
                         unready.append(self._waiting.pop())
                         continue
                     if not feeding.place(
@@ -304,6 +305,11 @@ class Batcher:
         for request in unready:
             self._waiting.push(request)
         return groups
+
+    def _needs_empty_table(self, request: RequestState) -> bool:
+        """Whether a request must wait until those in the request table have ended."""
+        config = self.host.config
+        return needs_empty_table(config, self._grow(config, [request.params]))
 
     def _is_ready(self, request: RequestState) -> bool:
         """Whether a request can join those in the table without waiting."""
@@ -331,7 +337,9 @@ class Batcher:
     def _run_steps(self) -> None:
         requests = list(self._submitted.values())
         used = self.host.features(requests)
+        compile_s = self.host.runner.compile_s
         progress = self.host.run(used, *self._slice_length())
+        self._forgive(self.host.runner.compile_s - compile_s)
         owners = {index: each for each in requests for index in each.seq_indices}
         for seq_index, event in self.host.take_events():
             if seq_index in owners:  # otherwise it is a pinned prefix's
@@ -351,6 +359,14 @@ class Batcher:
         self.host.release(index for each in finished for index in each.seq_indices)
         for request in requests:
             self._send_update(request)
+
+    def _forgive(self, seconds: float) -> None:
+        """Leave out the time for which new requests waited for a compiler."""
+        for request in self._open.values() if seconds else ():
+            if [event.name for event in request.sequence_events] == ["queued"]:
+                (queued,) = request.sequence_events
+                later = queued._replace(time_s=queued.time_s + seconds)
+                request.sequence_events[:] = [later]
 
     def _slice_length(self) -> tuple[float, int]:
         """Return the seconds and the minimum number of steps of the next slice."""

@@ -72,8 +72,7 @@ class EngineRunner:
       counters: sums of the counters over replicas.
       log: events and steps.
       run_s: seconds of running steps.
-      compile_s: seconds in which requests waited for a compiler. The clock stands still
-        meanwhile, so that no request's latency includes them.
+      compile_s: seconds in which requests waited for a compiler.
     """
 
     def __init__(
@@ -146,8 +145,8 @@ class EngineRunner:
         return dataclasses.replace(state, counters=counters)
 
     def clock(self) -> float:
-        """Return the time in seconds, without that of `compile_s`."""
-        return time.perf_counter() - self.compile_s
+        """Return the time in seconds."""
+        return time.perf_counter()
 
     @property
     def compiled(self) -> CompiledPrograms[Any]:
@@ -199,7 +198,7 @@ class EngineRunner:
         return self._stepper.prepare_all(self.state, used, max_num_seqs)
 
     def wait(self, keys: Sequence[Any]) -> None:
-        """Wait for programs; the clock stands still."""
+        """Wait for programs."""
         keys = [key for key in keys if not self.compiled.are_ready([key])]
         if not keys:
             return
@@ -233,10 +232,9 @@ class EngineRunner:
         if self._calls is not None:
             self._calls.check()
             max_steps = distributed.number_of_process_0(max_steps)
-        num_seqs, num_tokens = self.live_sequences()
-        load = int(num_seqs.max()), int(num_tokens.max())
-        self.wait(self.prepare(used, *load))
-        self._limit_tokens(load[1])
+        num_rows, num_tokens = self._load()
+        self.wait(self.prepare(used, num_rows, num_tokens))
+        self._limit_tokens(num_tokens)
         first = self.replica_counters["num_steps"]
         start = self.clock()
         self.state = self._stepper.run(
@@ -315,6 +313,20 @@ class EngineRunner:
         is_live = np.isin(status, (WAITING, RUNNING, SWAPPED))
         num_tokens = self.progress.num_tokens.reshape(shape)
         return is_live.sum(axis=1), (num_tokens * is_live).sum(axis=1, dtype=np.int64)
+
+    def _load(self) -> tuple[int, int]:
+        """Return the live sequences, and the tokens that they have to compute.
+
+        Both are those of the replica that has most. What a preempted sequence computes
+        again is not counted.
+        """
+        num_seqs, _ = self.live_sequences()
+        is_new = np.isin(self.progress.status, (WAITING, RUNNING))
+        is_new &= self.progress.first_steps == request_table.NEVER
+        num_tokens = np.where(is_new, self.progress.num_tokens, 0)
+        shape = (self.num_replicas, self.config.max_num_requests)
+        num_tokens = num_tokens.reshape(shape).sum(axis=1)
+        return int(num_seqs.max()), int((num_tokens + num_seqs).max())
 
     def read_progress(self) -> SequenceProgress:
         """Read the progress of all sequences and the counters from the state."""

@@ -114,6 +114,7 @@ class Stepper:
           The programs without which the load cannot run.
         """
         config = state.config
+        has_prompt_logprobs, used = used.prompt_logprobs, _own(used)
         num_rows = min(num_rows, config.max_num_seqs)
         trunk = self._find("trunk", 0, GREEDY, state, is_started=True)
         if trunk is None:
@@ -122,7 +123,7 @@ class Stepper:
         needed = [_key("schedule", 0, GREEDY, state), trunk]
         decode = self._find("decode", 0, used, state, is_started=True)
         needed.append(decode or _key("decode", 0, used, state))
-        if used.prompt_logprobs:
+        if has_prompt_logprobs:
             needed.append(_key("prompt_logprobs", trunk.size, PROMPT_LOGPROBS, state))
         needed.append(_key("settle", 0, GREEDY, state))
         for key in needed:
@@ -138,10 +139,11 @@ class Stepper:
     ) -> list[Key]:
         """Start to compile all sizes of up to `max_num_seqs` rows; return the keys."""
         config = state.config
+        has_prompt_logprobs, used = used.prompt_logprobs, _own(used)
         keys = [_key(name, 0, GREEDY, state) for name in ("schedule", "settle")]
         keys += [_key("trunk", size, GREEDY, state) for size in config.token_buckets]
         keys.append(_key("decode", 0, used, state))
-        if used.prompt_logprobs:
+        if has_prompt_logprobs:
             keys += [
                 _key("prompt_logprobs", size, PROMPT_LOGPROBS, state)
                 for size in config.token_buckets
@@ -224,7 +226,7 @@ class Stepper:
         is_decode = rows == tokens and state.config.speculation is None
         # A chunk of one prompt token may have a log-probability.
         is_decode &= is_complete or not used.prompt_logprobs
-        loop = self._find("loop", rows, used, state) if is_decode else None
+        loop = self._find("loop", rows, _own(used), state) if is_decode else None
         if loop is not None:
             state, unsettled, steps = self._loop(loop, state, scheduled, max_steps, end)
         else:
@@ -261,9 +263,9 @@ class Stepper:
             view = features.view(state, key.used)
             (view,) = self._call(key, self._leaves(), view, scheduled, hidden)
             state = features.merge(state, view)
-        decode = self._find("decode", 0, used, state)
+        decode = self._find("decode", 0, _own(used), state)
         if decode is None:
-            decode = self._start(_key("decode", 0, used, state), state)
+            decode = self._start(_key("decode", 0, _own(used), state), state)
         view, unsettled = self._call(
             decode, features.view(state, decode.used), scheduled, self._logits
         )
@@ -319,7 +321,8 @@ class Stepper:
         config = state.config
         is_decode = num_rows == num_tokens and config.speculation is None
         if is_decode:
-            best = _key("loop", _fit(config.row_buckets, num_rows), used, state)
+            rows = _fit(config.row_buckets, num_rows)
+            best = _key("loop", rows, _own(used), state)
             size = num_tokens if loop is None else loop.size
         else:
             best = _key("trunk", _fit(config.token_buckets, num_tokens), GREEDY, state)
@@ -355,6 +358,11 @@ class Stepper:
         """Free the programs and the working memory."""
         self.compiled.close()
         self._logits = None
+
+
+def _own(used: Features) -> Features:
+    """Return the features of the programs for generated tokens."""
+    return used._replace(prompt_logprobs=False)
 
 
 def _key(name: str, size: int, used: Features, state: EngineState) -> Key:

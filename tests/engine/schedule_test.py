@@ -62,14 +62,13 @@ def gap(model, tokens, other) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tokens_differ_only_at_ties(dtype):
     (cold, warm), llm = run(dtype, ROOMY)
-    assert cold == warm
     (tight_cold, tight_warm), tight = run(dtype, TIGHT)
     stats = tight.stats()
     assert stats["num_swapped_blocks"] > 0
     assert stats["prefix_hit_ratio"] > 0
     gaps = [
         gap(llm.model, tokens, other)
-        for others in (tight_cold, tight_warm)
+        for others in (warm, tight_cold, tight_warm)
         for tokens, other in zip(cold, others, strict=True)
     ]
     assert max(gaps) <= (0.0 if dtype == "float32" else BFLOAT16_TIE)

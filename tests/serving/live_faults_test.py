@@ -7,7 +7,7 @@ import pytest
 
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
-from jpaged.serving import engine_host
+from jpaged.serving import batcher, engine_host
 from tests.support.tiny_llm import (
     GREEDY,
     SIZES,
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.long
 def test_live_requests_raise_after_an_interrupt_lost_the_engines_state(
     decoder, monkeypatch
 ):
+    monkeypatch.setattr(batcher, "STREAM_S", 0.0)  # a step per slice
     llm = LLM(decoder, **SIZES)
     running = llm.submit([5, 6], GREEDY)
     next(running)

@@ -251,6 +251,7 @@ def test_events_of_requests_are_in_order_and_match_the_metrics(folder):
 
 def test_times_on_a_clock_on_which_each_step_takes_a_second(folder, monkeypatch):
     llm = LLM(folder, **SIZES)
+    llm.warm_up(GREEDY)
     runner, run = llm._host.runner, llm._host.runner._stepper.run
     now = [100.0]
     runner.clock = lambda: now[0]

@@ -22,6 +22,8 @@ from jpaged.models.decoder import Decoder
 from jpaged.serving.compiled import Program
 
 GREEDY = Features()
+# One program for all requests, whatever else they use.
+PROMPT_LOGPROBS = Features(logprobs=True, prompt_logprobs=True)
 # Programs whose arrays are so small that little is gained by optimising them.
 _SMALL = ("schedule", "settle")
 _KINDS = {"m": "model", "p": "pages", "s": "state", "w": "whole"}

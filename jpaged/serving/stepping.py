@@ -28,6 +28,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.serving.compiled import CompiledPrograms
 from jpaged.serving.program_specs import (
     GREEDY,
+    PROMPT_LOGPROBS,
     Key,
     ProgramSpecs,
     pages_of,
@@ -122,7 +123,7 @@ class Stepper:
         decode = self._find("decode", 0, used, state, is_started=True)
         needed.append(decode or _key("decode", 0, used, state))
         if used.prompt_logprobs:
-            needed.append(_key("prompt_logprobs", trunk.size, used, state))
+            needed.append(_key("prompt_logprobs", trunk.size, PROMPT_LOGPROBS, state))
         needed.append(_key("settle", 0, GREEDY, state))
         for key in needed:
             self._start(key, state)
@@ -142,7 +143,7 @@ class Stepper:
         keys.append(_key("decode", 0, used, state))
         if used.prompt_logprobs:
             keys += [
-                _key("prompt_logprobs", size, used, state)
+                _key("prompt_logprobs", size, PROMPT_LOGPROBS, state)
                 for size in config.token_buckets
             ]
         if config.speculation is None:
@@ -253,11 +254,10 @@ class Stepper:
         )
         state = _with_pages(state, pages)
         if used.prompt_logprobs:
-            key = _key("prompt_logprobs", trunk.size, used, state)
+            key = _key("prompt_logprobs", trunk.size, PROMPT_LOGPROBS, state)
             self._start(key, state)
-            (view,) = self._call(
-                key, self._leaves(), features.view(state, used), scheduled, hidden
-            )
+            view = features.view(state, key.used)
+            (view,) = self._call(key, self._leaves(), view, scheduled, hidden)
             state = features.merge(state, view)
         decode = self._find("decode", 0, used, state)
         if decode is None:

@@ -314,7 +314,10 @@ def test_invalid_sizes_raise(sizes, message):
             id="a way in use is overwritten",
         ),
         pytest.param(
-            ("// block_size\n    paths", "// block_size + 1\n    paths"),
+            (
+                "0, length), block_size)\n    paths",
+                "0, length), block_size) + 1\n    paths",
+            ),
             id="one block too many is matched",
         ),
     ],

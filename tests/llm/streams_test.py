@@ -5,10 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from jpaged import engine
 from jpaged.llm import LLM
 from jpaged.params import BeamSearchParams, SamplingParams
 from jpaged.serving import batcher, engine_host
+from jpaged.serving.compiled import CompiledPrograms
+from jpaged.serving.stepping import Stepper
 from jpaged.text.tokenizer import Tokenizer
 from tests.support.tiny_llm import (
     GREEDY,
@@ -111,25 +112,36 @@ def test_a_call_runs_although_unread_streams_fill_the_request_table(
 # Interrupts and faults
 
 
-@pytest.mark.parametrize("moment", ["before the call", "after the state was donated"])
-def test_the_llm_is_usable_after_an_interrupt(decoder, naive, monkeypatch, moment):
+@pytest.fixture(scope="module")
+def interrupted_llm(decoder):
+    """An LLM that compiles nothing, so that each call runs the same programs."""
     llm = LLM(decoder, **SIZES)
-    run, calls = engine.run, []
+    llm.warm_up(GREEDY)
+    return llm
 
-    def interrupted(model, state, max_steps, **limits):
-        calls.append(max_steps)
-        if len(calls) == 3:
+
+@pytest.mark.parametrize("name", ["schedule", "trunk", "decode", "loop", "settle"])
+@pytest.mark.parametrize("moment", ["before the call", "after the state was donated"])
+def test_the_llm_is_usable_after_an_interrupt(
+    interrupted_llm, naive, monkeypatch, moment, name
+):
+    llm = interrupted_llm
+    call, calls = CompiledPrograms.call, []
+
+    def interrupted(self, key, *arguments):
+        calls.append(key.name)
+        if calls.count(name) == 3:
             if moment != "before the call":
-                run(model, state, max_steps, **limits)
+                call(self, key, *arguments)
             raise KeyboardInterrupt
-        return run(model, state, max_steps, **limits)
+        return call(self, key, *arguments)
 
-    interrupted._cache_size = run._cache_size
-    monkeypatch.setattr(engine, "run", interrupted)
+    monkeypatch.setattr(CompiledPrograms, "call", interrupted)
     monkeypatch.setattr(batcher, "QUIET_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(random_prompts(9), GREEDY)
-    assert len(calls) == 3
+    assert calls.count(name) == 3
+    assert calls[-1] == name
     assert is_idle(llm)
     steps = llm.stats()["num_steps"]
     outputs = llm.generate([[5, 6], [9]], GREEDY)
@@ -181,16 +193,15 @@ def test_an_engine_that_stalls_raises_and_can_be_used_again(
 ):
     llm = LLM(decoder, **SIZES)
     llm.generate([9], GREEDY)
-    run = engine.run
+    run = Stepper.run
 
-    def stalled(model, state, max_steps, **limits):
-        state = run(model, state, max_steps, **limits)
+    def stalled(self, state, used, **limits):
+        state = run(self, state, used, **limits)
         counters = dataclasses.replace(state.counters, is_stalled=jnp.array(True))
         return dataclasses.replace(state, counters=counters)
 
-    stalled._cache_size = run._cache_size
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run", stalled)
+        patch.setattr(Stepper, "run", stalled)
         with pytest.raises(RuntimeError, match="report it with the prompts' lengths"):
             llm.generate([9], GREEDY)
     assert is_idle(llm)

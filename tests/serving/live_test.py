@@ -10,10 +10,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from jpaged import engine
 from jpaged.llm import LLM
 from jpaged.params import BeamSearchParams, SamplingParams
 from jpaged.serving import batcher
+from jpaged.serving.compiled import CompiledPrograms
 from tests.support.tiny_llm import (
     GREEDY,
     SIZES,
@@ -279,14 +279,13 @@ def test_beams_wait_until_the_engine_can_be_compiled_for_them(folder, monkeypatc
 
 
 def test_coroutines_share_one_engine_and_one_thread_uses_it(llm, expected, monkeypatch):
-    order, threads, run = [], set(), engine.run
+    order, threads, call = [], set(), CompiledPrograms.call
 
-    def watched(*arguments, **limits):
+    def watched(self, key, *arguments):
         threads.add(threading.get_ident())
-        return run(*arguments, **limits)
+        return call(self, key, *arguments)
 
-    watched._cache_size = run._cache_size
-    monkeypatch.setattr(engine, "run", watched)
+    monkeypatch.setattr(CompiledPrograms, "call", watched)
 
     async def read(number, start):
         for _ in range(start):

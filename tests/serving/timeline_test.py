@@ -103,7 +103,20 @@ def slow_events(slow_steps):
     return events
 
 
-RECORD = jax.jit(timeline.record)
+@jax.jit
+def record_step(ring, step, before, after, blocks, count):
+    """Record one step as the engine does: its statistics and all its events."""
+    ring = timeline.record_step(
+        ring, step, after.queue, blocks, num_tokens=count, num_generated=count
+    )
+    ring = timeline.record_scheduling(ring, step, before.queue, after.queue)
+    has_first = (before.first_steps < 0) & (after.first_steps >= 0)
+    has_finished = (after.queue.status == FINISHED) & (before.queue.status != FINISHED)
+    return timeline.record_decoding(
+        ring, step, after.first_steps, has_first, has_finished
+    )
+
+
 WORKLOAD_LENS = [
     len(prompt) for prompt, params in WORKLOAD for _ in range(params.n)
 ] + [0] * 2
@@ -168,10 +181,8 @@ def test_small_rings_keep_the_last_entries_and_count_all(size, slow_steps):
     most = 0
     for number, (before, after, blocks, _) in enumerate(slow_steps):
         step, count = jnp.int32(number), jnp.int32(7)
-        tables = before, after, after, blocks
         rings = [
-            RECORD(ring, step, *tables, num_tokens=count, num_generated=count)
-            for ring in rings
+            record_step(ring, step, before, after, blocks, count) for ring in rings
         ]
         (events, rows), (all_events, all_rows) = (
             recorded(ring, number + 1) for ring in rings
@@ -237,17 +248,17 @@ def test_events_of_requests_are_in_order_and_match_the_metrics(folder):
 
 def test_times_on_a_clock_on_which_each_step_takes_a_second(folder, monkeypatch):
     llm = LLM(folder, **SIZES)
-    runner, run = llm._host.runner, llm._host.runner._run
-    now = [100.0]
+    runner = llm._host.runner
+    read, now = runner.read_progress, [100.0]
     runner.clock = lambda: now[0]
 
-    def run_by_the_second(max_steps, limits):
+    def read_by_the_second():
         before = runner.counters["num_steps"]
-        progress = run(max_steps, limits)
+        progress = read()
         now[0] += runner.counters["num_steps"] - before
         return progress
 
-    monkeypatch.setattr(runner, "_run", run_by_the_second)
+    monkeypatch.setattr(runner, "read_progress", read_by_the_second)
     first, second = llm.submit([5] * 40, GREEDY), llm.submit([6], GREEDY)
     now[0] += 10
     # 40 prompt tokens need three steps of 16; the last of them generates a token. Only

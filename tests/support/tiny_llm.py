@@ -16,12 +16,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jpaged import engine
 from jpaged.llm import LLM
 from jpaged.models.decoder import Decoder
 from jpaged.models.loading.checkpoint import load_model
 from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams
+from jpaged.serving.stepping import Stepper
 from tests.support.models.checkpoints import write_tiny_llama
 
 VOCAB_SIZE = 300
@@ -95,15 +95,14 @@ def is_idle(llm: LLM) -> bool:
 
 def lose_state(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt a call after the old state is deleted and before there is a new one."""
-    run = engine.run
+    run = Stepper.run
 
-    def interrupted(model, state, max_steps, **limits):
-        run(model, state, max_steps, **limits)
+    def interrupted(self, state, used, **limits):
+        run(self, state, used, **limits)
         raise KeyboardInterrupt
 
-    interrupted._cache_size = run._cache_size
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run", interrupted)
+        patch.setattr(Stepper, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([9], GREEDY)
 

@@ -61,7 +61,7 @@ def make_folder(root: pathlib.Path) -> pathlib.Path:
 
 
 def grow(llm: LLM) -> None:
-    """Use all features in one call, so that one program serves all later calls."""
+    """Use all features, and compile all sizes: later calls compile nothing."""
     rules = SamplingParams(
         max_tokens=2,
         logit_bias=dict.fromkeys(range(4), 1.0),
@@ -80,6 +80,7 @@ def grow(llm: LLM) -> None:
         ),
     ]
     llm.generate([[5, 6]] * len(params), params)
+    llm.warm_up(params)
 
 
 def is_idle(llm: LLM) -> bool:

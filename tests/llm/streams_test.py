@@ -117,6 +117,7 @@ def interrupted_llm(decoder):
     """An LLM that compiles nothing, so that each call runs the same programs."""
     llm = LLM(decoder, **SIZES)
     llm.warm_up(GREEDY)
+    llm.generate([5, 6], GREEDY)
     return llm
 
 
@@ -130,7 +131,7 @@ def test_the_llm_is_usable_after_an_interrupt(
 
     def interrupted(self, key, *arguments):
         calls.append(key.name)
-        if calls.count(name) == 3:
+        if key.name == name and calls.count(name) == 3:
             if moment != "before the call":
                 call(self, key, *arguments)
             raise KeyboardInterrupt
@@ -141,7 +142,6 @@ def test_the_llm_is_usable_after_an_interrupt(
     with pytest.raises(KeyboardInterrupt):
         llm.generate(random_prompts(9), GREEDY)
     assert calls.count(name) == 3
-    assert calls[-1] == name
     assert is_idle(llm)
     steps = llm.stats()["num_steps"]
     outputs = llm.generate([[5, 6], [9]], GREEDY)
@@ -166,7 +166,7 @@ def test_the_llm_is_usable_after_an_interrupt_of_a_submission(
     # The next call replaces the request table, because it needs another config.
     beams = BeamSearchParams(2, 12, ignore_eos=True)
     after = llm.generate([[9], [5, 6]], [beams, GREEDY])
-    assert llm.config.max_beam_width == 2
+    assert llm.config.max_beam_width >= 2
     assert tokens_of(after[1:]) == [[naive([5, 6], 12)]]
     assert is_idle(llm)
     assert tokens_of(after) == tokens_of(

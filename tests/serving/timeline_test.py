@@ -19,7 +19,7 @@ from jpaged.engine import events as timeline
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
 from jpaged.scheduler import FINISHED, RUNNING, SWAPPED
-from jpaged.serving import metrics
+from jpaged.serving import batcher, metrics
 from jpaged.serving.metrics import Event, StepRecord
 from tests.support.tiny_llm import (
     GREEDY,
@@ -288,6 +288,7 @@ def test_times_on_a_clock_on_which_each_step_takes_a_second(folder, monkeypatch)
     assert stats["mean_queue_s"] == 11.0
     assert stats["mean_normalized_latency_s"] == 2.0
     # The event of an abort has the time of the abort.
+    monkeypatch.setattr(batcher, "STREAM_S", 0.0)
     third = llm.submit([7], LONG)
     next(third)
     now[0] += 5

@@ -69,6 +69,7 @@ def grow(llm: LLM) -> None:
         bad_words=[[9, 8, 7, 6]] * 8,
         logprobs=-1,
         prompt_logprobs=-1,
+        top_p=0.9,
     )
     params = [
         rules,

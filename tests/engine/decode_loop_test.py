@@ -135,16 +135,6 @@ def always_keeps_rows(monkeypatch):
     monkeypatch.setattr(decode_loop, "_keeps_rows", lambda *_: jnp.bool_(True))
 
 
-def ignores_ended_sequences(monkeypatch):
-    step = decode_loop.next_step
-
-    def faulty(state, scheduled, unsettled, *rest):
-        unsettled = dataclasses.replace(unsettled, is_settled=jnp.bool_(True))
-        return step(state, scheduled, unsettled, *rest)
-
-    monkeypatch.setattr(decode_loop, "next_step", faulty)
-
-
 def repeats_positions(monkeypatch):
     step = decode_loop.next_step
 
@@ -157,7 +147,7 @@ def repeats_positions(monkeypatch):
 
 @pytest.mark.parametrize(
     "fault",
-    [always_fits, always_keeps_rows, ignores_ended_sequences, repeats_positions],
+    [always_fits, always_keeps_rows, repeats_positions],
 )
 def test_a_planted_fault_is_found(model, monkeypatch, fault):
     fault(monkeypatch)

@@ -3,7 +3,6 @@
 import pytest
 
 from jpaged.llm import LLM
-from jpaged.params import SamplingParams
 from tests.support.engine import full_llm as full
 from tests.support.tiny_llm import decoder as decoder
 from tests.support.tiny_llm import folder as folder
@@ -16,7 +15,6 @@ def full_llm(folder):
     """An LLM whose engine is compiled with all features."""
     llm = LLM(folder, **full.SIZES)
     full.grow(llm)
-    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))  # compiles it
     return llm
 
 

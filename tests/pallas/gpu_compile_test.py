@@ -5,6 +5,8 @@ attention nor page updates copy the pool, and how many loops a decode step has. 
 shared memory does not suffice, Mosaic raises an error.
 """
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -14,6 +16,7 @@ from jax import lax
 
 from jpaged import attention, engine
 from jpaged.config import EngineConfig
+from jpaged.engine import bookkeeping, programs
 from jpaged.models import ModelConfig, init_model
 from jpaged.pallas.gpu import attention as gpu_attention
 from tests.support.gpu_compiler import (
@@ -180,3 +183,34 @@ def test_the_engine_updates_the_pool_in_place_and_has_few_loops():
     found = control_flow(program)
     assert 0 < found.dynamic_loops <= 24
     assert found.branches <= 18
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "filtered"])
+def test_the_decode_loop_waits_for_the_host_at_most_four_times_a_step(sampling):
+    config = EngineConfig(
+        num_blocks=4096,
+        max_num_seqs=8,
+        max_model_len=256,
+        max_num_batched_tokens=16,
+        enable_prefix_caching=True,
+        num_recorded_events=64,
+        num_recorded_steps=64,
+        sampling=sampling,
+        attention="mosaic_gpu",
+    )
+    model = jax.eval_shape(lambda: init_model(MODEL))
+    state = jax.eval_shape(lambda model: engine.init(model, config), model)
+    pages = programs.Pages(state.cache, None)
+    view = dataclasses.replace(state, cache=None)
+    scheduled = jax.eval_shape(lambda: bookkeeping.idle_step(config))
+    logits = array(config.max_num_logits, MODEL.vocab_size, dtype="float32")
+    loop = functools.partial(programs.run_decode_loop, size=8, config=config)
+    arguments = (model, pages, logits, view, scheduled, array())
+    program = compile_for_gpu(loop, *arguments, donate=(1, 2, 3))
+    found = control_flow(program)
+    # The loop over steps; before it, those for the copies of the first step. Sampling
+    # has branches of its own: one is evaluated in a step whose rows are all greedy.
+    assert found.dynamic_loops + found.branches <= (4 if sampling == "greedy" else 14)
+    size = 2 * state.cache.k_pages.size * 2
+    assert program.memory_analysis().alias_size_in_bytes >= size
+    assert temporaries(program) < 2**24 < size / 4

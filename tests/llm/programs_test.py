@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import pathlib
 import time
 
@@ -153,6 +154,12 @@ def used_and_closed(decoder):
     gc.collect()
 
 
+def resident_bytes() -> int:
+    """Return the main memory that this process uses."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text("ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def num_maps():
     return len(pathlib.Path("/proc/self/maps").read_text().splitlines())
 
@@ -164,9 +171,10 @@ def num_maps():
 def test_closed_llms_leave_no_programs_behind(decoder, count):
     used_and_closed(decoder)
     used_and_closed(decoder)
-    maps = num_maps()
+    maps, resident = num_maps(), resident_bytes()
     programs = len(jax.devices()[0].client.live_executables())
     for _ in range(count):
         used_and_closed(decoder)
     assert num_maps() - maps < 200
+    assert resident_bytes() - resident < 300e6
     assert len(jax.devices()[0].client.live_executables()) - programs < 10

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jpaged.attention import paged_attention, write_kv
+from jpaged.cpu import library
 
 RNG = np.random.default_rng(0)
 PAGES = [jnp.asarray(RNG.standard_normal((6, 2, 16, 32)), jnp.float32) for _ in "kv"]
@@ -14,7 +15,19 @@ LENS = jnp.array([20, 9, 30, 0])
 Q = jnp.asarray(RNG.standard_normal((9, 4, 32)), jnp.float32)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference", "cpu"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        "reference",
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(
+                library.problem() is not None, reason="needs a C++ compiler"
+            ),
+        ),
+    ],
+)
 def test_zeros_after_the_last_sequence_mean_no_queries(implementation):
     def attend(starts):
         return paged_attention(

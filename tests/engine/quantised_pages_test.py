@@ -113,8 +113,8 @@ def expected_tokens(model, kv_dtype, monkeypatch):
     return [[one.tokens for one in samples] for samples in found]
 
 
-def started(model, kv_dtype):
-    state = engine.init(model, CONFIG, kv_dtype=kv_dtype)
+def started(model, kv_dtype, config=CONFIG):
+    state = engine.init(model, config, kv_dtype=kv_dtype)
     state, _ = engine.submit(state, *requests(), vocab_size=128)
     return state
 
@@ -143,6 +143,9 @@ def test_swaps_copies_forks_prefixes_and_snapshots_keep_the_scales(
 def test_planted_faults_in_moving_scales_are_found(model, monkeypatch):
     want = expected_tokens(model, "int8", monkeypatch)
     copy, move = xla_pages.copy, kv_cache._move_blocks
+    config = dataclasses.replace(
+        CONFIG, attention="xla"
+    )  # the faults are planted there
 
     def without_scales(pools, *args, **options):
         return (*copy(pools[:2], *args, **options), *pools[2:])
@@ -157,7 +160,7 @@ def test_planted_faults_in_moving_scales_are_found(model, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fault)
-            state = make_run()(model, started(model, "int8"), jnp.int32(400))
+            state = make_run()(model, started(model, "int8", config), jnp.int32(400))
         assert tokens_of(state) != want, name
 
 

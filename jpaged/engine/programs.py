@@ -175,8 +175,9 @@ def run_decode_loop(
             state.requests.tokens, state.blocks, scheduled.batch, size, is_decode=True
         )
         cache, hidden = forward.run_trunk(model, cache, inputs, config)
-        rows = scheduled.entries.tokens[:size]
-        logits = logits.at[:size].set(model.logits(hidden[rows]))
+        logits = sampling.first_logits(
+            model, scheduled.entries, hidden, logits, config, size
+        )
         state, unsettled = _decode(state, scheduled, logits, size)
         unsettled = dataclasses.replace(
             unsettled,

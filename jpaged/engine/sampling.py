@@ -82,9 +82,7 @@ def next_logits(
     """
 
     def run(size: int, logits: jax.Array) -> jax.Array:
-        with products.serving(config.attention):
-            values = model.logits(hidden[entries.tokens[:size]])
-        return logits.at[:size].set(values)
+        return first_logits(model, entries, hidden, logits, config, size)
 
     sizes = config.logit_buckets
     number = entries.num_sampled + entries.num_grouped
@@ -92,6 +90,20 @@ def next_logits(
     return switch_in_place(
         index, [functools.partial(run, size) for size in sizes], logits
     )
+
+
+def first_logits(
+    model: Decoder,
+    entries: Entries,
+    hidden: jax.Array,
+    logits: jax.Array,
+    config: EngineConfig,
+    size: int,
+) -> jax.Array:
+    """Compute the logits of the first `size` entries; see `next_logits`."""
+    with products.serving(config.attention):
+        values = model.logits(hidden[entries.tokens[:size]])
+    return logits.at[:size].set(values)
 
 
 def sample_tokens(

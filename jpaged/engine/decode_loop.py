@@ -21,12 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from jpaged import scheduler
-from jpaged.arithmetic import floor_div, remainder
 from jpaged.config import EngineConfig
-from jpaged.engine import algorithms
+from jpaged.engine import algorithms, sharing
 from jpaged.engine.bookkeeping import ScheduledStep, Unsettled
 from jpaged.engine.state import EngineState
-from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.prefix_cache import PrefixCache
@@ -69,11 +67,8 @@ def next_step(
     blocks = jax.tree.map(
         lambda new, old: jnp.where(is_plain, new, old), after, state.blocks
     )
-    batch, entries, gained = (
-        scheduled.batch,
-        scheduled.entries,
-        is_plain.astype(jnp.int32),
-    )
+    batch, entries = scheduled.batch, scheduled.entries
+    gained = is_plain.astype(jnp.int32)
     batch = dataclasses.replace(batch, starts=batch.starts + gained * batch.num_tokens)
     entries = dataclasses.replace(entries, positions=entries.positions + gained)
     plan = dataclasses.replace(
@@ -108,16 +103,12 @@ def _append_copying(
     Returns the blocks; the copies; and bool[], False: the prefix cache must evict or
     forget blocks before.
     """
-    kept = _kept(cache)
-    after, appended = block_manager.append(blocks, decodes.astype(jnp.int32), kept)
+    kept, num_tokens = _kept(cache), decodes.astype(jnp.int32)
+    after, appended = block_manager.append(blocks, num_tokens, kept)
     ok = appended.ok
     if kept is not None:
-        column = floor_div(blocks.context_lens, blocks.block_size)
-        is_partial = remainder(blocks.context_lens, blocks.block_size) != 0
-        number = jnp.arange(decodes.shape[0], dtype=jnp.int32)
-        last = take(blocks.block_tables, number, column)
-        in_place = decodes & is_partial & (appended.copy_dst == NO_BLOCK)
-        ok &= ~jnp.any(in_place & take(kept, last))
+        written = sharing.overwritten_nodes(blocks, num_tokens, appended, kept)
+        ok &= jnp.all(written == NO_BLOCK)
     return after, appended, ok
 
 

@@ -79,23 +79,36 @@ def append_tokens(
     cache = prefix_cache.evict(cache, blocks.ref_counts, needed)
     before, kept = blocks, prefix_cache.is_cached(cache)
     blocks, appended = block_manager.append(blocks, num_tokens, kept)
-    # A row that was truncated may now write into a cached block of which it is the only
-    # owner. The cache must forget that block.
-    is_writer = (num_tokens > 0) & (
-        remainder(before.context_lens, before.block_size) != 0
-    )
-    is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
-    rows = jnp.arange(is_writer.shape[0], dtype=jnp.int32)
-    last = take(
-        before.block_tables, rows, floor_div(before.context_lens, before.block_size)
-    )
-    is_writer &= take(kept, last)
+    written = overwritten_nodes(before, num_tokens, appended, kept)
     cache = when(
-        jnp.any(is_writer),
-        lambda cache: prefix_cache.forget(cache, jnp.where(is_writer, last, NO_BLOCK)),
+        jnp.any(written != NO_BLOCK),
+        lambda cache: prefix_cache.forget(cache, written),
         cache,
     )
     return cache, blocks, appended
+
+
+def overwritten_nodes(
+    blocks: BlockState, num_tokens: jax.Array, appended: Append, kept: jax.Array
+) -> jax.Array:
+    """Return the cached block that each row writes into, i32[S]; NO_BLOCK: none.
+
+    A row that was truncated may write into a cached block of which it is the only
+    owner. The cache must forget that block.
+
+    Args:
+      blocks: before the append.
+      num_tokens: i32[S], tokens that were appended to each row.
+      appended: the result of the append.
+      kept: bool[N], the blocks in the cache.
+    """
+    is_partial = remainder(blocks.context_lens, blocks.block_size) != 0
+    is_writer = (num_tokens > 0) & is_partial
+    is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
+    rows = jnp.arange(is_writer.shape[0], dtype=jnp.int32)
+    column = floor_div(blocks.context_lens, blocks.block_size)
+    last = take(blocks.block_tables, rows, column)
+    return jnp.where(is_writer & take(kept, last), last, NO_BLOCK)
 
 
 def reassign_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTable:

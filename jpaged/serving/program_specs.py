@@ -40,9 +40,8 @@ class Key(NamedTuple):
     def __str__(self) -> str:
         unit = {"trunk": " tokens", "prompt_logprobs": " tokens", "loop": " rows"}
         size = f" of {self.size}{unit[self.name]}" if self.size else ""
-        return (
-            f"{self.name}{size} ({self.used})" if any(self.used) else self.name + size
-        )
+        used = f" ({self.used})" if any(self.used) else ""
+        return f"{self.name}{size}{used}"
 
 
 def program_key(name: str, size: int, used: Features, config: EngineConfig) -> Key:

@@ -88,6 +88,7 @@ class EngineRunner:
     ):
         self.config = config
         self.mesh = mesh
+        self.clock = time.perf_counter
         self.num_replicas = parallel.num_replicas(mesh)
         self.replica_counters: dict[str, np.ndarray] = {}
         self.counters: dict[str, Any] = {}
@@ -143,10 +144,6 @@ class EngineRunner:
         values: dict[str, Any] = self.replica_counters | {"is_stalled": is_stalled}
         counters = jax.tree.map(_placed_like, state.counters, engine.Counters(**values))
         return dataclasses.replace(state, counters=counters)
-
-    def clock(self) -> float:
-        """Return the time in seconds."""
-        return time.perf_counter()
 
     @property
     def compiled(self) -> CompiledPrograms[Any]:

@@ -317,12 +317,12 @@ def import_gguf() -> Any:
     """The library `gguf`.
 
     Raises:
-      ImportError: it is not installed.
+      FileNotFoundError: it is not installed.
     """
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(
+        raise FileNotFoundError(
             "GGUF files need the package gguf: pip install 'jpaged[gguf]'"
         ) from error
     return gguf

@@ -104,6 +104,19 @@ def test_eos_of_generation_config_overrides_that_of_config(eos, tmp_path):
     assert load_config(folder).eos_token_ids == (2,)
 
 
+def test_eos_ids_are_checked_and_those_outside_of_the_vocabulary_end_nothing():
+    assert llama(eos_token_id=[7, 2, 7]).eos_token_ids == (7, 2)
+    assert llama(eos_token_id=[]).eos_token_ids == ()
+    for bad in ("2", True, 2.0, [2, "3"], {"id": 2}):
+        with pytest.raises(ValueError, match="eos_token_id: expected a token id or"):
+            llama(eos_token_id=bad)
+    for outside in (128, -1):
+        with pytest.warns(UserWarning, match=r"expected ids below vocab_size \(128"):
+            assert llama(eos_token_id=[2, outside]).eos_token_ids == (2,)
+    # The default of the class, not an entry of this model.
+    assert llama(eos_token_id=None, vocab_size=2).eos_token_ids == ()
+
+
 @pytest.mark.parametrize("name", checkpoints.CASES)
 def test_to_hf_is_read_back_as_the_same_config(name, tmp_path):
     config = load_config(checkpoints.write_case(tmp_path, name))

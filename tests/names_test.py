@@ -163,7 +163,7 @@ def test_metrics_have_vllm_s_names_beside_ours():
     assert (*stamps, found.last_token_ts) == (5.0, 5.5, 6.0, 8.0)
     assert found.finished_time - found.arrival_time == pytest.approx(3.0)
     assert found.first_token_time - found.first_scheduled_time == pytest.approx(0.5)
-    with pytest.raises(AttributeError, match="arrival_time.*got 'arrival'"):
+    with pytest.raises(AttributeError, match=r"arrival_time.*got 'arrival'"):
         found.arrival  # noqa: B018
     assert pickle.loads(pickle.dumps(output)) == output
     assert dataclasses.replace(output, error="x").metrics.queued_ts == 5.0

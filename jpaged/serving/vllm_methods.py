@@ -6,7 +6,7 @@ Pipeline: user -> [vllm methods] -> llm. Host only.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jpaged.models.config import ModelConfig
@@ -83,12 +83,7 @@ class VllmMethods:
         Raises:
           ValueError: a value in generation_config.json is invalid.
         """
-        try:
-            return SamplingParams(**self._sampling_defaults)
-        except ValueError as error:
-            raise ValueError(
-                f"generation_config.json: {error}; pass SamplingParams"
-            ) from error
+        return default_params(self._sampling_defaults)
 
     @checked_names(
         "beam_search",
@@ -150,6 +145,20 @@ class VllmMethods:
                 )
             )
         return found
+
+
+def default_params(defaults: Mapping[str, Any]) -> SamplingParams:
+    """Return SamplingParams with some fields of generation_config.json.
+
+    Raises:
+      ValueError: a value is invalid.
+    """
+    try:
+        return SamplingParams(**defaults)
+    except ValueError as error:
+        raise ValueError(
+            f"generation_config.json: {error}; pass SamplingParams"
+        ) from error
 
 
 def sampling_defaults(model: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:

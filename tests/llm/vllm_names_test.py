@@ -259,11 +259,12 @@ def test_ctrl_c_leaves_a_usable_engine(llm, naive, monkeypatch, call):
         return run(self)
 
     monkeypatch.setattr(batcher.Batcher, "run_slice", slice_and_signal)
+    if call == "chat":
+        prompts, options = [TALK] * 9, dict(chat_template=TEMPLATE)
+    else:
+        prompts, options = random_prompts(9), {}
     with pytest.raises(KeyboardInterrupt):
-        if call == "chat":
-            llm.chat(TALK, long, chat_template=TEMPLATE)
-        else:
-            list(getattr(llm, call)(random_prompts(9), long))
+        list(getattr(llm, call)(prompts, long, **options))
     assert seen.is_set()
     assert tokens_of(llm.generate([[5, 6]], GREEDY)) == [[naive([5, 6], 12)]]
     assert is_idle(llm)

@@ -1,4 +1,4 @@
-"""An installed package: scripts for vLLM and `python -m jpaged`, outside of this folder.
+"""An installed package: scripts for vLLM and `python -m jpaged`, anywhere.
 
 The wheel is built from a copy of the sources and unpacked into an empty folder, which
 comes before the environment's packages. The scripts are in tests/support/vllm_scripts;

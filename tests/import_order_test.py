@@ -39,7 +39,7 @@ LAYERS = {
     # tokenizers and chat templates; host only
     "text":              ["compat", "validation", "config", "params"],
     # which tokens live where: block tables and lengths, no activations
-    "kv":                ["compat", "config"],
+    "kv":                ["compat", "policies", "config"],
     # the public name of kv.block_manager
     "block_manager":     ["kv"],
     # which requests run in a step, with how many tokens

@@ -42,6 +42,9 @@ def test_defaults_are_those_of_vllm():
         "include_stop_str_in_output": False,
         "skip_special_tokens": True,
         "spaces_between_special_tokens": True,
+        # Not vLLM's.
+        "deadline_ms": None,
+        "user": None,
     }
 
 

@@ -110,11 +110,11 @@ def _params(
 ) -> SamplingParams:
     """Parameters that give a request of the workload its length."""
     user, deadline = int(workload.users[number]), int(workload.deadlines_ms[number])
+    if output_len is None:
+        output_len = int(workload.output_lens[number])
     return SamplingParams(
         temperature=0.0,
-        max_tokens=int(workload.output_lens[number])
-        if output_len is None
-        else output_len,
+        max_tokens=output_len,
         ignore_eos=True,
         deadline_ms=None if deadline == NO_DEADLINE else deadline,
         user=None if user == NO_USER else user,

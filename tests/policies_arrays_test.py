@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jpaged import policies
 from jpaged.config import EngineConfig
 from jpaged.policies import NO_DEADLINE, Requests, Rows
+from tests.support.paths import ROOT
 
 NUMBER = 9
 QUANTA = (4.0, 9.0)
@@ -228,3 +230,13 @@ def test_only_what_policies_read_is_in_the_request_table():
         config = EngineConfig(8, **fields)
         assert config.has_attributes
         assert config.reads_clock == ("deadline_first" in fields.values())
+
+
+def test_the_guide_writes_a_feedback_queue_in_at_most_25_lines():
+    guide = (ROOT / "docs" / "policies.md").read_text("utf-8")
+    section = guide[guide.index("## A multi-level feedback queue") :]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert "YIELD" in code
+    assert "policy=level" in code
+    assert len(lines) <= 25

@@ -21,6 +21,7 @@ trace at the default capacities on two CPU cores.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -84,17 +85,19 @@ def draw(path: str, found: dict[str, dict[int, dict[str, float]]]) -> None:
     size = (5.5 * len(found), 4.2)
     with runner.drawn_figure(path, 1, len(found), figsize=size) as panels:
         for axes, (trace, rows) in zip(panels[0], found.items(), strict=True):
+            styles = itertools.chain(("o-", "x-.", "s-", "^-"), itertools.repeat("d-"))
             for name in next(iter(rows.values())):
                 ratios = [row[name] for row in rows.values()]
-                style = "k--" if name == "belady" else "k:" if name in BOUNDS else "o-"
-                axes.plot(list(rows), ratios, style, label=name, markersize=4)
+                bound = {"belady": "k--", "unlimited": "k:"}.get(name)
+                style = bound or next(styles)
+                axes.plot(list(rows), ratios, style, label=name, markersize=6)
             axes.set_xscale("log")
             axes.set_title(trace)
             axes.set_xlabel("capacity (blocks)")
             axes.set_ylabel("block hit ratio")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
-            axes.legend()
+            axes.legend(loc="center left")
 
 
 def main(argv: list[str]) -> None:

@@ -97,7 +97,7 @@ def draw(path: str, found: dict[str, dict[int, dict[str, float]]]) -> None:
             axes.set_ylabel("block hit ratio")
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
-            axes.legend(loc="center left")
+        panels[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def main(argv: list[str]) -> None:

@@ -451,7 +451,7 @@ class LLM(VllmMethods):
             )
         with errors_of("chat"):
             params = either("chat", params=params, sampling_params=sampling_params)
-            prompts = chat.chat_prompts(
+            texts = chat.chat_texts(
                 self.tokenizer,
                 messages,
                 chat_template=chat_template,
@@ -460,6 +460,7 @@ class LLM(VllmMethods):
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
+            prompts = chat.encoded(self.tokenizer, texts)
             self._with_current_weights()
             found = self._intake.call(prompts, params, on_error, "messages")
         return collect_outputs(

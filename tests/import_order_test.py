@@ -84,6 +84,7 @@ LAYERS = {
     "sampling_params":   ["params"],
     "inputs":            ["prompts"],
     "engine_args":       ["llm", "serving"],
+    "utils":             ["engine_args"],
     # figures, with the extra `plot`
     "plot":              ["kv", "outputs", "serving"],
     # `python -m jpaged`

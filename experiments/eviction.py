@@ -21,7 +21,6 @@ trace at the default capacities on two CPU cores.
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +31,8 @@ from absl import flags
 
 from experiments import prefix_cache
 from experiments.lib import runner
+from jpaged import plot
+from jpaged.plot import style
 from jpaged.policies import EVICTION, CachedBlocks
 from jpaged.simulator.optimum import belady_hits
 from jpaged.simulator.workloads.traces import read_prompts
@@ -82,28 +83,24 @@ def hit_ratios(
 
 def draw(path: str, found: dict[str, dict[int, dict[str, float]]]) -> None:
     """Draws the figure: a panel for each trace, a line for each policy."""
-    size = (5.5 * len(found), 4.2)
-    with runner.drawn_figure(path, 1, len(found), figsize=size) as panels:
-        for axes, (trace, rows) in zip(panels[0], found.items(), strict=True):
-            styles = itertools.chain(("o-", "x-.", "s-", "^-"), itertools.repeat("d-"))
-            for name in next(iter(rows.values())):
-                ratios = [row[name] for row in rows.values()]
-                bound = {"belady": "k--", "unlimited": "k:"}.get(name)
-                style = bound or next(styles)
-                axes.plot(list(rows), ratios, style, label=name, markersize=6)
-            axes.set_xscale("log")
-            axes.set_title(trace)
-            axes.set_xlabel("capacity (blocks)")
-            axes.set_ylabel("block hit ratio")
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-        panels[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure, panels = style.new_figure(1, len(found))
+    for axes, (trace, rows) in zip(panels[0], found.items(), strict=True):
+        curves = {
+            name: [(capacity, row[name]) for capacity, row in rows.items()]
+            for name in next(iter(rows.values()))
+        }
+        most = curves.pop("unlimited")[0][1]
+        axes.axhline(100 * most, color=style.GREY, linestyle=":", label="unlimited")
+        plot.hit_ratio(curves, optimum=curves.pop("belady"), title=trace, ax=axes)
+    style.save(figure, path)
 
 
 def main(argv: list[str]) -> None:
     """Replays the traces under all policies and prints the results."""
     del argv
-    with runner.user_errors("eviction", EOFError):
+    with runner.user_errors("eviction", EOFError, ImportError):
+        if FLAGS.plot is not None:
+            style.pyplot()
         capacities = runner.positive_integers("capacity_blocks")
         policies = runner.some_of("policies", FLAGS.policies, list(EVICTION.policies))
         traces = {

@@ -33,12 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from scipy import stats
 
 from experiments.lib import calibration, runner
 from experiments.lib.runner import progress
 from jpaged.config import EngineConfig
 from jpaged.models import load_model
+from jpaged.plot import curves, style
 from jpaged.policies import ADMISSION, BUDGET, PREEMPTION, Requests, Rows
 from jpaged.simulator.optimum import alone_seconds
 from jpaged.simulator.simulate import sweep
@@ -189,18 +189,16 @@ def measure(
     }
 
 
+Results = dict[tuple[str, float], list[dict[str, float]]]
+
+
 def summarise(runs: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
     """Mean and half of the 95 % interval of each metric, over seeds."""
-    factor = stats.t.ppf(0.975, len(runs) - 1) / np.sqrt(len(runs))
     found = {}
     for name in METRICS:
-        values = [run[name] for run in runs]
-        half = float(np.std(values, ddof=1) * factor)
-        found[name] = (float(np.mean(values)), half)
+        _, (mean,), (half,) = curves.mean_and_interval([(0, run[name]) for run in runs])
+        found[name] = (float(mean), float(half))
     return found
-
-
-Results = dict[tuple[str, float], dict[str, tuple[float, float]]]
 
 
 def simulate_all(
@@ -214,11 +212,11 @@ def simulate_all(
     systems = [EngineSystem(with_setting(config, SETTINGS[name])) for name, _ in runs]
     given = [workloads[key] for _, key in runs]
     outcomes = sweep(systems, given, cost_model)
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    found: Results = {}
     for (name, (load, _)), workload, one in zip(runs, given, outcomes, strict=True):
         result = measure(workload, one.first_times, one.end_times)
         found.setdefault((name, load), []).append(result)
-    return {key: summarise(results) for key, results in found.items()}
+    return found
 
 
 def run_all(
@@ -228,7 +226,7 @@ def run_all(
     workloads: dict[tuple[float, int], Workload],
 ) -> Results:
     """Runs all policies on the engine; they share one compiled program."""
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    found: Results = {}
     # Policies take turns, so that other load of the machine disturbs all of them.
     for ((load, seed), workload), name in itertools.product(workloads.items(), names):
         progress(f"engine: load {load:g}, seed {seed}, {name}")
@@ -236,46 +234,42 @@ def run_all(
         run = calibration.run_workload(model, config, workload, params)
         result = measure(workload, run.first_times, run.end_times)
         found.setdefault((name, load), []).append(result)
-    return {key: summarise(results) for key, results in found.items()}
+    return found
 
 
 def print_table(title: str, results: Results) -> None:
     """Prints the means of all metrics."""
     heads = "".join(f"{name:>16}" for name in METRICS)
     print(f"\n{title:<20}{'load':>6}{heads}")
-    for (name, load), row in results.items():
-        cells = "".join(f"{mean:>16.4g}" for mean, _ in row.values())
+    for (name, load), runs in results.items():
+        cells = "".join(f"{mean:>16.4g}" for mean, _ in summarise(runs).values())
         print(f"{name:<20}{load:>6g}{cells}", flush=True)
 
 
 def draw(path: str, simulated: Results, measured: Results) -> None:
     """Draws a panel for each metric; lines are simulated, crosses measured."""
-    names = list(dict.fromkeys(name for name, _ in simulated))
-    with runner.drawn_figure(path, 2, 3, figsize=(15, 8)) as panels:
-        panels = panels.ravel()
-        for axes, (metric, label) in zip(panels, METRICS.items(), strict=False):
-            for number, name in enumerate(names):
-                color = f"C{number}"
-                for results, style in ((simulated, "o-"), (measured, "x")):
-                    rows = [
-                        (k[1], *v[metric]) for k, v in results.items() if k[0] == name
-                    ]
-                    if rows:
-                        loads, means, halves = zip(*sorted(rows), strict=True)
-                        given = dict(color=color, markersize=4, capsize=2)
-                        label_of = name if results is simulated else None
-                        axes.errorbar(
-                            loads, means, halves, fmt=style, label=label_of, **given
-                        )
-            axes.set_xlabel("load")
-            axes.set_ylabel(label)
-            if metric != "missed":
-                axes.set_yscale("log")
-            axes.grid(alpha=0.3)
-        panels[-1].axis("off")
-        handles, labels = panels[0].get_legend_handles_labels()
-        title = "lines: simulated; crosses: engine"
-        panels[-1].legend(handles, labels, title=title, loc="center")
+    figure, panels = style.new_figure(3, 2)
+    for axes, (metric, label) in zip(panels.ravel(), METRICS.items(), strict=False):
+        both = [points(results, metric) for results in (simulated, measured)]
+        curves.lines(axes, both[0], x_label="load", y_label=label)
+        for line, name in zip(axes.get_lines(), both[0], strict=True):
+            if name in both[1]:
+                load, mean, half = curves.mean_and_interval(both[1][name])
+                color = line.get_color()
+                axes.errorbar(load, mean, half, fmt="x", color=color, capsize=2)
+        if metric != "missed":
+            axes.set_yscale("log")
+            style.plain_y(axes)
+    panels[-1, -1].axis("off")
+    style.save(figure, path)
+
+
+def points(results: Results, metric: str) -> dict[str, list[tuple[float, float]]]:
+    """Pairs of load and metric by policy, one for each run."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for (name, load), runs in results.items():
+        found.setdefault(name, []).extend((load, run[metric]) for run in runs)
+    return found
 
 
 def checked_loads(flag: str) -> list[float]:
@@ -298,7 +292,9 @@ def main(argv: list[str]) -> None:
     """Simulates and runs all policies and prints the results."""
     del argv
     count, seeds = FLAGS.num_requests, range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
-    with runner.user_errors("policies"):
+    with runner.user_errors("policies", ImportError):
+        if FLAGS.plot is not None:
+            style.pyplot()
         names = runner.some_of("policies", FLAGS.policies, list(SETTINGS))
         loads, engine_loads = checked_loads("loads"), checked_loads("engine_loads")
         plain = [
@@ -333,23 +329,23 @@ def main(argv: list[str]) -> None:
 
 def report(simulated: Results, on_engine: Results, rate: float) -> None:
     """Prints the ratio of latencies to those of fcfs, and the JSON line."""
-    ratios: dict[str, dict[str, float]] = {}
-    for kind, results in (("simulated", simulated), ("engine", on_engine)):
-        most = max((load for _, load in on_engine), default=0.0)
-        base = results.get(("fcfs", most))
-        ratios[kind] = {
-            name: row["latency_s"][0] / base["latency_s"][0]
-            for (name, load), row in results.items()
-            if load == most and base is not None
-        }
-        for name, ratio in ratios[kind].items():
-            print(f"{kind}, load {most:g}: {name} / fcfs, mean latency {ratio:>8.3f}")
     kinds = {"simulated": simulated, "engine": on_engine}
     rows = [
-        {"kind": kind, "policy": name, "load": load, **row}
+        {"kind": kind, "policy": name, "load": load, **summarise(runs)}
         for kind, results in kinds.items()
-        for (name, load), row in results.items()
+        for (name, load), runs in results.items()
     ]
+    most = max(load for _, load in on_engine)
+    ratios: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
+    for row in rows:
+        base = kinds[row["kind"]].get(("fcfs", most))
+        if row["load"] == most and base is not None:
+            ratio = row["latency_s"][0] / summarise(base)["latency_s"][0]
+            ratios[row["kind"]][row["policy"]] = ratio
+            print(
+                f"{row['kind']}, load {most:g}: {row['policy']} / fcfs, mean latency "
+                f"{ratio:>8.3f}"
+            )
     values = runner.flag_values(__name__)
     runner.print_json(
         {"ratios": ratios, "requests_per_s": rate, "rows": rows, "flags": values}

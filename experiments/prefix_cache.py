@@ -34,6 +34,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,11 @@ from jax import lax
 from tqdm import tqdm
 
 from experiments.lib import runner
+from jpaged import plot
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
 from jpaged.kv.prefix_cache import Eviction, PrefixCache
+from jpaged.plot import style
 from jpaged.policies import EvictionPolicy
 from jpaged.simulator.optimum import belady_hits
 from jpaged.simulator.workloads.traces import Prompt, read_prompts
@@ -71,6 +74,7 @@ def define_flags() -> None:
         "num_requests", 1000, "Requests of the synthetic trace.", lower_bound=1
     )
     flags.DEFINE_integer("seed", 0, "Seed of the synthetic trace.")
+    flags.DEFINE_string("plot", None, "File for the figure; needs the extra `plot`.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,11 +328,24 @@ def checked_flags() -> tuple[list[Prompt], list[int]]:
     return synthetic_trace(count, size, FLAGS.seed), capacities
 
 
+def plot_ratios(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Draws the hit ratios of blocks and tokens against the capacity."""
+    names = {"blocks": "block_hit_ratio", "tokens": "token_hit_ratio"}
+    curves = {
+        name: [(row["capacity_blocks"], row[key]) for row in rows]
+        for name, key in names.items()
+    }
+    best = [(row["capacity_blocks"], row["optimal_block_hit_ratio"]) for row in rows]
+    style.save(plot.hit_ratio(curves, optimum=best).figure, path)
+
+
 def main(argv: list[str]) -> None:
     """Replays the trace at all capacities and prints the results."""
     del argv
-    with runner.user_errors("prefix_cache", EOFError):
+    with runner.user_errors("prefix_cache", EOFError, ImportError):
         requests, capacities = checked_flags()
+        if FLAGS.plot is not None:
+            style.pyplot()
     num_blocks = sum(len(request.hash_ids) for request in requests)
     print(f"{len(requests)} requests, {num_blocks} blocks")
     names = ("capacity", "blocks hit", "tokens hit", "optimum", "seconds", "lookups/s")
@@ -343,6 +360,8 @@ def main(argv: list[str]) -> None:
             f"{one.seconds:>12.2f}{one.lookups_per_s:>12.0f}",
             flush=True,
         )
+    if FLAGS.plot is not None:
+        plot_ratios(rows, FLAGS.plot)
     # The top level has the figures of the last capacity, "rows" those of all.
     flag_values = runner.flag_values(__name__)
     runner.print_json({**rows[-1], "rows": rows, "flags": flag_values})

@@ -48,7 +48,7 @@ LAYERS = {
     # tokenizers and chat templates; host only
     "text":              ["compat", "gguf_file", "validation", "config", "params"],
     # which tokens live where: block tables and lengths, no activations
-    "kv":                ["compat", "config"],
+    "kv":                ["compat", "policies", "config"],
     # the public name of kv.block_manager
     "block_manager":     ["kv"],
     # which requests run in a step, with how many tokens
@@ -84,6 +84,7 @@ LAYERS = {
     "sampling_params":   ["params"],
     "inputs":            ["prompts"],
     "engine_args":       ["llm", "serving"],
+    "utils":             ["engine_args"],
     # figures, with the extra `plot`
     "plot":              ["kv", "outputs", "serving"],
     # `python -m jpaged`

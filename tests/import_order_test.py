@@ -70,8 +70,8 @@ LAYERS = {
                           "compilation_cache", "text", "parallel", "models", "engine",
                           "serving"],
     # the engine's step on a virtual clock: no model, no pages
-    "simulator":         ["compat", "policies", "config", "params", "kv", "scheduler",
-                          "attention", "models", "decoding", "engine"],
+    "simulator":         ["compat", "policies", "config", "params", "parallel", "kv",
+                          "scheduler", "attention", "models", "decoding", "engine"],
 }
 # fmt: on
 

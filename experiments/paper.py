@@ -210,6 +210,8 @@ def main(argv: list[str]) -> None:
     compilation_cache.turn_on()
     try:
         figures, settings = chosen_figures(FLAGS.figure), make_settings()
+        if any(figure.cases(settings) for figure in figures.values()):
+            runner.warn_if_small("paper", "scale", FLAGS.scale, 0.01)
         check_cost(settings, figures)
         runs = simulate_figures(settings, figures)
         rows = write_figures(pathlib.Path(FLAGS.out), settings, figures, runs)

@@ -28,7 +28,7 @@ def make_torch_model(name: str, dtype: str) -> Any:
         fields.pop("architectures", None)
         config = transformers.AutoConfig.for_model(**fields)
     else:
-        config = transformers.AutoConfig.from_pretrained(sources.find_folder(name))
+        config = transformers.AutoConfig.from_pretrained(sources.find_checkpoint(name))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = getattr(torch, dtype)
     before = torch.get_default_dtype()

@@ -79,7 +79,7 @@ def test_an_existing_folder_has_precedence_over_a_hub_id(tmp_path, monkeypatch):
     checkpoints.write_tiny_llama(tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)
     fake_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
-    assert sources.find_folder("org/model") == pathlib.Path("org/model")
+    assert sources.find_checkpoint("org/model") == pathlib.Path("org/model")
     assert load_model("tiny-python").config.vocab_size > 256
 
 

@@ -56,6 +56,7 @@ suppress_warnings = ["misc.highlighting_failure"] if nb_execution_mode == "off" 
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

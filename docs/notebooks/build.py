@@ -17,7 +17,8 @@ import nbformat
 FOLDER = pathlib.Path(__file__).resolve().parent
 BADGE = re.compile(r"^\[!\[Open in Colab\].*$", re.MULTILINE)
 INSTALL = re.compile(
-    r"(?<=<!-- install: )(?P<extras>[\w,]+) -->\n.*?(?=<!-- /install)", re.DOTALL
+    r"<!-- install: (?P<extras>[\w,]+)(?P<more>;[^\n]*)? -->\n.*?(?=<!-- /install)",
+    re.DOTALL,
 )
 CELL = r"```\{{code-cell\}} ipython3\n:tags: \[{tags}\]\n\n(?P<code>.*?)```$"
 TAGS = {"pip": "install, skip-execution", "check": "check-jax"}
@@ -46,11 +47,13 @@ def with_parts(text: str, name: str) -> str:
         raise ValueError(f"{name}: expected <!-- install: EXTRAS -->, got none")
     text, found = BADGE.subn(shared["badge"].strip().replace("NAME", name), text, 1)
     counts = {"badge": found}
-    install = f"{extras['extras']} -->\n\n{shared['install']}\n"
+    first = text[extras.start() : text.index("\n", extras.start())]
+    install = f"{first}\n\n{shared['install']}\n"
     text, counts["install"] = INSTALL.subn(lambda _: install, text, 1)
     for part, tags in TAGS.items():
         cell = re.compile(CELL.format(tags=tags), re.DOTALL | re.MULTILINE)
         code = shared[part].replace("EXTRAS", extras["extras"])
+        code = code.replace("MORE", extras["more"] or "")
         whole = f"```{{code-cell}} ipython3\n:tags: [{tags}]\n\n{code}```"
         text, counts[part] = cell.subn(lambda _, whole=whole: whole, text, 1)
     for part, count in counts.items():

@@ -50,7 +50,7 @@ if os.environ.get("READTHEDOCS"):
     }
 
 myst_heading_anchors = 4
-# "off" builds the site in seconds; then the `!` of a shell command is not known as such.
+# "off" builds the site in seconds; the `!` of a shell command is then not known.
 nb_execution_mode = os.environ.get("JPAGED_NOTEBOOKS", "cache")
 suppress_warnings = ["misc.highlighting_failure"] if nb_execution_mode == "off" else []
 nb_execution_timeout = 600

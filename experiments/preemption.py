@@ -317,9 +317,12 @@ def _plot_part(axis: Any, part: str, found: Sequence[PreemptionTiming]) -> None:
             label=name,
         )
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     style.plain_ticks(axis.xaxis, sorted({one.block_size for one in found}))
-    style.plain_y(axis)
+    if part == "one":  # the times differ by orders of magnitude
+        axis.set_yscale("log")
+        style.plain_y(axis)
+    else:
+        axis.set_ylim(bottom=0)
     title = "One sequence" if part == "one" else "A load that preempts"
     style.dress(axis, "block size (tokens)", "time (ms)", title, grid="both")
     style.legend_beside(axis)

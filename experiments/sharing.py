@@ -245,11 +245,13 @@ METHOD_NAMES = {"parallel": "samples", "beam": "beams"}
 def plot_sharing(found: Sequence[SharingResult], path: str) -> None:
     """Draws the saved blocks as bars, beside the paper's numbers."""
     datasets = list(dict.fromkeys(one.dataset for one in found))
-    figure, panels = style.new_figure(1, len(datasets), (5.4, 3.4), sharey=True)
+    figure, panels = style.new_figure(1, len(datasets), (5.8, 3.4), sharey=True)
     for axis, dataset in zip(panels[0], datasets, strict=True):
         _plot_dataset(axis, dataset, [one for one in found if one.dataset == dataset])
     panels[0][0].set_ylabel("blocks saved by sharing (%)")
-    style.legend_beside(panels[0][-1])
+    # The paper's bars last.
+    names = sorted({t for ax in panels[0] for t in ax.get_legend_handles_labels()[1]})
+    style.legend_beside(panels[0][-1], order=names)
     style.save(figure, path)
 
 
@@ -272,10 +274,11 @@ def _plot_dataset(axis: Any, dataset: str, found: Sequence[SharingResult]) -> No
             at = number + (place - (len(bars) - 1) / 2) * width
             axis.bar(at, height, 0.94 * width, color=color, label=label)
             axis.annotate(
-                f"{height:.1f}", (at, height), ha="center", va="bottom", fontsize=6.5
+                f"{height:.1f}", (at, height), ha="center", va="bottom", fontsize=6
             )
-    names = [f"{count} {METHOD_NAMES[method]}" for method, count in groups]
+    names = [f"{count}\n{METHOD_NAMES[method]}" for method, count in groups]
     axis.set_xticks(range(len(groups)), names)
+    axis.set_ylim(bottom=0)
     style.dress(axis, "sequences of a request", "", DATASET_NAMES.get(dataset, dataset))
 
 

@@ -458,7 +458,7 @@ class LLM(VllmMethods):
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 continue_final_message=continue_final_message,
-                variables=chat_template_kwargs,
+                **(chat_template_kwargs or {}),
             )
             self._with_current_weights()
             found = self._intake.call(prompts, params, on_error, "messages")

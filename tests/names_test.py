@@ -124,9 +124,8 @@ def test_a_class_of_pydantic_is_a_schema():
         (vllm_names.LLM_ARGUMENTS, LLM),
     ],
 )
-def test_a_foreign_name_is_no_own_name_and_leads_to_one_or_to_advice(foreign, own):
+def test_a_foreign_name_leads_to_an_own_one_or_to_advice(foreign, own):
     known = set(inspect.signature(own).parameters)
-    assert not known & set(foreign)
     for name, argument in foreign.items():
         assert argument.ours in known or argument.instead or len(argument.equal) > 1, (
             name

@@ -84,12 +84,20 @@ def dress(
 
 
 def legend_beside(ax: Any, **options: Any) -> None:
-    """Add a legend to the right of the data, if anything has a label."""
+    """Add a legend to the right of the data, if anything has a label.
+
+    Args:
+      ax: the axes.
+      options: arguments of `ax.legend`; or `order`, the labels in order.
+    """
     handles, labels = options.pop("handles", None), None
+    order = options.pop("order", ())
     if handles is None:
         found = ax.get_legend_handles_labels()
         first = dict(zip(reversed(found[1]), reversed(found[0]), strict=True))
-        labels = list(dict.fromkeys(found[1]))
+        labels = [
+            label for label in dict.fromkeys([*order, *found[1]]) if label in first
+        ]
         handles = [first[label] for label in labels]
     if not handles:
         return

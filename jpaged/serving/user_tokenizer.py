@@ -191,7 +191,7 @@ class UserTokenizer:
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             continue_final_message=continue_final_message,
-            variables=variables,
+            **variables,
         )
         return found[0] if chat.is_conversation(conversation) else found
 

@@ -28,7 +28,7 @@ def chat_prompts(
     add_generation_prompt: bool,
     tools: Any,
     continue_final_message: bool = False,
-    variables: Mapping[str, Any] | None = None,
+    **variables: Any,
 ) -> list[list[int]]:
     """Return the token ids of the prompt of each conversation.
 
@@ -54,7 +54,7 @@ def chat_prompts(
         add_generation_prompt=add_generation_prompt,
         tools=tools,
         continue_final_message=continue_final_message,
-        variables=variables,
+        **variables,
     )
     assert tokenizer is not None
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -81,7 +81,7 @@ def chat_texts(
     add_generation_prompt: bool,
     tools: Any,
     continue_final_message: bool = False,
-    variables: Mapping[str, Any] | None = None,
+    **variables: Any,
 ) -> list[str]:
     """Return the text of the prompt of each conversation; see `chat_prompts`."""
     if tokenizer is None:
@@ -107,7 +107,7 @@ def chat_texts(
             special_tokens=templates.special_tokens,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
-            **(variables or {}),
+            **variables,
         )
         if continue_final_message:
             text = _without_end(text, conversation)

@@ -157,7 +157,7 @@ def _show_1(
     printed["others"] = 100 - sum(printed.values())
     name = "OPT-13B on A100-40GB"
     drawing = Drawing(
-        "Memory of a GPU that serves OPT-13B",
+        "",
         "",
         "share of the GPU's memory (%)",
         {part: ([name], [share]) for part, share in shares.items()},
@@ -197,7 +197,7 @@ def _show_2(
             paper[part][1].append(printed_number(*key) or 0.0)
     names = numbers.PART_NAMES
     drawing = Drawing(
-        "What the KV memory holds: OPT-13B, ShareGPT",
+        "OPT-13B, ShareGPT",
         "",
         "share of the KV memory (%)",
         {names[part]: found for part, found in bars.items()},

@@ -61,18 +61,21 @@ def draw(path: pathlib.Path, title: str, drawings: Sequence[Drawing]) -> None:
         axis.remove()
     for axis, drawing in zip(axes.flat, drawings, strict=False):
         _panel(axis, drawing)
-    figure.suptitle(f"{title} (simulated)", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     style.save(figure, path)
 
 
 def _panel(axis: Any, drawing: Drawing) -> None:
-    labels = dict(x_label=drawing.x_label, y_label=drawing.y_label, title=drawing.title)
+    labels: dict[str, Any] = dict(
+        x_label=drawing.x_label, y_label=drawing.y_label, title=drawing.title
+    )
     if drawing.kind == "lines":
         points = {
             name: list(zip(*xy, strict=True)) for name, xy in drawing.series.items()
         }
-        _paper_points(axis, drawing)
         lines(axis, points, **labels)
+        _paper_points(axis, drawing)
+        style.legend_beside(axis)
     elif drawing.kind == "steps":
         _steps(axis, drawing)
     else:
@@ -120,6 +123,7 @@ def _steps(axis: Any, drawing: Drawing) -> None:
         axis.stairs(
             shares, edges, color=style.COLORS[number], linewidth=1.5, label=name
         )
+        axis.set_xlim(0, edges[-1])
     for number, (name, x) in enumerate(drawing.verticals.items()):
         line = ":" if "paper" in name else "-"
         color = style.COLORS[number // 2]

@@ -484,7 +484,8 @@ class LLM(VllmMethods):
         """
         self._open_host()
         pairs = text_prompts.scoring_pairs(self.tokenizer, prompts, continuations)
-        return scoring.score(self.model, *pairs)
+        length = self.config.max_model_len
+        return scoring.score(self.model, *pairs, length=length)
 
     def perplexity(
         self,
@@ -506,6 +507,7 @@ class LLM(VllmMethods):
             window=window,
             overlap=overlap,
             num_characters=len(text_prompts.text_of(text) or ""),
+            length=self.config.max_model_len,
         )
 
     @checked_names("check", _NAMES)

@@ -2,8 +2,8 @@
 
 The pages are read on GitHub too, where `../jpaged/llm.py` is a link to the file. On the
 site it becomes a link to the same file on GitHub. A README lists the other pages of its
-folder, which GitHub shows as files. A new page in docs/ that the index does not list yet
-is listed at its end.
+folder, which GitHub shows as files. A page in docs/ that the index does not list yet is
+listed at its end.
 """
 
 import pathlib

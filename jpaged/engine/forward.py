@@ -132,6 +132,7 @@ def run_trunk(
             attend,
             cache,
             is_unrolled=is_alone and backends.unrolls_layers(implementation),
+            length=config.max_model_len,
         )
     return cache, hidden
 

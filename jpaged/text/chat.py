@@ -189,8 +189,8 @@ class ChatTemplates:
             return self.templates["default"]
         raise ValueError(
             "chat_template: expected one in the model's folder (chat_template.jinja or "
-            f"tokenizer_config.json) or GGUF file, got {sorted(self.templates) or 'none'} without "
-            "a default; pass chat_template="
+            "tokenizer_config.json) or GGUF file, got "
+            f"{sorted(self.templates) or 'none'} without a default; pass chat_template="
         )
 
 

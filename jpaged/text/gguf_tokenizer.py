@@ -78,6 +78,10 @@ def chat_templates(file: GGUFFile) -> dict[str, str]:
 def _tokens(file: GGUFFile) -> list[str]:
     """The vocabulary; the index of a token is its id."""
     tokens = file.require("tokenizer.ggml.tokens", list)
+    if tokens and not isinstance(tokens[0], str):
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.tokens: expected texts, got {tokens[0]!r:.40}"
+        )
     if len(set(tokens)) != len(tokens):
         seen: dict[str, int] = {}
         for number, token in enumerate(tokens):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+import sys
 
 import gguf
 import jax
@@ -395,7 +396,7 @@ def test_tensors_that_are_missing_unknown_or_misshapen_are_listed_by_name(tmp_pa
             data = data[:-1]
         writer.add_tensor(name, data)
     gguf_files.finish(writer)
-    with pytest.raises(ValueError, match="do not fit the metadata of .*changed.gguf"):
+    with pytest.raises(ValueError, match=r"do not fit the metadata of .*changed.gguf"):
         load_model(tmp_path / "changed.gguf")
     with pytest.raises(
         ValueError,
@@ -457,6 +458,7 @@ def test_random_damage_to_a_header_never_escapes_as_another_error(tmp_path):
     contents = bytearray(file.read_bytes())
     rng = np.random.default_rng(0)
     header = contents.index(b"blk.1.ffn_up.weight")
+    messages = []
     for _ in range(300):
         damaged = contents.copy()
         at = int(rng.integers(8, header))
@@ -469,13 +471,15 @@ def test_random_damage_to_a_header_never_escapes_as_another_error(tmp_path):
                 gguf_tensors.read_names(gguf_file.load(file), config),
             )
         except ValueError as error:
-            assert "m.gguf" in str(error) or "expected" in str(error)
+            messages.append(str(error))
+    assert len(messages) > 30
+    assert all("expected" in message for message in messages)
 
 
 def test_without_the_package_gguf_the_error_names_the_extra(tmp_path, monkeypatch):
     file = gguf_files.write_case(tmp_path / "m.gguf", "qwen2")
     gguf_file.block_size.cache_clear()
     gguf_file._load.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"pip install 'jpaged\[gguf\]'"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(FileNotFoundError, match=r"pip install 'jpaged\[gguf\]'"):
         load_model(file)

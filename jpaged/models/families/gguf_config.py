@@ -382,16 +382,16 @@ def _gpt2(reader: _Reader) -> Entries:
     }
 
 
-_GEMMA = {"norm_offset": -1.0}  # llama.cpp stores 1 + weight
+_GEMMA_OFFSET = -1.0  # llama.cpp stores 1 + weight
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(_llama, has_pairs=True),
     "mistral": Architecture(_llama, has_pairs=True),
     "qwen2": Architecture(_qwen2),
     "qwen3": Architecture(_qwen3),
     "qwen3moe": Architecture(_qwen3_moe),
-    "gemma": Architecture(_gemma, **_GEMMA),
-    "gemma2": Architecture(_gemma2, **_GEMMA),
-    "gemma3": Architecture(_gemma3, **_GEMMA),
+    "gemma": Architecture(_gemma, norm_offset=_GEMMA_OFFSET),
+    "gemma2": Architecture(_gemma2, norm_offset=_GEMMA_OFFSET),
+    "gemma3": Architecture(_gemma3, norm_offset=_GEMMA_OFFSET),
     "phi3": Architecture(_phi3),
     "gpt2": Architecture(_gpt2),
 }

@@ -2,7 +2,7 @@
 
 Pipeline: tensor names of a GGUF file -> [families.gguf_names] -> loading.gguf_tensors.
 
-Source: https://github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py and conversion/.
+Source: https://github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py, conversion/.
 """
 
 from collections.abc import Iterator

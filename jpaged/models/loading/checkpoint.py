@@ -36,8 +36,8 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
       path: see `load_model`.
 
     Raises:
-      FileNotFoundError: the folder does not exist or has no config.json.
-      ImportError: a GGUF file needs the package gguf, which is not installed.
+      FileNotFoundError: the folder does not exist or has no config.json, or a GGUF
+        file needs the package gguf, which is not installed.
       ValueError: see `ModelConfig.from_hf`; or a file is not valid.
     """
     if sources.is_random(path):
@@ -85,8 +85,8 @@ def load_model(
 
     Raises:
       FileNotFoundError: the folder, config.json, the weights or a shard do not exist,
-        or the hub does not provide the model.
-      ImportError: a GGUF file needs the package gguf, which is not installed.
+        the hub does not provide the model, or a GGUF file needs the package gguf, which
+        is not installed.
       ValueError: the config is not supported; a file is truncated or corrupt; tensors
         are missing, unknown, misshapen or stored twice; or the model cannot be divided
         over the mesh.

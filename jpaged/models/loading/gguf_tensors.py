@@ -5,7 +5,6 @@ Pipeline: *.gguf -> [models.loading.gguf_tensors] -> weights -> parameters.
 
 import math
 import pathlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +78,7 @@ class GGUFTensor(NamedTuple):
         values = values + np.float32(self.change.offset)
         return values.T if self.change.transposed else values
 
-    def _stored_rows(self, rows: range) -> Sequence[int] | np.ndarray:
+    def _stored_rows(self, rows: range) -> range | np.ndarray:
         """Rows of the file that hold these rows of transformers' tensor.
 
         llama.cpp rotates neighbouring pairs of dimensions, transformers each half of a
@@ -94,7 +93,7 @@ class GGUFTensor(NamedTuple):
         return head * size + 2 * pair + half
 
     def _dequantized(
-        self, rows: Sequence[int] | np.ndarray, columns: range, width: int
+        self, rows: range | np.ndarray, columns: range, width: int
     ) -> np.ndarray:
         """Values f32[rows, columns] of rows with `width` values."""
         gguf = import_gguf()
@@ -110,9 +109,10 @@ class GGUFTensor(NamedTuple):
         # Mapped again for each piece, as in `stored.SafetensorsTensor.view`.
         mapped = np.memmap(self.entry.file, np.uint8, "r", start, (num_rows, row_bytes))
         first, stop = columns.start // values, -(-columns.stop // values)
-        if isinstance(rows, range):
-            rows = slice(rows.start, rows.stop, rows.step)
-        packed = mapped[rows, first * size : stop * size]
+        wanted = (
+            slice(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+        )
+        packed = mapped[wanted, first * size : stop * size]
         kind = gguf.GGMLQuantizationType(self.entry.kind)
         plain = gguf.dequantize(np.ascontiguousarray(packed), kind)
         before = first * values

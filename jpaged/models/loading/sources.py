@@ -49,6 +49,11 @@ def package_models() -> tuple[str, ...]:
     return tuple(sorted(_PACKAGES))
 
 
+def named_models() -> tuple[str, ...]:
+    """Names of the bundled and packaged models."""
+    return bundled_models() + package_models()
+
+
 def find_checkpoint(name: str | os.PathLike[str]) -> pathlib.Path:
     """Folder or GGUF file of a model, from a path, the name of a model, or a hub id.
 

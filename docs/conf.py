@@ -64,12 +64,10 @@ nb_output_stderr = "remove"  # progress bars
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {
-    name: name for name in ("Prompt", "Messages", "Params", "Policy", "State", "Model")
-}
 python_maximum_signature_line_length = 78
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the text of a field has its dtype and shape
 napoleon_use_rtype = False
 autosummary_generate = False
 

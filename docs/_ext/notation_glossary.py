@@ -41,9 +41,10 @@ def entries(text: str) -> Iterator[tuple[list[str], str]]:
         if first not in FIRST_COLUMNS:
             continue
         names = [name.strip("` ") for name in row[first].split(", ")]
-        parts = [row["meaning"]]
+        meaning = row["meaning"].rstrip(".")
+        parts = [f"{meaning[:1].upper()}{meaning[1:]}."] if meaning else []
         if row.get("shape"):
-            parts.insert(0, f"Shape {row['shape']}.")
+            parts.insert(0, f"`{row['shape']}`.")
         if row.get("elsewhere"):
             parts.append(f"Elsewhere: {row['elsewhere']}.")
         definition = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", " ".join(parts))

@@ -92,8 +92,8 @@ LAYERS = {
                           "serving", "llm", "engine_args"],
     "__main__":          ["cli"],
     # the engine's step on a virtual clock: no model, no pages
-    "simulator":         ["compat", "policies", "config", "params", "kv", "scheduler",
-                          "attention", "models", "decoding", "engine"],
+    "simulator":         ["compat", "policies", "config", "params", "parallel", "kv",
+                          "scheduler", "attention", "models", "decoding", "engine"],
 }
 # fmt: on
 

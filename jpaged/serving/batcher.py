@@ -362,7 +362,8 @@ class Batcher:
 
     def _forgive(self, seconds: float) -> None:
         """Leave out the time for which new requests waited for a compiler."""
-        for request in self._open.values() if seconds else ():
+        # Other threads add requests meanwhile.
+        for request in list(self._open.values()) if seconds else ():
             if [event.name for event in request.sequence_events] == ["queued"]:
                 (queued,) = request.sequence_events
                 later = queued._replace(time_s=queued.time_s + seconds)

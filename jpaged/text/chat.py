@@ -26,6 +26,7 @@ def chat_prompts(
     chat_template: str | None,
     add_generation_prompt: bool,
     tools: Any,
+    **variables: Any,
 ) -> list[list[int]]:
     """Return the token ids of the prompt of each conversation.
 
@@ -37,6 +38,7 @@ def chat_prompts(
       chat_template: source or name of a template; None uses the folder's own.
       add_generation_prompt: end each prompt with the header of the answer.
       tools: JSON schemas of functions that the model may call, or None.
+      variables: further variables of the template.
 
     Raises:
       ValueError: there is no tokenizer or no template, or see `render`.
@@ -65,6 +67,7 @@ def chat_prompts(
             special_tokens=templates.special_tokens,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
+            **variables,
         )
         for conversation in conversations
     ]

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     sys.exit(MISSING.format(error=error))
 
-from jpaged.server.command import main
+from jpaged.server.command import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,6 @@ Pipeline: HTTP request -> [admin] -> engine's thread -> llm. Only with `allow_ad
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import pathlib
 import time
@@ -24,7 +23,6 @@ from jpaged.serving.metrics import StepRecord
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 PAUSE_MODES = ("keep", "wait", "abort")
-_POLL_S = 0.02
 
 
 def admin_only(endpoint: Endpoint) -> Endpoint:
@@ -77,15 +75,15 @@ async def pause(request: Request) -> Response:
     bridge, method = common.bridge_of(request), _method(request, "pause")
     if mode == "wait":
         # The engine's thread goes on meanwhile, and clients get their tokens.
-        while bridge.num_open_sequences and not bridge.is_paused:
-            await asyncio.sleep(_POLL_S)
+        await bridge.wait_for_open()
+        mode = "keep"  # of requests that came later
     bridge.is_paused = True
     try:
         await bridge.call(lambda: method(mode))
     except BaseException:
         bridge.is_paused = False
         raise
-    return json_response({"status": "paused", "mode": mode})
+    return json_response({"status": "paused"})
 
 
 @admin_only
@@ -105,6 +103,7 @@ async def update_weights(request: Request) -> Response:
     settings, bridge = common.settings_of(request), common.bridge_of(request)
     fields = await _fields(request)
     path, cache = fields.text("path"), fields.take("prefix_cache", "reset")
+    options = fields.take_all(["requests"])
     fields.finish()
     if cache not in ("reset", "keep"):
         raise invalid(
@@ -115,9 +114,9 @@ async def update_weights(request: Request) -> Response:
     method = _method(request, "update_weights")
     start = time.perf_counter()
     try:
-        await bridge.call(lambda: method(folder, prefix_cache=cache))
-    except ValueError as error:
-        raise from_value_error(error, {"weights": "path"}) from None
+        await bridge.call(lambda: method(folder, prefix_cache=cache, **options))
+    except (ValueError, TypeError) as error:
+        raise from_value_error(ValueError(str(error)), {"weights": "path"}) from None
     except FileNotFoundError:
         raise invalid("path", f"path: expected a checkpoint, got {path!r:.200}") from (
             None
@@ -145,15 +144,14 @@ def find_folder(path: str | None, settings: ServerSettings) -> pathlib.Path:
         raise invalid("path", f"path: expected a folder's name, got {path!r:.200}")
     try:
         folder = (root / path).resolve()
-        is_folder = folder.is_relative_to(root) and folder.is_dir()
+        if folder.is_relative_to(root) and folder != root and folder.is_dir():
+            return folder
     except (OSError, ValueError, RuntimeError):
-        is_folder = False
-    if not is_folder:
-        raise invalid(
-            "path",
-            f"path: expected a folder below the server's weights_root, got {path!r:.200}",
-        )
-    return folder
+        pass  # no such name, or links in a circle
+    raise invalid(
+        "path",
+        f"path: expected a folder below the server's weights_root, got {path!r:.200}",
+    )
 
 
 @admin_only

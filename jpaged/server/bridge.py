@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jpaged.llm import LLM
@@ -186,6 +186,12 @@ class EngineBridge:
         while self._open and time.monotonic() < end and not self.is_broken:
             await asyncio.sleep(0.02)
 
+    async def wait_for_open(self) -> None:
+        """Wait until the requests that are open now have ended."""
+        while_open = list(self._open.values())
+        while not all(live.is_finished for live in while_open):
+            await asyncio.sleep(0.02)
+
     async def stop(self) -> None:
         """End the threads."""
         with self._wake:
@@ -216,7 +222,7 @@ class EngineBridge:
         prompts: Sequence[Sequence[int]],
         params: Params,
         num_sequences: int,
-        names: dict[str, str] = {},
+        names: Mapping[str, str] | None = None,
     ) -> list[LiveRequest]:
         """Submit prompts: all of them, or none if one is invalid.
 
@@ -247,7 +253,7 @@ class EngineBridge:
             raise
         except ValueError as error:
             self._adopt(requests, num_sequences, count, abandon=True)
-            raise from_value_error(error, names) from None
+            raise from_value_error(error, names or {}) from None
         except RuntimeError as error:  # the LLM is closed
             self._adopt(requests, num_sequences, count, abandon=True)
             raise unavailable(str(error)) from None
@@ -271,7 +277,7 @@ class EngineBridge:
             raise queue_full(most, self.retry_after_s())
 
     def retry_after_s(self) -> int:
-        """Return the seconds in which a tenth of the queue is likely to end, 1 to 60."""
+        """Return the seconds in which a tenth of the queue probably ends, 1 to 60."""
         now = time.monotonic()
         while self._finish_times and self._finish_times[0][0] < now - _RATE_S:
             self._finish_times.popleft()

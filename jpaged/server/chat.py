@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
+from jpaged.params import SamplingParams
 from jpaged.server import common
 from jpaged.server.body import read_object
 from jpaged.server.bridge import LiveRequest
@@ -225,9 +226,8 @@ def read(body: Mapping[str, Any], llm: LLM, settings: ServerSettings) -> Chat:
         prompt_logprobs=of_prompt,
     )
     fields.finish()
-    if generation.num_run > generation.n and generation.params.__class__.__name__ == (
-        "SamplingParams"
-    ):
+    is_sampled = isinstance(generation.params, SamplingParams)
+    if is_sampled and generation.num_run > generation.n:
         raise invalid("best_of", "best_of: expected none: only completions have it")
     kind = "chat.completion.chunk" if stream else "chat.completion"
     return Chat(
@@ -255,7 +255,8 @@ async def endpoint(request: Request) -> Response:
         try:
             prompt = render(bridge.llm, call.conversation, template)
         except RecursionError:
-            raise ApiError(400, "messages: expected less nesting", param="messages")
+            message = "messages: expected values that nest less"
+            raise ApiError(400, message, param="messages") from None
         return prompt, common.prepared(bridge, call.generation.params)
 
     prompt, params = await bridge.prepare(prepare)

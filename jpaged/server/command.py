@@ -114,8 +114,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         name, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name not in known or name in _NOT_OPTIONS:
             own.error(
-                f"unknown option {word!r}: expected an option of the server (--help) or "
-                "an argument of jpaged.LLM"
+                f"unknown option {word!r}: expected an option of the server (--help), "
+                "or an argument of jpaged.LLM"
             )
         if not has_value:
             if not rest or rest[0].startswith("--"):

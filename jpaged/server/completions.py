@@ -80,7 +80,7 @@ def read(body: dict[str, Any], llm: LLM, settings: ServerSettings) -> Completion
         prompt_logprobs=-1 if -1 in counts else max(counts, default=None),
     )
     fields.finish()
-    if stream and generation.num_run > generation.n and _is_sampled(generation.params):
+    if stream and _is_sampled(generation.params) and generation.num_run > generation.n:
         raise invalid("best_of", "best_of: expected n or none with stream, got more")
     return Completions(
         head=common.new_head("text_completion", "cmpl", settings.model_names[0]),

@@ -15,7 +15,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 _MOST_CHARS = 4000  # of a message; messages can quote what the client sent
-_PARAM = re.compile(r"(?:prompts\[\d+\]: )?([a-z_][a-z0-9_]*)(?:\[[^\]]*\])*:")
+_PARAM = re.compile(
+    r"(?:prompts\[\d+\]: )?([a-z_][a-z0-9_]*)(?:\[[^\]]*\])*(?: key|/[^:]*)?:"
+)
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -94,7 +96,7 @@ def from_value_error(error: ValueError, known: Mapping[str, str] = {}) -> ApiErr
     message = str(error)
     match = _PARAM.match(message)
     param = match[1] if match else None
-    if param in known:
+    if param is not None and param in known:
         message = message.replace(param, known[param], 1)
         param = known[param]
     code = "context_length_exceeded" if "max_model_len" in message else None

@@ -71,7 +71,7 @@ class CompletionLogprobs:
         """Return the form of the next tokens; the first of a prompt has no entry."""
         tokens, offsets, logprobs, tops = [], [], [], []
         for token_id, entry in zip(token_ids, entries, strict=True):
-            found = entry and entry.get(token_id)
+            found = None if entry is None else entry.get(token_id)
             name = self._names.name(token_id, found.decoded_token if found else None)
             tokens.append(name)
             offsets.append(self._offset)
@@ -135,8 +135,9 @@ def prompt_logprobs(
 ) -> list[dict[str, Any] | None]:
     """Return `prompt_logprobs` as vLLM does: a dict per token, keyed by token id."""
     return [
-        entry
-        and {
+        None
+        if entry is None
+        else {
             str(token_id): {
                 "logprob": _finite(value.logprob),
                 "rank": value.rank,

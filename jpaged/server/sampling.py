@@ -83,7 +83,9 @@ def read_generation(
         raise invalid(
             "beam_width", "beam_width: expected none without use_beam_search, got one"
         )
-    common = {"max_tokens": max(max_tokens, 1) if max_tokens is not None else None}
+    common: dict[str, Any] = {"max_tokens": max_tokens}
+    if max_tokens == 0:
+        common["max_tokens"] = 1  # the engine generates at least one
     constraint = read_constraint(fields, settings)
     if constraint is not None:
         common["structured_outputs"] = constraint
@@ -160,6 +162,6 @@ def _check_sizes(given: dict[str, Any], settings: ServerSettings) -> None:
         if size > settings.max_stop_chars:
             raise invalid(
                 "stop",
-                f"stop: expected at most {settings.max_stop_chars} characters together, "
-                f"got {size}",
+                f"stop: expected at most {settings.max_stop_chars} characters "
+                f"together, got {size}",
             )

@@ -25,7 +25,8 @@ from tests.support.tiny_llm import EOS, VOCAB_SIZE, byte_tokenizer  # noqa: E402
 TEMPLATE = (
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}\n"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}"
+    "{{ '\\n' }}"
     "{% endfor %}{{ extra or '' }}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 SETTINGS = ServerSettings(

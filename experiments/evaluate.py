@@ -163,7 +163,7 @@ def evaluate() -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         lm_eval: Any = importlib.import_module("lm_eval")
         tasks: Any = importlib.import_module("lm_eval.tasks")
-        from jpaged.evals.lm_eval import JPagedLM
+        ours: Any = importlib.import_module("jpaged.evals.lm_eval")
     except ImportError as error:
         raise ValueError(
             f'{error}: install the extra: pip install "jpaged[lm_eval]"'
@@ -177,11 +177,11 @@ def evaluate() -> tuple[dict[str, Any], dict[str, Any]]:
     )
     make = params_maker(FLAGS.decoding, options, tuple(llm.model.config.eos_token_ids))
     make(SamplingParams())  # checks the options
-    model = JPagedLM(
+    model = ours.JPagedLM(
         llm, make_params=make, max_length=FLAGS.max_length, seed=FLAGS.seed
     )
-    found = lm_eval.simple_evaluate(
-        model,
+    found: Any = lm_eval.simple_evaluate(
+        model=model,
         tasks=FLAGS.tasks,
         task_manager=tasks.TaskManager(include_path=FLAGS.include_path),
         num_fewshot=FLAGS.num_fewshot,

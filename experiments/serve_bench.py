@@ -4,12 +4,13 @@
     python -m experiments.serve_bench --plot latency.png --csv latency.csv
     python -m experiments.serve_bench --mode overhead --model random
 
-The server runs in this process. An open-loop client in another one sends requests to it: Poisson arrivals, lengths of ShareGPT (`--scale` shortens
-them). First all requests are sent at once. This gives the highest rate, and the times
-of the engine's steps, to which a cost model is fitted. Then requests arrive at `--loads`
-times that rate, on the live engine, and in the simulator with the fitted costs. Nothing
-is fitted to these runs. The latency is normalized: a request's seconds from the time
-that it was due until its end, divided by its output tokens.
+The server runs in this process. An open-loop client in another one sends requests to
+it: Poisson arrivals, lengths of ShareGPT (`--scale` shortens them). First all requests
+are sent at once. This gives the highest rate, and the times of the engine's steps, to
+which a cost model is fitted. Then requests arrive at `--loads` times that rate, on the
+live engine, and in the simulator with the fitted costs. Nothing is fitted to these
+runs. The latency is normalized: a request's seconds from the time that it was due until
+its end, divided by its output tokens.
 
 `--mode overhead` compares the throughput of `--streams` streams through the server with
 that of `LLM.generate` on the same requests, in alternation. "random" is a Llama of 110M

@@ -46,9 +46,11 @@ SETTINGS = ServerSettings(
 class Running:
     """A server in a thread, and what tests look at."""
 
-    def __init__(self, llm: LLM, settings: ServerSettings):
+    def __init__(
+        self, llm: LLM, settings: ServerSettings, chat_template: str | None = None
+    ):
         self.llm = llm
-        self.app = create_app(llm, settings)
+        self.app = create_app(llm, settings, chat_template=chat_template)
         self.bridge = self.app.state.bridge
         config = uvicorn.Config(self.app, port=0, log_level="warning")
         self.server = Server(config, self.bridge, settings.drain_s)

@@ -339,18 +339,22 @@ class LLM:
             )
         self._batcher.abort([state])
 
-    def run_slice(self) -> bool:
-        """Run a few steps for all open requests, about 0.05 s if one is live.
+    def run_slice(self, seconds: float | None = None) -> bool:
+        """Run a few steps for all open requests.
 
         For a server with a thread of its own for the engine. Other threads may
         `submit` meanwhile, one at a time, and read `Request.deltas`. Callers that
         iterate over requests or wait for them need not call this.
 
+        Args:
+          seconds: length of the slice if a request is streamed or live, one step at
+            least; None is 0.05.
+
         Returns:
           Whether requests are still open.
         """
         self._open_host()
-        self._batcher.run_slice()
+        self._batcher.run_slice(seconds)
         return self._batcher.num_open > 0
 
     def pin(self, prefix: Prompt) -> Prefix:

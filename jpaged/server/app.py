@@ -61,7 +61,9 @@ def create_app(
     """
     settings = ServerSettings() if settings is None else settings
     metrics = ServerMetrics(settings.model_names[0])
-    bridge = EngineBridge(llm, settings.max_open_sequences, metrics.finished)
+    bridge = EngineBridge(
+        llm, settings.max_open_sequences, metrics.finished, settings.slice_s
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

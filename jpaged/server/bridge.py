@@ -122,6 +122,7 @@ class EngineBridge:
       llm: the LLM; nothing else may use it meanwhile, except through `call`.
       max_open_sequences: sequences that may run or wait at the same time.
       on_finished: called in the event loop with each request that has ended.
+      slice_s: seconds of steps between two updates, see `ServerSettings`.
 
     Attributes:
       num_open_sequences: sequences that run or wait.
@@ -135,6 +136,7 @@ class EngineBridge:
         llm: LLM,
         max_open_sequences: int,
         on_finished: Callable[[LiveRequest], None] = lambda live: None,
+        slice_s: float = 0.05,
     ):
         self.llm = llm
         self.max_open_sequences = max_open_sequences
@@ -143,6 +145,7 @@ class EngineBridge:
         self.is_paused = False
         self.is_broken = False
         self._on_finished = on_finished
+        self._slice_s = slice_s
         self._open: dict[int, LiveRequest] = {}
         self._finish_times: collections.deque[tuple[float, int]] = collections.deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -380,7 +383,7 @@ class EngineBridge:
                 continue
             start = time.perf_counter()
             try:
-                is_open = self.llm.run_slice()
+                is_open = self.llm.run_slice(self._slice_s)
                 num_failures = 0
             except Exception as error:
                 LOGGER.exception("the engine failed")

@@ -34,7 +34,14 @@ from jpaged.server.settings import ServerSettings
 
 LOGGER = logging.getLogger("jpaged.server")
 KEY_VARIABLE = "JPAGED_API_KEY"
-_LIMITS = ("max_open_sequences", "max_body_bytes", "max_prompts", "max_n", "drain_s")
+_LIMITS = (
+    "max_open_sequences",
+    "max_body_bytes",
+    "max_prompts",
+    "max_n",
+    "drain_s",
+    "slice_s",
+)
 # Arguments of LLM that have no value on a command line.
 _NOT_OPTIONS = ("self", "model", "mesh")
 # What `--warm_up` compiles, by name.

@@ -26,6 +26,8 @@ class ServerSettings:
       allowed_origins: origins of web pages that may call the server ("https://a.b").
       max_open_sequences: sequences of all requests that may run or wait at the same
         time. More are refused with status 429.
+      slice_s: seconds of steps between two updates of the clients, one step at least.
+        Longer slices serve more tokens per second where steps are slow.
       max_body_bytes: size of a request's body.
       max_prompts: prompts of one completion request.
       max_n: outputs per prompt, and beams.
@@ -51,6 +53,7 @@ class ServerSettings:
     weights_root: pathlib.Path | None = None
     allowed_origins: tuple[str, ...] = ()
     max_open_sequences: int = 1024
+    slice_s: float = 0.05
     max_body_bytes: int = 8 * MIB
     max_prompts: int = 1024
     max_n: int = 128

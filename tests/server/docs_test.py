@@ -55,7 +55,7 @@ def test_python_examples_run(documented):
 def test_curl_examples_run(documented):
     count = 0
     for block in BLOCKS:
-        for line in re.findall(r"curl (?:[^\n']|'[^']*'|\\\n)+", block.text):
+        for line in re.findall(r"curl (?:\\\n|[^\n']|'[^']*')+", block.text):
             command = line.replace("curl", "curl --fail-with-body")
             done = subprocess.run(
                 ["bash", "-c", command.replace(URL, documented.url)],

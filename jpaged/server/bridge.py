@@ -18,15 +18,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jpaged.llm import LLM
-from jpaged.outputs import RequestOutput
 from jpaged.server.errors import ApiError, from_value_error, queue_full, unavailable
+from jpaged.server.live_requests import LiveRequest
 from jpaged.server.sampling import Params
 from jpaged.serving.live import Request
-from jpaged.serving.request_state import Delta
 
 LOGGER = logging.getLogger("jpaged.server")
 T = TypeVar("T")
@@ -36,83 +35,6 @@ _MOST_FAILURES = 3  # slices in a row, after which the engine counts as broken
 _IDLE_SLICE_S = 1e-3  # a slice that is shorter did nothing
 _PAUSE_S = 2e-3  # after such a slice
 _RATE_S = 10.0  # over which the rate of finished sequences is measured
-
-
-class LiveRequest:
-    """A request that runs: its updates, as the event loop gets them."""
-
-    def __init__(self, bridge: EngineBridge, request: Request, num_sequences: int):
-        self.request = request
-        self.num_sequences = num_sequences
-        self.is_finished = False
-        self.error: Exception | None = None
-        self.is_abandoned = False
-        self._bridge = bridge
-        self._deltas: list[Delta] = []
-        self._changed = asyncio.Event()
-
-    def pump(self) -> bool:
-        """Take over the updates of the last slice; return whether it has finished."""
-        try:
-            deltas = self.request.deltas()
-            if not self.is_abandoned:
-                self._deltas += deltas
-            self.is_finished = self.request.finished
-        except Exception as error:
-            self.fail(error)
-        if self._deltas or self.is_finished:
-            self._changed.set()
-        return self.is_finished
-
-    def fail(self, error: Exception) -> None:
-        """End the request with an error."""
-        self.error = error
-        self.is_finished = True
-        self._changed.set()
-
-    async def updates(self) -> AsyncIterator[list[Delta]]:
-        """Yield the deltas since the last time, several at once, to the end.
-
-        Raises:
-          ApiError: the engine lost the request.
-        """
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            is_finished = self.is_finished
-            deltas, self._deltas = self._deltas, []
-            if deltas:
-                yield deltas
-            if is_finished:
-                break
-        self._raise_error()
-
-    async def output(self) -> RequestOutput:
-        """Wait for the end and return the output.
-
-        Raises:
-          ApiError: the engine lost the request.
-        """
-        while not self.is_finished:
-            await self._changed.wait()
-            self._changed.clear()
-            self._deltas.clear()
-        self._raise_error()
-        return self.request.output()
-
-    def _raise_error(self) -> None:
-        if isinstance(self.error, ValueError):
-            raise from_value_error(self.error)
-        if self.error is not None:
-            LOGGER.error("a request failed: %s", self.error)
-            raise unavailable("the engine lost this request; send it again", 1)
-
-    def abandon(self) -> None:
-        """Abort the request if it runs: no one waits for it any more."""
-        self.is_abandoned = True
-        self._deltas.clear()
-        if not self.is_finished:
-            self._bridge.abort(self)
 
 
 class EngineBridge:
@@ -312,7 +234,7 @@ class EngineBridge:
     ) -> list[LiveRequest]:
         """Follow requests that were submitted; they replace `reserved` sequences."""
         self.num_open_sequences -= reserved - len(requests) * num_sequences
-        found = [LiveRequest(self, each, num_sequences) for each in requests]
+        found = [LiveRequest(each, num_sequences, self.abort) for each in requests]
         for live in found:
             self._open[live.request.request_id] = live
             if abandon:

@@ -18,10 +18,10 @@ from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams
 from jpaged.server import common
 from jpaged.server.body import read_object
-from jpaged.server.bridge import LiveRequest
 from jpaged.server.common import Reply
-from jpaged.server.errors import ApiError, invalid, json_response
+from jpaged.server.errors import invalid, json_response
 from jpaged.server.fields import Fields, check_model
+from jpaged.server.live_requests import LiveRequest
 from jpaged.server.logprob_forms import TokenNames, chat_logprobs, prompt_logprobs
 from jpaged.server.sampling import Params, read_generation
 from jpaged.server.settings import ServerSettings
@@ -32,7 +32,16 @@ from jpaged.validation import error as value_error
 MAX_TOOLS = 128
 MAX_MESSAGES = 4096
 # Variables that the server sets; a request's `chat_template_kwargs` may not.
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+_RESERVED = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "chat_template",
+    "template",
+    "tokenizer",
+    "special_tokens",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +185,17 @@ def render(llm: LLM, conversation: Conversation, template: str | None) -> list[i
     Raises:
       ValueError: there is no template, or it refuses the messages.
     """
-    (token_ids,) = text_chat.chat_prompts(
-        llm.tokenizer,
-        conversation.messages,
-        chat_template=template,
-        add_generation_prompt=conversation.add_generation_prompt,
-        tools=conversation.tools,
-        **conversation.variables,
-    )
+    try:
+        (token_ids,) = text_chat.chat_prompts(
+            llm.tokenizer,
+            conversation.messages,
+            chat_template=template,
+            add_generation_prompt=conversation.add_generation_prompt,
+            tools=conversation.tools,
+            **conversation.variables,
+        )
+    except RecursionError:
+        raise ValueError("messages: expected values that nest less") from None
     return token_ids
 
 
@@ -252,11 +264,7 @@ async def endpoint(request: Request) -> Response:
     template = request.app.state.chat_template
 
     def prepare() -> tuple[list[int], Params]:
-        try:
-            prompt = render(bridge.llm, call.conversation, template)
-        except RecursionError:
-            message = "messages: expected values that nest less"
-            raise ApiError(400, message, param="messages") from None
+        prompt = render(bridge.llm, call.conversation, template)
         return prompt, common.prepared(bridge, call.generation.params)
 
     prompt, params = await bridge.prepare(prepare)

@@ -114,12 +114,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     argv = [_with_underscores(word) for word in argv]
     own = parser()
     options, rest = own.parse_known_args(argv)
-    known = [name for name in inspect.signature(LLM).parameters]
+    parameters = inspect.signature(LLM).parameters
+    # An LLM that accepts any name says itself which ones it does not know.
+    accepts_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
     arguments: dict[str, Any] = {}
     while rest:
         word = rest.pop(0)
         name, has_value, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in known or name in _NOT_OPTIONS:
+        is_known = name in parameters or accepts_all
+        if not word.startswith("--") or not is_known or name in _NOT_OPTIONS:
             own.error(
                 f"unknown option {word!r}: expected an option of the server (--help), "
                 "or an argument of jpaged.LLM"

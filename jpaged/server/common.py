@@ -15,9 +15,10 @@ from starlette.requests import Request
 
 from jpaged.outputs import CompletionOutput, RequestOutput
 from jpaged.params import StructuredOutputsParams
-from jpaged.server.bridge import EngineBridge, LiveRequest
+from jpaged.server.bridge import EngineBridge
 from jpaged.server.errors import invalid
 from jpaged.server.fields import Fields
+from jpaged.server.live_requests import LiveRequest
 from jpaged.server.logprob_forms import TokenNames
 from jpaged.server.sampling import Generation, Params
 from jpaged.server.settings import ServerSettings

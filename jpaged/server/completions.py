@@ -17,10 +17,10 @@ from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams
 from jpaged.server import common
 from jpaged.server.body import read_object
-from jpaged.server.bridge import LiveRequest
 from jpaged.server.common import Reply
 from jpaged.server.errors import invalid, json_response
 from jpaged.server.fields import Fields, check_model
+from jpaged.server.live_requests import LiveRequest
 from jpaged.server.logprob_forms import CompletionLogprobs, TokenNames, prompt_logprobs
 from jpaged.server.sampling import Params, read_generation
 from jpaged.server.settings import ServerSettings

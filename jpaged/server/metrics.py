@@ -24,7 +24,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from jpaged.outputs import RequestOutput
-from jpaged.server.bridge import EngineBridge, LiveRequest
+from jpaged.server.bridge import EngineBridge
+from jpaged.server.live_requests import LiveRequest
 
 PREFIX = "jpaged:"
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0)

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jpaged.server.bridge import LiveRequest
 from jpaged.server.errors import ApiError, bug
+from jpaged.server.live_requests import LiveRequest
 
 LOGGER = logging.getLogger("jpaged.server")
 T = TypeVar("T")

@@ -393,6 +393,24 @@ class LLM(VllmMethods):
             )
         self._batcher.abort([state])
 
+    def run_slice(self, seconds: float | None = None) -> bool:
+        """Run a few steps for all open requests.
+
+        For a server with a thread of its own for the engine. Other threads may
+        `submit` meanwhile, one at a time, and read `Request.deltas`. Callers that
+        iterate over requests or wait for them need not call this.
+
+        Args:
+          seconds: length of the slice if a request is streamed or live, one step at
+            least; None is 0.05.
+
+        Returns:
+          Whether requests are still open.
+        """
+        self._open_host()
+        self._batcher.run_slice(seconds)
+        return self._batcher.num_open > 0
+
     def pin(self, prefix: Prompt) -> Prefix:
         """Compute a prefix once and keep it until it is released.
 
@@ -581,6 +599,7 @@ class LLM(VllmMethods):
         - mean_queue_s and the other means: see `serving.metrics.latencies`; over the
           num_finished_requests that ended by themselves.
         - num_lost_events: events that were overwritten before the host read them.
+        - num_running: sequences with a batch row now.
 
         With several replicas, blocks, bytes, steps and tokens are sums, and shares are
         shares of the sums; `replica_stats` has them per replica.

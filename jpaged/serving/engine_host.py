@@ -25,6 +25,7 @@ from jpaged.engine import limits, request_table, submission
 from jpaged.engine.features import Features
 from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
+from jpaged.scheduler import RUNNING
 from jpaged.serving import readout
 from jpaged.serving.metrics import Event, StepRecord
 from jpaged.serving.readout import SequenceProgress, SequenceTokens, TokenSpan
@@ -277,6 +278,10 @@ class EngineHost:
     def num_empty(self) -> int:
         """Number of free entries of the request tables of all replicas."""
         return int(self.empty_entries.sum())
+
+    def num_running(self) -> int:
+        """Return the number of sequences with a batch row."""
+        return int((self.read_progress().status == RUNNING).sum())
 
     def loads(self) -> np.ndarray:
         """Return the tokens of live sequences of each replica, as last read; i64[D]."""

@@ -35,6 +35,7 @@ class Delta:
       finish_reason: "stop", "length", "abort" or "dead_end" in the output's last
         delta, None before.
       stop_reason: the stop token or stop string that ended the output; None for EOS.
+      logprobs: log-probabilities at each of token_ids, if they were asked for.
     """
 
     request: int
@@ -43,6 +44,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: Logprobs | None = None
 
 
 class OutputState:
@@ -125,10 +127,15 @@ class OutputState:
         """Return what is new since the last call."""
         text, self.new_text = self.new_text, ""
         token_ids = self.token_ids[self.num_shown :]
+        logprobs = None
+        if self.logprobs is not None:
+            logprobs = self.logprobs[self.num_shown :]
         self.num_shown = len(self.token_ids)
         reasons = self.finish_reason, self.stop_reason
         self.is_end_shown = self.finish_reason is not None
-        return Delta(self.request.index, self.index, text, token_ids, *reasons)
+        return Delta(
+            self.request.index, self.index, text, token_ids, *reasons, logprobs
+        )
 
     def completion(self) -> CompletionOutput:
         """Return the output as users get it."""

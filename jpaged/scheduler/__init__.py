@@ -26,12 +26,12 @@ request, all sequences of the first request) is never preempted and gets at leas
 token in each step, whatever the policies say. A sequence that waits for its source
 waits for an earlier row; if that row is preempted, it computes its tokens itself. If
 nothing runs, the policy's first request is admitted, because `submit` refuses a request
-that does not fit into the whole pool alone. So the first request in the fixed order that is ever admitted ends, then the
-next, and every run ends. Swapped requests are swapped in by the fixed order, one
-request per step, and never in a step that preempts. If nothing else runs, the first of
-them fits: its sequences share the blocks that they shared before, and `submit` counted
-the blocks shared with other requests as its own. A sequence whose source is swapped out
-computes its tokens itself.
+that does not fit into the whole pool alone. So the first request in the fixed order
+that is ever admitted ends, then the next, and every run ends. Swapped requests are
+swapped in by the fixed order, one request per step, and never in a step that preempts.
+If nothing else runs, the first of them fits: its sequences share the blocks that they
+shared before, and `submit` counted the blocks shared with other requests as its own. A
+sequence whose source is swapped out computes its tokens itself.
 
 Modules: `queue` is the state of each sequence, `admission` and `preemption` decide
 which requests enter and which lose their blocks, `token_budget` splits the tokens of a

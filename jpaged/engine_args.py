@@ -80,7 +80,9 @@ class EngineArgs:
             )
         for name in PARALLEL_NAMES:
             text = "devices that share the model, or replicas of it"
-            parser.add_argument(_flag(name), dest=name, type=int, default=1, help=text)
+            parser.add_argument(
+                _flag(name), dest=name, type=int, default=1, metavar="N", help=text
+            )
         return parser
 
     @classmethod

@@ -103,9 +103,15 @@ def chat(args: argparse.Namespace) -> int:
     llm = flags.open_llm(args, max_num_seqs=1)
     conversation = Conversation(llm, _params(llm, args), args.system, template)
     # An invalid template is reported before the first question.
-    llm.get_tokenizer().apply_chat_template(
-        [{"role": "user", "content": "hello"}], chat_template=template, tokenize=False
-    )
+    try:
+        llm.get_tokenizer().apply_chat_template(
+            [{"role": "user", "content": "hello"}], chat_template=template
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. On the command line: choose a --model that chats, such as "
+            "smollm2-135m-instruct, pass --chat-template FILE, or give a prompt"
+        ) from error
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr, end="")
     while True:

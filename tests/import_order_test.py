@@ -25,6 +25,12 @@ LAYERS = {
     "compilation_cache": ["compat"],
     # headers of GGUF files; host only
     "gguf_file":         [],
+    # messages and progress bars on stderr; host only
+    "log":               [],
+    "progress":          [],
+    # names of arguments, and those of other libraries; host only
+    "names":             [],
+    "foreign_params":    ["names"],
     # checks of argument values; host only
     "validation":        [],
     "param_checks":      ["validation"],
@@ -33,9 +39,10 @@ LAYERS = {
     # logits in, tokens and parents out: never sees a block
     "decoding":          ["compat"],
     "config":            ["compat", "policies", "decoding"],
-    "params":            ["compat", "config", "validation", "param_checks",
-                          "decoding"],
+    "params":            ["compat", "config", "validation", "param_checks", "names",
+                          "foreign_params", "decoding"],
     "outputs":           [],
+    "prompts":           [],
     # meshes and processes
     "parallel":          ["compat", "config"],
     # tokenizers and chat templates; host only
@@ -50,14 +57,14 @@ LAYERS = {
     "pages":             ["kv"],
     # backends: kernels, and a record of each in its `backend.py`
     "xla":               ["compat", "kv", "pages"],
-    "cpu":               ["compilation_cache", "pages", "xla"],
+    "cpu":               ["compilation_cache", "log", "pages", "xla"],
     "pallas":            ["compat", "pages", "xla"],
     "triton":            ["compat", "pages"],
     # the public attention functions over all kernels
     "attention":         ["compat", "config", "kv", "pages", "xla", "cpu",
                           "pallas", "triton"],
-    "models":            ["compat", "gguf_file", "config", "parallel", "kv", "pages",
-                          "attention"],
+    "models":            ["compat", "gguf_file", "progress", "config", "parallel", "kv",
+                          "pages", "attention"],
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
     # the engine's state, its step and its loop: pure functions
@@ -65,13 +72,24 @@ LAYERS = {
                           "parallel", "kv", "scheduler", "attention", "models",
                           "decoding"],
     # the host side: requests of all callers, clock, statistics
-    "serving":           ["compat", "validation", "param_checks", "policies", "config",
-                          "params", "outputs", "parallel", "text", "kv", "scheduler",
+    "serving":           ["compat", "log", "progress", "names", "validation",
+                          "param_checks", "policies", "config", "params", "prompts",
+                          "outputs", "parallel", "text", "kv", "scheduler",
                           "pages", "cpu", "attention", "models", "decoding",
                           "structured", "engine"],
-    "llm":               ["validation", "config", "policies", "params", "outputs",
-                          "compilation_cache", "text", "parallel", "models", "engine",
-                          "serving"],
+    "llm":               ["progress", "names", "validation", "config", "policies",
+                          "params", "prompts", "outputs", "compilation_cache", "text",
+                          "parallel", "models", "engine", "serving"],
+    # vLLM's names of modules, and its arguments as flags of a command line
+    "sampling_params":   ["params"],
+    "inputs":            ["prompts"],
+    "engine_args":       ["llm", "serving"],
+    # figures, with the extra `plot`
+    "plot":              ["kv", "outputs", "serving"],
+    # `python -m jpaged`
+    "cli":               ["log", "progress", "names", "engine", "params", "outputs",
+                          "serving", "llm", "engine_args"],
+    "__main__":          ["cli"],
     # HTTP in front of an LLM; needs the extra `server`
     "server":            ["validation", "params", "outputs", "parallel", "text",
                           "structured", "serving", "llm"],

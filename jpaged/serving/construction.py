@@ -13,9 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jpaged.attention import backends
 from jpaged.config import EngineConfig, Speculation
-from jpaged.cpu import library
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
@@ -87,8 +85,6 @@ def build_parts(options: LLMOptions) -> LLMParts:
         mesh=options.mesh,
     )
     config = _engine_config(options, num_blocks, max_model_len, speculation)
-    if backends.serving_name(config.attention) == "cpu":
-        library.announce()
     host = EngineHost(
         model,
         config,

@@ -58,7 +58,8 @@ class OutputState:
         self.num_read = len(request.prompt_token_ids)
         self.token_ids: list[int] = []
         self.cumulative_logprob = 0.0
-        has_logprobs = request.num_logprobs is not None
+        self._is_beam = isinstance(request.params, BeamSearchParams)
+        has_logprobs = self._is_beam or request.num_logprobs is not None
         self.logprobs: Logprobs | None = [] if has_logprobs else None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -86,7 +87,7 @@ class OutputState:
             self.token_ids.append(token)
             self.cumulative_logprob += float(tokens.logprobs[i])
             if self.logprobs is not None:
-                count = self.request.num_logprobs or 0
+                count = None if self._is_beam else self.request.num_logprobs
                 self.logprobs.append(
                     logprobs_at(tokens, i, count, self.request.tokenizer)
                 )
@@ -315,7 +316,7 @@ class RequestState:
 
 
 def logprobs_at(
-    tokens: SequenceTokens, i: int, count: int, tokenizer: Tokenizer | None
+    tokens: SequenceTokens, i: int, count: int | None, tokenizer: Tokenizer | None
 ) -> dict[int, Logprob]:
     """Return the log-probabilities to report for one position.
 
@@ -323,18 +324,23 @@ def logprobs_at(
       tokens: tokens of a sequence, with what the engine keeps of each position.
       i: index into `tokens`.
       count: number of most probable tokens to report; -1 reports all that are kept.
+        None reports the token alone, without its rank, which may not be kept.
       tokenizer: decodes the tokens; None leaves their text out.
 
     Returns:
       The sampled token's entry, followed by those of the most probable tokens.
     """
+    decode = tokenizer and tokenizer.decoded_token
+    if count is None:
+        token = tokens.ids[i]
+        text = decode and decode(token)
+        return {token: Logprob(float(tokens.logprobs[i]), None, text)}
     found = [(tokens.ids[i], tokens.logprobs[i], tokens.ranks[i])]
     most_likely = zip(tokens.top_ids[i], tokens.top_logprobs[i], strict=True)
     chosen = itertools.islice(most_likely, count if count >= 0 else None)
     for rank, (token, logprob) in enumerate(chosen, start=1):
         if int(token) != tokens.ids[i]:
             found.append((int(token), logprob, rank))
-    decode = tokenizer and tokenizer.decoded_token
     return {
         token: Logprob(float(logprob), int(rank), decode and decode(token))
         for token, logprob, rank in found

@@ -91,7 +91,7 @@ async def tokenizer_info(request: Request) -> Response:
         {
             "tokenizer_class": "Tokenizer",
             "vocab_size": tokenizer.vocab_size,
-            "model_max_length": common.bridge_of(request).llm.config.max_model_len,
+            "model_max_length": bridge.llm.config.max_model_len,
             **{name: special.get(name) for name in _SPECIAL},
             "chat_template": template,
         }

@@ -80,9 +80,8 @@ async def detokenize(request: Request) -> Response:
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template of the model."""
     tokenizer = _tokenizer(request)
-    templates = await common.bridge_of(request).prepare(
-        text_chat.templates_of, tokenizer
-    )
+    bridge = common.bridge_of(request)
+    templates = await bridge.prepare(text_chat.templates_of, tokenizer)
     template = request.app.state.chat_template
     if template is None:
         template = templates.templates.get("default")

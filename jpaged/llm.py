@@ -32,7 +32,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.models.scoring import Perplexity, Score
 from jpaged.names import checked_names, either, errors_of
 from jpaged.outputs import RequestOutput
-from jpaged.policies import Policy
+from jpaged.policies import BudgetPolicy, EvictionPolicy, Policy
 from jpaged.progress import Progress
 from jpaged.prompts import Prompt
 from jpaged.serving import construction, memory, stats
@@ -96,9 +96,14 @@ class LLM(VllmMethods):
       policy: order in which waiting requests are admitted, also of those that wait on
         the host for space in the request table. "fcfs": by arrival.
         "priority": smallest `SamplingParams.priority` first. "shortest_prompt".
-        "longest_prefix": most cached prompt tokens first. Or a function, see
+        "longest_prefix": most cached prompt tokens first. "shortest_job",
+        "earliest_deadline", "feedback", "fair_share". Or a function, see
         `jpaged.policies`.
       policy_parameters: numbers that the policy reads.
+      preemption_policy, eviction_policy, budget_policy: which running request gives
+        back its blocks, which block of the prefix cache is evicted, and how many tokens
+        each sequence computes in a step: names or functions, see `jpaged.policies`.
+        `preemption_parameters` and so on are numbers that they read.
       attention: implementation of paged attention; None is the best one for the
         device.
       mesh: devices that share the model and the pages, as `jpaged.make_mesh` returns
@@ -186,6 +191,12 @@ class LLM(VllmMethods):
         check_invariants: bool = False,
         quantization: str | None = None,
         cascade: bool = False,
+        preemption_policy: str | Policy = "latest",
+        preemption_parameters: Sequence[float] = (),
+        eviction_policy: str | EvictionPolicy = "lru",
+        eviction_parameters: Sequence[float] = (),
+        budget_policy: str | BudgetPolicy = "decode_first",
+        budget_parameters: Sequence[float] = (),
     ):
         arguments = dict(locals())
         del arguments["self"]
@@ -469,7 +480,7 @@ class LLM(VllmMethods):
             )
         with errors_of("chat"):
             params = either("chat", params=params, sampling_params=sampling_params)
-            prompts = chat.chat_prompts(
+            texts = chat.chat_texts(
                 self.tokenizer,
                 messages,
                 chat_template=chat_template,
@@ -478,6 +489,7 @@ class LLM(VllmMethods):
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
+            prompts = chat.encoded(self.tokenizer, texts)
             self._with_current_weights()
             found = self._intake.call(prompts, params, on_error, "messages")
         return collect_outputs(

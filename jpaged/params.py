@@ -189,6 +189,9 @@ class SamplingParams:
             None and -1 derive a seed from the engine's.
         priority: under policy "priority", smaller values are admitted first; from
             -(2**31 - 1) to 2**31 - 1.
+        deadline_ms: milliseconds from submission until the request should end, for
+            policies such as "earliest_deadline"; a missed one ends nothing.
+        user: name or number of the user, for policies such as "fair_share".
         structured_outputs: constraint on the text: a regex, a list of texts, or a JSON
             schema, as StructuredOutputsParams or as a dict ({"regex": "[a-z]+"}). None
             leaves the text unconstrained.
@@ -233,6 +236,8 @@ class SamplingParams:
     detokenize: bool = True
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    deadline_ms: int | None = None
+    user: str | int | None = None
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
@@ -289,6 +294,8 @@ class SamplingParams:
         penalty = number("repetition_penalty", self.repetition_penalty, above=0)
         self._set("repetition_penalty", penalty)
         self._set("priority", param_checks.priority(self.priority))
+        self._set("deadline_ms", param_checks.deadline_ms(self.deadline_ms))
+        self._set("user", param_checks.user(self.user))
         self._set("seed", param_checks.seed(self.seed))
 
     def _check_ends(self) -> None:
@@ -356,6 +363,7 @@ class BeamSearchParams:
         stop_token_ids: tokens that end a beam as EOS does.
         num_return: number of beams to return, best first; None returns all.
         priority: under policy "priority", smaller values are admitted first.
+        deadline_ms, user: as in `SamplingParams`.
         structured_outputs: constraint on the text, as in `SamplingParams`.
 
     Raises:
@@ -371,6 +379,8 @@ class BeamSearchParams:
     num_return: int | None = None
     priority: int = 0
     structured_outputs: Any = None
+    deadline_ms: int | None = None
+    user: str | int | None = None
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
@@ -400,6 +410,8 @@ class BeamSearchParams:
             "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),
             "num_return": num_return,
             "priority": param_checks.priority(self.priority),
+            "deadline_ms": param_checks.deadline_ms(self.deadline_ms),
+            "user": param_checks.user(self.user),
             "structured_outputs": _structured_outputs(
                 self.structured_outputs, ignore_eos
             ),
@@ -427,6 +439,7 @@ class AlgorithmParams:
         stop_token_ids: tokens that end a sequence as EOS does.
         seed: 0 to 2**64 - 1; None and -1 derive a seed from the engine's.
         priority: under policy "priority", smaller values are admitted first.
+        deadline_ms, user: as in `SamplingParams`.
         structured_outputs: constraint on the text, as in `SamplingParams`.
 
     Raises:
@@ -441,6 +454,8 @@ class AlgorithmParams:
     seed: int | None = None
     priority: int = 0
     structured_outputs: Any = None
+    deadline_ms: int | None = None
+    user: str | int | None = None
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples and ints."""
@@ -456,6 +471,8 @@ class AlgorithmParams:
             "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),
             "seed": param_checks.seed(self.seed),
             "priority": param_checks.priority(self.priority),
+            "deadline_ms": param_checks.deadline_ms(self.deadline_ms),
+            "user": param_checks.user(self.user),
             "structured_outputs": _structured_outputs(
                 self.structured_outputs, ignore_eos
             ),

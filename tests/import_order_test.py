@@ -48,7 +48,7 @@ LAYERS = {
     # tokenizers and chat templates; host only
     "text":              ["compat", "gguf_file", "validation", "config", "params"],
     # which tokens live where: block tables and lengths, no activations
-    "kv":                ["compat", "config"],
+    "kv":                ["compat", "policies", "config"],
     # the public name of kv.block_manager
     "block_manager":     ["kv"],
     # which requests run in a step, with how many tokens
@@ -84,6 +84,7 @@ LAYERS = {
     "sampling_params":   ["params"],
     "inputs":            ["prompts"],
     "engine_args":       ["llm", "serving"],
+    "utils":             ["engine_args"],
     # figures, with the extra `plot`
     "plot":              ["kv", "outputs", "serving"],
     # `python -m jpaged`
@@ -97,8 +98,8 @@ LAYERS = {
     "evals":             ["validation", "params", "outputs", "text", "models",
                           "engine", "llm"],
     # the engine's step on a virtual clock: no model, no pages
-    "simulator":         ["compat", "policies", "config", "params", "kv", "scheduler",
-                          "attention", "models", "decoding", "engine"],
+    "simulator":         ["compat", "policies", "config", "params", "parallel", "kv",
+                          "scheduler", "attention", "models", "decoding", "engine"],
 }
 # fmt: on
 

@@ -166,3 +166,15 @@ def test_metrics_have_vllm_s_names_beside_ours():
         found.arrival  # noqa: B018
     assert pickle.loads(pickle.dumps(output)) == output
     assert dataclasses.replace(output, error="x").metrics.queued_ts == 5.0
+
+
+def test_sizes_of_parallelism_become_a_mesh(monkeypatch):
+    monkeypatch.setattr(vllm_names, "make_mesh", lambda **sizes: sizes)
+    given = dict(tensor_parallel_size=2, data_parallel_size=3, block_size=None, seed=1)
+    mesh = dict(tensor=2, data=3)
+    assert vllm_names.llm_arguments(given) == dict(seed=1, mesh=mesh)
+    assert vllm_names.llm_arguments(dict(tensor_parallel_size=1)) == {}
+    with pytest.raises(ValueError, match="expected one of both, got a mesh too"):
+        vllm_names.llm_arguments(given | dict(mesh=mesh))
+    with pytest.raises(ValueError, match="tensor_parallel_size: expected an integer"):
+        vllm_names.llm_arguments(dict(tensor_parallel_size=0))

@@ -46,6 +46,9 @@ def test_defaults_are_those_of_vllm():
         "detokenize": True,
         "truncate_prompt_tokens": None,
         "output_kind": RequestOutputKind.CUMULATIVE,
+        # Not vLLM's.
+        "deadline_ms": None,
+        "user": None,
     }
 
 

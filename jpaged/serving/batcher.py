@@ -75,9 +75,7 @@ class Batcher:
         self._added: collections.deque[RequestState] = collections.deque()
         self._aborted: collections.deque[RequestState] = collections.deque()
         config = host.config
-        self._waiting = WaitingQueue(
-            config.policy, config.policy_parameters, host.cached_lens
-        )
+        self._waiting = WaitingQueue(config, host)
         self._submitted: dict[int, RequestState] = {}  # in the request table
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._slice_task: asyncio.Task[None] | None = None

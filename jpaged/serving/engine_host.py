@@ -122,6 +122,17 @@ class EngineHost:
         """Return the host's clock in seconds."""
         return self.runner.clock()
 
+    def user_tokens(self) -> dict[int, int]:
+        """Return the tokens of users in the request table, see `policies.Requests`."""
+        attributes = self.runner.state.requests.queue.attributes
+        if attributes is None:
+            return {}
+        users, tokens = np.asarray(attributes.users), np.asarray(attributes.user_tokens)
+        found: dict[int, int] = {}
+        for user, count in zip(users.flat, tokens.flat, strict=True):
+            found[int(user)] = max(found.get(int(user), 0), int(count))
+        return found
+
     def next_step(self, seq_index: int | None = None) -> int:
         """Return the number of the next step in the replica that has `seq_index`.
 
@@ -343,6 +354,7 @@ class EngineHost:
                 [request.params for request in group],
                 seed=self._seed,
                 arrivals=[request.arrival for request in group],
+                submitted_ms=[int(request.submitted_s * 1000) for request in group],
                 vocab_size=vocab_size,
                 eos_token_ids=self.model.config.eos_token_ids,
                 replica=replica,

@@ -213,6 +213,11 @@ class RequestState:
     error: Exception | None = None
 
     @property
+    def submitted_s(self) -> float:
+        """When it was submitted, on the host's clock."""
+        return self.sequence_events[0].time_s if self.sequence_events else 0.0
+
+    @property
     def stop(self) -> Sequence[str]:
         """Strings that end an output."""
         return self.params.stop if isinstance(self.params, SamplingParams) else ()

@@ -56,8 +56,19 @@ def chat_prompts(
         continue_final_message=continue_final_message,
         **variables,
     )
-    assert tokenizer is not None
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [prompt["prompt_token_ids"] for prompt in encoded(tokenizer, texts)]
+
+
+def encoded(tokenizer: Tokenizer | None, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return texts of `chat_texts` as prompts: dicts of the text and its token ids."""
+    assert tokenizer is not None  # `chat_texts` refuses None
+    return [
+        {
+            "prompt": text,
+            "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False),
+        }
+        for text in texts
+    ]
 
 
 def is_conversation(messages: Any) -> bool:

@@ -77,6 +77,7 @@ def test_chat_continues_messages_and_passes_variables_to_the_template(llm):
     outputs = llm.chat([TALK, TALK * 2], sampling_params=GREEDY, **options)
     texts = [tokenizer.decode(output.prompt_token_ids) for output in outputs]
     assert texts == ["uhey</s>a", "uhey</s>uhey</s>a"]
+    assert [output.prompt for output in outputs] == texts
     answered = [*TALK, {"role": "assistant", "content": "so far "}]
     (output,) = llm.chat(
         answered,

@@ -3,7 +3,7 @@
 import json
 
 from jpaged import LLM, EngineArgs, TextPrompt, TokensPrompt
-from jpaged.engine_args import FlexibleArgumentParser
+from jpaged.utils.argparse_utils import FlexibleArgumentParser
 
 
 def main(args: dict) -> None:

@@ -38,6 +38,7 @@ from jpaged.evals import special
 from jpaged.llm import LLM
 from jpaged.models import scoring
 from jpaged.params import SamplingParams
+from jpaged.text import chat
 from jpaged.validation import error, integer
 
 MakeParams = Callable[[SamplingParams], Params]
@@ -155,7 +156,7 @@ class JPagedLM(TemplateLM):
         if chat_template is False or chat_template is None:
             return None
         name = chat_template if isinstance(chat_template, str) else None
-        return special.templates_of(self.llm).choose(name, None)
+        return chat.templates_of(self._tokenizer).choose(name, None)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -21,14 +21,6 @@ class SpecialTokens(NamedTuple):
     eos: str | None
 
 
-def templates_of(llm: LLM) -> chat.ChatTemplates:
-    """Return the chat templates and the special tokens of a model's folder."""
-    folder = None if llm.tokenizer is None else llm.tokenizer.folder
-    if folder is None:
-        return chat.ChatTemplates({}, {})
-    return chat.ChatTemplates.from_folder(folder)
-
-
 def special_tokens(llm: LLM) -> SpecialTokens:
     """Return the BOS and the EOS token of a model.
 
@@ -38,7 +30,7 @@ def special_tokens(llm: LLM) -> SpecialTokens:
     if tokenizer is None:
         eos = next(iter(llm.model.config.eos_token_ids), None)
         return SpecialTokens(None, eos, None, None)
-    names = templates_of(llm).special_tokens
+    names = chat.templates_of(tokenizer).special_tokens
 
     def id_of(name: str) -> int | None:
         text = names.get(name)
@@ -73,21 +65,13 @@ def render(
     Raises:
       ValueError: there is no template, or it refuses the messages.
     """
-    templates = templates_of(llm)
-    text = chat.render(
-        messages,
-        templates.choose(template, None),
-        special_tokens=templates.special_tokens,
+    (text,) = chat.chat_texts(
+        llm.tokenizer,
+        list(messages),
+        chat_template=template,
         add_generation_prompt=add_generation_prompt,
+        tools=None,
+        continue_final_message=not add_generation_prompt,
         **(variables or {}),
     )
-    if add_generation_prompt:
-        return text
-    last = str(messages[-1].get("content") or "").strip()
-    start = text.rfind(last)
-    if start < 0:
-        raise ValueError(
-            "chat_template: expected one that writes the last message as it is, so "
-            "that the model can continue it; this one changes it"
-        )
-    return text[: start + len(last)]
+    return text

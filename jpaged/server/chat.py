@@ -37,6 +37,7 @@ _RESERVED = (
     "tools",
     "documents",
     "add_generation_prompt",
+    "continue_final_message",
     "chat_template",
     "template",
     "tokenizer",
@@ -52,12 +53,14 @@ class Conversation:
       messages: the messages.
       tools: JSON schemas of functions, or None.
       add_generation_prompt: whether the prompt ends with the header of the answer.
+      continue_final_message: whether it ends within the last message.
       variables: further variables of the template.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     add_generation_prompt: bool
+    continue_final_message: bool
     variables: dict[str, Any]
 
 
@@ -105,10 +108,19 @@ def read_conversation(fields: Fields) -> Conversation:
                 f"chat_template_kwargs: expected names of variables other than "
                 f"{', '.join(_RESERVED)}, got {name[:100]!a}",
             )
+    continues = fields.flag("continue_final_message")
+    adds = fields.flag("add_generation_prompt", not continues)
+    if continues and adds:
+        raise invalid(
+            "continue_final_message",
+            "continue_final_message: expected false with add_generation_prompt, got "
+            "true: a prompt ends within a message, or with the header of the next",
+        )
     return Conversation(
         messages=[_message(index, each) for index, each in enumerate(messages)],
         tools=_tools(fields),
-        add_generation_prompt=fields.flag("add_generation_prompt", True),
+        add_generation_prompt=adds,
+        continue_final_message=continues,
         variables=variables,
     )
 
@@ -192,6 +204,7 @@ def render(llm: LLM, conversation: Conversation, template: str | None) -> list[i
             chat_template=template,
             add_generation_prompt=conversation.add_generation_prompt,
             tools=conversation.tools,
+            continue_final_message=conversation.continue_final_message,
             **conversation.variables,
         )
     except RecursionError:

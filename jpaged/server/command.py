@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import inspect
 import json
 import logging
 import os
@@ -114,15 +113,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     argv = [_with_underscores(word) for word in argv]
     own = parser()
     options, rest = own.parse_known_args(argv)
-    parameters = inspect.signature(LLM).parameters
-    # An LLM that accepts any name says itself which ones it does not know.
-    accepts_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
     arguments: dict[str, Any] = {}
     while rest:
         word = rest.pop(0)
         name, has_value, value = word.removeprefix("--").partition("=")
-        is_known = name in parameters or accepts_all
-        if not word.startswith("--") or not is_known or name in _NOT_OPTIONS:
+        # LLM says itself which names it does not know, before it loads anything.
+        if not word.startswith("--") or name in _NOT_OPTIONS or not name:
             own.error(
                 f"unknown option {word!r}: expected an option of the server (--help), "
                 "or an argument of jpaged.LLM"
@@ -232,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         llm = LLM(options.model, **arguments)
         if options.warm_up:
             llm.warm_up([each for name in options.warm_up for each in WARM_UPS[name]])
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"jpaged.server: {error}")
     app = create_app(llm, settings, chat_template=template)
     config = uvicorn.Config(

@@ -15,7 +15,7 @@ from jpaged.server import chat, common
 from jpaged.server.body import read_object
 from jpaged.server.errors import ApiError, invalid, json_response
 from jpaged.server.fields import Fields, check_model, checked
-from jpaged.text.chat import ChatTemplates
+from jpaged.text import chat as text_chat
 from jpaged.text.tokenizer import Tokenizer
 
 _MOST_TOKENS = 1_000_000  # that are converted to text at once
@@ -80,7 +80,8 @@ async def detokenize(request: Request) -> Response:
 async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template of the model."""
     tokenizer = _tokenizer(request)
-    templates = await common.bridge_of(request).prepare(_templates, tokenizer)
+    bridge = common.bridge_of(request)
+    templates = await bridge.prepare(text_chat.templates_of, tokenizer)
     template = request.app.state.chat_template
     if template is None:
         template = templates.templates.get("default")
@@ -89,7 +90,7 @@ async def tokenizer_info(request: Request) -> Response:
         {
             "tokenizer_class": "Tokenizer",
             "vocab_size": tokenizer.vocab_size,
-            "model_max_length": common.bridge_of(request).llm.config.max_model_len,
+            "model_max_length": bridge.llm.config.max_model_len,
             **{name: special.get(name) for name in _SPECIAL},
             "chat_template": template,
         }
@@ -97,9 +98,3 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def _templates(tokenizer: Tokenizer) -> ChatTemplates:
-    if tokenizer.folder is None:
-        return ChatTemplates({}, {})
-    return ChatTemplates.from_folder(tokenizer.folder)

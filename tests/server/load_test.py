@@ -254,7 +254,8 @@ def test_sigterm_lets_open_requests_end(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "tiny-python", "--max_num_sqs", "4"], "unknown option"),
+        (["--model", "tiny-python", "--max_num_sqs", "4"], "max_num_sqs"),
+        (["--model", "tiny-python", "4"], "unknown option"),
         (["--model", "tiny-python", "--max_num_seqs"], "expected a value"),
         (["--model", "tiny-python", "--max_num_seqs", "x"], "max_num_seqs: expected"),
         (["--model", "/nothing"], "/nothing"),

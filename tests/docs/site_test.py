@@ -244,7 +244,8 @@ def test_notebooks_run_without_errors_and_show_their_plots(site, name):
 def test_quickstart_answers_and_shares(site):
     found = site.notebook("quickstart")
     assert "The capital of France is Paris" in found.text
-    assert "Rome" in found.text
+    assert "The opposite of hot is cold" in found.text
+    assert re.search(r"And plus 3\?\n.*\b7\b", found.text)
     rows = found.numbers(r"\((\d+) of (\d+) prompt tokens were cached\)")
     (first, _), (second, prompt) = rows
     assert first < second < prompt  # the second question maps the first one's blocks
@@ -253,6 +254,7 @@ def test_quickstart_answers_and_shares(site):
     assert set(city) == {"city", "population", "is_capital"}
     assert isinstance(city["population"], int)
     assert found.numbers(r"(\d+) blocks saved at once")[0][0] >= 3
+    assert found.numbers(r"blocks_saved_by_sharing +([\d.]+)")[0][0] > 0.1
     shares = [share for (share,) in found.numbers(r"(\d+)% of the prompt was cached")]
     assert len(shares) == 3
     assert min(shares) > 50

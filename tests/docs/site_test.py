@@ -91,11 +91,12 @@ class Notebook:
     def __init__(self, content: dict):
         outputs = [o for cell in content["cells"] for o in cell.get("outputs", [])]
         self.errors = [o for o in outputs if o["output_type"] == "error"]
-        self.text = "".join(
-            "".join(output["text"])
-            for output in outputs
-            if output.get("name") == "stdout"
-        )
+        # myst-nb puts the text of all streams of a cell into the first one.
+        streams = [
+            [o for o in cell.get("outputs", []) if o.get("name") == "stdout"][:1]
+            for cell in content["cells"]
+        ]
+        self.text = "".join("".join(o["text"]) for (o,) in filter(None, streams))
         self.images = [
             base64.b64decode("".join(output["data"]["image/png"]))
             for output in outputs

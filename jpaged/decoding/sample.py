@@ -232,6 +232,40 @@ def _chosen(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
 
 
+def processed_logits(
+    logits: jax.Array, rows: SamplingRows, kind: str = "filtered"
+) -> jax.Array:
+    """Logits f32[S, V] of the distributions that `sample` samples from.
+
+    Logits are divided by the temperature, and those of tokens that the filters drop are
+    -inf. Greedy rows have no temperature and no filters.
+
+    Args:
+      logits: f32[S, V], after rules.
+      rows: Parameters of each row.
+      kind: as in `sample`.
+    """
+    logits = logits.astype(jnp.float32)
+    if kind == "greedy":
+        return logits
+    is_greedy = rows.temperature < GREEDY_BELOW
+    temperature = jnp.where(is_greedy, 1.0, rows.temperature)
+    scaled = logits * (1.0 / temperature)[:, None]
+    if kind == "random":
+        return scaled
+
+    def filtered() -> jax.Array:
+        threshold = filter_threshold(
+            logits, temperature, rows.top_k, rows.top_p, rows.min_p
+        )
+        is_kept = is_greedy[:, None] | (logits >= threshold[:, None])
+        return jnp.where(is_kept, scaled, -jnp.inf)
+
+    is_filtered = (rows.top_k > 0) | (rows.top_p < 1.0) | (rows.min_p > 0.0)
+    is_any = jnp.any(is_filtered & ~is_greedy)
+    return lax.cond(is_any, filtered, lambda: scaled)
+
+
 def top_logprobs(logits: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
     """The largest raw log-probabilities of each row.
 

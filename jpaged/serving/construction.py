@@ -136,6 +136,7 @@ def _engine_config(
         enable_prefix_caching=options.enable_prefix_caching,
         attention=options.attention,
         cascade=options.cascade,
+        logprobs_mode=options.logprobs_mode,
         speculation=speculation,
         num_recorded_events=NUM_RECORDED_EVENTS,
         num_recorded_steps=NUM_RECORDED_STEPS,
@@ -150,7 +151,10 @@ def _with_table_size(
     if max_num_requests is not None:
         return config
     size = memory.max_table_size(
-        config.num_rows, config.max_model_len, config.num_logprobs
+        config.num_rows,
+        config.max_model_len,
+        config.num_logprobs,
+        config.num_mask_words,
     )
     return dataclasses.replace(config, max_num_requests=size)
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jpaged import parallel
 from jpaged.attention import backends
-from jpaged.config import PREEMPTIONS
+from jpaged.config import LOGPROBS_MODES, PREEMPTIONS
 from jpaged.cpu import library
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
@@ -67,6 +67,7 @@ class LLMOptions:
     check_invariants: bool
     quantization: str | None
     cascade: bool
+    logprobs_mode: str
 
     def __post_init__(self) -> None:
         """Check the arguments that neither the model nor `EngineConfig` checks."""
@@ -85,6 +86,9 @@ class LLMOptions:
         one_of("kv_dtype", self.kv_dtype, ("auto", *DTYPES, *PAGE_DTYPES))
         self._set("watermark", number("watermark", self.watermark, low=0, high=1))
         self._set("policy_parameters", _policy_parameters(self.policy_parameters))
+        # vLLM's names end in "_logprobs".
+        mode = str(self.logprobs_mode).removesuffix("_logprobs")
+        self._set("logprobs_mode", one_of("logprobs_mode", mode, LOGPROBS_MODES))
         self._check_preemption()
         _check_attention(self.attention)
         if self.mesh is not None:

@@ -117,6 +117,8 @@ class EngineConfig:
         "filtered", also with top_k, top_p and min_p. Less compiles faster.
       logprobs_mode: which distribution log-probabilities are of: "raw", the model's; or
         "processed", the one that tokens are sampled from.
+      batch_invariant: the bits of a token's logits depend on its sequence alone
+        (`models.products`, `attention.invariant`).
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
@@ -152,6 +154,7 @@ class EngineConfig:
     speculation: Speculation | None = None
     sampling: str = "filtered"
     logprobs_mode: str = "raw"
+    batch_invariant: bool = False
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
@@ -171,6 +174,11 @@ class EngineConfig:
         if self.sampling not in SAMPLING:
             raise ValueError(
                 f"sampling: expected one of {SAMPLING}, got {self.sampling!r}"
+            )
+        if self.batch_invariant and self.cascade:
+            raise ValueError(
+                "cascade: expected False with batch_invariant=True, because which rows "
+                "share a prefix would decide in which order they sum, got True"
             )
         if self.logprobs_mode not in LOGPROBS_MODES:
             raise ValueError(

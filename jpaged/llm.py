@@ -129,6 +129,10 @@ class LLM:
         the token was sampled from, after all of these; tokens that could not be sampled
         have -inf. Greedy outputs have temperature 1 and no filters. Log-probabilities
         of prompts are always the model's.
+      batch_invariant: compute so that the bits of a token's logits depend on its own
+        sequence alone: not on the batch, the chunks of prompts, the prefix cache, the
+        block size or preemptions. They equal those of `model(tokens)` inside
+        `jpaged.rl.batch_invariant()`. Slower, see docs/rollouts.md.
 
     The first call compiles a few small programs, and the first call with a feature
     (sampling, log-probabilities, beams, an algorithm) one more. Programs for other
@@ -176,6 +180,7 @@ class LLM:
         quantization: str | None = None,
         cascade: bool = False,
         logprobs_mode: str = "raw",
+        batch_invariant: bool = False,
     ):
         arguments = dict(locals())
         del arguments["self"]

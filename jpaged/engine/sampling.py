@@ -102,7 +102,7 @@ def first_logits(
     size: int,
 ) -> jax.Array:
     """Compute the logits of the first `size` entries; see `next_logits`."""
-    with products.serving(config.attention):
+    with products.serving(config.attention, config.batch_invariant):
         values = model.logits(hidden[entries.tokens[:size]])
     return logits.at[:size].set(values)
 
@@ -272,7 +272,7 @@ def write_prompt_logprobs(
         at = lax.dynamic_slice_in_dim(order, start, size)
         seq_index = jnp.where(is_kept[at], seq_indices[at], config.max_num_requests)
         position = positions[at] + 1
-        with products.serving(config.attention):
+        with products.serving(config.attention, config.batch_invariant):
             logits = model.logits(hidden[at])
         tokens = table.tokens[seq_indices[at], position]
         found = {"logprobs": token_logprobs(logits, tokens)[0]}

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jpaged import parallel
 from jpaged.models.config import ModelConfig
-from jpaged.models.products import matmul
+from jpaged.models.products import matmul, settled
 from jpaged.models.quantize import random_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
@@ -92,7 +92,7 @@ class Linear(nnx.Module):
             out = parallel.sum_partials(out, self.part)
         if self.bias is None:
             return out
-        return out + _as_last_axis(self.bias[...], out.ndim)
+        return settled(out + _as_last_axis(self.bias[...], out.ndim))
 
 
 class Output(nnx.Module):
@@ -135,10 +135,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        variance = _mean(jnp.square(wide))
         # Rounded to the dtype before the weight is applied, as in transformers.
         normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return normed * _as_last_axis(self.weight[...], x.ndim)
+        return settled(settled(normed) * _as_last_axis(self.weight[...], x.ndim))
 
 
 class RMSNormPlusOne(nnx.Module):
@@ -151,10 +151,10 @@ class RMSNormPlusOne(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        variance = _mean(jnp.square(wide))
         weight = _as_last_axis(self.weight[...], x.ndim).astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(variance + self.eps) * (1.0 + weight)
-        return normed.astype(x.dtype)
+        return settled(normed.astype(x.dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -168,12 +168,12 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
         wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        centred = settled(wide - _mean(wide))
+        variance = _mean(jnp.square(centred))
+        normed = settled(centred * jax.lax.rsqrt(variance + self.eps))
         weight = _as_last_axis(self.weight[...], x.ndim).astype(jnp.float32)
         bias = _as_last_axis(self.bias[...], x.ndim).astype(jnp.float32)
-        return (normed * weight + bias).astype(x.dtype)
+        return settled((normed * weight + bias).astype(x.dtype))
 
 
 Norm = RMSNorm | RMSNormPlusOne | LayerNorm
@@ -201,7 +201,7 @@ class Mlp(nnx.Module):
         act = ACTIVATION_FUNCTIONS[self.activation]
         if self.gate is None:
             return self.down(act(self.up(x)))
-        return self.down(act(self.gate(x)) * self.up(x))
+        return self.down(settled(act(self.gate(x)) * self.up(x)))
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -218,6 +218,7 @@ def causal_attention(
     sliding_window: int | jax.Array | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of every position to itself and to earlier ones; softmax in float32.
 
@@ -232,6 +233,7 @@ def causal_attention(
       sliding_window: see there; may be traced.
       logits_soft_cap: see there.
       sinks: [H], see there.
+      segment_ids: i32[B, T]; positions see only those of their own segment.
 
     Returns:
       [B, T, H, D], in the dtype of v.
@@ -253,7 +255,11 @@ def causal_attention(
     is_visible = distance >= 0
     if sliding_window is not None:
         is_visible &= distance < sliding_window
-    scores = jnp.where(is_visible[None, None, None], scores, -jnp.inf)
+    is_visible = is_visible[None, None, None]
+    if segment_ids is not None:
+        is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        is_visible &= is_same[:, None, None]
+    scores = jnp.where(is_visible, scores, -jnp.inf)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
         sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
@@ -261,6 +267,12 @@ def causal_attention(
     weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=precision)
     return out.reshape(q.shape)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Mean of x [..., E] over its last axis, [..., 1]."""
+    x = settled(x)
+    return settled(jnp.mean(x, axis=-1, keepdims=True))
 
 
 def _as_last_axis(vector: jax.Array, ndim: int) -> jax.Array:

@@ -68,6 +68,7 @@ class LLMOptions:
     quantization: str | None
     cascade: bool
     logprobs_mode: str
+    batch_invariant: bool
 
     def __post_init__(self) -> None:
         """Check the arguments that neither the model nor `EngineConfig` checks."""
@@ -76,7 +77,12 @@ class LLMOptions:
         for name in _OPTIONAL_INTEGERS:
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), low=1))
-        for name in ("enable_prefix_caching", "cascade", "check_invariants"):
+        for name in (
+            "enable_prefix_caching",
+            "cascade",
+            "check_invariants",
+            "batch_invariant",
+        ):
             self._set(name, flag(name, getattr(self, name)))
         self._set("seed", _seed(self.seed, self.mesh))
         self._set("dtype", _dtype_name("dtype", self.dtype))
@@ -89,6 +95,10 @@ class LLMOptions:
         # vLLM's names end in "_logprobs".
         mode = str(self.logprobs_mode).removesuffix("_logprobs")
         self._set("logprobs_mode", one_of("logprobs_mode", mode, LOGPROBS_MODES))
+        if self.batch_invariant and self.kv_dtype in PAGE_DTYPES:
+            raise error(
+                "kv_dtype", "a dtype of floats with batch_invariant=True", self.kv_dtype
+            )
         self._check_preemption()
         _check_attention(self.attention)
         if self.mesh is not None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.arithmetic import sum_in_order
 from jpaged.decoding.base import (
     Decision,
     DecodingAlgorithm,
@@ -299,6 +300,20 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax
     _, _, log_total = _summary(logits)
     ranks = 1 + jnp.sum(logits > chosen[:, None], axis=-1, dtype=jnp.int32)
     return chosen - log_total, ranks
+
+
+def invariant_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities f32[S] whose bits depend on a row alone; differentiable.
+
+    Args:
+      logits: f32[S, V].
+      tokens: i32[S].
+    """
+    logits = logits.astype(jnp.float32)
+    row_max = finite_or_zero(lax.stop_gradient(jnp.max(logits, axis=-1)))
+    total = sum_in_order(jnp.exp(logits - row_max[:, None]))
+    log_total = lax.optimization_barrier(jnp.log(jnp.where(total == 0.0, 1.0, total)))
+    return (_chosen(logits, tokens) - row_max) - log_total
 
 
 def greedy() -> DecodingAlgorithm:

@@ -27,6 +27,7 @@ from jpaged.decoding import bit_masks, constraints, rules
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import (
     SamplingRows,
+    invariant_logprobs,
     processed_logits,
     sample,
     token_logprobs,
@@ -133,6 +134,8 @@ def sample_tokens(
     new = SampledTokens.zeros(seq_indices, config.num_logprobs, config.num_mask_words)
     states = _automaton_states(table, entries, config)
     width = min(_SAMPLED_ROWS, num_rows if size is None else size)
+    if config.batch_invariant:  # the number of rows decides how XLA sums
+        width = min(_SAMPLED_ROWS, num_rows)
 
     def chunk(index: jax.Array, new: SampledTokens) -> SampledTokens:
         # The last chunk is moved back to fit, and samples some rows a second time.
@@ -183,7 +186,9 @@ def _sample_rows(
         logits = processed if is_processed else logits
         if config.num_mask_words:
             found["masks"] = bit_masks.packed(processed > -jnp.inf)
-    if is_processed or has_rules:
+    if config.batch_invariant:
+        found["logprobs"] = invariant_logprobs(logits, tokens)
+    elif is_processed or has_rules:
         # Raw log-probabilities are those of the model, before rules and constraints.
         found["logprobs"], _ = token_logprobs(logits, tokens)
     return found | _ranked(logits, tokens, config)
@@ -275,7 +280,10 @@ def write_prompt_logprobs(
         with products.serving(config.attention, config.batch_invariant):
             logits = model.logits(hidden[at])
         tokens = table.tokens[seq_indices[at], position]
-        found = {"logprobs": token_logprobs(logits, tokens)[0]}
+        if config.batch_invariant:
+            found = {"logprobs": invariant_logprobs(logits, tokens)}
+        else:
+            found = {"logprobs": token_logprobs(logits, tokens)[0]}
         found |= _ranked(logits, tokens, config)
         columns = {
             name: getattr(table, name).at[seq_index, position].set(value, mode="drop")

@@ -203,7 +203,9 @@ class Decoder(nnx.Module):
             raise ValueError(f"tokens: expected shape [B, T], got {tokens.shape}")
         batch, length = tokens.shape
         self._check_length(length)
-        setting = products.invariant()
+        setting, mask = products.invariant(), None
+        if segment_ids is not None:
+            mask = segment_ids[:, :, None] == segment_ids[:, None, :]
         if segment_ids is not None and setting is not None:
             raise ValueError(
                 "segment_ids: expected None inside batch_invariant, got segments; use "
@@ -218,7 +220,7 @@ class Decoder(nnx.Module):
                 options["gradient"] = causal_attention
                 out = invariant.causal_attention(*rows, **options)
                 return out.reshape(q.shape)
-            options["segment_ids"] = segment_ids
+            options["mask"] = mask
             return causal_attention(*rows, **options).reshape(q.shape)
 
         positions = _positions(tokens, segment_ids)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpaged import parallel
+from jpaged.arithmetic import sum_in_order
 from jpaged.models.config import ModelConfig
-from jpaged.models.products import matmul, settled
+from jpaged.models.products import invariant, matmul, settled
 from jpaged.models.quantize import random_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
@@ -218,7 +219,7 @@ def causal_attention(
     sliding_window: int | jax.Array | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of every position to itself and to earlier ones; softmax in float32.
 
@@ -233,7 +234,7 @@ def causal_attention(
       sliding_window: see there; may be traced.
       logits_soft_cap: see there.
       sinks: [H], see there.
-      segment_ids: i32[B, T]; positions see only those of their own segment.
+      mask: bool[B, T, T], which positions each may see besides; all see themselves.
 
     Returns:
       [B, T, H, D], in the dtype of v.
@@ -256,9 +257,8 @@ def causal_attention(
     if sliding_window is not None:
         is_visible &= distance < sliding_window
     is_visible = is_visible[None, None, None]
-    if segment_ids is not None:
-        is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        is_visible &= is_same[:, None, None]
+    if mask is not None:
+        is_visible &= mask[:, None, None] | (distance == 0)[None, None, None]
     scores = jnp.where(is_visible, scores, -jnp.inf)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
@@ -271,8 +271,9 @@ def causal_attention(
 
 def _mean(x: jax.Array) -> jax.Array:
     """Mean of x [..., E] over its last axis, [..., 1]."""
-    x = settled(x)
-    return settled(jnp.mean(x, axis=-1, keepdims=True))
+    if invariant() is None:
+        return jnp.mean(x, axis=-1, keepdims=True)
+    return settled(sum_in_order(x)[..., None] / x.shape[-1])
 
 
 def _as_last_axis(vector: jax.Array, ndim: int) -> jax.Array:

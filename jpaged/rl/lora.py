@@ -52,8 +52,8 @@ def init_adapters(
             found[f"{name}_lora_b"] = jnp.zeros((rank, columns), jnp.float32)
     if not found:
         raise ValueError(
-            f"patterns: expected names of matrices such as {list(_weights(model))[0]!r}"
-            f", got {tuple(patterns)}"
+            "patterns: expected names of matrices such as "
+            f"'layers.0.mlp.up.weight', got {tuple(patterns)}"
         )
     return found
 

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.arithmetic import cdiv
-from jpaged.decoding import sample
+from jpaged.decoding.sample import invariant_logprobs
+from jpaged.decoding.sample import token_logprobs as logprobs_of
+from jpaged.models import products
 from jpaged.models.decoder import Decoder
 from jpaged.rl.estimators import entropy
 
@@ -73,8 +75,10 @@ def _score(
 
     @jax.checkpoint
     def score(rows: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.logits(rows) * (1.0 / temperature)
-        return sample.token_logprobs(logits, targets)[0], entropy(logits)
+        logits = products.settled(model.logits(rows) * (1.0 / temperature))
+        if products.invariant() is not None:
+            return invariant_logprobs(logits, targets), entropy(logits)
+        return logprobs_of(logits, targets)[0], entropy(logits)
 
     parts = jax.lax.map(
         lambda part: score(*part),

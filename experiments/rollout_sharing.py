@@ -60,7 +60,7 @@ def run_epoch(llm: LLM, prompts: list[list[int]], samples: int, way: str) -> Any
     generated = len(prompts) * samples * FLAGS.max_tokens
     # A sample's last token is never computed.
     decoded = generated - len(prompts) * samples
-    computed = after["num_tokens"] - before["num_tokens"] - decoded
+    computed = after["computed_tokens"] - before["computed_tokens"] - decoded
     return dict(prompt_tokens=computed, seconds=seconds)
 
 

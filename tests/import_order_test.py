@@ -69,6 +69,8 @@ LAYERS = {
     "llm":               ["validation", "config", "policies", "params", "outputs",
                           "compilation_cache", "text", "parallel", "models", "engine",
                           "serving"],
+    # around rollouts: pure functions, and tunix's interface
+    "rl":                ["decoding", "params", "outputs", "models", "serving", "llm"],
     # the engine's step on a virtual clock: no model, no pages
     "simulator":         ["compat", "policies", "config", "params", "kv", "scheduler",
                           "attention", "models", "decoding", "engine"],
@@ -76,11 +78,15 @@ LAYERS = {
 # fmt: on
 
 # The Python names of packages whose name on PyPI differs.
-IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+IMPORT_NAMES = {
+    "absl-py": "absl",
+    "google-tunix": "tunix",
+    "orbax-checkpoint": "orbax",
+}
 
 
 # Modules that need an extra; nothing imports them before the extra is used.
-OF_EXTRAS = {"jpaged.triton.kernels": {"triton"}}
+OF_EXTRAS = {"jpaged.triton.kernels": {"triton"}, "jpaged.rl.tunix": {"tunix"}}
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -119,8 +119,8 @@ def _attend_tile(
     _, num_kv_heads, block_size, _ = k_pages.shape
     grouped = (num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q = q.reshape(grouped).astype(jnp.float32)
-    scale = head_dim**-0.5 if scale is None else scale
-    first = 0 if sliding_window is None else ends - sliding_window
+    factor = head_dim**-0.5 if scale is None else scale
+    window = jnp.iinfo(jnp.int32).max if sliding_window is None else sliding_window
 
     def add_chunk(chunk: jax.Array, carry: Any) -> Any:
         out, total, maximum = carry
@@ -132,10 +132,9 @@ def _attend_tile(
             pages[block, :, offset].astype(jnp.float32) for pages in (k_pages, v_pages)
         )
         is_seen = position[None] < ends[:, None]
-        if sliding_window is not None:
-            is_seen &= position[None] >= first[:, None]
+        is_seen &= ends[:, None] - position[None] <= window
         v = jnp.where(is_seen[:, :, None, None], v, 0.0)  # unused slots may be NaN
-        scores = _dot("qkgd,qckd->qkgc", q, k) * scale
+        scores = _dot("qkgd,qckd->qkgc", q, k) * factor
         if logits_soft_cap is not None:
             scores = jnp.tanh(scores / logits_soft_cap) * logits_soft_cap
         scores = jnp.where(is_seen[:, None, None], scores, -jnp.inf)
@@ -192,7 +191,8 @@ def causal_attention(
         pages = [jnp.swapaxes(x, 1, 2) for x in (k, v)]
         out = paged_attention(
             q.reshape(-1, *q.shape[2:]),
-            *pages,
+            pages[0],
+            pages[1],
             jnp.arange(batch, dtype=jnp.int32)[:, None],
             jnp.full((batch,), length, jnp.int32),
             query_start_loc=jnp.arange(batch + 1, dtype=jnp.int32) * length,

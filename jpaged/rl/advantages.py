@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def _checked(rewards: jax.Array, least: int) -> jax.Array:
-    rewards = jnp.asarray(rewards, jnp.float32)
-    if rewards.ndim < 1 or rewards.shape[-1] < least:
+def _checked(rewards: ArrayLike, least: int) -> jax.Array:
+    checked = jnp.asarray(rewards, jnp.float32)
+    if checked.ndim < 1 or checked.shape[-1] < least:
         raise ValueError(
             f"rewards: expected shape [..., N] with at least {least} samples of each "
-            f"prompt on the last axis, got {rewards.shape}"
+            f"prompt on the last axis, got {checked.shape}"
         )
-    return rewards
+    return checked
 
 
 def grpo_advantages(
-    rewards: jax.Array, *, eps: float = 1e-4, ddof: int = 1
+    rewards: ArrayLike, *, eps: float = 1e-4, ddof: int = 1
 ) -> jax.Array:
     """Return rewards minus their group's mean, divided by its standard deviation.
 
@@ -39,12 +40,12 @@ def grpo_advantages(
 
     Source: Shao et al. 2024, section 4.1. https://arxiv.org/abs/2402.03300
     """
-    rewards = _checked(rewards, 2)
-    deviation = jnp.std(rewards, axis=-1, keepdims=True, ddof=ddof)
+    checked = _checked(rewards, 2)
+    deviation = jnp.std(checked, axis=-1, keepdims=True, ddof=ddof)
     return dr_grpo_advantages(rewards) / (deviation + eps)
 
 
-def dr_grpo_advantages(rewards: jax.Array) -> jax.Array:
+def dr_grpo_advantages(rewards: ArrayLike) -> jax.Array:
     """Return rewards f32[..., N] minus their group's mean, f32[..., N].
 
     Without the division, prompts whose samples are all good or all bad but one do not
@@ -52,17 +53,16 @@ def dr_grpo_advantages(rewards: jax.Array) -> jax.Array:
 
     Source: Liu et al. 2025 (Dr. GRPO). https://arxiv.org/abs/2503.20783
     """
-    rewards = _checked(rewards, 2)
-    return rewards - jnp.mean(rewards, axis=-1, keepdims=True)
+    checked = _checked(rewards, 2)
+    return checked - jnp.mean(checked, axis=-1, keepdims=True)
 
 
-def rloo_advantages(rewards: jax.Array) -> jax.Array:
+def rloo_advantages(rewards: ArrayLike) -> jax.Array:
     """Return rewards f32[..., N] minus the mean of the group's other samples.
 
     This baseline does not depend on the sample, so the gradient is unbiased.
 
     Source: Ahmadian et al. 2024 (RLOO). https://arxiv.org/abs/2402.14740
     """
-    rewards = _checked(rewards, 2)
-    count = rewards.shape[-1]
+    count = _checked(rewards, 2).shape[-1]
     return dr_grpo_advantages(rewards) * (count / (count - 1))

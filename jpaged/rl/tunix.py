@@ -27,8 +27,10 @@ from jpaged.rl import tunix_models
 from jpaged.serving.weights import named_leaves
 
 try:
-    from tunix.rl import common
-    from tunix.rl.rollout import base_rollout
+    from tunix.rl import common  # pyright: ignore[reportMissingImports]
+    from tunix.rl.rollout import (  # pyright: ignore[reportMissingImports]
+        base_rollout,
+    )
 except ImportError as cause:  # pragma: no cover
     raise ImportError(
         "jpaged.rl.tunix needs tunix: pip install 'jpaged[tunix]'"
@@ -147,7 +149,9 @@ class JPagedRollout(base_rollout.BaseRollout):
             model = _filled(decoder, weights)
             if check:
                 _check_logits(rollout_actor, model)
-            options = dict(max_model_len=length, logprobs_mode="processed")
+            options: dict[str, Any] = dict(
+                max_model_len=length, logprobs_mode="processed"
+            )
             self.llm = LLM(model, mesh=llm_mesh, **(options | llm_options))
 
     def _decoder(self, actor: Any, length: int) -> Decoder:

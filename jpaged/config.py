@@ -118,7 +118,7 @@ class EngineConfig:
       logprobs_mode: which distribution log-probabilities are of: "raw", the model's; or
         "processed", the one that tokens are sampled from.
       batch_invariant: the bits of a token's logits depend on its sequence alone
-        (`models.products`, `attention.invariant`).
+        (`models.invariant`, `attention.invariant`).
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the

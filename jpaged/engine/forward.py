@@ -29,7 +29,7 @@ from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
 from jpaged.kv import block_manager, shared_prefix
 from jpaged.kv.block_manager import BlockState
-from jpaged.models import products
+from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import StepInputs
 
@@ -111,7 +111,7 @@ def run_trunk(
             model.attention_options(layer), implementation=implementation
         )
         if config.batch_invariant:
-            attended = invariant.paged_attention(
+            attended: Any = invariant.paged_attention(
                 q,
                 cache.k_pages,
                 cache.v_pages,
@@ -122,7 +122,7 @@ def run_trunk(
                 **options,
             )
             return attended, cache
-        attended: Any = attention.paged_attention(
+        attended = attention.paged_attention(
             q,
             cache.k_pages,
             cache.v_pages,
@@ -137,13 +137,14 @@ def run_trunk(
         )
         return attended, cache
 
-    with products.serving(implementation, config.batch_invariant):
+    with layer_kernels.serving(implementation, config.batch_invariant):
         hidden, cache = model.trunk_loop(
             inputs.tokens,
             inputs.positions,
             attend,
             cache,
             is_unrolled=is_alone and backends.unrolls_layers(implementation),
+            length=config.max_model_len,
         )
     return cache, hidden
 

@@ -20,9 +20,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged import parallel
-from jpaged.attention import invariant
-from jpaged.models import products, rotary
+from jpaged.attention import invariant as invariant_attention
+from jpaged.models import invariant, rotary
 from jpaged.models.config import ModelConfig
+from jpaged.models.invariant import settled
 from jpaged.models.layers import (
     Attend,
     AttendInLoop,
@@ -30,6 +31,7 @@ from jpaged.models.layers import (
     Linear,
     Mlp,
     Output,
+    apply_all,
     causal_attention,
     make_norm,
     random_param,
@@ -45,8 +47,8 @@ RotaryTables = tuple[jax.Array, jax.Array] | None
 class Attention(nnx.Module):
     """The projections around attention; attention itself is the caller's.
 
-    Query, key and value are separate matrices: a fused one is no faster on a CPU, and
-    separate ones can each be sharded over their own heads.
+    Query, key and value are separate matrices, multiplied in one call where the
+    backend has one: they can each be sharded over their own heads.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -81,15 +83,15 @@ class Attention(nnx.Module):
         """q [T, H, D], k and v [T, K, D] of x [T, E]; q and k are rotated."""
         num_tokens = x.shape[0]
         q, k, v = (
-            linear(x).reshape(num_tokens, -1, self.head_dim)
-            for linear in (self.query, self.key, self.value)
+            out.reshape(num_tokens, -1, self.head_dim)
+            for out in apply_all([self.query, self.key, self.value], x)
         )
         k, v = (parallel.select_kv_heads(x, self.num_kv_heads) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if angles is not None:
             q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
-        return products.settled((q, k, v))
+        return settled((q, k, v))
 
     def merge(self, attended: jax.Array) -> jax.Array:
         """Output [T, E] for the residual stream, from the heads' outputs [T, H, D]."""
@@ -124,14 +126,14 @@ class DecoderLayer(nnx.Module):
         gain = self.attention.merge(attended)
         if self.attention_out_norm is not None:
             gain = self.attention_out_norm(gain)
-        x = products.settled(x + gain)
+        x = settled(x + gain)
         if self.norm_first:
             gain = self._feed_forward(self.mlp_norm(x))
             if self.mlp_out_norm is not None:
                 gain = self.mlp_out_norm(gain)
-            return products.settled(x + gain)
+            return settled(x + gain)
         x = self.attention_norm(x)
-        return self.mlp_norm(products.settled(x + self._feed_forward(x)))
+        return self.mlp_norm(settled(x + self._feed_forward(x)))
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         if self.experts is not None:
@@ -178,32 +180,51 @@ class Decoder(nnx.Module):
         self.final_norm = make_norm(config) if config.final_norm else None
 
     def __call__(
-        self, tokens: jax.Array, segment_ids: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        length: int | None = None,
     ) -> jax.Array:
         """Logits f32[B, T, V] of tokens i32[B, T]; causal, differentiable.
 
         Args:
-          tokens: i32[B, T].
+          tokens: of sequences that all start at position 0.
           segment_ids: i32[B, T], which sequence of its row each token belongs to: equal
             numbers side by side (`jpaged.rl.pack`). Tokens see only their own sequence,
             and positions start at 0 in each. None: one sequence in each row.
+          length: of the longest possible sequence, for rotary scaling that depends on
+            it; see `rotary.frequencies`. None is T, as in transformers.
 
         Raises:
           ValueError: `tokens` does not have rank 2, or T exceeds the positions of a
             model with learned positions or length-dependent rotary scaling; or there
             are segments inside `batch_invariant`.
         """
-        return self.logits(self.hidden_states(tokens, segment_ids))
+        return self.logits(self.hidden_states(tokens, segment_ids, length=length))
 
     def hidden_states(
-        self, tokens: jax.Array, segment_ids: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        length: int | None = None,
     ) -> jax.Array:
-        """Hidden states [B, T, E]; `logits` maps them to logits. See `__call__`."""
+        """Hidden states [B, T, E] of tokens i32[B, T]; `logits` maps them to logits.
+
+        Args:
+          tokens: see `__call__`.
+          segment_ids: see `__call__`.
+          length: see `__call__`.
+
+        Raises:
+          ValueError: see `__call__`.
+        """
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected shape [B, T], got {tokens.shape}")
-        batch, length = tokens.shape
-        self._check_length(length)
-        setting, mask = products.invariant(), None
+        batch, size = tokens.shape
+        self._check_length(size)
+        setting, mask = invariant.invariant(), None
         if segment_ids is not None:
             mask = segment_ids[:, :, None] == segment_ids[:, None, :]
         if segment_ids is not None and setting is not None:
@@ -213,22 +234,28 @@ class Decoder(nnx.Module):
             )
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            rows = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
+            rows = (x.reshape(batch, size, *x.shape[1:]) for x in (q, k, v))
             options = self.attention_options(layer)
             if setting is not None:
                 options["implementation"] = setting.implementation
                 options["gradient"] = causal_attention
-                out = invariant.causal_attention(*rows, **options)
+                out = invariant_attention.causal_attention(*rows, **options)
                 return out.reshape(q.shape)
             options["mask"] = mask
             return causal_attention(*rows, **options).reshape(q.shape)
 
-        positions = _positions(tokens, segment_ids)
-        hidden = self.trunk(tokens.reshape(-1), positions.reshape(-1), attend)
-        return hidden.reshape(batch, length, -1)
+        positions = _positions(tokens, segment_ids).reshape(-1)
+        length = size if length is None else length
+        hidden = self.trunk(tokens.reshape(-1), positions, attend, length=length)
+        return hidden.reshape(batch, size, -1)
 
     def trunk(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        *,
+        length: int | None = None,
     ) -> jax.Array:
         """Hidden states [T, E] after the final norm.
 
@@ -238,8 +265,9 @@ class Decoder(nnx.Module):
             that learned positions are below max_position_embeddings; under jit no
             error is raised.
           attend: see `layers.Attend`; called once per layer, in order.
+          length: of the longest possible sequence; see `rotary.frequencies`.
         """
-        x, angles = self._start(tokens, positions)
+        x, angles = self._start(tokens, positions, length)
         for i, layer in enumerate(self.layers):
             x = layer.after(x, attend(i, *layer.before(x, angles[layer.is_local])))
         return self._end(x)
@@ -252,6 +280,7 @@ class Decoder(nnx.Module):
         cache: Cache,
         *,
         is_unrolled: bool = False,
+        length: int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Hidden states as from `trunk`, with a cache that `attend` updates.
 
@@ -265,11 +294,12 @@ class Decoder(nnx.Module):
           cache: a pytree; updated in place if it is donated.
           is_unrolled: whether every layer has its own code, without branches. Otherwise
             the layers are a loop with one attention, which compiles faster.
+          length: as in `trunk`.
 
         Returns:
           Hidden states [T, E] after the final norm, and the updated cache.
         """
-        x, angles = self._start(tokens, positions)
+        x, angles = self._start(tokens, positions, length)
         if not is_unrolled:
             x, cache = self._loop(x, angles, attend, cache)
             return self._end(x), cache
@@ -348,7 +378,7 @@ class Decoder(nnx.Module):
         logits = self.output(hidden)
         logits = parallel.gather_logits(logits, self.config.vocab_size)
         logits = soft_cap(logits.astype(jnp.float32), self.config.logits_soft_cap)
-        return products.settled(logits)
+        return settled(logits)
 
     def _check_length(self, length: int) -> None:
         config = self.config
@@ -363,19 +393,19 @@ class Decoder(nnx.Module):
             )
 
     def _start(
-        self, tokens: jax.Array, positions: jax.Array
+        self, tokens: jax.Array, positions: jax.Array, length: int | None
     ) -> tuple[jax.Array, tuple[RotaryTables, RotaryTables]]:
         """x [T, E] before the first layer, and rotary tables by `layer.is_local`."""
         x, config = self._embed(tokens), self.config
         if self.position_embedding is not None:
             rows = positions + config.position_offset
-            x = products.settled(x + self.position_embedding[...][rows])
+            x = settled(x + self.position_embedding[...][rows])
             return x, (None, None)
-        angles = products.settled(rotary.tables(positions, config))
+        angles = settled(rotary.tables(positions, config, length=length))
         if config.local_rope_theta is None:
             return x, (angles, angles)
         local_angles = rotary.tables(positions, config, is_local=True)
-        return x, (angles, products.settled(local_angles))
+        return x, (angles, settled(local_angles))
 
     def _end(self, x: jax.Array) -> jax.Array:
         return x if self.final_norm is None else self.final_norm(x)
@@ -387,7 +417,7 @@ class Decoder(nnx.Module):
         if self.config.scaled_embedding:
             # The factor is rounded to the dtype, as in transformers.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
-        x = products.settled(x)
+        x = settled(x)
         return x if self.project_in is None else self.project_in(x)
 
 

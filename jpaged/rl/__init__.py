@@ -6,7 +6,7 @@ Pure functions of arrays, for use with optax; `jpaged.rl.tunix` plugs an LLM int
 tunix. docs/rollouts.md has a whole training loop.
 """
 
-from jpaged.models.products import batch_invariant as batch_invariant
+from jpaged.models.invariant import batch_invariant as batch_invariant
 from jpaged.rl.advantages import dr_grpo_advantages as dr_grpo_advantages
 from jpaged.rl.advantages import grpo_advantages as grpo_advantages
 from jpaged.rl.advantages import rloo_advantages as rloo_advantages

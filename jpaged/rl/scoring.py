@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jpaged.arithmetic import cdiv
 from jpaged.decoding.sample import invariant_logprobs
 from jpaged.decoding.sample import token_logprobs as logprobs_of
-from jpaged.models import products
 from jpaged.models.decoder import Decoder
+from jpaged.models.invariant import invariant, settled
 from jpaged.rl.estimators import entropy
 
 
@@ -75,8 +75,8 @@ def _score(
 
     @jax.checkpoint
     def score(rows: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = products.settled(model.logits(rows) * (1.0 / temperature))
-        if products.invariant() is not None:
+        logits = settled(model.logits(rows) * (1.0 / temperature))
+        if invariant() is not None:
             return invariant_logprobs(logits, targets), entropy(logits)
         return logprobs_of(logits, targets)[0], entropy(logits)
 

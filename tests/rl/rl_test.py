@@ -86,12 +86,12 @@ def test_ppo_and_grpo_losses_equal_loops(arrays, how):
         gains[i, j] = min(ratio * a, clipped * a) * weights[i, j]
         r = reference[i, j] - logprobs[i, j]
         kls[i, j] = np.exp(r) - 1 - r
-        cut += bool(mask[i, j]) and clipped * a < ratio * a
+        cut += int(bool(mask[i, j]) and bool(clipped * a < ratio * a))
     kl = loop_mean(kls, np.asarray(mask), how, 9)
     expected = -loop_mean(gains, np.asarray(mask), how, 9) + 0.1 * kl
-    assert got.loss == pytest.approx(expected, rel=1e-4)
-    assert got.kl == pytest.approx(kl, rel=1e-4)
-    assert got.clip_share == pytest.approx(cut / int(mask.sum()), rel=1e-5)
+    assert float(got.loss) == pytest.approx(float(expected), rel=1e-4)
+    assert float(got.kl) == pytest.approx(float(kl), rel=1e-4)
+    assert float(got.clip_share) == pytest.approx(cut / int(mask.sum()), rel=1e-5)
     plain = rl.grpo_loss(logprobs, old, advantages, mask)
     same = rl.ppo_clip_loss(logprobs, old, advantages, mask, how="sequence")
     assert plain.loss == same.loss
@@ -134,7 +134,7 @@ def test_weights_are_truncated_ratios_without_gradient(arrays):
     assert not gradient.any()
     found = rl.mismatch(logprobs, logprobs, mask)
     assert (found.max_abs, found.kl) == (0, 0)
-    assert found.effective_share == pytest.approx(1)
+    assert float(found.effective_share) == pytest.approx(1)
     with pytest.raises(ValueError, match="cap: expected"):
         rl.token_weights(logprobs, old, mask, cap=0)
     with pytest.raises(ValueError, match="beyond: expected"):
@@ -157,9 +157,10 @@ def test_kl_estimators_have_the_divergence_as_mean():
     k2 = (np.exp(p) * np.asarray(rl.kl_estimate(p, q, "k2"))).sum()
     assert k2 == pytest.approx(exact, rel=0.3)
     expected = -(np.exp(p) * p).sum()
-    assert rl.entropy(jnp.asarray(p_logits)) == pytest.approx(expected, abs=1e-5)
+    found = float(rl.entropy(jnp.asarray(p_logits)))
+    assert found == pytest.approx(float(expected), abs=1e-5)
     masked = jnp.asarray([0.0, 0.0, -jnp.inf])
-    assert rl.entropy(masked) == pytest.approx(np.log(2), abs=1e-6)
+    assert float(rl.entropy(masked)) == pytest.approx(np.log(2), abs=1e-6)
 
 
 def random_rollouts(count, vocab_size=64, seed=4):
@@ -222,7 +223,7 @@ def test_chunked_scores_have_the_gradient_of_whole_logits():
         return rl.token_logprobs(model, tokens, temperature=0.7, chunk=5).sum()
 
     expected, got = (jax.grad(f)(model) for f in (whole, chunked))
-    assert chunked(model) == pytest.approx(whole(model), rel=1e-5)
+    assert float(chunked(model)) == pytest.approx(float(whole(model)), rel=1e-5)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 

@@ -7,6 +7,7 @@ where it has them. This module only forwards: `serving.construction` creates the
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import (
@@ -27,10 +28,14 @@ from jpaged.config import EngineConfig
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
 from jpaged.models import scoring
+from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.scoring import Perplexity, Score
+from jpaged.names import checked_names, either, errors_of
 from jpaged.outputs import RequestOutput
-from jpaged.policies import Policy
+from jpaged.policies import BudgetPolicy, EvictionPolicy, Policy
+from jpaged.progress import Progress
+from jpaged.prompts import Prompt
 from jpaged.serving import construction, memory, stats
 from jpaged.serving.collect import collect_outputs
 from jpaged.serving.engine_host import EngineHost
@@ -40,7 +45,14 @@ from jpaged.serving.metrics import StepRecord
 from jpaged.serving.options import LLMOptions
 from jpaged.serving.pausing import MODES
 from jpaged.serving.prefix import Prefix
+from jpaged.serving.report import report_choice
 from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
+from jpaged.serving.vllm_methods import (
+    VllmMethods,
+    default_params,
+    sampling_defaults,
+)
+from jpaged.serving.vllm_names import LLM_ARGUMENTS, REQUEST_ARGUMENTS, llm_arguments
 from jpaged.serving.weight_reading import UpdateOptions
 from jpaged.serving.weight_update import WeightUpdate, WeightUpdater
 from jpaged.serving.weights import WeightsWatch, check_replacement
@@ -49,11 +61,11 @@ from jpaged.text import prompts as text_prompts
 from jpaged.text.tokenizer import Tokenizer
 from jpaged.validation import integer, one_of
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+_NAMES = REQUEST_ARGUMENTS
 Messages = Sequence[Mapping[str, Any]]
 
 
-class LLM:
+class LLM(VllmMethods):
     """A language model that generates text: weights, tokenizer, KV pool and engine.
 
     Args:
@@ -88,9 +100,14 @@ class LLM:
       policy: order in which waiting requests are admitted, also of those that wait on
         the host for space in the request table. "fcfs": by arrival.
         "priority": smallest `SamplingParams.priority` first. "shortest_prompt".
-        "longest_prefix": most cached prompt tokens first. Or a function, see
+        "longest_prefix": most cached prompt tokens first. "shortest_job",
+        "earliest_deadline", "feedback", "fair_share". Or a function, see
         `jpaged.policies`.
       policy_parameters: numbers that the policy reads.
+      preemption_policy, eviction_policy, budget_policy: which running request gives
+        back its blocks, which block of the prefix cache is evicted, and how many tokens
+        each sequence computes in a step: names or functions, see `jpaged.policies`.
+        `preemption_parameters` and so on are numbers that they read.
       attention: implementation of paged attention; None is the best one for the
         device.
       mesh: devices that share the model and the pages, as `jpaged.make_mesh` returns
@@ -141,6 +158,13 @@ class LLM:
     Compiled programs are also stored in a cache folder of the user, see
     `jpaged.compilation_cache`.
 
+    vLLM's names of arguments are accepted where they mean the same
+    (`gpu_memory_utilization`, `tensor_parallel_size`, `kv_cache_dtype` and others);
+    otherwise the error says what to use instead, see `serving.vllm_names`.
+
+    What was chosen (dtype, blocks, kernels) is reported once on stderr, by the logger
+    "jpaged"; see `jpaged.log` for how to turn this off.
+
     An LLM is not thread-safe.
 
     Raises:
@@ -148,6 +172,7 @@ class LLM:
       FileNotFoundError: the folder does not exist or is not a checkpoint.
     """
 
+    @checked_names("LLM", LLM_ARGUMENTS, llm_arguments)
     def __init__(
         self,
         model: str | os.PathLike[str] | Decoder,
@@ -181,6 +206,12 @@ class LLM:
         cascade: bool = False,
         logprobs_mode: str = "raw",
         batch_invariant: bool = False,
+        preemption_policy: str | Policy = "latest",
+        preemption_parameters: Sequence[float] = (),
+        eviction_policy: str | EvictionPolicy = "lru",
+        eviction_parameters: Sequence[float] = (),
+        budget_policy: str | BudgetPolicy = "decode_first",
+        budget_parameters: Sequence[float] = (),
     ):
         arguments = dict(locals())
         del arguments["self"]
@@ -191,12 +222,19 @@ class LLM:
         self._updater = WeightUpdater()
         self.tokenizer = parts.tokenizer
         self.seed = options.seed
-        self.max_logprobs = max_logprobs
+        self.max_logprobs = options.max_logprobs
         self._name = parts.name
         self._kv_dtype = parts.kv_dtype
         self._host: EngineHost | None = parts.host
         self._batcher = parts.batcher
-        self._intake = Intake(parts.host, parts.tokenizer, max_logprobs)
+        self._sampling_defaults = sampling_defaults(model, parts.tokenizer)
+        self._intake = Intake(
+            parts.host,
+            parts.tokenizer,
+            options.max_logprobs,
+            functools.partial(default_params, self._sampling_defaults),
+        )
+        report_choice(self.__repr__(), self._host.num_replicas, self._sampling_defaults)
 
     @property
     def model(self) -> Decoder:
@@ -322,16 +360,23 @@ class LLM:
         return self._batcher.pause.is_set
 
     @property
+    def _model_config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
     def config(self) -> EngineConfig:
         """The engine's sizes and features; features grow with what requests need."""
         return self._batcher.host.config
 
+    @checked_names("generate", _NAMES)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: Params | Sequence[Params] | None = None,
-        progress: bool = True,
+        progress: Progress = True,
         *,
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: Progress | None = None,
         on_error: Literal["raise", "return"] = "raise",
         on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
@@ -340,8 +385,12 @@ class LLM:
         Args:
           prompts: a text, a list of token ids, a dict of either ({"prompt": text} or
             {"prompt_token_ids": token ids}), or a list or iterator of these.
-          params: parameters for all prompts, or one for each; None is SamplingParams().
-          progress: show a progress bar on stderr if it is a terminal or a notebook.
+          params: parameters for all prompts, or one for each; None is
+            `get_default_sampling_params()`.
+          progress: show a progress bar on stderr if it is a terminal or a notebook; or
+            a function that makes the bar, such as a subclass of tqdm.
+          sampling_params: vLLM's name of `params`.
+          use_tqdm: vLLM's name of `progress`.
           on_error: what to do if a request is invalid. All requests are checked before
             any runs. "raise" raises ValueError with all errors. "return" runs the valid
             requests and returns a RequestOutput with `error` for each invalid one.
@@ -359,12 +408,15 @@ class LLM:
                 f"on_error: expected 'raise' or 'return', got {on_error!r}"
             )
         self._batcher.pause.check()
+        params = either("generate", params=params, sampling_params=sampling_params)
+        progress = progress if use_tqdm is None else use_tqdm
         self._with_current_weights()
-        requests, outputs = self._intake.call(prompts, params, on_error)
+        found = self._intake.call(prompts, params, on_error)
         return collect_outputs(
-            self._batcher, requests, outputs, progress=progress, on_output=on_output
+            self._batcher, *found, progress=progress, on_output=on_output
         )
 
+    @checked_names("stream", _NAMES)
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -386,6 +438,7 @@ class LLM:
             request.is_streamed = True
         return (delta for update in self._follow(requests) for delta in update.deltas)
 
+    @checked_names("submit", _NAMES)
     def submit(self, prompt: Prompt, params: Params | None = None) -> Request:
         """Submit a request that runs beside all others from now on.
 
@@ -407,6 +460,7 @@ class LLM:
         self._batcher.add([state])
         return Request(self._batcher, state)
 
+    @checked_names("astream", _NAMES)
     def astream(
         self, prompt: Prompt, params: Params | None = None
     ) -> AsyncGenerator[Delta, None]:
@@ -458,6 +512,24 @@ class LLM:
             )
         self._batcher.abort([state])
 
+    def run_slice(self, seconds: float | None = None) -> bool:
+        """Run a few steps for all open requests.
+
+        For a server with a thread of its own for the engine. Other threads may
+        `submit` meanwhile, one at a time, and read `Request.deltas`. Callers that
+        iterate over requests or wait for them need not call this.
+
+        Args:
+          seconds: length of the slice if a request is streamed or live, one step at
+            least; None is 0.05.
+
+        Returns:
+          Whether requests are still open.
+        """
+        self._open_host()
+        self._batcher.run_slice(seconds)
+        return self._batcher.num_open > 0
+
     def pin(self, prefix: Prompt) -> Prefix:
         """Compute a prefix once and keep it until it is released.
 
@@ -481,6 +553,7 @@ class LLM:
         with host.lock:
             return Prefix(host, self.tokenizer, self._intake.token_ids(prefix))
 
+    @checked_names("chat", _NAMES)
     def chat(
         self,
         messages: Messages | Sequence[Messages],
@@ -488,7 +561,14 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **options: Any,
+        progress: Progress = True,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: Progress | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Generate answers to conversations, with the model's chat template.
 
@@ -500,23 +580,40 @@ class LLM:
           chat_template: source of a template, or the name of one in the model's folder;
             None is the folder's default.
           tools: JSON schemas of functions, for templates that support them.
-          options: the other arguments of `generate`.
+          continue_final_message: end the prompt within the last message, which the
+            output continues; needs `add_generation_prompt=False`.
+          chat_template_kwargs: further variables of the template.
+          progress, sampling_params, use_tqdm, on_error, on_output: as for `generate`.
 
         Returns:
           One RequestOutput per conversation, in order.
 
         Raises:
-          ValueError: there is no template, or it refuses the messages; see
-            `text.chat.render`.
+          ValueError: there is no template, or it refuses the messages, see
+            `text.chat.render`; or requests are invalid.
         """
-        prompts = chat.chat_prompts(
-            self.tokenizer,
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
+        progress = progress if use_tqdm is None else use_tqdm
+        if on_error not in ("raise", "return"):
+            raise ValueError(
+                f"chat: on_error: expected 'raise' or 'return', got {on_error!r}"
+            )
+        with errors_of("chat"):
+            params = either("chat", params=params, sampling_params=sampling_params)
+            texts = chat.chat_texts(
+                self.tokenizer,
+                messages,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            prompts = chat.encoded(self.tokenizer, texts)
+            self._with_current_weights()
+            found = self._intake.call(prompts, params, on_error, "messages")
+        return collect_outputs(
+            self._batcher, *found, progress=progress, on_output=on_output
         )
-        return self.generate(prompts, params, **options)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Prompt | Sequence[Any]
@@ -562,6 +659,7 @@ class LLM:
             length=self.config.max_model_len,
         )
 
+    @checked_names("check", _NAMES)
     def check(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -620,6 +718,7 @@ class LLM:
         - mean_queue_s and the other means: see `serving.metrics.latencies`; over the
           num_finished_requests that ended by themselves.
         - num_lost_events: events that were overwritten before the host read them.
+        - num_running: sequences with a batch row now.
 
         With several replicas, blocks, bytes, steps and tokens are sums, and shares are
         shares of the sums; `replica_stats` has them per replica.

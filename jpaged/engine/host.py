@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import parallel, scheduler
+from jpaged import parallel, policies, scheduler
 from jpaged.engine import (
     algorithms,
     bookkeeping,
@@ -43,6 +43,7 @@ def submit(
     *,
     seed: int = 0,
     arrivals: Sequence[int] | None = None,
+    submitted_ms: Sequence[int] | None = None,
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
     replica: int = 0,
@@ -59,6 +60,8 @@ def submit(
       seed: a request without a seed of its own uses one that is derived from this seed
         and its arrival number.
       arrivals: the number of each request; None: the next numbers.
+      submitted_ms: when each request was submitted, on the engine's clock
+        (`set_clock`); None: now.
       vocab_size: if given, token ids are checked against it. Algorithms that retain
         sequences need it.
       eos_token_ids: tokens that end a sequence unless its `ignore_eos` is set.
@@ -80,6 +83,10 @@ def submit(
         first = submission.next_arrival(state.requests)
         arrivals = range(first, first + len(prompts))
     _check_length("arrivals", "None", arrivals, prompts)
+    if submitted_ms is None:
+        now = 0 if state.clock is None else int(np.asarray(state.clock).flat[0])
+        submitted_ms = [now] * len(prompts)
+    _check_length("submitted_ms", "None", submitted_ms, prompts)
     table = host_table(state, replica)
     num_pinned = limits.num_pinned_blocks(table, config.block_size)
     for prompt, param in zip(prompts, params, strict=True):
@@ -100,12 +107,26 @@ def submit(
         automata,
         seed=seed,
         arrivals=arrivals,
+        submitted_ms=submitted_ms,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
     )
     state = _insert(state, replica, loads, new)
     first = _first_seq_index(state, replica)
     return state, [[first + seq_index for seq_index in mine] for mine in seq_indices]
+
+
+def set_clock(state: EngineState, milliseconds: int) -> EngineState:
+    """Set the time that policies see, in ms since any moment; it wraps as int32.
+
+    It stays the same until the next call: `run` does not advance it.
+    """
+    if state.clock is None:
+        return state
+    return dataclasses.replace(
+        state,
+        clock=replicas.filled_like(state.clock, np.int64(milliseconds)),
+    )
 
 
 def _check_length(
@@ -250,7 +271,9 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
         return state
     config = state.config
     cache = replicas.init_on_mesh(
-        lambda: prefix_cache.init_prefix_cache(config.num_blocks, config.block_size),
+        lambda: prefix_cache.init_prefix_cache(
+            config.num_blocks, config.block_size, config.uses(policies.EVICTION)
+        ),
         state.mesh,
     )
     return dataclasses.replace(state, prefix_cache=cache)

@@ -87,7 +87,7 @@ class Submission:
     """B new sequences to insert into the table; index R marks padding."""
 
     seq_indices: jax.Array  # i32[B]
-    queue: dict[str, jax.Array]  # columns of Queue [B]; missing ones get defaults
+    queue: dict[str, Any]  # columns of Queue [B]; missing ones get defaults
     tokens: jax.Array  # i32[B, L]
     params: SequenceParams  # arrays of shape [B, ...]
     states: Any  # states of the config's algorithms (`algorithms`), [B, ...]
@@ -108,7 +108,7 @@ def init_table(config: EngineConfig) -> RequestTable:
         return jnp.full((table_size, *shape), value, dtype)
 
     return RequestTable(
-        queue=scheduler.init_queue(table_size),
+        queue=scheduler.init_queue(table_size, config.has_attributes),
         params=SequenceParams(
             token_limits=full(),
             stop_ids=full(config.max_num_stop_ids, value=-1),
@@ -154,9 +154,14 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
         return column.at[new.seq_indices].set(values, mode="drop")
 
     defaults = {"has_ended": False, "num_preemptions": 0, "num_cached": 0}
+    given = defaults | new.queue
+    attributes = new.queue.get("attributes")
+    if attributes is not None:
+        known = scheduler.known_user_tokens(table.queue, attributes.users)
+        given["attributes"] = dataclasses.replace(attributes, user_tokens=known)
     columns = {
-        name: put(getattr(table.queue, name), values)
-        for name, values in (defaults | new.queue).items()
+        name: jax.tree.map(put, getattr(table.queue, name), values)
+        for name, values in given.items()
     }
     return dataclasses.replace(
         table,

@@ -78,9 +78,7 @@ class Batcher:
         self._added: collections.deque[RequestState] = collections.deque()
         self._aborted: collections.deque[RequestState] = collections.deque()
         config = host.config
-        self._waiting = WaitingQueue(
-            config.policy, config.policy_parameters, host.cached_lens
-        )
+        self._waiting = WaitingQueue(config, host)
         self._submitted: dict[int, RequestState] = {}  # in the request table
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._slice_task: asyncio.Task[None] | None = None
@@ -144,10 +142,13 @@ class Batcher:
             if left:
                 self.abort(list(left.values()))
 
-    def run_slice(self) -> None:
+    def run_slice(self, stream_s: float | None = None) -> None:
         """Run one slice for all open requests, and send updates to their callers.
 
         During a pause, wait for its end, but not for long: a request can be aborted.
+
+        Args:
+          stream_s: seconds of a slice with streamed requests; None is STREAM_S.
 
         Raises:
           RuntimeError: the engine stalled, which is a bug; or this thread has paused
@@ -156,7 +157,7 @@ class Batcher:
         self.pause.wait()
         with self.host.lock:
             if not self.pause.is_set:
-                self._run_slice()
+                self._run_slice(stream_s)
 
     def finish_open(self) -> None:
         """Run the open requests to their ends; others wait meanwhile."""
@@ -175,7 +176,7 @@ class Batcher:
             self.host.recover()
             self.abort(list(self._open.values()))
 
-    def _run_slice(self) -> None:
+    def _run_slice(self, stream_s: float | None = None) -> None:
         with self.host.lock:
             epoch = self.host.epoch
             try:
@@ -183,7 +184,7 @@ class Batcher:
                 if self._open:
                     self._submit_waiting()
                 if self._submitted:
-                    self._run_steps()
+                    self._run_steps(stream_s)
                     self.end_aborted()
             except BaseException:
                 self.host.recover()
@@ -370,11 +371,11 @@ class Batcher:
 
     # The slice, and what is read after it.
 
-    def _run_steps(self) -> None:
+    def _run_steps(self, stream_s: float | None) -> None:
         requests = list(self._submitted.values())
         used = self.host.features(requests)
         compile_s = self.host.runner.compile_s
-        progress = self.host.run(used, *self._slice_length())
+        progress = self.host.run(used, *self._slice_length(stream_s))
         self._forgive(self.host.runner.compile_s - compile_s)
         owners = {index: each for each in requests for index in each.seq_indices}
         for seq_index, event in self.host.take_events():
@@ -399,17 +400,18 @@ class Batcher:
 
     def _forgive(self, seconds: float) -> None:
         """Leave out the time for which new requests waited for a compiler."""
-        for request in self._open.values() if seconds else ():
+        # Other threads add requests meanwhile.
+        for request in list(self._open.values()) if seconds else ():
             if [event.name for event in request.sequence_events] == ["queued"]:
                 (queued,) = request.sequence_events
                 later = queued._replace(time_s=queued.time_s + seconds)
                 request.sequence_events[:] = [later]
 
-    def _slice_length(self) -> tuple[float, int]:
+    def _slice_length(self, stream_s: float | None) -> tuple[float, int]:
         """Return the seconds and the minimum number of steps of the next slice."""
         requests = self._submitted.values()
         if any(request.is_streamed for request in requests):
-            return STREAM_S, 1
+            return STREAM_S if stream_s is None else stream_s, 1
         if any(request.is_watched for request in requests):
             return STOP_S, LEAST_STEPS
         is_awaited = self._waiting or any(request.is_awaited for request in requests)

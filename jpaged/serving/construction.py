@@ -13,14 +13,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jpaged.attention import backends
 from jpaged.config import EngineConfig, Speculation
-from jpaged.cpu import library
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
 from jpaged.models.loading import sources
 from jpaged.models.loading.checkpoint import load_model
+from jpaged.parallel import distributed
+from jpaged.policies import KINDS
 from jpaged.serving import memory
 from jpaged.serving.batcher import Batcher
 from jpaged.serving.engine_host import EngineHost
@@ -89,8 +89,6 @@ def build_parts(options: LLMOptions) -> LLMParts:
     if options.batch_invariant:
         _check_invariant(model, options.mesh)
     config = _engine_config(options, num_blocks, max_model_len, speculation)
-    if backends.serving_name(config.attention) == "cpu":
-        library.announce()
     host = EngineHost(
         model,
         config,
@@ -144,8 +142,7 @@ def _engine_config(
         or options.max_num_seqs + options.max_num_prefixes,
         max_num_prefixes=options.max_num_prefixes,
         max_num_stop_ids=options.max_num_stop_ids,
-        policy=options.policy,
-        policy_parameters=tuple(options.policy_parameters),
+        **_policies(options),
         preemption=options.preemption,
         num_swap_blocks=options.num_swap_blocks,
         max_prompt_chunk=options.max_prompt_chunk,
@@ -159,7 +156,19 @@ def _engine_config(
         num_recorded_events=NUM_RECORDED_EVENTS,
         num_recorded_steps=NUM_RECORDED_STEPS,
     )
+    if config.reads_clock and distributed.is_shared(options.mesh):
+        raise ValueError(
+            "policy: expected policies that do not read ages or times_left, because "
+            "processes that share the mesh have different clocks, got "
+            f"{_policies(options)}"
+        )
     return _with_table_size(config, options.max_num_requests)
+
+
+def _policies(options: LLMOptions) -> dict[str, Any]:
+    """Return the policies and their parameters, as fields of the engine's config."""
+    names = [name for kind in KINDS for name in (kind.argument, kind.parameters)]
+    return {name: getattr(options, name) for name in names}
 
 
 def _with_table_size(

@@ -25,6 +25,7 @@ from jpaged.engine import limits, request_table, submission
 from jpaged.engine.features import Features
 from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
+from jpaged.scheduler import RUNNING
 from jpaged.serving import readout
 from jpaged.serving.metrics import Event, StepRecord
 from jpaged.serving.readout import SequenceProgress, SequenceTokens, TokenSpan
@@ -120,6 +121,17 @@ class EngineHost:
     def time_s(self) -> float:
         """Return the host's clock in seconds."""
         return self.runner.clock()
+
+    def user_tokens(self) -> dict[int, int]:
+        """Return the tokens of users in the request table, see `policies.Requests`."""
+        attributes = self.runner.state.requests.queue.attributes
+        if attributes is None:
+            return {}
+        users, tokens = np.asarray(attributes.users), np.asarray(attributes.user_tokens)
+        found: dict[int, int] = {}
+        for user, count in zip(users.flat, tokens.flat, strict=True):
+            found[int(user)] = max(found.get(int(user), 0), int(count))
+        return found
 
     def next_step(self, seq_index: int | None = None) -> int:
         """Return the number of the next step in the replica that has `seq_index`.
@@ -288,6 +300,10 @@ class EngineHost:
         """Number of free entries of the request tables of all replicas."""
         return int(self.empty_entries.sum())
 
+    def num_running(self) -> int:
+        """Return the number of sequences with a batch row."""
+        return int((self.read_progress().status == RUNNING).sum())
+
     def loads(self) -> np.ndarray:
         """Return the tokens of live sequences of each replica, as last read; i64[D]."""
         return self.runner.live_sequences()[1]
@@ -359,6 +375,7 @@ class EngineHost:
                 [request.params for request in group],
                 seed=self._seed,
                 arrivals=[request.arrival for request in group],
+                submitted_ms=[int(request.submitted_s * 1000) for request in group],
                 vocab_size=vocab_size,
                 eos_token_ids=self.model.config.eos_token_ids,
                 replica=replica,

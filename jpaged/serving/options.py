@@ -26,7 +26,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.pages.quantised import PAGE_DTYPES
 from jpaged.parallel import distributed
 from jpaged.param_checks import MAX_SEED
-from jpaged.policies import Policy
+from jpaged.policies import KINDS, BudgetPolicy, EvictionPolicy, Policy
 from jpaged.text.tokenizer import Tokenizer
 from jpaged.validation import error, flag, integer, number, one_of
 
@@ -69,6 +69,12 @@ class LLMOptions:
     cascade: bool
     logprobs_mode: str
     batch_invariant: bool
+    preemption_policy: str | Policy
+    preemption_parameters: Sequence[float]
+    eviction_policy: str | EvictionPolicy
+    eviction_parameters: Sequence[float]
+    budget_policy: str | BudgetPolicy
+    budget_parameters: Sequence[float]
 
     def __post_init__(self) -> None:
         """Check the arguments that neither the model nor `EngineConfig` checks."""
@@ -91,7 +97,8 @@ class LLMOptions:
             raise error("dtype", f"'auto' or one of {DTYPES}", self.dtype)
         one_of("kv_dtype", self.kv_dtype, ("auto", *DTYPES, *PAGE_DTYPES))
         self._set("watermark", number("watermark", self.watermark, low=0, high=1))
-        self._set("policy_parameters", _policy_parameters(self.policy_parameters))
+        for name in (kind.parameters for kind in KINDS):
+            self._set(name, _policy_parameters(name, getattr(self, name)))
         # vLLM's names end in "_logprobs".
         mode = str(self.logprobs_mode).removesuffix("_logprobs")
         self._set("logprobs_mode", one_of("logprobs_mode", mode, LOGPROBS_MODES))
@@ -193,14 +200,13 @@ def _dtype_name(name: str, value: Any) -> str:
     return _DTYPE_ALIASES.get(text, text)
 
 
-def _policy_parameters(value: Any) -> tuple[float, ...]:
-    """Return the policy's numbers, which are float32 on the device."""
+def _policy_parameters(name: str, value: Any) -> tuple[float, ...]:
+    """Return a policy's numbers, which are float32 on the device."""
     if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):
-        raise error("policy_parameters", "a sequence of numbers", value)
+        raise error(name, "a sequence of numbers", value)
     most = float(jnp.finfo(jnp.float32).max)
     return tuple(
-        number(f"policy_parameters[{i}]", one, low=-most, high=most)
-        for i, one in enumerate(value)
+        number(f"{name}[{i}]", one, low=-most, high=most) for i, one in enumerate(value)
     )
 
 

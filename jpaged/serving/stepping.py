@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jpaged import engine
 from jpaged.engine import EngineState, features
 from jpaged.engine.features import Features
 from jpaged.engine.programs import Pages, StepSize
@@ -216,6 +217,7 @@ class Stepper:
     ) -> tuple[EngineState, int]:
         """Run one step, or several that only decode; return their number."""
         start = time.perf_counter()
+        state = engine.set_clock(state, int(start * 1000))
         view, scheduled, size = self._call(
             _key("schedule", 0, GREEDY, state), features.view(state, GREEDY)
         )

@@ -194,7 +194,10 @@ class JPagedRollout(base_rollout.BaseRollout):
         top_k = -1 if config.top_k is None else config.top_k
         seeds: list[int | None] = [None] * len(prompts)
         if config.seed is not None:
-            first = int(np.asarray(jax.random.key_data(config.seed)).ravel()[-1])
+            seed = jnp.asarray(config.seed)
+            if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+                seed = jax.random.key_data(seed)
+            first = int(np.asarray(seed).ravel()[-1])
             seeds = [(first + i) % 2**32 for i in range(len(prompts))]
         params = [
             SamplingParams(

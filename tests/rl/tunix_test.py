@@ -44,6 +44,18 @@ GEMMA["num_embed"] = GEMMA.pop("vocab_size")
 LOCAL, GLOBAL = gemma.AttentionType.LOCAL_SLIDING, gemma.AttentionType.GLOBAL
 
 
+@pytest.fixture(autouse=True, scope="module")
+def usual_promotion():
+    """tunix needs JAX's usual rules, which the tests of jpaged make stricter."""
+    names = ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, ("standard", "allow"), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
 class Characters:
     """A tokenizer as tunix expects it: one byte per token."""
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:  # `decoding` imports nothing from here; not needed at run tim
 PREEMPTIONS = ("recompute", "swap")
 # How much sampling a program includes; each includes those before it.
 SAMPLING = ("greedy", "random", "filtered")
+LOGPROBS_MODES = ("raw", "processed")
 _MAY_BE_ZERO = (
     "num_logprobs",
+    "num_mask_words",
     "max_num_prefixes",
     "max_beam_width",
     "num_swap_blocks",
@@ -86,6 +88,8 @@ class EngineConfig:
       max_num_stop_ids: token ids that can end one request, EOS included.
       num_logprobs: number of most likely tokens returned with each generated token; 0
         returns only the generated token's own log-probability.
+      num_mask_words: 32-bit words of a mask over the vocabulary; requests may then ask
+        which tokens could be sampled at each position. 0: they may not.
       prompt_logprobs: requests may ask for the log-probabilities of their prompts.
       max_prompt_chunk: largest number of tokens of one prompt in one step; None: only
         `max_num_batched_tokens` limits it.
@@ -117,6 +121,10 @@ class EngineConfig:
       speculation: how draft tokens are proposed; None: no speculation.
       sampling: how requests may sample: "greedy"; "random", also with temperatures; or
         "filtered", also with top_k, top_p and min_p. Less compiles faster.
+      logprobs_mode: which distribution log-probabilities are of: "raw", the model's; or
+        "processed", the one that tokens are sampled from.
+      batch_invariant: the bits of a token's logits depend on its sequence alone
+        (`models.invariant`, `attention.invariant`).
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
@@ -134,6 +142,7 @@ class EngineConfig:
     max_num_requests: int = 256
     max_num_stop_ids: int = 8
     num_logprobs: int = 0
+    num_mask_words: int = 0
     prompt_logprobs: bool = False
     max_prompt_chunk: int | None = None
     policy: str | policies.Policy = "fcfs"
@@ -156,6 +165,8 @@ class EngineConfig:
     automata: AutomataSizes | None = None
     speculation: Speculation | None = None
     sampling: str = "filtered"
+    logprobs_mode: str = "raw"
+    batch_invariant: bool = False
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
@@ -175,6 +186,16 @@ class EngineConfig:
         if self.sampling not in SAMPLING:
             raise ValueError(
                 f"sampling: expected one of {SAMPLING}, got {self.sampling!r}"
+            )
+        if self.batch_invariant and self.cascade:
+            raise ValueError(
+                "cascade: expected False with batch_invariant=True, because which rows "
+                "share a prefix would decide in which order they sum, got True"
+            )
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise ValueError(
+                f"logprobs_mode: expected one of {LOGPROBS_MODES}, got "
+                f"{self.logprobs_mode!r}"
             )
         self._check_preemption()
         self._check_capacities()

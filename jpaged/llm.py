@@ -20,6 +20,7 @@ from collections.abc import (
 )
 from typing import Any, Literal
 
+from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged import compilation_cache
@@ -42,6 +43,7 @@ from jpaged.serving.intake import Intake
 from jpaged.serving.live import Request
 from jpaged.serving.metrics import StepRecord
 from jpaged.serving.options import LLMOptions
+from jpaged.serving.pausing import MODES
 from jpaged.serving.prefix import Prefix
 from jpaged.serving.report import report_choice
 from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
@@ -51,11 +53,13 @@ from jpaged.serving.vllm_methods import (
     sampling_defaults,
 )
 from jpaged.serving.vllm_names import LLM_ARGUMENTS, REQUEST_ARGUMENTS, llm_arguments
+from jpaged.serving.weight_reading import UpdateOptions
+from jpaged.serving.weight_update import WeightUpdate, WeightUpdater
 from jpaged.serving.weights import WeightsWatch, check_replacement
 from jpaged.text import chat
 from jpaged.text import prompts as text_prompts
 from jpaged.text.tokenizer import Tokenizer
-from jpaged.validation import integer
+from jpaged.validation import integer, one_of
 
 _NAMES = REQUEST_ARGUMENTS
 Messages = Sequence[Mapping[str, Any]]
@@ -137,6 +141,15 @@ class LLM(VllmMethods):
       quantization: "int8" stores the weights of the layers' products in 8 bits.
       cascade: samples, beams and prompts with a shared prefix read its keys and values
         together, where this is faster.
+      logprobs_mode: which distribution the log-probabilities of outputs are of. "raw":
+        the model's, before temperature, filters and rules. "processed": the one that
+        the token was sampled from, after all of these; tokens that could not be sampled
+        have -inf. Greedy outputs have temperature 1 and no filters. Log-probabilities
+        of prompts are always the model's.
+      batch_invariant: compute so that the bits of a token's logits depend on its own
+        sequence alone: not on the batch, the chunks of prompts, the prefix cache, the
+        block size or preemptions. They equal those of `model(tokens)` inside
+        `jpaged.rl.batch_invariant()`. Slower, see docs/rollouts.md.
 
     The first call compiles a few small programs, and the first call with a feature
     (sampling, log-probabilities, beams, an algorithm) one more. Programs for other
@@ -191,6 +204,8 @@ class LLM(VllmMethods):
         check_invariants: bool = False,
         quantization: str | None = None,
         cascade: bool = False,
+        logprobs_mode: str = "raw",
+        batch_invariant: bool = False,
         preemption_policy: str | Policy = "latest",
         preemption_parameters: Sequence[float] = (),
         eviction_policy: str | EvictionPolicy = "lru",
@@ -203,8 +218,8 @@ class LLM(VllmMethods):
         options = LLMOptions(**arguments)
         compilation_cache.turn_on()
         parts = construction.build_parts(options)
-        self._model = parts.model
         self._weights = WeightsWatch(parts.model)
+        self._updater = WeightUpdater()
         self.tokenizer = parts.tokenizer
         self.seed = options.seed
         self.max_logprobs = options.max_logprobs
@@ -226,20 +241,123 @@ class LLM(VllmMethods):
         """The model. A Decoder of the same config can be assigned.
 
         Its arrays may also be replaced in place (`flax.nnx.update`). The next call
-        notices this, and drops what was cached with the old weights.
+        notices this, and drops what was cached with the old weights: requests that run
+        compute their tokens again. See also `update_weights`.
         """
-        return self._model
+        return self._open_host().model
 
     @model.setter
     def model(self, model: Decoder) -> None:
         host = self._open_host()
-        check_replacement(self._model, model, self._batcher.num_open)
+        check_replacement(host.model, model, self._batcher.num_open)
         with host.lock:
             if host.runner.mesh is not None:
                 model = replicas.shard_model(model, host.runner.mesh)
-            host.replace_model(model)
-            self._model = model
+            host.use_model(model)
+            host.change_weights()
             self._weights.remember(model)
+            self._updater.forget()
+
+    def update_weights(
+        self,
+        weights: Decoder | nnx.State | Mapping[Any, Any] | str | os.PathLike[str],
+        *,
+        prefix_cache: Literal["reset", "keep"] = "reset",
+        requests: Literal["recompute", "keep", "abort"] | None = None,
+        copy: bool = True,
+        cast: bool = False,
+        check_finite: bool = True,
+        lora_alpha: float | None = None,
+    ) -> WeightUpdate:
+        """Replace the model's weights, for example after a step of a trainer.
+
+        Compiles no program, and needs memory for one array beside the old weights.
+        Everything is checked first: after an error the old weights are in use, and
+        requests that run are not affected. Open requests go on as `requests` says;
+        pinned prefixes are computed again.
+
+            llm.update_weights(nnx.state(policy))
+
+        Args:
+          weights: a Decoder of the same config; its nnx state; a pytree with the names
+            of its parameters (also flat, {"layers.0.mlp.up.weight": array}); or a
+            folder or name, as for `LLM`. Arrays on other devices or with another
+            sharding are sent from device to device. A pytree that has only adapters
+            (`NAME_lora_a` and `NAME_lora_b`, as qwix names its `nnx.LoRAParam`s)
+            replaces the adapters; the LLM adds alpha / rank * a @ b to its weights.
+          prefix_cache: "reset" empties the prefix cache. "keep" keeps keys and values
+            that the old weights have computed, also of pinned prefixes: outputs are
+            then those of neither version.
+          requests: what happens to requests that run. "recompute" (default): they
+            compute their tokens again, so each further token is sampled from the new
+            model. "keep": they go on with the keys and values that they have, which is
+            faster; later tokens attend to those of the old weights. "abort": they end
+            with the tokens they have, finish_reason "abort". With prefix_cache="keep"
+            the default is "keep".
+          copy: give the LLM arrays of its own. False uses the arrays themselves, where
+            devices and dtypes allow: nothing is copied, and a caller must not donate
+            them.
+          cast: convert floats to the LLM's dtype, and quantise them if the LLM is
+            quantised. False raises an error for another dtype.
+          check_finite: raise an error if a value is NaN or infinite.
+          lora_alpha: alpha of adapters.
+
+        Returns:
+          The number of updates so far, and what this one has taken.
+
+        Raises:
+          ValueError: an argument is invalid; or an array is missing, unknown, deleted
+            or not finite, or has another shape or dtype. The message names it.
+          FileNotFoundError: a folder does not exist or is not a checkpoint.
+          RuntimeError: another update runs, or the LLM is closed.
+        """
+        host = self._open_host()
+        options = UpdateOptions(
+            prefix_cache, requests, copy, cast, check_finite, lora_alpha
+        )
+        update = self._updater.update(host, self._batcher, weights, options)
+        self._weights.remember(host.model)
+        return update
+
+    @property
+    def weights_version(self) -> int:
+        """Number of calls of `update_weights` that have succeeded."""
+        return self._updater.version
+
+    def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
+        """Stop running requests until `resume`, for example to update the weights.
+
+        Returns when no step runs. Requests can be submitted meanwhile, and wait: other
+        threads and coroutines that wait for them sleep until `resume`. In this thread,
+        calls that would wait for themselves raise RuntimeError. `update_weights`,
+        `abort`, `score` and `perplexity` work as usual.
+
+        Args:
+          mode: what happens to open requests. "keep" freezes them; they go on after
+            `resume`. "wait" lets them finish first. "abort" ends them with the tokens
+            they have.
+
+        Raises:
+          ValueError: the mode is unknown.
+        """
+        host = self._open_host()
+        one_of("mode", mode, MODES)
+        if mode == "wait":
+            self._batcher.finish_open()
+        with host.lock:
+            self._batcher.pause.set()
+            if mode == "abort":
+                self._batcher.abort_open()
+
+    def resume(self) -> None:
+        """End a pause; without one, nothing happens."""
+        self._open_host()
+        self._batcher.pause.clear()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the LLM is paused."""
+        return self._batcher.pause.is_set
 
     @property
     def _model_config(self) -> ModelConfig:
@@ -289,6 +407,7 @@ class LLM(VllmMethods):
             raise ValueError(
                 f"on_error: expected 'raise' or 'return', got {on_error!r}"
             )
+        self._batcher.pause.check()
         params = either("generate", params=params, sampling_params=sampling_params)
         progress = progress if use_tqdm is None else use_tqdm
         self._with_current_weights()
@@ -657,7 +776,6 @@ class LLM(VllmMethods):
         if self._host is not None:
             self._batcher.close()
             self._host = None
-            del self._model
 
     def __enter__(self) -> LLM:
         return self
@@ -687,9 +805,11 @@ class LLM(VllmMethods):
     def _with_current_weights(self) -> EngineHost:
         """Return the engine, without anything cached if weights have changed."""
         host = self._open_host()
-        if self._weights.must_reset(self._model, self._batcher.open_requests):
+        self._updater.check()
+        if self._weights.have_changed(host.model):
             with host.lock:
-                host.reset_prefix_cache()
+                self._updater.forget()
+                host.change_weights()
         return host
 
     def _follow(

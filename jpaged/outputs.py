@@ -7,9 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Logprob(NamedTuple):
-    """The log-probability of one token, in the model's distribution before rules."""
+    """The log-probability of one token; `LLM(logprobs_mode=...)` says of which kind."""
 
     logprob: float
     rank: int | None = None  # 1 + number of more probable tokens
@@ -33,6 +35,14 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token or string; None for EOS
     score: float | None = None  # beams: cumulative_logprob / length ** length_penalty
+    # f32[n], log-probabilities of `token_ids`; their sum is `cumulative_logprob`
+    token_logprobs: np.ndarray | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+    # bool[n, V], tokens that could be sampled, with SamplingParams.token_masks
+    token_masks: np.ndarray | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     def finished(self) -> bool:
         """Whether the output has ended."""
@@ -165,7 +175,7 @@ def _repr(record: Any) -> str:
     fields = [
         f"{field.name}={_short(value)}"
         for field in dataclasses.fields(record)
-        if (value := getattr(record, field.name)) is not None
+        if field.repr and (value := getattr(record, field.name)) is not None
     ]
     return f"{type(record).__name__}({', '.join(fields)})"
 

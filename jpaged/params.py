@@ -179,6 +179,8 @@ class SamplingParams:
         logprobs: number of most probable tokens to report per position, besides the
             sampled one; -1 reports the whole vocabulary, None reports nothing.
         prompt_logprobs: the same for the tokens of the prompt.
+        token_masks: return which tokens could be sampled at each position, after rules
+            and filters, as `CompletionOutput.token_masks`.
         logit_bias: numbers to add to the logits, keyed by token id.
         allowed_token_ids: the only tokens that may be sampled; None allows all.
         bad_words: strings that the generated text never contains, however it is divided
@@ -224,6 +226,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    token_masks: bool = False
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str | Sequence[int]] = ()
@@ -310,6 +313,7 @@ class SamplingParams:
         self._set("stop_token_ids", param_checks.stop_token_ids(self.stop_token_ids))
         for name in (
             "ignore_eos",
+            "token_masks",
             "include_stop_str_in_output",
             "skip_special_tokens",
             "spaces_between_special_tokens",

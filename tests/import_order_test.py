@@ -80,6 +80,8 @@ LAYERS = {
     "llm":               ["progress", "names", "validation", "config", "policies",
                           "params", "prompts", "outputs", "compilation_cache", "text",
                           "parallel", "models", "engine", "serving"],
+    # around rollouts: pure functions, and tunix's interface
+    "rl":                ["decoding", "params", "outputs", "models", "serving", "llm"],
     # vLLM's names of modules, and its arguments as flags of a command line
     "sampling_params":   ["params"],
     "inputs":            ["prompts"],
@@ -104,7 +106,11 @@ LAYERS = {
 # fmt: on
 
 # The Python names of packages whose name on PyPI differs.
-IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+IMPORT_NAMES = {
+    "absl-py": "absl",
+    "google-tunix": "tunix",
+    "orbax-checkpoint": "orbax",
+}
 
 
 # Modules, or packages of them, that need an extra. Only they import each other.
@@ -112,6 +118,7 @@ OF_EXTRAS = {
     "jpaged.triton.kernels": {"triton"},
     "jpaged.server": {"starlette", "uvicorn", "prometheus_client"},
     "jpaged.evals.lm_eval": {"lm_eval"},
+    "jpaged.rl.tunix": {"tunix"},
 }
 
 

@@ -34,6 +34,7 @@ def test_defaults_are_those_of_vllm():
         "ignore_eos": False,
         "logprobs": None,
         "prompt_logprobs": None,
+        "token_masks": False,
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": (),

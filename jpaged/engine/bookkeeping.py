@@ -500,9 +500,15 @@ def _insert_blocks(
     blocks: BlockState,
     clock: jax.Array,
 ) -> tuple[PrefixCache, BlockState]:
-    """Insert all full blocks into the prefix cache, and mark those in use as recent."""
-    seq_indices = jnp.maximum(rows, 0)
-    cache, blocks = prefix_cache.insert(cache, blocks, table.tokens, clock, seq_indices)
+    """Insert all full blocks into the prefix cache, and mark those in use as recent.
+
+    Blocks of stale sequences are not inserted: other weights have computed them.
+    """
+    seq_indices, lens = jnp.maximum(rows, 0), blocks.context_lens
+    is_stale = scheduler.row_values(table.is_stale, rows, False)
+    fresh = dataclasses.replace(blocks, context_lens=jnp.where(is_stale, 0, lens))
+    cache, fresh = prefix_cache.insert(cache, fresh, table.tokens, clock, seq_indices)
+    blocks = dataclasses.replace(fresh, context_lens=lens)
     return prefix_cache.touch(cache, blocks.ref_counts, clock), blocks
 
 

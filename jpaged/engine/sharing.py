@@ -260,7 +260,7 @@ def _has_same_next_block(
     is_source = (rows != scheduler.NO_REQUEST) & (
         take(queue.status, seq_indices) == scheduler.RUNNING
     )
-    is_source &= ~take(queue.has_ended, seq_indices)
+    is_source &= ~take(queue.has_ended | table.is_stale, seq_indices)
 
     fits = can_join[:, None] & is_source[None, :] & is_before
     fits &= fixed[None, :] >= (start + size)[:, None]

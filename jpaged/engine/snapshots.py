@@ -44,7 +44,7 @@ from jpaged.parallel import distributed
 
 # The version of the saved format. Increase it whenever a field of `EngineState`, of its
 # parts or of `EngineConfig` is renamed or changes its meaning.
-FORMAT = 2
+FORMAT = 3
 # Arrays that any engine can load; all others need an engine with the same pool.
 _REQUESTS = (".requests", ".states", ".counters")
 # Columns that only some policies have; another engine sets them again.

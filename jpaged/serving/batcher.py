@@ -27,6 +27,7 @@ from jpaged.params import SamplingParams
 from jpaged.serving import feeding, output_reading
 from jpaged.serving.engine_host import EngineHost
 from jpaged.serving.metrics import Event, MeanLatencies
+from jpaged.serving.pausing import POLL_S, Pause
 from jpaged.serving.readout import SequenceProgress
 from jpaged.serving.request_state import OutputState, RequestState, RequestUpdate
 from jpaged.serving.runner import needs_empty_table
@@ -55,6 +56,7 @@ class Batcher:
 
     Attributes:
       num_generated: tokens of outputs that have ended.
+      pause: whether slices run.
       latencies: mean latencies of the requests that ended by themselves.
     """
 
@@ -65,6 +67,7 @@ class Batcher:
     ):
         self.host = host
         self.num_generated = 0
+        self.pause = Pause()
         self.latencies = MeanLatencies()
         self._grow = grow
         # By arrival, until the caller has the last update.
@@ -142,12 +145,38 @@ class Batcher:
     def run_slice(self, stream_s: float | None = None) -> None:
         """Run one slice for all open requests, and send updates to their callers.
 
+        During a pause, wait for its end, but not for long: a request can be aborted.
+
         Args:
           stream_s: seconds of a slice with streamed requests; None is STREAM_S.
 
         Raises:
-          RuntimeError: the engine stalled, which is a bug.
+          RuntimeError: the engine stalled, which is a bug; or this thread has paused
+            the engine.
         """
+        self.pause.wait()
+        with self.host.lock:
+            if not self.pause.is_set:
+                self._run_slice(stream_s)
+
+    def finish_open(self) -> None:
+        """Run the open requests to their ends; others wait meanwhile."""
+        with self.host.lock:
+            open_requests = set(self._open)
+            self.pause.admit_only(open_requests)
+            try:
+                while not open_requests.isdisjoint(self._open):
+                    self._run_slice()
+            finally:
+                self.pause.admit_only(None)
+
+    def abort_open(self) -> None:
+        """End all open requests with the tokens they have."""
+        with self.host.lock:
+            self.host.recover()
+            self.abort(list(self._open.values()))
+
+    def _run_slice(self, stream_s: float | None = None) -> None:
         with self.host.lock:
             epoch = self.host.epoch
             try:
@@ -164,6 +193,9 @@ class Batcher:
 
     async def run_slice_async(self) -> None:
         """`run_slice` in another thread; concurrent waiters share one slice."""
+        if self.pause.is_set:
+            await asyncio.sleep(POLL_S)
+            return
         task = self._slice_task
         loop = asyncio.get_running_loop()
         if task is None or task.done() or task.get_loop() is not loop:
@@ -200,8 +232,7 @@ class Batcher:
     def close(self) -> None:
         """Abort all open requests and release the engine."""
         with self.host.lock:
-            self.host.recover()
-            self.abort(list(self._open.values()))
+            self.abort_open()
             self.host.close()
         if self._executor is not None:
             self._executor.shutdown(wait=False)
@@ -214,6 +245,7 @@ class Batcher:
                 continue
             if request.arrival in self._submitted:
                 self._read_aborted(request)
+                output_reading.read_token_masks(self.host, [request])
                 self.host.drop(request.seq_indices)
             else:
                 request.create_outputs()
@@ -236,9 +268,13 @@ class Batcher:
 
     def _submit_waiting(self) -> None:
         """Submit the first waiting requests, as many as the request tables can hold."""
-        while self._added:
-            self._unprepared.append(self._added[0])
-            self._waiting.push(self._added.popleft())
+        added = [self._added.popleft() for _ in range(len(self._added))]
+        for request in added:
+            if self.pause.admits(request.arrival):
+                self._unprepared.append(request)
+                self._waiting.push(request)
+            else:
+                self._added.append(request)
         if not self._submitted:
             self.host.clean()
         self._compile_for_waiting()
@@ -355,6 +391,7 @@ class Batcher:
         self._read_outputs(outputs, progress)
         finished = [request for request in requests if request.is_finished]
         output_reading.read_prompt_logprobs(self.host, finished)
+        output_reading.read_token_masks(self.host, finished)
         # An entry may only be reused when no output of its request is read any more:
         # all of them read the entry of the request's first sequence.
         self.host.release(index for each in finished for index in each.seq_indices)

@@ -86,6 +86,8 @@ def build_parts(options: LLMOptions) -> LLMParts:
         attention=options.attention,
         mesh=options.mesh,
     )
+    if options.batch_invariant:
+        _check_invariant(model, options.mesh)
     config = _engine_config(options, num_blocks, max_model_len, speculation)
     host = EngineHost(
         model,
@@ -106,6 +108,21 @@ def build_parts(options: LLMOptions) -> LLMParts:
         )
 
     return LLMParts(model, tokenizer, name, kv_dtype, host, Batcher(host, grow))
+
+
+def _check_invariant(model: Decoder, mesh: Mesh | None) -> None:
+    """Raise ValueError if `batch_invariant` does not support the model or the mesh."""
+    if model.config.num_experts:
+        raise ValueError(
+            "batch_invariant: expected False for a model with experts, whose groups of "
+            "tokens depend on the batch, got True"
+        )
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        raise ValueError(
+            "batch_invariant: expected False on a mesh with tensor="
+            f"{mesh.shape['tensor']}, because sums over devices have an order of their "
+            "own, got True"
+        )
 
 
 def _engine_config(
@@ -133,6 +150,8 @@ def _engine_config(
         enable_prefix_caching=options.enable_prefix_caching,
         attention=options.attention,
         cascade=options.cascade,
+        logprobs_mode=options.logprobs_mode,
+        batch_invariant=options.batch_invariant,
         speculation=speculation,
         num_recorded_events=NUM_RECORDED_EVENTS,
         num_recorded_steps=NUM_RECORDED_STEPS,
@@ -159,7 +178,10 @@ def _with_table_size(
     if max_num_requests is not None:
         return config
     size = memory.max_table_size(
-        config.num_rows, config.max_model_len, config.num_logprobs
+        config.num_rows,
+        config.max_model_len,
+        config.num_logprobs,
+        config.num_mask_words,
     )
     return dataclasses.replace(config, max_num_requests=size)
 

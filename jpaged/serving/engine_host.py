@@ -204,11 +204,32 @@ class EngineHost:
         self.runner.state = engine.reset_prefix_cache(self.runner.state)
         self._pin_again()
 
-    def replace_model(self, model: Decoder) -> None:
-        """Use another model of the same config from now on; drop what is cached."""
+    def use_model(self, model: Decoder) -> None:
+        """Use another model of the same config; `change_weights` must follow."""
         self.model = model
         self.runner.replace_model(model)
-        self.reset_prefix_cache()
+
+    def change_weights(self, requests: str = "recompute") -> None:
+        """Drop the keys and values that older weights have computed.
+
+        Args:
+          requests: what happens to running requests. "recompute": they compute their
+            tokens again. "keep": they go on with what they have, and share it with no
+            other request.
+        """
+        self.recover()
+        self.runner.note("ends", ("weights", requests))
+        self._unpin(self._pinned_indices())
+        self.empty_entries += len(self.pinned)
+        change = engine.recompute if requests == "recompute" else engine.mark_stale
+        if self._has_sequences():
+            self.runner.state = change(self.runner.state)
+            self.read_progress()
+        self.runner.state = engine.reset_prefix_cache(self.runner.state)
+        self._pin_again()
+
+    def _has_sequences(self) -> bool:
+        return bool((self.empty_entries < self.config.max_num_requests).any())
 
     def close(self) -> None:
         """Release the pages, the tables and the model."""
@@ -418,6 +439,11 @@ class EngineHost:
     def read_tokens(self, spans: Sequence[TokenSpan]) -> list[SequenceTokens]:
         """Return the tokens of each span."""
         return readout.read_tokens(self.runner.state, spans)
+
+    def read_masks(self, span: TokenSpan) -> np.ndarray:
+        """Return the masks of a span, bool[n, V]."""
+        masks = readout.read_masks(self.runner.state, *span)
+        return masks[:, : self.model.config.vocab_size]
 
     def finish(self, seq_indices: Iterable[int], reason: int) -> None:
         """End the live sequences at `seq_indices`; their blocks become free."""

@@ -320,9 +320,12 @@ def grown_config(
     num_allowed = num_words(vocab_size) * MASK_BITS
     least_rules = dataclasses.replace(LEAST_RULES, num_allowed=num_allowed)
     rules, algorithms = config.rules, list(config.algorithms)
+    num_mask_words = config.num_mask_words
     for param in params:
         if isinstance(param, SamplingParams):
             num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
+            if param.token_masks:
+                num_mask_words = num_words(vocab_size)
             sizes = limits.rule_sizes(param, vocab_size)
             if sizes is not None:
                 rules = (rules or least_rules).grown(sizes)
@@ -347,6 +350,7 @@ def grown_config(
     return dataclasses.replace(
         config,
         num_logprobs=num_logprobs,
+        num_mask_words=num_mask_words,
         prompt_logprobs=config.prompt_logprobs
         or any(map(limits.keeps_prompt_logprobs, params)),
         max_beam_width=min(width, config.max_num_seqs),

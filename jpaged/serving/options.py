@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jpaged import parallel
 from jpaged.attention import backends
-from jpaged.config import PREEMPTIONS
+from jpaged.config import LOGPROBS_MODES, PREEMPTIONS
 from jpaged.cpu import library
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
@@ -67,6 +67,8 @@ class LLMOptions:
     check_invariants: bool
     quantization: str | None
     cascade: bool
+    logprobs_mode: str
+    batch_invariant: bool
     preemption_policy: str | Policy
     preemption_parameters: Sequence[float]
     eviction_policy: str | EvictionPolicy
@@ -81,7 +83,12 @@ class LLMOptions:
         for name in _OPTIONAL_INTEGERS:
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), low=1))
-        for name in ("enable_prefix_caching", "cascade", "check_invariants"):
+        for name in (
+            "enable_prefix_caching",
+            "cascade",
+            "check_invariants",
+            "batch_invariant",
+        ):
             self._set(name, flag(name, getattr(self, name)))
         self._set("seed", _seed(self.seed, self.mesh))
         self._set("dtype", _dtype_name("dtype", self.dtype))
@@ -92,6 +99,13 @@ class LLMOptions:
         self._set("watermark", number("watermark", self.watermark, low=0, high=1))
         for name in (kind.parameters for kind in KINDS):
             self._set(name, _policy_parameters(name, getattr(self, name)))
+        # vLLM's names end in "_logprobs".
+        mode = str(self.logprobs_mode).removesuffix("_logprobs")
+        self._set("logprobs_mode", one_of("logprobs_mode", mode, LOGPROBS_MODES))
+        if self.batch_invariant and self.kv_dtype in PAGE_DTYPES:
+            raise error(
+                "kv_dtype", "a dtype of floats with batch_invariant=True", self.kv_dtype
+            )
         self._check_preemption()
         _check_attention(self.attention)
         if self.mesh is not None:

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jpaged.engine import limits, request_table
 from jpaged.engine.limits import Params
 from jpaged.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
@@ -61,6 +63,8 @@ class OutputState:
         self._is_beam = isinstance(request.params, BeamSearchParams)
         has_logprobs = self._is_beam or request.num_logprobs is not None
         self.logprobs: Logprobs | None = [] if has_logprobs else None
+        self.token_logprobs: list[float] = []
+        self.token_masks: np.ndarray | None = None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.new_text = ""  # since the last `take_delta`
@@ -86,6 +90,7 @@ class OutputState:
         for i, token in enumerate(tokens.ids):
             self.token_ids.append(token)
             self.cumulative_logprob += float(tokens.logprobs[i])
+            self.token_logprobs.append(float(tokens.logprobs[i]))
             if self.logprobs is not None:
                 count = None if self._is_beam else self.request.num_logprobs
                 self.logprobs.append(
@@ -145,6 +150,8 @@ class OutputState:
             text=self._text.text,
             cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
+            token_logprobs=np.asarray(self.token_logprobs, np.float32),
+            token_masks=self.token_masks,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             score=self._score(),

@@ -56,7 +56,7 @@ class Stepper:
     """
 
     def __init__(self, model: Decoder, mesh: Mesh | None, is_shared: bool = False):
-        self._is_shared = is_shared
+        self._is_shared, self._mesh = is_shared, mesh
         self.compiled: CompiledPrograms[Key] = CompiledPrograms()
         self._specs = ProgramSpecs(model, mesh)
         self._model = model
@@ -355,6 +355,7 @@ class Stepper:
     def replace_model(self, model: Any) -> None:
         """Use another model of the same config from now on."""
         self._model = model
+        self._specs = ProgramSpecs(model, self._mesh)
 
     def close(self) -> None:
         """Free the programs and the working memory."""

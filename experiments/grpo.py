@@ -47,6 +47,7 @@ from experiments.lib import runner
 from experiments.lib.runner import Report, progress
 from jpaged import LLM, SamplingParams, rl
 from jpaged.models.decoder import Decoder
+from jpaged.plot import curves, style
 
 FLAGS = flags.FLAGS
 PROMPTS = (
@@ -321,15 +322,11 @@ def write_results(runs: Sequence[Sequence[Step]]) -> None:
         for number, step in enumerate(run)
     ]
     runner.write_csv(f"{FLAGS.out}.csv", ["seed", "step", *Step._fields], rows)
-    rewards = np.array([[step.reward for step in run] for run in runs])
-    mean, steps = rewards.mean(0), np.arange(rewards.shape[1])
-    error = rewards.std(0) / math.sqrt(len(runs))
-    with runner.drawn_figure(f"{FLAGS.out}.png", 1, 1, figsize=(6, 4)) as axes:
-        axis = axes[0, 0]
-        axis.plot(steps, mean)
-        axis.fill_between(steps, mean - error, mean + error, alpha=0.3)
-        axis.set_xlabel("step")
-        axis.set_ylabel(f"reward ({FLAGS.task}), mean of {len(runs)} seeds")
+    points = [(n, step.reward) for run in runs for n, step in enumerate(run)]
+    figure, panels = style.new_figure()
+    label = f"reward ({FLAGS.task}), mean of {len(runs)} seeds"
+    curves.lines(panels[0, 0], {"GRPO": points}, x_label="step", y_label=label)
+    style.save(figure, f"{FLAGS.out}.png")
 
 
 def main(argv: list[str]) -> None:

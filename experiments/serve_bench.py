@@ -41,6 +41,7 @@ from experiments.lib.request_lengths import LENGTHS, RequestLength, table_length
 from experiments.lib.runner import Report, progress
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
+from jpaged.plot import curves, style
 from jpaged.serving.metrics import StepRecord
 from jpaged.simulator.costs.fit import LinearCost, fit
 from jpaged.simulator.simulate import simulate
@@ -279,17 +280,11 @@ def measure_overhead(report: Report, llm: LLM, url: str) -> None:
 
 def plot_rows(rows: Sequence[Row], path: str) -> None:
     """Draws the latency of the engine and of the simulator against the rate."""
-    with runner.drawn_figure(path, 1, 1, figsize=(6, 4)) as panels:
-        axis = panels[0, 0]
-        rates = [row.rate for row in rows]
-        axis.plot(
-            rates, [row.normalized_latency_s for row in rows], "o-", label="server"
-        )
-        axis.plot(rates, [row.predicted_s for row in rows], "x--", label="simulator")
-        axis.set_xlabel("requests per second")
-        axis.set_ylabel("normalized latency, s/token")
-        axis.set_ylim(bottom=0)
-        axis.legend()
+    figure, panels = style.new_figure()
+    measured = [(row.rate, row.normalized_latency_s) for row in rows]
+    predicted = [(row.rate, row.predicted_s) for row in rows]
+    curves.latency_rate({"server": measured, "simulator": predicted}, ax=panels[0, 0])
+    style.save(figure, path)
 
 
 def main(argv: list[str]) -> None:

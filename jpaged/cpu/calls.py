@@ -8,10 +8,12 @@ writes outside of its arrays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.cpu import library
 from jpaged.pages.operands import (
@@ -116,16 +118,43 @@ def matmul(
     Returns:
       `[M, N]` in the dtype of x.
     """
-    factors = jnp.zeros((0,), jnp.float32) if scale is None else scale
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
-        raise ValueError(
-            f"x, weight: expected shapes [M, K] and [K, N], got {x.shape} and "
-            f"{weight.shape}"
-        )
-    _check_product(x, weight, scale, weight.shape[1:])
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
+    return matmuls(x, [weight], [scale])[0]
+
+
+def matmuls(
+    x: jax.Array, weights: Sequence[jax.Array], scales: Sequence[jax.Array | None]
+) -> list[jax.Array]:
+    """Return the products of x `[M, K]` with several matrices, in one call.
+
+    Args:
+      x: as in `matmul`.
+      weights: `[K, N]` each, of one dtype.
+      scales: of each matrix, as in `matmul`.
+
+    Returns:
+      `[M, N]` of each matrix, with the same bits as from `matmul`.
+    """
+    operands = []
+    for weight, scale in zip(weights, scales, strict=True):
+        if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
+            raise ValueError(
+                f"x, weight: expected shapes [M, K] and [K, N], got {x.shape} and "
+                f"{weight.shape}"
+            )
+        _check_product(x, weight, scale, weight.shape[1:])
+        if weight.dtype != weights[0].dtype:
+            raise ValueError(
+                f"weights: expected one dtype, got {weights[0].dtype} and "
+                f"{weight.dtype}"
+            )
+        factors = jnp.zeros((0,), jnp.float32) if scale is None else scale
+        operands += [weight, factors]
+    out = [
+        jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
+        for weight in weights
+    ]
     call = jax.ffi.ffi_call(library.target("matmul"), out, vmap_method="sequential")
-    return call(x, weight, factors)
+    return list(call(x, *operands))
 
 
 def grouped_matmul(
@@ -157,6 +186,39 @@ def grouped_matmul(
     name = library.target("grouped_matmul")
     call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
     return call(x, weight, factors, counts.astype(jnp.int32))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Return x f32`[M, E]` / its root mean square * weight f32`[E]`."""
+    if x.ndim != 2 or weight.shape != x.shape[1:]:
+        raise ValueError(
+            f"x, weight: expected shapes [M, E] and [E], got {x.shape} and "
+            f"{weight.shape}"
+        )
+    return _elementwise("rms_norm", x, weight, eps=np.float32(eps))
+
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # by the kernel's number
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """Return activation(gate) * up, f32 of one shape; see `ACTIVATIONS`."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate, up: expected one shape, got {gate.shape}, {up.shape}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected one of {ACTIVATIONS}, got {activation!r}"
+        )
+    number = np.int64(ACTIVATIONS.index(activation))
+    return _elementwise("gated", gate, up, activation=number)
+
+
+def _elementwise(name: str, x: jax.Array, y: jax.Array, **attributes: Any) -> jax.Array:
+    if x.dtype != jnp.float32 or y.dtype != jnp.float32:
+        raise ValueError(f"{name}: expected float32, got {x.dtype} and {y.dtype}")
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    call = jax.ffi.ffi_call(library.target(name), out, vmap_method="sequential")
+    return call(x, y, **attributes)
 
 
 _FLOATS = ("float32", "bfloat16", "float16")

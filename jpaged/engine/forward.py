@@ -29,7 +29,7 @@ from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
 from jpaged.kv import block_manager, shared_prefix
 from jpaged.kv.block_manager import BlockState
-from jpaged.models import products
+from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import StepInputs
 
@@ -125,7 +125,7 @@ def run_trunk(
         )
         return attended, cache
 
-    with products.serving(implementation):
+    with layer_kernels.serving(implementation):
         hidden, cache = model.trunk_loop(
             inputs.tokens,
             inputs.positions,

@@ -34,7 +34,7 @@ from jpaged.decoding.sample import (
 from jpaged.engine import request_table
 from jpaged.engine.batch import Entries, StepBatch, bucket, pack, token_rows
 from jpaged.engine.request_table import RequestTable, SampledTokens
-from jpaged.models import products
+from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
 
 _SAMPLED_ROWS = 8  # rows that the sampler processes at a time
@@ -101,7 +101,7 @@ def first_logits(
     size: int,
 ) -> jax.Array:
     """Compute the logits of the first `size` entries; see `next_logits`."""
-    with products.serving(config.attention):
+    with layer_kernels.serving(config.attention):
         values = model.logits(hidden[entries.tokens[:size]])
     return logits.at[:size].set(values)
 
@@ -263,7 +263,7 @@ def write_prompt_logprobs(
         at = lax.dynamic_slice_in_dim(order, start, size)
         seq_index = jnp.where(is_kept[at], seq_indices[at], config.max_num_requests)
         position = positions[at] + 1
-        with products.serving(config.attention):
+        with layer_kernels.serving(config.attention):
             logits = model.logits(hidden[at])
         tokens = table.tokens[seq_indices[at], position]
         found = {"logprobs": token_logprobs(logits, tokens)[0]}

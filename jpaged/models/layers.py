@@ -9,7 +9,7 @@ Shape symbols: B batch, T tokens, H query heads, K kv heads, D head_dim, E hidde
 V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -18,7 +18,13 @@ from flax import nnx
 
 from jpaged import parallel
 from jpaged.models.config import ModelConfig
-from jpaged.models.products import matmul
+from jpaged.models.layer_kernels import (
+    ACTIVATION_FUNCTIONS,
+    gated,
+    matmul,
+    matmuls,
+    rms_norm,
+)
 from jpaged.models.quantize import random_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
@@ -31,13 +37,6 @@ Cache = TypeVar("Cache")
 AttendInLoop = Callable[
     [int | jax.Array, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
 ]
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 def random_param(
@@ -86,13 +85,23 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x @ weight + bias, [..., out]; in the dtype of x if the weight is int8."""
-        scale = None if self.scale is None else self.scale[...]
-        out = matmul(x, self.weight[...], scale)
+        return apply_all([self], x)[0]
+
+    def finish(self, out: jax.Array) -> jax.Array:
+        """The result from x @ weight: summed over devices, with the bias."""
         if self.part is not None:
             out = parallel.sum_partials(out, self.part)
         if self.bias is None:
             return out
         return out + _as_last_axis(self.bias[...], out.ndim)
+
+
+def apply_all(linears: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
+    """The results of several linear layers for one x, [..., out] each."""
+    weights = [linear.weight[...] for linear in linears]
+    scales = [None if each.scale is None else each.scale[...] for each in linears]
+    products = matmuls(x, weights, scales)
+    return [linear.finish(out) for linear, out in zip(linears, products, strict=True)]
 
 
 class Output(nnx.Module):
@@ -134,11 +143,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        # Rounded to the dtype before the weight is applied, as in transformers.
-        normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return normed * _as_last_axis(self.weight[...], x.ndim)
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 class RMSNormPlusOne(nnx.Module):
@@ -150,11 +155,8 @@ class RMSNormPlusOne(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        weight = _as_last_axis(self.weight[...], x.ndim).astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(variance + self.eps) * (1.0 + weight)
-        return normed.astype(x.dtype)
+        weight = 1.0 + self.weight[...].astype(jnp.float32)
+        return rms_norm(x, weight, self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -198,10 +200,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Output [..., E] for the residual stream."""
-        act = ACTIVATION_FUNCTIONS[self.activation]
         if self.gate is None:
-            return self.down(act(self.up(x)))
-        return self.down(act(self.gate(x)) * self.up(x))
+            return self.down(ACTIVATION_FUNCTIONS[self.activation](self.up(x)))
+        gate, up = apply_all([self.gate, self.up], x)
+        return self.down(gated(gate, up, self.activation))
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -37,6 +37,7 @@ from experiments.lib.attention import contenders, page_updates
 from experiments.lib.attention.cases import AttentionShape
 from experiments.lib.attention.contenders import CONTENDERS
 from experiments.lib.attention.page_updates import UPDATES, PageUpdate
+from jpaged.plot import style
 
 FLAGS = flags.FLAGS
 _SIZES = ("num_heads", "num_kv_heads", "head_dim")
@@ -201,21 +202,31 @@ def plot_bandwidth(
 ) -> None:
     """Draws each contender's bandwidth over the bytes of keys and values."""
     timed = [row for row in rows if "seconds" in row and "kv_bytes" in row]
-    with runner.drawn_figure(path, 1, 1, figsize=(8, 5)) as panels:
-        axes = panels[0, 0]
-        for name in dict.fromkeys(row["name"] for row in timed):
-            points = sorted(
-                (row["kv_bytes"] / 1e6, row["bytes_per_s"] / 1e9)
-                for row in timed
-                if row["name"] == name
-            )
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        read = bandwidths["read_bytes_per_s"] / 1e9
-        axes.axhline(read, color="black", linestyle="--", label="read bandwidth")
-        axes.set_xscale("log")
-        axes.set_xlabel("keys and values, MB")
-        axes.set_ylabel("bandwidth, GB/s")
-        axes.legend()
+    figure, panels = style.new_figure()
+    axes = panels[0, 0]
+    names = list(dict.fromkeys(row["name"] for row in timed))
+    for number, name in enumerate(names):
+        points = sorted(
+            (row["kv_bytes"] / 1e6, row["bytes_per_s"] / 1e9)
+            for row in timed
+            if row["name"] == name
+        )
+        axes.plot(
+            *zip(*points, strict=True),
+            color=style.COLORS[number % len(style.COLORS)],
+            marker=style.MARKERS[number % len(style.MARKERS)],
+            linestyle="-" if number < len(style.COLORS) else ":",
+            markersize=4,
+            label=name,
+        )
+    read = bandwidths["read_bytes_per_s"] / 1e9
+    label = "measured read bandwidth"
+    axes.axhline(read, color=style.BLACK, linestyle="--", label=label)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    style.dress(axes, "keys and values (MB)", "bandwidth (GB/s)", grid="both")
+    style.legend_beside(axes)
+    style.save(figure, path)
 
 
 def main(argv: list[str]) -> int:

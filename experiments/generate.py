@@ -45,8 +45,8 @@ from absl import flags
 from jax.sharding import Mesh
 
 from experiments.lib import runner
-from experiments.lib.output_printer import OutputPrinter
-from experiments.lib.prompt_files import PromptLine, make_params, read_lines
+from jpaged.cli.output_printer import OutputPrinter
+from jpaged.cli.prompt_files import PromptLine, make_params, read_lines
 from jpaged.config import PREEMPTIONS
 from jpaged.engine.limits import Params, num_rows
 from jpaged.llm import LLM, Delta

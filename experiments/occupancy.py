@@ -23,7 +23,6 @@ sequence has reserved slots. With 40 blocks some requests are preempted.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -34,9 +33,11 @@ from absl import flags
 from experiments.lib import runner
 from experiments.lib.request_lengths import table_lengths
 from experiments.lib.runner import Report, progress
+from jpaged import plot
 from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
 from jpaged.params import SamplingParams
+from jpaged.plot import style
 from jpaged.serving.metrics import LATENCIES, StepRecord
 
 FLAGS = flags.FLAGS
@@ -131,92 +132,6 @@ def composition(
     }
 
 
-def plot_occupancy(
-    steps: Sequence[StepRecord],
-    outputs: Sequence[RequestOutput],
-    llm: LLM,
-    begin_s: float,
-    path: str,
-) -> None:
-    """Draws memory, sequences and the events of each request over time.
-
-    Args:
-      steps: Records of the steps.
-      outputs: Outputs of the requests.
-      llm: The engine.
-      begin_s: Time of the first arrival, on the clock of the records.
-      path: The file.
-    """
-    options = dict(figsize=(9, 9), sharex=True, height_ratios=(2, 1, 2))
-    with runner.drawn_figure(path, 3, 1, **options) as panels:
-        memory, sequences, requests = panels[:, 0]
-        sizes = (llm.config.num_blocks, llm.config.block_size)
-        _plot_memory(memory, steps, *sizes, begin_s)
-        times = [step.time_s - begin_s for step in steps]
-        for name in ("num_running", "num_waiting"):
-            counts = [getattr(step, name) for step in steps]
-            sequences.step(times, counts, label=name.removeprefix("num_"))
-        sequences.set_ylabel("sequences")
-        sequences.legend(loc="upper left")
-        _plot_requests(requests, outputs, begin_s)
-        requests.set_xlabel("time, s")
-
-
-def _plot_memory(
-    axis: Any,
-    steps: Sequence[StepRecord],
-    num_blocks: int,
-    size: int,
-    begin_s: float,
-) -> None:
-    times = [step.time_s - begin_s for step in steps]
-    percent = 100 / (num_blocks * size)
-    with_tokens = percent * np.array([step.num_token_states for step in steps])
-    reserved = percent * np.array([step.num_reserved_slots for step in steps])
-    saved = percent * size * np.array([step.num_saved_blocks for step in steps])
-    axis.stackplot(
-        times,
-        [with_tokens, reserved, saved],
-        labels=["token states", "reserved", "saved by sharing"],
-        colors=["tab:blue", "tab:orange", "lightgrey"],
-        step="pre",
-    )
-    axis.axhline(100, color="black", linewidth=0.8)
-    axis.set_ylabel("KV slots, % of the pool")
-    axis.legend(loc="upper left")
-
-
-def _plot_requests(axis: Any, outputs: Sequence[RequestOutput], begin_s: float) -> None:
-    """A line for each request: grey while it waits, blue while it runs."""
-    marks = {
-        "first_token": ("tab:green", "|"),
-        "preempted": ("tab:red", "x"),
-        "swapped": ("tab:orange", "x"),
-    }
-    for line, output in enumerate(outputs):
-        for event, after in itertools.pairwise(output.events or ()):
-            waits = event.name in ("queued", "preempted", "swapped")
-            axis.plot(
-                [event.time_s - begin_s, after.time_s - begin_s],
-                [line, line],
-                color="lightgrey" if waits else "tab:blue",
-                linewidth=2,
-            )
-    for name, (color, marker) in marks.items():
-        found = [
-            (event.time_s - begin_s, line)
-            for line, output in enumerate(outputs)
-            for event in output.events or ()
-            if event.name == name
-        ]
-        if found:
-            label = name.replace("_", " ")
-            points = list(zip(*found, strict=True))
-            axis.scatter(*points, c=color, marker=marker, zorder=3, label=label)
-            axis.legend(loc="lower right")
-    axis.set_ylabel("requests; grey: waiting")
-
-
 def live_llm(longest: int) -> LLM:
     """Builds the engine of the flags, for sequences of up to `longest` tokens."""
     return LLM(
@@ -236,7 +151,10 @@ def main(argv: list[str]) -> None:
     count, seed = FLAGS.num_requests, FLAGS.seed
     lengths = table_lengths("alpaca", count, seed)
     rng = np.random.default_rng(seed)
-    with runner.user_errors("occupancy"):
+    runner.warn_if_small("occupancy", "num_requests", count, 30)
+    with runner.user_errors("occupancy", ImportError):
+        if FLAGS.plot is not None:
+            style.pyplot()
         llm = live_llm(max(map(sum, lengths)))
         vocab_size = llm.model.config.vocab_size
         prompts = [
@@ -266,7 +184,9 @@ def main(argv: list[str]) -> None:
     if FLAGS.csv is not None:
         runner.write_csv(FLAGS.csv, StepRecord._fields, steps)
     if FLAGS.plot is not None:
-        plot_occupancy(steps, outputs, llm, begin_s, FLAGS.plot)
+        sizes = dict(num_blocks=llm.config.num_blocks, block_size=llm.config.block_size)
+        figure = plot.live_load(steps, outputs, start_s=begin_s, **sizes)
+        style.save(figure, FLAGS.plot)
     report.last_line(runner.flag_values(__name__))
 
 
@@ -293,7 +213,8 @@ def _print_summary(report: Report) -> None:
         rest = ", ".join(f"{key} {1e3 * found[key]:.1f}" for key in list(found)[1:])
         report.row(name, f"{1e3 * found['mean']:.1f} ms", rest)
     for name, share in report.details["kv_composition"].items():
-        report.row(f"KV slots: {name}", f"{100 * share:.1f} %")
+        label = {"token_states": "token states", "saved": "saved by sharing"}
+        report.row(f"KV slots: {label.get(name, name)}", f"{100 * share:.1f} %")
     for name in ("num_steps", "num_preemptions"):
         report.row(name, str(report.details[name]))
 

@@ -194,7 +194,8 @@ def write_figures(
         report.write_figure_csv(folder, file_name(name), one, mine)
         try:
             path = folder / f"{file_name(name)}.png"
-            report.draw(path, figure.title, one.drawings)
+            title = figure.title + " (simulated)" * bool(mine)
+            report.draw(path, title, one.drawings)
         except ImportError:
             has_plots = False
     if not has_plots:
@@ -210,6 +211,8 @@ def main(argv: list[str]) -> None:
     compilation_cache.turn_on()
     try:
         figures, settings = chosen_figures(FLAGS.figure), make_settings()
+        if any(figure.cases(settings) for figure in figures.values()):
+            runner.warn_if_small("paper", "scale", FLAGS.scale, 0.01)
         check_cost(settings, figures)
         runs = simulate_figures(settings, figures)
         rows = write_figures(pathlib.Path(FLAGS.out), settings, figures, runs)

@@ -52,6 +52,7 @@ from jpaged.config import EngineConfig
 from jpaged.kv import block_manager, swap
 from jpaged.models import Decoder, ModelConfig
 from jpaged.params import SamplingParams
+from jpaged.plot import style
 
 PARTS = ("one", "load")
 NO_PREEMPTION = "no_preemption"
@@ -284,29 +285,47 @@ def write_figure(found: Sequence[PreemptionTiming], out: str) -> None:
     rows = [dataclasses.astuple(one) for one in found]
     runner.write_csv(f"{out}.csv", names, rows)
     parts = list(dict.fromkeys(one.part for one in found))
-    size = (6 * len(parts), 4)
-    with runner.drawn_figure(f"{out}.png", 1, len(parts), figsize=size) as panels:
-        for axis, part in zip(panels[0], parts, strict=True):
-            _plot_part(axis, part, [one for one in found if one.part == part])
+    figure, panels = style.new_figure(1, len(parts), (5.4, 3.4))
+    for axis, part in zip(panels[0], parts, strict=True):
+        _plot_part(axis, part, [one for one in found if one.part == part])
+    style.save(figure, f"{out}.png")
+
+
+WAY_NAMES = {
+    "recompute": ("recomputation", style.BLUE),
+    "swap": ("swapping", style.RED),
+    NO_PREEMPTION: ("without preemption", style.GREY),
+}
 
 
 def _plot_part(axis: Any, part: str, found: Sequence[PreemptionTiming]) -> None:
+    lengths = sorted({one.num_tokens for one in found})
     for way, tokens in dict.fromkeys((one.way, one.num_tokens) for one in found):
         line = [one for one in found if (one.way, one.num_tokens) == (way, tokens)]
+        name, color = WAY_NAMES[way]
+        if part == "one":
+            name += f", {tokens:,} tokens"
+        place = lengths.index(tokens)
         axis.plot(
             [one.block_size for one in line],
             [one.median_ms for one in line],
-            marker="o",
-            label=f"{way.replace('_', ' ')}, {tokens} tokens",
+            marker=style.MARKERS[place],
+            linestyle=("-", "--", ":", "-.")[place % 4],
+            color=color,
+            linewidth=1.5,
+            markersize=4,
+            label=name,
         )
-    sizes = sorted({one.block_size for one in found})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set_yscale("log")
-    axis.set_xlabel("block size, tokens")
-    axis.set_ylabel("time, ms")
-    axis.set_title("one sequence" if part == "one" else "a load with preemption")
-    axis.legend(fontsize=7)
+    style.plain_ticks(axis.xaxis, sorted({one.block_size for one in found}))
+    if part == "one":  # the times differ by orders of magnitude
+        axis.set_yscale("log")
+        style.plain_y(axis)
+    else:
+        axis.set_ylim(bottom=0)
+    title = "One sequence" if part == "one" else "A load that preempts"
+    style.dress(axis, "block size (tokens)", "time (ms)", title, grid="both")
+    style.legend_beside(axis)
 
 
 def checked_flags() -> tuple[list[str], list[int], list[int]]:
@@ -330,7 +349,10 @@ def checked_flags() -> tuple[list[str], list[int], list[int]]:
 def main(argv: list[str]) -> None:
     """Measures all block sizes and prints the results."""
     del argv
-    with runner.user_errors("preemption"):
+    runner.warn_if_small("preemption", "repeats", FLAGS.repeats, 3)
+    with runner.user_errors("preemption", ImportError):
+        if FLAGS.out is not None:
+            style.pyplot()
         parts, block_sizes, contexts = checked_flags()
     report, found = Report(), []
     model = random_model.make_random_model(2048, FLAGS.seed, norm_eps=1e-5)

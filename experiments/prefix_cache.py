@@ -34,6 +34,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,12 @@ from jax import lax
 from tqdm import tqdm
 
 from experiments.lib import runner
+from jpaged import plot
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
-from jpaged.kv.prefix_cache import PrefixCache
+from jpaged.kv.prefix_cache import Eviction, PrefixCache
+from jpaged.plot import style
+from jpaged.policies import EvictionPolicy
 from jpaged.simulator.optimum import belady_hits
 from jpaged.simulator.workloads.traces import Prompt, read_prompts
 
@@ -70,6 +74,7 @@ def define_flags() -> None:
         "num_requests", 1000, "Requests of the synthetic trace.", lower_bound=1
     )
     flags.DEFINE_integer("seed", 0, "Seed of the synthetic trace.")
+    flags.DEFINE_string("plot", None, "File for the figure; needs the extra `plot`.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +136,7 @@ def replay_request(
     length: jax.Array,
     clock: jax.Array,
     capacity: int,
+    eviction: Eviction | None = None,
 ) -> tuple[PrefixCache, BlockState, jax.Array]:
     """Processes one request.
 
@@ -142,6 +148,7 @@ def replay_request(
       length: i32[], their number.
       clock: i32[], time of the request.
       capacity: Blocks that the cache keeps.
+      eviction: Which blocks are evicted; None: the least recently used.
 
     Returns:
       The cache, the blocks with an empty row, and the number of hits, i32[].
@@ -150,12 +157,14 @@ def replay_request(
     paths, lens = prefix_cache.match(cache, tokens, length[None])
     is_block = paths[0] != NO_BLOCK
     index = jnp.where(is_block, paths[0], num_blocks)
+    before = blocks.ref_counts
     blocks = dataclasses.replace(
         blocks,
         block_tables=paths,
         ref_counts=blocks.ref_counts.at[index].add(1, mode="drop"),
         context_lens=lens,
     )
+    cache = prefix_cache.count_uses(cache, before, blocks.ref_counts)
     # `append` must not allocate cached blocks, so it sees them as blocks in use.
     is_node = prefix_cache.is_cached(cache).astype(jnp.int32)
     counted = dataclasses.replace(blocks, ref_counts=blocks.ref_counts + is_node)
@@ -164,31 +173,38 @@ def replay_request(
     cache, blocks = prefix_cache.insert(cache, blocks, tokens, clock)
     cache = prefix_cache.touch(cache, blocks.ref_counts, clock)
     blocks = block_manager.free(blocks, jnp.ones((1,), jnp.bool_))
-    cache = prefix_cache.evict(cache, blocks.ref_counts, num_blocks - capacity)
+    needed = num_blocks - capacity
+    cache = prefix_cache.evict(cache, blocks.ref_counts, needed, eviction)
     return cache, blocks, lens[0]
 
 
-@functools.partial(jax.jit, static_argnames="capacity", donate_argnums=(0, 1))
+@functools.partial(
+    jax.jit, static_argnames=("capacity", "policy"), donate_argnums=(0, 1)
+)
 def replay_requests(
     cache: PrefixCache,
     blocks: BlockState,
     tokens: jax.Array,
     lengths: jax.Array,
     clock: jax.Array,
+    parameters: jax.Array,
     capacity: int,
+    policy: EvictionPolicy | None,
 ) -> tuple[PrefixCache, BlockState, jax.Array]:
     """Applies `replay_request` to requests in order.
 
-    `tokens` is i32[R, M], and `lengths` and the returned hits are i32[R].
+    `tokens` is i32[R, M], `lengths` and the returned hits are i32[R], and `parameters`
+    are those of the policy, f32[P].
     """
 
     def body(
         number: jax.Array, carry: tuple[PrefixCache, BlockState, jax.Array]
     ) -> tuple[PrefixCache, BlockState, jax.Array]:
         cache, blocks, hits = carry
-        one = lax.dynamic_slice_in_dim(tokens, number, 1)
+        one, now = lax.dynamic_slice_in_dim(tokens, number, 1), clock + number
+        eviction = None if policy is None else Eviction(policy, parameters, now)
         cache, blocks, found = replay_request(
-            cache, blocks, one, lengths[number], clock + number, capacity
+            cache, blocks, one, lengths[number], now, capacity, eviction
         )
         return cache, blocks, hits.at[number].set(found)
 
@@ -221,13 +237,18 @@ def measure_capacity(
 
 
 def replay_prompts(
-    prompts: Sequence[Sequence[int]], capacity: int
+    prompts: Sequence[Sequence[int]],
+    capacity: int,
+    policy: EvictionPolicy | None = None,
+    parameters: Sequence[float] = (),
 ) -> tuple[np.ndarray, float, float]:
     """Replays prompts through a cache of `capacity` blocks.
 
     Args:
       prompts: Hash ids of each prompt.
       capacity: Blocks that the cache keeps.
+      policy: Which blocks are evicted; None: the least recently used.
+      parameters: Of the policy; others compile nothing.
 
     Returns:
       Hits of each prompt, i32[R]; seconds without compilation; seconds to compile.
@@ -239,19 +260,26 @@ def replay_prompts(
         max_seqs=1,
         max_blocks_per_seq=longest,
     )
-    cache = prefix_cache.init_prefix_cache(capacity + longest, 1)
+    cache = prefix_cache.init_prefix_cache(capacity + longest, 1, policy is not None)
     begin = time.perf_counter()
     # Prompts without blocks fill the last piece up; they change nothing.
     empty = np.zeros((REQUESTS_PER_CALL, longest), np.int32)
     none = np.zeros((REQUESTS_PER_CALL,), np.int32)
-    arguments = (cache, blocks, empty, none, np.int32(0))
-    run = replay_requests.lower(*arguments, capacity=capacity).compile()
+    numbers = jnp.array(parameters, jnp.float32)
+    options = dict(capacity=capacity, policy=policy)
+    # Does nothing, but compiles.
+    cache, blocks, _ = replay_requests(
+        cache, blocks, empty, none, np.int32(0), numbers, **options
+    )
+    jax.block_until_ready(blocks)
     compile_s = time.perf_counter() - begin
 
     hits = []
     begin = time.perf_counter()
     for start, tokens, lengths in _pieces(prompts, empty, capacity):
-        cache, blocks, found = run(cache, blocks, tokens, lengths, np.int32(start))
+        cache, blocks, found = replay_requests(
+            cache, blocks, tokens, lengths, np.int32(start), numbers, **options
+        )
         hits.append(np.asarray(found))
     seconds = time.perf_counter() - begin
     wrong = prefix_cache.violations(cache, blocks)
@@ -300,11 +328,24 @@ def checked_flags() -> tuple[list[Prompt], list[int]]:
     return synthetic_trace(count, size, FLAGS.seed), capacities
 
 
+def plot_ratios(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Draws the hit ratios of blocks and tokens against the capacity."""
+    names = {"blocks": "block_hit_ratio", "tokens": "token_hit_ratio"}
+    curves = {
+        name: [(row["capacity_blocks"], row[key]) for row in rows]
+        for name, key in names.items()
+    }
+    best = [(row["capacity_blocks"], row["optimal_block_hit_ratio"]) for row in rows]
+    style.save(plot.hit_ratio(curves, optimum=best).figure, path)
+
+
 def main(argv: list[str]) -> None:
     """Replays the trace at all capacities and prints the results."""
     del argv
-    with runner.user_errors("prefix_cache", EOFError):
+    with runner.user_errors("prefix_cache", EOFError, ImportError):
         requests, capacities = checked_flags()
+        if FLAGS.plot is not None:
+            style.pyplot()
     num_blocks = sum(len(request.hash_ids) for request in requests)
     print(f"{len(requests)} requests, {num_blocks} blocks")
     names = ("capacity", "blocks hit", "tokens hit", "optimum", "seconds", "lookups/s")
@@ -319,6 +360,8 @@ def main(argv: list[str]) -> None:
             f"{one.seconds:>12.2f}{one.lookups_per_s:>12.0f}",
             flush=True,
         )
+    if FLAGS.plot is not None:
+        plot_ratios(rows, FLAGS.plot)
     # The top level has the figures of the last capacity, "rows" those of all.
     flag_values = runner.flag_values(__name__)
     runner.print_json({**rows[-1], "rows": rows, "flags": flag_values})

@@ -56,6 +56,7 @@ from jpaged import engine, scheduler
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder, ModelConfig, init_model
 from jpaged.params import BeamSearchParams, SamplingParams
+from jpaged.plot import style
 
 # For ShareGPT the paper's text has ranges; their ends are taken for widths 2 and 6.
 PAPER = {
@@ -207,14 +208,17 @@ def sharing_config(widths: Sequence[int], methods: Sequence[str]) -> EngineConfi
         max_num_seqs=FLAGS.max_num_seqs,
         max_model_len=MAX_LEN,
         max_num_batched_tokens=max(256, FLAGS.max_num_seqs),
-        # A beam search also has entries for its finished hypotheses.
-        max_num_requests=max(
-            FLAGS.max_num_seqs,
-            FLAGS.num_requests * max(max(widths), 2 * beams),
-        ),
+        max_num_requests=num_table_entries(widths, beams),
         max_num_stop_ids=1,
         max_beam_width=beams,
     )
+
+
+def num_table_entries(widths: Sequence[int], beams: int) -> int:
+    """Entries of the request table: those of all requests, and never too few."""
+    # A beam search also has entries for its finished hypotheses.
+    needed = FLAGS.num_requests * max(max(widths), 2 * beams)
+    return max(FLAGS.max_num_seqs + EngineConfig.max_num_prefixes, needed)
 
 
 def check_fits(
@@ -234,35 +238,48 @@ def check_fits(
         engine.check_request(config, prompt, param, vocab_size=VOCAB_SIZE)
 
 
+DATASET_NAMES = {"alpaca": "Alpaca", "sharegpt": "ShareGPT"}
+METHOD_NAMES = {"parallel": "samples", "beam": "beams"}
+
+
 def plot_sharing(found: Sequence[SharingResult], path: str) -> None:
-    """Draws the saved blocks as bars, with the paper's numbers as points."""
+    """Draws the saved blocks as bars, beside the paper's numbers."""
     datasets = list(dict.fromkeys(one.dataset for one in found))
-    size = (6 * len(datasets), 4)
-    options: dict[str, Any] = dict(figsize=size, sharey=True)
-    with runner.drawn_figure(path, 1, len(datasets), **options) as panels:
-        for axis, dataset in zip(panels[0], datasets, strict=True):
-            mine = [one for one in found if one.dataset == dataset]
-            bars = range(len(mine))
-            heights = [one.saved_percent for one in mine]
-            axis.bar(bars, heights, color="tab:blue", label="this engine")
-            points = [(bar, one.paper_percent) for bar, one in enumerate(mine)]
-            points = [(bar, percent) for bar, percent in points if percent is not None]
-            if points:
-                axis.scatter(
-                    *zip(*points, strict=True),
-                    color="black",
-                    zorder=3,
-                    label="paper, OPT-13B",
-                )
-            names = [
-                f"{one.method} {one.width}"
-                + (f"\n× {one.weight_scale:g}" if one.method == "beam" else "")
-                for one in mine
-            ]
-            axis.set_xticks(bars, names, fontsize=7)
-            axis.set_title(dataset)
-            axis.legend(fontsize=7)
-        panels[0][0].set_ylabel("blocks saved by sharing, %")
+    figure, panels = style.new_figure(1, len(datasets), (5.8, 3.4), sharey=True)
+    for axis, dataset in zip(panels[0], datasets, strict=True):
+        _plot_dataset(axis, dataset, [one for one in found if one.dataset == dataset])
+    panels[0][0].set_ylabel("blocks saved by sharing (%)")
+    # The paper's bars last.
+    names = sorted({t for ax in panels[0] for t in ax.get_legend_handles_labels()[1]})
+    style.legend_beside(panels[0][-1], order=names)
+    style.save(figure, path)
+
+
+def _plot_dataset(axis: Any, dataset: str, found: Sequence[SharingResult]) -> None:
+    """Draws a group of bars for each number of samples or beams."""
+    groups = list(dict.fromkeys((one.method, one.width) for one in found))
+    scales = list(dict.fromkeys(one.weight_scale for one in found))
+    width = 0.8 / (len(scales) + 1)
+    for number, (method, count) in enumerate(groups):
+        mine = [one for one in found if (one.method, one.width) == (method, count)]
+        papers = [one.paper_percent for one in mine if one.paper_percent is not None]
+        bars = [
+            (f"here, weights × {one.weight_scale:g}", one.saved_percent) for one in mine
+        ]
+        bars += [("paper, OPT-13B", paper) for paper in papers[:1]]
+        for place, (label, height) in enumerate(bars):
+            color = style.GREY
+            if label.startswith("here"):
+                color = (style.BLUE, style.SKY, style.PURPLE, style.GREEN)[place % 4]
+            at = number + (place - (len(bars) - 1) / 2) * width
+            axis.bar(at, height, 0.94 * width, color=color, label=label)
+            axis.annotate(
+                f"{height:.1f}", (at, height), ha="center", va="bottom", fontsize=6
+            )
+    names = [f"{count}\n{METHOD_NAMES[method]}" for method, count in groups]
+    axis.set_xticks(range(len(groups)), names)
+    axis.set_ylim(bottom=0)
+    style.dress(axis, "sequences of a request", "", DATASET_NAMES.get(dataset, dataset))
 
 
 def checked_flags() -> tuple[list[int], list[float], dict[str, list[RequestLength]]]:
@@ -287,7 +304,10 @@ def checked_flags() -> tuple[list[int], list[float], dict[str, list[RequestLengt
 def main(argv: list[str]) -> None:
     """Runs all methods and widths and prints the results."""
     del argv
-    with runner.user_errors("sharing"):
+    runner.warn_if_small("sharing", "num_requests", FLAGS.num_requests, 50)
+    with runner.user_errors("sharing", ImportError):
+        if FLAGS.plot is not None:
+            style.pyplot()
         widths, scales, lengths = checked_flags()
         config = sharing_config(widths, FLAGS.methods)
         for method in FLAGS.methods:
@@ -316,7 +336,7 @@ def main(argv: list[str]) -> None:
 
 
 def _print_result(report: Report, one: SharingResult) -> None:
-    name = f"{one.dataset}, {one.method} {one.width}"
+    name = f"{one.dataset}, {one.width} {METHOD_NAMES[one.method]}"
     if one.method == "beam":
         name += f", weights x {one.weight_scale:g}"
     paper = "-" if one.paper_percent is None else f"{one.paper_percent:.2f}"

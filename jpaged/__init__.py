@@ -17,19 +17,27 @@ Source: Kwon et al. 2023. https://arxiv.org/abs/2309.06180
 """
 
 from jpaged.config import EngineConfig as EngineConfig
+from jpaged.engine_args import EngineArgs as EngineArgs
 from jpaged.llm import LLM as LLM
 from jpaged.models.loading.checkpoint import load_model as load_model
 from jpaged.models.loading.checkpoint import save_model as save_model
 from jpaged.models.scoring import Perplexity as Perplexity
 from jpaged.models.scoring import Score as Score
+from jpaged.outputs import BeamSearchOutput as BeamSearchOutput
+from jpaged.outputs import BeamSearchSequence as BeamSearchSequence
 from jpaged.outputs import CompletionOutput as CompletionOutput
 from jpaged.outputs import Logprob as Logprob
 from jpaged.outputs import RequestOutput as RequestOutput
 from jpaged.parallel.mesh import make_mesh as make_mesh
 from jpaged.params import AlgorithmParams as AlgorithmParams
 from jpaged.params import BeamSearchParams as BeamSearchParams
+from jpaged.params import GuidedDecodingParams as GuidedDecodingParams
+from jpaged.params import RequestOutputKind as RequestOutputKind
 from jpaged.params import SamplingParams as SamplingParams
 from jpaged.params import StructuredOutputsParams as StructuredOutputsParams
+from jpaged.prompts import PromptType as PromptType
+from jpaged.prompts import TextPrompt as TextPrompt
+from jpaged.prompts import TokensPrompt as TokensPrompt
 from jpaged.serving.live import Request as Request
 from jpaged.serving.metrics import Event as Event
 from jpaged.serving.metrics import StepRecord as StepRecord
@@ -39,20 +47,28 @@ from jpaged.serving.request_state import Delta as Delta
 __all__ = [
     "LLM",
     "AlgorithmParams",
+    "BeamSearchOutput",
     "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Delta",
+    "EngineArgs",
     "EngineConfig",
     "Event",
+    "GuidedDecodingParams",
     "Logprob",
     "Perplexity",
     "Prefix",
+    "PromptType",
     "Request",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "Score",
     "StepRecord",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "load_model",
     "make_mesh",
     "save_model",

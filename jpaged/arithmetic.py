@@ -1,4 +1,4 @@
-"""Integer arithmetic for Python numbers and arrays."""
+"""Arithmetic: integers of Python and arrays, and sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+_TERMS = 16  # that `sum_in_order` adds at a time
 
 
 def cdiv(dividend: Any, divisor: Any) -> Any:
@@ -47,3 +49,21 @@ def remainder(dividend: jax.Array, divisor: Any) -> jax.Array:
 
 def _like(array: jax.Array, value: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(value, array.dtype), array.shape)
+
+
+def sum_in_order(x: jax.Array) -> jax.Array:
+    """Return the sum of x [..., E] over its last axis, [...], in a fixed order.
+
+    XLA's sums depend on the shape of x and on what it fuses. Here every addition is one
+    of arrays, and nothing is fused that could round differently. Differentiable.
+    """
+    while (size := x.shape[-1]) > 1:
+        number = min(_TERMS, size)
+        padding = -size % number
+        x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, padding)))
+        parts = lax.optimization_barrier(x.reshape(*x.shape[:-1], number, -1))
+        total = parts[..., 0, :]
+        for term in range(1, number):
+            total = total + parts[..., term, :]
+        x = lax.optimization_barrier(total)
+    return x[..., 0]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from jpaged import policies
@@ -19,8 +20,10 @@ if TYPE_CHECKING:  # `decoding` imports nothing from here; not needed at run tim
 PREEMPTIONS = ("recompute", "swap")
 # How much sampling a program includes; each includes those before it.
 SAMPLING = ("greedy", "random", "filtered")
+LOGPROBS_MODES = ("raw", "processed")
 _MAY_BE_ZERO = (
     "num_logprobs",
+    "num_mask_words",
     "max_num_prefixes",
     "max_beam_width",
     "num_swap_blocks",
@@ -85,13 +88,20 @@ class EngineConfig:
       max_num_stop_ids: token ids that can end one request, EOS included.
       num_logprobs: number of most likely tokens returned with each generated token; 0
         returns only the generated token's own log-probability.
+      num_mask_words: 32-bit words of a mask over the vocabulary; requests may then ask
+        which tokens could be sampled at each position. 0: they may not.
       prompt_logprobs: requests may ask for the log-probabilities of their prompts.
       max_prompt_chunk: largest number of tokens of one prompt in one step; None: only
         `max_num_batched_tokens` limits it.
       policy: which request is admitted first: a name of `policies.POLICIES`, or a
-        function. Priorities of requests are used only by "priority", "weighted" and
-        functions.
-      policy_parameters: numbers that the policy reads (`policies.Waiting.parameters`).
+        function (`jpaged.policies`). Priorities of requests are used only by
+        "priority", "weighted" and functions.
+      preemption_policy: which running request gives back its blocks first: a name or a
+        function.
+      eviction_policy: which block of the prefix cache is evicted first.
+      budget_policy: how many tokens each row computes in a step.
+      policy_parameters, preemption_parameters, eviction_parameters, budget_parameters:
+        numbers that these policies read (`parameters`).
       watermark: share of the blocks that admission leaves free while others run.
       preemption: what happens to the blocks of preempted sequences: "recompute" frees
         them, "swap" copies them to the host's memory.
@@ -111,6 +121,10 @@ class EngineConfig:
       speculation: how draft tokens are proposed; None: no speculation.
       sampling: how requests may sample: "greedy"; "random", also with temperatures; or
         "filtered", also with top_k, top_p and min_p. Less compiles faster.
+      logprobs_mode: which distribution log-probabilities are of: "raw", the model's; or
+        "processed", the one that tokens are sampled from.
+      batch_invariant: the bits of a token's logits depend on its sequence alone
+        (`models.invariant`, `attention.invariant`).
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
@@ -128,10 +142,17 @@ class EngineConfig:
     max_num_requests: int = 256
     max_num_stop_ids: int = 8
     num_logprobs: int = 0
+    num_mask_words: int = 0
     prompt_logprobs: bool = False
     max_prompt_chunk: int | None = None
     policy: str | policies.Policy = "fcfs"
     policy_parameters: tuple[float, ...] = ()
+    preemption_policy: str | policies.Policy = "latest"
+    preemption_parameters: tuple[float, ...] = ()
+    eviction_policy: str | policies.EvictionPolicy = "lru"
+    eviction_parameters: tuple[float, ...] = ()
+    budget_policy: str | policies.BudgetPolicy = "decode_first"
+    budget_parameters: tuple[float, ...] = ()
     watermark: float = 0.01
     preemption: str = "recompute"
     num_swap_blocks: int = 0
@@ -144,6 +165,8 @@ class EngineConfig:
     automata: AutomataSizes | None = None
     speculation: Speculation | None = None
     sampling: str = "filtered"
+    logprobs_mode: str = "raw"
+    batch_invariant: bool = False
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
@@ -155,7 +178,7 @@ class EngineConfig:
                 _check_integer(field.name, getattr(self, field.name), least)
         if self.max_prompt_chunk is not None:
             _check_integer("max_prompt_chunk", self.max_prompt_chunk, least=1)
-        self._check_policy_parameters()
+        self._check_policies()
         if not 0 <= self.watermark < 1:
             raise ValueError(
                 f"watermark: expected a share from 0 to below 1, got {self.watermark!r}"
@@ -164,18 +187,36 @@ class EngineConfig:
             raise ValueError(
                 f"sampling: expected one of {SAMPLING}, got {self.sampling!r}"
             )
+        if self.batch_invariant and self.cascade:
+            raise ValueError(
+                "cascade: expected False with batch_invariant=True, because which rows "
+                "share a prefix would decide in which order they sum, got True"
+            )
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise ValueError(
+                f"logprobs_mode: expected one of {LOGPROBS_MODES}, got "
+                f"{self.logprobs_mode!r}"
+            )
         self._check_preemption()
         self._check_capacities()
 
-    def _check_policy_parameters(self) -> None:
-        given = self.policy_parameters
-        if not isinstance(given, tuple) or not all(
-            isinstance(one, int | float) and math.isfinite(one) for one in given
-        ):
+    def _check_policies(self) -> None:
+        for kind in policies.KINDS:
+            given = getattr(self, kind.parameters)
+            if not isinstance(given, tuple) or not all(
+                isinstance(one, int | float) and math.isfinite(one) for one in given
+            ):
+                raise ValueError(
+                    f"{kind.parameters}: expected a tuple of finite numbers, got "
+                    f"{given!r}"
+                )
+            policies.check(kind, getattr(self, kind.argument), given)
+        if self.eviction_policy != "lru" and not self.enable_prefix_caching:
             raise ValueError(
-                f"policy_parameters: expected a tuple of finite numbers, got {given!r}"
+                "eviction_policy: expected 'lru', the default, without a prefix cache, "
+                f"got {self.eviction_policy!r}; set enable_prefix_caching=True to use "
+                "it"
             )
-        policies.check_policy(self.policy, given)
 
     def _check_capacities(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -253,15 +294,52 @@ class EngineConfig:
 
     @property
     def uses_priorities(self) -> bool:
-        """Whether the policy reads the requests' priorities."""
-        return callable(self.policy) or self.policy in ("priority", "weighted")
+        """Whether a policy reads the requests' priorities."""
+        return (
+            callable(self.policy)
+            or callable(self.preemption_policy)
+            or callable(self.budget_policy)
+            or self.policy in ("priority", "weighted")
+        )
+
+    def uses(self, kind: policies.Kind) -> bool:
+        """Whether the policy of this kind is another than the default."""
+        return getattr(self, kind.argument) != kind.default
+
+    @property
+    def columns_read(self) -> frozenset[str]:
+        """The columns of `policies.Requests` that the policies read."""
+        found: frozenset[str] = frozenset()
+        for kind in policies.KINDS:
+            policy, given = getattr(self, kind.argument), getattr(self, kind.parameters)
+            if self.uses(kind):
+                found |= policies.columns_read(kind, policy, given)
+        return found
+
+    @property
+    def has_attributes(self) -> bool:
+        """Whether the request table has the columns `policies.ATTRIBUTES`."""
+        return not self.columns_read.isdisjoint(policies.ATTRIBUTES)
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether a policy depends on the time."""
+        return not self.columns_read.isdisjoint(("ages", "times_left"))
 
     @property
     def scheduler_params(self) -> policies.SchedulerParams:
         """The scheduler's settings as arrays: their initial values and upper limits."""
         chunk = self.max_prompt_chunk or self.max_num_batched_tokens
+
+        def parameters(kind: policies.Kind) -> jax.Array | None:
+            given = getattr(self, kind.parameters)
+            return jnp.array(given, jnp.float32) if self.uses(kind) else None
+
         return policies.SchedulerParams(
             parameters=jnp.array(self.policy_parameters, jnp.float32),
+            preemption=parameters(policies.PREEMPTION),
+            eviction=parameters(policies.EVICTION),
+            budget=parameters(policies.BUDGET),
             num_watermark_blocks=jnp.int32(int(self.watermark * self.num_blocks)),
             max_num_seqs=jnp.int32(self.max_num_seqs),
             max_num_batched_tokens=jnp.int32(self.max_num_batched_tokens),

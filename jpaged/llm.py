@@ -7,6 +7,7 @@ where it has them. This module only forwards: `serving.construction` creates the
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import (
@@ -19,6 +20,7 @@ from collections.abc import (
 )
 from typing import Any, Literal
 
+from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged import compilation_cache
@@ -26,10 +28,14 @@ from jpaged.config import EngineConfig
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
 from jpaged.models import scoring
+from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.scoring import Perplexity, Score
+from jpaged.names import checked_names, either, errors_of
 from jpaged.outputs import RequestOutput
-from jpaged.policies import Policy
+from jpaged.policies import BudgetPolicy, EvictionPolicy, Policy
+from jpaged.progress import Progress
+from jpaged.prompts import Prompt
 from jpaged.serving import construction, memory, stats
 from jpaged.serving.collect import collect_outputs
 from jpaged.serving.engine_host import EngineHost
@@ -37,19 +43,29 @@ from jpaged.serving.intake import Intake
 from jpaged.serving.live import Request
 from jpaged.serving.metrics import StepRecord
 from jpaged.serving.options import LLMOptions
+from jpaged.serving.pausing import MODES
 from jpaged.serving.prefix import Prefix
+from jpaged.serving.report import report_choice
 from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
+from jpaged.serving.vllm_methods import (
+    VllmMethods,
+    default_params,
+    sampling_defaults,
+)
+from jpaged.serving.vllm_names import LLM_ARGUMENTS, REQUEST_ARGUMENTS, llm_arguments
+from jpaged.serving.weight_reading import UpdateOptions
+from jpaged.serving.weight_update import WeightUpdate, WeightUpdater
 from jpaged.serving.weights import WeightsWatch, check_replacement
 from jpaged.text import chat
 from jpaged.text import prompts as text_prompts
 from jpaged.text.tokenizer import Tokenizer
-from jpaged.validation import integer
+from jpaged.validation import integer, one_of
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+_NAMES = REQUEST_ARGUMENTS
 Messages = Sequence[Mapping[str, Any]]
 
 
-class LLM:
+class LLM(VllmMethods):
     """A language model that generates text: weights, tokenizer, KV pool and engine.
 
     Args:
@@ -84,9 +100,14 @@ class LLM:
       policy: order in which waiting requests are admitted, also of those that wait on
         the host for space in the request table. "fcfs": by arrival.
         "priority": smallest `SamplingParams.priority` first. "shortest_prompt".
-        "longest_prefix": most cached prompt tokens first. Or a function, see
+        "longest_prefix": most cached prompt tokens first. "shortest_job",
+        "earliest_deadline", "feedback", "fair_share". Or a function, see
         `jpaged.policies`.
       policy_parameters: numbers that the policy reads.
+      preemption_policy, eviction_policy, budget_policy: which running request gives
+        back its blocks, which block of the prefix cache is evicted, and how many tokens
+        each sequence computes in a step: names or functions, see `jpaged.policies`.
+        `preemption_parameters` and so on are numbers that they read.
       attention: implementation of paged attention; None is the best one for the
         device.
       mesh: devices that share the model and the pages, as `jpaged.make_mesh` returns
@@ -120,6 +141,15 @@ class LLM:
       quantization: "int8" stores the weights of the layers' products in 8 bits.
       cascade: samples, beams and prompts with a shared prefix read its keys and values
         together, where this is faster.
+      logprobs_mode: which distribution the log-probabilities of outputs are of. "raw":
+        the model's, before temperature, filters and rules. "processed": the one that
+        the token was sampled from, after all of these; tokens that could not be sampled
+        have -inf. Greedy outputs have temperature 1 and no filters. Log-probabilities
+        of prompts are always the model's.
+      batch_invariant: compute so that the bits of a token's logits depend on its own
+        sequence alone: not on the batch, the chunks of prompts, the prefix cache, the
+        block size or preemptions. They equal those of `model(tokens)` inside
+        `jpaged.rl.batch_invariant()`. Slower, see docs/rollouts.md.
 
     The first call compiles a few small programs, and the first call with a feature
     (sampling, log-probabilities, beams, an algorithm) one more. Programs for other
@@ -128,6 +158,13 @@ class LLM:
     Compiled programs are also stored in a cache folder of the user, see
     `jpaged.compilation_cache`.
 
+    vLLM's names of arguments are accepted where they mean the same
+    (`gpu_memory_utilization`, `tensor_parallel_size`, `kv_cache_dtype` and others);
+    otherwise the error says what to use instead, see `serving.vllm_names`.
+
+    What was chosen (dtype, blocks, kernels) is reported once on stderr, by the logger
+    "jpaged"; see `jpaged.log` for how to turn this off.
+
     An LLM is not thread-safe.
 
     Raises:
@@ -135,6 +172,7 @@ class LLM:
       FileNotFoundError: the folder does not exist or is not a checkpoint.
     """
 
+    @checked_names("LLM", LLM_ARGUMENTS, llm_arguments)
     def __init__(
         self,
         model: str | os.PathLike[str] | Decoder,
@@ -166,54 +204,179 @@ class LLM:
         check_invariants: bool = False,
         quantization: str | None = None,
         cascade: bool = False,
+        logprobs_mode: str = "raw",
+        batch_invariant: bool = False,
+        preemption_policy: str | Policy = "latest",
+        preemption_parameters: Sequence[float] = (),
+        eviction_policy: str | EvictionPolicy = "lru",
+        eviction_parameters: Sequence[float] = (),
+        budget_policy: str | BudgetPolicy = "decode_first",
+        budget_parameters: Sequence[float] = (),
     ):
         arguments = dict(locals())
         del arguments["self"]
         options = LLMOptions(**arguments)
         compilation_cache.turn_on()
         parts = construction.build_parts(options)
-        self._model = parts.model
         self._weights = WeightsWatch(parts.model)
+        self._updater = WeightUpdater()
         self.tokenizer = parts.tokenizer
         self.seed = options.seed
-        self.max_logprobs = max_logprobs
+        self.max_logprobs = options.max_logprobs
         self._name = parts.name
         self._kv_dtype = parts.kv_dtype
         self._host: EngineHost | None = parts.host
         self._batcher = parts.batcher
-        self._intake = Intake(parts.host, parts.tokenizer, max_logprobs)
+        self._sampling_defaults = sampling_defaults(model, parts.tokenizer)
+        self._intake = Intake(
+            parts.host,
+            parts.tokenizer,
+            options.max_logprobs,
+            functools.partial(default_params, self._sampling_defaults),
+        )
+        report_choice(self.__repr__(), self._host.num_replicas, self._sampling_defaults)
 
     @property
     def model(self) -> Decoder:
         """The model. A Decoder of the same config can be assigned.
 
         Its arrays may also be replaced in place (`flax.nnx.update`). The next call
-        notices this, and drops what was cached with the old weights.
+        notices this, and drops what was cached with the old weights: requests that run
+        compute their tokens again. See also `update_weights`.
         """
-        return self._model
+        return self._open_host().model
 
     @model.setter
     def model(self, model: Decoder) -> None:
         host = self._open_host()
-        check_replacement(self._model, model, self._batcher.num_open)
+        check_replacement(host.model, model, self._batcher.num_open)
         with host.lock:
             if host.runner.mesh is not None:
                 model = replicas.shard_model(model, host.runner.mesh)
-            host.replace_model(model)
-            self._model = model
+            host.use_model(model)
+            host.change_weights()
             self._weights.remember(model)
+            self._updater.forget()
+
+    def update_weights(
+        self,
+        weights: Decoder | nnx.State | Mapping[Any, Any] | str | os.PathLike[str],
+        *,
+        prefix_cache: Literal["reset", "keep"] = "reset",
+        requests: Literal["recompute", "keep", "abort"] | None = None,
+        copy: bool = True,
+        cast: bool = False,
+        check_finite: bool = True,
+        lora_alpha: float | None = None,
+    ) -> WeightUpdate:
+        """Replace the model's weights, for example after a step of a trainer.
+
+        Compiles no program, and needs memory for one array beside the old weights.
+        Everything is checked first: after an error the old weights are in use, and
+        requests that run are not affected. Open requests go on as `requests` says;
+        pinned prefixes are computed again.
+
+            llm.update_weights(nnx.state(policy))
+
+        Args:
+          weights: a Decoder of the same config; its nnx state; a pytree with the names
+            of its parameters (also flat, {"layers.0.mlp.up.weight": array}); or a
+            folder or name, as for `LLM`. Arrays on other devices or with another
+            sharding are sent from device to device. A pytree that has only adapters
+            (`NAME_lora_a` and `NAME_lora_b`, as qwix names its `nnx.LoRAParam`s)
+            replaces the adapters; the LLM adds alpha / rank * a @ b to its weights.
+          prefix_cache: "reset" empties the prefix cache. "keep" keeps keys and values
+            that the old weights have computed, also of pinned prefixes: outputs are
+            then those of neither version.
+          requests: what happens to requests that run. "recompute" (default): they
+            compute their tokens again, so each further token is sampled from the new
+            model. "keep": they go on with the keys and values that they have, which is
+            faster; later tokens attend to those of the old weights. "abort": they end
+            with the tokens they have, finish_reason "abort". With prefix_cache="keep"
+            the default is "keep".
+          copy: give the LLM arrays of its own. False uses the arrays themselves, where
+            devices and dtypes allow: nothing is copied, and a caller must not donate
+            them.
+          cast: convert floats to the LLM's dtype, and quantise them if the LLM is
+            quantised. False raises an error for another dtype.
+          check_finite: raise an error if a value is NaN or infinite.
+          lora_alpha: alpha of adapters.
+
+        Returns:
+          The number of updates so far, and what this one has taken.
+
+        Raises:
+          ValueError: an argument is invalid; or an array is missing, unknown, deleted
+            or not finite, or has another shape or dtype. The message names it.
+          FileNotFoundError: a folder does not exist or is not a checkpoint.
+          RuntimeError: another update runs, or the LLM is closed.
+        """
+        host = self._open_host()
+        options = UpdateOptions(
+            prefix_cache, requests, copy, cast, check_finite, lora_alpha
+        )
+        update = self._updater.update(host, self._batcher, weights, options)
+        self._weights.remember(host.model)
+        return update
+
+    @property
+    def weights_version(self) -> int:
+        """Number of calls of `update_weights` that have succeeded."""
+        return self._updater.version
+
+    def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
+        """Stop running requests until `resume`, for example to update the weights.
+
+        Returns when no step runs. Requests can be submitted meanwhile, and wait: other
+        threads and coroutines that wait for them sleep until `resume`. In this thread,
+        calls that would wait for themselves raise RuntimeError. `update_weights`,
+        `abort`, `score` and `perplexity` work as usual.
+
+        Args:
+          mode: what happens to open requests. "keep" freezes them; they go on after
+            `resume`. "wait" lets them finish first. "abort" ends them with the tokens
+            they have.
+
+        Raises:
+          ValueError: the mode is unknown.
+        """
+        host = self._open_host()
+        one_of("mode", mode, MODES)
+        if mode == "wait":
+            self._batcher.finish_open()
+        with host.lock:
+            self._batcher.pause.set()
+            if mode == "abort":
+                self._batcher.abort_open()
+
+    def resume(self) -> None:
+        """End a pause; without one, nothing happens."""
+        self._open_host()
+        self._batcher.pause.clear()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the LLM is paused."""
+        return self._batcher.pause.is_set
+
+    @property
+    def _model_config(self) -> ModelConfig:
+        return self.model.config
 
     @property
     def config(self) -> EngineConfig:
         """The engine's sizes and features; features grow with what requests need."""
         return self._batcher.host.config
 
+    @checked_names("generate", _NAMES)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: Params | Sequence[Params] | None = None,
-        progress: bool = True,
+        progress: Progress = True,
         *,
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: Progress | None = None,
         on_error: Literal["raise", "return"] = "raise",
         on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
@@ -222,8 +385,12 @@ class LLM:
         Args:
           prompts: a text, a list of token ids, a dict of either ({"prompt": text} or
             {"prompt_token_ids": token ids}), or a list or iterator of these.
-          params: parameters for all prompts, or one for each; None is SamplingParams().
-          progress: show a progress bar on stderr if it is a terminal or a notebook.
+          params: parameters for all prompts, or one for each; None is
+            `get_default_sampling_params()`.
+          progress: show a progress bar on stderr if it is a terminal or a notebook; or
+            a function that makes the bar, such as a subclass of tqdm.
+          sampling_params: vLLM's name of `params`.
+          use_tqdm: vLLM's name of `progress`.
           on_error: what to do if a request is invalid. All requests are checked before
             any runs. "raise" raises ValueError with all errors. "return" runs the valid
             requests and returns a RequestOutput with `error` for each invalid one.
@@ -240,12 +407,16 @@ class LLM:
             raise ValueError(
                 f"on_error: expected 'raise' or 'return', got {on_error!r}"
             )
+        self._batcher.pause.check()
+        params = either("generate", params=params, sampling_params=sampling_params)
+        progress = progress if use_tqdm is None else use_tqdm
         self._with_current_weights()
-        requests, outputs = self._intake.call(prompts, params, on_error)
+        found = self._intake.call(prompts, params, on_error)
         return collect_outputs(
-            self._batcher, requests, outputs, progress=progress, on_output=on_output
+            self._batcher, *found, progress=progress, on_output=on_output
         )
 
+    @checked_names("stream", _NAMES)
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -267,6 +438,7 @@ class LLM:
             request.is_streamed = True
         return (delta for update in self._follow(requests) for delta in update.deltas)
 
+    @checked_names("submit", _NAMES)
     def submit(self, prompt: Prompt, params: Params | None = None) -> Request:
         """Submit a request that runs beside all others from now on.
 
@@ -288,6 +460,7 @@ class LLM:
         self._batcher.add([state])
         return Request(self._batcher, state)
 
+    @checked_names("astream", _NAMES)
     def astream(
         self, prompt: Prompt, params: Params | None = None
     ) -> AsyncGenerator[Delta, None]:
@@ -339,6 +512,24 @@ class LLM:
             )
         self._batcher.abort([state])
 
+    def run_slice(self, seconds: float | None = None) -> bool:
+        """Run a few steps for all open requests.
+
+        For a server with a thread of its own for the engine. Other threads may
+        `submit` meanwhile, one at a time, and read `Request.deltas`. Callers that
+        iterate over requests or wait for them need not call this.
+
+        Args:
+          seconds: length of the slice if a request is streamed or live, one step at
+            least; None is 0.05.
+
+        Returns:
+          Whether requests are still open.
+        """
+        self._open_host()
+        self._batcher.run_slice(seconds)
+        return self._batcher.num_open > 0
+
     def pin(self, prefix: Prompt) -> Prefix:
         """Compute a prefix once and keep it until it is released.
 
@@ -362,6 +553,7 @@ class LLM:
         with host.lock:
             return Prefix(host, self.tokenizer, self._intake.token_ids(prefix))
 
+    @checked_names("chat", _NAMES)
     def chat(
         self,
         messages: Messages | Sequence[Messages],
@@ -369,7 +561,14 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **options: Any,
+        progress: Progress = True,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: Progress | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Generate answers to conversations, with the model's chat template.
 
@@ -381,23 +580,40 @@ class LLM:
           chat_template: source of a template, or the name of one in the model's folder;
             None is the folder's default.
           tools: JSON schemas of functions, for templates that support them.
-          options: the other arguments of `generate`.
+          continue_final_message: end the prompt within the last message, which the
+            output continues; needs `add_generation_prompt=False`.
+          chat_template_kwargs: further variables of the template.
+          progress, sampling_params, use_tqdm, on_error, on_output: as for `generate`.
 
         Returns:
           One RequestOutput per conversation, in order.
 
         Raises:
-          ValueError: there is no template, or it refuses the messages; see
-            `text.chat.render`.
+          ValueError: there is no template, or it refuses the messages, see
+            `text.chat.render`; or requests are invalid.
         """
-        prompts = chat.chat_prompts(
-            self.tokenizer,
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
+        progress = progress if use_tqdm is None else use_tqdm
+        if on_error not in ("raise", "return"):
+            raise ValueError(
+                f"chat: on_error: expected 'raise' or 'return', got {on_error!r}"
+            )
+        with errors_of("chat"):
+            params = either("chat", params=params, sampling_params=sampling_params)
+            texts = chat.chat_texts(
+                self.tokenizer,
+                messages,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            prompts = chat.encoded(self.tokenizer, texts)
+            self._with_current_weights()
+            found = self._intake.call(prompts, params, on_error, "messages")
+        return collect_outputs(
+            self._batcher, *found, progress=progress, on_output=on_output
         )
-        return self.generate(prompts, params, **options)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Prompt | Sequence[Any]
@@ -443,6 +659,7 @@ class LLM:
             length=self.config.max_model_len,
         )
 
+    @checked_names("check", _NAMES)
     def check(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -501,6 +718,7 @@ class LLM:
         - mean_queue_s and the other means: see `serving.metrics.latencies`; over the
           num_finished_requests that ended by themselves.
         - num_lost_events: events that were overwritten before the host read them.
+        - num_running: sequences with a batch row now.
 
         With several replicas, blocks, bytes, steps and tokens are sums, and shares are
         shares of the sums; `replica_stats` has them per replica.
@@ -558,7 +776,6 @@ class LLM:
         if self._host is not None:
             self._batcher.close()
             self._host = None
-            del self._model
 
     def __enter__(self) -> LLM:
         return self
@@ -588,9 +805,11 @@ class LLM:
     def _with_current_weights(self) -> EngineHost:
         """Return the engine, without anything cached if weights have changed."""
         host = self._open_host()
-        if self._weights.must_reset(self._model, self._batcher.open_requests):
+        self._updater.check()
+        if self._weights.have_changed(host.model):
             with host.lock:
-                host.reset_prefix_cache()
+                self._updater.forget()
+                host.change_weights()
         return host
 
     def _follow(

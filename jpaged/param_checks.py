@@ -32,6 +32,22 @@ def priority(value: Any) -> int:
     return integer("priority", value, low=-LARGEST_INT32, high=LARGEST_INT32)
 
 
+def deadline_ms(value: Any) -> int | None:
+    """Return milliseconds from submission; None is no deadline."""
+    if value is None:
+        return None
+    return integer("deadline_ms", value, low=0, high=LARGEST_INT32 - 1)
+
+
+def user(value: Any) -> str | int | None:
+    """Return the name or the number of a user; None is none."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, str) or isinstance(value, bool):
+        raise error("user", "a name that is not empty, a number or None", value)
+    return integer("user", value, low=0, high=LARGEST_INT32)
+
+
 def max_tokens(value: Any) -> int | None:
     """Return a limit of generated tokens; None is the limit of the engine."""
     return None if value is None else integer("max_tokens", value, low=1)

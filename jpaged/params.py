@@ -3,16 +3,23 @@
 Host only: the engine turns parameters into arrays. Names and meanings follow vLLM
 unless a docstring says otherwise. Values out of range raise ValueError; they are never
 clamped, dropped or replaced silently.
+
+Attributes of SamplingParams and BeamSearchParams can be set later. Values are checked
+by the constructor, and those that were set are checked by the call that uses them.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import enum
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from jpaged import param_checks
+from jpaged import foreign_params, param_checks
 from jpaged.decoding.sample import GREEDY_BELOW
+from jpaged.names import checked_fields
 from jpaged.validation import (
     error,
     flag,
@@ -22,6 +29,19 @@ from jpaged.validation import (
     text,
     token_ids,
 )
+
+
+class RequestOutputKind(enum.Enum):
+    """What a caller reads of a request, by vLLM's names.
+
+    `LLM.generate` returns complete outputs and `LLM.stream` yields deltas, whatever the
+    kind is, as vLLM's `generate` does.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
 
 LEAST_TEMPERATURE = 0.01  # smaller temperatures overflow the softmax of large logits
 MAX_TEMPERATURE = 1e30  # far below the largest float32: its inverse is a normal number
@@ -39,6 +59,8 @@ def _choices(value: Any) -> tuple[str, ...]:
 
 def _json_schema(value: Any) -> str:
     """Return a schema as JSON text; `value` is a dict, a bool or JSON text."""
+    if callable(of_model := getattr(value, "model_json_schema", None)):
+        value = of_model()  # a class of pydantic
     schema = value
     try:
         if isinstance(value, str):
@@ -57,6 +79,7 @@ def _json_schema(value: Any) -> str:
     raise error("json", "a JSON schema: a dict, or one as JSON text", value)
 
 
+@checked_fields(foreign_params.STRUCTURED)
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputsParams:
     r"""A constraint on the whole generated text; set exactly one attribute.
@@ -64,8 +87,8 @@ class StructuredOutputsParams:
     Attributes:
         regex: a pattern that the whole text matches.
         choice: the texts that are allowed; the output is one of them.
-        json: a JSON schema as a dict or as JSON text; {"type": "object"} allows any
-            object. It is stored as JSON text.
+        json: a JSON schema as a dict, as JSON text or as a class of pydantic;
+            {"type": "object"} allows any object. It is stored as JSON text.
 
     >>> StructuredOutputsParams(choice=["yes", "no"])
     StructuredOutputsParams(regex=None, choice=('yes', 'no'), json=None)
@@ -98,6 +121,9 @@ class StructuredOutputsParams:
         object.__setattr__(self, name, checked)
 
 
+GuidedDecodingParams = StructuredOutputsParams  # its name in older versions of vLLM
+
+
 def _structured_outputs(value: Any, ignore_eos: bool) -> Any:
     """Return a constraint, compiled or not, or None; a dict has its attributes."""
     if isinstance(value, Mapping):
@@ -121,7 +147,8 @@ def _structured_outputs(value: Any, ignore_eos: bool) -> Any:
     return value
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_fields(foreign_params.SAMPLING)
+@dataclasses.dataclass
 class SamplingParams:
     """How the tokens of one request are sampled, and when its outputs end.
 
@@ -152,6 +179,8 @@ class SamplingParams:
         logprobs: number of most probable tokens to report per position, besides the
             sampled one; -1 reports the whole vocabulary, None reports nothing.
         prompt_logprobs: the same for the tokens of the prompt.
+        token_masks: return which tokens could be sampled at each position, after rules
+            and filters, as `CompletionOutput.token_masks`.
         logit_bias: numbers to add to the logits, keyed by token id.
         allowed_token_ids: the only tokens that may be sampled; None allows all.
         bad_words: strings that the generated text never contains, however it is divided
@@ -162,6 +191,9 @@ class SamplingParams:
             None and -1 derive a seed from the engine's.
         priority: under policy "priority", smaller values are admitted first; from
             -(2**31 - 1) to 2**31 - 1.
+        deadline_ms: milliseconds from submission until the request should end, for
+            policies such as "earliest_deadline"; a missed one ends nothing.
+        user: name or number of the user, for policies such as "fair_share".
         structured_outputs: constraint on the text: a regex, a list of texts, or a JSON
             schema, as StructuredOutputsParams or as a dict ({"regex": "[a-z]+"}). None
             leaves the text unconstrained.
@@ -170,6 +202,10 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: False removes what the tokenizer's decoder puts
             between special tokens, if the text shows them.
+        detokenize: False leaves the texts of outputs and log-probabilities empty.
+        truncate_prompt_tokens: use only this many tokens at the end of the prompt; -1
+            is as many as max_model_len allows. None refuses a prompt that is too long.
+        output_kind: see `RequestOutputKind`.
 
     Raises:
         ValueError: a value is out of range, or two values contradict each other.
@@ -190,6 +226,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    token_masks: bool = False
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str | Sequence[int]] = ()
@@ -199,6 +236,11 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    truncate_prompt_tokens: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    deadline_ms: int | None = None
+    user: str | int | None = None
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
@@ -213,6 +255,16 @@ class SamplingParams:
                 f"{self.temperature:g}), got {self.n}: all samples would be equal; set "
                 "a temperature above 0"
             )
+        self._set("_is_checked", True)
+
+    @classmethod
+    def from_optional(cls, **values: Any) -> SamplingParams:
+        """Return parameters in which None means the default."""
+        return cls(**{name: v for name, v in values.items() if v is not None})
+
+    def clone(self) -> SamplingParams:
+        """Return a copy."""
+        return dataclasses.replace(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -245,6 +297,8 @@ class SamplingParams:
         penalty = number("repetition_penalty", self.repetition_penalty, above=0)
         self._set("repetition_penalty", penalty)
         self._set("priority", param_checks.priority(self.priority))
+        self._set("deadline_ms", param_checks.deadline_ms(self.deadline_ms))
+        self._set("user", param_checks.user(self.user))
         self._set("seed", param_checks.seed(self.seed))
 
     def _check_ends(self) -> None:
@@ -259,13 +313,24 @@ class SamplingParams:
         self._set("stop_token_ids", param_checks.stop_token_ids(self.stop_token_ids))
         for name in (
             "ignore_eos",
+            "token_masks",
             "include_stop_str_in_output",
             "skip_special_tokens",
             "spaces_between_special_tokens",
+            "detokenize",
         ):
             self._set(name, flag(name, getattr(self, name)))
+        if self.stop and not self.detokenize:
+            raise error("stop", "none with detokenize=False", self.stop)
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise error("output_kind", "a RequestOutputKind", self.output_kind)
 
     def _check_tokens(self) -> None:
+        if (length := self.truncate_prompt_tokens) is not None:
+            length = integer("truncate_prompt_tokens", length, low=-1)
+            if length == 0:
+                raise error("truncate_prompt_tokens", "-1, or at least 1", length)
+            self._set("truncate_prompt_tokens", length)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), low=-1))
@@ -283,7 +348,8 @@ class SamplingParams:
         self._set("bad_words", param_checks.bad_words(self.bad_words))
 
 
-@dataclasses.dataclass(frozen=True)
+@checked_fields(foreign_params.BEAM_SEARCH)
+@dataclasses.dataclass
 class BeamSearchParams:
     """Beam search with the semantics of Hugging Face `generate`.
 
@@ -301,6 +367,7 @@ class BeamSearchParams:
         stop_token_ids: tokens that end a beam as EOS does.
         num_return: number of beams to return, best first; None returns all.
         priority: under policy "priority", smaller values are admitted first.
+        deadline_ms, user: as in `SamplingParams`.
         structured_outputs: constraint on the text, as in `SamplingParams`.
 
     Raises:
@@ -316,6 +383,8 @@ class BeamSearchParams:
     num_return: int | None = None
     priority: int = 0
     structured_outputs: Any = None
+    deadline_ms: int | None = None
+    user: str | int | None = None
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
@@ -345,14 +414,17 @@ class BeamSearchParams:
             "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),
             "num_return": num_return,
             "priority": param_checks.priority(self.priority),
+            "deadline_ms": param_checks.deadline_ms(self.deadline_ms),
+            "user": param_checks.user(self.user),
             "structured_outputs": _structured_outputs(
                 self.structured_outputs, ignore_eos
             ),
         }
-        for name, value in checked.items():
+        for name, value in (checked | {"_is_checked": True}).items():
             object.__setattr__(self, name, value)
 
 
+@checked_fields()
 @dataclasses.dataclass(frozen=True)
 class AlgorithmParams:
     """Parameters of a request that a custom decoding algorithm decodes.
@@ -371,6 +443,7 @@ class AlgorithmParams:
         stop_token_ids: tokens that end a sequence as EOS does.
         seed: 0 to 2**64 - 1; None and -1 derive a seed from the engine's.
         priority: under policy "priority", smaller values are admitted first.
+        deadline_ms, user: as in `SamplingParams`.
         structured_outputs: constraint on the text, as in `SamplingParams`.
 
     Raises:
@@ -385,6 +458,8 @@ class AlgorithmParams:
     seed: int | None = None
     priority: int = 0
     structured_outputs: Any = None
+    deadline_ms: int | None = None
+    user: str | int | None = None
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples and ints."""
@@ -400,6 +475,8 @@ class AlgorithmParams:
             "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),
             "seed": param_checks.seed(self.seed),
             "priority": param_checks.priority(self.priority),
+            "deadline_ms": param_checks.deadline_ms(self.deadline_ms),
+            "user": param_checks.user(self.user),
             "structured_outputs": _structured_outputs(
                 self.structured_outputs, ignore_eos
             ),

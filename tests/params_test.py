@@ -9,6 +9,7 @@ import pytest
 from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
 from jpaged.params import (
     BeamSearchParams,
+    RequestOutputKind,
     SamplingParams,
     StructuredOutputsParams,
 )
@@ -33,6 +34,7 @@ def test_defaults_are_those_of_vllm():
         "ignore_eos": False,
         "logprobs": None,
         "prompt_logprobs": None,
+        "token_masks": False,
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": (),
@@ -42,6 +44,12 @@ def test_defaults_are_those_of_vllm():
         "include_stop_str_in_output": False,
         "skip_special_tokens": True,
         "spaces_between_special_tokens": True,
+        "detokenize": True,
+        "truncate_prompt_tokens": None,
+        "output_kind": RequestOutputKind.CUMULATIVE,
+        # Not vLLM's.
+        "deadline_ms": None,
+        "user": None,
     }
 
 
@@ -158,7 +166,7 @@ def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="top_q"):
         SamplingParams(top_q=0.5)
     with pytest.raises(TypeError, match="temperature"):
-        BeamSearchParams(beam_width=2, max_tokens=4, temperature=1.0)
+        BeamSearchParams(beam_width=2, max_tokens=4, temperatures=1.0)
 
 
 def test_tiny_temperatures_become_greedy_or_are_raised_with_a_warning():

@@ -54,7 +54,7 @@ CASES = {
 
 def by_number(waiting: policies.Waiting) -> jax.Array:
     """All policies of `CASES` in one program: the first parameter selects one."""
-    scores = [policies.find_policy(policy)(waiting) for policy in CASES]
+    scores = [policies.find(policies.ADMISSION, policy)(waiting) for policy in CASES]
     number = waiting.parameters[0].astype(jnp.int32)
     return jnp.stack([score.astype(jnp.float32) for score in scores])[number]
 
@@ -110,8 +110,11 @@ def test_requests_are_admitted_by_score_and_then_by_arrival(policy):
 
 
 def test_names_are_those_of_the_policies():
-    for name, policy in policies.POLICIES.items():
-        assert policies.find_policy(name) is policy is getattr(policies, name)
+    for kind in policies.KINDS:
+        assert kind.policies[kind.default].__name__ == kind.default
+        for name, policy in kind.policies.items():
+            assert policies.find(kind, name) is policy
+            assert policy.__name__ == name
 
 
 def test_a_prompt_gets_at_most_max_prompt_chunk_tokens_per_step():
@@ -141,7 +144,7 @@ def test_unused_cached_blocks_count_as_free_until_they_are_mapped():
     ("policy", "message"),
     [
         ("lifo", "expected one of ('fcfs', 'priority', 'shortest_prompt'"),
-        (3, "or a function of policies.Waiting, got 3"),
+        (3, "or a function of policies.Requests, got 3"),
         (lambda w: jnp.float32(1), "of shape (8,) for the example, got float32"),
         (lambda w: w.arrivals.astype(jnp.complex64), "expected a real number"),
         (lambda w: w.prompt_lens / w.num_preemptions * 0, "got NaN among"),

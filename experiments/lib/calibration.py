@@ -18,6 +18,7 @@ from jpaged import engine
 from jpaged.config import EngineConfig
 from jpaged.models import Decoder
 from jpaged.params import SamplingParams
+from jpaged.policies import NO_DEADLINE, NO_USER, SchedulerParams
 from jpaged.simulator import loop
 from jpaged.simulator.costs.buckets import Bucketed, fit_buckets
 from jpaged.simulator.costs.fit import FitReport
@@ -39,7 +40,10 @@ _has_work = jax.jit(engine.has_work)
 
 
 def run_workload(
-    model: Decoder, config: EngineConfig, workload: Workload
+    model: Decoder,
+    config: EngineConfig,
+    workload: Workload,
+    scheduler_params: SchedulerParams | None = None,
 ) -> MeasuredRun:
     """Runs a workload on the engine; requests are submitted when they arrive.
 
@@ -50,9 +54,12 @@ def run_workload(
       model: The model.
       config: Sizes of the engine, whose request table has to hold all requests.
       workload: Requests of one sequence each.
+      scheduler_params: In place of those of the config; others compile nothing.
     """
     state = engine.init(model, config)
-    state, _ = engine.submit(state, [[0]], _params(1))  # compiles
+    if scheduler_params is not None:
+        state = dataclasses.replace(state, scheduler_params=scheduler_params)
+    state, _ = engine.submit(state, [[0]], _params(workload, 0, 1))  # compiles
     state = engine.release(
         engine.run(model, state, 1), np.ones(config.max_num_requests, bool)
     )
@@ -69,7 +76,10 @@ def run_workload(
         arrived = int(np.searchsorted(workload.arrivals, before, side="right"))
         for number in range(num_submitted, arrived):  # one per call: one program
             state, _ = engine.submit(
-                state, [prompts[number]], _params(workload.output_lens[number])
+                state,
+                [prompts[number]],
+                _params(workload, number),
+                submitted_ms=[int(workload.arrivals[number] * 1000)],
             )
         num_submitted = arrived
         if not bool(_has_work(state)):
@@ -80,6 +90,7 @@ def run_workload(
             continue
         start = time.perf_counter() - begin
         host_seconds += start - before
+        state = engine.set_clock(state, int(start * 1000))
         state = engine.run(model, state, 1)
         jax.block_until_ready(state.counters)
         ends.append(time.perf_counter() - begin)
@@ -94,8 +105,20 @@ def run_workload(
     )
 
 
-def _params(output_len: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=int(output_len), ignore_eos=True)
+def _params(
+    workload: Workload, number: int, output_len: int | None = None
+) -> SamplingParams:
+    """Parameters that give a request of the workload its length."""
+    user, deadline = int(workload.users[number]), int(workload.deadlines_ms[number])
+    if output_len is None:
+        output_len = int(workload.output_lens[number])
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=output_len,
+        ignore_eos=True,
+        deadline_ms=None if deadline == NO_DEADLINE else deadline,
+        user=None if user == NO_USER else user,
+    )
 
 
 def mean_times(

@@ -17,6 +17,7 @@ import csv
 import functools
 import json
 import logging
+import os
 import pathlib
 import platform
 import sys
@@ -51,6 +52,7 @@ def start(
       argument_flag: The flag to suggest if a positional argument is given.
       takes_arguments: Whether positional arguments are passed on to `main`.
     """
+    os.environ.setdefault("MPLBACKEND", "agg")  # figures are files
     # At a lower level jax reports every accelerator that it does not find.
     logging.getLogger("jax").setLevel(logging.WARNING)
     define_flags()
@@ -165,6 +167,22 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def warn_if_small(name: str, flag: str, given: float, least: float) -> None:
+    """Warns on stderr if a run is too small for its results to mean anything.
+
+    Args:
+      name: The runner's name.
+      flag: The flag that sets the size.
+      given: The size.
+      least: The smallest size whose results mean something.
+    """
+    if given < least:
+        progress(
+            f"{name}: warning: --{flag} is {given:g}; with fewer than {least:g} the "
+            "results are noise, and show only that the runner works"
+        )
+
+
 class Report:
     """Results of a benchmark: a table for people, and a JSON line for programs.
 
@@ -207,32 +225,3 @@ def write_csv(
     """
     with pathlib.Path(path).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([names, *rows])
-
-
-@contextlib.contextmanager
-def drawn_figure(
-    path: str | pathlib.Path, num_rows: int, num_columns: int, **options: Any
-) -> Iterator[Any]:
-    """Draws a figure into a file; needs the extra `plot`.
-
-    Args:
-      path: The file; its ending decides the format.
-      num_rows: Rows of panels.
-      num_columns: Columns of panels.
-      **options: Further options of `matplotlib.pyplot.subplots`.
-
-    Yields:
-      numpy array [num_rows, num_columns] of matplotlib axes to draw on.
-    """
-    import matplotlib  # pyright: ignore[reportMissingImports]
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
-    figure, axes = pyplot.subplots(num_rows, num_columns, squeeze=False, **options)
-    try:
-        yield axes
-        figure.tight_layout()
-        figure.savefig(path, dpi=150)
-    finally:
-        pyplot.close(figure)

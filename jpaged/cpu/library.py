@@ -23,7 +23,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from collections.abc import Iterator
 import jax
 
 from jpaged import compilation_cache
+from jpaged.log import LOG
 
 SOURCES = pathlib.Path(__file__).parent / "kernels"
 JAXLIB_VERSION = importlib.metadata.version("jaxlib")
@@ -66,7 +66,7 @@ class LibraryError(RuntimeError):
 def is_available() -> bool:
     """Whether the kernels can be used. Builds the library at the first call.
 
-    If they cannot, one line on stderr says why, once in a process.
+    If they cannot, a warning is logged that says why, once in a process.
     """
     reason = problem()
     if reason is not None:
@@ -103,24 +103,15 @@ def _target(name: str) -> str:
     return f"jpaged_{name}_{_source_hash()[:12]}"
 
 
-@functools.cache
-def announce() -> None:
-    """Say on stderr that the kernels serve, once in a process."""
-    print("jpaged: the CPU kernels serve (C++)", file=sys.stderr)
-
-
 def _announce_build() -> None:
-    text = "jpaged: building the CPU kernels for this processor, once; some 10 s"
-    print(text, file=sys.stderr)
+    LOG.info("building the CPU kernels for this processor, once; some 10 s")
 
 
 @functools.cache
 def _report(reason: str) -> None:
     if reason != "JPAGED_CPU_KERNELS=off":
-        print(
-            f"jpaged: the CPU kernels are not available, XLA's operations serve: "
-            f"{reason}",
-            file=sys.stderr,
+        LOG.warning(
+            "the CPU kernels are not available, XLA's operations serve: %s", reason
         )
 
 

@@ -32,6 +32,15 @@ def unpack(words: jax.Array, vocab_size: int) -> jax.Array:
     return (bits != 0).reshape(len(words), -1)[:, :vocab_size]
 
 
+def packed(mask: jax.Array) -> jax.Array:
+    """Packs masks bool[S, V] into words u32[S, W], as `unpack` reads them."""
+    num_rows, vocab_size = mask.shape
+    padding = num_words(vocab_size) * MASK_BITS - vocab_size
+    bits = jnp.pad(mask, ((0, 0), (0, padding))).reshape(num_rows, -1, MASK_BITS)
+    shifts = jnp.arange(MASK_BITS, dtype=jnp.uint32)[None, None]
+    return jnp.sum(bits.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is at least `number`; 0 for 0.
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged.arithmetic import sum_in_order
 from jpaged.decoding.base import (
     Decision,
     DecodingAlgorithm,
@@ -232,6 +233,40 @@ def _chosen(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
 
 
+def processed_logits(
+    logits: jax.Array, rows: SamplingRows, kind: str = "filtered"
+) -> jax.Array:
+    """Logits f32[S, V] of the distributions that `sample` samples from.
+
+    Logits are divided by the temperature, and those of tokens that the filters drop are
+    -inf. Greedy rows have no temperature and no filters.
+
+    Args:
+      logits: f32[S, V], after rules.
+      rows: Parameters of each row.
+      kind: as in `sample`.
+    """
+    logits = logits.astype(jnp.float32)
+    if kind == "greedy":
+        return logits
+    is_greedy = rows.temperature < GREEDY_BELOW
+    temperature = jnp.where(is_greedy, 1.0, rows.temperature)
+    scaled = logits * (1.0 / temperature)[:, None]
+    if kind == "random":
+        return scaled
+
+    def filtered() -> jax.Array:
+        threshold = filter_threshold(
+            logits, temperature, rows.top_k, rows.top_p, rows.min_p
+        )
+        is_kept = is_greedy[:, None] | (logits >= threshold[:, None])
+        return jnp.where(is_kept, scaled, -jnp.inf)
+
+    is_filtered = (rows.top_k > 0) | (rows.top_p < 1.0) | (rows.min_p > 0.0)
+    is_any = jnp.any(is_filtered & ~is_greedy)
+    return lax.cond(is_any, filtered, lambda: scaled)
+
+
 def top_logprobs(logits: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
     """The largest raw log-probabilities of each row.
 
@@ -265,6 +300,20 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax
     _, _, log_total = _summary(logits)
     ranks = 1 + jnp.sum(logits > chosen[:, None], axis=-1, dtype=jnp.int32)
     return chosen - log_total, ranks
+
+
+def invariant_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities f32[S] whose bits depend on a row alone; differentiable.
+
+    Args:
+      logits: f32[S, V].
+      tokens: i32[S].
+    """
+    logits = logits.astype(jnp.float32)
+    row_max = finite_or_zero(lax.stop_gradient(jnp.max(logits, axis=-1)))
+    total = sum_in_order(jnp.exp(logits - row_max[:, None]))
+    log_total = lax.optimization_barrier(jnp.log(jnp.where(total == 0.0, 1.0, total)))
+    return (_chosen(logits, tokens) - row_max) - log_total
 
 
 def greedy() -> DecodingAlgorithm:

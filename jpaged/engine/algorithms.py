@@ -239,7 +239,8 @@ def _step_one(
     vocab_size = logits.values.shape[1]
     members = _members(table, leader, num_sequences(algorithm, num_rows, vocab_size))
     state = jax.tree.map(lambda column: column[leader], carry.states[kind])
-    keys, scores = _inputs(table, members[:num_rows], logits)
+    is_processed = config.logprobs_mode == "processed"
+    keys, scores = _inputs(table, members[:num_rows], logits, is_processed)
     state, decision = algorithm.step(keys, scores, state)
     decision = dataclasses.replace(
         decision, parents=jnp.clip(decision.parents, 0, len(members) - 1)
@@ -297,11 +298,12 @@ def _row_of(rows: jax.Array, table_size: int) -> jax.Array:
 
 
 def _inputs(
-    table: RequestTable, seq_indices: jax.Array, logits: Logits
+    table: RequestTable, seq_indices: jax.Array, logits: Logits, is_processed: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Keys [W] and log-probabilities f32[W, V] of a request's rows.
 
-    A row without logits in this step gets those of another row.
+    A row without logits in this step gets those of another row. With `is_processed`,
+    the probabilities of the tokens that a constraint allows sum to 1.
     """
     table_size = table.queue.status.shape[0]
     order = jnp.arange(logits.seq_indices.shape[0], dtype=jnp.int32)
@@ -312,6 +314,9 @@ def _inputs(
     known = jnp.where(is_used, seq_indices, 0)
     states = table.automaton_states[known]
     values = request_table.constrain(table, known, states, is_used, values)
+    if is_processed and table.automata is not None:
+        total = jax.nn.logsumexp(values, axis=1, keepdims=True)
+        values = jnp.where(total == -jnp.inf, values, values - total)
 
     leader = seq_indices[0]
     number = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)

@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jpaged import scheduler
+from jpaged import policies, scheduler
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
 from jpaged.config import EngineConfig
@@ -29,7 +29,7 @@ from jpaged.engine.state import Counters, EngineState
 from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache, swap
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
-from jpaged.kv.prefix_cache import PrefixCache
+from jpaged.kv.prefix_cache import Eviction, PrefixCache
 from jpaged.kv.swap import Swapped
 from jpaged.scheduler import (
     FINISHED,
@@ -116,6 +116,7 @@ def begin_step(
     """
     hits = sharing.look_up(state.prefix_cache, state.requests, state.rows, config)
     table, rows, blocks, plan = _schedule(state, config, hits)
+    state = _count_uses(state, blocks, config)
     cache, blocks, host_blocks, swapped = _swap_blocks(state, blocks, plan.swaps)
     table, blocks, plan = _share(state, config, table, rows, blocks, plan)
     starts, num_drafts = blocks.context_lens, jnp.zeros_like(rows)
@@ -124,7 +125,7 @@ def begin_step(
             table, rows, blocks, plan.num_tokens, config
         )
     cache, blocks, appended = sharing.append_tokens(
-        cache, blocks, plan.num_tokens + num_drafts
+        cache, blocks, plan.num_tokens + num_drafts, _eviction(state)
     )
     # The scheduler promises that this succeeds. If it does not, the step computes
     # nothing: the engine stalls, and writes no wrong token.
@@ -204,8 +205,29 @@ def _schedule(
         hits,
         None if state.host is None else state.host.blocks,
         state.scheduler_params,
+        state.clock,
     )
     return dataclasses.replace(state.requests, queue=queue), rows, blocks, plan
+
+
+def _eviction(state: EngineState) -> Eviction | None:
+    """Return the eviction policy with its parameters; None is the default."""
+    parameters = state.scheduler_params.eviction
+    if parameters is None:
+        return None
+    policy = policies.find(policies.EVICTION, state.config.eviction_policy)
+    return Eviction(policy, parameters, state.counters.num_steps)
+
+
+def _count_uses(
+    state: EngineState, blocks: BlockState, config: EngineConfig
+) -> EngineState:
+    """Count the cached blocks that sequences begin to use, for an eviction policy."""
+    cache = state.prefix_cache
+    if cache is None or not config.uses(policies.EVICTION):
+        return state
+    cache = prefix_cache.count_uses(cache, state.blocks.ref_counts, blocks.ref_counts)
+    return dataclasses.replace(state, prefix_cache=cache)
 
 
 def _swap_blocks(
@@ -228,6 +250,7 @@ def _swap_blocks(
                 cache,
                 blocks.ref_counts,
                 jnp.sum(swap.swap_in_demand(host_blocks, swaps.into)),
+                _eviction(state),
             ),
             cache,
         )
@@ -316,9 +339,12 @@ def finish_step(
         has_first=(before.first_steps == NEVER) & (after.first_steps != NEVER),
         has_finished=has_finished,
     )
+    queue = scheduler.count_user_tokens(
+        after.queue, state.rows, scheduled.plan.num_tokens
+    )
     state = dataclasses.replace(
         state,
-        requests=after,
+        requests=dataclasses.replace(after, queue=queue),
         states=sampled.states,
         counters=_count(state, scheduled, sampled, num_tokens),
         timeline=events.record_step(
@@ -474,9 +500,15 @@ def _insert_blocks(
     blocks: BlockState,
     clock: jax.Array,
 ) -> tuple[PrefixCache, BlockState]:
-    """Insert all full blocks into the prefix cache, and mark those in use as recent."""
-    seq_indices = jnp.maximum(rows, 0)
-    cache, blocks = prefix_cache.insert(cache, blocks, table.tokens, clock, seq_indices)
+    """Insert all full blocks into the prefix cache, and mark those in use as recent.
+
+    Blocks of stale sequences are not inserted: other weights have computed them.
+    """
+    seq_indices, lens = jnp.maximum(rows, 0), blocks.context_lens
+    is_stale = scheduler.row_values(table.is_stale, rows, False)
+    fresh = dataclasses.replace(blocks, context_lens=jnp.where(is_stale, 0, lens))
+    cache, fresh = prefix_cache.insert(cache, fresh, table.tokens, clock, seq_indices)
+    blocks = dataclasses.replace(fresh, context_lens=lens)
     return prefix_cache.touch(cache, blocks.ref_counts, clock), blocks
 
 

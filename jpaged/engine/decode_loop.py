@@ -20,7 +20,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jpaged import scheduler
+from jpaged import policies, scheduler
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, sharing
 from jpaged.engine.bookkeeping import ScheduledStep, Unsettled
@@ -134,4 +134,6 @@ def _keeps_rows(
     keeps &= jnp.all(~was_in_step | ((batch.num_tokens == 1) & batch.has_logits))
     keeps &= jnp.sum(was_in_step) == num_decodes
     keeps &= (num_decodes > 0) & (num_decodes <= settings.max_num_batched_tokens)
+    if config.uses(policies.PREEMPTION):  # a running row may yield to a waiting one
+        return keeps & ~jnp.any(waits)
     return keeps & ~(jnp.any(waits) & has_open_row)

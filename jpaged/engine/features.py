@@ -36,6 +36,7 @@ class Features(NamedTuple):
     logprobs: bool = False
     prompt_logprobs: bool = False
     algorithms: bool = False  # beam search and decoding algorithms
+    token_masks: bool = False
 
     @classmethod
     def of(cls, params: Params, vocab_size: int | None) -> Features:
@@ -49,6 +50,7 @@ class Features(NamedTuple):
             automata=automata,
             logprobs=(params.logprobs, params.prompt_logprobs) != (None, None),
             prompt_logprobs=keeps_prompt_logprobs(params),
+            token_masks=params.token_masks,
         )
 
     def union(self, other: Features) -> Features:
@@ -76,6 +78,8 @@ def program_config(config: EngineConfig, features: Features) -> EngineConfig:
         changes["automata"] = None
     if not features.logprobs:
         changes["num_logprobs"] = 0
+    if not features.token_masks:
+        changes["num_mask_words"] = 0
     if not features.prompt_logprobs:
         changes["prompt_logprobs"] = False
     if not features.algorithms:
@@ -95,6 +99,8 @@ def view(state: EngineState, features: Features) -> EngineState:
         changes |= dict(automata=None, digests=None)
     if not config.num_logprobs:
         changes |= dict(ranks=None, top_ids=None, top_logprobs=None)
+    if not config.num_mask_words:
+        changes["masks"] = None
     if config.rules is None:
         changes["params"] = dataclasses.replace(table.params, rules=None)
     if host is not None:
@@ -176,7 +182,7 @@ def grow(state: EngineState, config: EngineConfig) -> EngineState:
     )
     wider = {
         name: _padded(getattr(old, name), getattr(table, name))
-        for name in ("automata", "digests", "ranks", "top_ids", "top_logprobs")
+        for name in ("automata", "digests", "ranks", "top_ids", "top_logprobs", "masks")
     }
     grown = list(states)
     grown[shift : shift + len(state.states)] = state.states

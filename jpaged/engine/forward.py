@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.attention import api as attention
-from jpaged.attention import backends, kv_cache
+from jpaged.attention import backends, invariant, kv_cache
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
@@ -110,7 +110,19 @@ def run_trunk(
         options: dict[str, Any] = dict(
             model.attention_options(layer), implementation=implementation
         )
-        attended: Any = attention.paged_attention(
+        if config.batch_invariant:
+            attended: Any = invariant.paged_attention(
+                q,
+                cache.k_pages,
+                cache.v_pages,
+                inputs.block_tables,
+                inputs.context_lens,
+                query_start_loc=inputs.query_start_loc,
+                layer=layer,
+                **options,
+            )
+            return attended, cache
+        attended = attention.paged_attention(
             q,
             cache.k_pages,
             cache.v_pages,
@@ -125,7 +137,7 @@ def run_trunk(
         )
         return attended, cache
 
-    with layer_kernels.serving(implementation):
+    with layer_kernels.serving(implementation, config.batch_invariant):
         hidden, cache = model.trunk_loop(
             inputs.tokens,
             inputs.positions,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import parallel, scheduler
+from jpaged import parallel, policies, scheduler
 from jpaged.engine import (
     algorithms,
     bookkeeping,
@@ -24,6 +24,7 @@ from jpaged.engine import (
     replicas,
     request_table,
     results,
+    sharing,
     submission,
 )
 from jpaged.engine.limits import Params
@@ -32,7 +33,7 @@ from jpaged.engine.results import Result
 from jpaged.engine.state import EngineState
 from jpaged.engine.submission import LoadAutomaton
 from jpaged.kv import block_manager, prefix_cache
-from jpaged.scheduler import FINISHED, RETAINED
+from jpaged.scheduler import FINISHED, RETAINED, RUNNING, SWAPPED, WAITING
 
 
 def submit(
@@ -42,6 +43,7 @@ def submit(
     *,
     seed: int = 0,
     arrivals: Sequence[int] | None = None,
+    submitted_ms: Sequence[int] | None = None,
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
     replica: int = 0,
@@ -58,6 +60,8 @@ def submit(
       seed: a request without a seed of its own uses one that is derived from this seed
         and its arrival number.
       arrivals: the number of each request; None: the next numbers.
+      submitted_ms: when each request was submitted, on the engine's clock
+        (`set_clock`); None: now.
       vocab_size: if given, token ids are checked against it. Algorithms that retain
         sequences need it.
       eos_token_ids: tokens that end a sequence unless its `ignore_eos` is set.
@@ -79,6 +83,10 @@ def submit(
         first = submission.next_arrival(state.requests)
         arrivals = range(first, first + len(prompts))
     _check_length("arrivals", "None", arrivals, prompts)
+    if submitted_ms is None:
+        now = 0 if state.clock is None else int(np.asarray(state.clock).flat[0])
+        submitted_ms = [now] * len(prompts)
+    _check_length("submitted_ms", "None", submitted_ms, prompts)
     table = host_table(state, replica)
     num_pinned = limits.num_pinned_blocks(table, config.block_size)
     for prompt, param in zip(prompts, params, strict=True):
@@ -99,12 +107,26 @@ def submit(
         automata,
         seed=seed,
         arrivals=arrivals,
+        submitted_ms=submitted_ms,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
     )
     state = _insert(state, replica, loads, new)
     first = _first_seq_index(state, replica)
     return state, [[first + seq_index for seq_index in mine] for mine in seq_indices]
+
+
+def set_clock(state: EngineState, milliseconds: int) -> EngineState:
+    """Set the time that policies see, in ms since any moment; it wraps as int32.
+
+    It stays the same until the next call: `run` does not advance it.
+    """
+    if state.clock is None:
+        return state
+    return dataclasses.replace(
+        state,
+        clock=replicas.filled_like(state.clock, np.int64(milliseconds)),
+    )
 
 
 def _check_length(
@@ -249,10 +271,86 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
         return state
     config = state.config
     cache = replicas.init_on_mesh(
-        lambda: prefix_cache.init_prefix_cache(config.num_blocks, config.block_size),
+        lambda: prefix_cache.init_prefix_cache(
+            config.num_blocks, config.block_size, config.uses(policies.EVICTION)
+        ),
         state.mesh,
     )
     return dataclasses.replace(state, prefix_cache=cache)
+
+
+def mark_stale(state: EngineState) -> EngineState:
+    """Note that the blocks of all running sequences are of older weights.
+
+    These sequences go on with what they have. No other sequence maps their blocks.
+    Donates `state`. Empty the prefix cache too.
+    """
+    return _change_weights(state, False)
+
+
+def recompute(state: EngineState) -> EngineState:
+    """Take the blocks of all running sequences, which compute their tokens again.
+
+    After the model's weights have changed, each next token is the new model's. This is
+    a preemption of all requests, also of swapped ones. Donates `state`. Empty the
+    prefix cache and unpin its prefixes before.
+    """
+    return _change_weights(state, True)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
+def _change_weights(state: EngineState, is_recomputed: bool) -> EngineState:
+    return replicas.update_each(_recompute if is_recomputed else _mark_stale, state)
+
+
+def _mark_stale(state: EngineState) -> EngineState:
+    table = state.requests
+    queue = table.queue
+    # A sequence that waits for one of its request maps that sequence's blocks.
+    has_blocks = (queue.status == RUNNING) | (queue.status == SWAPPED)
+    at = jnp.where(has_blocks, queue.leaders, queue.status.shape[0])
+    is_stale = jnp.zeros_like(table.is_stale).at[at].set(True, mode="drop")
+    is_stale = is_stale[queue.leaders] & bookkeeping.is_unfinished(queue.status)
+    table = dataclasses.replace(table, is_stale=table.is_stale | is_stale)
+    return dataclasses.replace(state, requests=table)
+
+
+def _recompute(state: EngineState) -> EngineState:
+    table, rows = state.requests, state.rows
+    queue = table.queue
+    has_blocks = (queue.status == RUNNING) | (queue.status == SWAPPED)
+    index = jnp.arange(has_blocks.shape[0], dtype=jnp.int32)
+    # Only a source in the same request is available when a sequence is admitted again.
+    is_kept = queue.arrivals[queue.sources] == queue.arrivals
+    queue = dataclasses.replace(
+        queue,
+        status=jnp.where(has_blocks, WAITING, queue.status),
+        sources=jnp.where(has_blocks & ~is_kept, index, queue.sources),
+        num_preemptions=queue.num_preemptions + has_blocks.astype(jnp.int32),
+    )
+    table = dataclasses.replace(table, queue=queue)
+    table = sharing.reassign_sources(
+        table, jnp.where(has_blocks, index, has_blocks.shape[0])
+    )
+    table = dataclasses.replace(table, is_stale=jnp.zeros_like(table.is_stale))
+    is_taken = scheduler.row_values(has_blocks, rows, False)
+    host, counters = state.host, state.counters
+    if host is not None:
+        host = dataclasses.replace(
+            host, blocks=block_manager.free(host.blocks, has_blocks)
+        )
+    return dataclasses.replace(
+        state,
+        requests=table,
+        rows=jnp.where(is_taken, scheduler.NO_REQUEST, rows),
+        blocks=block_manager.free(state.blocks, is_taken),
+        host=host,
+        counters=dataclasses.replace(
+            counters,
+            num_preemptions=counters.num_preemptions
+            + jnp.sum(has_blocks, dtype=jnp.int32),
+        ),
+    )
 
 
 def collect(state: EngineState) -> list[Result]:

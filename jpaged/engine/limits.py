@@ -222,6 +222,11 @@ def _check_sampling(
                 f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
                 f"{getattr(params, name)}; raise num_logprobs in the config"
             )
+    if params.token_masks and not config.num_mask_words:
+        raise ValueError(
+            "token_masks: expected False, because the config has num_mask_words=0, got "
+            "True"
+        )
     needed = SAMPLING[sampling_level(params)]
     if SAMPLING.index(config.sampling) < sampling_level(params):
         raise ValueError(

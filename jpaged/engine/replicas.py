@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpaged import parallel
@@ -287,6 +288,17 @@ def update_one(
     is_mine = jnp.arange(number, dtype=jnp.int32) == replica
     return update_each(
         if_mine, state, is_mine, *broadcast_to_replicas(rest, state.mesh)
+    )
+
+
+def filled_like(array: jax.Array, value: np.integer | np.floating) -> jax.Array:
+    """Return an array with the shape, dtype and placement of `array`, of one value."""
+    filled = np.full(array.shape, value.astype(array.dtype))
+    if not array.committed:
+        # A committed array would compile the engine's program again.
+        return jnp.asarray(filled)
+    return jax.make_array_from_callback(
+        array.shape, array.sharding, lambda index: filled[index]
     )
 
 

@@ -9,7 +9,8 @@ number, and their leader is the request's first sequence. `params.sampling.sampl
 the number of a sequence in its request, from 0.
 
 Shape symbols: R sequences of the table, L tokens of the longest sequence, E stop ids,
-C most likely tokens that are kept for each position.
+C most likely tokens that are kept for each position, W words of a mask over the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -73,9 +74,11 @@ class RequestTable:
     ranks: jax.Array  # i32[R, L], 1: the most likely token; [R, 0] if C is 0
     top_ids: jax.Array | None  # i32[R, L, C]
     top_logprobs: jax.Array  # f32[R, L, C]
+    masks: jax.Array  # u32[R, L, W], tokens that could be sampled (`bit_masks`)
     finish_reasons: jax.Array  # i32[R]
     first_steps: jax.Array  # i32[R], step of the first generated token, or NEVER
     last_steps: jax.Array  # i32[R], step of the last generated token, or NEVER
+    is_stale: jax.Array  # bool[R], may have keys and values of older weights
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +87,7 @@ class Submission:
     """B new sequences to insert into the table; index R marks padding."""
 
     seq_indices: jax.Array  # i32[B]
-    queue: dict[str, jax.Array]  # columns of Queue [B]; missing ones get defaults
+    queue: dict[str, Any]  # columns of Queue [B]; missing ones get defaults
     tokens: jax.Array  # i32[B, L]
     params: SequenceParams  # arrays of shape [B, ...]
     states: Any  # states of the config's algorithms (`algorithms`), [B, ...]
@@ -105,7 +108,7 @@ def init_table(config: EngineConfig) -> RequestTable:
         return jnp.full((table_size, *shape), value, dtype)
 
     return RequestTable(
-        queue=scheduler.init_queue(table_size),
+        queue=scheduler.init_queue(table_size, config.has_attributes),
         params=SequenceParams(
             token_limits=full(),
             stop_ids=full(config.max_num_stop_ids, value=-1),
@@ -125,9 +128,11 @@ def init_table(config: EngineConfig) -> RequestTable:
         ranks=full(length if kept else 0),
         top_ids=full(length, kept),
         top_logprobs=full(length, kept, dtype=jnp.float32),
+        masks=full(length, config.num_mask_words, dtype=jnp.uint32),
         finish_reasons=full(),
         first_steps=full(value=NEVER),
         last_steps=full(value=NEVER),
+        is_stale=full(dtype=jnp.bool_),
     )
 
 
@@ -149,9 +154,14 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
         return column.at[new.seq_indices].set(values, mode="drop")
 
     defaults = {"has_ended": False, "num_preemptions": 0, "num_cached": 0}
+    given = defaults | new.queue
+    attributes = new.queue.get("attributes")
+    if attributes is not None:
+        known = scheduler.known_user_tokens(table.queue, attributes.users)
+        given["attributes"] = dataclasses.replace(attributes, user_tokens=known)
     columns = {
-        name: put(getattr(table.queue, name), values)
-        for name, values in (defaults | new.queue).items()
+        name: jax.tree.map(put, getattr(table.queue, name), values)
+        for name, values in given.items()
     }
     return dataclasses.replace(
         table,
@@ -162,6 +172,7 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
         finish_reasons=put(table.finish_reasons, NOT_FINISHED),
         first_steps=put(table.first_steps, NEVER),
         last_steps=put(table.last_steps, NEVER),
+        is_stale=put(table.is_stale, False),
     )
 
 
@@ -176,10 +187,13 @@ class SampledTokens:
     ranks: jax.Array  # i32[S], meaningful if C is above 0
     top_ids: jax.Array  # i32[S, C]
     top_logprobs: jax.Array  # f32[S, C]
+    masks: jax.Array  # u32[S, W]
     is_dead_end: jax.Array  # bool[S], no token is allowed: the sequence ends without
 
     @classmethod
-    def zeros(cls, seq_indices: jax.Array, num_logprobs: int) -> SampledTokens:
+    def zeros(
+        cls, seq_indices: jax.Array, num_logprobs: int, num_mask_words: int = 0
+    ) -> SampledTokens:
         """Token 0 for each of `seq_indices`, i32[S]."""
         (size,) = seq_indices.shape
         return cls(
@@ -189,6 +203,7 @@ class SampledTokens:
             ranks=jnp.zeros((size,), jnp.int32),
             top_ids=jnp.zeros((size, num_logprobs), jnp.int32),
             top_logprobs=jnp.zeros((size, num_logprobs), jnp.float32),
+            masks=jnp.zeros((size, num_mask_words), jnp.uint32),
             is_dead_end=jnp.zeros((size,), jnp.bool_),
         )
 
@@ -258,6 +273,8 @@ def extend(
             top_ids=put(table.top_ids, new.top_ids),
             top_logprobs=put(table.top_logprobs, new.top_logprobs),
         )
+    if new.masks.shape[1]:
+        table = dataclasses.replace(table, masks=put(table.masks, new.masks))
     return table, ended
 
 

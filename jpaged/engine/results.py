@@ -33,6 +33,7 @@ class Result(NamedTuple):
     ranks: np.ndarray  # i32[generated], or empty
     top_ids: np.ndarray  # i32[generated, num_logprobs]
     top_logprobs: np.ndarray  # f32[generated, num_logprobs]
+    masks: np.ndarray  # u32[generated, num_mask_words], see `decoding.bit_masks`
     # f32[prompt], the first is 0; only for sample 0, if the request asks for them
     prompt_logprobs: np.ndarray | None
     finish_reason: str | None
@@ -54,7 +55,7 @@ def results(table: RequestTable) -> list[Result]:
 
 
 def _columns(table: RequestTable) -> dict[str, np.ndarray]:
-    names = ("tokens", "logprobs", "ranks", "top_ids", "top_logprobs")
+    names = ("tokens", "logprobs", "ranks", "top_ids", "top_logprobs", "masks")
     names += ("finish_reasons", "first_steps", "last_steps")
     return jax.device_get({name: getattr(table, name) for name in names})
 
@@ -81,6 +82,7 @@ def _result(
         ranks=row["ranks"][start:end],
         top_ids=row["top_ids"][start:end],
         top_logprobs=row["top_logprobs"][start:end],
+        masks=row["masks"][start:end],
         prompt_logprobs=prompt_logprobs,
         finish_reason=FINISH_REASONS[int(row["finish_reasons"])],
         first_step=int(row["first_steps"]),

@@ -23,10 +23,12 @@ from jax import lax
 from jpaged.arithmetic import cdiv
 from jpaged.compat import switch_in_place, when
 from jpaged.config import EngineConfig
-from jpaged.decoding import constraints, rules
+from jpaged.decoding import bit_masks, constraints, rules
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import (
     SamplingRows,
+    invariant_logprobs,
+    processed_logits,
     sample,
     token_logprobs,
     top_logprobs,
@@ -101,7 +103,7 @@ def first_logits(
     size: int,
 ) -> jax.Array:
     """Compute the logits of the first `size` entries; see `next_logits`."""
-    with layer_kernels.serving(config.attention):
+    with layer_kernels.serving(config.attention, config.batch_invariant):
         values = model.logits(hidden[entries.tokens[:size]])
     return logits.at[:size].set(values)
 
@@ -129,9 +131,11 @@ def sample_tokens(
     (num_rows,) = entries.seq_indices.shape
     is_sampled = jnp.arange(num_rows, dtype=jnp.int32) < entries.num_sampled
     seq_indices = jnp.where(is_sampled, entries.seq_indices, config.max_num_requests)
-    new = SampledTokens.zeros(seq_indices, config.num_logprobs)
+    new = SampledTokens.zeros(seq_indices, config.num_logprobs, config.num_mask_words)
     states = _automaton_states(table, entries, config)
     width = min(_SAMPLED_ROWS, num_rows if size is None else size)
+    if config.batch_invariant:  # the number of rows decides how XLA sums
+        width = min(_SAMPLED_ROWS, num_rows)
 
     def chunk(index: jax.Array, new: SampledTokens) -> SampledTokens:
         # The last chunk is moved back to fit, and samples some rows a second time.
@@ -173,10 +177,20 @@ def _sample_rows(
     allowed = request_table.constrain(table, seq_indices, states, valid, allowed)
     tokens, logprobs = sample(allowed, rows, positions, config.sampling)
     found = {"tokens": tokens, "logprobs": logprobs}
-    if config.rules is not None or config.automata is not None:
-        # Log-probabilities are those of the model, before rules and constraints.
-        found["logprobs"], _ = token_logprobs(logits, tokens)
+    has_rules = config.rules is not None or config.automata is not None
+    if has_rules:
         found["is_dead_end"] = jnp.max(allowed, axis=1) == -jnp.inf
+    is_processed = config.logprobs_mode == "processed"
+    if is_processed or config.num_mask_words:
+        processed = processed_logits(allowed, rows, config.sampling)
+        logits = processed if is_processed else logits
+        if config.num_mask_words:
+            found["masks"] = bit_masks.packed(processed > -jnp.inf)
+    if config.batch_invariant:
+        found["logprobs"] = invariant_logprobs(logits, tokens)
+    elif is_processed or has_rules:
+        # Raw log-probabilities are those of the model, before rules and constraints.
+        found["logprobs"], _ = token_logprobs(logits, tokens)
     return found | _ranked(logits, tokens, config)
 
 
@@ -263,10 +277,13 @@ def write_prompt_logprobs(
         at = lax.dynamic_slice_in_dim(order, start, size)
         seq_index = jnp.where(is_kept[at], seq_indices[at], config.max_num_requests)
         position = positions[at] + 1
-        with layer_kernels.serving(config.attention):
+        with layer_kernels.serving(config.attention, config.batch_invariant):
             logits = model.logits(hidden[at])
         tokens = table.tokens[seq_indices[at], position]
-        found = {"logprobs": token_logprobs(logits, tokens)[0]}
+        if config.batch_invariant:
+            found = {"logprobs": invariant_logprobs(logits, tokens)}
+        else:
+            found = {"logprobs": token_logprobs(logits, tokens)[0]}
         found |= _ranked(logits, tokens, config)
         columns = {
             name: getattr(table, name).at[seq_index, position].set(value, mode="drop")

@@ -28,7 +28,7 @@ from jpaged.engine.request_table import RequestTable
 from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
-from jpaged.kv.prefix_cache import PrefixCache
+from jpaged.kv.prefix_cache import Eviction, PrefixCache
 from jpaged.scheduler import WAITING, Hits
 
 
@@ -61,7 +61,10 @@ def look_up(
 
 
 def append_tokens(
-    cache: PrefixCache | None, blocks: BlockState, num_tokens: jax.Array
+    cache: PrefixCache | None,
+    blocks: BlockState,
+    num_tokens: jax.Array,
+    eviction: Eviction | None = None,
 ) -> tuple[PrefixCache | None, BlockState, Append]:
     """Append tokens to the rows; the prefix cache evicts blocks for them.
 
@@ -69,6 +72,7 @@ def append_tokens(
       cache: the prefix cache, if there is one.
       blocks: the block state.
       num_tokens: i32[S], tokens to append to each row.
+      eviction: which blocks the cache evicts; None: the least recently used.
 
     Returns:
       The prefix cache, the blocks, and the copies to do before writing.
@@ -76,7 +80,7 @@ def append_tokens(
     if cache is None:
         return None, *block_manager.append(blocks, num_tokens)
     needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
-    cache = prefix_cache.evict(cache, blocks.ref_counts, needed)
+    cache = prefix_cache.evict(cache, blocks.ref_counts, needed, eviction)
     before, kept = blocks, prefix_cache.is_cached(cache)
     blocks, appended = block_manager.append(blocks, num_tokens, kept)
     written = overwritten_nodes(before, num_tokens, appended, kept)
@@ -256,7 +260,7 @@ def _has_same_next_block(
     is_source = (rows != scheduler.NO_REQUEST) & (
         take(queue.status, seq_indices) == scheduler.RUNNING
     )
-    is_source &= ~take(queue.has_ended, seq_indices)
+    is_source &= ~take(queue.has_ended | table.is_stale, seq_indices)
 
     fits = can_join[:, None] & is_source[None, :] & is_before
     fits &= fixed[None, :] >= (start + size)[:, None]

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jpaged import parallel, scheduler
+from jpaged import parallel, policies, scheduler
 from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
@@ -44,9 +44,11 @@ from jpaged.parallel import distributed
 
 # The version of the saved format. Increase it whenever a field of `EngineState`, of its
 # parts or of `EngineConfig` is renamed or changes its meaning.
-FORMAT = 2
+FORMAT = 3
 # Arrays that any engine can load; all others need an engine with the same pool.
 _REQUESTS = (".requests", ".states", ".counters")
+# Columns that only some policies have; another engine sets them again.
+_ATTRIBUTES = ".requests.queue.attributes"
 _SCHEDULER_PARAMS = ".scheduler_params"
 # Pages: kv heads are axis 2, and their number depends on the mesh.
 _PAGES = re.compile(r"\.(draft_)?cache\.[kv]_(pages|scale)$")
@@ -181,7 +183,11 @@ def _halves(state: EngineState) -> tuple[dict[str, jax.Array], dict[str, jax.Arr
     arrays = {
         n: leaf for n, leaf in arrays.items() if not n.startswith(_SCHEDULER_PARAMS)
     }
-    requests = {n: leaf for n, leaf in arrays.items() if n.startswith(_REQUESTS)}
+    requests = {
+        n: leaf
+        for n, leaf in arrays.items()
+        if n.startswith(_REQUESTS) and not n.startswith(_ATTRIBUTES)
+    }
     return requests, {n: leaf for n, leaf in arrays.items() if n not in requests}
 
 
@@ -266,7 +272,8 @@ def _with_leaves(state: EngineState, arrays: dict[str, jax.Array]) -> EngineStat
 def _relocated(state: EngineState, config: EngineConfig) -> EngineState:
     """Prepare the state for another pool: all running sequences are recomputed.
 
-    Sequences of a request share their common prefixes again.
+    Sequences of a request share their common prefixes again. Their deadlines and users
+    are not kept.
     """
     table = jax.jit(_all_waiting)(state.requests)
     largest = limits.largest_request(table, config)
@@ -297,6 +304,10 @@ def _all_waiting(table: RequestTable) -> RequestTable:
         sources=jnp.where(is_own, queue.sources, own),
         shared_lens=jnp.where(is_own, queue.shared_lens, 0),
     )
+    if (attributes := queue.attributes) is not None:
+        most = table.params.token_limits - queue.prompt_lens
+        attributes = dataclasses.replace(attributes, max_tokens=most)
+        queue = dataclasses.replace(queue, attributes=attributes)
     table = dataclasses.replace(table, queue=queue)
     return sharing.reassign_sources(table, jnp.where(ran, own, ran.shape[0]))
 
@@ -321,8 +332,10 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
     for name in _PARTS:
         if fields[name] is not None:
             fields[name] = dataclasses.asdict(fields[name])
-    if callable(config.policy):
-        fields["policy"] = {"function": getattr(config.policy, "__name__", "unnamed")}
+    for kind in policies.KINDS:
+        if callable(policy := fields[kind.argument]):
+            name = getattr(policy, "__name__", "unnamed")
+            fields[kind.argument] = {"function": name}
     fields["algorithms"] = [
         {"function": type(algorithm).__name__, "num_rows": rows}
         for algorithm, rows in config.algorithms
@@ -332,15 +345,19 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
 
 def _restore_config(saved: dict[str, Any]) -> EngineConfig:
     fields: dict[str, Any] = dict(saved["config"])
-    if isinstance(fields["policy"], dict) or fields["algorithms"]:
+    names = [kind.argument for kind in policies.KINDS]
+    own = {name: fields[name] for name in names if isinstance(fields[name], dict)}
+    if own or fields["algorithms"]:
+        shown = "".join(f"{name} {policy}, " for name, policy in own.items())
         raise ValueError(
             "config: expected the config of the saved engine, because it has functions "
-            f"(policy {fields['policy']}, algorithms {fields['algorithms']}), got None"
+            f"({shown}algorithms {fields['algorithms']}), got None"
         )
     for name, kind in _PARTS.items():
         if fields[name] is not None:
             fields[name] = kind(**fields[name])
-    fields["policy_parameters"] = tuple(fields["policy_parameters"])
+    for kind in policies.KINDS:
+        fields[kind.parameters] = tuple(fields[kind.parameters])
     fields["algorithms"] = ()
     return EngineConfig(**fields)
 

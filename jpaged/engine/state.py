@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jpaged import parallel
+from jpaged import parallel, policies
 from jpaged.attention import kv_cache
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY
@@ -90,6 +90,7 @@ class EngineState:
     counters: Counters
     timeline: Timeline
     scheduler_params: SchedulerParams  # to sweep over, set these and not the config
+    clock: jax.Array | None  # i32[], ms, `host.set_clock`; None if no policy reads it
     config: EngineConfig = dataclasses.field(metadata={"static": True})
     # The mesh of `make_mesh`; None is one device, whichever it is. If its `data` axis
     # is larger than 1, replicas are the first axis of every array but the pages.
@@ -142,7 +143,7 @@ def _make_state(
     known_blocks = None
     if config.enable_prefix_caching:
         known_blocks = prefix_cache.init_prefix_cache(
-            config.num_blocks, config.block_size
+            config.num_blocks, config.block_size, config.uses(policies.EVICTION)
         )
     return EngineState(
         requests=request_table.init_table(config),
@@ -156,6 +157,7 @@ def _make_state(
         counters=_init_counters(),
         timeline=events.init_timeline(config),
         scheduler_params=config.scheduler_params,
+        clock=jnp.int32(0) if config.has_attributes else None,
         config=config,
         mesh=mesh,
     )

@@ -22,7 +22,7 @@ from jpaged.decoding.beam import beam_state
 from jpaged.decoding.constraints import Automata
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
-from jpaged.engine import algorithms
+from jpaged.engine import algorithms, request_attributes
 from jpaged.engine.limits import (
     Params,
     RequestShape,
@@ -102,6 +102,7 @@ def encode_requests(
     *,
     seed: int,
     arrivals: Sequence[int],
+    submitted_ms: Sequence[int],
     vocab_size: int | None,
     eos_token_ids: Sequence[int],
 ) -> tuple[Submission | None, list[list[int]]]:
@@ -115,6 +116,7 @@ def encode_requests(
       automata: index of each request's automaton in the table's pool.
       seed: seed of requests without one, see `host.submit`.
       arrivals: number of each request.
+      submitted_ms: time of each request's submission, on the engine's clock.
       vocab_size: the model's vocabulary size. Algorithms that retain sequences need it.
       eos_token_ids: the model's EOS tokens.
 
@@ -155,6 +157,7 @@ def encode_requests(
             source=source,
             shared=shared,
             automaton=automata[number],
+            submitted_ms=submitted_ms[number],
         )
         entries += [_entry(config, request, i) for i in range(len(mine))]
     return _stack(entries, config) if entries else None, seq_indices
@@ -210,6 +213,7 @@ class _Request(NamedTuple):
     source: int  # the sequence whose blocks the leader maps; its own index: none
     shared: int  # tokens of the source that it maps
     automaton: int
+    submitted_ms: int = 0
 
 
 class _Entry(NamedTuple):
@@ -253,6 +257,9 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             shared_lens=np.int32(shared),
             is_lockstep=np.bool_(is_grouped and one.num_rows > 1),
             has_ended=np.bool_(not is_row),
+            **request_attributes.encode(
+                config, request.params, limit - length, request.submitted_ms
+            ),
         ),
         tokens=tokens,
         params=dict(

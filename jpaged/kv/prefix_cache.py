@@ -32,6 +32,14 @@ from jpaged.arithmetic import cdiv, floor_div
 from jpaged.compat import when
 from jpaged.kv.block_state import NO_BLOCK, BlockState
 from jpaged.kv.prefix_checks import violations as violations
+from jpaged.kv.prefix_eviction import Eviction as Eviction
+from jpaged.kv.prefix_eviction import (
+    as_integers,
+    node_scores,
+    note_new_nodes,
+    with_floor,
+)
+from jpaged.kv.prefix_eviction import count_uses as count_uses
 from jpaged.kv.prefix_table import (
     NOT_CACHED,
     block_tokens,
@@ -153,7 +161,9 @@ def insert(
             return insert_next_blocks(cache, blocks, columns, ends, tokens, seq_indices)
 
         carry = (cache, blocks, columns, num_full)
+        before = cache
         cache, blocks, _, _ = lax.while_loop(is_unfinished, insert_one, carry)
+        cache = note_new_nodes(before, cache, clock)
         # Touched in the same call; otherwise a node could be newer than its parent.
         return touch(cache, blocks.ref_counts, clock), blocks
 
@@ -170,7 +180,10 @@ def touch(
 
 
 def evict(
-    cache: PrefixCache, ref_counts: jax.Array, num_needed: jax.Array | int
+    cache: PrefixCache,
+    ref_counts: jax.Array,
+    num_needed: jax.Array | int,
+    eviction: Eviction | None = None,
 ) -> PrefixCache:
     """Remove the fewest nodes so that `num_needed` blocks are free.
 
@@ -180,6 +193,13 @@ def evict(
     of them are evicted.
 
     If enough blocks are free already, the cost is one count.
+
+    Args:
+      cache: the nodes.
+      ref_counts: i32[N], rows that use each block.
+      num_needed: i32[], blocks that must be free.
+      eviction: a policy whose scores replace the time of the last use; needs a cache
+        with `uses`. None: the least recently used.
     """
     candidates = is_cached(cache) & (ref_counts == 0)
     num_free = jnp.sum((ref_counts == 0) & ~candidates, dtype=jnp.int32)
@@ -188,14 +208,19 @@ def evict(
         jnp.sum(candidates, dtype=jnp.int32),
     )
     numbers = jnp.arange(candidates.size, dtype=jnp.int32)
-    order = (cache.last_used, -cache.depths, -numbers)
+    keys, *order = (cache.last_used, -cache.depths, -numbers)
 
-    def remove(parents: jax.Array) -> jax.Array:
-        is_evicted = _smallest(candidates, order, count)
-        return jnp.where(is_evicted, NOT_CACHED, parents)
+    def remove(carry: tuple) -> tuple:
+        parents, uses = carry
+        scores = None if eviction is None else node_scores(cache, eviction)
+        first = keys if scores is None else as_integers(scores)
+        is_evicted = _smallest(candidates, (first, *order), count)
+        if scores is not None:
+            uses = with_floor(cache, is_evicted, scores)
+        return jnp.where(is_evicted, NOT_CACHED, parents), uses
 
-    parents = when(count > 0, remove, cache.parents)
-    return dataclasses.replace(cache, parents=parents)
+    parents, uses = when(count > 0, remove, (cache.parents, cache.uses))
+    return dataclasses.replace(cache, parents=parents, uses=uses)
 
 
 def forget(cache: PrefixCache, blocks: jax.Array) -> PrefixCache:

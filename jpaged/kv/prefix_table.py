@@ -27,6 +27,17 @@ NUM_WAYS = 8
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class BlockUses:
+    """What an eviction policy reads about nodes; see `policies.CachedBlocks`."""
+
+    inserted: jax.Array  # i32[N], clock
+    num_uses: jax.Array  # i32[N]
+    floors: jax.Array  # f32[N], `floor` at the last use
+    floor: jax.Array  # f32[], largest score evicted so far
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PrefixCache:
     """Which blocks are nodes, with their keys and table entries; a pytree.
 
@@ -43,10 +54,18 @@ class PrefixCache:
     ways: jax.Array  # i32[N], the node's entry in `buckets`, as a flat index
     buckets: jax.Array  # i32[U, W], blocks; a way is empty if `ways` of its block does
     # not point back to it, so that eviction does not write here
+    uses: BlockUses | None = None  # None: the least recently used node is evicted
 
 
-def init_prefix_cache(num_blocks: int, block_size: int) -> PrefixCache:
+def init_prefix_cache(
+    num_blocks: int, block_size: int, counts_uses: bool = False
+) -> PrefixCache:
     """Return an empty cache for a pool of `num_blocks` blocks.
+
+    Args:
+      num_blocks: blocks of the pool.
+      block_size: tokens per block.
+      counts_uses: keep what eviction policies other than "lru" read.
 
     Raises:
       ValueError: a size is below 1, or the table does not fit into int32 indices.
@@ -65,6 +84,16 @@ def init_prefix_cache(num_blocks: int, block_size: int) -> PrefixCache:
         last_used=jnp.zeros((num_blocks,), jnp.int32),
         ways=jnp.zeros((num_blocks,), jnp.int32),
         buckets=jnp.full((num_buckets, NUM_WAYS), NO_BLOCK, jnp.int32),
+        uses=_init_uses(num_blocks) if counts_uses else None,
+    )
+
+
+def _init_uses(num_blocks: int) -> BlockUses:
+    return BlockUses(
+        inserted=jnp.zeros((num_blocks,), jnp.int32),
+        num_uses=jnp.zeros((num_blocks,), jnp.int32),
+        floors=jnp.zeros((num_blocks,), jnp.float32),
+        floor=jnp.float32(0),
     )
 
 

@@ -20,8 +20,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged import parallel
-from jpaged.models import rotary
+from jpaged.attention import invariant as invariant_attention
+from jpaged.models import invariant, rotary
 from jpaged.models.config import ModelConfig
+from jpaged.models.invariant import settled
 from jpaged.models.layers import (
     Attend,
     AttendInLoop,
@@ -89,7 +91,7 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if angles is not None:
             q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
-        return q, k, v
+        return settled((q, k, v))
 
     def merge(self, attended: jax.Array) -> jax.Array:
         """Output [T, E] for the residual stream, from the heads' outputs [T, H, D]."""
@@ -124,14 +126,14 @@ class DecoderLayer(nnx.Module):
         gain = self.attention.merge(attended)
         if self.attention_out_norm is not None:
             gain = self.attention_out_norm(gain)
-        x = x + gain
+        x = settled(x + gain)
         if self.norm_first:
             gain = self._feed_forward(self.mlp_norm(x))
             if self.mlp_out_norm is not None:
                 gain = self.mlp_out_norm(gain)
-            return x + gain
+            return settled(x + gain)
         x = self.attention_norm(x)
-        return self.mlp_norm(x + self._feed_forward(x))
+        return self.mlp_norm(settled(x + self._feed_forward(x)))
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         if self.experts is not None:
@@ -177,27 +179,42 @@ class Decoder(nnx.Module):
         )
         self.final_norm = make_norm(config) if config.final_norm else None
 
-    def __call__(self, tokens: jax.Array, *, length: int | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        length: int | None = None,
+    ) -> jax.Array:
         """Logits f32[B, T, V] of tokens i32[B, T]; causal, differentiable.
 
         Args:
           tokens: of sequences that all start at position 0.
+          segment_ids: i32[B, T], which sequence of its row each token belongs to: equal
+            numbers side by side (`jpaged.rl.pack`). Tokens see only their own sequence,
+            and positions start at 0 in each. None: one sequence in each row.
           length: of the longest possible sequence, for rotary scaling that depends on
             it; see `rotary.frequencies`. None is T, as in transformers.
 
         Raises:
           ValueError: `tokens` does not have rank 2, or T exceeds the positions of a
-            model with learned positions or length-dependent rotary scaling.
+            model with learned positions or length-dependent rotary scaling; or there
+            are segments inside `batch_invariant`.
         """
-        return self.logits(self.hidden_states(tokens, length=length))
+        return self.logits(self.hidden_states(tokens, segment_ids, length=length))
 
     def hidden_states(
-        self, tokens: jax.Array, *, length: int | None = None
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        length: int | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, E] of tokens i32[B, T]; `logits` maps them to logits.
 
         Args:
           tokens: see `__call__`.
+          segment_ids: see `__call__`.
           length: see `__call__`.
 
         Raises:
@@ -207,13 +224,27 @@ class Decoder(nnx.Module):
             raise ValueError(f"tokens: expected shape [B, T], got {tokens.shape}")
         batch, size = tokens.shape
         self._check_length(size)
+        setting, mask = invariant.invariant(), None
+        if segment_ids is not None:
+            mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+        if segment_ids is not None and setting is not None:
+            raise ValueError(
+                "segment_ids: expected None inside batch_invariant, got segments; use "
+                "one sequence in each row (jpaged.rl.pad)"
+            )
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             rows = (x.reshape(batch, size, *x.shape[1:]) for x in (q, k, v))
             options = self.attention_options(layer)
+            if setting is not None:
+                options["implementation"] = setting.implementation
+                options["gradient"] = causal_attention
+                out = invariant_attention.causal_attention(*rows, **options)
+                return out.reshape(q.shape)
+            options["mask"] = mask
             return causal_attention(*rows, **options).reshape(q.shape)
 
-        positions = jnp.tile(jnp.arange(size, dtype=jnp.int32), batch)
+        positions = _positions(tokens, segment_ids).reshape(-1)
         length = size if length is None else length
         hidden = self.trunk(tokens.reshape(-1), positions, attend, length=length)
         return hidden.reshape(batch, size, -1)
@@ -346,7 +377,8 @@ class Decoder(nnx.Module):
             hidden = self.project_out(hidden)
         logits = self.output(hidden)
         logits = parallel.gather_logits(logits, self.config.vocab_size)
-        return soft_cap(logits.astype(jnp.float32), self.config.logits_soft_cap)
+        logits = soft_cap(logits.astype(jnp.float32), self.config.logits_soft_cap)
+        return settled(logits)
 
     def _check_length(self, length: int) -> None:
         config = self.config
@@ -367,11 +399,13 @@ class Decoder(nnx.Module):
         x, config = self._embed(tokens), self.config
         if self.position_embedding is not None:
             rows = positions + config.position_offset
-            return x + self.position_embedding[...][rows], (None, None)
-        angles = rotary.tables(positions, config, length=length)
+            x = settled(x + self.position_embedding[...][rows])
+            return x, (None, None)
+        angles = settled(rotary.tables(positions, config, length=length))
         if config.local_rope_theta is None:
             return x, (angles, angles)
-        return x, (angles, rotary.tables(positions, config, is_local=True))
+        local_angles = rotary.tables(positions, config, is_local=True)
+        return x, (angles, settled(local_angles))
 
     def _end(self, x: jax.Array) -> jax.Array:
         return x if self.final_norm is None else self.final_norm(x)
@@ -383,7 +417,23 @@ class Decoder(nnx.Module):
         if self.config.scaled_embedding:
             # The factor is rounded to the dtype, as in transformers.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        x = settled(x)
         return x if self.project_in is None else self.project_in(x)
+
+
+def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Positions i32[B, T] of tokens in their sequences."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segment_ids is None:
+        return index
+    if segment_ids.shape != tokens.shape:
+        raise ValueError(
+            f"segment_ids: expected the shape of tokens {tokens.shape}, got "
+            f"{segment_ids.shape}"
+        )
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    starts = jnp.where(segment_ids != before, index, 0)
+    return index - jax.lax.cummax(starts, axis=1)
 
 
 def _values(param: nnx.Param | None) -> jax.Array:

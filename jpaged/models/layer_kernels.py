@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.attention import backends
+from jpaged.models import invariant
+from jpaged.models.invariant import settled
 from jpaged.models.quantize import product_int8
 from jpaged.pages.backend import LayerKernels
 
@@ -32,14 +34,19 @@ _serving: contextvars.ContextVar[LayerKernels | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def serving(attention: str | None) -> Iterator[None]:
+def serving(attention: str | None, is_invariant: bool = False) -> Iterator[None]:
     """Use the kernels of an attention backend in what is traced inside.
 
     The setting belongs to the thread, and ends with the `with` statement.
 
     Args:
       attention: name of the backend; None: the preferred one.
+      is_invariant: compute as inside `invariant.batch_invariant`.
     """
+    if is_invariant:
+        with invariant.batch_invariant(attention):
+            yield
+        return
     token = _serving.set(backends.layer_kernels(attention))
     try:
         yield
@@ -72,6 +79,11 @@ def matmuls(
 
     A backend may compute them in one call.
     """
+    if invariant.invariant() is not None:
+        return [
+            invariant.matmul(x, weight, scale, _xla_matmul)
+            for weight, scale in zip(weights, scales, strict=True)
+        ]
     if (kernels := _serving.get()) is not None:
         rows = x.reshape(-1, x.shape[-1])
         out = kernels.matmuls(rows, weights, scales)
@@ -112,11 +124,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
         out = kernels.rms_norm(x, weight, eps)
         if out is not None:
             return out
-    wide = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    wide = settled(x).astype(jnp.float32)
+    variance = invariant.mean(jnp.square(wide))
     normed = wide * jax.lax.rsqrt(variance + eps)
-    normed = normed.astype(jnp.promote_types(x.dtype, weight.dtype))
-    return (normed * jnp.expand_dims(weight, range(x.ndim - 1))).astype(x.dtype)
+    normed = settled(normed.astype(jnp.promote_types(x.dtype, weight.dtype)))
+    weight = jnp.expand_dims(weight, range(x.ndim - 1))
+    return settled((normed * weight).astype(x.dtype))
 
 
 def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
@@ -125,4 +138,4 @@ def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
         out = kernels.gated(gate, up, activation)
         if out is not None:
             return out
-    return ACTIVATION_FUNCTIONS[activation](gate) * up
+    return settled(ACTIVATION_FUNCTIONS[activation](gate) * up)

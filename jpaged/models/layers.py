@@ -18,6 +18,7 @@ from flax import nnx
 
 from jpaged import parallel
 from jpaged.models.config import ModelConfig
+from jpaged.models.invariant import mean, settled
 from jpaged.models.layer_kernels import (
     ACTIVATION_FUNCTIONS,
     gated,
@@ -93,7 +94,7 @@ class Linear(nnx.Module):
             out = parallel.sum_partials(out, self.part)
         if self.bias is None:
             return out
-        return out + _as_last_axis(self.bias[...], out.ndim)
+        return settled(out + _as_last_axis(self.bias[...], out.ndim))
 
 
 def apply_all(linears: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
@@ -170,12 +171,12 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
         wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        centred = settled(wide - mean(wide))
+        variance = mean(jnp.square(centred))
+        normed = settled(centred * jax.lax.rsqrt(variance + self.eps))
         weight = _as_last_axis(self.weight[...], x.ndim).astype(jnp.float32)
         bias = _as_last_axis(self.bias[...], x.ndim).astype(jnp.float32)
-        return (normed * weight + bias).astype(x.dtype)
+        return settled((normed * weight + bias).astype(x.dtype))
 
 
 Norm = RMSNorm | RMSNormPlusOne | LayerNorm
@@ -220,6 +221,7 @@ def causal_attention(
     sliding_window: int | jax.Array | None = None,
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of every position to itself and to earlier ones; softmax in float32.
 
@@ -234,6 +236,7 @@ def causal_attention(
       sliding_window: see there; may be traced.
       logits_soft_cap: see there.
       sinks: [H], see there.
+      mask: bool[B, T, T], which positions each may see besides; all see themselves.
 
     Returns:
       [B, T, H, D], in the dtype of v.
@@ -255,7 +258,10 @@ def causal_attention(
     is_visible = distance >= 0
     if sliding_window is not None:
         is_visible &= distance < sliding_window
-    scores = jnp.where(is_visible[None, None, None], scores, -jnp.inf)
+    is_visible = is_visible[None, None, None]
+    if mask is not None:
+        is_visible &= mask[:, None, None] | (distance == 0)[None, None, None]
+    scores = jnp.where(is_visible, scores, -jnp.inf)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
         sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))

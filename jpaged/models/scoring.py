@@ -96,7 +96,7 @@ def score(
             )
         _check_tokens(f"prompts[{index}]", model, text)
     scores = []
-    found = _logprobs(model, texts, length)
+    found = text_logprobs(model, texts, length)
     for prompt, continuation, (logprobs, is_best) in zip(
         prompts, continuations, found, strict=True
     ):
@@ -156,7 +156,7 @@ def perplexity(
         end += window - overlap
     texts = [list(token_ids[start : start + window]) for start in starts]
     total, count = 0.0, 0
-    for index, (logprobs, _) in enumerate(_logprobs(model, texts, length)):
+    for index, (logprobs, _) in enumerate(text_logprobs(model, texts, length)):
         new = logprobs if index == 0 else logprobs[overlap - 1 :]
         total += math.fsum(float(x) for x in new)
         count += len(new)
@@ -196,12 +196,18 @@ def _check_tokens(
         )
 
 
-def _logprobs(
-    model: Decoder, texts: Sequence[list[int]], rope_length: int | None
+def text_logprobs(
+    model: Decoder, texts: Sequence[list[int]], rope_length: int | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text, values of its tokens after the first.
 
     Texts of similar length share a batch, so that few shapes occur.
+
+    Args:
+      model: the decoder.
+      texts: token ids of each text; known ones, and at most one more than the model's
+        positions, because the last token of a text is no input.
+      rope_length: length of the longest possible sequence; see `score`.
 
     Returns:
       For each text, log-probabilities f32[T - 1], and bool[T - 1]: whether the token is

@@ -17,23 +17,25 @@ computes its last known token before all of them can. Samples do not have this
 constraint: if a request has more samples than fit when nothing else runs, as many as
 fit run at a time.
 
-The policy (`policies`) decides which request is admitted first. A fixed order decides
-which rows keep their memory: priority, then arrival, then sequence index.
+Policies (`policies`) decide which request is admitted first, which one is preempted
+first, and how the tokens of a step are split. By default a fixed order decides which
+rows keep their memory and get tokens: priority, then arrival, then sequence index.
 
-Why every run ends: memory and tokens are given to the running sequences in the fixed
-order. So the first of them (for a lockstep request, all sequences of the first request)
-is never preempted and gets at least one token in each step. A sequence that waits for
-its source waits for an earlier row. If nothing runs, the policy's first request is
-admitted, because `submit` refuses a request that does not fit into the whole pool
-alone. So the first request in the fixed order that is ever admitted ends, then the
-next, and every run ends. Swapped requests are swapped in by the fixed order, one
-request per step, and never in a step that preempts. If nothing else runs, the first of
-them fits: its sequences share the blocks that they shared before, and `submit` counted
-the blocks shared with other requests as its own. A sequence whose source is swapped out
-computes its tokens itself.
+Why every run ends: the first running sequence in the fixed order (for a lockstep
+request, all sequences of the first request) is never preempted and gets at least one
+token in each step, whatever the policies say. A sequence that waits for its source
+waits for an earlier row; if that row is preempted, it computes its tokens itself. If
+nothing runs, the policy's first request is admitted, because `submit` refuses a request
+that does not fit into the whole pool alone. So the first request in the fixed order
+that is ever admitted ends, then the next, and every run ends. Swapped requests are
+swapped in by the fixed order, one request per step, and never in a step that preempts.
+If nothing else runs, the first of them fits: its sequences share the blocks that they
+shared before, and `submit` counted the blocks shared with other requests as its own. A
+sequence whose source is swapped out computes its tokens itself.
 
 Modules: `queue` is the state of each sequence, `admission` and `preemption` decide
-which requests enter and which lose their blocks, and `step` combines them.
+which requests enter and which lose their blocks, `token_budget` splits the tokens of a
+step, and `step` combines them.
 """
 
 from jpaged.scheduler.admission import can_admit
@@ -47,11 +49,14 @@ from jpaged.scheduler.queue import (
     RUNNING,
     SWAPPED,
     WAITING,
+    Attributes,
     Hits,
     Queue,
+    count_user_tokens,
     idle_rows,
     init_queue,
     is_new_request,
+    known_user_tokens,
     row_values,
     rows_before,
 )
@@ -66,14 +71,17 @@ __all__ = [
     "RUNNING",
     "SWAPPED",
     "WAITING",
+    "Attributes",
     "Hits",
     "Queue",
     "StepPlan",
     "Swaps",
     "can_admit",
+    "count_user_tokens",
     "idle_rows",
     "init_queue",
     "is_new_request",
+    "known_user_tokens",
     "row_values",
     "rows_before",
     "schedule",

@@ -33,6 +33,7 @@ from jpaged.scheduler.queue import (
     is_new_request,
     mapped_tokens,
     num_open_rows,
+    requests_view,
     row_values,
     spare_blocks,
 )
@@ -55,6 +56,7 @@ def admit(
     needed: jax.Array,
     policy: str | Policy,
     scheduler_params: SchedulerParams,
+    clock: jax.Array | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array]:
     """Give rows to waiting requests, in order, up to the first that does not fit.
 
@@ -68,14 +70,16 @@ def admit(
       needed: i32[S], blocks that the running rows need in this step.
       policy: decides the order.
       scheduler_params: limits.
+      clock: i32[], ms; None if no policy reads it.
 
     Returns:
       The first five arguments after the admission.
     """
     table_size = queue.status.shape[0]
     hits = _drop_shorter_hits(queue, hits)
+    scores = _scores(queue, hits, policy, scheduler_params.parameters, clock)
     candidates = _find_candidates(
-        queue, rows, blocks, num_tokens, hits, needed, policy, scheduler_params
+        queue, rows, blocks, num_tokens, hits, needed, scores, scheduler_params
     )
     first = candidates.seq_indices
     is_admitted = jnp.cumprod(candidates.fits.astype(jnp.int32)).astype(jnp.bool_)
@@ -116,20 +120,17 @@ def _drop_shorter_hits(queue: Queue, hits: Hits) -> Hits:
 
 
 def _scores(
-    queue: Queue, hits: Hits, policy: str | Policy, parameters: jax.Array
+    queue: Queue,
+    hits: Hits,
+    policy: str | Policy,
+    parameters: jax.Array,
+    clock: jax.Array | None,
 ) -> jax.Array:
     """Return the policy's score of each sequence's request, [R]."""
-    scores = policies.find_policy(policy)(
-        policies.Waiting(
-            arrivals=queue.arrivals,
-            priorities=queue.priorities,
-            prompt_lens=queue.prompt_lens,
-            num_tokens=queue.num_tokens,
-            cached_lens=hits.lens,
-            num_preemptions=queue.num_preemptions,
-            parameters=parameters,
-        )
-    )
+    if policy == policies.ADMISSION.default:
+        return jnp.zeros_like(queue.arrivals)
+    view = requests_view(queue, parameters, hits.lens, clock)
+    scores = policies.find(policies.ADMISSION, policy)(view)
     return take(scores, queue.leaders)
 
 
@@ -148,13 +149,12 @@ def _find_candidates(
     num_tokens: jax.Array,
     hits: Hits,
     needed: jax.Array,
-    policy: str | Policy,
+    scores: jax.Array,
     scheduler_params: SchedulerParams,
 ) -> _Candidates:
     num_rows = rows.shape[0]
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     is_waiting = queue.status == WAITING
-    scores = _scores(queue, hits, policy, scheduler_params.parameters)
     keys = (
         jnp.where(is_waiting, 0, 1),
         jnp.where(queue.priorities == BEFORE_ALL, 0, 1),

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpaged import policies
 from jpaged.arithmetic import cdiv, floor_div
 from jpaged.indexing import take
 from jpaged.kv import block_manager, swap
 from jpaged.kv.block_manager import BlockState
-from jpaged.policies import SchedulerParams
+from jpaged.policies import YIELD, Policy, SchedulerParams
 from jpaged.scheduler.queue import (
     BEFORE_ALL,
     EMPTY,
@@ -36,6 +37,7 @@ from jpaged.scheduler.queue import (
     mapped_tokens,
     num_open_rows,
     ranks,
+    requests_view,
     row_values,
     same_request,
     spare_blocks,
@@ -68,6 +70,7 @@ def preempt(
     *,
     needed: jax.Array,
     host: BlockState | None,
+    scores: jax.Array | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array, Swaps | None]:
     """Preempt the fewest last requests so that the other rows' tokens fit.
 
@@ -80,17 +83,96 @@ def preempt(
       swaps: the swaps of this step; None without a host pool.
       needed: i32[S], blocks that each row needs in this step.
       host: the host pool, or None.
+      scores: f32[S], from `memory_scores`.
 
     Returns:
       The first six arguments after the preemption.
     """
-    rank = ranks(queue, rows)
+    rank = ranks(queue, rows, scores)
     is_preempted = _select_preempted(queue, rows, blocks, needed, rank)
     is_swapped = jnp.zeros_like(is_preempted)
     if host is not None and swaps is not None:
         is_same = same_request(queue, rows)
         is_swapped = swap.fits_on_host(blocks, host, is_preempted, rank, is_same)
         swaps = swaps._replace(out=jnp.where(is_swapped, rows, NO_REQUEST))
+    carry = (queue, rows, blocks, num_tokens, num_preempted)
+    return *_release_rows(*carry, is_preempted, is_swapped), swaps
+
+
+def memory_scores(
+    queue: Queue,
+    rows: jax.Array,
+    policy: str | Policy,
+    parameters: jax.Array | None,
+    clock: jax.Array | None,
+) -> jax.Array | None:
+    """Return the preemption policy's score of each row's request, f32[S].
+
+    The request that comes first by priority and arrival among those that run has the
+    smallest score, whatever the policy says: it is never preempted, so every run ends.
+
+    Args:
+      queue: the sequences.
+      rows: i32[S], the sequence index of each row, or NO_REQUEST.
+      policy: the preemption policy; the default has no scores.
+      parameters: f32[P], of the policy; None for the default.
+      clock: i32[], ms; None if no policy reads it.
+    """
+    if parameters is None:
+        return None
+    view = requests_view(queue, parameters, clock=clock)
+    scores = policies.find(policies.PREEMPTION, policy)(view).astype(jnp.float32)
+    # A score that is not a number is preempted before all others, but does not yield.
+    scores = jnp.where(jnp.isnan(scores), jnp.finfo(jnp.float32).max, scores)
+    scores = row_values(take(scores, queue.leaders), rows)
+    is_running = row_values(queue.status, rows, EMPTY) == RUNNING
+    rank = ranks(queue, rows)
+    first = jnp.min(jnp.where(is_running, rank, rows.shape[0]))
+    is_first = jnp.any(same_request(queue, rows) & (rank == first)[None, :], axis=1)
+    is_pinned = row_values(queue.priorities, rows) == BEFORE_ALL
+    return jnp.where(is_first | is_pinned, -jnp.inf, scores)
+
+
+def yield_rows(
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    num_tokens: jax.Array,
+    num_preempted: jax.Array,
+    *,
+    scores: jax.Array,
+) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array]:
+    """Preempt the last requests whose score is `YIELD`, for those that wait.
+
+    At least as many sequences as wait give back their rows, if so many yield. They are
+    recomputed, not swapped: no request is admitted while one is swapped.
+
+    Args:
+      queue, rows, blocks, num_tokens, num_preempted: as for `preempt`.
+      scores: f32[S], from `memory_scores`.
+
+    Returns:
+      The first five arguments after the preemption.
+    """
+    yields = (scores == YIELD) & (row_values(queue.status, rows, EMPTY) == RUNNING)
+    rank = ranks(queue, rows, scores)
+    is_later = (rank[None, :] > rank[:, None]) & ~same_request(queue, rows)
+    num_later = jnp.sum(is_later & yields[None, :], axis=1)
+    yields &= num_later < jnp.sum(queue.status == WAITING)
+    carry = (queue, rows, blocks, num_tokens, num_preempted)
+    return _release_rows(*carry, yields, jnp.zeros_like(yields))
+
+
+def _release_rows(
+    queue: Queue,
+    rows: jax.Array,
+    blocks: BlockState,
+    num_tokens: jax.Array,
+    num_preempted: jax.Array,
+    is_preempted: jax.Array,
+    is_swapped: jax.Array,
+) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array]:
+    """Preempt rows, bool[S]; swapped ones keep their blocks for the copy."""
     seq_index = jnp.where(is_preempted, rows, queue.status.shape[0])
     # A source in another request is not available when the sequence is admitted again.
     source = row_values(queue.sources, rows)
@@ -110,7 +192,6 @@ def preempt(
         block_manager.free(blocks, is_preempted & ~is_swapped),
         jnp.where(is_preempted, 0, num_tokens),
         num_preempted + jnp.sum(is_preempted, dtype=jnp.int32),
-        swaps,
     )
 
 

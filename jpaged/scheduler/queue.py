@@ -16,7 +16,7 @@ from jpaged.arithmetic import cdiv, floor_div
 from jpaged.indexing import take
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
-from jpaged.policies import SchedulerParams
+from jpaged.policies import NO_DEADLINE, NO_USER, Requests, SchedulerParams
 
 # Status of a sequence in the request table. RETAINED takes part in no step and keeps
 # what it has: a pinned prefix its row and blocks, a finished beam of a running search
@@ -25,6 +25,18 @@ EMPTY, WAITING, RUNNING, FINISHED, RETAINED, SWAPPED = range(6)
 NO_REQUEST = -1
 BEFORE_ALL = jnp.iinfo(jnp.int32).min  # priority of pinned prefixes
 _LAST = jnp.iinfo(jnp.int32).max
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Attributes:
+    """Columns of the queue that exist only if a policy reads one of them."""
+
+    max_tokens: jax.Array  # i32[R], most tokens that the sequence may generate
+    submitted: jax.Array  # i32[R], ms on the engine's clock
+    deadlines: jax.Array  # i32[R], ms from submission, or NO_DEADLINE
+    users: jax.Array  # i32[R], number of the user, or NO_USER
+    user_tokens: jax.Array  # i32[R], see `policies.Requests`
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +56,7 @@ class Queue:
     has_ended: jax.Array  # bool[R], takes no part while its lockstep request continues
     num_preemptions: jax.Array  # i32[R]
     num_cached: jax.Array  # i32[R], prompt tokens that were mapped, not computed
+    attributes: Attributes | None = None  # None: no policy reads them
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +76,7 @@ class Hits:
         )
 
 
-def init_queue(table_size: int) -> Queue:
+def init_queue(table_size: int, has_attributes: bool = False) -> Queue:
     """Return an empty queue for a request table of `table_size` sequences."""
 
     def column(dtype: type = jnp.int32) -> jax.Array:
@@ -85,7 +98,98 @@ def init_queue(table_size: int) -> Queue:
         has_ended=column(jnp.bool_),
         num_preemptions=column(),
         num_cached=column(),
+        attributes=Attributes(
+            max_tokens=column(),
+            submitted=column(),
+            deadlines=jnp.full((table_size,), NO_DEADLINE, jnp.int32),
+            users=jnp.full((table_size,), NO_USER, jnp.int32),
+            user_tokens=column(),
+        )
+        if has_attributes
+        else None,
     )
+
+
+def requests_view(
+    queue: Queue,
+    parameters: jax.Array,
+    cached_lens: jax.Array | None = None,
+    clock: jax.Array | None = None,
+) -> Requests:
+    """Return the queue as policies see it.
+
+    Args:
+      queue: the sequences.
+      parameters: f32[P], of the policy.
+      cached_lens: i32[R], cached tokens of waiting sequences; None: 0.
+      clock: i32[], ms; None if no policy reads it.
+    """
+    none = jnp.zeros_like(queue.arrivals)
+    attributes = queue.attributes
+    if attributes is None:
+        attributes = Attributes(*[none] * 5)
+    # Wraps around where the clock does, after 24 days.
+    ages = none if clock is None else clock - attributes.submitted
+    times_left = jnp.where(
+        attributes.deadlines == NO_DEADLINE, NO_DEADLINE, attributes.deadlines - ages
+    )
+    return Requests(
+        arrivals=queue.arrivals,
+        priorities=queue.priorities,
+        prompt_lens=queue.prompt_lens,
+        num_tokens=queue.num_tokens,
+        cached_lens=none if cached_lens is None else cached_lens,
+        num_preemptions=queue.num_preemptions,
+        leaders=queue.leaders,
+        is_waiting=(queue.status == WAITING) | (queue.status == SWAPPED),
+        is_running=queue.status == RUNNING,
+        max_tokens=attributes.max_tokens,
+        ages=ages,
+        times_left=times_left,
+        users=attributes.users,
+        user_tokens=attributes.user_tokens,
+        parameters=parameters,
+    )
+
+
+def count_user_tokens(queue: Queue, rows: jax.Array, num_tokens: jax.Array) -> Queue:
+    """Add the rows' tokens of a step to those of their users.
+
+    The least served user with a waiting or running request is at 0, so a user who
+    comes back after a while has no advantage over the others.
+
+    Args:
+      queue: the sequences.
+      rows: i32[S], the sequence index of each row.
+      num_tokens: i32[S], tokens of each row in the step.
+    """
+    attributes = queue.attributes
+    if attributes is None:
+        return queue
+    users = row_values(attributes.users, rows)
+    is_mine = attributes.users[:, None] == users[None, :]
+    is_mine &= (rows != NO_REQUEST)[None, :]
+    gained = jnp.sum(jnp.where(is_mine, num_tokens[None, :], 0), axis=1)
+    total = attributes.user_tokens + gained.astype(jnp.int32)
+    is_live = (queue.status == WAITING) | (queue.status == RUNNING)
+    is_live |= queue.status == SWAPPED
+    least = jnp.min(jnp.where(is_live, total, _LAST))
+    total = jnp.maximum(total - jnp.where(jnp.any(is_live), least, 0), 0)
+    attributes = dataclasses.replace(attributes, user_tokens=total)
+    return dataclasses.replace(queue, attributes=attributes)
+
+
+def known_user_tokens(queue: Queue, users: jax.Array) -> jax.Array:
+    """Return the tokens of users with a sequence in the table, otherwise 0; i32[B].
+
+    Args:
+      queue: the sequences; finished ones stay until their entry is used again.
+      users: i32[B], numbers of users.
+    """
+    attributes = queue.attributes
+    assert attributes is not None
+    is_mine = attributes.users[None, :] == users[:, None]
+    return jnp.max(jnp.where(is_mine, attributes.user_tokens[None, :], 0), axis=1)
 
 
 def is_new_request(queue: Queue, seq_indices: jax.Array) -> jax.Array:
@@ -139,11 +243,14 @@ def mapped_tokens(
     return jnp.where(maps, take(queue.shared_lens, seq_indices), 0)
 
 
-def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
+def rows_before(
+    queue: Queue, rows: jax.Array, scores: jax.Array | None = None
+) -> jax.Array:
     """Return whether row j comes before row i in the fixed order, bool[S, S].
 
     The order is priority, arrival, sequence index. RETAINED rows come first, because
-    their blocks are never taken; empty rows come last.
+    their blocks are never taken; empty rows come last. With `scores`, f32[S] and equal
+    for the rows of a request, they come before priority and arrival.
     """
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
     is_empty = rows == NO_REQUEST
@@ -155,6 +262,8 @@ def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
         jnp.where(is_empty, _LAST, rows),
         index,
     )
+    if scores is not None:
+        keys = (keys[0], scores, *keys[1:])
     is_before = jnp.zeros((rows.shape[0],) * 2, jnp.bool_)
     for key in reversed(keys):
         mine, other = key[:, None], key[None, :]
@@ -162,13 +271,13 @@ def rows_before(queue: Queue, rows: jax.Array) -> jax.Array:
     return is_before
 
 
-def ranks(queue: Queue, rows: jax.Array) -> jax.Array:
-    """Return the rank of each row in the fixed order, i32[S].
+def ranks(queue: Queue, rows: jax.Array, scores: jax.Array | None = None) -> jax.Array:
+    """Return the rank of each row in the order of `rows_before`, i32[S].
 
     It counts the rows before each row. For so few rows this runs and compiles faster
     than a sort.
     """
-    return jnp.sum(rows_before(queue, rows), axis=1, dtype=jnp.int32)
+    return jnp.sum(rows_before(queue, rows, scores), axis=1, dtype=jnp.int32)
 
 
 def sum_before(ranks: jax.Array, values: jax.Array) -> jax.Array:

@@ -20,18 +20,24 @@ from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
 from jpaged.scheduler.admission import admit, can_admit
-from jpaged.scheduler.preemption import Swaps, preempt, swap_in_request
+from jpaged.scheduler.preemption import (
+    Swaps,
+    memory_scores,
+    preempt,
+    swap_in_request,
+    yield_rows,
+)
 from jpaged.scheduler.queue import (
     NO_REQUEST,
     SWAPPED,
+    WAITING,
     Hits,
     Queue,
     idle_rows,
-    ranks,
     row_values,
     same_request,
-    sum_before,
 )
+from jpaged.scheduler.token_budget import split_by_policy, split_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +59,7 @@ def schedule(
     hits: Hits | None = None,
     host: BlockState | None = None,
     scheduler_params: SchedulerParams | None = None,
+    clock: jax.Array | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, StepPlan]:
     """Preempt, swap in and admit, and plan the tokens of one step.
 
@@ -60,11 +67,12 @@ def schedule(
       queue: the scheduler's part of the request table.
       rows: i32[S], the sequence index of each row, or NO_REQUEST.
       blocks: the block manager's state, with the same rows.
-      config: sizes and policy.
+      config: sizes and policies.
       hits: the cached prefixes of waiting sequences; None means none.
       host: the host pool, whose rows are sequence indices; None: without swapping.
       scheduler_params: settings; `config.scheduler_params` are the upper limits, and
         the default.
+      clock: i32[], ms; None if no policy reads it.
 
     Returns:
       The queue, rows and blocks after preemption and admission, and the plan. After the
@@ -75,39 +83,51 @@ def schedule(
     settings = (
         limits if scheduler_params is None else scheduler_params.limited_to(limits)
     )
-    blocks, num_tokens = _plan_running_rows(queue, rows, blocks, settings)
+    scores = memory_scores(
+        queue, rows, config.preemption_policy, settings.preemption, clock
+    )
+    blocks, remaining = _map_sources(queue, rows, blocks)
+    remaining = _hold_lockstep(queue, rows, blocks, remaining)
+    if settings.budget is None:
+        num_tokens = split_tokens(queue, rows, remaining, settings, scores)
+    else:
+        num_tokens = split_by_policy(
+            queue, rows, remaining, settings, scores, config.budget_policy, clock
+        )
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
     swaps = None if host is None else Swaps.none(rows)
     carry = (queue, rows, blocks, num_tokens, jnp.int32(0), swaps)
     carry = when(
-        is_short, lambda carry: preempt(*carry, needed=needed, host=host), carry
+        is_short,
+        lambda carry: preempt(*carry, needed=needed, host=host, scores=scores),
+        carry,
     )
     queue, rows, blocks, num_tokens, num_preempted, swaps = carry
 
+    is_swapped = jnp.any(queue.status == SWAPPED)
     # Nothing is admitted in a step that preempts, or while a request is swapped out.
     is_open = can_admit(queue, rows) & ~is_short
     is_open &= jnp.sum(num_tokens) < settings.max_num_batched_tokens
     if host is not None and swaps is not None:
         queue, rows, swaps = when(
-            jnp.any(queue.status == SWAPPED) & ~is_short & jnp.any(rows == NO_REQUEST),
+            is_swapped & ~is_short & jnp.any(rows == NO_REQUEST),
             lambda carry: swap_in_request(*carry, blocks, needed, host, settings),
             (queue, rows, swaps),
         )
     carry = (queue, rows, blocks, num_tokens, jnp.int32(0))
-    carry = _admit_waiting(carry, is_open, config, hits, needed, settings)
+    carry = _admit_waiting(carry, is_open, config, hits, needed, settings, clock)
     queue, rows, blocks, num_tokens, num_admitted = carry
+    if scores is not None:
+        may_yield = ~is_short & (num_admitted == 0) & jnp.any(queue.status == WAITING)
+        may_yield &= ~is_swapped
+        queue, rows, blocks, num_tokens, num_preempted = when(
+            may_yield,
+            lambda carry: yield_rows(*carry, scores=scores),
+            (queue, rows, blocks, num_tokens, num_preempted),
+        )
     plan = StepPlan(num_tokens, num_preempted, num_admitted, swaps)
     return queue, rows, blocks, plan
-
-
-def _plan_running_rows(
-    queue: Queue, rows: jax.Array, blocks: BlockState, settings: SchedulerParams
-) -> tuple[BlockState, jax.Array]:
-    """Return the blocks after new rows mapped their sources, and each row's tokens."""
-    blocks, remaining = _map_sources(queue, rows, blocks)
-    remaining = _hold_lockstep(queue, rows, blocks, remaining)
-    return blocks, _split_budget(queue, rows, remaining, settings)
 
 
 def _admit_waiting(
@@ -117,6 +137,7 @@ def _admit_waiting(
     hits: Hits | None,
     needed: jax.Array,
     settings: SchedulerParams,
+    clock: jax.Array | None,
 ) -> tuple:
     """Admit waiting requests if admission is open; `carry` is as for `admit`."""
     if hits is None:
@@ -129,6 +150,7 @@ def _admit_waiting(
             needed=needed,
             policy=config.policy,
             scheduler_params=settings,
+            clock=clock,
         ),
         carry,
     )
@@ -201,20 +223,3 @@ def _hold_lockstep(
         return jnp.where(is_lockstep & has_other_behind, remaining - 1, remaining)
 
     return jnp.maximum(when(jnp.any(is_lockstep), hold, remaining), 0)
-
-
-def _split_budget(
-    queue: Queue, rows: jax.Array, remaining: jax.Array, settings: SchedulerParams
-) -> jax.Array:
-    """Return each row's tokens, i32[S]: one per decode, the rest to prompts by rank."""
-    decodes = (remaining == 1).astype(jnp.int32)
-    num_decodes = jnp.sum(decodes)
-
-    def add_chunks(num_tokens: jax.Array) -> jax.Array:
-        chunk = jnp.minimum(remaining, settings.max_prompt_chunk)
-        chunk = jnp.where(remaining > 1, chunk, 0)
-        before = sum_before(ranks(queue, rows), chunk)
-        budget = settings.max_num_batched_tokens - num_decodes
-        return num_tokens + jnp.clip(budget - before, 0, chunk)
-
-    return when(jnp.any(remaining > 1), add_chunks, decodes)

@@ -27,6 +27,7 @@ from jpaged.params import SamplingParams
 from jpaged.serving import feeding, output_reading
 from jpaged.serving.engine_host import EngineHost
 from jpaged.serving.metrics import Event, MeanLatencies
+from jpaged.serving.pausing import POLL_S, Pause
 from jpaged.serving.readout import SequenceProgress
 from jpaged.serving.request_state import OutputState, RequestState, RequestUpdate
 from jpaged.serving.runner import needs_empty_table
@@ -55,6 +56,7 @@ class Batcher:
 
     Attributes:
       num_generated: tokens of outputs that have ended.
+      pause: whether slices run.
       latencies: mean latencies of the requests that ended by themselves.
     """
 
@@ -65,6 +67,7 @@ class Batcher:
     ):
         self.host = host
         self.num_generated = 0
+        self.pause = Pause()
         self.latencies = MeanLatencies()
         self._grow = grow
         # By arrival, until the caller has the last update.
@@ -75,9 +78,7 @@ class Batcher:
         self._added: collections.deque[RequestState] = collections.deque()
         self._aborted: collections.deque[RequestState] = collections.deque()
         config = host.config
-        self._waiting = WaitingQueue(
-            config.policy, config.policy_parameters, host.cached_lens
-        )
+        self._waiting = WaitingQueue(config, host)
         self._submitted: dict[int, RequestState] = {}  # in the request table
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._slice_task: asyncio.Task[None] | None = None
@@ -141,12 +142,41 @@ class Batcher:
             if left:
                 self.abort(list(left.values()))
 
-    def run_slice(self) -> None:
+    def run_slice(self, stream_s: float | None = None) -> None:
         """Run one slice for all open requests, and send updates to their callers.
 
+        During a pause, wait for its end, but not for long: a request can be aborted.
+
+        Args:
+          stream_s: seconds of a slice with streamed requests; None is STREAM_S.
+
         Raises:
-          RuntimeError: the engine stalled, which is a bug.
+          RuntimeError: the engine stalled, which is a bug; or this thread has paused
+            the engine.
         """
+        self.pause.wait()
+        with self.host.lock:
+            if not self.pause.is_set:
+                self._run_slice(stream_s)
+
+    def finish_open(self) -> None:
+        """Run the open requests to their ends; others wait meanwhile."""
+        with self.host.lock:
+            open_requests = set(self._open)
+            self.pause.admit_only(open_requests)
+            try:
+                while not open_requests.isdisjoint(self._open):
+                    self._run_slice()
+            finally:
+                self.pause.admit_only(None)
+
+    def abort_open(self) -> None:
+        """End all open requests with the tokens they have."""
+        with self.host.lock:
+            self.host.recover()
+            self.abort(list(self._open.values()))
+
+    def _run_slice(self, stream_s: float | None = None) -> None:
         with self.host.lock:
             epoch = self.host.epoch
             try:
@@ -154,7 +184,7 @@ class Batcher:
                 if self._open:
                     self._submit_waiting()
                 if self._submitted:
-                    self._run_steps()
+                    self._run_steps(stream_s)
                     self.end_aborted()
             except BaseException:
                 self.host.recover()
@@ -163,6 +193,9 @@ class Batcher:
 
     async def run_slice_async(self) -> None:
         """`run_slice` in another thread; concurrent waiters share one slice."""
+        if self.pause.is_set:
+            await asyncio.sleep(POLL_S)
+            return
         task = self._slice_task
         loop = asyncio.get_running_loop()
         if task is None or task.done() or task.get_loop() is not loop:
@@ -199,8 +232,7 @@ class Batcher:
     def close(self) -> None:
         """Abort all open requests and release the engine."""
         with self.host.lock:
-            self.host.recover()
-            self.abort(list(self._open.values()))
+            self.abort_open()
             self.host.close()
         if self._executor is not None:
             self._executor.shutdown(wait=False)
@@ -213,6 +245,7 @@ class Batcher:
                 continue
             if request.arrival in self._submitted:
                 self._read_aborted(request)
+                output_reading.read_token_masks(self.host, [request])
                 self.host.drop(request.seq_indices)
             else:
                 request.create_outputs()
@@ -235,9 +268,13 @@ class Batcher:
 
     def _submit_waiting(self) -> None:
         """Submit the first waiting requests, as many as the request tables can hold."""
-        while self._added:
-            self._unprepared.append(self._added[0])
-            self._waiting.push(self._added.popleft())
+        added = [self._added.popleft() for _ in range(len(self._added))]
+        for request in added:
+            if self.pause.admits(request.arrival):
+                self._unprepared.append(request)
+                self._waiting.push(request)
+            else:
+                self._added.append(request)
         if not self._submitted:
             self.host.clean()
         self._compile_for_waiting()
@@ -334,11 +371,11 @@ class Batcher:
 
     # The slice, and what is read after it.
 
-    def _run_steps(self) -> None:
+    def _run_steps(self, stream_s: float | None) -> None:
         requests = list(self._submitted.values())
         used = self.host.features(requests)
         compile_s = self.host.runner.compile_s
-        progress = self.host.run(used, *self._slice_length())
+        progress = self.host.run(used, *self._slice_length(stream_s))
         self._forgive(self.host.runner.compile_s - compile_s)
         owners = {index: each for each in requests for index in each.seq_indices}
         for seq_index, event in self.host.take_events():
@@ -354,6 +391,7 @@ class Batcher:
         self._read_outputs(outputs, progress)
         finished = [request for request in requests if request.is_finished]
         output_reading.read_prompt_logprobs(self.host, finished)
+        output_reading.read_token_masks(self.host, finished)
         # An entry may only be reused when no output of its request is read any more:
         # all of them read the entry of the request's first sequence.
         self.host.release(index for each in finished for index in each.seq_indices)
@@ -362,17 +400,18 @@ class Batcher:
 
     def _forgive(self, seconds: float) -> None:
         """Leave out the time for which new requests waited for a compiler."""
-        for request in self._open.values() if seconds else ():
+        # Other threads add requests meanwhile.
+        for request in list(self._open.values()) if seconds else ():
             if [event.name for event in request.sequence_events] == ["queued"]:
                 (queued,) = request.sequence_events
                 later = queued._replace(time_s=queued.time_s + seconds)
                 request.sequence_events[:] = [later]
 
-    def _slice_length(self) -> tuple[float, int]:
+    def _slice_length(self, stream_s: float | None) -> tuple[float, int]:
         """Return the seconds and the minimum number of steps of the next slice."""
         requests = self._submitted.values()
         if any(request.is_streamed for request in requests):
-            return STREAM_S, 1
+            return STREAM_S if stream_s is None else stream_s, 1
         if any(request.is_watched for request in requests):
             return STOP_S, LEAST_STEPS
         is_awaited = self._waiting or any(request.is_awaited for request in requests)

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jpaged.attention import backends
 from jpaged.config import EngineConfig, Speculation
-from jpaged.cpu import library
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
 from jpaged.models.loading import sources
 from jpaged.models.loading.checkpoint import load_model
+from jpaged.parallel import distributed
+from jpaged.policies import KINDS
 from jpaged.serving import memory
 from jpaged.serving.batcher import Batcher
 from jpaged.serving.engine_host import EngineHost
@@ -86,9 +86,9 @@ def build_parts(options: LLMOptions) -> LLMParts:
         attention=options.attention,
         mesh=options.mesh,
     )
+    if options.batch_invariant:
+        _check_invariant(model, options.mesh)
     config = _engine_config(options, num_blocks, max_model_len, speculation)
-    if backends.serving_name(config.attention) == "cpu":
-        library.announce()
     host = EngineHost(
         model,
         config,
@@ -110,6 +110,21 @@ def build_parts(options: LLMOptions) -> LLMParts:
     return LLMParts(model, tokenizer, name, kv_dtype, host, Batcher(host, grow))
 
 
+def _check_invariant(model: Decoder, mesh: Mesh | None) -> None:
+    """Raise ValueError if `batch_invariant` does not support the model or the mesh."""
+    if model.config.num_experts:
+        raise ValueError(
+            "batch_invariant: expected False for a model with experts, whose groups of "
+            "tokens depend on the batch, got True"
+        )
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        raise ValueError(
+            "batch_invariant: expected False on a mesh with tensor="
+            f"{mesh.shape['tensor']}, because sums over devices have an order of their "
+            "own, got True"
+        )
+
+
 def _engine_config(
     options: LLMOptions,
     num_blocks: int,
@@ -127,8 +142,7 @@ def _engine_config(
         or options.max_num_seqs + options.max_num_prefixes,
         max_num_prefixes=options.max_num_prefixes,
         max_num_stop_ids=options.max_num_stop_ids,
-        policy=options.policy,
-        policy_parameters=tuple(options.policy_parameters),
+        **_policies(options),
         preemption=options.preemption,
         num_swap_blocks=options.num_swap_blocks,
         max_prompt_chunk=options.max_prompt_chunk,
@@ -136,11 +150,25 @@ def _engine_config(
         enable_prefix_caching=options.enable_prefix_caching,
         attention=options.attention,
         cascade=options.cascade,
+        logprobs_mode=options.logprobs_mode,
+        batch_invariant=options.batch_invariant,
         speculation=speculation,
         num_recorded_events=NUM_RECORDED_EVENTS,
         num_recorded_steps=NUM_RECORDED_STEPS,
     )
+    if config.reads_clock and distributed.is_shared(options.mesh):
+        raise ValueError(
+            "policy: expected policies that do not read ages or times_left, because "
+            "processes that share the mesh have different clocks, got "
+            f"{_policies(options)}"
+        )
     return _with_table_size(config, options.max_num_requests)
+
+
+def _policies(options: LLMOptions) -> dict[str, Any]:
+    """Return the policies and their parameters, as fields of the engine's config."""
+    names = [name for kind in KINDS for name in (kind.argument, kind.parameters)]
+    return {name: getattr(options, name) for name in names}
 
 
 def _with_table_size(
@@ -150,7 +178,10 @@ def _with_table_size(
     if max_num_requests is not None:
         return config
     size = memory.max_table_size(
-        config.num_rows, config.max_model_len, config.num_logprobs
+        config.num_rows,
+        config.max_model_len,
+        config.num_logprobs,
+        config.num_mask_words,
     )
     return dataclasses.replace(config, max_num_requests=size)
 

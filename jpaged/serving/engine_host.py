@@ -25,6 +25,7 @@ from jpaged.engine import limits, request_table, submission
 from jpaged.engine.features import Features
 from jpaged.engine.limits import Params
 from jpaged.models.decoder import Decoder
+from jpaged.scheduler import RUNNING
 from jpaged.serving import readout
 from jpaged.serving.metrics import Event, StepRecord
 from jpaged.serving.readout import SequenceProgress, SequenceTokens, TokenSpan
@@ -121,6 +122,17 @@ class EngineHost:
         """Return the host's clock in seconds."""
         return self.runner.clock()
 
+    def user_tokens(self) -> dict[int, int]:
+        """Return the tokens of users in the request table, see `policies.Requests`."""
+        attributes = self.runner.state.requests.queue.attributes
+        if attributes is None:
+            return {}
+        users, tokens = np.asarray(attributes.users), np.asarray(attributes.user_tokens)
+        found: dict[int, int] = {}
+        for user, count in zip(users.flat, tokens.flat, strict=True):
+            found[int(user)] = max(found.get(int(user), 0), int(count))
+        return found
+
     def next_step(self, seq_index: int | None = None) -> int:
         """Return the number of the next step in the replica that has `seq_index`.
 
@@ -192,11 +204,32 @@ class EngineHost:
         self.runner.state = engine.reset_prefix_cache(self.runner.state)
         self._pin_again()
 
-    def replace_model(self, model: Decoder) -> None:
-        """Use another model of the same config from now on; drop what is cached."""
+    def use_model(self, model: Decoder) -> None:
+        """Use another model of the same config; `change_weights` must follow."""
         self.model = model
         self.runner.replace_model(model)
-        self.reset_prefix_cache()
+
+    def change_weights(self, requests: str = "recompute") -> None:
+        """Drop the keys and values that older weights have computed.
+
+        Args:
+          requests: what happens to running requests. "recompute": they compute their
+            tokens again. "keep": they go on with what they have, and share it with no
+            other request.
+        """
+        self.recover()
+        self.runner.note("ends", ("weights", requests))
+        self._unpin(self._pinned_indices())
+        self.empty_entries += len(self.pinned)
+        change = engine.recompute if requests == "recompute" else engine.mark_stale
+        if self._has_sequences():
+            self.runner.state = change(self.runner.state)
+            self.read_progress()
+        self.runner.state = engine.reset_prefix_cache(self.runner.state)
+        self._pin_again()
+
+    def _has_sequences(self) -> bool:
+        return bool((self.empty_entries < self.config.max_num_requests).any())
 
     def close(self) -> None:
         """Release the pages, the tables and the model."""
@@ -266,6 +299,10 @@ class EngineHost:
     def num_empty(self) -> int:
         """Number of free entries of the request tables of all replicas."""
         return int(self.empty_entries.sum())
+
+    def num_running(self) -> int:
+        """Return the number of sequences with a batch row."""
+        return int((self.read_progress().status == RUNNING).sum())
 
     def loads(self) -> np.ndarray:
         """Return the tokens of live sequences of each replica, as last read; i64[D]."""
@@ -338,6 +375,7 @@ class EngineHost:
                 [request.params for request in group],
                 seed=self._seed,
                 arrivals=[request.arrival for request in group],
+                submitted_ms=[int(request.submitted_s * 1000) for request in group],
                 vocab_size=vocab_size,
                 eos_token_ids=self.model.config.eos_token_ids,
                 replica=replica,
@@ -401,6 +439,11 @@ class EngineHost:
     def read_tokens(self, spans: Sequence[TokenSpan]) -> list[SequenceTokens]:
         """Return the tokens of each span."""
         return readout.read_tokens(self.runner.state, spans)
+
+    def read_masks(self, span: TokenSpan) -> np.ndarray:
+        """Return the masks of a span, bool[n, V]."""
+        masks = readout.read_masks(self.runner.state, *span)
+        return masks[:, : self.model.config.vocab_size]
 
     def finish(self, seq_indices: Iterable[int], reason: int) -> None:
         """End the live sequences at `seq_indices`; their blocks become free."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.engine import algorithms as groups
 from jpaged.engine import limits
 from jpaged.engine.limits import Params
+from jpaged.names import rechecked
 from jpaged.outputs import RequestOutput
 from jpaged.params import (
     AlgorithmParams,
@@ -50,10 +51,15 @@ class Intake:
       host: the engine that runs the requests.
       tokenizer: the model's tokenizer, or None.
       max_logprobs: limit of `logprobs` and `prompt_logprobs`; -1: none.
+      default_params: returns the parameters of requests that have none.
     """
 
     def __init__(
-        self, host: EngineHost, tokenizer: Tokenizer | None, max_logprobs: int
+        self,
+        host: EngineHost,
+        tokenizer: Tokenizer | None,
+        max_logprobs: int,
+        default_params: Callable[[], Params] = SamplingParams,
     ):
         self.num_arrivals = 0  # requests so far
         self.num_prompt_tokens = 0  # of all requests so far
@@ -61,9 +67,10 @@ class Intake:
         self._model = host.model.config
         self._tokenizer = tokenizer
         self._max_logprobs = max_logprobs
+        self._default_params = default_params
 
     def call(
-        self, prompts: Any, params: Any, on_error: str = "raise"
+        self, prompts: Any, params: Any, on_error: str = "raise", name: str = "prompts"
     ) -> tuple[list[RequestState], list[RequestOutput | None]]:
         """Create the requests of one call, which share an inbox.
 
@@ -71,6 +78,7 @@ class Intake:
           prompts: one prompt or several.
           params: parameters for all prompts, or one for each; None for the defaults.
           on_error: "raise" or "return", see `LLM.generate`.
+          name: what the caller names the prompts, for messages.
 
         Returns:
           The valid requests; and per prompt the output if it is invalid, else None.
@@ -78,6 +86,7 @@ class Intake:
         Raises:
           ValueError: a request is invalid and `on_error` is "raise".
         """
+        params = self._default_params() if params is None else params
         prompts, params = match_params(prompts, params)
         inbox: collections.deque[RequestUpdate] = collections.deque()
         states: list[RequestState] = []
@@ -91,7 +100,7 @@ class Intake:
                 outputs.append(None)
             else:
                 outputs.append(found)
-                errors.append(f"prompts[{index}]: {found.error}")
+                errors.append(f"{name}[{index}]: {found.error}")
         if errors and on_error == "raise":
             head = (
                 f"{len(errors)} of {len(prompts)} requests are invalid, none was run:"
@@ -108,7 +117,7 @@ class Intake:
         Raises:
           ValueError: the request is invalid.
         """
-        params = SamplingParams() if params is None else params
+        params = self._default_params() if params is None else params
         number = self.num_arrivals
         found = self._request(prompt, params, number, number, collections.deque())
         if not isinstance(found, RequestState):
@@ -120,6 +129,7 @@ class Intake:
 
     def errors(self, prompts: Any, params: Any) -> list[str | None]:
         """Return for each request why it is invalid, or None."""
+        params = self._default_params() if params is None else params
         pairs = zip(*match_params(prompts, params), strict=True)
         return [self._check(prompt, param).error for prompt, param in pairs]
 
@@ -130,9 +140,9 @@ class Intake:
           ValueError: some are invalid.
         """
         if params is None or isinstance(params, Params):
-            params = [SamplingParams() if params is None else params]
+            params = [self._default_params() if params is None else params]
         found = []
-        for one in params:
+        for one in map(rechecked, params):
             self._check_params(one)
             found.append(self._resolve(one))
         return found
@@ -140,6 +150,13 @@ class Intake:
     def token_ids(self, prompt: Any) -> list[int]:
         """Return a prompt's token ids; raise ValueError if it is not a prompt."""
         return text_prompts.token_ids(self._tokenizer, "prompt", prompt)
+
+    def _truncated(self, token_ids: list[int], params: Params) -> list[int]:
+        """Return the last tokens of a prompt, as many as its parameters ask for."""
+        length = getattr(params, "truncate_prompt_tokens", None)
+        if length == -1:
+            length = self._host.config.max_model_len - 1
+        return token_ids if length is None else token_ids[-length:]
 
     def _request(
         self,
@@ -160,6 +177,7 @@ class Intake:
         num_outputs = len(shape.outputs(shape.numbers))
         if isinstance(params, BeamSearchParams) and params.num_return is not None:
             num_outputs = params.num_return
+        has_text = getattr(params, "detokenize", True)
         return RequestState(
             index=index,
             arrival=arrival,
@@ -167,7 +185,7 @@ class Intake:
             prompt_token_ids=token_ids,
             params=params,
             eos_token_ids=self._model.eos_token_ids,
-            tokenizer=self._tokenizer,
+            tokenizer=self._tokenizer if has_text else None,
             table_size=len(shape.numbers),
             num_outputs=num_outputs,
             inbox=inbox,
@@ -177,9 +195,10 @@ class Intake:
         """Convert a request for the engine; errors are returned, not raised."""
         token_ids: list[int] = []
         try:
+            params = rechecked(params)
             self._check_params(params)
             params = self._resolve(params)
-            token_ids = self.token_ids(prompt)
+            token_ids = self._truncated(self.token_ids(prompt), params)
             engine.check_request(
                 grown_config(self._host.config, [params], self._model.vocab_size),
                 token_ids,
@@ -263,8 +282,6 @@ def match_params(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
         parameters but not one for each prompt.
     """
     prompts = text_prompts.prompt_list("prompts", prompts)
-    if params is None:
-        params = SamplingParams()
     if isinstance(params, Iterator | np.ndarray):
         params = list(params)
     if not isinstance(params, Sequence):
@@ -303,9 +320,12 @@ def grown_config(
     num_allowed = num_words(vocab_size) * MASK_BITS
     least_rules = dataclasses.replace(LEAST_RULES, num_allowed=num_allowed)
     rules, algorithms = config.rules, list(config.algorithms)
+    num_mask_words = config.num_mask_words
     for param in params:
         if isinstance(param, SamplingParams):
             num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
+            if param.token_masks:
+                num_mask_words = num_words(vocab_size)
             sizes = limits.rule_sizes(param, vocab_size)
             if sizes is not None:
                 rules = (rules or least_rules).grown(sizes)
@@ -330,6 +350,7 @@ def grown_config(
     return dataclasses.replace(
         config,
         num_logprobs=num_logprobs,
+        num_mask_words=num_mask_words,
         prompt_logprobs=config.prompt_logprobs
         or any(map(limits.keeps_prompt_logprobs, params)),
         max_beam_width=min(width, config.max_num_seqs),

@@ -52,6 +52,17 @@ class Request:
         """
         self._batcher.abort([self._state])
 
+    def deltas(self) -> list[Delta]:
+        """Return the deltas that are there now; runs no steps.
+
+        For callers of `LLM.run_slice`.
+        """
+        if not self._has_delta():
+            return []
+        found = list(self._deltas)
+        self._deltas.clear()
+        return found
+
     def output(self) -> RequestOutput:
         """Wait until the request ends and return its output.
 

@@ -141,13 +141,17 @@ def available_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def max_table_size(max_num_seqs: int, max_model_len: int, num_logprobs: int) -> int:
+def max_table_size(
+    max_num_seqs: int, max_model_len: int, num_logprobs: int, num_mask_words: int = 0
+) -> int:
     """Return the default size of the request table, in sequences.
 
     It is four times `max_num_seqs`, or less where entries are large, but at least
     `max_num_seqs`.
     """
     entry_bytes = max_model_len * (
-        _TABLE_BYTES_PER_TOKEN + _TABLE_BYTES_PER_LOGPROB * num_logprobs
+        _TABLE_BYTES_PER_TOKEN
+        + _TABLE_BYTES_PER_LOGPROB * num_logprobs
+        + 4 * num_mask_words
     )
     return max(max_num_seqs, min(4 * max_num_seqs, _TABLE_BYTES // entry_bytes))

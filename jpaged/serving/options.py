@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 
 from jpaged import parallel
 from jpaged.attention import backends
-from jpaged.config import PREEMPTIONS
+from jpaged.config import LOGPROBS_MODES, PREEMPTIONS
 from jpaged.cpu import library
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
 from jpaged.pages.quantised import PAGE_DTYPES
 from jpaged.parallel import distributed
 from jpaged.param_checks import MAX_SEED
-from jpaged.policies import Policy
+from jpaged.policies import KINDS, BudgetPolicy, EvictionPolicy, Policy
 from jpaged.text.tokenizer import Tokenizer
 from jpaged.validation import error, flag, integer, number, one_of
 
@@ -67,6 +67,14 @@ class LLMOptions:
     check_invariants: bool
     quantization: str | None
     cascade: bool
+    logprobs_mode: str
+    batch_invariant: bool
+    preemption_policy: str | Policy
+    preemption_parameters: Sequence[float]
+    eviction_policy: str | EvictionPolicy
+    eviction_parameters: Sequence[float]
+    budget_policy: str | BudgetPolicy
+    budget_parameters: Sequence[float]
 
     def __post_init__(self) -> None:
         """Check the arguments that neither the model nor `EngineConfig` checks."""
@@ -75,7 +83,12 @@ class LLMOptions:
         for name in _OPTIONAL_INTEGERS:
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), low=1))
-        for name in ("enable_prefix_caching", "cascade", "check_invariants"):
+        for name in (
+            "enable_prefix_caching",
+            "cascade",
+            "check_invariants",
+            "batch_invariant",
+        ):
             self._set(name, flag(name, getattr(self, name)))
         self._set("seed", _seed(self.seed, self.mesh))
         self._set("dtype", _dtype_name("dtype", self.dtype))
@@ -84,7 +97,15 @@ class LLMOptions:
             raise error("dtype", f"'auto' or one of {DTYPES}", self.dtype)
         one_of("kv_dtype", self.kv_dtype, ("auto", *DTYPES, *PAGE_DTYPES))
         self._set("watermark", number("watermark", self.watermark, low=0, high=1))
-        self._set("policy_parameters", _policy_parameters(self.policy_parameters))
+        for name in (kind.parameters for kind in KINDS):
+            self._set(name, _policy_parameters(name, getattr(self, name)))
+        # vLLM's names end in "_logprobs".
+        mode = str(self.logprobs_mode).removesuffix("_logprobs")
+        self._set("logprobs_mode", one_of("logprobs_mode", mode, LOGPROBS_MODES))
+        if self.batch_invariant and self.kv_dtype in PAGE_DTYPES:
+            raise error(
+                "kv_dtype", "a dtype of floats with batch_invariant=True", self.kv_dtype
+            )
         self._check_preemption()
         _check_attention(self.attention)
         if self.mesh is not None:
@@ -179,14 +200,13 @@ def _dtype_name(name: str, value: Any) -> str:
     return _DTYPE_ALIASES.get(text, text)
 
 
-def _policy_parameters(value: Any) -> tuple[float, ...]:
-    """Return the policy's numbers, which are float32 on the device."""
+def _policy_parameters(name: str, value: Any) -> tuple[float, ...]:
+    """Return a policy's numbers, which are float32 on the device."""
     if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):
-        raise error("policy_parameters", "a sequence of numbers", value)
+        raise error(name, "a sequence of numbers", value)
     most = float(jnp.finfo(jnp.float32).max)
     return tuple(
-        number(f"policy_parameters[{i}]", one, low=-most, high=most)
-        for i, one in enumerate(value)
+        number(f"{name}[{i}]", one, low=-most, high=most) for i, one in enumerate(value)
     )
 
 

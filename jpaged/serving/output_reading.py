@@ -63,6 +63,17 @@ def read_outputs(
     return stopped
 
 
+def read_token_masks(host: EngineHost, requests: Sequence[RequestState]) -> None:
+    """Read which tokens could be sampled, for requests that have ended."""
+    for request in requests:
+        if isinstance(request.params, SamplingParams) and request.params.token_masks:
+            start = len(request.prompt_token_ids)
+            for output in request.outputs:
+                end = start + len(output.token_ids)
+                span = TokenSpan(output.seq_index, start, end)
+                output.token_masks = host.read_masks(span)
+
+
 def read_prompt_logprobs(host: EngineHost, requests: Sequence[RequestState]) -> None:
     """Read the prompt log-probabilities of requests that have ended."""
     requests = [each for each in requests if limits.keeps_prompt_logprobs(each.params)]

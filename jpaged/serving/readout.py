@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged import engine, parallel
+from jpaged.decoding.bit_masks import MASK_BITS
 from jpaged.engine import EngineState, events, replicas
 from jpaged.kv import block_manager, prefix_cache
 
@@ -163,6 +164,27 @@ def read_tokens(state: EngineState, spans: Sequence[TokenSpan]) -> list[Sequence
     return found
 
 
+def read_masks(state: EngineState, seq_index: int, start: int, end: int) -> np.ndarray:
+    """Return the masks of tokens that could be sampled, bool[end - start, 32 * W].
+
+    Args:
+      state: the engine's state, with masks.
+      seq_index: the sequence.
+      start: first position.
+      end: position after the last.
+    """
+    replica, own_index = divmod(seq_index, state.config.max_num_requests)
+    parts = [np.zeros((0, state.config.num_mask_words), np.uint32)]
+    for first in range(start, end, READ_WIDTH):
+        index = np.zeros((2, parallel.num_replicas(state.mesh)), np.int32)
+        index[:, replica] = own_index, first
+        read = _read_mask_window(state, *(for_state(side, state) for side in index))
+        parts.append(_per_replica(read, state)[replica, : end - first])
+    words = np.concatenate(parts)
+    bits = (words[:, :, None] >> np.arange(MASK_BITS, dtype=np.uint32)) & 1
+    return bits.reshape(len(words), -1).astype(np.bool_)
+
+
 def for_state(array: np.ndarray, state: EngineState) -> np.ndarray:
     """Return `array` [D, ...] as the state expects it: without D if there is one."""
     return array if parallel.num_replicas(state.mesh) > 1 else array[0]
@@ -237,6 +259,20 @@ def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.
     return replicas.read_each(
         match, state, *replicas.broadcast_to_replicas((tokens, most), state.mesh)
     )
+
+
+@jax.jit
+def _read_mask_window(
+    state: EngineState, seq_index: jax.Array, start: jax.Array
+) -> jax.Array:
+    """Return u32[READ_WIDTH, W], zeros past the end of the sequence's entry."""
+
+    def read(state: EngineState, seq_index: jax.Array, start: jax.Array) -> jax.Array:
+        positions = start + jnp.arange(READ_WIDTH, dtype=jnp.int32)
+        at = state.requests.masks.at[seq_index, positions]
+        return at.get(mode="fill", fill_value=0)
+
+    return replicas.read_each(read, state, seq_index, start)
 
 
 @jax.jit

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jpaged.engine import limits, request_table
 from jpaged.engine.limits import Params
 from jpaged.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
@@ -35,6 +37,7 @@ class Delta:
       finish_reason: "stop", "length", "abort" or "dead_end" in the output's last
         delta, None before.
       stop_reason: the stop token or stop string that ended the output; None for EOS.
+      logprobs: log-probabilities at each of token_ids, if they were asked for.
     """
 
     request: int
@@ -43,6 +46,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: Logprobs | None = None
 
 
 class OutputState:
@@ -56,8 +60,11 @@ class OutputState:
         self.num_read = len(request.prompt_token_ids)
         self.token_ids: list[int] = []
         self.cumulative_logprob = 0.0
-        has_logprobs = request.num_logprobs is not None
+        self._is_beam = isinstance(request.params, BeamSearchParams)
+        has_logprobs = self._is_beam or request.num_logprobs is not None
         self.logprobs: Logprobs | None = [] if has_logprobs else None
+        self.token_logprobs: list[float] = []
+        self.token_masks: np.ndarray | None = None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.new_text = ""  # since the last `take_delta`
@@ -83,8 +90,9 @@ class OutputState:
         for i, token in enumerate(tokens.ids):
             self.token_ids.append(token)
             self.cumulative_logprob += float(tokens.logprobs[i])
+            self.token_logprobs.append(float(tokens.logprobs[i]))
             if self.logprobs is not None:
-                count = self.request.num_logprobs or 0
+                count = None if self._is_beam else self.request.num_logprobs
                 self.logprobs.append(
                     logprobs_at(tokens, i, count, self.request.tokenizer)
                 )
@@ -124,10 +132,15 @@ class OutputState:
         """Return what is new since the last call."""
         text, self.new_text = self.new_text, ""
         token_ids = self.token_ids[self.num_shown :]
+        logprobs = None
+        if self.logprobs is not None:
+            logprobs = self.logprobs[self.num_shown :]
         self.num_shown = len(self.token_ids)
         reasons = self.finish_reason, self.stop_reason
         self.is_end_shown = self.finish_reason is not None
-        return Delta(self.request.index, self.index, text, token_ids, *reasons)
+        return Delta(
+            self.request.index, self.index, text, token_ids, *reasons, logprobs
+        )
 
     def completion(self) -> CompletionOutput:
         """Return the output as users get it."""
@@ -137,6 +150,8 @@ class OutputState:
             text=self._text.text,
             cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
+            token_logprobs=np.asarray(self.token_logprobs, np.float32),
+            token_masks=self.token_masks,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             score=self._score(),
@@ -203,6 +218,11 @@ class RequestState:
     sequence_events: list[Event] = dataclasses.field(default_factory=list)
     num_cached_tokens: int = 0
     error: Exception | None = None
+
+    @property
+    def submitted_s(self) -> float:
+        """When it was submitted, on the host's clock."""
+        return self.sequence_events[0].time_s if self.sequence_events else 0.0
 
     @property
     def stop(self) -> Sequence[str]:
@@ -308,7 +328,7 @@ class RequestState:
 
 
 def logprobs_at(
-    tokens: SequenceTokens, i: int, count: int, tokenizer: Tokenizer | None
+    tokens: SequenceTokens, i: int, count: int | None, tokenizer: Tokenizer | None
 ) -> dict[int, Logprob]:
     """Return the log-probabilities to report for one position.
 
@@ -316,18 +336,23 @@ def logprobs_at(
       tokens: tokens of a sequence, with what the engine keeps of each position.
       i: index into `tokens`.
       count: number of most probable tokens to report; -1 reports all that are kept.
+        None reports the token alone, without its rank, which may not be kept.
       tokenizer: decodes the tokens; None leaves their text out.
 
     Returns:
       The sampled token's entry, followed by those of the most probable tokens.
     """
+    decode = tokenizer and tokenizer.decoded_token
+    if count is None:
+        token = tokens.ids[i]
+        text = decode and decode(token)
+        return {token: Logprob(float(tokens.logprobs[i]), None, text)}
     found = [(tokens.ids[i], tokens.logprobs[i], tokens.ranks[i])]
     most_likely = zip(tokens.top_ids[i], tokens.top_logprobs[i], strict=True)
     chosen = itertools.islice(most_likely, count if count >= 0 else None)
     for rank, (token, logprob) in enumerate(chosen, start=1):
         if int(token) != tokens.ids[i]:
             found.append((int(token), logprob, rank))
-    decode = tokenizer and tokenizer.decoded_token
     return {
         token: Logprob(float(logprob), int(rank), decode and decode(token))
         for token, logprob, rank in found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jpaged import engine, parallel
 from jpaged.config import EngineConfig
@@ -34,8 +33,10 @@ from jpaged.engine import (
 )
 from jpaged.engine import state as engine_state
 from jpaged.engine.features import Features
+from jpaged.log import LOG
 from jpaged.models.decoder import Decoder
 from jpaged.parallel import distributed
+from jpaged.progress import progress_bar
 from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 from jpaged.serving import readout
 from jpaged.serving.compiled import CompiledPrograms
@@ -202,16 +203,27 @@ class EngineRunner:
         start = time.perf_counter()
         try:
             if not self.compiled.are_done(keys, _QUIET_S):
-                with tqdm.external_write_mode(file=sys.stderr):
-                    names = ", ".join(map(str, keys))
-                    print(f"jpaged: compiling {names} ...", end="", file=sys.stderr)
-                    sys.stderr.flush()
-                    self.compiled.are_done(keys, None)
-                    seconds = time.perf_counter() - start
-                    print(f" {seconds:.1f} s", file=sys.stderr)
+                self._wait_visibly(keys)
             self.compiled.wait(keys)
         finally:
             self.compile_s += time.perf_counter() - start
+
+    def _wait_visibly(self, keys: Sequence[Any]) -> None:
+        """Wait for programs with a progress bar, or messages where there is none."""
+        is_shown = LOG.isEnabledFor(logging.INFO)
+        with progress_bar(
+            len(keys), "compiling", "program", is_shown, leave=False
+        ) as bar:
+            if bar.disable:
+                LOG.info("compiling %s ...", ", ".join(map(str, keys)))
+            start = time.perf_counter()
+            for key in keys:
+                bar.set_postfix_str(str(key))
+                while not self.compiled.are_done([key], 0.2):
+                    bar.refresh()
+                bar.update()
+            if bar.disable:
+                LOG.info("compiled in %.1f s", time.perf_counter() - start)
 
     def run(self, used: Features, seconds: float, least_steps: int) -> SequenceProgress:
         """Run steps until all sequences have ended, or for about `seconds`.

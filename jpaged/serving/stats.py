@@ -35,6 +35,7 @@ def llm_stats(
     with host.lock:
         batcher.end_aborted()
         num_free_blocks, num_cached_blocks = host.count_blocks()
+        num_running = host.num_running()
     num_blocks = host.config.num_blocks * host.num_replicas
     return {
         "attention": attention_name(host.config),
@@ -54,6 +55,7 @@ def llm_stats(
         "num_finished_requests": batcher.latencies.num_requests,
         **batcher.latencies.means(),
         "num_lost_events": host.runner.log.num_lost_events,
+        "num_running": num_running,
     }
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jpaged import engine
 from jpaged.engine import EngineState, features
 from jpaged.engine.features import Features
 from jpaged.engine.programs import Pages, StepSize
@@ -55,7 +56,7 @@ class Stepper:
     """
 
     def __init__(self, model: Decoder, mesh: Mesh | None, is_shared: bool = False):
-        self._is_shared = is_shared
+        self._is_shared, self._mesh = is_shared, mesh
         self.compiled: CompiledPrograms[Key] = CompiledPrograms()
         self._specs = ProgramSpecs(model, mesh)
         self._model = model
@@ -216,6 +217,7 @@ class Stepper:
     ) -> tuple[EngineState, int]:
         """Run one step, or several that only decode; return their number."""
         start = time.perf_counter()
+        state = engine.set_clock(state, int(start * 1000))
         view, scheduled, size = self._call(
             _key("schedule", 0, GREEDY, state), features.view(state, GREEDY)
         )
@@ -353,6 +355,7 @@ class Stepper:
     def replace_model(self, model: Any) -> None:
         """Use another model of the same config from now on."""
         self._model = model
+        self._specs = ProgramSpecs(model, self._mesh)
 
     def close(self) -> None:
         """Free the programs and the working memory."""

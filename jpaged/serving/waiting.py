@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from jpaged import policies
+from jpaged.config import EngineConfig
+from jpaged.engine import limits, request_attributes
+from jpaged.policies import NO_DEADLINE, Requests
 from jpaged.serving.request_state import RequestState
 
 _Key = tuple[float, int]
@@ -25,32 +29,39 @@ _SCORES: dict[str, Callable[[RequestState], int]] = {
     "priority": lambda request: request.params.priority,
     "shortest_prompt": lambda request: len(request.prompt_token_ids),
 }
-CachedLens = Callable[[Sequence[RequestState]], np.ndarray]
+
+
+class Host(Protocol):
+    """What the queue asks the engine; see `EngineHost`."""
+
+    def cached_lens(self, requests: Sequence[RequestState]) -> np.ndarray:
+        """Return the cached tokens of each prompt in each replica; i32[n, D]."""
+        ...
+
+    def user_tokens(self) -> dict[int, int]:
+        """Return the tokens of users in the request table."""
+        ...
+
+    def time_s(self) -> float:
+        """Return the host's clock in seconds."""
+        ...
 
 
 class WaitingQueue:
     """Waiting requests in the order of a policy, then of arrival.
 
     Args:
-      policy: a name of `policies.POLICIES` or a function.
-      parameters: numbers that the policy reads.
-      cached_lens: returns the cached tokens of requests' prompts in each replica,
-        i32[n, D]. The policy gets those of the replica that has most.
+      config: has the policy.
+      host: the engine. Of the replicas' cached tokens the policy gets the most.
     """
 
-    def __init__(
-        self,
-        policy: str | policies.Policy,
-        parameters: Sequence[float],
-        cached_lens: CachedLens,
-    ):
-        self._policy = policies.find_policy(policy)
+    def __init__(self, config: EngineConfig, host: Host):
+        policy, parameters = config.policy, config.policy_parameters
+        self._config, self._host = config, host
+        self._policy = policies.find(policies.ADMISSION, policy)
         self._score = None if callable(policy) else _SCORES.get(policy)
+        self._reads = policies.columns_read(policies.ADMISSION, policy, parameters)
         self._parameters = jnp.asarray(np.asarray(parameters, np.float32))
-        self._reads_cache = self._score is None and policies.reads_cached_lens(
-            policy, tuple(parameters)
-        )
-        self._cached_lens = cached_lens
         self._heap: list[tuple[_Key, RequestState]] = []
         self._added: list[RequestState] = []  # not in the heap yet
 
@@ -70,8 +81,8 @@ class WaitingQueue:
     def order(self) -> None:
         """Give all requests their place, before the first ones are admitted.
 
-        Scores that depend on the cache or on a user's function are computed again for
-        all requests, because they change while requests run.
+        Scores that depend on the cache, the time or a user's function are computed
+        again for all requests, because they change while requests run.
 
         Raises:
           Exception: what a user's function raises.
@@ -112,23 +123,56 @@ class WaitingQueue:
         """Return the policy's score of each request, in a padded call of few shapes."""
         number = len(requests)
         size = 1 << (number - 1).bit_length()
+        is_real = jnp.arange(size) < number
+        columns = {
+            name: jnp.asarray(np.resize(np.asarray(values, np.int32), size))
+            for name, values in self._columns(requests).items()
+        }
+        view = Requests(
+            **columns,
+            leaders=jnp.arange(size, dtype=jnp.int32),
+            is_waiting=is_real,
+            is_running=jnp.zeros_like(is_real),
+            parameters=self._parameters,
+        )
+        # As in the table, a score that is not a number comes last.
+        found = np.asarray(self._policy(view), np.float64)[:number]
+        return np.where(np.isnan(found), np.inf, found).tolist()
+
+    def _columns(self, requests: Sequence[RequestState]) -> dict[str, object]:
+        """Return the columns of `Requests` that are integers."""
         prompt_lens = [len(request.prompt_token_ids) for request in requests]
-        cached = np.zeros(number, np.int32)
-        if self._reads_cache:
-            cached = self._cached_lens(requests).max(axis=1)
-        columns = dict(
+        none = [0] * len(requests)
+        found: dict[str, object] = dict(
             arrivals=[request.arrival for request in requests],
             priorities=[request.params.priority for request in requests],
             prompt_lens=prompt_lens,
             num_tokens=prompt_lens,
-            cached_lens=cached,
-            num_preemptions=np.zeros(number, np.int32),
+            cached_lens=none,
+            num_preemptions=none,
+            **dict.fromkeys(policies.ATTRIBUTES, none),
         )
-        padded = {
-            name: jnp.asarray(np.resize(np.asarray(values, np.int32), size))
-            for name, values in columns.items()
-        }
-        scores = self._policy(policies.Waiting(**padded, parameters=self._parameters))
-        # As in the table, a score that is not a number comes last.
-        found = np.asarray(scores, np.float64)[:number]
-        return np.where(np.isnan(found), np.inf, found).tolist()
+        if "cached_lens" in self._reads:
+            found["cached_lens"] = self._host.cached_lens(requests).max(axis=1)
+        if self._reads.isdisjoint(policies.ATTRIBUTES):
+            return found
+        params = [request.params for request in requests]
+        most = [
+            limits.token_limit(self._config, length, one) - length
+            for length, one in zip(prompt_lens, params, strict=True)
+        ]
+        now = self._host.time_s()
+        ages = [int((now - request.submitted_s) * 1000) for request in requests]
+        times_left = [
+            NO_DEADLINE if one.deadline_ms is None else one.deadline_ms - age
+            for one, age in zip(params, ages, strict=True)
+        ]
+        users = [request_attributes.user_number(one.user) for one in params]
+        tokens = self._host.user_tokens()
+        return found | dict(
+            max_tokens=most,
+            ages=ages,
+            times_left=times_left,
+            users=users,
+            user_tokens=[tokens.get(user, 0) for user in users],
+        )

@@ -4,12 +4,12 @@ Pipeline: llm -> [weights] -> prefix cache. Host only.
 
 Keys and values in the prefix cache belong to the weights that computed them. Training
 code replaces a model's arrays in place (`flax.nnx.update`), without a call of the LLM.
+`weight_update` replaces them on request.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,37 +27,42 @@ class WeightsWatch:
     def __init__(self, model: Decoder):
         self._shapes = _shapes(model)
         self._seen: list[weakref.ref[Any]] = []
-        # Open requests that have keys and values of older weights. They can add these
-        # to the prefix cache until they end.
-        self._mixed: set[int] = set()
         self.remember(model)
 
     def remember(self, model: Decoder) -> None:
         """Note the arrays of `model` as seen."""
         self._seen = [weakref.ref(leaf) for leaf in jax.tree.leaves(model)]
 
-    def must_reset(self, model: Decoder, open_requests: Iterable[int]) -> bool:
-        """Whether the prefix cache can have keys and values of other weights.
-
-        Args:
-          model: the model.
-          open_requests: numbers of the requests that have not ended.
+    def have_changed(self, model: Decoder) -> bool:
+        """Whether arrays of the model were replaced since the last call.
 
         Raises:
           ValueError: an array has another shape or dtype than before.
+          RuntimeError: an array was deleted, because a function donated it.
         """
         leaves = jax.tree.leaves(model)
+        if any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)):
+            raise RuntimeError(
+                f"model: {_first_deleted(model)} was deleted; {_DONATED}"
+            )
         is_same = len(leaves) == len(self._seen) and all(
             ref() is leaf for ref, leaf in zip(self._seen, leaves, strict=True)
         )
-        must_reset = bool(self._mixed)
-        self._mixed &= set(open_requests) if self._mixed else set()
         if not is_same:
             check_same_shapes(self._shapes, model)
             self.remember(model)
-            self._mixed |= set(open_requests)
-            must_reset = True
-        return must_reset
+        return not is_same
+
+
+_DONATED = (
+    "a jitted function had it as a donated argument. Assign new weights with "
+    "update_weights, whose default copy=True makes copies that no caller donates"
+)
+
+
+def _first_deleted(model: Decoder) -> str:
+    leaves = named_leaves(model)
+    return next(name for name, leaf in leaves.items() if leaf.is_deleted())
 
 
 def check_replacement(old: Decoder, new: Any, num_open: int) -> None:
@@ -79,7 +84,8 @@ def check_replacement(old: Decoder, new: Any, num_open: int) -> None:
     if num_open:
         raise ValueError(
             f"model: expected no open requests, got {num_open}, which would continue "
-            "with keys and values of the old weights; wait for them or abort them"
+            "with keys and values of the old weights; wait for them, abort them, or "
+            "use update_weights"
         )
 
 
@@ -90,11 +96,30 @@ def check_same_shapes(shapes: list[Any], model: Decoder) -> None:
         wrong = [pair for pair in zip(shapes, found, strict=False) if len({*pair}) > 1]
         detail = "another number of arrays"
         if wrong:
-            (path, *before), (_, *after) = wrong[0]
-            detail = f"{path} of {_shown(after)} in place of {_shown(before)}"
+            (name, *before), (_, *after) = wrong[0]
+            detail = f"{name} of {_shown(after)} in place of {_shown(before)}"
         raise ValueError(
             f"model: expected weights of the same shapes and dtypes, got {detail}"
         )
+
+
+def named_leaves(model: Decoder) -> dict[str, Any]:
+    """Return the arrays of a model by name, as "layers.0.mlp.up.weight"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {leaf_name(path[:-1]): leaf for path, leaf in leaves}
+
+
+def leaf_name(path: Any) -> str:
+    """Return the name of the path of a leaf, without the step into its variable."""
+    return ".".join(str(part) for step in path for part in _parts(step))
+
+
+def _parts(step: Any) -> tuple[Any, ...]:
+    for name in ("key", "idx", "name"):
+        if hasattr(step, name):
+            part = getattr(step, name)
+            return part if isinstance(part, tuple) else (part,)
+    return (step,)
 
 
 def _shown(shape: list[Any]) -> str:
@@ -102,8 +127,8 @@ def _shown(shape: list[Any]) -> str:
 
 
 def _shapes(model: Decoder) -> list[Any]:
-    """Return the path, the shape and the dtype of each array."""
+    """Return the name, the shape and the dtype of each array."""
     return [
-        (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
-        for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+        (name, leaf.shape, str(leaf.dtype))
+        for name, leaf in named_leaves(model).items()
     ]

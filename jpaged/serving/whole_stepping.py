@@ -9,6 +9,7 @@ parts of a step are not programs of their own. `engine.run` has all sizes in one
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,7 @@ class WholeStepper:
     ) -> EngineState:
         """Run steps in one call; `max_steps` follows from `seconds` already."""
         del used, least_steps, seconds
+        state = engine.set_clock(state, int(time.perf_counter() * 1000))
         return self.compiled.call(self._key, self._model, state, np.int32(max_steps))
 
     def replace_model(self, model: Model) -> None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.arithmetic import floor_div
+
 MICROSECONDS = 1_000_000
 
 
@@ -59,6 +61,11 @@ class VirtualTime(NamedTuple):
         return jax.tree.map(
             lambda a, b: jnp.where(self.is_before(other), b, a), self, other
         )
+
+    @property
+    def milliseconds(self) -> jax.Array:
+        """Whole milliseconds, i32; they wrap around after 24 days."""
+        return self.seconds * 1000 + floor_div(self.micros, 1000)
 
     def as_seconds(self) -> np.ndarray:
         """Convert to f64 seconds; host only."""

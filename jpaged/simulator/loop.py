@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpaged import policies
 from jpaged.compat import when
 from jpaged.simulator.clock import VirtualTime
 from jpaged.simulator.costs.load import CostModel, StepLoad
@@ -121,6 +122,9 @@ def trace(
             num_samples=padded(workload.num_samples, 1),
             beam_width=padded(workload.beam_widths),
             content=padded(contents, NO_CONTENT),
+            arrival_ms=padded(times.milliseconds),
+            deadline_ms=padded(workload.deadlines_ms, policies.NO_DEADLINE),
+            user=padded(workload.users, policies.NO_USER),
         ),
         begin=VirtualTime.at(np.array(begin)),
         end=VirtualTime.at(np.array(end)),
@@ -165,7 +169,8 @@ def _step(
 ) -> tuple[Simulation, StepLoad]:
     """Run one step of the system; return the simulation and the load of the step."""
     simulation = _submit_arrived(system, trace, simulation)
-    scheduled, load, usage = system.begin_step(simulation.state)
+    state = system.at_time(simulation.state, simulation.clock.milliseconds)
+    scheduled, load, usage = system.begin_step(state)
     num_queued = simulation.num_arrived - simulation.num_submitted
     usage = usage._replace(num_waiting=usage.num_waiting + num_queued)
     seconds = cost_model(load).astype(jnp.float32)

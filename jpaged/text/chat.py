@@ -27,6 +27,8 @@ def chat_prompts(
     chat_template: str | None,
     add_generation_prompt: bool,
     tools: Any,
+    continue_final_message: bool = False,
+    **variables: Any,
 ) -> list[list[int]]:
     """Return the token ids of the prompt of each conversation.
 
@@ -38,38 +40,103 @@ def chat_prompts(
       chat_template: source or name of a template; None uses the folder's own.
       add_generation_prompt: end each prompt with the header of the answer.
       tools: JSON schemas of functions that the model may call, or None.
+      continue_final_message: end each prompt within its last message, which the output
+        continues.
+      variables: further variables of the template.
 
     Raises:
       ValueError: there is no tokenizer or no template, or see `render`.
     """
+    texts = chat_texts(
+        tokenizer,
+        messages,
+        chat_template=chat_template,
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        continue_final_message=continue_final_message,
+        **variables,
+    )
+    return [prompt["prompt_token_ids"] for prompt in encoded(tokenizer, texts)]
+
+
+def encoded(tokenizer: Tokenizer | None, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return texts of `chat_texts` as prompts: dicts of the text and its token ids."""
+    assert tokenizer is not None  # `chat_texts` refuses None
+    return [
+        {
+            "prompt": text,
+            "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False),
+        }
+        for text in texts
+    ]
+
+
+def is_conversation(messages: Any) -> bool:
+    """Whether `messages` are one conversation, not a list of conversations."""
+    is_list = isinstance(messages, Sequence) and len(messages) > 0
+    return is_list and isinstance(messages[0], Mapping)
+
+
+def templates_of(tokenizer: Tokenizer) -> ChatTemplates:
+    """Return the chat templates that belong to a tokenizer."""
+    if tokenizer.folder is None:
+        return ChatTemplates({}, {})
+    return ChatTemplates.from_folder(tokenizer.folder)
+
+
+def chat_texts(
+    tokenizer: Tokenizer | None,
+    messages: Any,
+    *,
+    chat_template: str | None,
+    add_generation_prompt: bool,
+    tools: Any,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> list[str]:
+    """Return the text of the prompt of each conversation; see `chat_prompts`."""
     if tokenizer is None:
         raise ValueError(
             "messages: expected a model with a tokenizer for chat, got one whose "
             "folder has no tokenizer.json; pass token ids to generate instead"
         )
-    is_one = (
-        isinstance(messages, Sequence)
-        and len(messages) > 0
-        and isinstance(messages[0], Mapping)
-    )
-    conversations = [messages] if is_one else messages
-    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
-        check_messages(conversations)
-    templates = ChatTemplates({}, {})
-    if tokenizer.folder is not None:
-        templates = ChatTemplates.from_folder(tokenizer.folder)
+    if continue_final_message and add_generation_prompt:
+        raise ValueError(
+            "continue_final_message: expected add_generation_prompt=False with it, "
+            "because the last message is the answer that is continued, got True"
+        )
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        check_messages(messages)
+    conversations: Any = [messages] if is_conversation(messages) else messages
+    templates = templates_of(tokenizer)
     template = templates.choose(chat_template, tools)
-    texts = [
-        render(
+    texts = []
+    for conversation in conversations:
+        text = render(
             conversation,
             template,
             special_tokens=templates.special_tokens,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
+            **variables,
         )
-        for conversation in conversations
-    ]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        if continue_final_message:
+            text = _without_end(text, conversation)
+        texts.append(text)
+    return texts
+
+
+def _without_end(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return a prompt's text up to the end of its last message."""
+    (last,) = message_content.joined(message_content.with_text(messages[-1:]))
+    content = str(last.get("content") or "").strip()
+    at = text.rfind(content)
+    if not content or at < 0:
+        raise ValueError(
+            "continue_final_message: expected a last message with a text that the "
+            f"template shows, got {messages[-1]!r:.80}"
+        )
+    return text[: at + len(content)]
 
 
 class ChatTemplates:

@@ -139,12 +139,14 @@ def test_one_core_computes_the_same_bits():
     assert len(printed) == 1
 
 
-def test_repr_stats_and_one_line_say_which_kernels_serve(model, capsys):
-    library.announce.cache_clear()
+def test_repr_stats_and_one_message_say_which_kernels_serve(model, caplog):
     sizes = dict(num_blocks=8, block_size=4, max_num_seqs=1, max_model_len=16)
     for attention, name in ((None, "cpu"), ("cpu", "cpu"), ("xla", "xla")):
         llm = LLM(model, attention=attention, **sizes)
         assert f"attention={name!r}" in repr(llm)
         assert llm.stats()["attention"] == name
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["jpaged: the CPU kernels serve (C++)"]
+    messages = [m for m in caplog.messages if m.startswith("LLM(")]
+    assert [
+        f"attention={name!r}" in m
+        for m, name in zip(messages, ("cpu", "cpu", "xla"), strict=True)
+    ] == [True] * 3

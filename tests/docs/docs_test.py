@@ -107,7 +107,8 @@ def commands_in(block: Block) -> list[Command]:
 DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text("utf-8")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    if path.exists()
+    # A name with "_" is a build, or parts of notebooks, which are run as notebooks.
+    if not any(part.startswith("_") for part in path.relative_to(ROOT).parts)
 }
 BLOCKS = [
     block for where, text in DOCUMENTS.items() for block in blocks_in(text, where)

@@ -31,6 +31,7 @@ CONFIG = EngineConfig(
     max_num_requests=TABLE_SIZE,
     max_num_stop_ids=STOP_IDS,
     num_logprobs=2,
+    num_mask_words=2,
 )
 SEEDS = range(30)
 reassign_sources = jax.jit(functools.partial(sharing.reassign_sources))
@@ -70,14 +71,18 @@ def random_table(rng: np.random.Generator, num_logprobs: int = 2) -> RequestTabl
         algorithms=jnp.asarray(rng.integers(-1, 2, TABLE_SIZE), jnp.int32),
     )
     tokens = rng.integers(0, 2, (TABLE_SIZE, LENGTH_LIMIT))
-    columns = {name: some(getattr(empty, name)) for name in COLUMNS + NUMBERS}
+    columns = {
+        name: some(getattr(empty, name)) for name in (*COLUMNS, "masks", *NUMBERS)
+    }
     columns["tokens"] = jnp.asarray(tokens, jnp.int32)
     return dataclasses.replace(empty, queue=queue, params=params, **columns)
 
 
 def as_lists(table: RequestTable) -> dict[str, np.ndarray]:
     """All columns that may change, by name, as writable arrays."""
-    found = {name: np.array(getattr(table, name)) for name in COLUMNS + NUMBERS}
+    found = {
+        name: np.array(getattr(table, name)) for name in (*COLUMNS, "masks", *NUMBERS)
+    }
     for field in dataclasses.fields(table.queue):
         found[f"queue.{field.name}"] = np.array(getattr(table.queue, field.name))
     return found
@@ -230,8 +235,15 @@ def slow_extend(
             reason = DEAD_END
         else:
             given = zip(
-                COLUMNS,
-                (new.tokens, new.logprobs, new.ranks, new.top_ids, new.top_logprobs),
+                (*COLUMNS, "masks"),
+                (
+                    new.tokens,
+                    new.logprobs,
+                    new.ranks,
+                    new.top_ids,
+                    new.top_logprobs,
+                    new.masks,
+                ),
                 strict=True,
             )
             for name, values in given:
@@ -267,6 +279,7 @@ def test_extending_equals_appending_one_sequence_at_a_time(seed):
         ranks=jnp.asarray(rng.integers(1, 9, 6), jnp.int32),
         top_ids=jnp.asarray(rng.integers(0, 9, (6, kept)), jnp.int32),
         top_logprobs=jnp.asarray(-rng.random((6, kept)), jnp.float32),
+        masks=jnp.asarray(rng.integers(0, 2**32, (6, 2)), jnp.uint32),
         is_dead_end=jnp.asarray(rng.random(6) < 0.2),
     )
     expected, ended = slow_extend(table, new, step=5)

@@ -136,7 +136,7 @@ def test_a_snapshot_of_another_format_raises_and_names_both_formats(
     shutil.copytree(saved, folder)
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | {"format": 1}))
-    message = r"expected a snapshot of format 2, got format 1, .* another version"
+    message = r"expected a snapshot of format 3, got format 1, .* another version"
     with pytest.raises(ValueError, match=message):
         snapshots.load(folder, llama)
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from experiments import generate
-from experiments.lib.prompt_files import read_lines
+from jpaged.cli.prompt_files import read_lines
 from jpaged.params import BeamSearchParams, StructuredOutputsParams
 from tests.support.runners import call_experiment
 from tests.support.tiny_llm import SIZES, write_folder

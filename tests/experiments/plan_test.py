@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import plan
 from jpaged import parallel
 from jpaged.models.decoder import Decoder
 from jpaged.models.loading.placing import placement
 from jpaged.models.shapes import random_config
+from jpaged.simulator import plan
 from jpaged.simulator.costs.chips import find_chip
 from tests.support.runners import call_experiment, last_json
 
@@ -98,11 +98,11 @@ def test_the_runner_reports_a_model_that_does_not_fit():
     [
         (
             {"tensor": 3},
-            "--tensor: expected a divisor of num_heads=32, such as 1 or 2, got 3",
+            "tensor: expected a divisor of num_heads=32, such as 1 or 2, got 3",
         ),
-        ({"expert": 2}, "--expert: expected a divisor of num_experts=1"),
-        ({"data": 0}, "--data: expected at least 1, got 0"),
-        ({"memory_fraction": 2.0}, "--memory_fraction: expected more than 0"),
+        ({"expert": 2}, "expert: expected a divisor of num_experts=1"),
+        ({"data": 0}, "data: expected at least 1, got 0"),
+        ({"memory_fraction": 2.0}, "memory_fraction: expected more than 0"),
     ],
 )
 def test_invalid_sizes_are_named(sizes, message):

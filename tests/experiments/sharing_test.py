@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from experiments import sharing
-from experiments.lib import request_lengths
+from experiments.lib import request_lengths, runner
 from experiments.lib.request_lengths import RequestLength
 from jpaged import engine
 from jpaged.config import EngineConfig
@@ -69,8 +70,9 @@ def test_the_smallest_run_writes_table_figure_and_json(tmp_path):
     trace.write_text(
         "row,input_tokens,output_tokens\n0,20,5\n1,3000,9\n2,7,9\n3,33,3\n4,1,1\n"
     )
-    status, out, _ = run(f"--trace={trace}", "--widths=2", f"--plot={path}")
+    status, out, err = run(f"--trace={trace}", "--widths=2", f"--plot={path}")
     assert status == 0
+    assert "warning: --num_requests is 3; with fewer than 50" in err
     record = last_json(out)
     runs = record["details"]["runs"]
     got = [(r["dataset"], r["method"], r["width"], r["weight_scale"]) for r in runs]
@@ -84,6 +86,24 @@ def test_the_smallest_run_writes_table_figure_and_json(tmp_path):
     assert path.stat().st_size > 1000
     assert "lengths: mean tokens" in out
     assert jax.devices()[0].platform in record["device"]
+
+
+@pytest.mark.parametrize("methods", [["parallel"], ["parallel", "beam"]])
+@pytest.mark.parametrize(("num_requests", "width"), [(10, 2), (1, 2), (1, 1)])
+def test_the_request_table_is_large_enough_for_any_number_of_requests(
+    methods, num_requests, width
+):
+    known = set(flags.FLAGS)
+    try:
+        sharing.define_flags()
+        arguments = [f"--num_requests={num_requests}"]
+        runner.parse(["sharing", *arguments])
+        config = sharing.sharing_config([width], methods)
+        least = num_requests * width * (2 if "beam" in methods else 1)
+        assert config.max_num_requests >= max(least, config.num_rows)
+    finally:
+        for flag in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, flag)
 
 
 def test_a_request_larger_than_the_pool_is_refused():

@@ -14,7 +14,13 @@ import pytest
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
 
-from jpaged.kv import block_manager, prefix_cache, prefix_checks, prefix_table
+from jpaged.kv import (
+    block_manager,
+    prefix_cache,
+    prefix_checks,
+    prefix_eviction,
+    prefix_table,
+)
 from jpaged.kv.block_manager import NO_BLOCK
 from tests.support import prefix_cache_model as model
 from tests.support.prefix_cache_model import Checked, L, M, N, P, S, i32, walk
@@ -32,13 +38,14 @@ def one_bucket():
 
 def mutant(*changes: tuple[str, str]) -> types.ModuleType:
     """`prefix_cache` and its modules with changed source; each text occurs once."""
-    sources = [inspect.getsource(one) for one in (prefix_table, prefix_checks)]
-    sources.append(inspect.getsource(prefix_cache))
+    modules = (prefix_table, prefix_checks, prefix_eviction, prefix_cache)
+    sources = [inspect.getsource(one) for one in modules]
     for old, new in changes:
         count = sum(source.count(old) for source in sources)
         assert count == 1, f"{old!r} occurs {count} times"
         sources = [source.replace(old, new) for source in sources]
-    for name, source in zip(("table", "checks", "cache"), sources, strict=True):
+    names = ("table", "checks", "eviction", "cache")
+    for name, source in zip(names, sources, strict=True):
         module = types.ModuleType(f"mutant_prefix_{name}")
         sys.modules[module.__name__] = module  # for imports and dataclasses
         source = source.replace("from jpaged.kv.prefix_", "from mutant_prefix_")

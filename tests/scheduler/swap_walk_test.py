@@ -109,9 +109,7 @@ class SwapDriver(Driver):
         self.num_swap_ins += len(into)
         self._copy(swapped)
         self.blocks, self.host, self.rows = after, host, np.array(rows)
-        self.queue = {
-            f.name: np.array(getattr(queue, f.name)) for f in dataclasses.fields(queue)
-        }
+        self.queue = {name: np.array(getattr(queue, name)) for name in self.queue}
         now = self.queue["status"]
         assert set(np.flatnonzero((status != SWAPPED) & (now == SWAPPED))) == set(out)
         assert set(np.flatnonzero((status == SWAPPED) & (now == RUNNING))) == set(into)

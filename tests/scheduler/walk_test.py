@@ -303,13 +303,13 @@ def count_shared_blocks(exclusive, state, order):
     return cdiv(state.context_lens, state.block_size)
 
 
-def order_by_row(ranks, queue, rows):
+def order_by_row(ranks, queue, rows, scores=None):
     """The order is the order of rows, not of requests."""
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
     return jnp.where(rows == NO_REQUEST, index + rows.shape[0], index)
 
 
-def retained_not_first(ranks, queue, rows):
+def retained_not_first(ranks, queue, rows, scores=None):
     """Pinned prefixes are ordered like other requests, not before all."""
     status = jnp.where(queue.status == RETAINED, RUNNING, queue.status)
     priorities = jnp.where(queue.status == RETAINED, 1, queue.priorities)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jpaged import policies
+from jpaged.config import EngineConfig
+from jpaged.engine import request_attributes
 from jpaged.params import SamplingParams
 from jpaged.serving.waiting import WaitingQueue
 
@@ -22,16 +24,35 @@ def requests(seed=0):
         types.SimpleNamespace(
             arrival=arrival,
             prompt_token_ids=[1] * rng.randint(1, 9),
-            params=SamplingParams(priority=rng.randint(-3, 3)),
+            params=SamplingParams(
+                priority=rng.randint(-3, 3),
+                max_tokens=rng.randint(1, 9),
+                deadline_ms=rng.choice([None, rng.randint(0, 900)]),
+                user=rng.choice([None, 1, "ada"]),
+            ),
             cached=rng.randint(0, 6),
+            submitted_s=rng.choice([9.5, 9.75]),
         )
         for arrival in arrivals
     ]
 
 
-def cached_lens(found):
-    """Two replicas; the second one has most."""
-    return np.array([[0, request.cached] for request in found], np.int32)
+class FakeHost:
+    """An engine at 10 s with two replicas; the second one caches most."""
+
+    def cached_lens(self, found):
+        return np.array([[0, request.cached] for request in found], np.int32)
+
+    def user_tokens(self):
+        return {1: 5, request_attributes.user_number("ada"): 3}
+
+    def time_s(self):
+        return 10.0
+
+
+def queue_of(policy, parameters=(), host=None):
+    config = EngineConfig(num_blocks=4, policy=policy, policy_parameters=parameters)
+    return WaitingQueue(config, host or FakeHost())
 
 
 def longest_first(waiting: policies.Waiting):
@@ -40,6 +61,10 @@ def longest_first(waiting: policies.Waiting):
 
 def least_missing(waiting: policies.Waiting):
     return waiting.prompt_lens - waiting.cached_lens
+
+
+def by_user_tokens(waiting: policies.Waiting):
+    return waiting.user_tokens
 
 
 def nan_if_long(waiting: policies.Waiting):
@@ -52,6 +77,14 @@ SCORES = {
     "priority": lambda r: r.params.priority,
     "shortest_prompt": lambda r: len(r.prompt_token_ids),
     "longest_prefix": lambda r: -r.cached,
+    "shortest_job": lambda r: r.params.max_tokens,
+    "feedback": lambda r: 0,
+    "earliest_deadline": lambda r: (
+        float("inf")
+        if r.params.deadline_ms is None
+        else r.params.deadline_ms + r.submitted_s * 1000
+    ),
+    by_user_tokens: lambda r: {None: 0, 1: 5, "ada": 3}[r.params.user],
     "weighted": lambda r: (
         r.arrival
         - 2 * r.params.priority
@@ -69,7 +102,7 @@ SCORES = {
 )
 def test_requests_leave_the_queue_in_the_order_of_the_policy(policy):
     parameters = WEIGHTS if policy == "weighted" else ()
-    queue = WaitingQueue(policy, parameters, cached_lens)
+    queue = queue_of(policy, parameters)
     given = requests()
     score = SCORES[policy]
     expected = sorted(given, key=lambda r: (score(r), r.arrival))
@@ -90,14 +123,14 @@ def test_requests_leave_the_queue_in_the_order_of_the_policy(policy):
 
 
 def test_the_cache_is_only_read_for_policies_that_need_it():
-    def unread(found):
-        raise AssertionError
+    class Unread:
+        """An engine that must not be asked."""
 
     for policy, parameters in [
         (longest_first, ()),
         ("weighted", (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
     ]:
-        queue = WaitingQueue(policy, parameters, unread)
+        queue = queue_of(policy, parameters, Unread())
         for request in requests():
             queue.push(request)
         queue.order()
@@ -105,7 +138,7 @@ def test_the_cache_is_only_read_for_policies_that_need_it():
 
 
 def test_a_score_follows_the_cache_while_requests_wait():
-    queue = WaitingQueue("longest_prefix", (), cached_lens)
+    queue = queue_of("longest_prefix")
     first, second, *_ = requests()
     first.cached, second.cached = 5, 0
     queue.push(first)

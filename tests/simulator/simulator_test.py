@@ -107,10 +107,17 @@ def real_run_of_twenty_requests(config: EngineConfig) -> engine.EngineState:
     [
         {},
         {"preemption": "swap", "num_swap_blocks": 16},
-        {"policy": "shortest_prompt"},
+        {
+            "policy": "shortest_job",
+            "preemption_policy": "feedback",
+            "preemption_parameters": (6.0, 12.0),
+            "budget_policy": "fair_split",
+            "enable_prefix_caching": True,
+            "eviction_policy": "gdsf",
+        },
         pytest.param({"max_prompt_chunk": 5, "watermark": 0.1}, marks=pytest.mark.slow),
     ],
-    ids=["recompute", "swap", "policy", "chunks"],
+    ids=["recompute", "swap", "policies", "chunks"],
 )
 def test_a_simulated_schedule_equals_the_engines_step_by_step(more):
     workload = random_workload(20, seed=3)

@@ -129,6 +129,7 @@ class Driver:
         self.queue = {
             field.name: np.array(getattr(empty, field.name))
             for field in dataclasses.fields(empty)
+            if getattr(empty, field.name) is not None
         }
         seq_indices = range(config.max_num_requests)
         self.histories: list[list[int]] = [[] for _ in seq_indices]
@@ -264,9 +265,7 @@ class Driver:
         self.blocks, self.rows = after, np.array(rows)
         self.num_copies += int((np.asarray(appended.copy_dst) != NO_BLOCK).sum())
         self.num_preempted += int(plan.num_preempted)
-        self.queue = {
-            f.name: np.array(getattr(queue, f.name)) for f in dataclasses.fields(queue)
-        }
+        self.queue = {name: np.array(getattr(queue, name)) for name in self.queue}
         lost = set(before.tolist()) - set(self.rows.tolist()) - {NO_REQUEST}
         assert len(lost) == int(plan.num_preempted)
         assert all(self.queue["status"][list(lost)] == WAITING)

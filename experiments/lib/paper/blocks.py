@@ -24,7 +24,7 @@ from experiments.lib.paper.runs import PaperCase, PaperRun, roofline_of
 from jpaged.arithmetic import cdiv
 from jpaged.simulator.costs.load import StepLoad
 
-_X = "tokens of a block"
+_X = "block size (tokens)"
 _LATENCY = "normalized_latency_s"
 SWAPPED_TOKENS = 256  # of figure 19's sequence
 GOOD = 0.05  # a block size is good if its latency is within this share of the least
@@ -57,7 +57,11 @@ def _show_18(
         for size, latency in zip(sizes, latencies, strict=True):
             text = f"{requests}, block size {size}: latency over that of 16"
             rows.append(make_row("fig18b", text, (latency / sixteen).tolist()))
-        lines[requests] = (sizes, latencies.mean(axis=1).tolist())
+        points = [
+            (s, one) for s, some in zip(sizes, latencies, strict=True) for one in some
+        ]
+        name = numbers.REQUEST_NAMES[requests]
+        lines[name] = ([s for s, _ in points], [float(one) for _, one in points])
     remarks = [
         "18a, the kernel's latency, is measured and not simulated: --figure fig18a.",
         "The cost model does not depend on the block size, so small blocks have no "
@@ -66,7 +70,7 @@ def _show_18(
         "waste is.",
     ]
     title = "Latency by block size, OPT-13B"
-    drawing = Drawing(title, _X, "s/token", lines, log_x=True)
+    drawing = Drawing(title, _X, "normalised latency (s/token)", lines, log_x=True)
     return FigureContent(rows, [drawing], remarks)
 
 
@@ -120,8 +124,8 @@ def _show_19(
     for case in cases:
         values = by_seed(found[case], _LATENCY)
         latencies[case.preemption, case.block_size] = np.array(values)
-        load[case.preemption][0].append(case.block_size)
-        load[case.preemption][1].append(float(np.mean(values)))
+        load[case.preemption][0].extend([case.block_size] * len(values))
+        load[case.preemption][1].extend(values)
     for size in numbers.BLOCK_SIZES:
         ratio = latencies["recompute", size] / latencies["swap", size]
         printed = ("fig19b", "recompute over swap") if 16 <= size <= 64 else None
@@ -134,10 +138,22 @@ def _show_19(
         "the time of a call and of its bytes on the host link (`costs.transfers`).",
     ]
     drawings = [
-        Drawing("Overhead, 256 tokens", _X, "ms", micro, log_x=True),
-        Drawing("ShareGPT end to end", _X, "s/token", load, log_x=True),
+        Drawing("256 tokens, OPT-13B", _X, "overhead (ms)", _named(micro), log_x=True),
+        Drawing(
+            "ShareGPT end to end, OPT-13B",
+            _X,
+            "normalised latency (s/token)",
+            _named(load),
+            log_x=True,
+        ),
     ]
     return FigureContent(rows, drawings, remarks)
+
+
+def _named(lines: Mapping[str, tuple]) -> dict[str, tuple]:
+    """Return lines by names for people."""
+    names = {"recompute": "recomputation", "swap": "swapping"}
+    return {names[how]: line for how, line in lines.items()}
 
 
 FIGURES = {

@@ -63,15 +63,40 @@ class FigureSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A panel of a figure: bars (x are names), or lines (x are numbers)."""
+    """A panel of a figure: bars (x are names), or lines (x are numbers).
+
+    Attributes:
+      title: of the panel.
+      x_label: label of x, with its unit.
+      y_label: label of y, with its unit.
+      series: x and y by the name in the legend. Equal x of a line are runs: their mean
+        is drawn with its 95 % interval.
+      kind: "lines", "steps" (a histogram), "bars" or "stacked".
+      y_max: end of the axis; None shows all.
+      log_x: whether x is logarithmic, with a tick at each x.
+      paper: the paper's numbers, as `series`. A pair is a range.
+      verticals: lines at an x, by the name in the legend; "paper" in it dashes them.
+    """
 
     title: str
     x_label: str
     y_label: str
-    series: Mapping[str, tuple[Sequence[Any], Sequence[float]]]  # x and y, by legend
-    kind: str = "lines"  # or "bars", "stacked"
+    series: Mapping[str, tuple[Sequence[Any], Sequence[float]]]
+    kind: str = "lines"
     y_max: float | None = None
     log_x: bool = False
+    paper: Mapping[str, tuple[Sequence[Any], Sequence[Any]]] = dataclasses.field(
+        default_factory=dict
+    )
+    verticals: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def printed_number(*key: str) -> Any:
+    """Return the paper's number, a pair for a range, or None."""
+    found = numbers.PRINTED.get(key)
+    if found is None:
+        return None
+    return found.low if found.low == found.high else (found.low, found.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +150,20 @@ def _show_1(
         "keys and values": here["keys and values, % of memory"],
     }
     shares["others"] = 100 - sum(shares.values())
-    series = {name: (["OPT-13B, A100-40GB"], [share]) for name, share in shares.items()}
-    drawing = Drawing("Memory", "", "% of memory", series, kind="stacked")
+    printed = {
+        "parameters": printed_number("fig01", "parameters, % of memory"),
+        "keys and values": printed_number("fig01", "keys and values, % of memory"),
+    }
+    printed["others"] = 100 - sum(printed.values())
+    name = "OPT-13B on A100-40GB"
+    drawing = Drawing(
+        "",
+        "",
+        "share of the GPU's memory (%)",
+        {part: ([name], [share]) for part, share in shares.items()},
+        kind="stacked",
+        paper={part: ([name], [share]) for part, share in printed.items()},
+    )
     remark = (
         "By arithmetic, without a simulation. The paper's 65 % are 26 of 40 GB. Here a "
         "GB of the data sheet is 2**30 bytes, as it must be for the 12 GB of keys and "
@@ -147,6 +184,7 @@ def _show_2(
     settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
 ) -> FigureContent:
     rows, bars = [], {part: ([], []) for part in COMPOSITION}
+    paper = {part: ([], []) for part in COMPOSITION}
     for case in _cases_2(settings):
         for part in COMPOSITION:
             values = by_seed(found[case], part, 100)
@@ -155,14 +193,22 @@ def _show_2(
             rows.append(make_row("fig02", f"{title}: {part}, %", values, key))
             bars[part][0].append(title)
             bars[part][1].append(float(np.mean(values)))
-    title = "Share of KV memory, OPT-13B, ShareGPT"
+            paper[part][0].append(title)
+            paper[part][1].append(printed_number(*key) or 0.0)
+    names = numbers.PART_NAMES
+    drawing = Drawing(
+        "OPT-13B, ShareGPT",
+        "",
+        "share of the KV memory (%)",
+        {names[part]: found for part, found in bars.items()},
+        kind="stacked",
+        paper={names[part]: found for part, found in paper.items()},
+    )
     remark = (
         "Mean shares of the slots in use or lost, up to the last arrival. The paper "
         "has no numbers for the engine's reservation and internal parts."
     )
-    return FigureContent(
-        rows, [Drawing(title, "", "%", bars, kind="stacked")], [remark]
-    )
+    return FigureContent(rows, [drawing], [remark])
 
 
 def _show_11(
@@ -179,11 +225,24 @@ def _show_11(
             rows.append(make_row("fig11", quantity, values, ("fig11", requests, name)))
         most = 2048 if requests == "sharegpt" else 512
         edges = np.linspace(0, most, 33)
-        series = {}
+        series, means = {}, {}
         for name, field in (("input", "prompt_lens"), ("output", "output_lens")):
-            counts, _ = np.histogram(getattr(works[0], field), edges, density=True)
-            series[name] = (edges[:-1].tolist(), counts.tolist())
-        drawings.append(Drawing(requests, "tokens", "density", series))
+            lens = getattr(works[0], field)
+            counts, _ = np.histogram(lens, edges)
+            series[name] = (edges.tolist(), (100 * counts / len(lens)).tolist())
+            means[f"mean {name}, {np.mean(lens):.1f} tokens"] = float(np.mean(lens))
+            printed = printed_number("fig11", requests, name)
+            means[f"mean {name} in the paper, {printed:.1f}"] = printed
+        drawings.append(
+            Drawing(
+                numbers.REQUEST_NAMES[requests],
+                "length (tokens)",
+                f"requests (% per {edges[1]:g} tokens)",
+                series,
+                kind="steps",
+                verticals=means,
+            )
+        )
     remark = "Some 20,000 requests per seed, of fewer than 2,048 tokens in all."
     return FigureContent(rows, drawings, [remark])
 
@@ -201,6 +260,7 @@ def _show_13(
     settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
 ) -> FigureContent:
     rows, bars = [], {requests: ([], []) for requests in numbers.RATES_13}
+    paper = {requests: ([], []) for requests in numbers.RATES_13}
     for case in _cases_13(settings):
         values = by_seed(found[case], "mean_batched_requests")
         title = numbers.TITLES[case.system]
@@ -216,8 +276,21 @@ def _show_13(
         )
         bars[case.requests][0].append(title)
         bars[case.requests][1].append(float(np.mean(values)))
-    title = "Requests batched at a time, OPT-13B"
-    return FigureContent(rows, [Drawing(title, "", "requests", bars, kind="bars")])
+        paper[case.requests][0].append(title)
+        key = ("fig13", case.requests, case.system)
+        paper[case.requests][1].append(printed_number(*key) or 0.0)
+    drawings = [
+        Drawing(
+            f"{numbers.REQUEST_NAMES[requests]}, {rate:g} requests/s, OPT-13B",
+            "",
+            "requests batched at a time",
+            {"here": bars[requests]},
+            kind="bars",
+            paper={"here": paper[requests]},
+        )
+        for requests, rate in numbers.RATES_13.items()
+    ]
+    return FigureContent(rows, drawings)
 
 
 def _cases_15(settings: FigureSettings) -> list[PaperCase]:
@@ -237,7 +310,9 @@ def _cases_15(settings: FigureSettings) -> list[PaperCase]:
 def _show_15(
     settings: FigureSettings, found: Mapping[PaperCase, list[PaperRun]]
 ) -> FigureContent:
-    rows, lines = [], {}
+    rows = []
+    lines: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    papers: dict[str, dict[str, tuple[list[float], list[Any]]]] = {}
     for case in _cases_15(settings):
         kind = "beams" if case.beam_width else "samples"
         width = max(case.beam_width, case.num_samples)
@@ -246,19 +321,30 @@ def _show_15(
         rows.append(
             make_row("fig15", f"{case.requests}, {width} {kind}: saved, %", values, key)
         )
-        x, y = lines.setdefault(f"{case.requests}, {kind}", ([], []))
-        x.append(width)
-        y.append(float(np.mean(values)))
-    title = "Blocks saved by sharing, of those without, OPT-13B"
+        for found_points, numbers_of in (
+            (lines, values),
+            (papers, [printed_number(*key)]),
+        ):
+            x, y = found_points.setdefault(case.requests, {}).setdefault(kind, ([], []))
+            x += [width] * len(numbers_of)
+            y += numbers_of
+    drawings = [
+        Drawing(
+            f"{numbers.REQUEST_NAMES[requests]}, OPT-13B",
+            "sequences of a request",
+            "blocks saved by sharing (%)",
+            series,
+            paper=papers[requests],
+        )
+        for requests, series in lines.items()
+    ]
     remarks = [
         "Which beams survive is an assumption of this simulator (the default "
         "`beam_concentration` of `EngineSystem`) and not a result of OPT-13B, so the "
         "numbers of beams depend on it. Those of samples depend on lengths only.",
         "A third of the duration of other figures.",
     ]
-    return FigureContent(
-        rows, [Drawing(title, "sequences of a request", "%", lines)], remarks
-    )
+    return FigureContent(rows, drawings, remarks)
 
 
 FIGURES = {

@@ -106,7 +106,9 @@ def _show(
         "kernel with FasterTransformer's on an A100. Contiguous memory here is "
         "attention by XLA, with the tokens of a head side by side."
     )
-    drawing = Drawing("Attention of one layer", "tokens of context", "us", lines)
+    drawing = Drawing(
+        "Attention of one layer, OPT-13B", "context (tokens)", "time (µs)", lines
+    )
     return FigureContent(rows, [drawing], [remark])
 
 

@@ -17,6 +17,26 @@ TITLES = {
     "orca_max": "Orca (Max)",
     "fastertransformer": "FasterTransformer",
 }
+# Names for people.
+REQUEST_NAMES = {
+    "sharegpt": "ShareGPT",
+    "alpaca": "Alpaca",
+    "chat": "chat",
+    "wmt16-1shot": "WMT16, one example",
+    "wmt16-5shot": "WMT16, five examples",
+}
+MODEL_NAMES = {
+    "opt-13b": "OPT-13B",
+    "opt-66b": "OPT-66B",
+    "opt-175b": "OPT-175B",
+    "llama-13b": "LLaMA-13B",
+}
+PART_NAMES = {
+    "token_states": "token states",
+    "reservation": "reserved",
+    "internal": "internal fragmentation",
+    "external": "external fragmentation",
+}
 
 
 @dataclasses.dataclass(frozen=True)

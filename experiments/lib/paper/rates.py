@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from experiments.lib.paper import numbers
 from experiments.lib.paper.curves import (
     LEVELS,
@@ -31,21 +29,20 @@ from experiments.lib.paper.runs import PaperCase, PaperRun
 MODELS = ("opt-13b", "opt-66b", "opt-175b")
 REQUESTS = ("sharegpt", "alpaca")
 ORCAS = ("orca_oracle", "orca_pow2", "orca_max")
-_AXES = ("requests per second", "normalised latency, s/token")
+_AXES = ("request rate (requests/s)", "normalised latency (s/token)")
 
 
 def latency_curves(
     title: str, cases: Sequence[PaperCase], found: Mapping[PaperCase, list[PaperRun]]
 ) -> Drawing:
-    """Draw the mean latency over the seeds against the rate."""
-    series = {}
-    for case in cases:
-        rates = sorted({one.rate for one in found[case]})
-        means = [
-            float(np.mean([r.normalized_latency_s for r in found[case] if r.rate == x]))
-            for x in rates
-        ]
-        series[numbers.TITLES[case.system]] = (rates, means)
+    """Draw the latency against the rate: means over the seeds, and intervals."""
+    series = {
+        numbers.TITLES[case.system]: (
+            [one.rate for one in found[case]],
+            [one.normalized_latency_s for one in found[case]],
+        )
+        for case in cases
+    }
     return Drawing(title, *_AXES, series, y_max=1.0)
 
 
@@ -115,7 +112,8 @@ def _show_12(
             key = ("fig12", requests, case.system)
             rows += _ratio_rows("fig12", name, ours, case, found, key)
         rows += _sustained_rows("fig12", name, cases, found)
-        drawings.append(latency_curves(name, cases, found))
+        title = f"{numbers.MODEL_NAMES[model]}, {numbers.REQUEST_NAMES[requests]}"
+        drawings.append(latency_curves(title, cases, found))
     remark = (
         "The authors' rates first. Where a curve does not cross a level, further rates "
         "follow, each 1.25 times the previous one. A system that is above a level at "
@@ -154,6 +152,13 @@ def _kinds_14(settings: FigureSettings) -> dict[str, list[PaperCase]]:
 _PAIR = ("vllm", "orca_oracle")
 
 
+def _kind_14(name: str) -> str:
+    """Return a kind of request for people: "beam 6" is "6 beams"."""
+    kind, width = name.split()
+    plural = "s" * (width != "1")
+    return f"{width} {'beam' if kind == 'beam' else 'sample'}{plural}"
+
+
 def _cases_14(settings: FigureSettings) -> list[PaperCase]:
     return [case for cases in _kinds_14(settings).values() for case in cases]
 
@@ -164,7 +169,9 @@ def _show_14(
     rows, drawings = [], []
     for name, (ours, theirs) in _kinds_14(settings).items():
         rows += _ratio_rows("fig14", name, ours, theirs, found, ("fig14", name))
-        drawings.append(latency_curves(f"Alpaca, {name}", (ours, theirs), found))
+        drawings.append(
+            latency_curves(f"Alpaca, {_kind_14(name)}", (ours, theirs), found)
+        )
     remark = (
         "A third of the duration of other figures, every second of the authors' rates. "
         "Which beams survive is an assumption of this simulator, for the engine "
@@ -202,7 +209,9 @@ def _show_16(
     for name, cases in _pairs_16(settings).items():
         rows += _ratio_rows("fig16", name, cases[0], cases[1], found, ("fig16", name))
         rows += _sustained_rows("fig16", name, cases, found)
-        drawings.append(latency_curves(f"LLaMA-13B, {name}", cases, found))
+        drawings.append(
+            latency_curves(f"LLaMA-13B, {numbers.REQUEST_NAMES[name]}", cases, found)
+        )
     remark = (
         "The prefix is shared by content in the engine's prefix cache, in whole blocks "
         "(80 and 336 tokens); built-in lengths of WMT16. A third of the duration of "

@@ -21,6 +21,8 @@ from experiments.lib.paper.figures import (
     PaperFigure,
 )
 from experiments.lib.paper.runs import WARMUP, CostChoice, PaperRun
+from jpaged.plot import style
+from jpaged.plot.curves import lines
 from jpaged.simulator.costs.roofline import VLLM_2023_STEP_S
 from jpaged.simulator.costs.served_models import PAPER_SETTINGS
 
@@ -52,54 +54,131 @@ def draw(path: pathlib.Path, title: str, drawings: Sequence[Drawing]) -> None:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    import matplotlib  # pyright: ignore[reportMissingImports] (extra `plot`)
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
     width = min(len(drawings), 3)
     height = math.ceil(len(drawings) / width)
-    figure, axes = pyplot.subplots(
-        height, width, figsize=(5.5 * width, 4 * height), squeeze=False
-    )
+    figure, axes = style.new_figure(height, width, (5.6, 3.3))
     for axis in axes.flat[len(drawings) :]:
         axis.remove()
     for axis, drawing in zip(axes.flat, drawings, strict=False):
         _panel(axis, drawing)
-    figure.suptitle(f"{title} (simulated)")
-    figure.tight_layout()
-    # Without a date and a version, so that the same figure has the same bytes.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    figure.suptitle(title, fontsize=11)
+    style.save(figure, path)
 
 
 def _panel(axis: Any, drawing: Drawing) -> None:
+    labels: dict[str, Any] = dict(
+        x_label=drawing.x_label, y_label=drawing.y_label, title=drawing.title
+    )
     if drawing.kind == "lines":
-        for name, (x, y) in drawing.series.items():
-            axis.plot(x, y, marker="o", markersize=3, label=name)
+        points = {
+            name: list(zip(*xy, strict=True)) for name, xy in drawing.series.items()
+        }
+        lines(axis, points, **labels)
+        _paper_points(axis, drawing)
+        style.legend_beside(axis)
+    elif drawing.kind == "steps":
+        _steps(axis, drawing)
     else:
         _bars(axis, drawing)
+    if drawing.kind != "lines":
+        style.dress(axis, **labels)
+        style.legend_beside(axis)
     if drawing.log_x:
         axis.set_xscale("log", base=2)
-    if drawing.y_max is not None:
-        axis.set_ylim(0, drawing.y_max)
-    axis.set_title(drawing.title)
-    axis.set_xlabel(drawing.x_label)
-    axis.set_ylabel(drawing.y_label)
-    axis.legend(fontsize=7)
+        places = {x for xs, _ in drawing.series.values() for x in xs}
+        style.plain_ticks(axis.xaxis, sorted(places))
+    elif drawing.paper and drawing.kind == "lines":
+        axis.set_xticks(sorted({x for xs, _ in drawing.series.values() for x in xs}))
+    axis.set_ylim(0, drawing.y_max)
+
+
+def _paper_points(axis: Any, drawing: Drawing) -> None:
+    """Draw the paper's numbers beside lines: hollow points, or bars for ranges."""
+    for number, (name, (xs, ys)) in enumerate(drawing.paper.items()):
+        label = f"{name}, paper"
+        mark = dict(color=style.COLORS[number], marker=style.MARKERS[number], zorder=4)
+        both = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+        ranges = [(x, y) for x, y in both if isinstance(y, tuple)]
+        points = [(x, y) for x, y in both if not isinstance(y, tuple)]
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, **mark, markersize=9, mfc="none", linestyle="", label=label)
+        for x, (low, high) in ranges:
+            middle, half = (low + high) / 2, (high - low) / 2
+            axis.errorbar(
+                x + 0.06 * (number + 1),
+                middle,
+                half,
+                color=style.COLORS[number],
+                capsize=4,
+                linestyle="",
+                alpha=0.6,
+                label=f"{label}, range",
+            )
+
+
+def _steps(axis: Any, drawing: Drawing) -> None:
+    """Draw histograms: x are the edges of the bins."""
+    for number, (name, (edges, shares)) in enumerate(drawing.series.items()):
+        axis.stairs(
+            shares, edges, color=style.COLORS[number], linewidth=1.5, label=name
+        )
+        axis.set_xlim(0, edges[-1])
+    for number, (name, x) in enumerate(drawing.verticals.items()):
+        line = ":" if "paper" in name else "-"
+        color = style.COLORS[number // 2]
+        axis.axvline(x, color=color, linestyle=line, linewidth=1.2, label=name)
 
 
 def _bars(axis: Any, drawing: Drawing) -> None:
+    """Draw bars for each name of x, with the paper's bars beside them, hatched."""
     names = next(iter(drawing.series.values()))[0]
-    positions, below = list(range(len(names))), [0.0] * len(names)
-    width = 0.6 if drawing.kind == "stacked" else 0.8 / len(drawing.series)
-    for number, (legend, (_, heights)) in enumerate(drawing.series.items()):
-        shift = 0.0 if drawing.kind == "stacked" else number * width
-        at = [position + shift for position in positions]
-        axis.bar(at, heights, width, bottom=below, label=legend)
-        if drawing.kind == "stacked":
+    count = 2 if drawing.paper else 1
+    width = 0.72 / count
+    for place, series in enumerate([drawing.series, drawing.paper][:count]):
+        below = [0.0] * len(names)
+        at = [n + (place - (count - 1) / 2) * (width + 0.03) for n in range(len(names))]
+        for number, (legend, (_, heights)) in enumerate(series.items()):
+            axis.bar(
+                at,
+                heights,
+                width,
+                bottom=below,
+                color=style.COLORS[number],
+                alpha=0.45 if place else 1.0,
+                hatch="///" if place else None,
+                edgecolor="white",
+                linewidth=0.5,
+                label=None if place else legend,
+            )
+            _bar_numbers(axis, at, heights, below, drawing.kind)
             below = [low + high for low, high in zip(below, heights, strict=True)]
-    axis.set_xticks(positions, names, fontsize=7)
+    short = [name.replace(" (", "\n(") for name in names]
+    axis.set_xticks(range(len(names)), short)
+    if drawing.paper:
+        # An empty bar for the legend.
+        mark = dict(color=style.GREY, alpha=0.45, hatch="///", edgecolor="white")
+        axis.bar([0], [0], 0, **mark, label="paper")
+
+
+def _bar_numbers(
+    axis: Any,
+    at: Sequence[float],
+    heights: Sequence[float],
+    below: Sequence[float],
+    kind: str,
+) -> None:
+    """Write the height of each bar into it, or above it where bars are not stacked."""
+    for x, height, low in zip(at, heights, below, strict=True):
+        if kind == "stacked" and height >= 6:
+            y, options = low + height / 2, dict(va="center", color="black")
+        elif kind == "bars" and height > 0:
+            y, options = height, dict(va="bottom")
+        else:
+            continue
+        text = axis.text(x, y, f"{height:.1f}", ha="center", fontsize=7, **options)
+        if kind == "stacked":
+            style.outline(text)
 
 
 def _number(value: float | None) -> str:

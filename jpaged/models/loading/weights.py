@@ -18,6 +18,7 @@ from jpaged.models.loading import placing
 from jpaged.models.loading.placing import Region, ShardingOf, Shards
 from jpaged.models.loading.stored import Stored
 from jpaged.models.quantize import round_int8
+from jpaged.progress import progress_bar
 
 
 class Target(NamedTuple):
@@ -151,7 +152,10 @@ def fill(
             shards[path] = (param, empty)
         return shards[path][1]
 
-    for target in targets(model):
+    found = targets(model)
+    bar = progress_bar(len(found), "loading weights", "tensor", leave=False)
+    for target in found:
+        bar.update()
         tensor = stored[target.tensor.name]
         for path, part in zip(target.tensor.paths, _parts(target), strict=True):
             scale = None

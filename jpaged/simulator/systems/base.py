@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from jpaged.policies import NO_DEADLINE, NO_USER
 from jpaged.simulator.costs.load import StepLoad
 from jpaged.simulator.options import Option
 from jpaged.simulator.workloads.workload import Workload
@@ -30,6 +31,9 @@ class SimulatedRequest(NamedTuple):
     num_samples: jax.Array  # i32[], sequences; 1 for beam search
     beam_width: jax.Array  # i32[], 0: no beam search
     content: jax.Array  # i32[H], ids of the prompt's pieces, -1 after the last
+    arrival_ms: jax.Array | int = 0  # i32[], on the clock of `System.at_time`
+    deadline_ms: jax.Array | int = NO_DEADLINE  # i32[], from arrival
+    user: jax.Array | int = NO_USER  # i32[], or policies.NO_USER
 
 
 class Usage(NamedTuple):
@@ -106,6 +110,10 @@ class System(Protocol):
 
     def has_work(self, state: Any) -> jax.Array:
         """Return bool[]: a request waits or runs."""
+        ...
+
+    def at_time(self, state: Any, milliseconds: jax.Array) -> Any:
+        """Set the time, i32[], at which the next step begins."""
         ...
 
     def begin_step(self, state: Any) -> tuple[Any, StepLoad, Usage]:

@@ -123,6 +123,11 @@ class BaselineSystem:
         """Return bool[]: a request waits or runs."""
         return (state.waiting.count > 0) | jnp.any(state.slots.is_taken)
 
+    def at_time(self, state: BaselineState, milliseconds: jax.Array) -> BaselineState:
+        """Return the state unchanged; see `System.at_time`."""
+        del milliseconds
+        return state
+
     def begin_step(self, state: BaselineState) -> tuple[BaselineState, StepLoad, Usage]:
         """Admit requests; see `System.begin_step`."""
         taken = state.slots.is_taken

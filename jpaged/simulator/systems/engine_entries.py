@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jpaged.config import EngineConfig
+from jpaged.policies import BUDGET, EVICTION, PREEMPTION
 from jpaged.simulator.options import Option
 from jpaged.simulator.systems.base import System, SystemEntry
 from jpaged.simulator.systems.engine_system import EngineSystem
@@ -34,6 +35,18 @@ OPTIONS = (
     ),
     Option("policy", "str", "Which request is admitted first; default: fcfs."),
     Option("policy_parameters", "floats", "Weights of the policy 'weighted'."),
+    *(
+        option
+        for kind in (PREEMPTION, EVICTION, BUDGET)
+        for option in (
+            Option(
+                kind.argument,
+                "str",
+                f"One of {', '.join(kind.policies)}; default: {kind.default}.",
+            ),
+            Option(kind.parameters, "floats", f"Parameters of the {kind.argument}."),
+        )
+    ),
 )
 
 
@@ -104,17 +117,18 @@ def _config_fields(
     block_size: int = PAPER_BLOCK_SIZE,
     prefix_caching: bool | None = None,
     preemption: str = "recompute",
-    policy: str | None = None,
-    policy_parameters: tuple[float, ...] = (),
+    **chosen: Any,
 ) -> dict[str, Any]:
     """Convert values of `OPTIONS` to keywords of `make_engine_system`."""
     del workload
     fields: dict[str, Any] = {"block_size": block_size, "preemption": preemption}
     if preemption == "swap":
         fields["num_swap_blocks"] = num_slots // block_size
-    if policy is not None:
-        fields["policy"] = policy
-        fields["policy_parameters"] = tuple(policy_parameters)
+    for name, value in chosen.items():  # policies and their parameters
+        if name.endswith("_parameters"):
+            value = tuple(value)
+        if value not in (None, ()):
+            fields[name] = value
     if prefix_caching is not None:
         fields["enable_prefix_caching"] = prefix_caching
     return fields

@@ -23,7 +23,7 @@ from jpaged.decoding import constraints
 from jpaged.engine import request_table, submission
 from jpaged.engine.request_table import Submission
 from jpaged.params import BeamSearchParams, SamplingParams
-from jpaged.scheduler import EMPTY
+from jpaged.scheduler import EMPTY, Attributes
 from jpaged.simulator.systems.base import SimulatedRequest
 from jpaged.simulator.systems.synthetic_tokens import VOCABULARY, prompt_tokens
 
@@ -64,6 +64,7 @@ def templates(config: EngineConfig, kinds: RequestKinds) -> Submission:
             [constraints.UNCONSTRAINED],
             seed=0,
             arrivals=[0],
+            submitted_ms=[0],
             vocab_size=VOCABULARY,
             eos_token_ids=(),
         )
@@ -147,6 +148,14 @@ def complete_submission(
         sources=seq_indices[sources],
         shared_lens=shared,
     )
+    if "attributes" in columns:
+        columns["attributes"] = Attributes(
+            max_tokens=jnp.full_like(seq_indices, request.output_len),
+            submitted=jnp.full_like(seq_indices, request.arrival_ms),
+            deadlines=jnp.full_like(seq_indices, request.deadline_ms),
+            users=jnp.full_like(seq_indices, request.user),
+            user_tokens=jnp.zeros_like(seq_indices),
+        )
     limit = request.prompt_len + request.output_len
     sampling = dataclasses.replace(
         template.params.sampling,

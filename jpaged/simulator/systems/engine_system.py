@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged import engine, scheduler
+from jpaged import engine, policies, scheduler
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, events, iteration, request_table
@@ -92,7 +92,7 @@ class EngineSystem:
     def program(self, others: Sequence[System]) -> EngineSystem:
         """Return the engine under a config that can run all given configs.
 
-        The configs may differ in the parameters of the policy, the watermark, the
+        The configs may differ in the parameters of policies, the watermark, the
         number of batch rows, the tokens of a step and the size of a prompt's chunk.
 
         Raises:
@@ -105,27 +105,32 @@ class EngineSystem:
             name: max(getattr(config, name) for config in configs)
             for name in ("max_num_seqs", "max_num_batched_tokens")
         }
-        program = self._without_params(limits)
+        program = self._without_params(limits, self.config)
         for other in others:
             is_engine = isinstance(other, EngineSystem)
-            if not is_engine or other._without_params(limits) != program:
+            if not is_engine or (other._without_params(limits, self.config) != program):
                 raise ValueError(
-                    "systems: expected engines that differ in policy_parameters, "
+                    "systems: expected engines that differ in parameters of policies, "
                     "watermark, max_num_seqs, max_num_batched_tokens and "
                     f"max_prompt_chunk only, got {self!r:.1000} and {other!r:.1000}"
                 )
         return program
 
-    def _without_params(self, limits: dict[str, int]) -> EngineSystem:
-        """Reset what a program of several configs reads from its state."""
-        none = (0.0,) * len(self.config.policy_parameters)
+    def _without_params(
+        self, limits: dict[str, int], first: EngineConfig
+    ) -> EngineSystem:
+        """Reset what a program of several configs reads from its state.
+
+        Parameters of policies become those of the `first` config, if there are as many.
+        """
         config = dataclasses.replace(
-            self.config,
-            watermark=0.0,
-            policy_parameters=none,
-            max_prompt_chunk=None,
-            **limits,
+            self.config, watermark=0.0, max_prompt_chunk=None, **limits
         )
+        for kind in policies.KINDS:
+            name = kind.parameters
+            own, parameters = getattr(config, name), getattr(first, name)
+            if len(own) == len(parameters):
+                config = dataclasses.replace(config, **{name: parameters})
         return dataclasses.replace(self, config=config)
 
     def enter(self, state: EngineSystemState) -> EngineSystemState:
@@ -222,6 +227,15 @@ class EngineSystem:
     def has_work(self, state: EngineSystemState) -> jax.Array:
         """Return bool[]: a sequence waits or runs, and the engine has not stalled."""
         return engine.has_work(state.engine)
+
+    def at_time(
+        self, state: EngineSystemState, milliseconds: jax.Array
+    ) -> EngineSystemState:
+        """Set the clock that policies see; see `System.at_time`."""
+        if state.engine.clock is None:
+            return state
+        inner = dataclasses.replace(state.engine, clock=milliseconds)
+        return dataclasses.replace(state, engine=inner)
 
     def begin_step(
         self, state: EngineSystemState

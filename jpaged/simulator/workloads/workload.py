@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jpaged.arithmetic import cdiv
+from jpaged.policies import NO_DEADLINE, NO_USER
 from jpaged.simulator.workloads import arrivals as arrivals_
 from jpaged.simulator.workloads.lengths import (
     PAPER_MAX_LEN,
@@ -47,6 +48,12 @@ class Workload:
     beam_widths: np.ndarray = dataclasses.field(default_factory=lambda: np.array(0))
     contents: np.ndarray | None = None  # i32[N, H], NO_CONTENT after the last id
     content_size: int = 1  # tokens of a piece; the last piece may be partial
+    # i32[N], or one number for all requests: ms from arrival, or NO_DEADLINE
+    deadlines_ms: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.array(NO_DEADLINE)
+    )
+    # i32[N], or one number for all requests: number of the user, or NO_USER
+    users: np.ndarray = dataclasses.field(default_factory=lambda: np.array(NO_USER))
     # skipped requests, by reason
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -59,6 +66,10 @@ class Workload:
             output_lens=positive("output_lens", self.output_lens),
             num_samples=positive("num_samples", _for_all(self.num_samples, count)),
             beam_widths=positive("beam_widths", _for_all(self.beam_widths, count), 0),
+            deadlines_ms=positive(
+                "deadlines_ms", _for_all(self.deadlines_ms, count), 0
+            ),
+            users=positive("users", _for_all(self.users, count), NO_USER),
         )
         for name, numbers in found.items():
             if len(numbers) != count:
@@ -166,6 +177,8 @@ class Workload:
             output_lens=self.output_lens[rows],
             num_samples=self.num_samples[rows],
             beam_widths=self.beam_widths[rows],
+            deadlines_ms=self.deadlines_ms[rows],
+            users=self.users[rows],
             contents=None if self.contents is None else self.contents[rows],
         )
 

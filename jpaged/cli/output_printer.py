@@ -1,4 +1,7 @@
-"""Prints outputs of `experiments.generate` on stdout, complete or as they grow."""
+"""Output printer: prints outputs on stdout, complete or as they grow.
+
+Pipeline: outputs -> [output printer] -> stdout.
+"""
 
 from __future__ import annotations
 

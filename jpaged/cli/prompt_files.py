@@ -1,4 +1,7 @@
-"""Requests of `experiments.generate`: prompts and parameters from flags and files."""
+"""Prompt files: requests from files, a prompt or a JSON object on each line.
+
+Pipeline: file -> [prompt files] -> prompts and parameters.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,9 @@ def read_lines(path: pathlib.Path, defaults: dict[str, Any]) -> list[PromptLine]
             lines.append(PromptLine(where, prompt, make_params(defaults, own)))
         except (ValueError, TypeError) as error:
             lines.append(PromptLine(where, None, None, str(error)))
+        except RecursionError:
+            error = "line: expected JSON, got one that is nested too deeply"
+            lines.append(PromptLine(where, None, None, error))
     return lines
 
 

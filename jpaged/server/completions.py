@@ -1,0 +1,302 @@
+"""Completions: `/v1/completions`, text or tokens in, text out.
+
+Pipeline: HTTP request -> [completions] -> bridge, and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jpaged.llm import LLM
+from jpaged.outputs import RequestOutput
+from jpaged.params import SamplingParams
+from jpaged.server import common
+from jpaged.server.body import read_object
+from jpaged.server.common import Reply
+from jpaged.server.errors import invalid, json_response
+from jpaged.server.fields import Fields, check_model
+from jpaged.server.live_requests import LiveRequest
+from jpaged.server.logprob_forms import CompletionLogprobs, TokenNames, prompt_logprobs
+from jpaged.server.sampling import Params, read_generation
+from jpaged.server.settings import ServerSettings
+from jpaged.server.streams import EventStream, abandon, event, merged, respond
+from jpaged.text import prompts as text_prompts
+from jpaged.validation import error as value_error
+
+Prompt = str | list[int]
+DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions(Reply):
+    """The fields of a completion request.
+
+    Attributes:
+      prompts: the prompts.
+      echo: whether the text begins with the prompt.
+      logprobs: most probable tokens to return per token, or None.
+      prompt_logprobs: the same for the prompt, in vLLM's form.
+      adds_special: whether the tokenizer adds its special tokens to a text.
+    """
+
+    prompts: list[Prompt]
+    echo: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    adds_special: bool
+
+
+def read(body: dict[str, Any], llm: LLM, settings: ServerSettings) -> Completions:
+    """Return the fields of a body.
+
+    Raises:
+      ApiError: a field is invalid.
+    """
+    fields = Fields(body)
+    check_model(fields, settings)
+    fields.labels()
+    prompts = _prompts(fields, settings)
+    if fields.take("suffix", "") != "":
+        raise invalid("suffix", "suffix: expected none: the model cannot insert text")
+    echo = fields.flag("echo")
+    logprobs = fields.integer("logprobs", None, 0)
+    of_prompt = fields.integer("prompt_logprobs", None, -1)
+    most = fields.integer("max_tokens", DEFAULT_MAX_TOKENS, 0)
+    stream, include, continuous = common.read_stream(fields)
+    as_ids = fields.flag("return_tokens_as_token_ids")
+    returns_ids = fields.flag("return_token_ids")
+    adds_special = fields.flag("add_special_tokens", True)
+    counts = [c for c in (of_prompt, logprobs if echo else None) if c is not None]
+    generation = read_generation(
+        fields,
+        settings,
+        max_tokens=most,
+        logprobs=logprobs,
+        prompt_logprobs=-1 if -1 in counts else max(counts, default=None),
+    )
+    fields.finish()
+    if stream and _is_sampled(generation.params) and generation.num_run > generation.n:
+        raise invalid("best_of", "best_of: expected n or none with stream, got more")
+    return Completions(
+        head=common.new_head("text_completion", "cmpl", settings.model_names[0]),
+        generation=generation,
+        names=TokenNames(llm.tokenizer, as_ids),
+        stream=stream,
+        include_usage=include,
+        continuous_usage=continuous,
+        returns_ids=returns_ids,
+        prompts=prompts,
+        echo=echo,
+        logprobs=logprobs,
+        prompt_logprobs=of_prompt,
+        adds_special=adds_special,
+    )
+
+
+def _is_sampled(params: Params) -> bool:
+    return isinstance(params, SamplingParams)
+
+
+def _prompts(fields: Fields, settings: ServerSettings) -> list[Prompt]:
+    """Return the prompts: texts, or lists of token ids."""
+    value = fields.take("prompt")
+    is_one = isinstance(value, str) or (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(type(token) is int for token in value)
+    )
+    found = [value] if is_one else value
+    expected = "a text, token ids, or a list of either"
+    if not isinstance(found, list) or not found:
+        raise invalid("prompt", str(value_error("prompt", expected, value)))
+    if len(found) > settings.max_prompts:
+        raise invalid(
+            "prompt",
+            f"prompt: expected at most {settings.max_prompts} prompts, got "
+            f"{len(found)}; send several requests",
+        )
+    for index, prompt in enumerate(found):
+        is_ids = isinstance(prompt, list) and all(type(each) is int for each in prompt)
+        if not isinstance(prompt, str) and not is_ids:
+            error = value_error(f"prompt[{index}]", "a text or token ids", prompt)
+            raise invalid("prompt", str(error))
+        if not prompt:
+            raise invalid("prompt", f"prompt[{index}]: expected some text, got none")
+    return found
+
+
+async def endpoint(request: Request) -> Response:
+    """Serve `/v1/completions`."""
+    settings, bridge = common.settings_of(request), common.bridge_of(request)
+    call = read(await read_object(request, settings), bridge.llm, settings)
+    bridge.check_capacity(len(call.prompts) * call.generation.num_run)
+
+    def prepare() -> tuple[list[list[int]], Params]:
+        tokenizer = bridge.llm.tokenizer
+        token_ids = [
+            text_prompts.token_ids(tokenizer, "prompt", prompt, call.adds_special)
+            for prompt in call.prompts
+        ]
+        return token_ids, common.prepared(bridge, call.generation.params)
+
+    prompts, params = await bridge.prepare(prepare)
+    lives = await bridge.submit(
+        prompts, params, call.generation.num_run, {"prompt_token_ids": "prompt"}
+    )
+    try:
+        texts = [
+            _text(bridge.llm, call, *pair)
+            for pair in zip(call.prompts, prompts, strict=True)
+        ]
+        if call.stream:
+            return EventStream(
+                lives,
+                lambda: _events(call, lives, texts, prompts),
+                settings.write_timeout_s,
+            )
+    except BaseException:
+        abandon(lives)
+        raise
+    return await respond(request, lives, _whole(call, lives, texts))
+
+
+def _text(llm: LLM, call: Completions, prompt: Prompt, token_ids: list[int]) -> str:
+    """Return the text of a prompt that is echoed."""
+    if not call.echo:
+        return ""
+    if isinstance(prompt, str):
+        return prompt
+    return "" if llm.tokenizer is None else llm.tokenizer.decode(token_ids, False)
+
+
+async def _whole(
+    call: Completions, lives: Sequence[LiveRequest], texts: Sequence[str]
+) -> Response:
+    """Return the response once all requests have ended."""
+    outputs = [await live.output() for live in lives]
+    choices = [
+        choice
+        for index, output in enumerate(outputs)
+        for choice in _choices(call, index, output, texts[index])
+    ]
+    found = {**call.head, "choices": choices, "usage": common.usage_of(outputs, call)}
+    return json_response(found)
+
+
+def _choices(
+    call: Completions, index: int, output: RequestOutput, prompt_text: str
+) -> list[dict[str, Any]]:
+    """Return the choices of one prompt."""
+    choices = []
+    drops = call.generation.drops_token
+    for number, one in enumerate(common.chosen(output, call.generation)):
+        token_ids = [] if drops else list(one.token_ids)
+        entries = [] if drops else list(one.logprobs or [])
+        form = None
+        if call.logprobs is not None:
+            form = _logprobs(call, output).part(token_ids, entries)
+            if call.echo:
+                form = _logprobs(call, output).part(
+                    [*output.prompt_token_ids, *token_ids],
+                    [*(output.prompt_logprobs or []), *entries],
+                )
+        choice = _choice(
+            call,
+            index * call.generation.n + number,
+            prompt_text + ("" if drops else one.text),
+            form,
+            "length" if drops else one.finish_reason,
+            None if drops else one.stop_reason,
+        )
+        if one.score is not None:
+            choice["score"] = one.score
+            choice["cumulative_logprob"] = one.cumulative_logprob
+        if call.returns_ids:
+            choice["token_ids"] = token_ids
+            choice["prompt_token_ids"] = list(output.prompt_token_ids)
+        if call.prompt_logprobs is not None:
+            entries = output.prompt_logprobs or []
+            choice["prompt_logprobs"] = prompt_logprobs(call.names, entries)
+        choices.append(choice)
+    return choices
+
+
+def _logprobs(call: Completions, output: RequestOutput) -> CompletionLogprobs:
+    return CompletionLogprobs(call.names, call.logprobs or 0)
+
+
+def _choice(
+    call: Completions,
+    index: int,
+    text: str,
+    logprobs: Any,
+    finish_reason: str | None,
+    stop_reason: Any,
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }
+
+
+async def _events(
+    call: Completions,
+    lives: Sequence[LiveRequest],
+    texts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+) -> AsyncIterator[bytes]:
+    """Yield the chunks of a stream."""
+    n = call.generation.n
+    if (
+        call.generation.drops_token
+        or call.prompt_logprobs is not None
+        or (call.echo and call.logprobs is not None)
+    ):
+        # Log-probabilities of prompts are known at the end.
+        for index, live in enumerate(lives):
+            output = await live.output()
+            for choice in _choices(call, index, output, texts[index]):
+                yield event(call.chunk([choice]))
+    else:
+        if call.echo:
+            for number in range(len(lives) * n):
+                choice = _choice(call, number, texts[number // n], None, None, None)
+                yield event(call.chunk([choice]))
+        forms: dict[int, CompletionLogprobs] = {}
+        num_generated = 0
+        async for index, deltas in merged(lives):
+            parts = []
+            for delta in deltas:
+                number = index * n + delta.sample
+                form = None
+                if call.logprobs is not None:
+                    builder = forms.setdefault(
+                        number, CompletionLogprobs(call.names, call.logprobs)
+                    )
+                    form = builder.part(delta.token_ids, delta.logprobs or [])
+                choice = _choice(
+                    call,
+                    number,
+                    delta.text,
+                    form,
+                    delta.finish_reason,
+                    delta.stop_reason,
+                )
+                if call.returns_ids:
+                    choice["token_ids"] = delta.token_ids
+                num_generated += len(delta.token_ids)
+                now = None
+                if call.continuous_usage:
+                    now = common.usage(sum(map(len, prompts)), num_generated)
+                parts.append(event(call.chunk([choice], now)))
+            yield b"".join(parts)
+    if call.include_usage:
+        yield event(call.chunk([], common.usage_of_finished(lives, call)))

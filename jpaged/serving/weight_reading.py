@@ -128,7 +128,7 @@ def _named_arrays(
     if isinstance(weights, str | os.PathLike):
         config = model.config
         name = os.fspath(weights)
-        folder = name if sources.is_random(name) else sources.find_folder(name)
+        folder = name if sources.is_random(name) else sources.find_checkpoint(name)
         weights = load_model(
             folder, config.dtype, quantization=config.quantization, mesh=mesh
         )

@@ -69,9 +69,9 @@ class LLM(VllmMethods):
     """A language model that generates text: weights, tokenizer, KV pool and engine.
 
     Args:
-      model: folder in Hugging Face layout; a hub id ("org/name" or "hf://org/name");
-        the name of a bundled model; "random:" followed by the name of a shape, see
-        `models.shapes`; or a Decoder.
+      model: folder in Hugging Face layout; a GGUF file; a hub id ("org/name" or
+        "hf://org/name"); the name of a bundled or packaged model; "random:" followed by
+        the name of a shape, see `models.shapes`; or a Decoder.
       dtype: "float32", "bfloat16" or "float16" ("half"), or such a dtype of NumPy or
         JAX; "auto" is the checkpoint's dtype, and float32 on a CPU.
       kv_dtype: dtype of keys and values in the pool; "auto" is the model's. "int8" and

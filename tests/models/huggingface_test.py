@@ -272,6 +272,23 @@ def test_rotary_frequencies_equal_those_of_transformers_up_to_two_ulps(name, tmp
     np.testing.assert_allclose(got, want, rtol=2.5e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "trained"), [("llama_dynamic", 256), ("phi3_longrope", 128)]
+)
+def test_sequences_beyond_the_trained_length_are_rotated_as_in_transformers(
+    name, trained, load
+):
+    assert load(name).config.default_length == trained
+    tokens = some_tokens(trained + 40)
+    want = transformers_logits(exact(name), tokens)
+    errors = [
+        relative_error(load(name)(jnp.array([tokens]), length=length)[0], want)
+        for length in (None, trained + 40, trained)
+    ]
+    assert max(errors[:2]) < TOLERANCE
+    assert errors[2] > 10 * TOLERANCE  # planted fault: the short rotation
+
+
 @pytest.mark.parametrize("kind", ["keys for values", "one weight"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_planted_fault_in_the_weights_exceeds_the_tolerance(name, kind, tmp_path):

@@ -85,7 +85,7 @@ def main() -> None:
                 if tokens[-1] == END:
                     break
         print(repr(encode.decode(tokens)))
-        assert len(tokens) > 5, source
+        assert tokens[-1:] == [END] or len(tokens) > 5, source
         cases.append(
             {
                 "source": source,

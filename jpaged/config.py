@@ -14,6 +14,7 @@ from jpaged.arithmetic import cdiv
 if TYPE_CHECKING:  # `decoding` imports nothing from here; not needed at run time
     from jpaged.decoding.base import DecodingAlgorithm
     from jpaged.decoding.constraints import AutomataSizes
+    from jpaged.decoding.processors import Chain
     from jpaged.decoding.rule_arrays import RuleSizes
 
 PREEMPTIONS = ("recompute", "swap")
@@ -113,6 +114,8 @@ class EngineConfig:
         "filtered", also with top_k, top_p and min_p. Less compiles faster.
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
+      processors: chains of logits processors that requests may use, without the values
+        of their parameters (`decoding.processors`). They are compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
         state records (`engine.events`); 0 records none.
 
@@ -145,6 +148,7 @@ class EngineConfig:
     speculation: Speculation | None = None
     sampling: str = "filtered"
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
+    processors: tuple[Chain, ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
 

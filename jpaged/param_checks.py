@@ -6,6 +6,7 @@ Each returns the value in one form, or raises ValueError.
 from collections.abc import Mapping
 from typing import Any
 
+from jpaged.decoding.processors import LogitsProcessor, as_processor
 from jpaged.validation import (
     LARGEST_INT32,
     error,
@@ -40,6 +41,14 @@ def max_tokens(value: Any) -> int | None:
 def stop_token_ids(value: Any) -> tuple[int, ...]:
     """Return stop tokens; None is none."""
     return token_ids("stop_token_ids", () if value is None else value)
+
+
+def logits_processors(value: Any) -> tuple[LogitsProcessor, ...]:
+    """Return logits processors; a function becomes one without parameters."""
+    name = "logits_processors"
+    expected = "a sequence of LogitsProcessor or functions (logits, row) -> logits"
+    given = () if value is None else items(name, value, expected)
+    return tuple(as_processor(f"{name}[{i}]", one) for i, one in enumerate(given))
 
 
 def bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:

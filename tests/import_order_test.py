@@ -25,12 +25,12 @@ LAYERS = {
     "compilation_cache": ["compat"],
     # checks of argument values; host only
     "validation":        [],
-    "param_checks":      ["validation"],
     # scores of arrays: who is admitted first
     "policies":          [],
     # logits in, tokens and parents out: never sees a block
-    "decoding":          ["compat"],
+    "decoding":          ["compat", "validation"],
     "config":            ["compat", "policies", "decoding"],
+    "param_checks":      ["validation", "decoding"],
     "params":            ["compat", "config", "validation", "param_checks",
                           "decoding"],
     "outputs":           [],

@@ -11,15 +11,20 @@ Shape symbols: S rows, V vocabulary, G groups, W entries of a group.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jpaged.decoding.base import (
+    Chain,
+    Context,
     Decision,
     DecodingAlgorithm,
     LogitsTransform,
+    NumberTransform,
     State,
     own_rows,
 )
@@ -289,29 +294,63 @@ def greedy() -> DecodingAlgorithm:
 def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
     """Builds the algorithm that samples from softmax(transform(logits)).
 
-    For example `sampling(chain(temperature(0.8), top_k(40)))`. The log-probabilities of
-    its decisions are those of the raw model.
+    For example `sampling(chain(temperature(0.8), top_k(40)))`. The numbers of the
+    transforms of jpaged are parameters, "temperature_0" and "top_k_1" here: other
+    numbers compile nothing. The log-probabilities of its decisions are those of the raw
+    model.
 
     Args:
       transform: Applied to the logits of each step; None: no transform.
     """
+    parts = _parts(transform)
+    names = tuple(
+        f"{part.name}_{i}" if isinstance(part, NumberTransform) else None
+        for i, part in enumerate(parts)
+    )
+    functions = tuple(getattr(part, "function", part) for part in parts)
+    init, step = _sampling(functions, names)
+    parameters = {
+        name: float(part.value)
+        for name, part in zip(names, parts, strict=True)
+        if name is not None
+    }
+    return DecodingAlgorithm(init, step, parameters=parameters)
+
+
+def _parts(transform: Any) -> list[Any]:
+    """The transforms of a chain, one after the other."""
+    if transform is None:
+        return []
+    if isinstance(transform, Chain):
+        return [part for one in transform.transforms for part in _parts(one)]
+    return [transform]
+
+
+@functools.lru_cache(maxsize=256)
+def _sampling(
+    functions: tuple[Any, ...], names: tuple[str | None, ...]
+) -> tuple[Any, Any]:
+    """`init` and `step` of `sampling`; the same for the same functions."""
 
     def init(num_rows: int) -> State:
         del num_rows
         return ()
 
     def step(
-        keys: jax.Array, logits: jax.Array, state: State
+        keys: jax.Array, logits: jax.Array, state: State, *context: Context
     ) -> tuple[State, Decision]:
         logits = logits.astype(jnp.float32)
         _, _, log_total = _summary(logits)
-        warped = logits if transform is None else transform(logits)
+        warped = logits
+        for function, name in zip(functions, names, strict=True):
+            values = () if name is None else (context[0].parameters[name],)
+            warped = function(warped, *values)
         _, masses, _ = _summary(warped)
         ones, unfiltered = jnp.ones(len(logits)), jnp.full(len(logits), -jnp.inf)
         tokens = _sample_groups(keys, warped, masses, ones, unfiltered)
         return state, _own(tokens, _chosen(logits, tokens) - log_total)
 
-    return DecodingAlgorithm(init, step)
+    return init, step
 
 
 def _own(tokens: jax.Array, logprobs: jax.Array) -> Decision:

@@ -17,10 +17,11 @@ from jpaged.arithmetic import cdiv
 from jpaged.config import SAMPLING, EngineConfig
 from jpaged.decoding import beam
 from jpaged.decoding.constraints import AutomataSizes
+from jpaged.decoding.processor_checks import check_processors
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.decoding.rule_checks import check_rules
 from jpaged.decoding.sample import GREEDY_BELOW
-from jpaged.engine import algorithms
+from jpaged.engine import algorithms, processing
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable
 from jpaged.params import (
     AlgorithmParams,
@@ -163,9 +164,23 @@ def check_request(
             f"params: expected at most max_num_requests ({config.max_num_requests}) "
             f"sequences, got {len(sequences.numbers)}"
         )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name, None) or 0) > config.num_logprobs:
+            raise ValueError(
+                f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
+                f"{getattr(params, name)}; raise num_logprobs in the config"
+            )
     if isinstance(params, SamplingParams):
         _check_sampling(config, params, vocab_size, ends)
+    if isinstance(params, AlgorithmParams) and params.num_return is not None:
+        outputs = len(sequences.outputs(sequences.numbers))
+        if params.num_return > outputs:
+            raise ValueError(
+                f"num_return: expected at most {outputs}, the algorithm's outputs, got "
+                f"{params.num_return}"
+            )
     _check_automaton(config, params, vocab_size)
+    _check_processors(config, params, vocab_size)
     if isinstance(params, BeamSearchParams) and vocab_size is not None:
         if params.beam_width > vocab_size:
             raise ValueError(
@@ -216,12 +231,6 @@ def _check_sampling(
     vocab_size: int | None,
     stop_ids: Sequence[int],
 ) -> None:
-    for name in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, name) or 0) > config.num_logprobs:
-            raise ValueError(
-                f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
-                f"{getattr(params, name)}; raise num_logprobs in the config"
-            )
     needed = SAMPLING[sampling_level(params)]
     if SAMPLING.index(config.sampling) < sampling_level(params):
         raise ValueError(
@@ -273,6 +282,21 @@ def _check_automaton(
         raise ValueError(
             "structured_outputs: expected an automaton within "
             f"automata={config.automata} of the config, got one that needs {needed}"
+        )
+
+
+def _check_processors(
+    config: EngineConfig, params: Params, vocab_size: int | None
+) -> None:
+    if not params.logits_processors:
+        return
+    if vocab_size is not None:
+        check_processors(params.logits_processors, vocab_size)
+    if processing.chain_of(params) not in config.processors:
+        raise ValueError(
+            "logits_processors: expected a chain of the config's `processors` "
+            f"({len(config.processors)} chains), got {params.logits_processors!r}; "
+            "create the config with the chain of `engine.processing.chain_of(params)`"
         )
 
 

@@ -310,8 +310,8 @@ def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
     }
     return (
         "config: expected the saved max_model_len, max_num_requests, "
-        "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata and "
-        f"algorithms, got other fields (saved, given): {differ}"
+        "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata, "
+        f"algorithms and processors, got other fields (saved, given): {differ}"
     )
 
 
@@ -323,6 +323,10 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
             fields[name] = dataclasses.asdict(fields[name])
     if callable(config.policy):
         fields["policy"] = {"function": getattr(config.policy, "__name__", "unnamed")}
+    fields["processors"] = [
+        [getattr(kind.function, "__name__", "unnamed") for kind in chain]
+        for chain in config.processors
+    ]
     fields["algorithms"] = [
         {"function": type(algorithm).__name__, "num_rows": rows}
         for algorithm, rows in config.algorithms
@@ -332,16 +336,18 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
 
 def _restore_config(saved: dict[str, Any]) -> EngineConfig:
     fields: dict[str, Any] = dict(saved["config"])
-    if isinstance(fields["policy"], dict) or fields["algorithms"]:
+    names = ("algorithms", "processors")
+    if isinstance(fields["policy"], dict) or any(fields[name] for name in names):
         raise ValueError(
             "config: expected the config of the saved engine, because it has functions "
-            f"(policy {fields['policy']}, algorithms {fields['algorithms']}), got None"
+            f"(policy {fields['policy']}, algorithms {fields['algorithms']}, "
+            f"processors {fields['processors']}), got None"
         )
     for name, kind in _PARTS.items():
         if fields[name] is not None:
             fields[name] = kind(**fields[name])
     fields["policy_parameters"] = tuple(fields["policy_parameters"])
-    fields["algorithms"] = ()
+    fields["algorithms"], fields["processors"] = (), ()
     return EngineConfig(**fields)
 
 

@@ -153,7 +153,7 @@ def draft(
     Returns:
       The table, the cache, and both working memories.
     """
-    states = table.automaton_states
+    states, processor_states = table.automaton_states, table.processor_states
     is_alone = table.params.algorithms[batch.seq_indices] == NO_ALGORITHM
     num_drafts = jnp.where(is_alone, batch.num_drafts, 0)
     known = dataclasses.replace(
@@ -194,7 +194,9 @@ def draft(
     carry = lax.fori_loop(0, jnp.max(num_drafts), generate, carry)
     table, cache, hidden, logits, _ = carry
     return (
-        dataclasses.replace(table, automaton_states=states),
+        dataclasses.replace(
+            table, automaton_states=states, processor_states=processor_states
+        ),
         cache,
         hidden,
         logits,
@@ -210,7 +212,10 @@ def _packed(batch: StepBatch, takes_part: jax.Array) -> StepBatch:
 def _write_drafts(
     table: RequestTable, new: SampledTokens, entries: Entries
 ) -> RequestTable:
-    """Write drafts behind the known tokens, and the automata's states after them."""
+    """Write drafts behind the known tokens, and the states after them.
+
+    The caller restores the states of automata and of logits processors.
+    """
     seq_indices = new.seq_indices
     tokens = table.tokens.at[seq_indices, entries.positions].set(
         new.tokens, mode="drop"
@@ -219,6 +224,10 @@ def _write_drafts(
         table, jnp.minimum(seq_indices, table.queue.status.shape[0] - 1), new.tokens
     )
     states = table.automaton_states.at[seq_indices].set(states, mode="drop")
+    if new.processor_states:
+        table = request_table.put_processor_states(
+            table, seq_indices, new.processor_states
+        )
     return dataclasses.replace(table, tokens=tokens, automaton_states=states)
 
 

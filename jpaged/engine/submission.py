@@ -22,7 +22,7 @@ from jpaged.decoding.beam import beam_state
 from jpaged.decoding.constraints import Automata
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
-from jpaged.engine import algorithms
+from jpaged.engine import algorithms, processing
 from jpaged.engine.limits import (
     Params,
     RequestShape,
@@ -38,7 +38,7 @@ from jpaged.engine.request_table import (
     SequenceParams,
     Submission,
 )
-from jpaged.params import BeamSearchParams, SamplingParams
+from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
 from jpaged.validation import LARGEST_INT32
 
 
@@ -220,6 +220,7 @@ class _Entry(NamedTuple):
     tokens: np.ndarray
     params: dict[str, Any]
     states: tuple[Any, ...]
+    processor_states: Any
 
 
 def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
@@ -240,6 +241,7 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
         source, shared = seq_indices[index], 0
     is_grouped = one.kind != NO_ALGORITHM
     limit = token_limit(config, length, params)
+    mine = processing.encode(config, params) if config.processors else (None, None)
     return _Entry(
         seq_index=np.int32(seq_indices[index]),
         queue=dict(
@@ -265,8 +267,10 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             sampling=_sampling(params, _own_seed(request), one.numbers[index]),
             rules=_rules(config, params),
             automata=np.int32(request.automaton),
+            processors=mine[0],
         ),
         states=_states(config, request, is_leader, limit - length),
+        processor_states=mine[1],
     )
 
 
@@ -307,6 +311,9 @@ def _states(
     """Initial states of all algorithms; only that of the request's own is used."""
     found = list(_initial_states(config))
     params, kind = request.params, request.shape.kind
+    if is_leader and isinstance(params, AlgorithmParams):
+        one = (params.algorithm, request.shape.num_rows, params.parameters)
+        found[kind] = jax.tree.map(np.asarray, algorithms.initial_state(*one))
     if is_leader and isinstance(params, BeamSearchParams):
         found[kind] = jax.tree.map(
             np.asarray,
@@ -326,7 +333,7 @@ def _states(
 @functools.lru_cache(maxsize=64)
 def _initial_states(config: EngineConfig) -> tuple[Any, ...]:
     return tuple(
-        jax.tree.map(np.asarray, algorithm.init(num_rows))
+        jax.tree.map(np.asarray, algorithms.initial_state(algorithm, num_rows))
         for algorithm, num_rows in algorithms.config_algorithms(config)
     )
 
@@ -343,6 +350,7 @@ def _stack(entries: list[_Entry], config: EngineConfig) -> Submission:
         tokens=all_.tokens,
         params=SequenceParams(**all_.params),
         states=all_.states,
+        processor_states=all_.processor_states,
     )
 
 

@@ -18,7 +18,7 @@ from jpaged.decoding.bit_masks import MASK_BITS, num_words
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.engine import algorithms as groups
-from jpaged.engine import limits
+from jpaged.engine import limits, processing
 from jpaged.engine.limits import Params
 from jpaged.outputs import RequestOutput
 from jpaged.params import (
@@ -158,8 +158,7 @@ class Intake:
         config = grown_config(self._host.config, [params], vocab_size)
         shape = limits.request_shape(params, config, vocab_size)
         num_outputs = len(shape.outputs(shape.numbers))
-        if isinstance(params, BeamSearchParams) and params.num_return is not None:
-            num_outputs = params.num_return
+        num_outputs = getattr(params, "num_return", None) or num_outputs
         return RequestState(
             index=index,
             arrival=arrival,
@@ -209,7 +208,7 @@ class Intake:
         limits.check_rows(params, self._host.config)
         if isinstance(params, AlgorithmParams):
             groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
-        if not isinstance(params, SamplingParams):
+        if isinstance(params, BeamSearchParams):
             return
         if params.stop and self._tokenizer is None:
             raise ValueError(
@@ -218,7 +217,8 @@ class Intake:
             )
         count = _num_logprobs(params, vocab_size)
         most = vocab_size if self._max_logprobs == -1 else self._max_logprobs
-        name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+        is_prompt = getattr(params, "prompt_logprobs", None) is not None
+        name = "prompt_logprobs" if is_prompt else "logprobs"
         if count > most:
             raise ValueError(
                 f"{name}: expected at most max_logprobs ({most}), got {count}; create "
@@ -303,9 +303,13 @@ def grown_config(
     num_allowed = num_words(vocab_size) * MASK_BITS
     least_rules = dataclasses.replace(LEAST_RULES, num_allowed=num_allowed)
     rules, algorithms = config.rules, list(config.algorithms)
+    processors = list(config.processors)
     for param in params:
+        chain = processing.chain_of(param)
+        if chain and chain not in processors:
+            processors.append(chain)
+        num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
         if isinstance(param, SamplingParams):
-            num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
             sizes = limits.rule_sizes(param, vocab_size)
             if sizes is not None:
                 rules = (rules or least_rules).grown(sizes)
@@ -336,13 +340,15 @@ def grown_config(
         rules=rules,
         automata=automata_sizes,
         algorithms=tuple(algorithms),
+        processors=tuple(processors),
     )
 
 
-def _num_logprobs(params: SamplingParams, vocab_size: int) -> int:
+def _num_logprobs(params: Params, vocab_size: int) -> int:
     """Return how many most probable tokens the engine keeps for a request."""
     needed = 0
-    for count in (params.logprobs, params.prompt_logprobs):
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name, None)
         if count is not None:
             # The sampled token's rank is only kept together with at least one.
             count = vocab_size if count == -1 else max(count, 1)

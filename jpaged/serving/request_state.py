@@ -207,7 +207,7 @@ class RequestState:
     @property
     def stop(self) -> Sequence[str]:
         """Strings that end an output."""
-        return self.params.stop if isinstance(self.params, SamplingParams) else ()
+        return getattr(self.params, "stop", ())
 
     @property
     def includes_stop(self) -> bool:
@@ -241,8 +241,7 @@ class RequestState:
     @property
     def num_logprobs(self) -> int | None:
         """Most probable tokens to report per position; None reports nothing."""
-        params = self.params
-        return params.logprobs if isinstance(params, SamplingParams) else None
+        return getattr(self.params, "logprobs", None)
 
     @property
     def is_watched(self) -> bool:

@@ -114,6 +114,8 @@ class EngineConfig:
         "filtered", also with top_k, top_p and min_p. Less compiles faster.
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
+      seen_hidden, seen_layers: hidden states, and layers of which logits, that the
+        algorithms need (`engine.algorithms.with_needs` sets them).
       processors: chains of logits processors that requests may use, without the values
         of their parameters (`decoding.processors`). They are compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
@@ -148,6 +150,8 @@ class EngineConfig:
     speculation: Speculation | None = None
     sampling: str = "filtered"
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
+    seen_hidden: bool = False
+    seen_layers: tuple[int, ...] = ()
     processors: tuple[Chain, ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
@@ -221,6 +225,11 @@ class EngineConfig:
                 "num_swap_blocks: expected 0 with preemption='recompute', got "
                 f"{self.num_swap_blocks}; set preemption='swap' to use them"
             )
+
+    @property
+    def sees_more(self) -> bool:
+        """Whether algorithms need more of the decoder than logits."""
+        return self.seen_hidden or bool(self.seen_layers)
 
     @property
     def swaps(self) -> bool:

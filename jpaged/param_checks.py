@@ -43,6 +43,23 @@ def stop_token_ids(value: Any) -> tuple[int, ...]:
     return token_ids("stop_token_ids", () if value is None else value)
 
 
+def companions(value: Any, num_rows: int) -> tuple[Any, ...]:
+    """Return prompts of fewer rows than `num_rows`: texts, or tuples of token ids."""
+    prompts = items("companions", () if value is None else value, "prompts")
+    if len(prompts) >= num_rows:
+        expected = f"fewer prompts than num_rows ({num_rows}), one per row"
+        raise error("companions", expected, prompts)
+    checked: list[Any] = []
+    for i, prompt in enumerate(prompts):
+        name = f"companions[{i}]"
+        is_text = isinstance(prompt, str)
+        found = text(name, prompt) if is_text else token_ids(name, prompt)
+        if not found:
+            raise error(name, "a text or token ids, at least one token", prompt)
+        checked.append(found)
+    return tuple(checked)
+
+
 def logits_processors(value: Any) -> tuple[LogitsProcessor, ...]:
     """Return logits processors; a function becomes one without parameters."""
     name = "logits_processors"

@@ -378,6 +378,9 @@ class AlgorithmParams:
         num_rows: number of sequences that run, the S of the algorithm.
         parameters: values of some of the algorithm's parameters; others keep those of
             the algorithm. New values compile nothing.
+        companions: prompts of the last rows, which the algorithm reads beside the
+            request's own prompt: an unconditional prompt, for example. Each runs in one
+            row. Their rows are no outputs.
         num_return: number of outputs to return, the first ones; None returns all.
         stop: strings that end an output, as in `SamplingParams`.
         logprobs: as in `SamplingParams`.
@@ -402,6 +405,7 @@ class AlgorithmParams:
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
     parameters: Mapping[str, Any] | None = None
+    companions: Sequence[Any] = ()
     num_return: int | None = None
     stop: str | Sequence[str] = ()
     logprobs: int | None = None
@@ -426,10 +430,12 @@ class AlgorithmParams:
                 object.__setattr__(
                     self, name, integer(name, getattr(self, name), low=low)
                 )
+        num_rows = integer("num_rows", self.num_rows, low=1)
         checked = {
+            "companions": param_checks.companions(self.companions, num_rows),
             "parameters": None if given is None else dict(given),
             "stop": strings("stop", () if self.stop is None else self.stop),
-            "num_rows": integer("num_rows", self.num_rows, low=1),
+            "num_rows": num_rows,
             "max_tokens": param_checks.max_tokens(self.max_tokens),
             "ignore_eos": ignore_eos,
             "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),

@@ -30,6 +30,7 @@ from jpaged.decoding.rule_checks import check_rules as check_rules
 from jpaged.decoding.sample import SamplingRows as SamplingRows
 from jpaged.decoding.sample import greedy as greedy
 from jpaged.decoding.sample import sample as sample
+from jpaged.decoding.sample import sample_rows as sample_rows
 from jpaged.decoding.sample import sampling as sampling
 from jpaged.decoding.sample import token_keys as token_keys
 from jpaged.decoding.sample import token_logprobs as token_logprobs

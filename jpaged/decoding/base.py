@@ -133,8 +133,10 @@ class DecodingAlgorithm:
         data of each request: `AlgorithmParams.parameters` replaces their values. int,
         float and bool become int32, float32 and bool.
       layers: With "layers": numbers of the layers, from 0, after which the output head
-        (with the final norm) computes logits.
+        computes logits, without the final norm.
       hidden_size: With "hidden": E of the model.
+      keeps_rows: Each row continues itself. The engine then ignores `parents`, and the
+        tokens of a row are final: they can be streamed.
 
     Raises:
       ValueError: An unknown need, a need without its size, or a value that is no
@@ -149,6 +151,7 @@ class DecodingAlgorithm:
     )
     layers: tuple[int, ...] = ()
     hidden_size: int = 0
+    keeps_rows: bool = False
     specs: Specs = dataclasses.field(init=False, default=())
 
     def __post_init__(self) -> None:

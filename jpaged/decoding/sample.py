@@ -288,7 +288,29 @@ def greedy() -> DecodingAlgorithm:
         tokens = _largest(logits, maxima)
         return state, _own(tokens, _chosen(logits, tokens) - log_total)
 
-    return DecodingAlgorithm(init, step)
+    return DecodingAlgorithm(init, step, keeps_rows=True)
+
+
+def sample_rows(
+    keys: jax.Array, scores: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Samples a token of each row from softmax(scores / temperature).
+
+    Args:
+      keys: key[S].
+      scores: f32[S, V].
+      temperature: f32[]; below GREEDY_BELOW: the largest score.
+
+    Returns:
+      i32[S].
+    """
+    maxima, _, _ = _summary(scores)
+    is_greedy = temperature < GREEDY_BELOW
+    warped = scores / jnp.where(is_greedy, 1.0, temperature)
+    _, masses, _ = _summary(warped)
+    ones, unfiltered = jnp.ones(len(scores)), jnp.full(len(scores), -jnp.inf)
+    tokens = _sample_groups(keys, warped, masses, ones, unfiltered)
+    return jnp.where(is_greedy, _largest(scores, maxima), tokens)
 
 
 def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
@@ -314,7 +336,7 @@ def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
         for name, part in zip(names, parts, strict=True)
         if name is not None
     }
-    return DecodingAlgorithm(init, step, parameters=parameters)
+    return DecodingAlgorithm(init, step, parameters=parameters, keeps_rows=True)
 
 
 def _parts(transform: Any) -> list[Any]:

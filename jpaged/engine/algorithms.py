@@ -53,13 +53,8 @@ class Seen(NamedTuple):
     """What algorithms need of the decoder beside logits, for N rows of logits."""
 
     hidden: jax.Array | None = None  # [N, E]
-    layers: jax.Array | None = None  # f32[N, layers of the config, V]
+    layers: tuple[jax.Array, ...] = ()  # f32[N, V] each
     numbers: tuple[int, ...] = ()  # of these layers
-
-    def of_layers(self, numbers: tuple[int, ...]) -> jax.Array:
-        """Return the logits of some layers, f32[N, len(numbers), V]."""
-        assert self.layers is not None
-        return self.layers[:, jnp.array([self.numbers.index(i) for i in numbers])]
 
 
 @functools.lru_cache(maxsize=256)
@@ -147,6 +142,14 @@ def config_algorithms(
         return config.algorithms
     beams = _beam_search(config.max_num_stop_ids)
     return ((beams, config.max_beam_width), *config.algorithms)
+
+
+def with_needs(config: EngineConfig) -> EngineConfig:
+    """Return the config with what its algorithms need of the decoder."""
+    needs = [one for one, _ in config.algorithms if hasattr(one, "needs")]
+    hidden = any("hidden" in one.needs for one in needs)
+    layers = sorted({layer for one in needs for layer in one.layers})
+    return dataclasses.replace(config, seen_hidden=hidden, seen_layers=tuple(layers))
 
 
 @functools.cache
@@ -346,6 +349,10 @@ def _step_group(
     state, decision = jax.vmap(algorithm.step)(
         inputs.keys, inputs.scores, state, *context
     )
+    if getattr(algorithm, "keeps_rows", False):
+        own = jnp.arange(members.shape[1], dtype=jnp.int32)[None, :]
+        parents = jnp.broadcast_to(own, members.shape)
+        decision = dataclasses.replace(decision, parents=parents)
     decision = dataclasses.replace(
         decision,
         parents=jnp.clip(decision.parents, 0, members.shape[1] - 1),
@@ -509,8 +516,10 @@ def _context(
         assert logits.seen.hidden is not None
         hidden = logits.seen.hidden[inputs.entries]
     if "layers" in needs:
-        layers = logits.seen.of_layers(algorithm.layers)[inputs.entries]
-        layers = jnp.moveaxis(layers, 2, 1)
+        known = dict(zip(logits.seen.numbers, logits.seen.layers, strict=True))
+        layers = jnp.stack(
+            [known[layer][inputs.entries] for layer in algorithm.layers], axis=1
+        )
     return Context(
         parameters=parameters,
         prompt_lens=table.queue.prompt_lens[inputs.known],

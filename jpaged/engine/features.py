@@ -22,6 +22,7 @@ from jpaged.engine.limits import (
     keeps_prompt_logprobs,
     rule_sizes,
     sampling_level,
+    sees_more,
 )
 from jpaged.engine.processing import ProcessorRows
 from jpaged.engine.state import EngineState
@@ -38,6 +39,7 @@ class Features(NamedTuple):
     prompt_logprobs: bool = False
     algorithms: bool = False  # beam search and decoding algorithms
     processors: bool = False  # logits processors
+    seen: bool = False  # what algorithms need of the decoder beside logits
 
     @classmethod
     def of(cls, params: Params, vocab_size: int | None) -> Features:
@@ -50,6 +52,7 @@ class Features(NamedTuple):
                 algorithms=True,
                 processors=processors,
                 logprobs=getattr(params, "logprobs", None) is not None,
+                seen=sees_more(params),
             )
         return cls(
             sampling=sampling_level(params),
@@ -91,6 +94,8 @@ def program_config(config: EngineConfig, features: Features) -> EngineConfig:
         changes |= dict(max_beam_width=0, algorithms=())
     if not features.processors:
         changes["processors"] = ()
+    if not features.seen:
+        changes |= dict(seen_hidden=False, seen_layers=())
     return dataclasses.replace(config, **changes)
 
 

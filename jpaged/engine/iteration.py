@@ -8,7 +8,7 @@ Source: Kwon et al. 2023, sections 4 and 5. https://arxiv.org/abs/2309.06180
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,13 @@ from jpaged.engine.bookkeeping import end_step as end_step
 from jpaged.engine.speculation import DraftedModel
 from jpaged.engine.state import EngineState, Model
 from jpaged.kv.block_manager import NO_BLOCK
-from jpaged.models.config import ModelConfig
 
 
 class WorkingMemory(NamedTuple):
     """Arrays that a step writes before it reads them; allocated once for a run."""
 
-    hidden: jax.Array  # [T, E]
-    logits: jax.Array  # f32[N, V]
+    hidden: Any  # [T, E], with those of layers if algorithms need them
+    logits: Any  # f32[N, V], or `sampling.SeenLogits`
     draft_hidden: jax.Array | None = None  # [T, E] of the draft model
 
 
@@ -47,16 +46,14 @@ def working_memory(model: Model, state: EngineState) -> WorkingMemory:
     """Allocate working memory for the largest step of the state's config."""
     config = state.config
 
-    def hidden(sizes: ModelConfig) -> jax.Array:
-        shape = (config.max_num_batched_tokens, sizes.hidden_size)
-        return jnp.zeros(shape, sizes.dtype)
-
-    shape = (config.max_num_logits, model.config.vocab_size)
-    is_drafted = isinstance(model, DraftedModel)
+    size = config.max_num_batched_tokens
+    draft_hidden = None
+    if isinstance(model, DraftedModel):
+        draft_hidden = sampling.init_hidden(config, model.draft.config, size)
     return WorkingMemory(
-        hidden(model.config),
-        jnp.zeros(shape, jnp.float32),
-        hidden(model.draft.config) if is_drafted else None,
+        sampling.init_hidden(config, model.config, size),
+        sampling.init_logits(config, model.config),
+        draft_hidden,
     )
 
 
@@ -92,7 +89,7 @@ def iterate(
         target, scheduled.entries, hidden, memory.logits, config
     )
     table = sampling.write_prompt_logprobs(
-        target, state.requests, scheduled.batch, hidden, config
+        target, state.requests, scheduled.batch, forward.last_hidden(hidden), config
     )
     state = dataclasses.replace(state, requests=table)
     sampled = decode(state, scheduled, logits, config)
@@ -187,7 +184,7 @@ def _draft(
 def decode(
     state: EngineState,
     scheduled: ScheduledStep,
-    logits: jax.Array,
+    logits: Any,
     config: EngineConfig,
     size: int | None = None,
 ) -> SampledStep:
@@ -201,6 +198,10 @@ def decode(
       size: the step has at most this number of entries; None: N.
     """
     number, entries = state.counters.num_steps, scheduled.entries
+    seen = algorithms.Seen()
+    if isinstance(logits, sampling.SeenLogits):
+        seen = algorithms.Seen(logits.hidden, logits.layers, config.seen_layers)
+        logits = logits.values
     new = sampling.sample_tokens(state.requests, entries, logits, config, size)
     if config.speculation is None:
         table, ended = request_table.extend(state.requests, new, number)
@@ -219,7 +220,7 @@ def decode(
         table,
         state.states,
         state.rows,
-        Logits(logits, entries.seq_indices),
+        Logits(logits, entries.seq_indices, seen),
         number,
         config,
     )

@@ -49,6 +49,7 @@ class RequestShape(NamedTuple):
     kind: int  # index in `algorithms.config_algorithms`, or NO_ALGORITHM
     num_rows: int  # sequences that run
     numbers: list[int]  # number of each sequence, those that run first
+    num_companions: int = 0  # rows with a prompt of their own, the last ones
 
     @property
     def num_retained(self) -> int:
@@ -57,7 +58,9 @@ class RequestShape(NamedTuple):
 
     def outputs(self, seq_indices: Sequence[int]) -> list[int]:
         """Select the request's outputs from the indices of its sequences."""
-        return list(seq_indices[self.num_rows :] if self.num_retained else seq_indices)
+        if self.num_retained:
+            return list(seq_indices[self.num_rows :])
+        return list(seq_indices[: self.num_rows - self.num_companions])
 
 
 def num_rows(params: Params) -> int:
@@ -118,7 +121,8 @@ def request_shape(
     count = rows
     if vocab_size is not None:
         count = algorithms.num_sequences(*pair, vocab_size)
-    return RequestShape(known.index(pair), rows, list(range(count)))
+    number = len(params.companions)
+    return RequestShape(known.index(pair), rows, list(range(count)), number)
 
 
 def check_request(
@@ -150,6 +154,9 @@ def check_request(
             "or raise max_model_len"
         )
     _check_ids("prompt", prompt, vocab_size)
+    if isinstance(params, AlgorithmParams):
+        for i, one in enumerate(params.companions):
+            _check_companion(f"companions[{i}]", one, config, vocab_size)
     sequences = request_shape(params, config, vocab_size)
     num_blocks = config.num_blocks if num_blocks is None else num_blocks
     _check_blocks(config, length, params, sequences, num_blocks)
@@ -181,6 +188,8 @@ def check_request(
             )
     _check_automaton(config, params, vocab_size)
     _check_processors(config, params, vocab_size)
+    if isinstance(params, AlgorithmParams) and sees_more(params):
+        _check_needs(config, params.algorithm)
     if isinstance(params, BeamSearchParams) and vocab_size is not None:
         if params.beam_width > vocab_size:
             raise ValueError(
@@ -190,6 +199,23 @@ def check_request(
     if isinstance(params, BeamSearchParams):
         max_tokens = token_limit(config, length, params) - length
         beam.check_length_penalty(params.length_penalty, max_tokens)
+
+
+def _check_companion(
+    name: str, prompt: Any, config: EngineConfig, vocab_size: int | None
+) -> None:
+    """Raise ValueError if a prompt of a row cannot run."""
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"{name}: expected token ids, because the engine has no tokenizer, got "
+            f"{prompt!r:.200}"
+        )
+    if len(prompt) >= config.max_model_len:
+        raise ValueError(
+            f"{name}: expected fewer than max_model_len ({config.max_model_len}) "
+            f"tokens, got {len(prompt)}"
+        )
+    _check_ids(name, prompt, vocab_size)
 
 
 def _check_blocks(
@@ -203,7 +229,10 @@ def _check_blocks(
     # Samples of a request need not run at the same time.
     rows = 1 if sequences.kind == NO_ALGORITHM else sequences.num_rows
     limit = token_limit(config, length, params)
-    needed = most_blocks(config, length, limit, rows)
+    needed = most_blocks(config, length, limit, rows - sequences.num_companions)
+    for companion in getattr(params, "companions", ()):
+        other = min(config.max_model_len, len(companion) + limit - length)
+        needed += most_blocks(config, len(companion), other, 1)
     if needed > num_blocks:
         in_rows = f"in each of {rows} rows " * (rows > 1)
         not_pinned = " that are not pinned" * (num_blocks < config.num_blocks)
@@ -300,6 +329,30 @@ def _check_processors(
         )
 
 
+def _check_needs(config: EngineConfig, algorithm: Any) -> None:
+    draft = config.speculation
+    if draft is not None and draft.method == "model":
+        raise ValueError(
+            "algorithm: expected one without the needs 'hidden' and 'layers', because "
+            "the engine has a draft model"
+        )
+    known = (config.seen_hidden or "hidden" not in algorithm.needs) and set(
+        algorithm.layers
+    ) <= set(config.seen_layers)
+    if not known:
+        raise ValueError(
+            f"algorithm: expected a config with the needs of its algorithms, got "
+            f"seen_hidden={config.seen_hidden}, seen_layers={config.seen_layers}; use "
+            "engine.algorithms.with_needs(config)"
+        )
+
+
+def sees_more(params: Params) -> bool:
+    """Return whether the request's algorithm needs more of the decoder than logits."""
+    needs = getattr(getattr(params, "algorithm", None), "needs", frozenset())
+    return not needs.isdisjoint({"hidden", "layers"})
+
+
 def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:
     """Return the sizes that a request's logits rules need; None if it has no rules.
 
@@ -358,7 +411,10 @@ def largest_request(table: RequestTable, config: EngineConfig) -> int:
         rows = len(mine) if params.algorithms[mine[0]] != NO_ALGORITHM else 1
         length = int(queue.prompt_lens[mine[0]])
         limit = int(params.token_limits[mine[0]])
-        most = max(most, most_blocks(config, length, limit, rows))
+        needed = most_blocks(config, length, limit, rows)
+        if len(set(queue.prompt_lens[mine].tolist())) > 1:  # prompts of companions
+            needed = int(cdiv(params.token_limits[mine], config.block_size).sum())
+        most = max(most, needed)
     return most
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,11 @@ from jpaged.decoding.sample import (
     token_logprobs,
     top_logprobs,
 )
-from jpaged.engine import processing, request_table
+from jpaged.engine import forward, processing, request_table
 from jpaged.engine.batch import Entries, StepBatch, bucket, pack, token_rows
 from jpaged.engine.request_table import RequestTable, SampledTokens
 from jpaged.models import products
+from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 
 _SAMPLED_ROWS = 8  # rows that the sampler processes at a time
@@ -66,24 +67,25 @@ def _automaton_states(
 def next_logits(
     model: Decoder,
     entries: Entries,
-    hidden: jax.Array,
-    logits: jax.Array,
+    hidden: Any,
+    logits: Any,
     config: EngineConfig,
-) -> jax.Array:
+) -> Any:
     """Compute the logits of the entries.
 
     Args:
       model: the decoder.
       entries: the rows of logits.
       hidden: [T, E], hidden states of the step's tokens.
-      logits: f32[N, V], working memory, allocated once for a run.
+      logits: f32[N, V], working memory, allocated once for a run; `SeenLogits` if
+        algorithms need more.
       config: the engine's sizes.
 
     Returns:
       `logits` with the entries' logits in front; the other rows are unchanged.
     """
 
-    def run(size: int, logits: jax.Array) -> jax.Array:
+    def run(size: int, logits: Any) -> Any:
         return first_logits(model, entries, hidden, logits, config, size)
 
     sizes = config.logit_buckets
@@ -97,15 +99,54 @@ def next_logits(
 def first_logits(
     model: Decoder,
     entries: Entries,
-    hidden: jax.Array,
-    logits: jax.Array,
+    hidden: Any,
+    logits: Any,
     config: EngineConfig,
     size: int,
-) -> jax.Array:
+) -> Any:
     """Compute the logits of the first `size` entries; see `next_logits`."""
+    at = entries.tokens[:size]
+    last = forward.last_hidden(hidden)[at]
     with products.serving(config.attention):
-        values = model.logits(hidden[entries.tokens[:size]])
-    return logits.at[:size].set(values)
+        values = model.logits(last)
+        if not config.sees_more:
+            return logits.at[:size].set(values)
+        layers = hidden[1] if config.seen_layers else ()
+        found = SeenLogits(
+            values,
+            last if config.seen_hidden else None,
+            tuple(model.logits(layer[at]) for layer in layers),
+        )
+    return jax.tree.map(lambda x, new: x.at[:size].set(new), logits, found)
+
+
+class SeenLogits(NamedTuple):
+    """The logits of a step, with what else algorithms need of the decoder."""
+
+    values: jax.Array  # f32[N, V]
+    hidden: jax.Array | None  # [N, E]
+    layers: tuple[jax.Array, ...]  # f32[N, V] for each of the config's `seen_layers`
+
+
+def init_logits(config: EngineConfig, sizes: ModelConfig) -> Any:
+    """Allocate the working memory for logits."""
+    shape = (config.max_num_logits, sizes.vocab_size)
+    values = jnp.zeros(shape, jnp.float32)
+    if not config.sees_more:
+        return values
+    shape = (config.max_num_logits, sizes.hidden_size)
+    hidden = jnp.zeros(shape, sizes.dtype) if config.seen_hidden else None
+    return SeenLogits(
+        values, hidden, tuple(jnp.zeros_like(values) for _ in config.seen_layers)
+    )
+
+
+def init_hidden(config: EngineConfig, sizes: ModelConfig, size: int) -> Any:
+    """Allocate the working memory for hidden states of `size` tokens."""
+    hidden = jnp.zeros((size, sizes.hidden_size), sizes.dtype)
+    if not config.seen_layers:
+        return hidden
+    return hidden, tuple(jnp.zeros_like(hidden) for _ in config.seen_layers)
 
 
 def sample_tokens(

@@ -226,9 +226,10 @@ class _Entry(NamedTuple):
 def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
     """Encode sequence number `index` of the request."""
     params, one, seq_indices = request.params, request.shape, request.seq_indices
-    length = len(request.prompt)
+    prompt, max_tokens = _own_prompt(config, request, index)
+    length = len(prompt)
     tokens = np.zeros((config.max_model_len,), np.int32)
-    tokens[:length] = request.prompt
+    tokens[:length] = prompt
     ends = np.full((config.max_num_stop_ids,), -1, np.int32)
     ends[: len(request.stop_ids)] = request.stop_ids
     is_row, is_leader = index < one.num_rows, index == 0
@@ -237,10 +238,10 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
     source, shared = seq_indices[0], length - 1
     if is_leader:
         source, shared = request.source, request.shared
-    if shared <= 0 or not is_row:
+    if shared <= 0 or not is_row or prompt is not request.prompt:
         source, shared = seq_indices[index], 0
     is_grouped = one.kind != NO_ALGORITHM
-    limit = token_limit(config, length, params)
+    limit = length + max_tokens
     mine = processing.encode(config, params) if config.processors else (None, None)
     return _Entry(
         seq_index=np.int32(seq_indices[index]),
@@ -269,9 +270,25 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             automata=np.int32(request.automaton),
             processors=mine[0],
         ),
-        states=_states(config, request, is_leader, limit - length),
+        states=_states(config, request, is_leader, max_tokens),
         processor_states=mine[1],
     )
+
+
+def _own_prompt(
+    config: EngineConfig, request: _Request, index: int
+) -> tuple[Sequence[int], int]:
+    """The prompt of sequence number `index`, and the most tokens it generates.
+
+    All sequences of a request generate equally many.
+    """
+    companions = getattr(request.params, "companions", ())
+    lengths = map(len, (request.prompt, *companions))
+    most = min(token_limit(config, n, request.params) - n for n in lengths)
+    number = index - (request.shape.num_rows - len(companions))
+    if 0 <= number < len(companions):
+        return companions[number], most
+    return request.prompt, most
 
 
 def _own_seed(request: _Request) -> int:

@@ -208,6 +208,7 @@ class Intake:
         limits.check_rows(params, self._host.config)
         if isinstance(params, AlgorithmParams):
             groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
+            self._check_needs(params.algorithm)
         if isinstance(params, BeamSearchParams):
             return
         if params.stop and self._tokenizer is None:
@@ -230,6 +231,21 @@ class Intake:
                 f"for all of it, got {count}"
             )
 
+    def _check_needs(self, algorithm: Any) -> None:
+        """Raise ValueError if an algorithm was created for another model."""
+        model, size = self._model, getattr(algorithm, "hidden_size", 0)
+        if size not in (0, model.hidden_size):
+            raise ValueError(
+                f"algorithm: expected the model's hidden_size ({model.hidden_size}), "
+                f"got {size}"
+            )
+        layers = getattr(algorithm, "layers", ())
+        if max(layers, default=0) >= model.num_layers:
+            raise ValueError(
+                f"algorithm: expected layers from 0 to {model.num_layers - 1} (the "
+                f"model's), got {layers}"
+            )
+
     def _resolve(self, params: Params) -> Params:
         """Replace text in the parameters by token ids and automata.
 
@@ -244,6 +260,16 @@ class Intake:
                 self._model.eos_token_ids,
                 params.max_tokens,
                 params.stop_token_ids,
+            )
+        if isinstance(params, AlgorithmParams):
+            prompts = [
+                tuple(
+                    text_prompts.token_ids(self._tokenizer, f"companions[{i}]", prompt)
+                )
+                for i, prompt in enumerate(params.companions)
+            ]
+            return dataclasses.replace(
+                params, structured_outputs=automaton, companions=prompts
             )
         if not isinstance(params, SamplingParams):
             return dataclasses.replace(params, structured_outputs=automaton)
@@ -331,7 +357,7 @@ def grown_config(
         is_many = num_logprobs > LEAST_LOGPROBS
         num_logprobs = _power_of_two(num_logprobs) if is_many else LEAST_LOGPROBS
         num_logprobs = min(num_logprobs, vocab_size)
-    return dataclasses.replace(
+    grown = dataclasses.replace(
         config,
         num_logprobs=num_logprobs,
         prompt_logprobs=config.prompt_logprobs
@@ -342,6 +368,7 @@ def grown_config(
         algorithms=tuple(algorithms),
         processors=tuple(processors),
     )
+    return groups.with_needs(grown)
 
 
 def _num_logprobs(params: Params, vocab_size: int) -> int:

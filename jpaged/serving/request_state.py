@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jpaged.engine import limits, request_table
 from jpaged.engine.limits import Params
 from jpaged.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
-from jpaged.params import BeamSearchParams, SamplingParams
+from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
 from jpaged.serving import metrics
 from jpaged.serving.metrics import Event
 from jpaged.serving.readout import SequenceTokens
@@ -247,10 +247,18 @@ class RequestState:
     def is_watched(self) -> bool:
         """Whether the host reads the outputs after every slice.
 
-        The outputs of an algorithm, beams included, are unknown before its end.
+        The outputs of an algorithm whose rows can continue each other, beams included,
+        are unknown before its end.
         """
-        is_sampled = isinstance(self.params, SamplingParams)
-        return is_sampled and (self.is_streamed or bool(self.stop))
+        return self.has_own_rows and (self.is_streamed or bool(self.stop))
+
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether the tokens of an output never change."""
+        params = self.params
+        if isinstance(params, AlgorithmParams):
+            return getattr(params.algorithm, "keeps_rows", False)
+        return isinstance(params, SamplingParams)
 
     @property
     def is_finished(self) -> bool:

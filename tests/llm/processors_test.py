@@ -283,7 +283,9 @@ SIZE = {"loop": 4, "trunk": 16}  # rows, tokens
 def lowered(llm, name, used):
     state = llm._host.runner.state
     specs = ProgramSpecs(llm.model, None)
-    program = specs.program(program_key(name, SIZE.get(name, 0), used, state.config), state)
+    program = specs.program(
+        program_key(name, SIZE.get(name, 0), used, state.config), state
+    )
     function = jax.jit(program.function, donate_argnums=tuple(program.donated))
     return function.lower(*program.args).as_text()
 
@@ -292,7 +294,9 @@ def lowered(llm, name, used):
 def test_programs_of_others_are_those_of_an_engine_without_processors(
     name, llm, mixed, folder, plain_llm
 ):
-    used = NO_FEATURES if name in ("schedule", "trunk", "settle") else Features(sampling=2)
+    used = (
+        NO_FEATURES if name in ("schedule", "trunk", "settle") else Features(sampling=2)
+    )
     assert llm.config.processors
     assert not plain_llm.config.processors
     assert lowered(llm, name, used) == lowered(plain_llm, name, used)

@@ -68,7 +68,7 @@ def _algorithm(
     make: Callable[[LLM, int], Any], num_rows: int = 1, **settings: Any
 ) -> Callable[[LLM, int, int], Any]:
     def params(llm: LLM, length: int, seed: int) -> AlgorithmParams:
-        more = {
+        more: dict[str, Any] = {
             name: value(llm) if callable(value) else value
             for name, value in settings.items()
         }

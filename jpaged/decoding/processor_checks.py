@@ -88,7 +88,8 @@ def _abstract(vocab_size: int) -> tuple[Any, Row]:
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     tokens = jax.ShapeDtypeStruct((_LENGTH,), jnp.int32)
     logits = jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
-    return logits, Row(tokens, number, number, key)
+    columns: list[Any] = [tokens, number, number, key]
+    return logits, Row(*columns)
 
 
 def _examples(vocab_size: int) -> list[tuple[str, np.ndarray, np.ndarray, int]]:
@@ -142,9 +143,9 @@ def _problem(
     }
     what, logits, tokens, lens = zip(*_examples(vocab_size), strict=True)
     rows = Row(
-        tokens=np.stack(tokens),
-        prompt_len=np.asarray(lens, np.int32),
-        num_tokens=np.full((len(lens),), _LENGTH, np.int32),
+        tokens=jnp.stack(tokens),
+        prompt_len=jnp.asarray(lens, jnp.int32),
+        num_tokens=jnp.full((len(lens),), _LENGTH, jnp.int32),
         key=jax.random.split(jax.random.key(0, impl="threefry2x32"), len(lens)),
     )
     run = _compiled(kind, kind.init is not None)

@@ -52,7 +52,7 @@ class ProcessorKind(NamedTuple):
 
     def zeros(self) -> dict[str, np.ndarray]:
         """Parameters of rows that do not use the processor."""
-        return {name: np.zeros(*spec) for name, *spec in self.parameters}
+        return {name: np.zeros(shape, dt) for name, shape, dt in self.parameters}
 
     def init_state(self, parameters: Mapping[str, Any]) -> Any:
         """Return the state before the first token; () without `init`."""
@@ -159,7 +159,8 @@ def as_processor(name: str, value: Any) -> LogitsProcessor:
             f"{name}: expected a LogitsProcessor, or a function (logits, row) -> "
             f"logits, got {value!r} ({type(value).__name__})"
         )
-    return LogitsProcessor(value)
+    function: Any = value
+    return LogitsProcessor(function)
 
 
 # ---- batches of rows

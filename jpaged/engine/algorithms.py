@@ -152,6 +152,15 @@ def with_needs(config: EngineConfig) -> EngineConfig:
     return dataclasses.replace(config, seen_hidden=hidden, seen_layers=tuple(layers))
 
 
+def has_needs(config: EngineConfig, algorithm: Any) -> bool:
+    """Whether a program of this config computes what an algorithm needs."""
+    needs = getattr(algorithm, "needs", frozenset())
+    layers = getattr(algorithm, "layers", ())
+    return (config.seen_hidden or "hidden" not in needs) and (
+        set(layers) <= set(config.seen_layers)
+    )
+
+
 @functools.cache
 def _beam_search(num_stop_ids: int) -> DecodingAlgorithm:
     """Beam search for all requests: its parameters come with each request."""
@@ -263,7 +272,9 @@ def step_algorithms(
     """
     own = jnp.arange(rows.shape[0], dtype=jnp.int32)
     carry = _Carry(table, states, own, jnp.int32(0))
-    for kind, (_, num_rows) in enumerate(config_algorithms(config)):
+    for kind, (algorithm, num_rows) in enumerate(config_algorithms(config)):
+        if not has_needs(config, algorithm):
+            continue  # none of its requests runs in this program
         size = max(1, min(_ROWS, rows.shape[0]) // num_rows)
         leaders, count = _leaders(table, logits.seq_indices, kind, size)
 
@@ -560,9 +571,14 @@ def _apply(
     at = jnp.where(gets_token, seq_indices, table_size)
     new = _new_tokens(at, decision, sources, inputs, config)
     table, ended = request_table.extend(table, new, step)
-    # The reason of sequences that the algorithm itself ends is STOP.
+    # The reason of sequences that the algorithm itself ends is STOP. A copy without a
+    # token ends at the limit if a token of the same step would.
+    position = table.queue.num_tokens[jnp.where(is_known, seq_indices, 0)]
+    limit = table.params.token_limits[jnp.where(is_known, seq_indices, 0)]
+    is_full = (decision.tokens < 0) & (position + 1 >= limit)
     by_itself = jnp.where(decision.finished & ~ended & is_open, seq_indices, table_size)
-    reasons = table.finish_reasons.at[by_itself].set(request_table.STOP, mode="drop")
+    reason = jnp.where(is_full, request_table.LENGTH, request_table.STOP)
+    reasons = table.finish_reasons.at[by_itself].set(reason, mode="drop")
     at_end = jnp.where(decision.finished, members, table_size)
     queue = dataclasses.replace(
         table.queue,

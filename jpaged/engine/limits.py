@@ -336,10 +336,7 @@ def _check_needs(config: EngineConfig, algorithm: Any) -> None:
             "algorithm: expected one without the needs 'hidden' and 'layers', because "
             "the engine has a draft model"
         )
-    known = (config.seen_hidden or "hidden" not in algorithm.needs) and set(
-        algorithm.layers
-    ) <= set(config.seen_layers)
-    if not known:
+    if not algorithms.has_needs(config, algorithm):
         raise ValueError(
             f"algorithm: expected a config with the needs of its algorithms, got "
             f"seen_hidden={config.seen_hidden}, seen_layers={config.seen_layers}; use "

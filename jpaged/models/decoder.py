@@ -292,7 +292,7 @@ class Decoder(nnx.Module):
 
         def body(
             layer: jax.Array,
-            carry: tuple[Any, ...],
+            carry: tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], Cache, Any],
         ) -> Any:
             x, qkv, cache, tapped = carry
             attended, cache = attend(layer, *qkv, cache)

@@ -130,6 +130,7 @@ if [ -n "$$uv" ]; then
 else
   "$$VENV/bin/python" -m pip install -q -e '.[test]'
 fi || fail "the installation failed; see the messages above."
+"$$VENV/bin/python" -c "from jpaged.cpu import library; library.is_available()"
 { pwd; cat pyproject.toml; } >"$$stamp"
 endef
 export MAKE_ENV

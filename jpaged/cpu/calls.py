@@ -8,6 +8,7 @@ writes outside of its arrays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -116,16 +117,43 @@ def matmul(
     Returns:
       `[M, N]` in the dtype of x.
     """
-    factors = jnp.zeros((0,), jnp.float32) if scale is None else scale
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
-        raise ValueError(
-            f"x, weight: expected shapes [M, K] and [K, N], got {x.shape} and "
-            f"{weight.shape}"
-        )
-    _check_product(x, weight, scale, weight.shape[1:])
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
+    return matmuls(x, [weight], [scale])[0]
+
+
+def matmuls(
+    x: jax.Array, weights: Sequence[jax.Array], scales: Sequence[jax.Array | None]
+) -> list[jax.Array]:
+    """Return the products of x `[M, K]` with several matrices, in one call.
+
+    Args:
+      x: as in `matmul`.
+      weights: `[K, N]` each, of one dtype.
+      scales: of each matrix, as in `matmul`.
+
+    Returns:
+      `[M, N]` of each matrix, with the same bits as from `matmul`.
+    """
+    operands = []
+    for weight, scale in zip(weights, scales, strict=True):
+        if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
+            raise ValueError(
+                f"x, weight: expected shapes [M, K] and [K, N], got {x.shape} and "
+                f"{weight.shape}"
+            )
+        _check_product(x, weight, scale, weight.shape[1:])
+        if weight.dtype != weights[0].dtype:
+            raise ValueError(
+                f"weights: expected one dtype, got {weights[0].dtype} and "
+                f"{weight.dtype}"
+            )
+        factors = jnp.zeros((0,), jnp.float32) if scale is None else scale
+        operands += [weight, factors]
+    out = [
+        jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
+        for weight in weights
+    ]
     call = jax.ffi.ffi_call(library.target("matmul"), out, vmap_method="sequential")
-    return call(x, weight, factors)
+    return list(call(x, *operands))
 
 
 def grouped_matmul(

@@ -10,6 +10,7 @@ of processors (`make wheel`); then no compiler is needed.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
@@ -34,7 +35,7 @@ from jpaged import compilation_cache
 SOURCES = pathlib.Path(__file__).parent / "kernels"
 JAXLIB_VERSION = importlib.metadata.version("jaxlib")
 COMPILERS = ("c++", "g++", "clang++")  # tried after $CXX
-_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-w")
 _TIMEOUT_S = 1800
 _LOCK = threading.Lock()
 # Libraries of a wheel: compiler flag -> what the processor must have, best one first.
@@ -104,6 +105,11 @@ def _target(name: str) -> str:
 def announce() -> None:
     """Say on stderr that the kernels serve, once in a process."""
     print("jpaged: the CPU kernels serve (C++)", file=sys.stderr)
+
+
+def _announce_build() -> None:
+    text = "jpaged: building the CPU kernels for this processor, once; some 10 s"
+    print(text, file=sys.stderr)
 
 
 @functools.cache
@@ -178,6 +184,7 @@ def _build_here() -> pathlib.Path:
         try:
             with _locked(folder):
                 if not path.is_file():
+                    _announce_build()
                     compile_library(compiler, path, processor_flags())
             return path
         except OSError as error:
@@ -261,21 +268,34 @@ def compile_library(
     Raises:
       LibraryError: the compiler fails.
     """
+    command = [*compiler, *_FLAGS, *processor]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
-        built = pathlib.Path(scratch) / path.name
-        command = [*compiler, *_FLAGS, *processor]
-        command += ["-isystem", jax.ffi.include_dir(), "-I", str(SOURCES)]
-        command += [str(SOURCES / "kernels.cc"), "-o", str(built)]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise LibraryError(f"cannot run {command[0]}: {error}") from error
-        if done.returncode:
-            message = done.stderr.strip() or done.stdout.strip()
-            raise LibraryError(f"{shlex.join(command)} failed:\n{message[-2000:]}")
+        folder = pathlib.Path(scratch)
+        include = ["-isystem", jax.ffi.include_dir(), "-I", str(SOURCES)]
+        sources = [path for path in sorted(SOURCES.iterdir()) if path.suffix == ".cc"]
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+        units = [
+            [*command, *include, "-c", str(source), "-o", name]
+            for source, name in zip(sources, objects, strict=True)
+        ]
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(threads.map(_run, units))
+        built = folder / path.name
+        _run([*command, "-shared", *objects, "-o", str(built)])
         os.replace(built, path)
+
+
+def _run(command: list[str]) -> None:
+    """Run a compiler; raise LibraryError with its message if it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LibraryError(f"cannot run {command[0]}: {error}") from error
+    if done.returncode:
+        message = done.stderr.strip() or done.stdout.strip()
+        raise LibraryError(f"{shlex.join(command)} failed:\n{message[-2000:]}")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ takes time. XLA's product needs many rows to be as fast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -19,13 +21,14 @@ from jpaged.pages.backend import Products
 MAX_ROWS = {"float32": 128, "bfloat16": 256, "float16": 256, "int8": 256}
 
 
-def matmul(
-    x: jax.Array, weight: jax.Array, scale: jax.Array | None = None
-) -> jax.Array | None:
-    """Return x `[M, K]` @ weight `[K, N]` * scale `[N]`, or None for XLA's product."""
-    if not _is_served(x, weight):
+def matmuls(
+    x: jax.Array, weights: Sequence[jax.Array], scales: Sequence[jax.Array | None]
+) -> list[jax.Array] | None:
+    """Return x `[M, K]` @ weight `[K, N]` * scale `[N]` of each, or None for XLA's."""
+    is_one_dtype = all(weight.dtype == weights[0].dtype for weight in weights)
+    if not (is_one_dtype and _is_served(x, weights[0])):
         return None
-    return calls.matmul(x, weight, scale)
+    return calls.matmuls(x, weights, scales)
 
 
 def grouped_matmul(
@@ -49,4 +52,4 @@ def _is_served(x: jax.Array, weight: jax.Array) -> bool:
     return is_known and x.shape[0] <= MAX_ROWS.get(jnp.dtype(weight.dtype).name, 0)
 
 
-PRODUCTS = Products(matmul, grouped_matmul)
+PRODUCTS = Products(matmuls, grouped_matmul)

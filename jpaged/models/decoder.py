@@ -30,6 +30,7 @@ from jpaged.models.layers import (
     Linear,
     Mlp,
     Output,
+    apply_all,
     causal_attention,
     make_norm,
     random_param,
@@ -45,8 +46,8 @@ RotaryTables = tuple[jax.Array, jax.Array] | None
 class Attention(nnx.Module):
     """The projections around attention; attention itself is the caller's.
 
-    Query, key and value are separate matrices: a fused one is no faster on a CPU, and
-    separate ones can each be sharded over their own heads.
+    Query, key and value are separate matrices, multiplied in one call where the
+    backend has one: they can each be sharded over their own heads.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -81,8 +82,8 @@ class Attention(nnx.Module):
         """q [T, H, D], k and v [T, K, D] of x [T, E]; q and k are rotated."""
         num_tokens = x.shape[0]
         q, k, v = (
-            linear(x).reshape(num_tokens, -1, self.head_dim)
-            for linear in (self.query, self.key, self.value)
+            out.reshape(num_tokens, -1, self.head_dim)
+            for out in apply_all([self.query, self.key, self.value], x)
         )
         k, v = (parallel.select_kv_heads(x, self.num_kv_heads) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:

@@ -9,7 +9,7 @@ Shape symbols: B batch, T tokens, H query heads, K kv heads, D head_dim, E hidde
 V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -18,7 +18,7 @@ from flax import nnx
 
 from jpaged import parallel
 from jpaged.models.config import ModelConfig
-from jpaged.models.products import matmul
+from jpaged.models.products import matmul, matmuls
 from jpaged.models.quantize import random_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
@@ -86,13 +86,23 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x @ weight + bias, [..., out]; in the dtype of x if the weight is int8."""
-        scale = None if self.scale is None else self.scale[...]
-        out = matmul(x, self.weight[...], scale)
+        return apply_all([self], x)[0]
+
+    def finish(self, out: jax.Array) -> jax.Array:
+        """The result from the product x @ weight: summed over devices, with the bias."""
         if self.part is not None:
             out = parallel.sum_partials(out, self.part)
         if self.bias is None:
             return out
         return out + _as_last_axis(self.bias[...], out.ndim)
+
+
+def apply_all(linears: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
+    """The results of several linear layers for one x, [..., out] each."""
+    weights = [linear.weight[...] for linear in linears]
+    scales = [None if each.scale is None else each.scale[...] for each in linears]
+    products = matmuls(x, weights, scales)
+    return [linear.finish(out) for linear, out in zip(linears, products, strict=True)]
 
 
 class Output(nnx.Module):
@@ -201,7 +211,8 @@ class Mlp(nnx.Module):
         act = ACTIVATION_FUNCTIONS[self.activation]
         if self.gate is None:
             return self.down(act(self.up(x)))
-        return self.down(act(self.gate(x)) * self.up(x))
+        gate, up = apply_all([self.gate, self.up], x)
+        return self.down(act(gate) * up)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,28 @@ def matmul(
     Returns:
       [..., out], in the dtype of x.
     """
+    return matmuls(x, [weight], [scale])[0]
+
+
+def matmuls(
+    x: jax.Array, weights: Sequence[jax.Array], scales: Sequence[jax.Array | None]
+) -> list[jax.Array]:
+    """Return the products of x with several weights; see `matmul`.
+
+    A backend may compute them in one call.
+    """
     if (kernels := _serving.get()) is not None:
         rows = x.reshape(-1, x.shape[-1])
-        out = kernels.matmul(rows, weight, scale)
+        out = kernels.matmuls(rows, weights, scales)
         if out is not None:
-            return out.reshape(*x.shape[:-1], -1)
+            return [each.reshape(*x.shape[:-1], -1) for each in out]
+    return [
+        _xla_matmul(x, weight, scale)
+        for weight, scale in zip(weights, scales, strict=True)
+    ]
+
+
+def _xla_matmul(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
     if scale is not None:
         return product_int8(x, weight, scale)
     is_full = weight.dtype == jnp.float32

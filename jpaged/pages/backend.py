@@ -35,8 +35,9 @@ class Products(NamedTuple):
     Each returns None where XLA's product is as fast. They have no gradients.
     """
 
-    # (x [M, K], weight [K, N], scale f32[N] or None) -> [M, N], in the dtype of x
-    matmul: Callable[..., jax.Array | None]
+    # (x [M, K], weights [K, N], their scales f32[N] or None) -> [M, N] of each weight, in
+    # the dtype of x
+    matmuls: Callable[..., list[jax.Array] | None]
     # (x [T, K] in groups of rows, weight [X, K, N], scale f32[X, N] or None, rows of
     # each group i32[X]) -> [T, N], in the dtype of x
     grouped_matmul: Callable[..., jax.Array | None]

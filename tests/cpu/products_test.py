@@ -151,9 +151,26 @@ def test_many_rows_are_left_to_xla():
     weight = normal(8, 8)
     for dtype, most in products.MAX_ROWS.items():
         narrow = weight.astype(dtype)
-        assert products.matmul(normal(most, 8), narrow) is not None
-        assert products.matmul(normal(most + 1, 8), narrow) is None
-    assert products.matmul(jnp.ones((2, 8), jnp.int32), weight) is None
+        assert products.matmuls(normal(most, 8), [narrow], [None]) is not None
+        assert products.matmuls(normal(most + 1, 8), [narrow], [None]) is None
+    assert products.matmuls(jnp.ones((2, 8), jnp.int32), [weight], [None]) is None
+    both = [weight, weight.astype(jnp.bfloat16)]
+    assert products.matmuls(normal(2, 8), both, [None, None]) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 17])
+def test_several_matrices_in_one_call_have_the_bits_of_single_calls(rows, dtype):
+    # Widths that end inside of a panel, so that strips begin and end in all of them.
+    widths = (3, 200, 64, 1, 130)
+    x = normal(rows, 37)
+    weights = [(normal(37, n) * 20).astype(dtype) for n in widths]
+    scales = [abs(normal(n)) if dtype == "int8" else None for n in widths]
+    together = calls.matmuls(x, weights, scales)
+    for out, weight, scale in zip(together, weights, scales, strict=True):
+        np.testing.assert_array_equal(out, calls.matmul(x, weight, scale))
+    with pytest.raises(ValueError, match="weights: expected one dtype, got"):
+        calls.matmuls(x, [weights[0], weights[1].astype(jnp.float16)], scales[:2])
 
 
 def test_the_model_uses_the_kernels_inside_of_serving_only():

@@ -152,22 +152,27 @@ constexpr int Reversed(int index) {
   return reversed;
 }
 
-template <int kStep>
-inline Vec AddPairs(Vec a, Vec b) {
-  Vec low, high;
-  for (int lane = 0; lane < kWidth; ++lane) {
-    const int from = lane & ~kStep;
-    low[lane] = lane & kStep ? b[from] : a[from];
-    high[lane] = lane & kStep ? b[from + kStep] : a[from + kStep];
-  }
-  return low + high;
+// The sums of neighbouring lanes of a and b, by turns of kStep.
+template <int kStep, int... kLanes>
+inline Vec AddPairs(Vec a, Vec b, std::integer_sequence<int, kLanes...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(
+             a, b, ((kLanes & ~kStep) + (kLanes & kStep ? kWidth : 0))...) +
+         __builtin_shufflevector(
+             a, b, ((kLanes | kStep) + (kLanes & kStep ? kWidth : 0))...);
+#else
+  const IntVec low = {((kLanes & ~kStep) + (kLanes & kStep ? kWidth : 0))...};
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + kStep);
+#endif
 }
 
 template <int kStep>
 inline void AddLanes(Vec* sums) {
   if constexpr (kStep < kWidth) {
     constexpr int kHalf = kWidth / (2 * kStep);
-    for (int i = 0; i < kHalf; ++i) sums[i] = AddPairs<kStep>(sums[i], sums[i + kHalf]);
+    for (int i = 0; i < kHalf; ++i) 
+      sums[i] = AddPairs<kStep>(sums[i], sums[i + kHalf],
+                                std::make_integer_sequence<int, kWidth>());
     AddLanes<2 * kStep>(sums);
   }
 }

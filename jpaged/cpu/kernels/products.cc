@@ -1,4 +1,4 @@
-// Products of few rows with a weight matrix: y = x w, w [K, N] as the model stores it.
+// Products of few rows with weight matrices: y = x w, w [K, N] as the model stores it.
 //
 // A decode step multiplies a few rows with every weight, so reading the weights is what
 // takes time. A thread takes a strip of columns and walks down the matrix, some rows at
@@ -89,13 +89,22 @@ struct InputTag;
 struct SumsTag;
 struct EdgeTag;
 
-// x [M, K], w [K, N], scales [N] or null, y [M, N].
+// A matrix w [K, N] with scales [N] or null, and its result y [M, N].
+template <typename Weight>
+struct Matrix {
+  const Weight* w;
+  const float* scales;
+  Numbers y;
+  int64_t columns;
+};
+
+// Products of the same rows x [M, K] with one or several matrices.
 template <typename Weight>
 class Product {
  public:
-  Product(int64_t rows, int64_t depth, int64_t columns, const Numbers& x, const Weight* w,
-          const float* scales, const Numbers& y)
-      : rows_(rows), depth_(depth), columns_(columns), w_(w), scales_(scales), y_(y) {
+  Product(int64_t rows, int64_t depth, const Numbers& x,
+          std::vector<Matrix<Weight>> matrices)
+      : rows_(rows), depth_(depth), matrices_(std::move(matrices)) {
     // Tile after tile; of a tile k after k, its rows side by side.
     float* packed = Scratch<InputTag>(rows * depth);
     WithType(x, [&](const auto* numbers) {
@@ -118,73 +127,88 @@ class Product {
   template <int kVecs>
   void RunPanels(ffi::ThreadPool& pool) {
     constexpr int64_t kPanel = kVecs * kWidth;
-    const int64_t num_panels = (columns_ + kPanel - 1) / kPanel;
+    const auto panels = [](const auto& matrix) {
+      return (matrix.columns + kPanel - 1) / kPanel;
+    };
+    int64_t num_panels = 0;
+    for (const auto& matrix : matrices_) num_panels += panels(matrix);
+    if (num_panels == 0) return;
     const int64_t most = kStripBytes / (rows_ * kPanel * int64_t(sizeof(float)));
-    // Strips as wide as the sums allow, as many as the threads share out evenly.
+    // Strips as wide as the sums allow, as many as the threads share out evenly: long
+    // runs are read faster. A strip may begin in one matrix and end in another.
     const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-    const int64_t longest = std::min(std::max<int64_t>(most, 1), 4096 / kPanel);
+    const int64_t longest = std::max<int64_t>(most, 1);
     const int64_t rounds = (num_panels + longest * threads - 1) / (longest * threads);
     const int64_t width =
         std::max<int64_t>((num_panels + rounds * threads - 1) / (rounds * threads), 1);
     ParallelFor(pool, (num_panels + width - 1) / width, [&](int64_t index) {
-      const int64_t first = index * width;
-      Strip<kVecs>(first, std::min(width, num_panels - first));
+      int64_t first = index * width, end = first + width;
+      for (const auto& matrix : matrices_) {
+        const int64_t count = panels(matrix);
+        const int64_t start = std::max<int64_t>(first, 0), stop = std::min(count, end);
+        if (start < stop) Strip<kVecs>(matrix, start, stop - start);
+        first -= count, end -= count;
+      }
     });
   }
 
   template <int kVecs>
-  void Strip(int64_t first_panel, int64_t num_panels) {
+  void Strip(const Matrix<Weight>& matrix, int64_t first_panel, int64_t num_panels) {
     constexpr int64_t kPanel = kVecs * kWidth;
-    const int64_t start = first_panel * kPanel;
+    const int64_t start = first_panel * kPanel, columns = matrix.columns;
     float* sums = Scratch<SumsTag>(num_panels * rows_ * kPanel);
     std::fill(sums, sums + num_panels * rows_ * kPanel, 0.0f);
-    // With few rows, fewer and longer runs are read faster.
-    const int64_t step = rows_ == 1 ? 16 : rows_ <= 8 ? 8 : rows_ <= 16 ? 16 : kMaxDepth;
+    // With few rows, fewer runs are read faster.
+    const int64_t step = rows_ <= 8 ? 8 : rows_ <= 16 ? 16 : kMaxDepth;
     for (int64_t k = 0; k < depth_; k += step) {
       const int64_t count = std::min(step, depth_ - k);
-      const Weight* line = w_ + k * columns_ + start;
+      const Weight* line = matrix.w + k * columns + start;
       for (int64_t panel = 0; panel < num_panels; ++panel) {
         const Weight* w = line + panel * kPanel;
         const bool is_last = panel + 1 == num_panels;
-        const Weight* ahead = is_last ? line + step * columns_ : w + kPanel;
-        int64_t stride = columns_;
-        const int64_t left = columns_ - start - panel * kPanel;
+        const Weight* ahead = is_last ? line + step * columns : w + kPanel;
+        int64_t stride = columns;
+        const int64_t left = columns - start - panel * kPanel;
         if (left < kPanel) {  // behind the last column are zeros
           Weight* edge = reinterpret_cast<Weight*>(Scratch<EdgeTag>(kMaxDepth * kPanel));
           std::memset(edge, 0, kMaxDepth * kPanel * sizeof(Weight));
           for (int64_t i = 0; i < count; ++i)
-            std::memcpy(edge + i * kPanel, w + i * columns_, left * sizeof(Weight));
+            std::memcpy(edge + i * kPanel, w + i * columns, left * sizeof(Weight));
           w = edge, stride = kPanel;
         }
         ForTiles(rows_, [&](int64_t row, auto rows) {
           constexpr int kRows = decltype(rows)::value;
           if constexpr (kVecs == 2 || kRows <= 4)
             Tile<kRows, kVecs>(x_ + row * depth_ + k * kRows, count, w, stride, ahead,
-                               columns_, sums + (panel * rows_ + row) * kPanel);
+                               columns, sums + (panel * rows_ + row) * kPanel);
         });
       }
     }
-    WithType(y_, [&](auto* y) {
+    WriteStrip(matrix, start, std::min(num_panels * kPanel, columns - start), kPanel,
+               sums);
+  }
+
+  // Writes sums [panels, M, panel] to `count` columns of y from `start` on.
+  void WriteStrip(const Matrix<Weight>& matrix, int64_t start, int64_t count,
+                  int64_t panel, const float* sums) {
+    const float* scales = matrix.scales;
+    WithType(matrix.y, [&](auto* y) {
       using Number = std::remove_reference_t<decltype(*y)>;
-      const int64_t count = std::min(num_panels * kPanel, columns_ - start);
-      for (int64_t c = 0; c < count; c += kPanel) {
-        const int64_t end = std::min(kPanel, count - c);
+      for (int64_t c = 0; c < count; c += panel) {
+        const int64_t end = std::min(panel, count - c);
         for (int64_t row = 0; row < rows_; ++row) {
-          const float* from = sums + (c / kPanel * rows_ + row) * kPanel;
-          Number* to = y + row * columns_ + start + c;
+          const float* from = sums + (c / panel * rows_ + row) * panel;
+          Number* to = y + row * matrix.columns + start + c;
           for (int64_t i = 0; i < end; ++i)
-            to[i] = FromFloat<Number>(scales_ ? from[i] * scales_[start + c + i]
-                                              : from[i]);
+            to[i] = FromFloat<Number>(scales ? from[i] * scales[start + c + i] : from[i]);
         }
       }
     });
   }
 
-  const int64_t rows_, depth_, columns_;
+  const int64_t rows_, depth_;
   const float* x_;
-  const Weight* w_;
-  const float* scales_;
-  const Numbers y_;
+  const std::vector<Matrix<Weight>> matrices_;
 };
 
 inline bool IsFloat(ffi::DataType type) {
@@ -212,24 +236,53 @@ inline Numbers Rows(ffi::AnyBuffer array, int64_t start, int64_t columns) {
           static_cast<char*>(array.untyped_data()) + start * columns * bytes};
 }
 
-// x [M, K] and y [M, N] of floats, w [K, N], scales [N] or [0].
-inline ffi::Error MatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                         ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> y) {
-  const auto xd = x.dimensions(), wd = w.dimensions(), yd = y->dimensions();
+inline ffi::Error CheckProduct(ffi::AnyBuffer x, ffi::AnyBuffer w,
+                               ffi::Buffer<ffi::F32> scales, ffi::AnyBuffer y) {
+  const auto xd = x.dimensions(), wd = w.dimensions(), yd = y.dimensions();
   if (xd.size() != 2 || wd.size() != 2 || yd.size() != 2 || xd[1] != wd[0] ||
       yd[0] != xd[0] || yd[1] != wd[1])
     return ffi::Error::InvalidArgument("matmul: expected shapes [M, K], [K, N], [M, N]");
   if (scales.element_count() && scales.element_count() != size_t(wd[1]))
     return ffi::Error::InvalidArgument("matmul: expected a scale for each column");
-  if (!IsFloat(x.element_type()) || !IsFloat(y->element_type()))
+  if (!IsFloat(x.element_type()) || !IsFloat(y.element_type()))
     return ffi::Error::InvalidArgument("matmul: expected x and y of floats");
-  if (xd[0] == 0 || wd[1] == 0) return ffi::Error::Success();
+  return ffi::Error::Success();
+}
+
+// x [M, K] of floats; then for each matrix w [K, N] and scales [N] or [0], and as a
+// result y [M, N] of floats. All matrices have one type.
+inline ffi::Error MatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs args,
+                         ffi::RemainingRets results) {
+  const size_t count = results.size();
+  if (count == 0 || args.size() != 2 * count)
+    return ffi::Error::InvalidArgument("matmul: expected a matrix for each result");
+  std::vector<ffi::AnyBuffer> ws, ys;
+  std::vector<const float*> scales;
+  for (size_t i = 0; i < count; ++i) {
+    const auto w = args.get<ffi::AnyBuffer>(2 * i);
+    const auto factors = args.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!w.has_value() || !factors.has_value() || !y.has_value())
+      return ffi::Error::InvalidArgument("matmul: expected float32 scales");
+    const ffi::Error error = CheckProduct(x, *w, *factors, **y);
+    if (error.failure()) return error;
+    if (i > 0 && w->element_type() != ws[0].element_type())
+      return ffi::Error::InvalidArgument("matmul: expected matrices of one type");
+    ws.push_back(*w), ys.push_back(**y);
+    scales.push_back(factors->element_count() ? factors->typed_data() : nullptr);
+  }
+  const int64_t rows = x.dimensions()[0], depth = x.dimensions()[1];
+  if (rows == 0) return ffi::Error::Success();
   return Guarded([&] {
-    return WithWeights(w, [&](const auto* weights) {
-      Product(xd[0], xd[1], wd[1], Rows(x, 0, xd[1]), weights,
-              scales.element_count() ? scales.typed_data() : nullptr,
-              Rows(*y, 0, wd[1]))
-          .Run(pool);
+    return WithWeights(ws[0], [&](const auto* first) {
+      using Weight = std::remove_const_t<std::remove_reference_t<decltype(*first)>>;
+      std::vector<Matrix<Weight>> matrices;
+      for (size_t i = 0; i < count; ++i) {
+        const int64_t columns = ws[i].dimensions()[1];
+        matrices.push_back({static_cast<const Weight*>(ws[i].untyped_data()), scales[i],
+                            Rows(ys[i], 0, columns), columns});
+      }
+      Product<Weight>(rows, depth, Rows(x, 0, depth), std::move(matrices)).Run(pool);
       return ffi::Error::Success();
     });
   });
@@ -259,11 +312,12 @@ inline ffi::Error GroupedMatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
         const int64_t count = std::min<int64_t>(
             std::max<int64_t>(counts.typed_data()[group], 0), num_rows - start);
         if (count == 0) continue;
-        Product(count, depth, columns, Rows(x, start, depth),
-                weights + group * depth * columns,
-                scales.element_count() ? scales.typed_data() + group * columns : nullptr,
-                Rows(*y, start, columns))
-            .Run(pool);
+        using Weight = std::remove_const_t<std::remove_reference_t<decltype(*weights)>>;
+        const Matrix<Weight> matrix = {
+            weights + group * depth * columns,
+            scales.element_count() ? scales.typed_data() + group * columns : nullptr,
+            Rows(*y, start, columns), columns};
+        Product<Weight>(count, depth, Rows(x, start, depth), {matrix}).Run(pool);
         start += count;
       }
       const Numbers rest = Rows(*y, start, columns);
@@ -281,9 +335,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedMatMul, jpaged::products::MatMul,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .RemainingArgs()
+                                  .RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedGroupedMatMul, jpaged::products::GroupedMatMul,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()

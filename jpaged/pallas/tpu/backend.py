@@ -21,18 +21,30 @@ from jpaged.pages.layout import LANE_ROWS
 from jpaged.pages.operands import AttentionOperands, NewTokens, Pools
 from jpaged.pages.packed import LANES
 from jpaged.pages.quantised import is_quantised
-from jpaged.pallas.tpu import calls
-from jpaged.pallas.tpu.plan import TpuTiles
 
 # Block tables are kept in a TPU core's scalar memory of 1 MiB; the rest is for others.
 _TABLE_BYTES = 896 * 1024
 _ROWS = 16  # rows of a memory tile of bfloat16
 
 
+def _calls() -> Any:
+    # Imported here: it takes a while, and most processes have no TPU.
+    from jpaged.pallas.tpu import calls
+
+    return calls
+
+
+def _tile_sizes() -> type:
+    from jpaged.pallas.tpu.plan import TpuTiles
+
+    return TpuTiles
+
+
 def attend(
     operands: AttentionOperands, *, return_lse: bool = True, dtype: Any = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return attention as `calls.attend`."""
+    calls = _calls()
     pools = operands.pools
     return calls.attend(
         operands.q,
@@ -56,12 +68,12 @@ def attend(
 def write(pools: Pools, new: NewTokens, slot_mapping: jax.Array, layer: Any) -> Pools:
     """Return the pools with the new tokens as `calls.write` writes them."""
     values = tuple(array for array in new if array is not None)
-    return Pools(*calls.write(*pools, values, slot_mapping, layer))
+    return Pools(*_calls().write(*pools, values, slot_mapping, layer))
 
 
 def copy(pools: Pools, src: jax.Array, dst: jax.Array, layer: Any) -> Pools:
     """Return the pools with blocks copied as `calls.copy` copies them."""
-    return Pools(*calls.copy(*pools, src, dst, layer))
+    return Pools(*_calls().copy(*pools, src, dst, layer))
 
 
 def unsupported(pages: jax.ShapeDtypeStruct, call: AttentionCall | None) -> str | None:
@@ -134,5 +146,5 @@ MOSAIC_TPU = Backend(
     cascade=CascadeOptions(branches=True),
     platform="tpu",
     device="TPU",
-    tile_sizes=lambda: TpuTiles,
+    tile_sizes=_tile_sizes,
 )

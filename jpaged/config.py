@@ -114,8 +114,9 @@ class EngineConfig:
         "filtered", also with top_k, top_p and min_p. Less compiles faster.
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
-      seen_hidden, seen_layers: hidden states, and layers of which logits, that the
-        algorithms need (`engine.algorithms.with_needs` sets them).
+      seen_hidden, seen_layers, seen_draft: hidden states, layers of which logits, and
+        whether logits of the draft model, that the algorithms need
+        (`engine.algorithms.with_needs` sets them).
       processors: chains of logits processors that requests may use, without the values
         of their parameters (`decoding.processors`). They are compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
@@ -152,6 +153,7 @@ class EngineConfig:
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
     seen_hidden: bool = False
     seen_layers: tuple[int, ...] = ()
+    seen_draft: bool = False
     processors: tuple[Chain, ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0

@@ -29,7 +29,7 @@ from jpaged.decoding.parameters import Specs, as_parameters, specs_of
 State = Any  # a pytree that only its own algorithm reads
 NO_TOKEN = -1  # as a token of a finished sequence: it ends without another one
 # What an algorithm can get beside the logits, see `Context`.
-NEEDS = ("history", "hidden", "layers")
+NEEDS = ("history", "hidden", "layers", "draft")
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +90,7 @@ class Context(NamedTuple):
     tokens: jax.Array | None = None  # "history": i32[S, L]; V after the last
     hidden: jax.Array | None = None  # "hidden": [S, E], after the final norm
     layers: jax.Array | None = None  # "layers": f32[N, S, V], their logits
+    draft: jax.Array | None = None  # "draft": f32[S, V], the draft model's logprobs
 
 
 class StepFn(Protocol):
@@ -128,7 +129,7 @@ class DecodingAlgorithm:
     Attributes:
       init: Returns the state before the first step.
       step: One step.
-      needs: What `step` gets in its `Context`: "history", "hidden", "layers".
+      needs: What `step` gets in its `Context`: "history", "hidden", "layers", "draft".
       parameters: Numbers or arrays by name that `step` reads in its `Context`. They are
         data of each request: `AlgorithmParams.parameters` replaces their values. int,
         float and bool become int32, float32 and bool.

@@ -49,12 +49,20 @@ _LENGTH = 16  # tokens of sequences in checks
 _ROWS = 8  # rows that decode at a time, if a request has fewer
 
 
+class DraftLogits(NamedTuple):
+    """Logits of the draft model, which has other rows than the step."""
+
+    values: jax.Array  # f32[N, V]
+    seq_indices: jax.Array  # i32[N], the sequence of each row; R: none
+
+
 class Seen(NamedTuple):
     """What algorithms need of the decoder beside logits, for N rows of logits."""
 
     hidden: jax.Array | None = None  # [N, E]
     layers: tuple[jax.Array, ...] = ()  # f32[N, V] each
     numbers: tuple[int, ...] = ()  # of these layers
+    draft: DraftLogits | None = None
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,6 +121,9 @@ def _abstract_context(algorithm: Any, num_rows: int, vocab_size: int) -> Context
         tokens=array(num_rows, _LENGTH) if "history" in needs else None,
         hidden=hidden if "hidden" in needs else None,
         layers=layers if "layers" in needs else None,
+        draft=(
+            array(num_rows, vocab_size, dtype=jnp.float32) if "draft" in needs else None
+        ),
     )
 
 
@@ -149,15 +160,22 @@ def with_needs(config: EngineConfig) -> EngineConfig:
     needs = [one for one, _ in config.algorithms if hasattr(one, "needs")]
     hidden = any("hidden" in one.needs for one in needs)
     layers = sorted({layer for one in needs for layer in one.layers})
-    return dataclasses.replace(config, seen_hidden=hidden, seen_layers=tuple(layers))
+    return dataclasses.replace(
+        config,
+        seen_hidden=hidden,
+        seen_layers=tuple(layers),
+        seen_draft=any("draft" in one.needs for one in needs),
+    )
 
 
 def has_needs(config: EngineConfig, algorithm: Any) -> bool:
     """Whether a program of this config computes what an algorithm needs."""
     needs = getattr(algorithm, "needs", frozenset())
     layers = getattr(algorithm, "layers", ())
-    return (config.seen_hidden or "hidden" not in needs) and (
-        set(layers) <= set(config.seen_layers)
+    return (
+        (config.seen_hidden or "hidden" not in needs)
+        and (config.seen_draft or "draft" not in needs)
+        and set(layers) <= set(config.seen_layers)
     )
 
 
@@ -446,9 +464,7 @@ def _inputs(
     A row without logits in this step gets those of another row.
     """
     table_size, (num_groups, num_rows) = table.queue.status.shape[0], seq_indices.shape
-    order = jnp.arange(logits.seq_indices.shape[0], dtype=jnp.int32)
-    index = jnp.zeros((table_size + 1,), jnp.int32).at[logits.seq_indices].set(order)
-    index = index[seq_indices]
+    index = _rows_of(logits.seq_indices, table_size)[seq_indices]
     raw = logits.values[index.reshape(-1)]
     raw = raw - jax.nn.logsumexp(raw, axis=1, keepdims=True)
     is_used = seq_indices < table_size
@@ -518,7 +534,7 @@ def _context(
     """What the algorithm needs beside the logits, with the axes [G, W]."""
     vocab_size, needs = logits.values.shape[1], algorithm.needs
     num_tokens = table.queue.num_tokens[inputs.known]
-    tokens = hidden = layers = None
+    tokens = hidden = layers = draft = None
     if "history" in needs:
         tokens = table.tokens[inputs.known]
         index = jnp.arange(tokens.shape[-1], dtype=jnp.int32)[None, None, :]
@@ -531,6 +547,10 @@ def _context(
         layers = jnp.stack(
             [known[layer][inputs.entries] for layer in algorithm.layers], axis=1
         )
+    if "draft" in needs and logits.seen.draft is not None:
+        values, seq_indices = logits.seen.draft
+        at = _rows_of(seq_indices, table.queue.status.shape[0])[inputs.known]
+        draft = jax.nn.log_softmax(values[at], axis=-1)
     return Context(
         parameters=parameters,
         prompt_lens=table.queue.prompt_lens[inputs.known],
@@ -539,7 +559,14 @@ def _context(
         tokens=tokens,
         hidden=hidden,
         layers=layers,
+        draft=draft,
     )
+
+
+def _rows_of(seq_indices: jax.Array, table_size: int) -> jax.Array:
+    """The row i32[R + 1] of each sequence among `seq_indices`; 0 if it has none."""
+    order = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
+    return jnp.zeros((table_size + 1,), jnp.int32).at[seq_indices].set(order)
 
 
 def _apply(

@@ -95,7 +95,7 @@ def program_config(config: EngineConfig, features: Features) -> EngineConfig:
     if not features.processors:
         changes["processors"] = ()
     if not features.seen:
-        changes |= dict(seen_hidden=False, seen_layers=())
+        changes |= dict(seen_hidden=False, seen_layers=(), seen_draft=False)
     return dataclasses.replace(config, **changes)
 
 

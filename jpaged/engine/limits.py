@@ -188,7 +188,9 @@ def check_request(
             )
     _check_automaton(config, params, vocab_size)
     _check_processors(config, params, vocab_size)
-    if isinstance(params, AlgorithmParams) and sees_more(params):
+    if isinstance(params, AlgorithmParams) and (
+        sees_more(params) or needs_draft(params)
+    ):
         _check_needs(config, params.algorithm)
     if isinstance(params, BeamSearchParams) and vocab_size is not None:
         if params.beam_width > vocab_size:
@@ -330,8 +332,13 @@ def _check_processors(
 
 
 def _check_needs(config: EngineConfig, algorithm: Any) -> None:
-    draft = config.speculation
-    if draft is not None and draft.method == "model":
+    is_drafted = config.speculation is not None and config.speculation.method == "model"
+    if "draft" in algorithm.needs and not is_drafted:
+        raise ValueError(
+            "algorithm: expected an engine with a draft model for the need 'draft', "
+            "got one without; create it with LLM(speculative_config={'model': ...})"
+        )
+    if is_drafted and not algorithm.needs.isdisjoint({"hidden", "layers"}):
         raise ValueError(
             "algorithm: expected one without the needs 'hidden' and 'layers', because "
             "the engine has a draft model"
@@ -348,6 +355,11 @@ def sees_more(params: Params) -> bool:
     """Return whether the request's algorithm needs more of the decoder than logits."""
     needs = getattr(getattr(params, "algorithm", None), "needs", frozenset())
     return not needs.isdisjoint({"hidden", "layers"})
+
+
+def needs_draft(params: Params) -> bool:
+    """Return whether the request's algorithm needs the logits of a draft model."""
+    return "draft" in getattr(getattr(params, "algorithm", None), "needs", ())
 
 
 def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:

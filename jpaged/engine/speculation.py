@@ -35,6 +35,7 @@ from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.prompt_lookup import prompt_lookup
 from jpaged.engine import batch as step_batch
 from jpaged.engine import forward, request_table, sampling
+from jpaged.engine.algorithms import DraftLogits
 from jpaged.engine.batch import Entries, StepBatch
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable, SampledTokens
 from jpaged.kv import block_manager
@@ -133,7 +134,8 @@ def draft(
     hidden: jax.Array,
     logits: jax.Array,
     config: EngineConfig,
-) -> tuple[RequestTable, KVCache, jax.Array, jax.Array]:
+    seen: jax.Array | None = None,
+) -> tuple[RequestTable, KVCache, jax.Array, jax.Array, DraftLogits | None]:
     """Write the draft model's drafts into the table.
 
     The draft model first computes all tokens of the step, so that its pages have the
@@ -149,16 +151,18 @@ def draft(
       hidden: [T, E] of the draft model, working memory.
       logits: f32[N, V], working memory.
       config: the engine's config.
+      seen: f32[N, V], further working memory if algorithms need the draft's logits.
 
     Returns:
-      The table, the cache, and both working memories.
+      The table, the cache, both working memories, and the logits of algorithms' rows.
     """
     states, processor_states = table.automaton_states, table.processor_states
     is_alone = table.params.algorithms[batch.seq_indices] == NO_ALGORITHM
     num_drafts = jnp.where(is_alone, batch.num_drafts, 0)
+    takes_part = is_alone if seen is None else jnp.ones_like(is_alone)
     known = dataclasses.replace(
         batch,
-        num_tokens=jnp.where(is_alone, batch.num_tokens - num_drafts, 0),
+        num_tokens=jnp.where(takes_part, batch.num_tokens - num_drafts, 0),
         num_drafts=jnp.zeros_like(num_drafts),
         has_logits=num_drafts > 0,
     )
@@ -170,6 +174,13 @@ def draft(
 
     first = _packed(known, known.num_tokens > 0)
     cache, hidden = compute(cache, hidden, table, first)
+    found = None
+    if seen is not None:
+        groups = dataclasses.replace(known, has_logits=batch.has_logits & ~is_alone)
+        groups = _packed(groups, known.num_tokens > 0)
+        entries = step_batch.make_entries(table, groups, config)
+        seen = sampling.next_logits(model, entries, hidden, seen, config)
+        found = DraftLogits(seen, entries.seq_indices)
     # Per sequence, because the rows are packed again for every draft.
     limits = jnp.zeros(table.queue.status.shape, jnp.int32)
     limits = limits.at[batch.seq_indices].max(num_drafts)
@@ -200,6 +211,7 @@ def draft(
         cache,
         hidden,
         logits,
+        found,
     )
 
 

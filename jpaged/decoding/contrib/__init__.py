@@ -8,6 +8,9 @@ implementation that is independent of it.
 """
 
 from jpaged.decoding.contrib.branching import entropy_branching as entropy_branching
+from jpaged.decoding.contrib.contrastive_decoding import (
+    contrastive_decoding as contrastive_decoding,
+)
 from jpaged.decoding.contrib.contrastive_search import (
     contrastive_search as contrastive_search,
 )

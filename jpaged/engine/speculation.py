@@ -179,8 +179,8 @@ def draft(
         groups = dataclasses.replace(known, has_logits=batch.has_logits & ~is_alone)
         groups = _packed(groups, known.num_tokens > 0)
         entries = step_batch.make_entries(table, groups, config)
-        seen = sampling.next_logits(model, entries, hidden, seen, config)
-        found = DraftLogits(seen, entries.seq_indices)
+        values = sampling.next_logits(model, entries, hidden, seen, config)
+        found = DraftLogits(values, entries.seq_indices)
     # Per sequence, because the rows are packed again for every draft.
     limits = jnp.zeros(table.queue.status.shape, jnp.int32)
     limits = limits.at[batch.seq_indices].max(num_drafts)

@@ -24,18 +24,14 @@ from jpaged.decoding import (
 from jpaged.llm import LLM
 from jpaged.params import (
     AlgorithmParams,
-    BeamSearchParams,
     SamplingParams,
     StructuredOutputsParams,
 )
 from tests.support.engine.full_llm import Oracle
-from tests.support.models.checkpoints import write_tiny_llama
 from tests.support.tiny_llm import (
-    EOS,
     MAX_LEN,
     SIZES,
     VOCAB_SIZE,
-    ascii_tokenizer,
     is_idle,
     random_prompts,
     tokens_of,
@@ -359,55 +355,6 @@ def test_branching_shares_the_text_before_the_branch(llm, oracle):
         while len(expected) < length:
             expected.append(int(oracle.logprobs([*prompt, *expected])[-1].argmax()))
         assert list(one.token_ids) == expected
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Another model with the same vocabulary and tokenizer."""
-    root = tmp_path_factory.mktemp("small") / "tiny"
-    write_tiny_llama(
-        root,
-        vocab_size=VOCAB_SIZE,
-        eos_token_id=list(EOS),
-        num_hidden_layers=1,
-        seed=5,
-    )
-    ascii_tokenizer().save(str(root / "tokenizer.json"))
-    return root
-
-
-def test_contrastive_decoding_reads_the_draft_model(folder, small, llm, oracle):
-    speculative = {"model": str(small), "num_speculative_tokens": 2}
-    sizes = SIZES | dict(num_blocks=22)
-    drafted = LLM(folder, **sizes, speculative_config=speculative)
-    draft = Oracle(LLM(small, **SIZES))
-    plain = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-    prompts = random_prompts(5, seed=7, longest=9)
-    # Their blocks are in the prefix cache, without what the draft model computes.
-    beams = BeamSearchParams(2, 8, ignore_eos=True)
-    run(drafted, [prompt + [3] * 8 for prompt in prompts], beams)
-    prompts = [prompt + [3] * 8 for prompt in prompts]
-    contrast = contrib.contrastive_decoding(alpha=0.02, beta=0.8)
-    params = [params_of(contrast) for _ in prompts]
-    params[1] = params_of(contrast, parameters={"beta": 0.0})
-    params[2] = plain
-    params[3] = params_of(contrast, 2, parameters={"temperature": 0.7}, seed=3)
-    outputs = run(drafted, prompts, params)
-    for i in (0, 4):
-        tokens = []
-        for _ in range(10):
-            large = oracle.logprobs([*prompts[i], *tokens])[-1]
-            little = draft.logprobs([*prompts[i], *tokens])[-1]
-            scores = 1.8 * large - 0.8 * little
-            scores[large < large.max() + np.log(0.02)] = -np.inf
-            tokens.append(int(scores.argmax()))
-        assert list(outputs[i].outputs[0].token_ids) == tokens
-    expected = tokens_of(run(llm, prompts, plain))
-    assert tokens_of(outputs[1:3]) == expected[1:3]
-    assert tokens_of(outputs[:1]) != expected[:1]
-    (alone,) = run(drafted, prompts[3:4], params[3])
-    assert tokens_of([alone]) == tokens_of(outputs[3:4])
-    assert is_idle(drafted)
 
 
 def test_everything_in_one_batch_has_the_tokens_it_has_alone(llm):

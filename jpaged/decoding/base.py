@@ -146,7 +146,7 @@ class DecodingAlgorithm:
 
     init: InitFn
     step: Callable[..., tuple[State, Decision]]  # a StepFn, with or without a Context
-    needs: Iterable[str] = frozenset()
+    needs: Iterable[str] = ()
     parameters: Mapping[str, Any] = dataclasses.field(
         default_factory=dict, compare=False
     )
@@ -157,7 +157,7 @@ class DecodingAlgorithm:
 
     def __post_init__(self) -> None:
         """Check the needs, and convert the parameters to arrays."""
-        needs = frozenset((self.needs,) if isinstance(self.needs, str) else self.needs)
+        needs = set((self.needs,) if isinstance(self.needs, str) else self.needs)
         if unknown := sorted(map(str, needs - set(NEEDS))):
             raise ValueError(f"needs: expected some of {NEEDS}, got {unknown[0]!r}")
         layers = tuple(int(layer) for layer in self.layers)
@@ -172,7 +172,8 @@ class DecodingAlgorithm:
                 f"'hidden', got {self.hidden_size} and needs={sorted(needs)}"
             )
         parameters = as_parameters(self.parameters)
-        checked = dict(needs=needs, layers=layers, parameters=parameters)
+        # Sorted, because processes that share a mesh compare what is printed.
+        checked = dict(needs=tuple(sorted(needs)), layers=layers, parameters=parameters)
         for name, value in (checked | {"specs": specs_of(parameters)}).items():
             object.__setattr__(self, name, value)
 

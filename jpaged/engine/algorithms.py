@@ -170,7 +170,7 @@ def with_needs(config: EngineConfig) -> EngineConfig:
 
 def has_needs(config: EngineConfig, algorithm: Any) -> bool:
     """Whether a program of this config computes what an algorithm needs."""
-    needs = getattr(algorithm, "needs", frozenset())
+    needs = getattr(algorithm, "needs", ())
     layers = getattr(algorithm, "layers", ())
     return (
         (config.seen_hidden or "hidden" not in needs)

@@ -338,7 +338,7 @@ def _check_needs(config: EngineConfig, algorithm: Any) -> None:
             "algorithm: expected an engine with a draft model for the need 'draft', "
             "got one without; create it with LLM(speculative_config={'model': ...})"
         )
-    if is_drafted and not algorithm.needs.isdisjoint({"hidden", "layers"}):
+    if is_drafted and {"hidden", "layers"}.intersection(algorithm.needs):
         raise ValueError(
             "algorithm: expected one without the needs 'hidden' and 'layers', because "
             "the engine has a draft model"
@@ -353,8 +353,8 @@ def _check_needs(config: EngineConfig, algorithm: Any) -> None:
 
 def sees_more(params: Params) -> bool:
     """Return whether the request's algorithm needs more of the decoder than logits."""
-    needs = getattr(getattr(params, "algorithm", None), "needs", frozenset())
-    return not needs.isdisjoint({"hidden", "layers"})
+    needs = getattr(getattr(params, "algorithm", None), "needs", ())
+    return "hidden" in needs or "layers" in needs
 
 
 def needs_draft(params: Params) -> bool:

@@ -348,6 +348,7 @@ def _restore_config(saved: dict[str, Any]) -> EngineConfig:
             fields[name] = kind(**fields[name])
     fields["policy_parameters"] = tuple(fields["policy_parameters"])
     fields["algorithms"], fields["processors"] = (), ()
+    fields["seen_layers"] = tuple(fields["seen_layers"])
     return EngineConfig(**fields)
 
 

@@ -28,6 +28,7 @@ from jpaged.params import (
     StructuredOutputsParams,
 )
 from tests.support.engine.full_llm import Oracle
+from tests.support.models import checkpoints
 from tests.support.tiny_llm import (
     MAX_LEN,
     SIZES,
@@ -55,6 +56,7 @@ def fresh_step(keys, logits, state, context):
     return state + 1, Decision(tokens, own, logprobs, jnp.zeros(len(logits), bool))
 
 
+HIDDEN = checkpoints.LLAMA["hidden_size"]
 FRESH = DecodingAlgorithm(
     lambda num_rows: jnp.int32(0),
     fresh_step,
@@ -66,7 +68,21 @@ FRESH = DecodingAlgorithm(
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, **SIZES)
+    """An LLM that knows all algorithms of these tests, so that few programs compile."""
+    llm = LLM(folder, **SIZES)
+    search = contrib.contrastive_search(max_tokens=12, hidden_size=HIDDEN)
+    kinds = [
+        (FRESH, 1),
+        (greedy(), 1),
+        (sampling(), 3),
+        (sampling(chain(temperature(0.7), top_k(5))), 2),
+        (contrib.classifier_free_guidance(), 2),
+        (contrib.dola((0, 1)), 1),
+        (search, 4),
+        (contrib.entropy_branching(), 3),
+    ]
+    run(llm, [[5]] * len(kinds), [params_of(*kind, max_tokens=1) for kind in kinds])
+    return llm
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +325,7 @@ def contrasted(llm, prompt, k, alpha, length, stop_ids=()):
 
 def test_contrastive_search_equals_a_search_over_all_candidates(llm):
     prompts = random_prompts(3, seed=6, longest=9)
-    size = llm.model.config.hidden_size
-    search = contrib.contrastive_search(max_tokens=12, hidden_size=size)
+    search = contrib.contrastive_search(max_tokens=12, hidden_size=HIDDEN)
     params = [
         params_of(search, 4, max_tokens=12, parameters={"alpha": alpha})
         for alpha in (0.6, 0.9, 0.0)
@@ -326,7 +341,7 @@ def test_contrastive_search_equals_a_search_over_all_candidates(llm):
     assert greedy_tokens[0] != tokens_of(outputs)[0]
     stop = outputs[0].outputs[0].token_ids[5]
     search = contrib.contrastive_search(
-        max_tokens=12, hidden_size=size, stop_ids=(stop,)
+        max_tokens=12, hidden_size=HIDDEN, stop_ids=(stop,)
     )
     (output,) = run(llm, prompts[:1], params_of(search, 4, max_tokens=12))
     expected = contrasted(llm, prompts[0], 4, 0.6, 11, (stop,))
@@ -358,13 +373,12 @@ def test_branching_shares_the_text_before_the_branch(llm, oracle):
 
 
 def test_everything_in_one_batch_has_the_tokens_it_has_alone(llm):
-    size = llm.model.config.hidden_size
     requests = [
         params_of(FRESH),
         params_of(contrib.classifier_free_guidance(), 2, companions=[[9, 3]]),
         SamplingParams(seed=1, max_tokens=10, logits_processors=[contrib.mirostat()]),
-        params_of(contrib.dola((0, 1))),
-        params_of(contrib.contrastive_search(max_tokens=12, hidden_size=size), 4),
+        params_of(contrib.dola((0, 1), alpha=0.3)),
+        params_of(contrib.contrastive_search(max_tokens=12, hidden_size=HIDDEN), 4),
         params_of(sampling(), 3, seed=4, logits_processors=[contrib.top_n_sigma()]),
         SamplingParams(n=2, seed=2, max_tokens=10, top_p=0.8),
     ]

@@ -8,12 +8,17 @@ Source: Su et al. 2022. https://arxiv.org/abs/2202.06417
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.decoding.base import NO_TOKEN, Context, Decision, DecodingAlgorithm
+from jpaged.validation import error, token_ids
+
+_NUM_STOP_IDS = 8
 
 
 class ContrastiveState(NamedTuple):
@@ -41,8 +46,6 @@ def _step(
     logits: jax.Array,
     state: ContrastiveState,
     context: Context,
-    *,
-    stop_ids: tuple[int, ...],
 ) -> tuple[ContrastiveState, Decision]:
     assert context.hidden is not None
     k, alpha = len(logits), context.parameters["alpha"]
@@ -55,7 +58,7 @@ def _step(
     best = jnp.where(state.num_units > 0, jnp.argmax(scores), 0).astype(jnp.int32)
     logprobs, tokens = jax.lax.top_k(logits[best], k)
     tokens = tokens.astype(jnp.int32)
-    is_stop = jnp.isin(tokens, jnp.array(stop_ids, jnp.int32))
+    is_stop = jnp.isin(tokens, context.parameters["stop_ids"])
     is_over = state.is_over | ((state.num_units > 0) & state.is_stop[best])
     state = ContrastiveState(
         state.units.at[state.num_units].set(units[best]),
@@ -79,7 +82,7 @@ def contrastive_search(
     max_tokens: int,
     hidden_size: int,
     alpha: float = 0.6,
-    stop_ids: tuple[int, ...] = (),
+    stop_ids: Sequence[int] = (),
 ) -> DecodingAlgorithm:
     """Build the algorithm, for `AlgorithmParams(num_rows=k, ignore_eos=True)`.
 
@@ -92,25 +95,26 @@ def contrastive_search(
         too.
       hidden_size: of the model.
       alpha: weight of the similarity, from 0 (greedy) to 1. Data.
-      stop_ids: tokens that end the text.
+      stop_ids: tokens that end the text, at most 8. Data.
+
+    Raises:
+      ValueError: there are more stop tokens.
     """
-    return _contrastive_search(max_tokens, hidden_size, tuple(stop_ids), float(alpha))
+    ids = token_ids("stop_ids", stop_ids)
+    if len(ids) > _NUM_STOP_IDS:
+        raise error("stop_ids", f"at most {_NUM_STOP_IDS} tokens", ids)
+    padded = np.full(_NUM_STOP_IDS, NO_TOKEN, np.int32)
+    padded[: len(ids)] = ids
+    return DecodingAlgorithm(
+        _init_function(max_tokens, hidden_size),
+        _step,
+        needs={"hidden"},
+        hidden_size=hidden_size,
+        parameters={"alpha": float(alpha), "stop_ids": padded},
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _functions(max_tokens: int, hidden_size: int, stop_ids: tuple[int, ...]) -> tuple:
-    init = functools.partial(_init, max_tokens=max_tokens, hidden_size=hidden_size)
-    return init, functools.partial(_step, stop_ids=stop_ids)
-
-
-def _contrastive_search(
-    max_tokens: int, hidden_size: int, stop_ids: tuple[int, ...], alpha: float
-) -> DecodingAlgorithm:
-    init, step = _functions(max_tokens, hidden_size, stop_ids)
-    return DecodingAlgorithm(
-        init,
-        step,
-        needs={"hidden"},
-        hidden_size=hidden_size,
-        parameters={"alpha": alpha},
-    )
+def _init_function(max_tokens: int, hidden_size: int) -> Callable[[int], Any]:
+    """The same function for the same sizes, so that programs are shared."""
+    return functools.partial(_init, max_tokens=max_tokens, hidden_size=hidden_size)

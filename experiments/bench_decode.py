@@ -43,7 +43,7 @@ def define_flags() -> None:
     """Defines the runner's flags."""
     processes.define_contender_flags(NAMES)
     flags.DEFINE_string(
-        "model", "random:llama-3-8b", "Folder, bundled name or random:NAME."
+        "model", "random:llama-3-8b", "Folder, GGUF file, name or random:NAME."
     )
     flags.DEFINE_string("dtype", "auto", "dtype of weights, keys and values.")
     flags.DEFINE_list("batches", ["1", "8", "32", "128", "256"], "Rows of the steps.")

@@ -3,8 +3,12 @@
     python -m experiments.generate
     python -m experiments.generate --prompt "def area(" --prompt "import " --stream
     python -m experiments.generate --prompt_file prompts.jsonl --model FOLDER
+    python -m experiments.generate --model smollm2-135m-instruct
+    python -m experiments.generate --model FILE.gguf --chat --prompt "Who are you?"
 
-Without `--prompt` and `--prompt_file`, the bundled model continues built-in prompts.
+Without `--prompt` and `--prompt_file`, the bundled model continues built-in prompts,
+and a model with a chat template answers built-in questions. With `--chat`, each text is
+asked as a user's message with the model's chat template.
 Each prompt and its output are printed when the output is complete, or as it grows with
 `--stream`, followed by the reason why it ended. The last line on stdout is one JSON
 object: prompt_tokens, generated_tokens, tokens_per_s (of running steps), stats (of KV
@@ -30,6 +34,7 @@ import time
 
 START = time.perf_counter()
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -48,9 +53,15 @@ from jpaged.llm import LLM, Delta
 from jpaged.outputs import RequestOutput
 from jpaged.parallel.mesh import make_mesh
 from jpaged.policies import POLICIES
+from jpaged.text import chat
 
 FLAGS = flags.FLAGS
 BUILT_IN_PROMPTS = ("def ", "class ", "import ")
+BUILT_IN_QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue? Answer in one sentence.",
+    "Write a short poem about the sea.",
+)
 
 
 def define_flags() -> None:
@@ -58,6 +69,11 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
     flags.DEFINE_string(
         "prompt_file", None, "File with one prompt per line, or JSON lines (.jsonl)."
+    )
+    flags.DEFINE_bool(
+        "chat",
+        None,
+        "Ask each text as a user's message; default: only the built-in questions.",
     )
     _define_decoding_flags()
     _define_engine_flags()
@@ -103,7 +119,7 @@ def _define_engine_flags() -> None:
     flags.DEFINE_string(
         "model",
         "tiny-python",
-        "Folder in Hugging Face layout, hub id, bundled name or random:NAME.",
+        "Folder in Hugging Face layout, GGUF file, hub id, name or random:NAME.",
     )
     flags.DEFINE_enum("quantization", None, ["int8"], "Of the weights; default: none.")
     flags.DEFINE_enum(
@@ -259,11 +275,57 @@ def valid_lines(llm: LLM, lines: list[PromptLine]) -> list[PromptLine]:
     return valid
 
 
+def as_chats(llm: LLM, lines: list[PromptLine]) -> list[PromptLine]:
+    """The lines with the chat template of the model, if the flags ask for it.
+
+    Raises:
+      ValueError: `--chat` is set and the model has no chat template.
+    """
+    is_built_in = not FLAGS.prompt and FLAGS.prompt_file is None
+    if FLAGS.chat is False or (FLAGS.chat is None and not is_built_in):
+        return lines
+    if not _has_template(llm):
+        if FLAGS.chat:
+            raise ValueError(
+                f"--chat: expected a model with a chat template, got {FLAGS.model!r}"
+            )
+        return lines
+    if is_built_in:
+        pairs = zip(lines, BUILT_IN_QUESTIONS, strict=True)
+        lines = [dataclasses.replace(line, prompt=text) for line, text in pairs]
+    return [_as_chat(llm, line) if line.error is None else line for line in lines]
+
+
+def _has_template(llm: LLM) -> bool:
+    folder = None if llm.tokenizer is None else llm.tokenizer.folder
+    if folder is None:
+        return False
+    return "default" in chat.ChatTemplates.from_folder(folder).templates
+
+
+def _as_chat(llm: LLM, line: PromptLine) -> PromptLine:
+    """The line with the token ids of a conversation of one message."""
+    if not isinstance(line.prompt, str):
+        return line
+    try:
+        (prompt,) = chat.chat_prompts(
+            llm.tokenizer,
+            [{"role": "user", "content": line.prompt}],
+            chat_template=None,
+            add_generation_prompt=True,
+            tools=None,
+        )
+    except ValueError as error:
+        return dataclasses.replace(line, error=str(error))
+    return dataclasses.replace(line, prompt=prompt, shown=f"{line.prompt}\n\n")
+
+
 def generate_and_print(llm: LLM, lines: list[PromptLine]) -> float | None:
     """Generates and prints all outputs; returns the time of the first token."""
     prompts = [line.prompt for line in lines]
     params = [line.params for line in lines if line.params is not None]
-    printer = OutputPrinter(prompts, llm.tokenizer is not None)
+    shown = [line.prompt if line.shown is None else line.shown for line in lines]
+    printer = OutputPrinter(shown, llm.tokenizer is not None)
     first_s = []
     start = time.perf_counter()
     if not FLAGS.stream:
@@ -322,6 +384,7 @@ def main(argv: list[str]) -> int:
     with runner.user_errors("generate"):
         lines = all_lines()
         llm = make_llm(lines)
+        lines = as_chats(llm, lines)
     valid = valid_lines(llm, lines)
     num_wrong = len(lines) - len(valid)
     try:

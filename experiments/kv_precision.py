@@ -44,7 +44,7 @@ _BLOCK_SIZE = 16
 def define_flags() -> None:
     """Defines the runner's flags."""
     flags.DEFINE_string(
-        "model", "tiny-python", "Folder, hub id, bundled name or random:NAME."
+        "model", "tiny-python", "Folder, GGUF file, hub id, name or random:NAME."
     )
     flags.DEFINE_integer("num_texts", 8, "Held-out Python files.", lower_bound=1)
     flags.DEFINE_integer(

@@ -37,7 +37,7 @@ def define_flags() -> None:
     """Defines the runner's flags."""
     flags.DEFINE_multi_string("file", [], "UTF-8 text to score; may be repeated.")
     flags.DEFINE_string(
-        "model", "tiny-python", "Folder, hub id, bundled name or random:NAME."
+        "model", "tiny-python", "Folder, GGUF file, hub id, name or random:NAME."
     )
     flags.DEFINE_enum(
         "dtype",

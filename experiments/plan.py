@@ -33,7 +33,7 @@ from jpaged import parallel
 from jpaged.arithmetic import cdiv
 from jpaged.models import ModelConfig
 from jpaged.models.decoder import Decoder
-from jpaged.models.loading import checkpoint
+from jpaged.models.loading import checkpoint, sources
 from jpaged.models.loading.placing import split_sizes
 from jpaged.models.shapes import random_config
 from jpaged.serving import memory
@@ -76,16 +76,18 @@ def define_flags() -> None:
 
 
 def find_model_config(name: str) -> ModelConfig:
-    """Sizes of a model, by name or from the config.json of a folder.
+    """Sizes of a model, by name or from the config of a folder or GGUF file.
 
     Raises:
       ValueError: No shape has this name, or config.json is not supported.
       FileNotFoundError: The folder does not exist or has no config.json.
     """
-    if os.path.isdir(name):
+    if os.path.exists(name) or name in sources.named_models():
         return checkpoint.load_config(name)
     if os.sep in name:
-        raise FileNotFoundError(f"--model: expected a folder that exists, got {name}")
+        raise FileNotFoundError(
+            f"--model: expected a folder or GGUF file that exists, got {name}"
+        )
     return random_config(name)
 
 

@@ -259,8 +259,7 @@ def load_texts() -> tuple[Decoder, Tokenizer, list[str]]:
       OSError: The model cannot be read.
       ValueError: The model is invalid or has no tokenizer.
     """
-    is_bundled = FLAGS.model in sources.bundled_models()
-    folder = sources.bundled_path(FLAGS.model) if is_bundled else FLAGS.model
+    folder = sources.find_checkpoint(FLAGS.model)
     model, tokenizer = load_model(folder), Tokenizer.from_folder(folder)
     if tokenizer is None:
         raise ValueError(f"--model: expected a folder with a tokenizer, got {folder}")

@@ -417,7 +417,8 @@ class LLM:
         """
         self._open_host()
         pairs = text_prompts.scoring_pairs(self.tokenizer, prompts, continuations)
-        return scoring.score(self.model, *pairs)
+        length = self.config.max_model_len
+        return scoring.score(self.model, *pairs, length=length)
 
     def perplexity(
         self,
@@ -439,6 +440,7 @@ class LLM:
             window=window,
             overlap=overlap,
             num_characters=len(text_prompts.text_of(text) or ""),
+            length=self.config.max_model_len,
         )
 
     def check(

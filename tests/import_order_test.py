@@ -23,6 +23,8 @@ LAYERS = {
     "indexing":          [],
     "compat":            [],
     "compilation_cache": ["compat"],
+    # headers of GGUF files; host only
+    "gguf_file":         [],
     # checks of argument values; host only
     "validation":        [],
     # scores of arrays: who is admitted first
@@ -37,7 +39,7 @@ LAYERS = {
     # meshes and processes
     "parallel":          ["compat", "config"],
     # tokenizers and chat templates; host only
-    "text":              ["compat", "validation", "config", "params"],
+    "text":              ["compat", "gguf_file", "validation", "config", "params"],
     # which tokens live where: block tables and lengths, no activations
     "kv":                ["compat", "config"],
     # the public name of kv.block_manager
@@ -54,7 +56,8 @@ LAYERS = {
     # the public attention functions over all kernels
     "attention":         ["compat", "config", "kv", "pages", "xla", "cpu",
                           "pallas", "triton"],
-    "models":            ["compat", "config", "parallel", "kv", "pages", "attention"],
+    "models":            ["compat", "gguf_file", "config", "parallel", "kv", "pages",
+                          "attention"],
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
     # the engine's state, its step and its loop: pure functions

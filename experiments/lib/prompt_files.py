@@ -21,6 +21,7 @@ class PromptLine:
     prompt: Any
     params: Params | None
     error: str | None = None
+    shown: str | None = None  # what is printed instead of the prompt
 
 
 def make_params(defaults: dict[str, Any], own: dict[str, Any]) -> Params:

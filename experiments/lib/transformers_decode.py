@@ -20,7 +20,7 @@ def make_torch_model(name: str, dtype: str) -> Any:
     """Initialises a model with random weights.
 
     Args:
-      name: "random:NAME", or a folder whose config.json gives the sizes.
+      name: "random:NAME", or a folder or GGUF file that gives the sizes.
       dtype: dtype of the weights.
     """
     if sources.is_random(name):
@@ -28,7 +28,11 @@ def make_torch_model(name: str, dtype: str) -> Any:
         fields.pop("architectures", None)
         config = transformers.AutoConfig.for_model(**fields)
     else:
-        config = transformers.AutoConfig.from_pretrained(sources.find_folder(name))
+        path = sources.find_checkpoint(name)
+        file = {"gguf_file": path.name} if path.is_file() else {}
+        folder = path.parent if file else path
+        config = transformers.AutoConfig.from_pretrained(folder, **file)
+        config.quantization_config = None  # the weights are random, not those of a file
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = getattr(torch, dtype)
     before = torch.get_default_dtype()

@@ -15,7 +15,7 @@ import jax
 from jpaged.attention.reference import REFERENCE
 from jpaged.cpu.backend import CPU
 from jpaged.pages import packed
-from jpaged.pages.backend import AttentionCall, Backend, Products
+from jpaged.pages.backend import AttentionCall, Backend, LayerKernels
 from jpaged.pages.layout import PageLayout
 from jpaged.pallas.gpu.backend import MOSAIC_GPU
 from jpaged.pallas.tpu.backend import MOSAIC_TPU
@@ -69,9 +69,9 @@ def serving_name(implementation: str | None) -> str:
     return preferred()[0].name if implementation is None else implementation
 
 
-def products(implementation: str | None) -> Products | None:
-    """Return the products of a backend; None: of the preferred one."""
-    return find_backend(serving_name(implementation)).products
+def layer_kernels(implementation: str | None) -> LayerKernels | None:
+    """Return the layer kernels of a backend; None: of the preferred one."""
+    return find_backend(serving_name(implementation)).layer_kernels
 
 
 def unrolls_layers(implementation: str | None) -> bool:

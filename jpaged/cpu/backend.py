@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.cpu import calls, library
-from jpaged.cpu.products import PRODUCTS
+from jpaged.cpu.layers import LAYER_KERNELS
 from jpaged.pages.backend import AttentionCall, Backend, CascadeOptions
 from jpaged.pages.layout import PLAIN_OR_BITS
 from jpaged.pages.operands import (
@@ -103,5 +103,5 @@ CPU = Backend(
     platform="cpu",
     device="CPU",
     is_installed=library.is_available,
-    products=PRODUCTS,
+    layer_kernels=LAYER_KERNELS,
 )

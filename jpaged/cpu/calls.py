@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.cpu import library
 from jpaged.pages.operands import (
@@ -185,6 +186,39 @@ def grouped_matmul(
     name = library.target("grouped_matmul")
     call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
     return call(x, weight, factors, counts.astype(jnp.int32))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Return x f32`[M, E]` / its root mean square * weight f32`[E]`."""
+    if x.ndim != 2 or weight.shape != x.shape[1:]:
+        raise ValueError(
+            f"x, weight: expected shapes [M, E] and [E], got {x.shape} and "
+            f"{weight.shape}"
+        )
+    return _elementwise("rms_norm", x, weight, eps=np.float32(eps))
+
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # by the kernel's number
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """Return activation(gate) * up, f32 of one shape; see `ACTIVATIONS`."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate, up: expected one shape, got {gate.shape}, {up.shape}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected one of {ACTIVATIONS}, got {activation!r}"
+        )
+    number = np.int64(ACTIVATIONS.index(activation))
+    return _elementwise("gated", gate, up, activation=number)
+
+
+def _elementwise(name: str, x: jax.Array, y: jax.Array, **attributes: Any) -> jax.Array:
+    if x.dtype != jnp.float32 or y.dtype != jnp.float32:
+        raise ValueError(f"{name}: expected float32, got {x.dtype} and {y.dtype}")
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    call = jax.ffi.ffi_call(library.target(name), out, vmap_method="sequential")
+    return call(x, y, **attributes)
 
 
 _FLOATS = ("float32", "bfloat16", "float16")

@@ -54,6 +54,8 @@ TARGETS = {
     "copy_blocks": "JpagedCopyBlocks",
     "matmul": "JpagedMatMul",
     "grouped_matmul": "JpagedGroupedMatMul",
+    "rms_norm": "JpagedRmsNorm",
+    "gated": "JpagedGated",
 }
 
 

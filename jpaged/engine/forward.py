@@ -29,7 +29,7 @@ from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
 from jpaged.kv import block_manager, shared_prefix
 from jpaged.kv.block_manager import BlockState
-from jpaged.models import products
+from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import StepInputs
 
@@ -127,7 +127,7 @@ def run_trunk(
         )
         return attended, cache
 
-    with products.serving(implementation):
+    with layer_kernels.serving(implementation):
         hidden, cache = model.trunk_loop(
             inputs.tokens,
             inputs.positions,
@@ -135,6 +135,7 @@ def run_trunk(
             cache,
             is_unrolled=is_alone and backends.unrolls_layers(implementation),
             taps=config.seen_layers,
+            length=config.max_model_len,
         )
     return cache, hidden
 

@@ -36,7 +36,7 @@ from jpaged.decoding.sample import (
 from jpaged.engine import forward, processing, request_table
 from jpaged.engine.batch import Entries, StepBatch, bucket, pack, token_rows
 from jpaged.engine.request_table import RequestTable, SampledTokens
-from jpaged.models import products
+from jpaged.models import layer_kernels
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 
@@ -107,7 +107,7 @@ def first_logits(
     """Compute the logits of the first `size` entries; see `next_logits`."""
     at = entries.tokens[:size]
     last = forward.last_hidden(hidden)[at]
-    with products.serving(config.attention):
+    with layer_kernels.serving(config.attention):
         values = model.logits(last)
         if not config.sees_more:
             return logits.at[:size].set(values)
@@ -434,7 +434,7 @@ def write_prompt_logprobs(
         at = lax.dynamic_slice_in_dim(order, start, size)
         seq_index = jnp.where(is_kept[at], seq_indices[at], config.max_num_requests)
         position = positions[at] + 1
-        with products.serving(config.attention):
+        with layer_kernels.serving(config.attention):
             logits = model.logits(hidden[at])
         tokens = table.tokens[seq_indices[at], position]
         found = {"logprobs": token_logprobs(logits, tokens)[0]}

@@ -202,21 +202,17 @@ class ModelConfig:
     def max_length(self) -> int:
         """Length of the longest sequence for which the model is well defined.
 
-        Linear scaling stretches `max_position_embeddings` by its factor, and YaRN the
-        trained length, as in vLLM; but a longer `max_position_embeddings` is kept.
-        Gemma 3's already includes the factor.
-
-        Dynamic and LongRoPE scaling change the rotation of every position once a
-        sequence exceeds the trained length, including keys that are already stored.
-        Such a model is therefore limited to the trained length.
+        Linear and dynamic scaling stretch `max_position_embeddings` by their factor,
+        and YaRN the trained length, as in vLLM; but a longer `max_position_embeddings`
+        is kept. That of LongRoPE, and Gemma 3's, already includes the factor.
         """
         scaling, length = self.rope_scaling, self.max_position_embeddings
         if scaling is None or self.local_rope_theta is not None:
             return length
         match scaling.kind:
             case "longrope":
-                return scaling.original_max_position_embeddings
-            case "linear":
+                return max(length, scaling.original_max_position_embeddings)
+            case "linear" | "dynamic":
                 return max(length, int(length * scaling.factor))
             case "yarn":
                 stretched = scaling.original_max_position_embeddings * scaling.factor
@@ -225,10 +221,26 @@ class ModelConfig:
                 return length
 
     @property
+    def default_length(self) -> int:
+        """Length of the longest sequence if none is chosen.
+
+        Dynamic and LongRoPE scaling rotate every position in another way where longer
+        sequences than this one are possible, which changes shorter ones, too.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or self.local_rope_theta is not None:
+            return self.max_length
+        if scaling.kind == "dynamic":
+            return self.max_position_embeddings
+        if scaling.kind == "longrope" and scaling.short_factors != scaling.long_factors:
+            return scaling.original_max_position_embeddings
+        return self.max_length
+
+    @property
     def longest_name(self) -> str:
-        """Name of `max_length` in this model's config.json."""
-        is_long = self.rope_scaling is not None and self.rope_scaling.kind == "longrope"
-        return f"{'original_' if is_long else ''}max_position_embeddings"
+        """What limits `max_length`, in the words of config.json."""
+        is_scaled = self.max_length != self.max_position_embeddings
+        return f"max_position_embeddings{' times the rope factor' if is_scaled else ''}"
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -178,37 +178,54 @@ class Decoder(nnx.Module):
         )
         self.final_norm = make_norm(config) if config.final_norm else None
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, *, length: int | None = None) -> jax.Array:
         """Logits f32[B, T, V] of tokens i32[B, T]; causal, differentiable.
+
+        Args:
+          tokens: of sequences that all start at position 0.
+          length: of the longest possible sequence, for rotary scaling that depends on
+            it; see `rotary.frequencies`. None is T, as in transformers.
 
         Raises:
           ValueError: `tokens` does not have rank 2, or T exceeds the positions of a
             model with learned positions or length-dependent rotary scaling.
         """
-        return self.logits(self.hidden_states(tokens))
+        return self.logits(self.hidden_states(tokens, length=length))
 
-    def hidden_states(self, tokens: jax.Array) -> jax.Array:
+    def hidden_states(
+        self, tokens: jax.Array, *, length: int | None = None
+    ) -> jax.Array:
         """Hidden states [B, T, E] of tokens i32[B, T]; `logits` maps them to logits.
+
+        Args:
+          tokens: see `__call__`.
+          length: see `__call__`.
 
         Raises:
           ValueError: see `__call__`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected shape [B, T], got {tokens.shape}")
-        batch, length = tokens.shape
-        self._check_length(length)
+        batch, size = tokens.shape
+        self._check_length(size)
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            rows = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
+            rows = (x.reshape(batch, size, *x.shape[1:]) for x in (q, k, v))
             options = self.attention_options(layer)
             return causal_attention(*rows, **options).reshape(q.shape)
 
-        positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
-        hidden = self.trunk(tokens.reshape(-1), positions, attend)
-        return hidden.reshape(batch, length, -1)
+        positions = jnp.tile(jnp.arange(size, dtype=jnp.int32), batch)
+        length = size if length is None else length
+        hidden = self.trunk(tokens.reshape(-1), positions, attend, length=length)
+        return hidden.reshape(batch, size, -1)
 
     def trunk(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        *,
+        length: int | None = None,
     ) -> jax.Array:
         """Hidden states [T, E] after the final norm.
 
@@ -218,8 +235,9 @@ class Decoder(nnx.Module):
             that learned positions are below max_position_embeddings; under jit no
             error is raised.
           attend: see `layers.Attend`; called once per layer, in order.
+          length: of the longest possible sequence; see `rotary.frequencies`.
         """
-        x, angles = self._start(tokens, positions)
+        x, angles = self._start(tokens, positions, length)
         for i, layer in enumerate(self.layers):
             x = layer.after(x, attend(i, *layer.before(x, angles[layer.is_local])))
         return self._end(x)
@@ -232,6 +250,7 @@ class Decoder(nnx.Module):
         cache: Cache,
         *,
         is_unrolled: bool = False,
+        length: int | None = None,
         taps: Sequence[int] = (),
     ) -> tuple[Any, Cache]:
         """Hidden states as from `trunk`, with a cache that `attend` updates.
@@ -246,6 +265,7 @@ class Decoder(nnx.Module):
           cache: a pytree; updated in place if it is donated.
           is_unrolled: whether every layer has its own code, without branches. Otherwise
             the layers are a loop with one attention, which compiles faster.
+          length: as in `trunk`.
           taps: layers whose hidden states are returned too.
 
         Returns:
@@ -253,7 +273,7 @@ class Decoder(nnx.Module):
           a pair comes instead of the hidden states: they, and a tuple of those after
           each of these layers, without the final norm.
         """
-        x, angles = self._start(tokens, positions)
+        x, angles = self._start(tokens, positions, length)
         if not is_unrolled:
             x, cache, tapped = self._loop(x, angles, attend, cache, taps)
             return (self._end(x), tapped) if taps else self._end(x), cache
@@ -354,14 +374,14 @@ class Decoder(nnx.Module):
             )
 
     def _start(
-        self, tokens: jax.Array, positions: jax.Array
+        self, tokens: jax.Array, positions: jax.Array, length: int | None
     ) -> tuple[jax.Array, tuple[RotaryTables, RotaryTables]]:
         """x [T, E] before the first layer, and rotary tables by `layer.is_local`."""
         x, config = self._embed(tokens), self.config
         if self.position_embedding is not None:
             rows = positions + config.position_offset
             return x + self.position_embedding[...][rows], (None, None)
-        angles = rotary.tables(positions, config)
+        angles = rotary.tables(positions, config, length=length)
         if config.local_rope_theta is None:
             return x, (angles, angles)
         return x, (angles, rotary.tables(positions, config, is_local=True))

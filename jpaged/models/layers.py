@@ -18,7 +18,13 @@ from flax import nnx
 
 from jpaged import parallel
 from jpaged.models.config import ModelConfig
-from jpaged.models.products import matmul, matmuls
+from jpaged.models.layer_kernels import (
+    ACTIVATION_FUNCTIONS,
+    gated,
+    matmul,
+    matmuls,
+    rms_norm,
+)
 from jpaged.models.quantize import random_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
@@ -31,13 +37,6 @@ Cache = TypeVar("Cache")
 AttendInLoop = Callable[
     [int | jax.Array, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
 ]
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 def random_param(
@@ -89,7 +88,7 @@ class Linear(nnx.Module):
         return apply_all([self], x)[0]
 
     def finish(self, out: jax.Array) -> jax.Array:
-        """The result from the product x @ weight: summed over devices, with the bias."""
+        """The result from x @ weight: summed over devices, with the bias."""
         if self.part is not None:
             out = parallel.sum_partials(out, self.part)
         if self.bias is None:
@@ -144,11 +143,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        # Rounded to the dtype before the weight is applied, as in transformers.
-        normed = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return normed * _as_last_axis(self.weight[...], x.ndim)
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 class RMSNormPlusOne(nnx.Module):
@@ -160,11 +155,8 @@ class RMSNormPlusOne(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        weight = _as_last_axis(self.weight[...], x.ndim).astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(variance + self.eps) * (1.0 + weight)
-        return normed.astype(x.dtype)
+        weight = 1.0 + self.weight[...].astype(jnp.float32)
+        return rms_norm(x, weight, self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -208,11 +200,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Output [..., E] for the residual stream."""
-        act = ACTIVATION_FUNCTIONS[self.activation]
         if self.gate is None:
-            return self.down(act(self.up(x)))
+            return self.down(ACTIVATION_FUNCTIONS[self.activation](self.up(x)))
         gate, up = apply_all([self.gate, self.up], x)
-        return self.down(act(gate) * up)
+        return self.down(gated(gate, up, self.activation))
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -21,9 +21,9 @@ from jax import lax
 
 from jpaged import parallel
 from jpaged.arithmetic import cdiv
-from jpaged.models import products
+from jpaged.models import layer_kernels
 from jpaged.models.config import ModelConfig
-from jpaged.models.layers import ACTIVATION_FUNCTIONS, Linear, random_param
+from jpaged.models.layers import Linear, random_param
 from jpaged.models.quantize import random_int8
 
 
@@ -70,7 +70,7 @@ class ExpertLinear(nnx.Module):
         """
         weight = self.weight[...]
         scale = None if self.scale is None else self.scale[...]
-        out = products.grouped_matmul(x, weight, scale, counts)
+        out = layer_kernels.grouped_matmul(x, weight, scale, counts)
         if out is None:
             out = grouped_matmul(x, weight, counts)
             if scale is not None:
@@ -140,7 +140,7 @@ class Experts(nnx.Module):
 
     def _gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         if self.limit is None:
-            return ACTIVATION_FUNCTIONS[self.activation](gate) * up
+            return layer_kernels.gated(gate, up, self.activation)
         gate = jnp.minimum(gate, jnp.asarray(self.limit, gate.dtype))
         limit = jnp.asarray(self.limit, up.dtype)
         up = jnp.clip(up, -limit, limit)

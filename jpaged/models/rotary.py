@@ -16,12 +16,17 @@ import numpy as np
 from jpaged.models.config import ModelConfig, RopeScaling
 
 
-def frequencies(config: ModelConfig, *, is_local: bool = False) -> np.ndarray:
+def frequencies(
+    config: ModelConfig, *, is_local: bool = False, length: int | None = None
+) -> np.ndarray:
     """Angle per position of each rotated pair of dimensions, f32[R / 2].
 
     Args:
       config: of the model.
       is_local: for the layers with a window, whose base may differ.
+      length: of the longest possible sequence. Above `config.default_length`, dynamic
+        and LongRoPE scaling rotate as transformers does in one pass over so many
+        tokens. None is at most that length.
     """
     size, theta = config.rotary_size, config.rope_theta
     if is_local and config.local_rope_theta is not None:
@@ -38,12 +43,16 @@ def frequencies(config: ModelConfig, *, is_local: bool = False) -> np.ndarray:
         case "linear":
             return plain / np.float32(scaling.factor)
         case "dynamic":
-            # Only positions from max_position_embeddings on are scaled, and the model
-            # is limited to shorter sequences.
-            return plain
+            if length is None or length <= config.default_length:
+                return plain
+            stretch = scaling.factor * length / config.max_position_embeddings
+            stretch -= scaling.factor - 1
+            theta *= stretch ** (size / (size - 2))
+            return np.float32(1.0) / np.power(np.float32(theta), exponents)
         case "longrope":
-            factors = np.array(scaling.short_factors, np.float32)
-            return np.float32(1.0) / (factors * powers)
+            is_long = length is not None and length > config.default_length
+            factors = scaling.long_factors if is_long else scaling.short_factors
+            return np.float32(1.0) / (np.array(factors, np.float32) * powers)
         case "yarn":
             return _yarn(powers, theta, size, scaling)
         case _:
@@ -91,10 +100,14 @@ def _yarn(
 
 
 def tables(
-    positions: jax.Array, config: ModelConfig, *, is_local: bool = False
+    positions: jax.Array,
+    config: ModelConfig,
+    *,
+    is_local: bool = False,
+    length: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines f32[T, 1, R / 2] of positions i32[T]."""
-    per_position = frequencies(config, is_local=is_local)[None, None, :]
+    """Cosines and sines f32[T, 1, R / 2] of positions i32[T]; see `frequencies`."""
+    per_position = frequencies(config, is_local=is_local, length=length)[None, None, :]
     angles = positions.astype(jnp.float32)[:, None, None] * per_position
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if config.rope_scaling is None or is_local:

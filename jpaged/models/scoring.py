@@ -9,6 +9,7 @@ These are padded to few shapes, so that few programs are compiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -63,7 +64,11 @@ class Perplexity:
 
 
 def score(
-    model: Decoder, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
+    model: Decoder,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    *,
+    length: int | None = None,
 ) -> list[Score]:
     """Score each continuation after its prompt.
 
@@ -71,6 +76,8 @@ def score(
       model: the decoder.
       prompts: token ids of each prompt, at least one.
       continuations: token ids of the continuation of each prompt, at least one.
+      length: of the longest possible sequence; see `rotary.frequencies`. None is that
+        of each text.
 
     Returns:
       A Score for each prompt.
@@ -89,7 +96,7 @@ def score(
             )
         _check_tokens(f"prompts[{index}]", model, text)
     scores = []
-    found = _logprobs(model, texts)
+    found = _logprobs(model, texts, length)
     for prompt, continuation, (logprobs, is_best) in zip(
         prompts, continuations, found, strict=True
     ):
@@ -112,6 +119,7 @@ def perplexity(
     window: int | None = None,
     overlap: int | None = None,
     num_characters: int = 0,
+    length: int | None = None,
 ) -> Perplexity:
     """Perplexity of one text of any length, computed in overlapping windows.
 
@@ -125,13 +133,15 @@ def perplexity(
         at most 1024.
       overlap: tokens of a window that only serve as context. None is half the window.
       num_characters: length of the text, for `bits_per_character`.
+      length: of the longest possible sequence; see `rotary.frequencies`. None is that
+        of each window.
 
     Raises:
       ValueError: the text has fewer than two tokens or contains unknown ones, or
         `window` or `overlap` is out of range.
     """
     longest = model.config.max_length
-    window = min(longest, 1024) if window is None else window
+    window = min(model.config.default_length, 1024) if window is None else window
     overlap = window // 2 if overlap is None else overlap
     if not 2 <= window <= longest:
         raise ValueError(f"window: expected from 2 to {longest}, got {window}")
@@ -146,7 +156,7 @@ def perplexity(
         end += window - overlap
     texts = [list(token_ids[start : start + window]) for start in starts]
     total, count = 0.0, 0
-    for index, (logprobs, _) in enumerate(_logprobs(model, texts)):
+    for index, (logprobs, _) in enumerate(_logprobs(model, texts, length)):
         new = logprobs if index == 0 else logprobs[overlap - 1 :]
         total += math.fsum(float(x) for x in new)
         count += len(new)
@@ -187,7 +197,7 @@ def _check_tokens(
 
 
 def _logprobs(
-    model: Decoder, texts: Sequence[list[int]]
+    model: Decoder, texts: Sequence[list[int]], rope_length: int | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text, values of its tokens after the first.
 
@@ -198,9 +208,14 @@ def _logprobs(
       the most likely one.
     """
     by_length: dict[int, list[int]] = {}
+    config = model.config
     for index, text in enumerate(texts):
         length = max(_SHORTEST, 1 << (len(text) - 1).bit_length())
-        length = min(length, max(model.config.max_length, len(text)))
+        # Padding must not change how a text is rotated.
+        longest = (
+            config.max_length if rope_length is not None else config.default_length
+        )
+        length = min(length, max(longest, len(text)))
         by_length.setdefault(length, []).append(index)
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for length, members in sorted(by_length.items()):
@@ -211,15 +226,17 @@ def _logprobs(
             tokens = np.zeros((num_rows, length), np.int32)
             for row, index in enumerate(batch):
                 tokens[row, : len(texts[index])] = texts[index]
-            logprobs, is_best = jax.device_get(_forward(model, tokens))
+            logprobs, is_best = jax.device_get(_forward(model, tokens, rope_length))
             for row, index in enumerate(batch):
                 size = len(texts[index]) - 1
                 found[index] = logprobs[row, :size], is_best[row, :size]
     return [found[index] for index in range(len(texts))]
 
 
-@jax.jit
-def _forward(model: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=2)
+def _forward(
+    model: Decoder, tokens: jax.Array, rope_length: int | None
+) -> tuple[jax.Array, jax.Array]:
     """Values of the token that follows each token of i32[B, T].
 
     Logits are computed for a few tokens at a time, to limit memory. The last column is
@@ -229,7 +246,8 @@ def _forward(model: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
       Log-probabilities f32[B, T], and bool[B, T]: whether it is the most likely token.
     """
     num_rows, length = tokens.shape
-    hidden = model.hidden_states(tokens).reshape(num_rows * length, -1)
+    hidden = model.hidden_states(tokens, length=rope_length)
+    hidden = hidden.reshape(num_rows * length, -1)
     following = jnp.roll(tokens, -1, axis=1).reshape(-1)
     size = min(_LOGITS_TOKENS, num_rows * length)
     pad = -(num_rows * length) % size

@@ -29,18 +29,22 @@ Write = Callable[[Pools, NewTokens, jax.Array, Any], Pools]
 Copy = Callable[[Pools, jax.Array, jax.Array, Any], Pools]
 
 
-class Products(NamedTuple):
-    """Products with weights by a backend's own kernels, for a step of the engine.
+class LayerKernels(NamedTuple):
+    """A backend's own kernels for decoder layers, in a step of the engine.
 
-    Each returns None where XLA's product is as fast. They have no gradients.
+    Each returns None where XLA's operation serves. They have no gradients.
     """
 
-    # (x [M, K], weights [K, N], their scales f32[N] or None) -> [M, N] of each weight, in
-    # the dtype of x
+    # (x [M, K], weights [K, N], their scales f32[N] or None) -> [M, N] of each weight,
+    # in the dtype of x
     matmuls: Callable[..., list[jax.Array] | None]
     # (x [T, K] in groups of rows, weight [X, K, N], scale f32[X, N] or None, rows of
     # each group i32[X]) -> [T, N], in the dtype of x
     grouped_matmul: Callable[..., jax.Array | None]
+    # (x [..., E], weight [E], eps) -> x / its root mean square * weight
+    rms_norm: Callable[..., jax.Array | None]
+    # (gate [..., F], up [..., F], name of an activation) -> activation(gate) * up
+    gated: Callable[..., jax.Array | None]
 
 
 class AttentionCall(NamedTuple):
@@ -105,7 +109,7 @@ class Backend:
       requires: packages from an extra that must be installed.
       is_installed: whether what else the backend needs is there.
       tile_sizes: returns the dataclass of the tile sizes that `pages.tuned` may set.
-      products: kernels for the decoder's products with weights; None: XLA's.
+      layer_kernels: kernels for other operations of layers; None: XLA's.
     """
 
     name: str
@@ -125,7 +129,7 @@ class Backend:
     requires: tuple[str, ...] = ()
     is_installed: Callable[[], bool] = lambda: True
     tile_sizes: Callable[[], type] | None = None
-    products: Products | None = None
+    layer_kernels: LayerKernels | None = None
 
     def problem(
         self, pages: jax.ShapeDtypeStruct, call: AttentionCall | None

@@ -179,7 +179,7 @@ def load_decoder(
         decoder, name = _placed_decoder(model, dtype, quantization, mesh)
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
-        folder = name if sources.is_random(name) else sources.find_folder(name)
+        folder = name if sources.is_random(name) else sources.find_checkpoint(name)
         decoder = load_model(folder, dtype, quantization=quantization, mesh=mesh)
         if tokenizer is None and not sources.is_random(name):
             tokenizer = folder

@@ -64,8 +64,8 @@ def choose_sizes(
     The default of `num_blocks` is what `max_num_seqs` sequences of `max_model_len`
     tokens can fill, limited to `memory_fraction` of the device's free memory. On a CPU
     it is also limited to 1 GiB or the model's own size, whichever is more. The default
-    of `max_model_len` is the model's maximum, limited so that one such sequence fits
-    into the pool.
+    of `max_model_len` is the model's `default_length`, limited so that one such
+    sequence fits into the pool.
 
     Raises:
       ValueError: max_model_len exceeds the model's maximum, or not even one block fits
@@ -78,7 +78,8 @@ def choose_sizes(
             f"max_model_len: expected at most the model's {model.config.longest_name} "
             f"({longest}), got {max_model_len}"
         )
-    length = longest if max_model_len is None else max_model_len
+    default = min(each.config.default_length for each in models)
+    length = default if max_model_len is None else max_model_len
     if num_blocks is None:
         budget = pool_budget(model, memory_fraction)
         # The draft model has pages of its own under the same block tables.

@@ -11,7 +11,8 @@ from typing import Any
 
 import jinja2
 
-from jpaged.text import message_content, sandbox
+from jpaged import gguf_file
+from jpaged.text import gguf_tokenizer, message_content, sandbox
 from jpaged.text.added_tokens import read_json
 from jpaged.text.tokenizer import Tokenizer
 
@@ -80,13 +81,20 @@ class ChatTemplates:
 
     @classmethod
     def from_folder(cls, folder: pathlib.Path) -> ChatTemplates:
-        """Read the templates where transformers stores them.
+        """Read the templates where transformers stores them, or from a GGUF file.
 
         `chat_template.jinja` takes precedence over `tokenizer_config.json`.
 
+        Args:
+          folder: of a model, or a GGUF file.
+
         Raises:
-          ValueError: a file is not a JSON object.
+          ValueError: a file is not a JSON object, or the GGUF file is invalid.
         """
+        if gguf_file.is_gguf(folder):
+            file = gguf_file.load(folder)
+            templates = gguf_tokenizer.chat_templates(file)
+            return cls(templates, gguf_tokenizer.special_tokens(file))
         config = read_json(folder / "tokenizer_config.json")
         tokens = read_json(folder / "special_tokens_map.json") | config
         special = {}
@@ -125,8 +133,8 @@ class ChatTemplates:
             return self.templates["default"]
         raise ValueError(
             "chat_template: expected one in the model's folder (chat_template.jinja or "
-            f"tokenizer_config.json), got {sorted(self.templates) or 'none'} without "
-            "a default; pass chat_template="
+            "tokenizer_config.json) or GGUF file, got "
+            f"{sorted(self.templates) or 'none'} without a default; pass chat_template="
         )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import tokenizers
 
+from jpaged import gguf_file
+from jpaged.text import gguf_tokenizer
 from jpaged.text.added_tokens import add_declared_tokens
 
 # The result of decoding bytes that are not (yet) a whole character.
@@ -29,7 +31,8 @@ class Tokenizer:
         folder: pathlib.Path | None = None,
     ):
         self.backend = backend
-        self.folder = folder  # where it was read from; chat templates are there too
+        # Folder or GGUF file where it was read from; chat templates are there, too.
+        self.folder = folder
         # A file may enable truncation or padding, which training uses. A prompt that
         # is too long must be refused, not shortened.
         backend.no_truncation()
@@ -54,10 +57,16 @@ class Tokenizer:
         Tokens that only tokenizer_config.json, added_tokens.json or
         special_tokens_map.json declare are added, as AutoTokenizer does.
 
+        Args:
+            folder: of a model, or a GGUF file.
+
         Raises:
             ValueError: the file is not a valid tokenizer, or the folder has only a
               tokenizer of another kind.
         """
+        if gguf_file.is_gguf(folder):
+            read = gguf_tokenizer.read_tokenizer(gguf_file.load(folder))
+            return None if read is None else cls(read, pathlib.Path(folder))
         path = pathlib.Path(folder) / "tokenizer.json"
         if not path.is_file():
             for name in _OTHER_KINDS:

@@ -90,7 +90,7 @@ def test_a_library_is_built_once_and_found_again(quick_compiler):
     assert path.read_text() == "library\n"
     assert library.build() == path
     # A call for each source, and one that links.
-    assert len(quick_compiler.read_text().splitlines()) == 4
+    assert len(quick_compiler.read_text().splitlines()) == 5
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 

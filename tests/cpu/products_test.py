@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged.cpu import calls, library, products
-from jpaged.models import products as model_products
+from jpaged.cpu import calls, layers, library
+from jpaged.models import layer_kernels
 from jpaged.models.moe import grouped_matmul
 from jpaged.models.quantize import quantize_int8
 from tests.support.attention.oracle import relative_errors
@@ -149,13 +149,13 @@ def test_the_kernels_check_shapes_and_dtypes_themselves():
 
 def test_many_rows_are_left_to_xla():
     weight = normal(8, 8)
-    for dtype, most in products.MAX_ROWS.items():
+    for dtype, most in layers.MAX_ROWS.items():
         narrow = weight.astype(dtype)
-        assert products.matmuls(normal(most, 8), [narrow], [None]) is not None
-        assert products.matmuls(normal(most + 1, 8), [narrow], [None]) is None
-    assert products.matmuls(jnp.ones((2, 8), jnp.int32), [weight], [None]) is None
+        assert layers.matmuls(normal(most, 8), [narrow], [None]) is not None
+        assert layers.matmuls(normal(most + 1, 8), [narrow], [None]) is None
+    assert layers.matmuls(jnp.ones((2, 8), jnp.int32), [weight], [None]) is None
     both = [weight, weight.astype(jnp.bfloat16)]
-    assert products.matmuls(normal(2, 8), both, [None, None]) is None
+    assert layers.matmuls(normal(2, 8), both, [None, None]) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -180,12 +180,12 @@ def test_the_model_uses_the_kernels_inside_of_serving_only():
     def program(name: str) -> None:
         text[name] = jax.jit(lambda tokens: model(tokens)).lower(tokens).as_text()
 
-    with model_products.serving("cpu"):
+    with layer_kernels.serving("cpu"):
         program("inside")
         other = threading.Thread(target=program, args=("other thread",))
         other.start()
         other.join()
-        with model_products.serving("xla"):
+        with layer_kernels.serving("xla"):
             program("xla")
         served = model(tokens)
     program("after")

@@ -64,6 +64,7 @@ def test_the_kernels_tests_pass_under_the_sanitizers(tmp_path):
         tmp_path,
         *("-m", "pytest", "-q", "-m", "long"),
         *("tests/cpu/products_test.py", "tests/cpu/pages_test.py"),
+        "tests/cpu/elementwise_test.py",
         "tests/cpu/attention_test.py",
         *("-k", "not decode_equals and not share_their_first and not hypothesis"),
     )

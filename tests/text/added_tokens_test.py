@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jpaged.text.tokenizer import Tokenizer
 
@@ -174,3 +174,23 @@ def test_a_declaration_that_cannot_be_kept_is_refused(decoder, message, tmp_path
     files = {"tokenizer_config": {"added_tokens_decoder": decoder}}
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_folder(write(tmp_path, files))
+
+
+def test_bos_is_that_of_tokenizer_json_whatever_tokenizer_config_says(tmp_path):
+    # transformers 5.24 ignores both flags beside a tokenizer.json, for every class.
+    for flag in (True, False):
+        config = {"add_bos_token": flag, "add_eos_token": flag, "bos_token": "<s>"}
+        folder = tmp_path / str(flag)
+        folder.mkdir()
+        write(folder, {"tokenizer_config": config})
+        plain = Tokenizer.from_folder(folder).encode("ab")
+        assert len(plain) == 2
+        file = folder / "tokenizer.json"
+        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend.add_special_tokens(["<s>"])
+        number = backend.token_to_id("<s>")
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", number)]
+        )
+        backend.save(str(file))
+        assert Tokenizer.from_folder(folder).encode("ab") == [number, *plain]

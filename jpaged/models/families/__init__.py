@@ -6,6 +6,7 @@ To add a family, write its `Family` record in a module of this folder and list i
 `FAMILIES`. The decoder knows nothing of families: it is built from a ModelConfig.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,19 +54,47 @@ def read_fields(
             "quantised checkpoints are not supported. Use the unquantised one, with "
             "quantization='int8' to load it in 8 bits"
         )
+    has_own_end = hf.get("eos_token_id") is not None
     hf = {**family.defaults, **hf}
     eos = hf.get("eos_token_id")
     if generation is not None and generation.get("eos_token_id") is not None:
-        eos = generation["eos_token_id"]
-    eos = [] if eos is None else eos
+        eos, has_own_end = generation["eos_token_id"], True
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-    return {
+    fields = {
         "architecture": family.architecture,
         "bos_token_id": hf.get("bos_token_id"),
         "pad_token_id": hf.get("pad_token_id"),
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
         "dtype": str(dtype).removeprefix("torch."),
     } | family.read(hf)
+    ends = _end_ids(eos, fields["vocab_size"], warns=has_own_end)
+    return fields | {"eos_token_ids": ends}
+
+
+def _end_ids(eos: Any, vocab_size: int, *, warns: bool) -> tuple[int, ...]:
+    """The different EOS tokens of the vocabulary.
+
+    Args:
+      eos: the entry eos_token_id: an id, a list of ids, or None.
+      vocab_size: of the model.
+      warns: warn about ids that the vocabulary does not have.
+
+    Raises:
+      ValueError: an id is no integer.
+    """
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise ValueError(
+                f"eos_token_id: expected a token id or a list of them, got {eos!r:.80}"
+            )
+    known = [token for token in ids if 0 <= token < vocab_size]
+    if len(known) < len(ids) and warns:
+        warnings.warn(
+            f"eos_token_id: expected ids below vocab_size ({vocab_size}), got {eos}; "
+            "the others end no text",
+            stacklevel=4,
+        )
+    return tuple(dict.fromkeys(known))
 
 
 def write_fields(fields: Fields) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Checkpoints: load and save folders in Hugging Face layout.
+"""Checkpoints: load folders in Hugging Face layout and GGUF files, and save folders.
 
-Pipeline: config.json, *.safetensors -> [models.loading] -> decoder.
+Pipeline: config.json, *.safetensors, *.gguf -> [models.loading] -> decoder.
 
-Only safetensors are read. Pickle can run code, and so can Python files in a folder.
+Only safetensors and GGUF are read. Pickle can run code, and so can Python files in a
+folder.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jpaged import gguf_file
 from jpaged.models import shapes
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
 from jpaged.models.decoder import Decoder, as_stored, init_model
-from jpaged.models.loading import files, placing, sources, weights
+from jpaged.models.loading import files, gguf_tensors, placing, sources, weights
 from jpaged.models.loading.weights import Target
 
 _STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -34,16 +36,19 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
       path: see `load_model`.
 
     Raises:
-      FileNotFoundError: the folder does not exist or has no config.json.
-      ValueError: see `ModelConfig.from_hf`; or a file is not valid JSON.
+      FileNotFoundError: the folder does not exist or has no config.json, or a GGUF
+        file needs the package gguf, which is not installed.
+      ValueError: see `ModelConfig.from_hf`; or a file is not valid.
     """
     if sources.is_random(path):
         return shapes.random_config(path)
-    folder = sources.find_folder(path)
+    folder = sources.find_checkpoint(path)
+    if folder.is_file():
+        return ModelConfig.from_hf(gguf_tensors.read_config(gguf_file.load(folder)))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no config.json; a checkpoint is a folder with config.json "
-            "and model.safetensors (or its shards and their index)"
+            "and model.safetensors (or its shards and their index), or a GGUF file"
         )
     generation = folder / "generation_config.json"
     return ModelConfig.from_hf(
@@ -66,9 +71,10 @@ def load_model(
     the model plus less than one large tensor.
 
     Args:
-      path: folder with config.json and model.safetensors, or shards and an index; the
-        name of a bundled model; a hub id, "org/name" or "hf://org/name"; or
-        "random:NAME" for random weights in the shape NAME of `models.shapes`.
+      path: folder with config.json and model.safetensors, or shards and an index; a
+        GGUF file, or a folder that contains only one; the name of a bundled or packaged
+        model; a hub id, "org/name" or "hf://org/name"; or "random:NAME" for random
+        weights in the shape NAME of `models.shapes`.
       dtype: "float32", "bfloat16", "float16", or "auto" for the dtype of the
         checkpoint, except float32 on a CPU.
       quantization: "int8" stores the weights of the products inside the layers in 8
@@ -79,7 +85,8 @@ def load_model(
 
     Raises:
       FileNotFoundError: the folder, config.json, the weights or a shard do not exist,
-        or the hub does not provide the model.
+        the hub does not provide the model, or a GGUF file needs the package gguf, which
+        is not installed.
       ValueError: the config is not supported; a file is truncated or corrupt; tensors
         are missing, unknown, misshapen or stored twice; or the model cannot be divided
         over the mesh.
@@ -99,11 +106,23 @@ def load_model(
     sharding_of = placing.placement(config, mesh)
     if sources.is_random(path):
         return init_model(config, mesh=mesh)
-    found = files.read_headers(sources.find_folder(path))
-    config = _as_tied(config, found)
+    folder = sources.find_checkpoint(path)
+    if folder.is_file():
+        file = gguf_file.load(folder)
+        names = gguf_tensors.read_names(file, config)
+        found, locations = (
+            gguf_tensors.read_tensors(file, names),
+            {
+                "where_config": f"the metadata of {folder}",
+                "name_in_file": names.in_file,
+            },
+        )
+    else:
+        found, locations = files.read_headers(folder), {}
+        config = _as_tied(config, found)
     # The abstract model has shapes but no arrays: no random weights are computed.
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    where = files.locate(found, weights.targets(model), config)
+    where = files.locate(found, weights.targets(model), config, **locations)
     weights.fill(model, where, sharding_of=sharding_of, check_finite=check_finite)
     return model
 

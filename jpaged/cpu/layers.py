@@ -1,8 +1,8 @@
-"""Products with weights: where the kernel is faster than XLA's product.
+"""Layers: the operations of a decoder's layers for which there are kernels.
 
-Pipeline: models.products -> [cpu.products] -> cpu.calls.
+Pipeline: models.layer_kernels -> [cpu.layers] -> cpu.calls.
 
-The kernel reads weights as the model stores them, and wins where reading them is what
+The products read weights as the model stores them, and win where reading them is what
 takes time. XLA's product needs many rows to be as fast.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.cpu import calls
-from jpaged.pages.backend import Products
+from jpaged.pages.backend import LayerKernels
 
 # Most rows of x, by the weight's dtype. Measured on 2026-11-30 with the products of a
 # decode step of the 110M shape (docs/decisions/cpu_kernels.md).
@@ -52,4 +52,19 @@ def _is_served(x: jax.Array, weight: jax.Array) -> bool:
     return is_known and x.shape[0] <= MAX_ROWS.get(jnp.dtype(weight.dtype).name, 0)
 
 
-PRODUCTS = Products(matmuls, grouped_matmul)
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array | None:
+    """Return x `[..., E]` / its root mean square * weight `[E]`, or None for XLA's."""
+    if x.dtype != jnp.float32 or weight.dtype != jnp.float32:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    return calls.rms_norm(rows, weight, eps).reshape(x.shape)
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array | None:
+    """Return activation(gate) * up, or None for XLA's."""
+    if gate.dtype != jnp.float32 or activation not in calls.ACTIVATIONS:
+        return None
+    return calls.gated(gate, up, activation)
+
+
+LAYER_KERNELS = LayerKernels(matmuls, grouped_matmul, rms_norm, gated)

@@ -1,39 +1,46 @@
-"""Products with weights: XLA's, or in a step of the engine those of a backend.
+"""Operations of layers: XLA's, or in a step of the engine those of a backend.
 
-Pipeline: Linear, Output, ExpertLinear -> [models.products] -> XLA, cpu.products.
+Pipeline: models.layers, models.moe -> [models.layer_kernels] -> XLA, cpu.layers.
 
 The engine calls the decoder inside `serving`. Outside of it, and where a backend has no
-product, the products are XLA's: they have gradients and can be sharded.
+kernel, the operations are XLA's: they have gradients and can be sharded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jpaged.attention import backends
 from jpaged.models.quantize import product_int8
-from jpaged.pages.backend import Products
+from jpaged.pages.backend import LayerKernels
 
-_serving: contextvars.ContextVar[Products | None] = contextvars.ContextVar(
-    "products", default=None
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+_serving: contextvars.ContextVar[LayerKernels | None] = contextvars.ContextVar(
+    "layer_kernels", default=None
 )
 
 
 @contextlib.contextmanager
 def serving(attention: str | None) -> Iterator[None]:
-    """Use the products of an attention backend in what is traced inside.
+    """Use the kernels of an attention backend in what is traced inside.
 
     The setting belongs to the thread, and ends with the `with` statement.
 
     Args:
       attention: name of the backend; None: the preferred one.
     """
-    token = _serving.set(backends.products(attention))
+    token = _serving.set(backends.layer_kernels(attention))
     try:
         yield
     finally:
@@ -88,8 +95,34 @@ def _xla_matmul(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax
 def grouped_matmul(
     x: jax.Array, weight: jax.Array, scale: jax.Array | None, counts: jax.Array
 ) -> jax.Array | None:
-    """Return a backend's product of groups of rows, or None; see `pages.Products`."""
+    """Return a backend's product of groups of rows, or None; see `LayerKernels`."""
     kernels = _serving.get()
     if kernels is None:
         return None
     return kernels.grouped_matmul(x, weight, scale, counts)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Return x [..., E] / its root mean square * weight [E], in the dtype of x.
+
+    Statistics are float32. The quotient is rounded to the dtype of x before it is
+    multiplied, unless the weight is wider, as in transformers.
+    """
+    if (kernels := _serving.get()) is not None:
+        out = kernels.rms_norm(x, weight, eps)
+        if out is not None:
+            return out
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(variance + eps)
+    normed = normed.astype(jnp.promote_types(x.dtype, weight.dtype))
+    return (normed * jnp.expand_dims(weight, range(x.ndim - 1))).astype(x.dtype)
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """Return activation(gate) * up, see `ACTIVATION_FUNCTIONS`."""
+    if (kernels := _serving.get()) is not None:
+        out = kernels.gated(gate, up, activation)
+        if out is not None:
+            return out
+    return ACTIVATION_FUNCTIONS[activation](gate) * up

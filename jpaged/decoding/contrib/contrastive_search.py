@@ -8,7 +8,7 @@ Source: Su et al. 2022. https://arxiv.org/abs/2202.06417
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +115,6 @@ def contrastive_search(
 
 
 @functools.lru_cache(maxsize=64)
-def _init_function(max_tokens: int, hidden_size: int) -> Callable[[int], Any]:
+def _init_function(max_tokens: int, hidden_size: int) -> Any:
     """The same function for the same sizes, so that programs are shared."""
     return functools.partial(_init, max_tokens=max_tokens, hidden_size=hidden_size)

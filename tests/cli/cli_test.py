@@ -13,6 +13,7 @@ from jpaged.cli.main import main
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
 from jpaged.serving import batcher
+from tests.support.signals import ctrl_c as ctrl_c
 from tests.support.tiny_llm import SIZES, write_folder
 
 pytestmark = pytest.mark.long
@@ -162,6 +163,7 @@ def test_a_chat_keeps_its_history(run, monkeypatch):
     assert len(questions) == 5
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_an_answer_and_keeps_the_chat(run, monkeypatch):
     run_slice, count = batcher.Batcher.run_slice, []
 

@@ -12,6 +12,7 @@ import pytest
 from jpaged import LLM, BeamSearchParams, SamplingParams, TextPrompt, TokensPrompt
 from jpaged.outputs import Logprob
 from jpaged.serving import batcher
+from tests.support.signals import ctrl_c as ctrl_c
 from tests.support.tiny_llm import GREEDY, SIZES, is_idle, random_prompts, tokens_of
 
 pytestmark = pytest.mark.long
@@ -248,6 +249,7 @@ def test_arguments_of_vllm_with_an_equal_choose_the_same_engine(folder, caplog):
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "chat"])
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_a_usable_engine(llm, naive, monkeypatch, call):
     long = dataclasses.replace(GREEDY, max_tokens=40)
     seen = threading.Event()

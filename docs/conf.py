@@ -38,7 +38,7 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(?!jpaged\.).*"),
     ("py:class", r"jpaged\.(serving|engine\.batch|kv\.swap|models\.layers)\..*"),
-    ("py:class", r".*\.(AnyMesh|RuleParams)"),
+    ("py:class", r".*\.(AnyMesh|Attributes|BlockUses|RuleParams)"),
 ]
 default_role = "py:obj"
 intersphinx_mapping = {}

@@ -15,6 +15,7 @@ from jpaged.arithmetic import cdiv
 if TYPE_CHECKING:  # `decoding` imports nothing from here; not needed at run time
     from jpaged.decoding.base import DecodingAlgorithm
     from jpaged.decoding.constraints import AutomataSizes
+    from jpaged.decoding.processors import Chain
     from jpaged.decoding.rule_arrays import RuleSizes
 
 PREEMPTIONS = ("recompute", "swap")
@@ -127,6 +128,11 @@ class EngineConfig:
         (`models.invariant`, `attention.invariant`).
       algorithms: further decoding algorithms, each with its number of rows. They are
         compiled into the step.
+      seen_hidden, seen_layers, seen_draft: hidden states, layers of which logits, and
+        whether logits of the draft model, that the algorithms need
+        (`engine.algorithms.with_needs` sets them).
+      processors: chains of logits processors that requests may use, without the values
+        of their parameters (`decoding.processors`). They are compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
         state records (`engine.events`); 0 records none.
 
@@ -168,6 +174,10 @@ class EngineConfig:
     logprobs_mode: str = "raw"
     batch_invariant: bool = False
     algorithms: tuple[tuple[DecodingAlgorithm, int], ...] = ()
+    seen_hidden: bool = False
+    seen_layers: tuple[int, ...] = ()
+    seen_draft: bool = False
+    processors: tuple[Chain, ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
 
@@ -258,6 +268,11 @@ class EngineConfig:
                 "num_swap_blocks: expected 0 with preemption='recompute', got "
                 f"{self.num_swap_blocks}; set preemption='swap' to use them"
             )
+
+    @property
+    def sees_more(self) -> bool:
+        """Whether algorithms need more of the decoder than logits."""
+        return self.seen_hidden or bool(self.seen_layers)
 
     @property
     def swaps(self) -> bool:

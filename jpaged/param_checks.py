@@ -6,6 +6,7 @@ Each returns the value in one form, or raises ValueError.
 from collections.abc import Mapping
 from typing import Any
 
+from jpaged.decoding.processors import LogitsProcessor, as_processor
 from jpaged.validation import (
     LARGEST_INT32,
     error,
@@ -56,6 +57,31 @@ def max_tokens(value: Any) -> int | None:
 def stop_token_ids(value: Any) -> tuple[int, ...]:
     """Return stop tokens; None is none."""
     return token_ids("stop_token_ids", () if value is None else value)
+
+
+def companions(value: Any, num_rows: int) -> tuple[Any, ...]:
+    """Return prompts of fewer rows than `num_rows`: texts, or tuples of token ids."""
+    prompts = items("companions", () if value is None else value, "prompts")
+    if len(prompts) >= num_rows:
+        expected = f"fewer prompts than num_rows ({num_rows}), one per row"
+        raise error("companions", expected, prompts)
+    checked: list[Any] = []
+    for i, prompt in enumerate(prompts):
+        name = f"companions[{i}]"
+        is_text = isinstance(prompt, str)
+        found = text(name, prompt) if is_text else token_ids(name, prompt)
+        if not found:
+            raise error(name, "a text or token ids, at least one token", prompt)
+        checked.append(found)
+    return tuple(checked)
+
+
+def logits_processors(value: Any) -> tuple[LogitsProcessor, ...]:
+    """Return logits processors; a function becomes one without parameters."""
+    name = "logits_processors"
+    expected = "a sequence of LogitsProcessor or functions (logits, row) -> logits"
+    given = () if value is None else items(name, value, expected)
+    return tuple(as_processor(f"{name}[{i}]", one) for i, one in enumerate(given))
 
 
 def bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:

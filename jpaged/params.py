@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jpaged import foreign_params, param_checks
+from jpaged.decoding.base import parameters_of
 from jpaged.decoding.sample import GREEDY_BELOW
 from jpaged.names import checked_fields
 from jpaged.validation import (
@@ -197,6 +198,9 @@ class SamplingParams:
         structured_outputs: constraint on the text: a regex, a list of texts, or a JSON
             schema, as StructuredOutputsParams or as a dict ({"regex": "[a-z]+"}). None
             leaves the text unconstrained.
+        logits_processors: functions that change the logits, after all rules above and
+            before the temperature or the filters: LogitsProcessor, or functions
+            `(logits, row) -> logits`. See docs/decoding.md.
         include_stop_str_in_output: whether the text includes the stop string, EOS or
             stop token that ended it.
         skip_special_tokens: leave special tokens out of the text.
@@ -233,6 +237,7 @@ class SamplingParams:
     seed: int | None = None
     priority: int = 0
     structured_outputs: Any = None
+    logits_processors: Sequence[Any] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -346,6 +351,8 @@ class SamplingParams:
                 )
             self._set("allowed_token_ids", allowed)
         self._set("bad_words", param_checks.bad_words(self.bad_words))
+        processors = param_checks.logits_processors(self.logits_processors)
+        self._set("logits_processors", processors)
 
 
 @checked_fields(foreign_params.BEAM_SEARCH)
@@ -369,6 +376,8 @@ class BeamSearchParams:
         priority: under policy "priority", smaller values are admitted first.
         deadline_ms, user: as in `SamplingParams`.
         structured_outputs: constraint on the text, as in `SamplingParams`.
+        logits_processors: as in `SamplingParams`; they change the log-probabilities
+            that the search gets.
 
     Raises:
         ValueError: a value is out of range, or two values contradict each other.
@@ -385,6 +394,7 @@ class BeamSearchParams:
     structured_outputs: Any = None
     deadline_ms: int | None = None
     user: str | int | None = None
+    logits_processors: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
@@ -419,6 +429,7 @@ class BeamSearchParams:
             "structured_outputs": _structured_outputs(
                 self.structured_outputs, ignore_eos
             ),
+            "logits_processors": param_checks.logits_processors(self.logits_processors),
         }
         for name, value in (checked | {"_is_checked": True}).items():
             object.__setattr__(self, name, value)
@@ -434,8 +445,17 @@ class AlgorithmParams:
     Attributes:
         algorithm: a DecodingAlgorithm, or any object with its functions `init` and
             `step`. It becomes part of the compiled step, so create it once and reuse
-            it: another object compiles the engine again.
+            it: another object compiles the engine again, unless it has the same
+            functions.
         num_rows: number of sequences that run, the S of the algorithm.
+        parameters: values of some of the algorithm's parameters; others keep those of
+            the algorithm. New values compile nothing.
+        companions: prompts of the last rows, which the algorithm reads beside the
+            request's own prompt: an unconditional prompt, for example. Each runs in one
+            row. Their rows are no outputs.
+        num_return: number of outputs to return, the first ones; None returns all.
+        stop: strings that end an output, as in `SamplingParams`.
+        logprobs: as in `SamplingParams`.
         max_tokens: maximum number of tokens to generate; None is limited only by
             max_model_len.
         ignore_eos: continue after the model's own EOS. `stop_token_ids` still end a
@@ -445,6 +465,8 @@ class AlgorithmParams:
         priority: under policy "priority", smaller values are admitted first.
         deadline_ms, user: as in `SamplingParams`.
         structured_outputs: constraint on the text, as in `SamplingParams`.
+        logits_processors: as in `SamplingParams`; they change the log-probabilities
+            that the search gets.
 
     Raises:
         ValueError: a value is out of range.
@@ -455,11 +477,17 @@ class AlgorithmParams:
     max_tokens: int | None = 16
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
+    parameters: Mapping[str, Any] | None = None
+    companions: Sequence[Any] = ()
+    num_return: int | None = None
+    stop: str | Sequence[str] = ()
+    logprobs: int | None = None
     seed: int | None = None
     priority: int = 0
     structured_outputs: Any = None
     deadline_ms: int | None = None
     user: str | int | None = None
+    logits_processors: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples and ints."""
@@ -468,8 +496,21 @@ class AlgorithmParams:
                 expected = "an object with functions init and step"
                 raise error("algorithm", expected, self.algorithm)
         ignore_eos = flag("ignore_eos", self.ignore_eos)
+        given = self.parameters
+        if given is not None and not isinstance(given, Mapping):
+            raise error("parameters", "a dict of name -> number or array", given)
+        parameters_of(self.algorithm, given)
+        for name, low in (("num_return", 1), ("logprobs", -1)):
+            if getattr(self, name) is not None:
+                object.__setattr__(
+                    self, name, integer(name, getattr(self, name), low=low)
+                )
+        num_rows = integer("num_rows", self.num_rows, low=1)
         checked = {
-            "num_rows": integer("num_rows", self.num_rows, low=1),
+            "companions": param_checks.companions(self.companions, num_rows),
+            "parameters": None if given is None else dict(given),
+            "stop": strings("stop", () if self.stop is None else self.stop),
+            "num_rows": num_rows,
             "max_tokens": param_checks.max_tokens(self.max_tokens),
             "ignore_eos": ignore_eos,
             "stop_token_ids": param_checks.stop_token_ids(self.stop_token_ids),
@@ -480,6 +521,7 @@ class AlgorithmParams:
             "structured_outputs": _structured_outputs(
                 self.structured_outputs, ignore_eos
             ),
+            "logits_processors": param_checks.logits_processors(self.logits_processors),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -33,12 +33,12 @@ LAYERS = {
     "foreign_params":    ["names"],
     # checks of argument values; host only
     "validation":        [],
-    "param_checks":      ["validation"],
     # scores of arrays: who is admitted first
     "policies":          [],
     # logits in, tokens and parents out: never sees a block
-    "decoding":          ["compat"],
+    "decoding":          ["compat", "validation"],
     "config":            ["compat", "policies", "decoding"],
+    "param_checks":      ["validation", "decoding"],
     "params":            ["compat", "config", "validation", "param_checks", "names",
                           "foreign_params", "decoding"],
     "outputs":           [],

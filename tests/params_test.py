@@ -41,6 +41,7 @@ def test_defaults_are_those_of_vllm():
         "seed": None,
         "priority": 0,
         "structured_outputs": None,
+        "logits_processors": (),
         "include_stop_str_in_output": False,
         "skip_special_tokens": True,
         "spaces_between_special_tokens": True,

@@ -193,12 +193,18 @@ def with_code_blocks(lines: list[str]) -> list[str]:
     return result
 
 
+def _with_plural(match: re.Match[str]) -> str:
+    """Separate the plural of a name, `Decoder`s, for reStructuredText."""
+    return f"{match[1]}\\ s" if match[2] else match[1]
+
+
 def _on_docstring(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Rewrite a docstring before napoleon reads it."""
     lines[:] = with_code_blocks(with_lists(lines))
     lines[:] = [re.sub(r"\|(\w+)\|", r"\|\1\|", line) for line in lines]
+    lines[:] = [re.sub(r"(`[^`]+`)(s?)", _with_plural, line) for line in lines]
     if what == "class" and not any(line == "Attributes:" for line in lines):
         if comments := field_comments(obj):
             lines += ["", "Attributes:"]

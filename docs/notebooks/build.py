@@ -47,7 +47,7 @@ def with_parts(text: str, name: str) -> str:
         raise ValueError(f"{name}: expected <!-- install: EXTRAS -->, got none")
     text, found = BADGE.subn(shared["badge"].strip().replace("NAME", name), text, 1)
     counts = {"badge": found}
-    first = text[extras.start() : text.index("\n", extras.start())]
+    first = extras[0].partition("\n")[0]
     install = f"{first}\n\n{shared['install']}\n"
     text, counts["install"] = INSTALL.subn(lambda _: install, text, 1)
     for part, tags in TAGS.items():

@@ -17,12 +17,19 @@ https://arxiv.org/abs/2309.06180
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jpaged.decoding.parameters import Specs, as_parameters, specs_of
 
 State = Any  # a pytree that only its own algorithm reads
+NO_TOKEN = -1  # as a token of a finished sequence: it ends without another one
+# What an algorithm can get beside the logits, see `Context`.
+NEEDS = ("history", "hidden", "layers", "draft")
 
 
 @jax.tree_util.register_dataclass
@@ -38,9 +45,11 @@ class Decision:
 
     A request ends when all its rows have finished, or at its limit of tokens. The
     engine also finishes a row at EOS, at a stop token and at the limit of tokens.
+
+    A sequence with the token NO_TOKEN becomes a copy of its parent and ends.
     """
 
-    tokens: jax.Array  # i32[Q], next token of sequence q
+    tokens: jax.Array  # i32[Q], next token of sequence q, or NO_TOKEN
     parents: jax.Array  # i32[Q], the sequence that q continues
     logprobs: jax.Array  # f32[Q], log-probability of the token under the raw model
     finished: jax.Array  # bool[Q], whether q has ended; always true if q is retained
@@ -68,11 +77,27 @@ class InitFn(Protocol):
         """Returns the state before the first step of a request with `num_rows` rows."""
 
 
+class Context(NamedTuple):
+    """What the step of an algorithm gets beside the logits, if it needs something.
+
+    Shape symbols: L tokens of the longest sequence, E hidden size, N chosen layers.
+    """
+
+    parameters: dict[str, jax.Array]  # the request's
+    prompt_lens: jax.Array | None = None  # i32[S]
+    num_tokens: jax.Array | None = None  # i32[S], of prompt and output of each row
+    limits: jax.Array | None = None  # i32[S], number of tokens at which the row ends
+    tokens: jax.Array | None = None  # "history": i32[S, L]; V after the last
+    hidden: jax.Array | None = None  # "hidden": [S, E], after the final norm
+    layers: jax.Array | None = None  # "layers": f32[N, S, V], their logits
+    draft: jax.Array | None = None  # "draft": f32[S, V], the draft model's logprobs
+
+
 class StepFn(Protocol):
     """The second half of a decoding algorithm."""
 
     def __call__(
-        self, keys: jax.Array, logits: jax.Array, state: State
+        self, keys: jax.Array, logits: jax.Array, state: State, *context: Any
     ) -> tuple[State, Decision]:
         """Decides the next token and the parent of each sequence.
 
@@ -86,6 +111,7 @@ class StepFn(Protocol):
             where the request's rules forbid a token. Those of a finished row are
             undefined.
           state: The result of `init` or of the previous `step`.
+          *context: One `Context`, if the algorithm has needs or parameters.
 
         Returns:
           The next state and the decision.
@@ -93,11 +119,97 @@ class StepFn(Protocol):
         ...
 
 
-class DecodingAlgorithm(NamedTuple):
-    """A pair of pure functions for one request, similar to an optax optimiser."""
+@dataclasses.dataclass(frozen=True)
+class DecodingAlgorithm:
+    """A pair of pure functions for one request, similar to an optax optimiser.
+
+    Two algorithms with the same functions are equal, and share compiled programs,
+    whatever the values of their parameters are.
+
+    Attributes:
+      init: Returns the state before the first step.
+      step: One step.
+      needs: What `step` gets in its `Context`: "history", "hidden", "layers", "draft".
+      parameters: Numbers or arrays by name that `step` reads in its `Context`. They are
+        data of each request: `AlgorithmParams.parameters` replaces their values. int,
+        float and bool become int32, float32 and bool.
+      layers: With "layers": numbers of the layers, from 0, after which the output head
+        computes logits, without the final norm.
+      hidden_size: With "hidden": E of the model.
+      keeps_rows: Each row continues itself. The engine then ignores `parents`, and the
+        tokens of a row are final: they can be streamed.
+
+    Raises:
+      ValueError: An unknown need, a need without its size, or a value that is no
+        number.
+    """
 
     init: InitFn
-    step: StepFn
+    step: Callable[..., tuple[State, Decision]]  # a StepFn, with or without a Context
+    needs: Iterable[str] = ()
+    parameters: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
+    layers: tuple[int, ...] = ()
+    hidden_size: int = 0
+    keeps_rows: bool = False
+    specs: Specs = dataclasses.field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        """Check the needs, and convert the parameters to arrays."""
+        needs = set((self.needs,) if isinstance(self.needs, str) else self.needs)
+        if unknown := sorted(map(str, needs - set(NEEDS))):
+            raise ValueError(f"needs: expected some of {NEEDS}, got {unknown[0]!r}")
+        layers = tuple(int(layer) for layer in self.layers)
+        if ("layers" in needs) != bool(layers) or min(layers, default=0) < 0:
+            raise ValueError(
+                "layers: expected numbers of layers, from 0, together with the need "
+                f"'layers', got layers={layers} and needs={sorted(needs)}"
+            )
+        if ("hidden" in needs) != (self.hidden_size > 0):
+            raise ValueError(
+                "hidden_size: expected the model's hidden size together with the need "
+                f"'hidden', got {self.hidden_size} and needs={sorted(needs)}"
+            )
+        parameters = as_parameters(self.parameters)
+        # Sorted, because processes that share a mesh compare what is printed.
+        checked = dict(needs=tuple(sorted(needs)), layers=layers, parameters=parameters)
+        for name, value in (checked | {"specs": specs_of(parameters)}).items():
+            object.__setattr__(self, name, value)
+
+
+def has_context(algorithm: Any) -> bool:
+    """Whether the algorithm's `step` gets a `Context`."""
+    return bool(getattr(algorithm, "needs", ()) or getattr(algorithm, "specs", ()))
+
+
+def parameters_of(
+    algorithm: Any, given: Mapping[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """Return the parameters of a request: the algorithm's, and those `given`.
+
+    Raises:
+      ValueError: A name is unknown, or a value has another shape or dtype.
+    """
+    known = dict(getattr(algorithm, "parameters", {}))
+    specs = {name: spec for name, *spec in getattr(algorithm, "specs", ())}
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise ValueError(
+                f"parameters: expected names among {sorted(known)}, the algorithm's, "
+                f"got {name!r}"
+            )
+        shape, dtype = specs[name]
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        value = float(value) if is_integer and dtype == "float32" else value
+        (array,) = as_parameters({name: value}).values()
+        if (array.shape, array.dtype.name) != (shape, dtype):
+            raise ValueError(
+                f"parameters[{name!r}]: expected {dtype} of shape {shape}, got "
+                f"{array.dtype.name} of shape {array.shape}"
+            )
+        known[name] = array
+    return known
 
 
 def chain(*transforms: LogitsTransform) -> LogitsTransform:
@@ -123,12 +235,39 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
                 f"argument {position}, got {transform!r}"
             )
 
-    def chained(logits: jax.Array) -> jax.Array:
-        for transform in transforms:
+    return Chain(transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Transforms that are applied from left to right."""
+
+    transforms: tuple[LogitsTransform, ...]
+
+    def __call__(self, logits: jax.Array, /) -> jax.Array:
+        """Applies all transforms."""
+        for transform in self.transforms:
             logits = transform(logits)
         return logits
 
-    return chained
+
+@dataclasses.dataclass(frozen=True)
+class NumberTransform:
+    """A transform with a number, which `sampling` passes as data.
+
+    Attributes:
+      function: (logits f32[S, V], number f32[]) -> f32[S, V].
+      name: Of the number, for messages.
+      value: The number.
+    """
+
+    function: Any
+    name: str
+    value: float
+
+    def __call__(self, logits: jax.Array, /) -> jax.Array:
+        """Applies the function with the value."""
+        return self.function(logits, jnp.float32(self.value))
 
 
 def own_rows(num_rows: int) -> jax.Array:

@@ -11,6 +11,8 @@ Shape symbols: S rows, V vocabulary, G groups, W entries of a group.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,12 @@ from jax import lax
 
 from jpaged.arithmetic import sum_in_order
 from jpaged.decoding.base import (
+    Chain,
+    Context,
     Decision,
     DecodingAlgorithm,
     LogitsTransform,
+    NumberTransform,
     State,
     own_rows,
 )
@@ -332,35 +337,91 @@ def greedy() -> DecodingAlgorithm:
         tokens = _largest(logits, maxima)
         return state, _own(tokens, _chosen(logits, tokens) - log_total)
 
-    return DecodingAlgorithm(init, step)
+    return DecodingAlgorithm(init, step, keeps_rows=True)
+
+
+def sample_rows(
+    keys: jax.Array, scores: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Samples a token of each row from softmax(scores / temperature).
+
+    Args:
+      keys: key[S].
+      scores: f32[S, V].
+      temperature: f32[]; below GREEDY_BELOW: the largest score.
+
+    Returns:
+      i32[S].
+    """
+    maxima, _, _ = _summary(scores)
+    is_greedy = temperature < GREEDY_BELOW
+    warped = scores / jnp.where(is_greedy, 1.0, temperature)
+    _, masses, _ = _summary(warped)
+    ones, unfiltered = jnp.ones(len(scores)), jnp.full(len(scores), -jnp.inf)
+    tokens = _sample_groups(keys, warped, masses, ones, unfiltered)
+    return jnp.where(is_greedy, _largest(scores, maxima), tokens)
 
 
 def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
     """Builds the algorithm that samples from softmax(transform(logits)).
 
-    For example `sampling(chain(temperature(0.8), top_k(40)))`. The log-probabilities of
-    its decisions are those of the raw model.
+    For example `sampling(chain(temperature(0.8), top_k(40)))`. The numbers of the
+    transforms of jpaged are parameters, "temperature_0" and "top_k_1" here: other
+    numbers compile nothing. The log-probabilities of its decisions are those of the raw
+    model.
 
     Args:
       transform: Applied to the logits of each step; None: no transform.
     """
+    parts = _parts(transform)
+    names = tuple(
+        f"{part.name}_{i}" if isinstance(part, NumberTransform) else None
+        for i, part in enumerate(parts)
+    )
+    functions = tuple(getattr(part, "function", part) for part in parts)
+    init, step = _sampling(functions, names)
+    parameters = {
+        name: float(part.value)
+        for name, part in zip(names, parts, strict=True)
+        if name is not None
+    }
+    return DecodingAlgorithm(init, step, parameters=parameters, keeps_rows=True)
+
+
+def _parts(transform: Any) -> list[Any]:
+    """The transforms of a chain, one after the other."""
+    if transform is None:
+        return []
+    if isinstance(transform, Chain):
+        return [part for one in transform.transforms for part in _parts(one)]
+    return [transform]
+
+
+@functools.lru_cache(maxsize=256)
+def _sampling(
+    functions: tuple[Any, ...], names: tuple[str | None, ...]
+) -> tuple[Any, Any]:
+    """`init` and `step` of `sampling`; the same for the same functions."""
 
     def init(num_rows: int) -> State:
         del num_rows
         return ()
 
     def step(
-        keys: jax.Array, logits: jax.Array, state: State
+        keys: jax.Array, logits: jax.Array, state: State, *context: Context
     ) -> tuple[State, Decision]:
         logits = logits.astype(jnp.float32)
         _, _, log_total = _summary(logits)
-        warped = logits if transform is None else transform(logits)
+        warped = logits
+        for function, name in zip(functions, names, strict=True):
+            values = () if name is None else (context[0].parameters[name],)
+            warped = function(warped, *values)
         _, masses, _ = _summary(warped)
         ones, unfiltered = jnp.ones(len(logits)), jnp.full(len(logits), -jnp.inf)
         tokens = _sample_groups(keys, warped, masses, ones, unfiltered)
         return state, _own(tokens, _chosen(logits, tokens) - log_total)
 
-    return DecodingAlgorithm(init, step)
+    return init, step
 
 
 def _own(tokens: jax.Array, logprobs: jax.Array) -> Decision:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.arithmetic import cdiv
-from jpaged.decoding.base import LogitsTransform
+from jpaged.decoding.base import LogitsTransform, NumberTransform
 
 NUM_LEADING = 64  # sorted values per row, among which thresholds are cheap
 _SEARCH_ROWS = 8  # rows per chunk of the bisection
@@ -212,19 +212,19 @@ def _largest_threshold(
             first, last = bounds
             # Without overflow: floor((first + last) / 2).
             middle = (first & last) + ((first ^ last) >> 1)
-            kept = jnp.where(x_CV >= _from_ordered(middle)[:, None], weights, 0.0)
+            kept = jnp.where(x_CV >= from_ordered(middle)[:, None], weights, 0.0)
             weight = jnp.sum(kept, axis=-1)
             last = jnp.where(weight >= needed, last, middle)
             # The weight equals the target: no larger threshold can reach it.
             last = jnp.where(weight == needed, middle + 1, last)
             return jnp.where(weight >= needed, middle, first), last
 
-        first, last = _to_ordered(low[rows]), _to_ordered(high[rows]) + 1
+        first, last = to_ordered(low[rows]), to_ordered(high[rows]) + 1
         last = jnp.where(is_open[rows], last, first)
         first, _ = lax.while_loop(
             lambda bounds: jnp.any(bounds[0] + 1 < bounds[1]), narrow, (first, last)
         )
-        return found.at[rows].set(_from_ordered(first), unique_indices=True)
+        return found.at[rows].set(from_ordered(first), unique_indices=True)
 
     def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start, found = carry
@@ -238,36 +238,51 @@ def _largest_threshold(
     return found
 
 
-def _to_ordered(values: jax.Array) -> jax.Array:
+def to_ordered(values: jax.Array) -> jax.Array:
     """Maps float32 values to i32 keys of the same order."""
     bits = lax.bitcast_convert_type(values, jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _from_ordered(keys: jax.Array) -> jax.Array:
-    """Inverse of `_to_ordered`."""
+def from_ordered(keys: jax.Array) -> jax.Array:
+    """Inverse of `to_ordered`."""
     return lax.bitcast_convert_type(keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32)
 
 
-def _filter(**setting: float) -> LogitsTransform:
-    """A transform with one filter; the others are off."""
-    off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+def _filtered(logits: jax.Array, **setting: jax.Array) -> jax.Array:
+    """Logits f32[S, V] with one filter; the others are off."""
+    num_rows = len(logits)
+    rows = dict(
+        temperature=jnp.ones(num_rows),
+        top_k=jnp.zeros(num_rows, jnp.int32),
+        top_p=jnp.ones(num_rows),
+        min_p=jnp.zeros(num_rows),
+    )
+    for name, value in setting.items():
+        rows[name] = jnp.broadcast_to(value, num_rows).astype(rows[name].dtype)
+    threshold = filter_threshold(logits, **rows)
+    return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
 
-    def transform(logits: jax.Array, /) -> jax.Array:
-        num_rows = len(logits)
-        rows = {
-            name: jnp.full(num_rows, value, "int32" if name == "top_k" else "float32")
-            for name, value in (off | setting).items()
-        }
-        threshold = filter_threshold(logits, **rows)
-        return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
 
-    return transform
+def _divide(logits: jax.Array, value: jax.Array) -> jax.Array:
+    return logits / value
+
+
+def _keep_min_p(logits: jax.Array, value: jax.Array) -> jax.Array:
+    return _filtered(logits, min_p=value)
+
+
+def _keep_top_k(logits: jax.Array, value: jax.Array) -> jax.Array:
+    return _filtered(logits, top_k=value)
+
+
+def _keep_top_p(logits: jax.Array, value: jax.Array) -> jax.Array:
+    return _filtered(logits, top_p=value)
 
 
 def temperature(value: float) -> LogitsTransform:
     """Builds the transform that divides logits by a temperature above 0."""
-    return lambda logits: logits / jnp.float32(value)
+    return NumberTransform(_divide, "temperature", value)
 
 
 def min_p(value: float) -> LogitsTransform:
@@ -276,12 +291,12 @@ def min_p(value: float) -> LogitsTransform:
     Args:
       value: Share of the largest probability below which tokens are dropped; 0 is off.
     """
-    return _filter(min_p=value)
+    return NumberTransform(_keep_min_p, "min_p", value)
 
 
 def top_k(value: int) -> LogitsTransform:
     """Builds the transform that keeps the k largest logits and ties; 0 is off."""
-    return _filter(top_k=value)
+    return NumberTransform(_keep_top_k, "top_k", value)
 
 
 def top_p(value: float) -> LogitsTransform:
@@ -290,4 +305,4 @@ def top_p(value: float) -> LogitsTransform:
     Args:
       value: The least mass to keep; 1 is off.
     """
-    return _filter(top_p=value)
+    return NumberTransform(_keep_top_p, "top_p", value)

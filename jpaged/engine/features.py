@@ -22,7 +22,9 @@ from jpaged.engine.limits import (
     keeps_prompt_logprobs,
     rule_sizes,
     sampling_level,
+    sees_more,
 )
+from jpaged.engine.processing import ProcessorRows
 from jpaged.engine.state import EngineState
 from jpaged.params import SamplingParams
 
@@ -37,13 +39,22 @@ class Features(NamedTuple):
     prompt_logprobs: bool = False
     algorithms: bool = False  # beam search and decoding algorithms
     token_masks: bool = False
+    processors: bool = False  # logits processors
+    seen: bool = False  # what algorithms need of the decoder beside logits
 
     @classmethod
     def of(cls, params: Params, vocab_size: int | None) -> Features:
         """Return what a request with these parameters uses."""
         automata = params.structured_outputs is not None
+        processors = bool(params.logits_processors)
         if not isinstance(params, SamplingParams):
-            return cls(automata=automata, algorithms=True)
+            return cls(
+                automata=automata,
+                algorithms=True,
+                processors=processors,
+                logprobs=getattr(params, "logprobs", None) is not None,
+                seen=sees_more(params),
+            )
         return cls(
             sampling=sampling_level(params),
             rules=rule_sizes(params, vocab_size) is not None,
@@ -51,6 +62,7 @@ class Features(NamedTuple):
             logprobs=(params.logprobs, params.prompt_logprobs) != (None, None),
             prompt_logprobs=keeps_prompt_logprobs(params),
             token_masks=params.token_masks,
+            processors=processors,
         )
 
     def union(self, other: Features) -> Features:
@@ -84,6 +96,10 @@ def program_config(config: EngineConfig, features: Features) -> EngineConfig:
         changes["prompt_logprobs"] = False
     if not features.algorithms:
         changes |= dict(max_beam_width=0, algorithms=())
+    if not features.processors:
+        changes["processors"] = ()
+    if not features.seen:
+        changes |= dict(seen_hidden=False, seen_layers=(), seen_draft=False)
     return dataclasses.replace(config, **changes)
 
 
@@ -101,13 +117,17 @@ def view(state: EngineState, features: Features) -> EngineState:
         changes |= dict(ranks=None, top_ids=None, top_logprobs=None)
     if not config.num_mask_words:
         changes["masks"] = None
+    params = table.params
     if config.rules is None:
-        changes["params"] = dataclasses.replace(table.params, rules=None)
+        params = dataclasses.replace(params, rules=None)
+    if not config.processors:
+        params = dataclasses.replace(params, processors=None)
+        changes["processor_states"] = None
     if host is not None:
         host = dataclasses.replace(host, cache=None, draft_cache=None)
     return dataclasses.replace(
         state,
-        requests=dataclasses.replace(table, **changes),
+        requests=dataclasses.replace(table, params=params, **changes),
         states=state.states if features.algorithms else (),
         cache=None,
         draft_cache=None,
@@ -127,9 +147,11 @@ def merge(state: EngineState, after: EngineState) -> EngineState:
     fields = (
         field.name for field in dataclasses.fields(table) if field.name != "params"
     )
-    params = table.params
+    params, before = table.params, state.requests.params
     if params.rules is None:
-        params = dataclasses.replace(params, rules=state.requests.params.rules)
+        params = dataclasses.replace(params, rules=before.rules)
+    if params.processors is None:
+        params = dataclasses.replace(params, processors=before.processors)
     changes = present(table, *fields) | {"params": params}
     host = state.host
     if host is not None and after.host is not None:
@@ -179,11 +201,16 @@ def grow(state: EngineState, config: EngineConfig) -> EngineState:
         old.params,
         algorithms=jnp.where(kinds >= 0, kinds + shift, kinds) if shift else kinds,
         rules=_padded(old.params.rules, table.params.rules),
+        processors=_with_more_chains(old.params.processors, table.params.processors),
     )
     wider = {
         name: _padded(getattr(old, name), getattr(table, name))
         for name in ("automata", "digests", "ranks", "top_ids", "top_logprobs", "masks")
     }
+    if table.processor_states is not None:
+        known = old.processor_states or ()
+        fresh = table.processor_states[len(known) :]
+        wider["processor_states"] = (*known, *fresh)
     grown = list(states)
     grown[shift : shift + len(state.states)] = state.states
     return dataclasses.replace(
@@ -192,6 +219,16 @@ def grow(state: EngineState, config: EngineConfig) -> EngineState:
         states=tuple(grown),
         config=config,
     )
+
+
+def _with_more_chains(
+    old: ProcessorRows | None, fresh: ProcessorRows | None
+) -> ProcessorRows | None:
+    """Return the rows of `fresh` with those of `old` for the chains that it has."""
+    if old is None or fresh is None:
+        return fresh
+    values = (*old.values, *fresh.values[len(old.values) :])
+    return ProcessorRows(old.chains, values)
 
 
 def _padded(old: object, fresh: object) -> object:

@@ -40,9 +40,9 @@ def hidden_states(
     table: RequestTable,
     blocks: BlockState,
     batch: StepBatch,
-    hidden: jax.Array,
+    hidden: Any,
     config: EngineConfig,
-) -> tuple[KVCache, jax.Array]:
+) -> tuple[KVCache, Any]:
     """Compute the hidden states of the step's tokens, and write their keys and values.
 
     Args:
@@ -70,12 +70,12 @@ def hidden_states(
     index = jnp.where(num_tokens == 0, -1, index)
 
     def run(
-        is_decode: bool, size: int, carry: tuple[KVCache, jax.Array]
-    ) -> tuple[KVCache, jax.Array]:
+        is_decode: bool, size: int, carry: tuple[KVCache, Any]
+    ) -> tuple[KVCache, Any]:
         cache, hidden = carry
         inputs = step_inputs(table.tokens, blocks, batch, size, is_decode)
         cache, states = run_trunk(model, cache, inputs, config, is_alone=False)
-        return cache, hidden.at[:size].set(states)
+        return cache, jax.tree.map(lambda x, new: x.at[:size].set(new), hidden, states)
 
     branches = [functools.partial(run, True, size) for size in row_buckets]
     branches += [functools.partial(run, False, size) for size in token_buckets]
@@ -88,8 +88,10 @@ def run_trunk(
     inputs: StepInputs,
     config: EngineConfig,
     is_alone: bool = True,
-) -> tuple[KVCache, jax.Array]:
+) -> tuple[KVCache, Any]:
     """Return the cache with the tokens' keys and values, and hidden states [T, E].
+
+    If algorithms need layers, hidden states are a pair, see `Decoder.trunk_loop`.
 
     Args:
       model: the decoder.
@@ -144,9 +146,15 @@ def run_trunk(
             attend,
             cache,
             is_unrolled=is_alone and backends.unrolls_layers(implementation),
+            taps=config.seen_layers,
             length=config.max_model_len,
         )
     return cache, hidden
+
+
+def last_hidden(hidden: Any) -> jax.Array:
+    """Return the hidden states [T, E] after the last layer, of `run_trunk`."""
+    return hidden[0] if isinstance(hidden, tuple) else hidden
 
 
 def _with_shared_prefixes(inputs: StepInputs, block_size: int) -> StepInputs:

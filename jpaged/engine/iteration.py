@@ -8,7 +8,7 @@ Source: Kwon et al. 2023, sections 4 and 5. https://arxiv.org/abs/2309.06180
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jpaged.engine import (
     sampling,
     speculation,
 )
-from jpaged.engine.algorithms import Logits
+from jpaged.engine.algorithms import DraftLogits, Logits
 from jpaged.engine.bookkeeping import SampledStep as SampledStep
 from jpaged.engine.bookkeeping import ScheduledStep as ScheduledStep
 from jpaged.engine.bookkeeping import begin_step as begin_step
@@ -32,31 +32,32 @@ from jpaged.engine.bookkeeping import end_step as end_step
 from jpaged.engine.speculation import DraftedModel
 from jpaged.engine.state import EngineState, Model
 from jpaged.kv.block_manager import NO_BLOCK
-from jpaged.models.config import ModelConfig
 
 
 class WorkingMemory(NamedTuple):
     """Arrays that a step writes before it reads them; allocated once for a run."""
 
-    hidden: jax.Array  # [T, E]
-    logits: jax.Array  # f32[N, V]
+    hidden: Any  # [T, E], with those of layers if algorithms need them
+    logits: Any  # f32[N, V], or `sampling.SeenLogits`
     draft_hidden: jax.Array | None = None  # [T, E] of the draft model
+    draft_logits: jax.Array | None = None  # f32[N, V], if algorithms need them
 
 
 def working_memory(model: Model, state: EngineState) -> WorkingMemory:
     """Allocate working memory for the largest step of the state's config."""
     config = state.config
 
-    def hidden(sizes: ModelConfig) -> jax.Array:
-        shape = (config.max_num_batched_tokens, sizes.hidden_size)
-        return jnp.zeros(shape, sizes.dtype)
-
-    shape = (config.max_num_logits, model.config.vocab_size)
-    is_drafted = isinstance(model, DraftedModel)
+    size = config.max_num_batched_tokens
+    draft_hidden = draft_logits = None
+    if isinstance(model, DraftedModel):
+        draft_hidden = sampling.init_hidden(config, model.draft.config, size)
+        if config.seen_draft:
+            draft_logits = sampling.init_logits(config, model.draft.config)
     return WorkingMemory(
-        hidden(model.config),
-        jnp.zeros(shape, jnp.float32),
-        hidden(model.draft.config) if is_drafted else None,
+        sampling.init_hidden(config, model.config, size),
+        sampling.init_logits(config, model.config),
+        draft_hidden,
+        draft_logits,
     )
 
 
@@ -77,7 +78,7 @@ def iterate(
     target = model.target if isinstance(model, DraftedModel) else model
     state, scheduled = begin_step(state, config)
     state = _move_all_pages(state, scheduled, config)
-    state, memory = _draft(model, state, scheduled, memory, config)
+    state, memory, draft = _draft(model, state, scheduled, memory, config)
     assert state.cache is not None, "a state created without a model has no pages"
     cache, hidden = forward.hidden_states(
         target,
@@ -92,12 +93,12 @@ def iterate(
         target, scheduled.entries, hidden, memory.logits, config
     )
     table = sampling.write_prompt_logprobs(
-        target, state.requests, scheduled.batch, hidden, config
+        target, state.requests, scheduled.batch, forward.last_hidden(hidden), config
     )
     state = dataclasses.replace(state, requests=table)
-    sampled = decode(state, scheduled, logits, config)
+    sampled = decode(state, scheduled, logits, config, draft=draft)
     state = end_step(state, scheduled, sampled, cache, state.draft_cache)
-    return state, WorkingMemory(hidden, logits, memory.draft_hidden)
+    return state, memory._replace(hidden=hidden, logits=logits)
 
 
 def swap_pages(
@@ -165,12 +166,15 @@ def _draft(
     scheduled: ScheduledStep,
     memory: WorkingMemory,
     config: EngineConfig,
-) -> tuple[EngineState, WorkingMemory]:
-    """Write the draft model's drafts into the request table, if there is one."""
+) -> tuple[EngineState, WorkingMemory, DraftLogits | None]:
+    """Write the draft model's drafts into the request table, if there is one.
+
+    Also returns its logits for rows of algorithms, if they need them.
+    """
     if not isinstance(model, DraftedModel) or memory.draft_hidden is None:
-        return state, memory
+        return state, memory, None
     assert state.draft_cache is not None
-    table, cache, hidden, logits = speculation.draft(
+    table, cache, hidden, logits, found = speculation.draft(
         model.draft,
         state.draft_cache,
         state.requests,
@@ -179,17 +183,21 @@ def _draft(
         memory.draft_hidden,
         memory.logits,
         config,
+        memory.draft_logits,
     )
     memory = memory._replace(logits=logits, draft_hidden=hidden)
-    return dataclasses.replace(state, requests=table, draft_cache=cache), memory
+    if found is not None:
+        memory = memory._replace(draft_logits=found.values)
+    return dataclasses.replace(state, requests=table, draft_cache=cache), memory, found
 
 
 def decode(
     state: EngineState,
     scheduled: ScheduledStep,
-    logits: jax.Array,
+    logits: Any,
     config: EngineConfig,
     size: int | None = None,
+    draft: DraftLogits | None = None,
 ) -> SampledStep:
     """Generate tokens for all rows with logits, by sampling or by their algorithms.
 
@@ -199,8 +207,13 @@ def decode(
       logits: f32[N, V], of the step's entries.
       config: the engine's config.
       size: the step has at most this number of entries; None: N.
+      draft: the draft model's logits for rows of algorithms, if they need them.
     """
     number, entries = state.counters.num_steps, scheduled.entries
+    seen = algorithms.Seen(draft=draft)
+    if isinstance(logits, sampling.SeenLogits):
+        seen = algorithms.Seen(logits.hidden, logits.layers, config.seen_layers)
+        logits = logits.values
     new = sampling.sample_tokens(state.requests, entries, logits, config, size)
     if config.speculation is None:
         table, ended = request_table.extend(state.requests, new, number)
@@ -219,7 +232,7 @@ def decode(
         table,
         state.states,
         state.rows,
-        Logits(logits, entries.seq_indices),
+        Logits(logits, entries.seq_indices, seen),
         number,
         config,
     )

@@ -17,10 +17,11 @@ from jpaged.arithmetic import cdiv
 from jpaged.config import SAMPLING, EngineConfig
 from jpaged.decoding import beam
 from jpaged.decoding.constraints import AutomataSizes
+from jpaged.decoding.processor_checks import check_processors
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.decoding.rule_checks import check_rules
 from jpaged.decoding.sample import GREEDY_BELOW
-from jpaged.engine import algorithms
+from jpaged.engine import algorithms, processing
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable
 from jpaged.params import (
     AlgorithmParams,
@@ -48,6 +49,7 @@ class RequestShape(NamedTuple):
     kind: int  # index in `algorithms.config_algorithms`, or NO_ALGORITHM
     num_rows: int  # sequences that run
     numbers: list[int]  # number of each sequence, those that run first
+    num_companions: int = 0  # rows with a prompt of their own, the last ones
 
     @property
     def num_retained(self) -> int:
@@ -56,7 +58,9 @@ class RequestShape(NamedTuple):
 
     def outputs(self, seq_indices: Sequence[int]) -> list[int]:
         """Select the request's outputs from the indices of its sequences."""
-        return list(seq_indices[self.num_rows :] if self.num_retained else seq_indices)
+        if self.num_retained:
+            return list(seq_indices[self.num_rows :])
+        return list(seq_indices[: self.num_rows - self.num_companions])
 
 
 def num_rows(params: Params) -> int:
@@ -117,7 +121,8 @@ def request_shape(
     count = rows
     if vocab_size is not None:
         count = algorithms.num_sequences(*pair, vocab_size)
-    return RequestShape(known.index(pair), rows, list(range(count)))
+    number = len(params.companions)
+    return RequestShape(known.index(pair), rows, list(range(count)), number)
 
 
 def check_request(
@@ -149,6 +154,9 @@ def check_request(
             "or raise max_model_len"
         )
     _check_ids("prompt", prompt, vocab_size)
+    if isinstance(params, AlgorithmParams):
+        for i, one in enumerate(params.companions):
+            _check_companion(f"companions[{i}]", one, config, vocab_size)
     sequences = request_shape(params, config, vocab_size)
     num_blocks = config.num_blocks if num_blocks is None else num_blocks
     _check_blocks(config, length, params, sequences, num_blocks)
@@ -163,9 +171,27 @@ def check_request(
             f"params: expected at most max_num_requests ({config.max_num_requests}) "
             f"sequences, got {len(sequences.numbers)}"
         )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name, None) or 0) > config.num_logprobs:
+            raise ValueError(
+                f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
+                f"{getattr(params, name)}; raise num_logprobs in the config"
+            )
     if isinstance(params, SamplingParams):
         _check_sampling(config, params, vocab_size, ends)
+    if isinstance(params, AlgorithmParams) and params.num_return is not None:
+        outputs = len(sequences.outputs(sequences.numbers))
+        if params.num_return > outputs:
+            raise ValueError(
+                f"num_return: expected at most {outputs}, the algorithm's outputs, got "
+                f"{params.num_return}"
+            )
     _check_automaton(config, params, vocab_size)
+    _check_processors(config, params, vocab_size)
+    if isinstance(params, AlgorithmParams) and (
+        sees_more(params) or needs_draft(params)
+    ):
+        _check_needs(config, params.algorithm)
     if isinstance(params, BeamSearchParams) and vocab_size is not None:
         if params.beam_width > vocab_size:
             raise ValueError(
@@ -175,6 +201,23 @@ def check_request(
     if isinstance(params, BeamSearchParams):
         max_tokens = token_limit(config, length, params) - length
         beam.check_length_penalty(params.length_penalty, max_tokens)
+
+
+def _check_companion(
+    name: str, prompt: Any, config: EngineConfig, vocab_size: int | None
+) -> None:
+    """Raise ValueError if a prompt of a row cannot run."""
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"{name}: expected token ids, because the engine has no tokenizer, got "
+            f"{prompt!r:.200}"
+        )
+    if len(prompt) >= config.max_model_len:
+        raise ValueError(
+            f"{name}: expected fewer than max_model_len ({config.max_model_len}) "
+            f"tokens, got {len(prompt)}"
+        )
+    _check_ids(name, prompt, vocab_size)
 
 
 def _check_blocks(
@@ -188,7 +231,10 @@ def _check_blocks(
     # Samples of a request need not run at the same time.
     rows = 1 if sequences.kind == NO_ALGORITHM else sequences.num_rows
     limit = token_limit(config, length, params)
-    needed = most_blocks(config, length, limit, rows)
+    needed = most_blocks(config, length, limit, rows - sequences.num_companions)
+    for companion in getattr(params, "companions", ()):
+        other = min(config.max_model_len, len(companion) + limit - length)
+        needed += most_blocks(config, len(companion), other, 1)
     if needed > num_blocks:
         in_rows = f"in each of {rows} rows " * (rows > 1)
         not_pinned = " that are not pinned" * (num_blocks < config.num_blocks)
@@ -216,12 +262,6 @@ def _check_sampling(
     vocab_size: int | None,
     stop_ids: Sequence[int],
 ) -> None:
-    for name in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, name) or 0) > config.num_logprobs:
-            raise ValueError(
-                f"{name}: expected at most num_logprobs ({config.num_logprobs}), got "
-                f"{getattr(params, name)}; raise num_logprobs in the config"
-            )
     if params.token_masks and not config.num_mask_words:
         raise ValueError(
             "token_masks: expected False, because the config has num_mask_words=0, got "
@@ -279,6 +319,52 @@ def _check_automaton(
             "structured_outputs: expected an automaton within "
             f"automata={config.automata} of the config, got one that needs {needed}"
         )
+
+
+def _check_processors(
+    config: EngineConfig, params: Params, vocab_size: int | None
+) -> None:
+    if not params.logits_processors:
+        return
+    if vocab_size is not None:
+        check_processors(params.logits_processors, vocab_size)
+    if processing.chain_of(params) not in config.processors:
+        raise ValueError(
+            "logits_processors: expected a chain of the config's `processors` "
+            f"({len(config.processors)} chains), got {params.logits_processors!r}; "
+            "create the config with the chain of `engine.processing.chain_of(params)`"
+        )
+
+
+def _check_needs(config: EngineConfig, algorithm: Any) -> None:
+    is_drafted = config.speculation is not None and config.speculation.method == "model"
+    if "draft" in algorithm.needs and not is_drafted:
+        raise ValueError(
+            "algorithm: expected an engine with a draft model for the need 'draft', "
+            "got one without; create it with LLM(speculative_config={'model': ...})"
+        )
+    if is_drafted and {"hidden", "layers"}.intersection(algorithm.needs):
+        raise ValueError(
+            "algorithm: expected one without the needs 'hidden' and 'layers', because "
+            "the engine has a draft model"
+        )
+    if not algorithms.has_needs(config, algorithm):
+        raise ValueError(
+            f"algorithm: expected a config with the needs of its algorithms, got "
+            f"seen_hidden={config.seen_hidden}, seen_layers={config.seen_layers}; use "
+            "engine.algorithms.with_needs(config)"
+        )
+
+
+def sees_more(params: Params) -> bool:
+    """Return whether the request's algorithm needs more of the decoder than logits."""
+    needs = getattr(getattr(params, "algorithm", None), "needs", ())
+    return "hidden" in needs or "layers" in needs
+
+
+def needs_draft(params: Params) -> bool:
+    """Return whether the request's algorithm needs the logits of a draft model."""
+    return "draft" in getattr(getattr(params, "algorithm", None), "needs", ())
 
 
 def rule_sizes(params: Params, vocab_size: int | None) -> RuleSizes | None:
@@ -339,7 +425,10 @@ def largest_request(table: RequestTable, config: EngineConfig) -> int:
         rows = len(mine) if params.algorithms[mine[0]] != NO_ALGORITHM else 1
         length = int(queue.prompt_lens[mine[0]])
         limit = int(params.token_limits[mine[0]])
-        most = max(most, most_blocks(config, length, limit, rows))
+        needed = most_blocks(config, length, limit, rows)
+        if len(set(queue.prompt_lens[mine].tolist())) > 1:  # prompts of companions
+            needed = int(cdiv(params.token_limits[mine], config.block_size).sum())
+        most = max(most, needed)
     return most
 
 

@@ -18,7 +18,7 @@ Shape symbols: N rows of logits, T tokens of the step, V vocabulary, E hidden si
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,20 +72,20 @@ def schedule(state: EngineState) -> tuple[EngineState, ScheduledStep, StepSize]:
 def trunk(
     model: Decoder,
     pages: Pages,
-    logits: jax.Array,
+    logits: Any,
     tokens: jax.Array,
     blocks: BlockState,
     scheduled: ScheduledStep,
     *,
     size: int,
     config: EngineConfig,
-) -> tuple[Pages, jax.Array, jax.Array]:
+) -> tuple[Pages, Any, jax.Array]:
     """Compute the tokens of a step.
 
     Args:
       model: the decoder.
       pages: its pages.
-      logits: f32[N, V], working memory.
+      logits: f32[N, V], working memory (`sampling.init_logits`).
       tokens: i32[R, L], the tokens of all sequences.
       blocks: with the step's tokens appended.
       scheduled: the step.
@@ -100,7 +100,7 @@ def trunk(
     inputs = forward.step_inputs(tokens, blocks, scheduled.batch, size, is_decode=False)
     cache, hidden = forward.run_trunk(model, cache, inputs, config)
     logits = sampling.next_logits(model, scheduled.entries, hidden, logits, config)
-    return Pages(cache, host), logits, hidden
+    return Pages(cache, host), logits, forward.last_hidden(hidden)
 
 
 def prompt_logprobs(
@@ -121,14 +121,14 @@ def prompt_logprobs(
 
 
 def decode(
-    state: EngineState, scheduled: ScheduledStep, logits: jax.Array
+    state: EngineState, scheduled: ScheduledStep, logits: Any
 ) -> tuple[EngineState, Unsettled]:
     """Generate the step's tokens from the logits of its entries."""
     return _decode(state, scheduled, logits, None)
 
 
 def _decode(
-    state: EngineState, scheduled: ScheduledStep, logits: jax.Array, size: int | None
+    state: EngineState, scheduled: ScheduledStep, logits: Any, size: int | None
 ) -> tuple[EngineState, Unsettled]:
     sampled = iteration.decode(state, scheduled, logits, state.config, size)
     return bookkeeping.finish_step(state, scheduled, sampled)
@@ -137,14 +137,14 @@ def _decode(
 def run_decode_loop(
     model: Decoder,
     pages: Pages,
-    logits: jax.Array,
+    logits: Any,
     state: EngineState,
     scheduled: ScheduledStep,
     max_steps: jax.Array,
     *,
     size: int,
     config: EngineConfig,
-) -> tuple[Pages, jax.Array, EngineState, Unsettled]:
+) -> tuple[Pages, Any, EngineState, Unsettled]:
     """Run a scheduled decode step, and the decode steps after it.
 
     It ends before a step that needs the scheduler, or after `max_steps`.
@@ -152,7 +152,7 @@ def run_decode_loop(
     Args:
       model: the decoder.
       pages: its pages.
-      logits: f32[N, V], working memory.
+      logits: f32[N, V], working memory (`sampling.init_logits`).
       state: from `schedule`.
       scheduled: a step in which each row decodes one token, at most `size` rows.
       max_steps: i32[], at least 1.

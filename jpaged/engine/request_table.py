@@ -29,6 +29,8 @@ from jpaged.decoding import constraints
 from jpaged.decoding.constraints import Automata, AutomataSizes
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
+from jpaged.engine import processing
+from jpaged.engine.processing import ChainStates, ProcessorRows
 from jpaged.indexing import take
 from jpaged.scheduler import Queue
 
@@ -54,6 +56,7 @@ class SequenceParams:
     sampling: SamplingRows  # arrays of shape [R]
     rules: LogitsRules | None  # arrays of shape [R, ...]; None if the config has none
     automata: jax.Array  # i32[R], index in the table's pool, or UNCONSTRAINED
+    processors: ProcessorRows | None  # None if the config has none
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +72,7 @@ class RequestTable:
     automata: Automata  # the pool of A automata that `params.automata` points into
     digests: jax.Array  # u32[A, 4], which automata are in the pool
     automaton_states: jax.Array  # i32[R], state after the sequence's last token
+    processor_states: ChainStates | None  # [R, ...], after the sequence's last token
     tokens: jax.Array  # i32[R, L], prompt and generated tokens
     logprobs: jax.Array  # f32[R, L], raw; of prompt tokens only if they are kept
     ranks: jax.Array  # i32[R, L], 1: the most likely token; [R, 0] if C is 0
@@ -91,6 +95,7 @@ class Submission:
     tokens: jax.Array  # i32[B, L]
     params: SequenceParams  # arrays of shape [B, ...]
     states: Any  # states of the config's algorithms (`algorithms`), [B, ...]
+    processor_states: ChainStates | None = None  # [B, ...]
 
 
 def init_table(config: EngineConfig) -> RequestTable:
@@ -101,6 +106,7 @@ def init_table(config: EngineConfig) -> RequestTable:
     rules = None
     if config.rules is not None:
         rules = LogitsRules.none(table_size, config.rules)
+    own_processors, processor_states = processing.init_rows(config)
 
     def full(
         *shape: int, value: int | float = 0, dtype: DTypeLike = jnp.int32
@@ -119,10 +125,12 @@ def init_table(config: EngineConfig) -> RequestTable:
             sampling=SamplingRows.greedy(table_size),
             rules=rules,
             automata=full(value=constraints.UNCONSTRAINED),
+            processors=own_processors,
         ),
         automata=jax.tree.map(jnp.asarray, constraints.pool([], sizes)),
         digests=jnp.zeros((sizes.num_automata, 4), jnp.uint32),
         automaton_states=full(),
+        processor_states=processor_states,
         tokens=full(length),
         logprobs=full(length, dtype=jnp.float32),
         ranks=full(length if kept else 0),
@@ -168,6 +176,9 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
         queue=dataclasses.replace(table.queue, **columns),
         params=jax.tree.map(put, table.params, new.params),
         automaton_states=put(table.automaton_states, 0),
+        processor_states=jax.tree.map(
+            put, table.processor_states, new.processor_states
+        ),
         tokens=put(table.tokens, new.tokens),
         finish_reasons=put(table.finish_reasons, NOT_FINISHED),
         first_steps=put(table.first_steps, NEVER),
@@ -189,6 +200,7 @@ class SampledTokens:
     top_logprobs: jax.Array  # f32[S, C]
     masks: jax.Array  # u32[S, W]
     is_dead_end: jax.Array  # bool[S], no token is allowed: the sequence ends without
+    processor_states: ChainStates = ()  # [S, ...], after the token; (): no change
 
     @classmethod
     def zeros(
@@ -275,7 +287,22 @@ def extend(
         )
     if new.masks.shape[1]:
         table = dataclasses.replace(table, masks=put(table.masks, new.masks))
+    if new.processor_states:
+        table = put_processor_states(table, seq_indices, new.processor_states)
     return table, ended
+
+
+def put_processor_states(
+    table: RequestTable, seq_indices: jax.Array, states: ChainStates
+) -> RequestTable:
+    """Write the states [S, ...] of processors at `seq_indices` i32[S]."""
+
+    def put(column: jax.Array, values: jax.Array) -> jax.Array:
+        return column.at[seq_indices].set(values, mode="drop")
+
+    return dataclasses.replace(
+        table, processor_states=jax.tree.map(put, table.processor_states, states)
+    )
 
 
 def inherit(
@@ -303,6 +330,7 @@ def inherit(
         table,
         queue=queue,
         automaton_states=move(table.automaton_states),
+        processor_states=jax.tree.map(move, table.processor_states),
         tokens=move(table.tokens),
         logprobs=move(table.logprobs),
         ranks=move(table.ranks),

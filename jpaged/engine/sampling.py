@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +24,22 @@ from jpaged.arithmetic import cdiv
 from jpaged.compat import switch_in_place, when
 from jpaged.config import EngineConfig
 from jpaged.decoding import bit_masks, constraints, rules
+from jpaged.decoding.processors import Row
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import (
     SamplingRows,
     invariant_logprobs,
     processed_logits,
     sample,
+    token_keys,
     token_logprobs,
     top_logprobs,
 )
-from jpaged.engine import request_table
+from jpaged.engine import forward, processing, request_table
 from jpaged.engine.batch import Entries, StepBatch, bucket, pack, token_rows
 from jpaged.engine.request_table import RequestTable, SampledTokens
 from jpaged.models import layer_kernels
+from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 
 _SAMPLED_ROWS = 8  # rows that the sampler processes at a time
@@ -66,24 +69,25 @@ def _automaton_states(
 def next_logits(
     model: Decoder,
     entries: Entries,
-    hidden: jax.Array,
-    logits: jax.Array,
+    hidden: Any,
+    logits: Any,
     config: EngineConfig,
-) -> jax.Array:
+) -> Any:
     """Compute the logits of the entries.
 
     Args:
       model: the decoder.
       entries: the rows of logits.
       hidden: [T, E], hidden states of the step's tokens.
-      logits: f32[N, V], working memory, allocated once for a run.
+      logits: f32[N, V], working memory, allocated once for a run; `SeenLogits` if
+        algorithms need more.
       config: the engine's sizes.
 
     Returns:
       `logits` with the entries' logits in front; the other rows are unchanged.
     """
 
-    def run(size: int, logits: jax.Array) -> jax.Array:
+    def run(size: int, logits: Any) -> Any:
         return first_logits(model, entries, hidden, logits, config, size)
 
     sizes = config.logit_buckets
@@ -97,15 +101,54 @@ def next_logits(
 def first_logits(
     model: Decoder,
     entries: Entries,
-    hidden: jax.Array,
-    logits: jax.Array,
+    hidden: Any,
+    logits: Any,
     config: EngineConfig,
     size: int,
-) -> jax.Array:
+) -> Any:
     """Compute the logits of the first `size` entries; see `next_logits`."""
+    at = entries.tokens[:size]
+    last = forward.last_hidden(hidden)[at]
     with layer_kernels.serving(config.attention, config.batch_invariant):
-        values = model.logits(hidden[entries.tokens[:size]])
-    return logits.at[:size].set(values)
+        values = model.logits(last)
+        if not config.sees_more:
+            return logits.at[:size].set(values)
+        layers = hidden[1] if config.seen_layers else ()
+        found = SeenLogits(
+            values,
+            last if config.seen_hidden else None,
+            tuple(model.logits(layer[at]) for layer in layers),
+        )
+    return jax.tree.map(lambda x, new: x.at[:size].set(new), logits, found)
+
+
+class SeenLogits(NamedTuple):
+    """The logits of a step, with what else algorithms need of the decoder."""
+
+    values: jax.Array  # f32[N, V]
+    hidden: jax.Array | None  # [N, E]
+    layers: tuple[jax.Array, ...]  # f32[N, V] for each of the config's `seen_layers`
+
+
+def init_logits(config: EngineConfig, sizes: ModelConfig) -> Any:
+    """Allocate the working memory for logits."""
+    shape = (config.max_num_logits, sizes.vocab_size)
+    values = jnp.zeros(shape, jnp.float32)
+    if not config.sees_more:
+        return values
+    shape = (config.max_num_logits, sizes.hidden_size)
+    hidden = jnp.zeros(shape, sizes.dtype) if config.seen_hidden else None
+    return SeenLogits(
+        values, hidden, tuple(jnp.zeros_like(values) for _ in config.seen_layers)
+    )
+
+
+def init_hidden(config: EngineConfig, sizes: ModelConfig, size: int) -> Any:
+    """Allocate the working memory for hidden states of `size` tokens."""
+    hidden = jnp.zeros((size, sizes.hidden_size), sizes.dtype)
+    if not config.seen_layers:
+        return hidden
+    return hidden, tuple(jnp.zeros_like(hidden) for _ in config.seen_layers)
 
 
 def sample_tokens(
@@ -132,10 +175,17 @@ def sample_tokens(
     is_sampled = jnp.arange(num_rows, dtype=jnp.int32) < entries.num_sampled
     seq_indices = jnp.where(is_sampled, entries.seq_indices, config.max_num_requests)
     new = SampledTokens.zeros(seq_indices, config.num_logprobs, config.num_mask_words)
+    before: processing.ChainStates = ()  # states of processors
+    if config.processors:
+        at = jnp.minimum(seq_indices, config.max_num_requests - 1)
+        before = jax.tree.map(lambda column: column[at], table.processor_states)
+        new = dataclasses.replace(new, processor_states=before)
     states = _automaton_states(table, entries, config)
     width = min(_SAMPLED_ROWS, num_rows if size is None else size)
     if config.batch_invariant:  # the number of rows decides how XLA sums
         width = min(_SAMPLED_ROWS, num_rows)
+    if config.num_drafts and any(kind.init for c in config.processors for kind in c):
+        return _sample_by_offset(table, entries, logits, new, states, config, width)
 
     def chunk(index: jax.Array, new: SampledTokens) -> SampledTokens:
         # The last chunk is moved back to fit, and samples some rows a second time.
@@ -148,16 +198,93 @@ def sample_tokens(
             cut(states, start),
             cut(logits, start),
             config,
+            jax.tree.map(functools.partial(cut, start_index=start), before),
         )
-        put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
+
+        def put(column: jax.Array, value: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(column, value, start, axis=0)
+
         found = {
-            name: put(getattr(new, name), value, start) for name, value in found.items()
+            name: jax.tree.map(put, getattr(new, name), value)
+            for name, value in found.items()
         }
         return dataclasses.replace(new, **found)
 
     if size is None:
         return lax.fori_loop(0, cdiv(entries.num_sampled, width), chunk, new)
     return lax.fori_loop(0, cdiv(size, width), chunk, new)
+
+
+def _sample_by_offset(
+    table: RequestTable,
+    entries: Entries,
+    logits: jax.Array,
+    new: SampledTokens,
+    states: jax.Array,
+    config: EngineConfig,
+    width: int,
+) -> SampledTokens:
+    """Sample all entries of rows with drafts whose processors have states.
+
+    The state behind a draft is that after the token sampled in its place: if the two
+    differ, the entries behind the draft are rejected anyway.
+
+    Args:
+      table: the request table.
+      entries: the rows of logits.
+      logits: f32[N, V].
+      new: with the sequences' indices, and their states before the step.
+      states: i32[N], of automata.
+      config: the engine's sizes.
+      width: entries that are sampled at a time.
+    """
+    (num_rows,) = new.seq_indices.shape
+    index = jnp.arange(num_rows, dtype=jnp.int32)
+    first = new.processor_states
+
+    def sample_offset(offset: jax.Array, new: SampledTokens) -> SampledTokens:
+        is_now = new.seq_indices < config.max_num_requests
+        is_now &= entries.offsets == offset
+        order = pack(is_now)
+
+        def chunk(number: jax.Array, new: SampledTokens) -> SampledTokens:
+            start = jnp.minimum(number * width, num_rows - width)
+            at = lax.dynamic_slice_in_dim(order, start, width)
+            before = jax.tree.map(
+                lambda own, after: jnp.where(
+                    (offset == 0).reshape((1,) * own.ndim),
+                    own[at],
+                    after[jnp.maximum(at - 1, 0)],
+                ),
+                first,
+                new.processor_states,
+            )
+            seq_indices = jnp.where(
+                is_now[at], new.seq_indices[at], config.max_num_requests
+            )
+            found = _sample_rows(
+                table,
+                seq_indices,
+                entries.positions[at],
+                states[at],
+                logits[at],
+                config,
+                before,
+            )
+            to = jnp.where(is_now[at], index[at], num_rows)
+            found = {
+                name: jax.tree.map(
+                    lambda column, value: column.at[to].set(value, mode="drop"),
+                    getattr(new, name),
+                    value,
+                )
+                for name, value in found.items()
+            }
+            return dataclasses.replace(new, **found)
+
+        return lax.fori_loop(0, cdiv(jnp.sum(is_now), width), chunk, new)
+
+    return lax.fori_loop(0, config.num_drafts + 1, sample_offset, new)
 
 
 def _sample_rows(
@@ -167,7 +294,8 @@ def _sample_rows(
     states: jax.Array,
     logits: jax.Array,
     config: EngineConfig,
-) -> dict[str, jax.Array]:
+    processor_states: processing.ChainStates = (),
+) -> dict[str, Any]:
     """Columns of SampledTokens for a few rows; sequence index R is padding."""
     valid = seq_indices < config.max_num_requests
     seq_indices = jnp.where(valid, seq_indices, 0)
@@ -175,23 +303,67 @@ def _sample_rows(
     rows = _rows(table.params.sampling, idle, seq_indices, valid)
     allowed = _apply_rules(table, seq_indices, positions, valid, logits, config)
     allowed = request_table.constrain(table, seq_indices, states, valid, allowed)
+    processed = None
+    if config.processors:
+        processed = _process(
+            table,
+            seq_indices,
+            positions,
+            valid,
+            allowed,
+            rows,
+            processor_states,
+            config,
+        )
+        allowed = processed.logits
+        rows = dataclasses.replace(rows, temperature=processed.temperature)
     tokens, logprobs = sample(allowed, rows, positions, config.sampling)
-    found = {"tokens": tokens, "logprobs": logprobs}
+    found: dict[str, Any] = {"tokens": tokens, "logprobs": logprobs}
+    if processed is not None:
+        found["processor_states"] = processed.next_states(tokens)
     has_rules = config.rules is not None or config.automata is not None
+    has_rules |= bool(config.processors)
     if has_rules:
         found["is_dead_end"] = jnp.max(allowed, axis=1) == -jnp.inf
     is_processed = config.logprobs_mode == "processed"
     if is_processed or config.num_mask_words:
-        processed = processed_logits(allowed, rows, config.sampling)
-        logits = processed if is_processed else logits
+        filtered = processed_logits(allowed, rows, config.sampling)
+        logits = filtered if is_processed else logits
         if config.num_mask_words:
-            found["masks"] = bit_masks.packed(processed > -jnp.inf)
+            found["masks"] = bit_masks.packed(filtered > -jnp.inf)
     if config.batch_invariant:
         found["logprobs"] = invariant_logprobs(logits, tokens)
     elif is_processed or has_rules:
         # Raw log-probabilities are those of the model, before rules and constraints.
         found["logprobs"], _ = token_logprobs(logits, tokens)
     return found | _ranked(logits, tokens, config)
+
+
+def _process(
+    table: RequestTable,
+    seq_indices: jax.Array,
+    positions: jax.Array,
+    valid: jax.Array,
+    logits: jax.Array,
+    rows: SamplingRows,
+    states: processing.ChainStates,
+    config: EngineConfig,
+) -> processing.Processing:
+    """Apply the logits processors of the sequences `seq_indices`."""
+    idle = processing.no_rows(seq_indices.shape[0], config)
+    return processing.process(
+        config,
+        _rows(table.params.processors, idle, seq_indices, valid),
+        states,
+        Row(
+            tokens=table.tokens[seq_indices],
+            prompt_len=table.queue.prompt_lens[seq_indices],
+            num_tokens=positions,
+            key=token_keys(rows.seed, rows.sample, positions),
+        ),
+        logits,
+        rows.temperature,
+    )
 
 
 def _ranked(

@@ -321,8 +321,8 @@ def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
     }
     return (
         "config: expected the saved max_model_len, max_num_requests, "
-        "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata and "
-        f"algorithms, got other fields (saved, given): {differ}"
+        "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata, "
+        f"algorithms and processors, got other fields (saved, given): {differ}"
     )
 
 
@@ -336,6 +336,10 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
         if callable(policy := fields[kind.argument]):
             name = getattr(policy, "__name__", "unnamed")
             fields[kind.argument] = {"function": name}
+    fields["processors"] = [
+        [getattr(kind.function, "__name__", "unnamed") for kind in chain]
+        for chain in config.processors
+    ]
     fields["algorithms"] = [
         {"function": type(algorithm).__name__, "num_rows": rows}
         for algorithm, rows in config.algorithms
@@ -347,18 +351,20 @@ def _restore_config(saved: dict[str, Any]) -> EngineConfig:
     fields: dict[str, Any] = dict(saved["config"])
     names = [kind.argument for kind in policies.KINDS]
     own = {name: fields[name] for name in names if isinstance(fields[name], dict)}
-    if own or fields["algorithms"]:
+    if own or fields["algorithms"] or fields["processors"]:
         shown = "".join(f"{name} {policy}, " for name, policy in own.items())
         raise ValueError(
             "config: expected the config of the saved engine, because it has functions "
-            f"({shown}algorithms {fields['algorithms']}), got None"
+            f"({shown}algorithms {fields['algorithms']}, processors "
+            f"{fields['processors']}), got None"
         )
     for name, kind in _PARTS.items():
         if fields[name] is not None:
             fields[name] = kind(**fields[name])
     for kind in policies.KINDS:
         fields[kind.parameters] = tuple(fields[kind.parameters])
-    fields["algorithms"] = ()
+    fields["algorithms"], fields["processors"] = (), ()
+    fields["seen_layers"] = tuple(fields["seen_layers"])
     return EngineConfig(**fields)
 
 

@@ -35,6 +35,7 @@ from jpaged.config import EngineConfig, Speculation
 from jpaged.decoding.prompt_lookup import prompt_lookup
 from jpaged.engine import batch as step_batch
 from jpaged.engine import forward, request_table, sampling
+from jpaged.engine.algorithms import DraftLogits
 from jpaged.engine.batch import Entries, StepBatch
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable, SampledTokens
 from jpaged.kv import block_manager
@@ -133,7 +134,8 @@ def draft(
     hidden: jax.Array,
     logits: jax.Array,
     config: EngineConfig,
-) -> tuple[RequestTable, KVCache, jax.Array, jax.Array]:
+    seen: jax.Array | None = None,
+) -> tuple[RequestTable, KVCache, jax.Array, jax.Array, DraftLogits | None]:
     """Write the draft model's drafts into the table.
 
     The draft model first computes all tokens of the step, so that its pages have the
@@ -149,16 +151,18 @@ def draft(
       hidden: [T, E] of the draft model, working memory.
       logits: f32[N, V], working memory.
       config: the engine's config.
+      seen: f32[N, V], further working memory if algorithms need the draft's logits.
 
     Returns:
-      The table, the cache, and both working memories.
+      The table, the cache, both working memories, and the logits of algorithms' rows.
     """
-    states = table.automaton_states
+    states, processor_states = table.automaton_states, table.processor_states
     is_alone = table.params.algorithms[batch.seq_indices] == NO_ALGORITHM
     num_drafts = jnp.where(is_alone, batch.num_drafts, 0)
+    takes_part = is_alone if seen is None else jnp.ones_like(is_alone)
     known = dataclasses.replace(
         batch,
-        num_tokens=jnp.where(is_alone, batch.num_tokens - num_drafts, 0),
+        num_tokens=jnp.where(takes_part, batch.num_tokens - num_drafts, 0),
         num_drafts=jnp.zeros_like(num_drafts),
         has_logits=num_drafts > 0,
     )
@@ -170,6 +174,13 @@ def draft(
 
     first = _packed(known, known.num_tokens > 0)
     cache, hidden = compute(cache, hidden, table, first)
+    found = None
+    if seen is not None:
+        groups = dataclasses.replace(known, has_logits=batch.has_logits & ~is_alone)
+        groups = _packed(groups, known.num_tokens > 0)
+        entries = step_batch.make_entries(table, groups, config)
+        values = sampling.next_logits(model, entries, hidden, seen, config)
+        found = DraftLogits(values, entries.seq_indices)
     # Per sequence, because the rows are packed again for every draft.
     limits = jnp.zeros(table.queue.status.shape, jnp.int32)
     limits = limits.at[batch.seq_indices].max(num_drafts)
@@ -194,10 +205,13 @@ def draft(
     carry = lax.fori_loop(0, jnp.max(num_drafts), generate, carry)
     table, cache, hidden, logits, _ = carry
     return (
-        dataclasses.replace(table, automaton_states=states),
+        dataclasses.replace(
+            table, automaton_states=states, processor_states=processor_states
+        ),
         cache,
         hidden,
         logits,
+        found,
     )
 
 
@@ -210,7 +224,10 @@ def _packed(batch: StepBatch, takes_part: jax.Array) -> StepBatch:
 def _write_drafts(
     table: RequestTable, new: SampledTokens, entries: Entries
 ) -> RequestTable:
-    """Write drafts behind the known tokens, and the automata's states after them."""
+    """Write drafts behind the known tokens, and the states after them.
+
+    The caller restores the states of automata and of logits processors.
+    """
     seq_indices = new.seq_indices
     tokens = table.tokens.at[seq_indices, entries.positions].set(
         new.tokens, mode="drop"
@@ -219,6 +236,10 @@ def _write_drafts(
         table, jnp.minimum(seq_indices, table.queue.status.shape[0] - 1), new.tokens
     )
     states = table.automaton_states.at[seq_indices].set(states, mode="drop")
+    if new.processor_states:
+        table = request_table.put_processor_states(
+            table, seq_indices, new.processor_states
+        )
     return dataclasses.replace(table, tokens=tokens, automaton_states=states)
 
 

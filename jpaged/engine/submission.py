@@ -22,7 +22,7 @@ from jpaged.decoding.beam import beam_state
 from jpaged.decoding.constraints import Automata
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
-from jpaged.engine import algorithms, request_attributes
+from jpaged.engine import algorithms, processing, request_attributes
 from jpaged.engine.limits import (
     Params,
     RequestShape,
@@ -38,7 +38,7 @@ from jpaged.engine.request_table import (
     SequenceParams,
     Submission,
 )
-from jpaged.params import BeamSearchParams, SamplingParams
+from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
 from jpaged.validation import LARGEST_INT32
 
 
@@ -224,14 +224,16 @@ class _Entry(NamedTuple):
     tokens: np.ndarray
     params: dict[str, Any]
     states: tuple[Any, ...]
+    processor_states: Any
 
 
 def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
     """Encode sequence number `index` of the request."""
     params, one, seq_indices = request.params, request.shape, request.seq_indices
-    length = len(request.prompt)
+    prompt, max_tokens = _own_prompt(config, request, index)
+    length = len(prompt)
     tokens = np.zeros((config.max_model_len,), np.int32)
-    tokens[:length] = request.prompt
+    tokens[:length] = prompt
     ends = np.full((config.max_num_stop_ids,), -1, np.int32)
     ends[: len(request.stop_ids)] = request.stop_ids
     is_row, is_leader = index < one.num_rows, index == 0
@@ -240,10 +242,11 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
     source, shared = seq_indices[0], length - 1
     if is_leader:
         source, shared = request.source, request.shared
-    if shared <= 0 or not is_row:
+    if shared <= 0 or not is_row or prompt is not request.prompt:
         source, shared = seq_indices[index], 0
     is_grouped = one.kind != NO_ALGORITHM
-    limit = token_limit(config, length, params)
+    limit = length + max_tokens
+    mine = processing.encode(config, params) if config.processors else (None, None)
     return _Entry(
         seq_index=np.int32(seq_indices[index]),
         queue=dict(
@@ -272,9 +275,27 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             sampling=_sampling(params, _own_seed(request), one.numbers[index]),
             rules=_rules(config, params),
             automata=np.int32(request.automaton),
+            processors=mine[0],
         ),
-        states=_states(config, request, is_leader, limit - length),
+        states=_states(config, request, is_leader, max_tokens),
+        processor_states=mine[1],
     )
+
+
+def _own_prompt(
+    config: EngineConfig, request: _Request, index: int
+) -> tuple[Sequence[int], int]:
+    """The prompt of sequence number `index`, and the most tokens it generates.
+
+    All sequences of a request generate equally many.
+    """
+    companions = getattr(request.params, "companions", ())
+    lengths = map(len, (request.prompt, *companions))
+    most = min(token_limit(config, n, request.params) - n for n in lengths)
+    number = index - (request.shape.num_rows - len(companions))
+    if 0 <= number < len(companions):
+        return companions[number], most
+    return request.prompt, most
 
 
 def _own_seed(request: _Request) -> int:
@@ -314,6 +335,9 @@ def _states(
     """Initial states of all algorithms; only that of the request's own is used."""
     found = list(_initial_states(config))
     params, kind = request.params, request.shape.kind
+    if is_leader and isinstance(params, AlgorithmParams):
+        one = (params.algorithm, request.shape.num_rows, params.parameters)
+        found[kind] = jax.tree.map(np.asarray, algorithms.initial_state(*one))
     if is_leader and isinstance(params, BeamSearchParams):
         found[kind] = jax.tree.map(
             np.asarray,
@@ -333,7 +357,7 @@ def _states(
 @functools.lru_cache(maxsize=64)
 def _initial_states(config: EngineConfig) -> tuple[Any, ...]:
     return tuple(
-        jax.tree.map(np.asarray, algorithm.init(num_rows))
+        jax.tree.map(np.asarray, algorithms.initial_state(algorithm, num_rows))
         for algorithm, num_rows in algorithms.config_algorithms(config)
     )
 
@@ -350,6 +374,7 @@ def _stack(entries: list[_Entry], config: EngineConfig) -> Submission:
         tokens=all_.tokens,
         params=SequenceParams(**all_.params),
         states=all_.states,
+        processor_states=all_.processor_states,
     )
 
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # The lines are checked where the extra is installed.
-from lm_eval import utils  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import (  # pyright: ignore[reportMissingImports]
     register_model,
@@ -30,6 +29,10 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
     handle_stop_sequences,
     normalize_gen_kwargs,
     postprocess_generated_text,
+)
+from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+    get_rolling_token_windows,
+    make_disjoint_window,
 )
 from tqdm import tqdm
 
@@ -244,8 +247,8 @@ class JPagedLM(TemplateLM):
         for request in requests:
             (text,) = request.args
             parts = [
-                (None, *utils.make_disjoint_window(window))
-                for window in utils.get_rolling_token_windows(
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
                     token_list=self.tok_encode(text),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,

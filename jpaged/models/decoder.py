@@ -12,6 +12,7 @@ E hidden size, V vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -281,7 +282,8 @@ class Decoder(nnx.Module):
         *,
         is_unrolled: bool = False,
         length: int | None = None,
-    ) -> tuple[jax.Array, Cache]:
+        taps: Sequence[int] = (),
+    ) -> tuple[Any, Cache]:
         """Hidden states as from `trunk`, with a cache that `attend` updates.
 
         `docs/decisions/layers.md` compares the two forms.
@@ -295,18 +297,24 @@ class Decoder(nnx.Module):
           is_unrolled: whether every layer has its own code, without branches. Otherwise
             the layers are a loop with one attention, which compiles faster.
           length: as in `trunk`.
+          taps: layers whose hidden states are returned too.
 
         Returns:
-          Hidden states [T, E] after the final norm, and the updated cache.
+          Hidden states [T, E] after the final norm, and the updated cache. With `taps`,
+          a pair comes instead of the hidden states: they, and a tuple of those after
+          each of these layers, without the final norm.
         """
         x, angles = self._start(tokens, positions, length)
         if not is_unrolled:
-            x, cache = self._loop(x, angles, attend, cache)
-            return self._end(x), cache
+            x, cache, tapped = self._loop(x, angles, attend, cache, taps)
+            return (self._end(x), tapped) if taps else self._end(x), cache
+        found = []
         for i, layer in enumerate(self.layers):
             attended, cache = attend(i, *layer.before(x, angles[layer.is_local]), cache)
             x = layer.after(x, attended)
-        return self._end(x), cache
+            found.append(x)
+        x = self._end(x)
+        return (x, tuple(found[i] for i in taps)) if taps else x, cache
 
     def _loop(
         self,
@@ -314,8 +322,9 @@ class Decoder(nnx.Module):
         angles: tuple[RotaryTables, RotaryTables],
         attend: AttendInLoop,
         cache: Cache,
-    ) -> tuple[jax.Array, Cache]:
-        """x [T, E] after all layers, and the updated cache.
+        taps: Sequence[int],
+    ) -> tuple[jax.Array, Cache, tuple[jax.Array, ...]]:
+        """x [T, E] after all layers, the updated cache, and x after the layers `taps`.
 
         A switch selects each layer's weights: a scan over stacked weights copies each
         layer's weights on a CPU. The pages do not pass through the switch.
@@ -335,17 +344,21 @@ class Decoder(nnx.Module):
 
         def body(
             layer: jax.Array,
-            carry: tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], Cache],
+            carry: tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], Cache, Any],
         ) -> Any:
-            x, qkv, cache = carry
+            x, qkv, cache, tapped = carry
             attended, cache = attend(layer, *qkv, cache)
             x, qkv = jax.lax.switch(layer, branches, x, attended)
-            return x, qkv, cache
+            tapped = tuple(
+                jnp.where(layer == tap, x, before)
+                for tap, before in zip(taps, tapped, strict=True)
+            )
+            return x, qkv, cache, tapped
 
         num_layers = jnp.int32(len(self.layers))
-        carry = (x, qkv, cache)
-        x, _, cache = jax.lax.fori_loop(jnp.int32(0), num_layers, body, carry)
-        return x, cache
+        carry = (x, qkv, cache, (jnp.zeros_like(x),) * len(taps))
+        x, _, cache, tapped = jax.lax.fori_loop(jnp.int32(0), num_layers, body, carry)
+        return x, cache, tapped
 
     def attention_options(self, layer: int | jax.Array) -> dict[str, Any]:
         """Options of a layer's attention, as arguments of `paged_attention`.

@@ -258,9 +258,9 @@ class Batcher:
     def _read_aborted(self, request: RequestState) -> None:
         """Read the tokens that the outputs have so far.
 
-        The outputs of an algorithm are unknown before its end.
+        The outputs of other algorithms are unknown before their end.
         """
-        if isinstance(request.params, SamplingParams):
+        if request.has_own_rows:
             outputs = [each for each in request.outputs if each.finish_reason is None]
             self._read_outputs(outputs, self.host.read_progress())
 
@@ -422,9 +422,15 @@ class Batcher:
     ) -> None:
         """Read new tokens of outputs, and end those that meet a stop string."""
         stopped = output_reading.read_outputs(self.host, outputs, progress)
+        ends: set[int] = set()
         for output in stopped:
-            self._add_finished_event(output.request)
-        self.host.finish([each.seq_index for each in stopped], request_table.STOP)
+            request = output.request
+            self._add_finished_event(request)
+            if isinstance(request.params, SamplingParams):
+                ends.add(output.seq_index)
+            elif request.is_finished:  # the rows of an algorithm end together
+                ends.update(request.seq_indices)
+        self.host.finish(ends, request_table.STOP)
 
     def _add_finished_event(self, request: RequestState) -> None:
         """Note that the host ended a sequence of a request, between two steps."""

@@ -18,7 +18,7 @@ from jpaged.decoding.bit_masks import MASK_BITS, num_words
 from jpaged.decoding.constraints import AutomataSizes
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.engine import algorithms as groups
-from jpaged.engine import limits
+from jpaged.engine import limits, processing
 from jpaged.engine.limits import Params
 from jpaged.names import rechecked
 from jpaged.outputs import RequestOutput
@@ -175,8 +175,7 @@ class Intake:
         config = grown_config(self._host.config, [params], vocab_size)
         shape = limits.request_shape(params, config, vocab_size)
         num_outputs = len(shape.outputs(shape.numbers))
-        if isinstance(params, BeamSearchParams) and params.num_return is not None:
-            num_outputs = params.num_return
+        num_outputs = getattr(params, "num_return", None) or num_outputs
         has_text = getattr(params, "detokenize", True)
         return RequestState(
             index=index,
@@ -228,7 +227,8 @@ class Intake:
         limits.check_rows(params, self._host.config)
         if isinstance(params, AlgorithmParams):
             groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
-        if not isinstance(params, SamplingParams):
+            self._check_needs(params.algorithm)
+        if isinstance(params, BeamSearchParams):
             return
         if params.stop and self._tokenizer is None:
             raise ValueError(
@@ -237,7 +237,8 @@ class Intake:
             )
         count = _num_logprobs(params, vocab_size)
         most = vocab_size if self._max_logprobs == -1 else self._max_logprobs
-        name = "logprobs" if params.prompt_logprobs is None else "prompt_logprobs"
+        is_prompt = getattr(params, "prompt_logprobs", None) is not None
+        name = "prompt_logprobs" if is_prompt else "logprobs"
         if count > most:
             raise ValueError(
                 f"{name}: expected at most max_logprobs ({most}), got {count}; create "
@@ -247,6 +248,21 @@ class Intake:
             raise ValueError(
                 f"{name}: expected at most {vocab_size}, the model's vocabulary, or -1 "
                 f"for all of it, got {count}"
+            )
+
+    def _check_needs(self, algorithm: Any) -> None:
+        """Raise ValueError if an algorithm was created for another model."""
+        model, size = self._model, getattr(algorithm, "hidden_size", 0)
+        if size not in (0, model.hidden_size):
+            raise ValueError(
+                f"algorithm: expected the model's hidden_size ({model.hidden_size}), "
+                f"got {size}"
+            )
+        layers = getattr(algorithm, "layers", ())
+        if max(layers, default=0) >= model.num_layers:
+            raise ValueError(
+                f"algorithm: expected layers from 0 to {model.num_layers - 1} (the "
+                f"model's), got {layers}"
             )
 
     def _resolve(self, params: Params) -> Params:
@@ -263,6 +279,16 @@ class Intake:
                 self._model.eos_token_ids,
                 params.max_tokens,
                 params.stop_token_ids,
+            )
+        if isinstance(params, AlgorithmParams):
+            prompts = [
+                tuple(
+                    text_prompts.token_ids(self._tokenizer, f"companions[{i}]", prompt)
+                )
+                for i, prompt in enumerate(params.companions)
+            ]
+            return dataclasses.replace(
+                params, structured_outputs=automaton, companions=prompts
             )
         if not isinstance(params, SamplingParams):
             return dataclasses.replace(params, structured_outputs=automaton)
@@ -321,9 +347,13 @@ def grown_config(
     least_rules = dataclasses.replace(LEAST_RULES, num_allowed=num_allowed)
     rules, algorithms = config.rules, list(config.algorithms)
     num_mask_words = config.num_mask_words
+    processors = list(config.processors)
     for param in params:
+        chain = processing.chain_of(param)
+        if chain and chain not in processors:
+            processors.append(chain)
+        num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
         if isinstance(param, SamplingParams):
-            num_logprobs = max(num_logprobs, _num_logprobs(param, vocab_size))
             if param.token_masks:
                 num_mask_words = num_words(vocab_size)
             sizes = limits.rule_sizes(param, vocab_size)
@@ -347,7 +377,7 @@ def grown_config(
         is_many = num_logprobs > LEAST_LOGPROBS
         num_logprobs = _power_of_two(num_logprobs) if is_many else LEAST_LOGPROBS
         num_logprobs = min(num_logprobs, vocab_size)
-    return dataclasses.replace(
+    grown = dataclasses.replace(
         config,
         num_logprobs=num_logprobs,
         num_mask_words=num_mask_words,
@@ -357,13 +387,16 @@ def grown_config(
         rules=rules,
         automata=automata_sizes,
         algorithms=tuple(algorithms),
+        processors=tuple(processors),
     )
+    return groups.with_needs(grown)
 
 
-def _num_logprobs(params: SamplingParams, vocab_size: int) -> int:
+def _num_logprobs(params: Params, vocab_size: int) -> int:
     """Return how many most probable tokens the engine keeps for a request."""
     needed = 0
-    for count in (params.logprobs, params.prompt_logprobs):
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name, None)
         if count is not None:
             # The sampled token's rank is only kept together with at least one.
             count = vocab_size if count == -1 else max(count, 1)

@@ -15,7 +15,14 @@ from jax.sharding import Mesh
 
 from jpaged import compat
 from jpaged.config import EngineConfig
-from jpaged.engine import EngineState, bookkeeping, features, programs, replicas
+from jpaged.engine import (
+    EngineState,
+    bookkeeping,
+    features,
+    programs,
+    replicas,
+    sampling,
+)
 from jpaged.engine.bookkeeping import Unsettled
 from jpaged.engine.features import Features
 from jpaged.models.decoder import Decoder
@@ -72,7 +79,7 @@ class ProgramSpecs:
         model = jax.tree.leaves(self._model)
         pages = pages_of(state)
         fixed: dict[str, Any] = dict(size=key.size, config=config)
-        scheduled, logits = self._scheduled(state), self.logits(state)
+        scheduled, logits = self._scheduled(state), self.logits(config)
         tokens, blocks = state.requests.tokens, state.blocks
         # What each argument and result is, see `replicas.per_device`.
         function, inputs, outputs, donated, args = {
@@ -125,10 +132,9 @@ class ProgramSpecs:
             options = compat.quick_compilation()
         return Program(str(key), mapped, args, donated, options)
 
-    def logits(self, state: EngineState) -> Any:
+    def logits(self, config: EngineConfig) -> Any:
         """Return the shape of the working memory for logits, [N, V] per replica."""
-        shape = (state.config.max_num_logits, self._model.config.vocab_size)
-        return self._like(lambda: jnp.zeros(shape, jnp.float32))
+        return self._like(lambda: sampling.init_logits(config, self._model.config))
 
     def _hidden(self, state: EngineState, size: int) -> Any:
         shape = (size, self._model.config.hidden_size)

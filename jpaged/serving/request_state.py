@@ -17,7 +17,7 @@ import numpy as np
 from jpaged.engine import limits, request_table
 from jpaged.engine.limits import Params
 from jpaged.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
-from jpaged.params import BeamSearchParams, SamplingParams
+from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
 from jpaged.serving import metrics
 from jpaged.serving.metrics import Event
 from jpaged.serving.readout import SequenceTokens
@@ -227,7 +227,7 @@ class RequestState:
     @property
     def stop(self) -> Sequence[str]:
         """Strings that end an output."""
-        return self.params.stop if isinstance(self.params, SamplingParams) else ()
+        return getattr(self.params, "stop", ())
 
     @property
     def includes_stop(self) -> bool:
@@ -261,17 +261,24 @@ class RequestState:
     @property
     def num_logprobs(self) -> int | None:
         """Most probable tokens to report per position; None reports nothing."""
-        params = self.params
-        return params.logprobs if isinstance(params, SamplingParams) else None
+        return getattr(self.params, "logprobs", None)
 
     @property
     def is_watched(self) -> bool:
         """Whether the host reads the outputs after every slice.
 
-        The outputs of an algorithm, beams included, are unknown before its end.
+        The outputs of an algorithm whose rows can continue each other, beams included,
+        are unknown before its end.
         """
-        is_sampled = isinstance(self.params, SamplingParams)
-        return is_sampled and (self.is_streamed or bool(self.stop))
+        return self.has_own_rows and (self.is_streamed or bool(self.stop))
+
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether the tokens of an output never change."""
+        params = self.params
+        if isinstance(params, AlgorithmParams):
+            return getattr(params.algorithm, "keeps_rows", False)
+        return isinstance(params, SamplingParams)
 
     @property
     def is_finished(self) -> bool:

@@ -180,6 +180,10 @@ class EngineRunner:
                 blocks,
             )
 
+        if config.seen_draft != self.config.seen_draft:
+            # The draft model has not computed the blocks of algorithms before.
+            self.state = engine.reset_prefix_cache(self.state)
+            host = self.state.host
         table, states, blocks = replicas.init_on_mesh(make, self.mesh)
         if host is not None:
             host = dataclasses.replace(host, blocks=blocks)
@@ -364,8 +368,11 @@ def needs_empty_table(config: EngineConfig, grown: EngineConfig) -> bool:
     """Return whether an engine can only get the grown config without requests.
 
     Beams of running requests have the old width. A table with many log-probabilities
-    per token has fewer entries.
+    per token has fewer entries. A draft model must have computed all tokens of rows
+    whose algorithms read its logits.
     """
+    if grown.seen_draft != config.seen_draft:
+        return True
     is_smaller = grown.max_num_requests != config.max_num_requests
     return is_smaller or 0 < config.max_beam_width < grown.max_beam_width
 

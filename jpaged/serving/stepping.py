@@ -60,7 +60,8 @@ class Stepper:
         self.compiled: CompiledPrograms[Key] = CompiledPrograms()
         self._specs = ProgramSpecs(model, mesh)
         self._model = model
-        self._logits: jax.Array | None = None
+        # By what it has for algorithms beside logits.
+        self._logits: dict[Any, Any] = {}
         # Seconds that programs which are not compiled would have saved.
         self._waste_s: dict[Key, float] = {}
         self._step_s: dict[Key, float] = {}  # seconds of a step of each loop
@@ -95,6 +96,7 @@ class Stepper:
             if key.name == name
             and key.size >= size
             and key.used.covers(used)
+            and key.used.seen == used.seen  # its working memory differs
             # Programs for smaller arrays of a feature are of no use any more.
             and key == _key(name, key.size, key.used, state)
         ]
@@ -117,10 +119,10 @@ class Stepper:
         config = state.config
         has_prompt_logprobs, used = used.prompt_logprobs, _own(used)
         num_rows = min(num_rows, config.max_num_seqs)
-        trunk = self._find("trunk", 0, GREEDY, state, is_started=True)
+        trunk = self._find("trunk", 0, _seen(used), state, is_started=True)
         if trunk is None:
             most = min(max(num_tokens, num_rows), config.max_num_batched_tokens)
-            trunk = _key("trunk", _fit(config.token_buckets, most), GREEDY, state)
+            trunk = _key("trunk", _fit(config.token_buckets, most), _seen(used), state)
         needed = [_key("schedule", 0, GREEDY, state), trunk]
         decode = self._find("decode", 0, used, state, is_started=True)
         needed.append(decode or _key("decode", 0, used, state))
@@ -142,7 +144,9 @@ class Stepper:
         config = state.config
         has_prompt_logprobs, used = used.prompt_logprobs, _own(used)
         keys = [_key(name, 0, GREEDY, state) for name in ("schedule", "settle")]
-        keys += [_key("trunk", size, GREEDY, state) for size in config.token_buckets]
+        keys += [
+            _key("trunk", size, _seen(used), state) for size in config.token_buckets
+        ]
         keys.append(_key("decode", 0, used, state))
         if has_prompt_logprobs:
             keys += [
@@ -245,15 +249,15 @@ class Stepper:
         self, state: EngineState, used: Features, scheduled: Any, num_tokens: int
     ) -> tuple[EngineState, Any]:
         """Run `trunk` and `decode`; return the state and what is unsettled."""
-        trunk = self._find("trunk", num_tokens, GREEDY, state)
+        trunk = self._find("trunk", num_tokens, _seen(used), state)
         if trunk is None:  # a lower limit of the schedule did not take effect
             size = _fit(state.config.token_buckets, num_tokens)
-            trunk = self._start(_key("trunk", size, GREEDY, state), state)
-        pages, self._logits, hidden = self._call(
+            trunk = self._start(_key("trunk", size, _seen(used), state), state)
+        pages, self._logits[_memory_kind(trunk)], hidden = self._call(
             trunk,
             self._leaves(),
             pages_of(state),
-            self._memory(state),
+            self._memory(trunk),
             state.requests.tokens,
             state.blocks,
             scheduled,
@@ -269,7 +273,10 @@ class Stepper:
         if decode is None:
             decode = self._start(_key("decode", 0, _own(used), state), state)
         view, unsettled = self._call(
-            decode, features.view(state, decode.used), scheduled, self._logits
+            decode,
+            features.view(state, decode.used),
+            scheduled,
+            self._logits[_memory_kind(decode)],
         )
         return features.merge(state, view), unsettled
 
@@ -287,11 +294,11 @@ class Stepper:
             max_steps = min(max_steps, _FIRST_STEPS)
         first = _num_steps(state)
         start = time.perf_counter()
-        pages, self._logits, view, unsettled = self._call(
+        pages, self._logits[_memory_kind(key)], view, unsettled = self._call(
             key,
             self._leaves(),
             pages_of(state),
-            self._memory(state),
+            self._memory(key),
             features.view(state, key.used),
             scheduled,
             np.int32(max_steps),
@@ -327,8 +334,9 @@ class Stepper:
             best = _key("loop", rows, _own(used), state)
             size = num_tokens if loop is None else loop.size
         else:
-            best = _key("trunk", _fit(config.token_buckets, num_tokens), GREEDY, state)
-            trunk = self._find("trunk", num_tokens, GREEDY, state)
+            best = _fit(config.token_buckets, num_tokens)
+            best = _key("trunk", best, _seen(used), state)
+            trunk = self._find("trunk", num_tokens, _seen(used), state)
             size = best.size if trunk is None else trunk.size
         if loop is None and is_decode:
             self._start(best, state)
@@ -345,12 +353,15 @@ class Stepper:
         """Return the model's parameters."""
         return jax.tree.leaves(self._model)
 
-    def _memory(self, state: EngineState) -> jax.Array:
-        """Return the working memory for logits."""
-        if self._logits is None or self._logits.is_deleted():
-            shape = self._specs.logits(state)
-            self._logits = jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
-        return self._logits
+    def _memory(self, key: Key) -> Any:
+        """Return the working memory for logits of a program."""
+        memory = self._logits.get(_memory_kind(key))
+        if memory is None or any(x.is_deleted() for x in jax.tree.leaves(memory)):
+            memory = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
+                self._specs.logits(key.config),
+            )
+        return memory
 
     def replace_model(self, model: Any) -> None:
         """Use another model of the same config from now on."""
@@ -360,12 +371,21 @@ class Stepper:
     def close(self) -> None:
         """Free the programs and the working memory."""
         self.compiled.close()
-        self._logits = None
+        self._logits = {}
 
 
 def _own(used: Features) -> Features:
     """Return the features of the programs for generated tokens."""
     return used._replace(prompt_logprobs=False)
+
+
+def _seen(used: Features) -> Features:
+    """Return the features of the programs that compute logits."""
+    return Features(seen=used.seen)
+
+
+def _memory_kind(key: Key) -> tuple[bool, tuple[int, ...]]:
+    return key.config.seen_hidden, key.config.seen_layers
 
 
 def _key(name: str, size: int, used: Features, state: EngineState) -> Key:

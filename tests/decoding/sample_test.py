@@ -10,7 +10,14 @@ import pytest
 from hypothesis import strategies as st
 
 from jpaged import decoding
-from jpaged.decoding import SamplingRows, chain, temperature, token_keys, top_k
+from jpaged.decoding import (
+    Context,
+    SamplingRows,
+    chain,
+    temperature,
+    token_keys,
+    top_k,
+)
 from tests.decoding.transforms_test import kept_by_sorting
 
 sample = jax.jit(decoding.sample)
@@ -282,7 +289,8 @@ def test_greedy_and_sampling_equal_sample_and_continue_their_own_rows():
     ]
     for algorithm, same in pairs:
         state = algorithm.init(64)
-        state, decision = jax.jit(algorithm.step)(keys, logits, state)
+        context = [Context(algorithm.parameters)] if algorithm.parameters else []
+        state, decision = jax.jit(algorithm.step)(keys, logits, state, *context)
         tokens, logprobs = sample(logits, same, places)
         np.testing.assert_array_equal(decision.tokens, tokens)
         np.testing.assert_allclose(decision.logprobs, logprobs, rtol=1e-6)

@@ -26,7 +26,7 @@ def cells(name):
 
 def test_there_is_a_notebook_for_every_text():
     assert NAMES == sorted(path.stem for path in FOLDER.glob("[!_]*.md"))
-    assert len(NAMES) == 6
+    assert len(NAMES) >= 6
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -109,11 +109,11 @@ class Notebook:
         rows = [row if isinstance(row, tuple) else (row,) for row in found]
         return [tuple(float(n.replace(",", "")) for n in row) for row in rows]
 
-    def check_images(self, count: int) -> None:
-        """Check the number of images, and that each has colours and is not blank."""
+    def check_images(self) -> None:
+        """Check that there are images, and that each has colours and is not blank."""
         from matplotlib import image
 
-        assert len(self.images) == count
+        assert self.images
         for data in self.images:
             pixels = image.imread(io.BytesIO(data), format="png")[..., :3]
             height, width, _ = pixels.shape
@@ -238,8 +238,9 @@ def test_notebooks_run_without_errors_and_show_their_plots(site, name):
     notebook = site.notebook(name)
     assert not notebook.errors
     assert "is ready" in notebook.text
-    counts = {"paper": 5}
-    notebook.check_images(counts.get(name, 1))
+    notebook.check_images()
+    if name == "paper":
+        assert len(notebook.images) == 5
 
 
 def test_quickstart_answers_and_shares(site):

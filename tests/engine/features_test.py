@@ -9,6 +9,7 @@ import pytest
 
 from jpaged import engine, load_model
 from jpaged.config import EngineConfig
+from jpaged.decoding import contrib
 from jpaged.engine import features, limits
 from jpaged.engine.features import Features
 from jpaged.params import SamplingParams
@@ -25,6 +26,9 @@ PLAIN = EngineConfig(
     max_num_requests=12,
 )
 RULES = SamplingParams(bad_words=[[5, 6]], logit_bias={7: 1.0}, min_tokens=2)
+MIROSTAT = contrib.mirostat(3.0, 0.5)
+CHAINS = ((MIROSTAT.kind,), (contrib.xtc().kind, MIROSTAT.kind))
+DOLA = contrib.dola((0,))
 KINDS = [
     Features(),
     Features(sampling=2),
@@ -32,6 +36,8 @@ KINDS = [
     Features(logprobs=True),
     Features(logprobs=True, prompt_logprobs=True),
     Features(algorithms=True),
+    Features(processors=True),
+    Features(algorithms=True, seen=True),
     Features(2, rules=True, logprobs=True, prompt_logprobs=True, algorithms=True),
 ]
 
@@ -50,6 +56,9 @@ def grown(model):
         num_logprobs=3,
         prompt_logprobs=True,
         max_beam_width=2,
+        algorithms=((DOLA, 2),),
+        seen_layers=(0,),
+        processors=CHAINS,
     )
 
 
@@ -117,6 +126,25 @@ def test_grown_arrays_keep_what_sequences_have(model, grown):
     corner = larger.top_ids[tuple(map(slice, table.top_ids.shape))]
     np.testing.assert_array_equal(corner, table.top_ids)
     np.testing.assert_array_equal(larger.ranks, table.ranks)
+
+
+def test_a_new_chain_keeps_the_parameters_and_states_of_the_others(model, grown):
+    state = engine.init(model, dataclasses.replace(PLAIN, processors=CHAINS[:1]))
+    params = SamplingParams(seed=1, n=2, logits_processors=[MIROSTAT])
+    state, ((one, other),) = engine.submit(state, [[5, 6]], params)
+    table = features.grow(state, grown).requests
+    assert table.params.processors.chains[jnp.array([one, other])].tolist() == [0, 0]
+    (values,), later = table.params.processors.values
+    assert float(values["tau"][other]) == 3.0
+    assert [sorted(each) for each in later] == [
+        ["probability", "threshold"],
+        ["eta", "tau"],
+    ]
+    (mu,), (_, fresh) = table.processor_states
+    assert (float(mu[one]), float(fresh[one])) == (6.0, 0.0)
+    unknown = SamplingParams(logits_processors=[contrib.dry()])
+    with pytest.raises(ValueError, match="expected a chain of the config's"):
+        engine.submit(engine.init(model, grown), [[5]], unknown)
 
 
 def test_beams_in_the_table_cannot_become_wider(model, grown):

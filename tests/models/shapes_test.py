@@ -108,6 +108,7 @@ def test_a_random_model_is_created_by_name(monkeypatch):
         "hidden_size": 64,
         "num_hidden_layers": 1,
         "vocab_size": 512,
+        "eos_token_id": 2,
         "intermediate_size": 96,
     }
     monkeypatch.setitem(SHAPES, "small", small)

@@ -67,8 +67,9 @@ def by_user_tokens(waiting: policies.Waiting):
     return waiting.user_tokens
 
 
+# The check of a policy has prompts of at most 8 tokens.
 def nan_if_long(waiting: policies.Waiting):
-    return jnp.where(waiting.prompt_lens > 4, jnp.nan, 1.0)
+    return jnp.where(waiting.prompt_lens > 8, jnp.nan, 1.0)
 
 
 WEIGHTS = (1.0, -2.0, 0.5, 0.25, -3.0, 9.0)
@@ -93,7 +94,7 @@ SCORES = {
     ),
     longest_first: lambda r: -len(r.prompt_token_ids),
     least_missing: lambda r: len(r.prompt_token_ids) - r.cached,
-    nan_if_long: lambda r: len(r.prompt_token_ids) > 4,
+    nan_if_long: lambda r: len(r.prompt_token_ids) > 8,
 }
 
 

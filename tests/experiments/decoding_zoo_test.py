@@ -1,0 +1,46 @@
+"""The runner `decoding_zoo`: its measures on known texts, and a small run."""
+
+import csv
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import decoding_zoo
+from tests.support.runners import call_experiment, last_json
+
+
+def test_measures_of_known_texts():
+    assert decoding_zoo.repetition([1, 2, 3, 1, 2, 3, 1], 3) == 1 - 3 / 5
+    assert decoding_zoo.repetition([1], 3) == 0
+    assert decoding_zoo.distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3
+    outputs = [
+        SimpleNamespace(token_ids=[4, 4, 4, 4, 4], cumulative_logprob=math.log(0.5)),
+        SimpleNamespace(token_ids=[1, 2, 3, 4, 5], cumulative_logprob=math.log(0.02)),
+    ]
+    found = decoding_zoo.quality(outputs)
+    assert abs(found["perplexity"] - 0.01 ** (-1 / 10)) < 1e-9
+    assert found["repetition"] == (0.5 + 0) / 2
+    assert abs(found["diversity"] - (1 / 4 * 1 / 3 * 1 / 2 + 1) / 2) < 1e-9
+    assert found["distinct_2"] == 5 / 8
+
+
+@pytest.mark.long
+def test_a_small_run_writes_a_table(tmp_path):
+    methods = "greedy,sampling,dry"
+    arguments = (f"--methods={methods}", "--max_tokens=8", f"--out={tmp_path}")
+    status, out, err = call_experiment("decoding_zoo", *arguments)
+    assert status == 0, err
+    found = last_json(out)["details"]["methods"]
+    assert list(found) == methods.split(",")
+    assert found["greedy"]["perplexity"] < found["sampling"]["perplexity"]
+    with (tmp_path / "zoo.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == methods.split(",")
+    assert float(rows[0]["diversity"]) == found["greedy"]["diversity"]
+
+
+def test_an_unknown_method_is_refused():
+    status, _, err = call_experiment("decoding_zoo", "--methods=magic")
+    assert status == 1
+    assert "--methods: expected some of greedy" in err

@@ -106,7 +106,7 @@ def served(llm: LLM) -> Iterator[str]:
     app = create_app(
         llm, ServerSettings(max_open_sequences=100_000, slice_s=FLAGS.slice_s)
     )
-    config = uvicorn.Config(app, port=0, log_level="warning")
+    config = uvicorn.Config(app, port=0, log_config=None)
     server = Server(config, app.state.bridge, drain_s=5.0)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -242,25 +242,25 @@ def forgives(before, after, decision):
     "fault", [keeps_weights, keeps_potential_states, forgets_the_mean, forgives]
 )
 def test_a_planted_fault_is_found_in_the_normaliser(fault):
-    init, step = smc(potential, 0, stop_token_ids=STOP)
+    method = smc(potential, 0, stop_token_ids=STOP)
 
     def faulty(keys, logits, state):
-        after, decision = step(keys, logits, state)
+        after, decision = method.step(keys, logits, state)
         return fault(state, after, decision), decision
 
-    _, _, state = run(DecodingAlgorithm(init, faulty))
+    _, _, state = run(DecodingAlgorithm(method.init, faulty))
     assert abs(deviations(estimates(state)[0], sum(exact().values()))) > 8
 
 
 def test_a_planted_fault_in_the_parents_is_found_in_the_posterior():
-    init, step = smc(potential, 0, stop_token_ids=STOP)
+    method = smc(potential, 0, stop_token_ids=STOP)
 
     def faulty(keys, logits, state):
-        state, decision = step(keys, logits, state)
+        state, decision = method.step(keys, logits, state)
         own = jnp.arange(NUM_ROWS, dtype=jnp.int32)
         return state, dataclasses.replace(decision, parents=own)
 
-    tokens, _, state = run(DecodingAlgorithm(init, faulty))
+    tokens, _, state = run(DecodingAlgorithm(method.init, faulty))
     tokens = np.where(tokens == -1, 0, tokens)
     tokens = np.where(np.cumsum(tokens == 2, axis=-1) - (tokens == 2) > 0, -1, tokens)
     posterior, expected = per_sequence(tokens, estimates(state)[1])
@@ -289,7 +289,7 @@ def by_hand(model, algorithm, num_rows, prompt, params):
         logits = jnp.where(jnp.asarray(finished)[:, None], jnp.nan, logits)
         seeds = jnp.full(num_rows, params.seed)
         keys = token_keys(seeds, jnp.arange(num_rows), jnp.full(num_rows, lens.max()))
-        state, decision = step(keys, logits, state)
+        state, decision = method.step(keys, logits, state)
         decision = jax.device_get(decision)
         grows = ~finished[decision.parents]
         revived += int(np.sum(finished & grows))

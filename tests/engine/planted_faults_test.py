@@ -102,8 +102,8 @@ def shifted_slots(slots, state, rows, positions):
     return jnp.where(found < 0, found, found + 1)
 
 
-def late_positions(tables, positions, config):
-    return tables(jnp.maximum(positions - 1, 0), config)
+def late_positions(tables, positions, config, **options):
+    return tables(jnp.maximum(positions - 1, 0), config, **options)
 
 
 def no_copies(copy, k_pages, v_pages, src, dst, **options):

@@ -40,7 +40,7 @@ def test_a_small_run_writes_table_figure_and_json(tmp_path):
     generated = sum(int(row["num_generated"]) for row in rows)
     assert generated == details["num_generated"]
     assert not has_matplotlib or figure.stat().st_size > 1000
-    assert "KV slots: token_states" in out
+    assert "KV slots: token states" in out
 
 
 def record(**counts):

@@ -52,7 +52,7 @@ class Running:
         self.llm = llm
         self.app = create_app(llm, settings, chat_template=chat_template)
         self.bridge = self.app.state.bridge
-        config = uvicorn.Config(self.app, port=0, log_level="warning")
+        config = uvicorn.Config(self.app, port=0, log_config=None)
         self.server = Server(config, self.bridge, settings.drain_s)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()

@@ -18,7 +18,7 @@ from flax import nnx
 from jpaged import LLM, load_model, make_mesh, save_model
 from jpaged.models import shapes
 from jpaged.models.loading import placing
-from jpaged.models.loading.stored import Stored
+from jpaged.models.loading.stored import SafetensorsTensor
 from tests.models.families_test import write_case
 from tests.support.models import checkpoints
 from tests.support.models.reference_models import relative_error
@@ -59,7 +59,7 @@ def write(folder: pathlib.Path, name: str) -> pathlib.Path:
 def watched(found: dict):
     """Count the numbers that are read, and the largest part of an array on a device."""
     found |= {"read": 0, "on_device": 0}
-    view, put = Stored.view, placing.Shards.write
+    view, put = SafetensorsTensor.view, placing.Shards.write
 
     def count(self, index):
         part = view(self, index)
@@ -73,7 +73,7 @@ def watched(found: dict):
         )
         found["on_device"] = max(found["on_device"], largest)
 
-    with mock.patch.object(Stored, "view", count):
+    with mock.patch.object(SafetensorsTensor, "view", count):
         with mock.patch.object(placing.Shards, "write", weigh):
             yield
 

@@ -93,7 +93,7 @@ def mean_end(lens, order, num_rows):
 def test_shortest_job_first_halves_mean_latency_and_one_program_runs_all():
     rng = np.random.default_rng(6)
     outputs = np.clip(rng.lognormal(1.3, 1.5, 40), 1, 50).astype(int)
-    workload = Workload(np.zeros(40), rng.integers(1, 12, 40), outputs)
+    workload = Workload(np.zeros(40), rng.integers(1, 4, 40), outputs)
     config = EngineConfig(**SIZES, **ONE_PROGRAM)
     names = ["fcfs", "shortest_job", "feedback"]
     systems = [

@@ -37,7 +37,9 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(?!jpaged\.).*"),
-    ("py:class", r"jpaged\.(serving|engine\.batch|kv\.swap|models\.layers)\..*"),
+    ("py:class", r"jpaged\.(serving|kv\.swap|models\.layers)\..*"),
+    ("py:class", r"jpaged\.engine\.(batch|processing)\..*"),
+    ("py:class", r"jpaged\.decoding\.(contrib|processors)\..*"),
     ("py:class", r".*\.(AnyMesh|Attributes|BlockUses|RuleParams)"),
 ]
 default_role = "py:obj"

@@ -32,13 +32,6 @@ SAMPLING = {
     "use_beam_search": _no(False, None, instead=_BEAMS),
     "length_penalty": _no(1.0, None, instead=_BEAMS),
     "early_stopping": _no(False, None, instead=_BEAMS),
-    "logits_processors": _no(
-        None,
-        [],
-        (),
-        instead="logit_bias, bad_words, allowed_token_ids and structured_outputs "
-        "change the distribution; AlgorithmParams runs a decoding function of your own",
-    ),
     # current version of vLLM
     "skip_clone": Foreign((True, False)),  # parameters are never copied or changed
     "extra_args": _no(None, {}, instead=_LEAVE_OUT),

@@ -46,7 +46,6 @@ PUBLIC = (
     "jpaged.plot",
     "jpaged.policies",
     "jpaged.rl",
-    "jpaged.simulator.simulate",
     "jpaged.structured",
 )
 BUILD_SECONDS = 1200
@@ -202,6 +201,8 @@ def test_links_within_the_site_lead_to_a_page_and_an_anchor(site):
     }
     broken, count = [], 0
     for path, page in pages.items():
+        if "_modules" in path.parts:  # sources, which name objects by their own modules
+            continue
         for link in page.links:
             url = urllib.parse.urlparse(link)
             if url.scheme or url.netloc or link == "#":

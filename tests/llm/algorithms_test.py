@@ -114,6 +114,7 @@ def test_several_requests_of_one_algorithm_with_their_own_parameters(llm, oracle
     windows = [1, 2, 3, 5, 8, 30, 4]
     params = [params_of(FRESH, parameters={"window": w}) for w in windows]
     params[2] = params_of(FRESH)
+    llm.warm_up(params)  # otherwise some programs are compiled beside the run
     outputs = run(llm, prompts, params)
     for prompt, window, output in zip(prompts, windows, outputs, strict=True):
         tokens = list(output.outputs[0].token_ids)
@@ -132,6 +133,7 @@ def test_sampling_as_an_algorithm_has_the_tokens_of_sampling_params(llm):
         algorithm = sampling(chain(temperature(value), top_k(k)))
         settings = dict(seed=3, max_tokens=8, ignore_eos=True)
         same = SamplingParams(n=2, temperature=value, top_k=k, **settings)
+        llm.warm_up([AlgorithmParams(algorithm, 2, **settings), same])
         ours, theirs = run(
             llm, [prompt] * 2, [AlgorithmParams(algorithm, 2, **settings), same]
         )

@@ -30,7 +30,7 @@ scores = []
 for sequence in output.sequences:
     num_generated = len(sequence.logprobs)
     scores.append(sequence.cum_logprob / max(1, num_generated))
-    assert sequence.text.startswith("def ")
+    assert "def " in sequence.text  # after the BOS token
 assert scores == sorted(scores, reverse=True)
 reasons = [sample.finish_reason for sample in samples.outputs]
 print(json.dumps({"finish_reasons": reasons}))

@@ -18,8 +18,8 @@ For each policy and load the runner prints means over the seeds: latency, time t
 first token, time per output token, the share of missed deadlines, and the mean latency
 of the other three users; with 95 % intervals (Student's t) in the figure.
 
-Time: about 5 minutes on two CPU cores. Expected: under load, `shortest_job` has half
-the mean latency of `fcfs`, in the simulation and on the engine.
+Time: about 5 minutes on two CPU cores. Expected: under load, `shortest_job` has about
+half the mean latency of `fcfs`, in the simulation and on the engine.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ def by_hand(model, algorithm, num_rows, prompt, params):
         logits = jnp.where(jnp.asarray(finished)[:, None], jnp.nan, logits)
         seeds = jnp.full(num_rows, params.seed)
         keys = token_keys(seeds, jnp.arange(num_rows), jnp.full(num_rows, lens.max()))
-        state, decision = method.step(keys, logits, state)
+        state, decision = step(keys, logits, state)
         decision = jax.device_get(decision)
         grows = ~finished[decision.parents]
         revived += int(np.sum(finished & grows))

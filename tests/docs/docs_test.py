@@ -24,6 +24,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 
 from tests.support.paths import ROOT
@@ -246,6 +247,13 @@ def flags_used(line: str) -> set[str]:
 @pytest.mark.parametrize("where", DOCUMENTS)
 def test_python_blocks_run(where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # optax relies on JAX's usual promotion, which users have.
+    with jax.numpy_dtype_promotion("standard"):
+        run_blocks(where)
+
+
+def run_blocks(where):
+    """Run the Python blocks of a document one after another."""
     namespace: dict[str, object] = {"__name__": "__docs__"}
     for block in BLOCKS:
         if block.where != where or block.tag != "python":

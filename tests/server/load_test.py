@@ -46,8 +46,22 @@ def raw_request(url, body, buffer_bytes=None):
     return found
 
 
+@pytest.fixture
+def slow_steps(served, monkeypatch):
+    """Slices of one step that take 15 ms: a request runs for seconds on any machine."""
+    run_slice = served.llm.run_slice
+
+    def slow(seconds: float | None = None) -> bool:
+        time.sleep(0.015)
+        return run_slice(0.0)
+
+    monkeypatch.setattr(served.llm, "run_slice", slow)
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_blocks_at_once(served, client, stream):
+def test_a_client_that_goes_away_frees_its_blocks_at_once(
+    served, client, stream, slow_steps
+):
     before = served.llm.stats()["num_finished_requests"]
     gone = raw_request(served.url, {**LONG, "prompt": ["ab"] * 10, "stream": stream})
     end = time.monotonic() + 20
@@ -150,7 +164,7 @@ def test_metrics_count_what_was_served(served, client):
     assert after["jpaged:num_preemptions_total", None, None] >= 0
 
 
-def test_pausing_freezes_requests(served, client, llm):
+def test_pausing_freezes_requests(served, client, llm, slow_steps):
     expected = post(client, LONG)["choices"][0]["text"]
     if not hasattr(llm, "pause"):
         found = client.post("/pause", json={"mode": "keep"})

@@ -155,7 +155,9 @@ class Trainer:
             return found.loss, gap
 
         gradient, gap = jax.grad(loss, has_aux=True)(params)
-        change, state = self._optimizer.update(gradient, state, params)
+        # optax relies on implicit promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            change, state = self._optimizer.update(gradient, state, params)
         return optax.apply_updates(params, change), state, gap
 
     def step(self, batch: rl.TrainingBatch, advantages: np.ndarray) -> float:

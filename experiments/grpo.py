@@ -50,6 +50,8 @@ from jpaged.models.decoder import Decoder
 from jpaged.plot import curves, style
 
 FLAGS = flags.FLAGS
+# More than a block of tokens, which all samples share.
+_HEADER = "import json\nimport os\nimport re\nimport sys\nimport time\n\n\n"
 PROMPTS = (
     "def ",
     "import ",
@@ -207,7 +209,7 @@ def run_step(llm: LLM, trainer: Trainer, seed: int) -> Step:
         )
         for i in range(FLAGS.num_prompts)
     ]
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(FLAGS.num_prompts)]
+    prompts = [_HEADER + PROMPTS[i % len(PROMPTS)] for i in range(FLAGS.num_prompts)]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, progress=False)
     generated = time.perf_counter()

@@ -34,9 +34,8 @@ from jpaged.decoding.base import (
     has_context,
     parameters_of,
 )
-from jpaged.decoding.processors import Row
 from jpaged.decoding.sample import token_keys, token_logprobs, top_logprobs
-from jpaged.engine import processing, request_table
+from jpaged.engine import request_table
 from jpaged.engine.processing import Processing
 from jpaged.engine.request_table import RequestTable, SampledTokens
 from jpaged.kv.block_manager import NO_BLOCK
@@ -54,15 +53,6 @@ class DraftLogits(NamedTuple):
 
     values: jax.Array  # f32[N, V]
     seq_indices: jax.Array  # i32[N], the sequence of each row; R: none
-
-
-class Seen(NamedTuple):
-    """What algorithms need of the decoder beside logits, for N rows of logits."""
-
-    hidden: jax.Array | None = None  # [N, E]
-    layers: tuple[jax.Array, ...] = ()  # f32[N, V] each
-    numbers: tuple[int, ...] = ()  # of these layers
-    draft: DraftLogits | None = None
 
 
 @functools.lru_cache(maxsize=256)
@@ -246,11 +236,13 @@ def insert_states(states: States, new: request_table.Submission) -> States:
 
 
 class Logits(NamedTuple):
-    """The logits of a step, with their sequences."""
+    """The logits of a step, with their sequences and what else algorithms need."""
 
     values: jax.Array  # f32[N, V]
     seq_indices: jax.Array  # i32[N], the sequence of each row; R: none
-    seen: Seen = Seen()  # what algorithms need beside the logits
+    hidden: jax.Array | None = None  # [N, E]
+    layers: tuple[jax.Array, ...] = ()  # f32[N, V] each, of the config's `seen_layers`
+    draft: DraftLogits | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -374,7 +366,7 @@ def _step_group(
     inputs = _inputs(table, members[:, :num_rows], logits, config)
     context: tuple[Any, ...] = ()
     if has_context(algorithm):
-        context = (_context(algorithm, parameters, table, inputs, logits),)
+        context = (_context(algorithm, parameters, table, inputs, logits, config),)
     state, decision = jax.vmap(algorithm.step)(
         inputs.keys, inputs.scores, state, *context
     )
@@ -484,7 +476,18 @@ def _inputs(
     lengths = jnp.broadcast_to(lengths, seq_indices.shape).reshape(-1)
     keys, processed = token_keys(seeds, number, lengths), None
     if config.processors and table.params.processors is not None:
-        processed = _process(table, flat, flat_used, values, keys, config)
+        # Log-probabilities have no temperature.
+        processed = request_table.process(
+            table,
+            flat,
+            flat_used,
+            values,
+            config,
+            num_tokens=table.queue.num_tokens[flat],
+            keys=keys,
+            temperature=jnp.zeros(flat.shape, jnp.float32),
+            states=jax.tree.map(lambda x: x[flat], table.processor_states),
+        )
         values = processed.logits
     if config.logprobs_mode == "processed" and values is not raw:
         total = jax.nn.logsumexp(values, axis=1, keepdims=True)
@@ -498,42 +501,13 @@ def _inputs(
     )
 
 
-def _process(
-    table: RequestTable,
-    seq_indices: jax.Array,
-    is_used: jax.Array,
-    scores: jax.Array,
-    keys: jax.Array,
-    config: EngineConfig,
-) -> Processing:
-    """Apply the logits processors of rows; log-probabilities have no temperature."""
-    mine, states = jax.tree.map(
-        lambda column: column[seq_indices],
-        (table.params.processors, table.processor_states),
-    )
-    chains = jnp.where(is_used, mine.chains, processing.NO_CHAIN)
-    row = Row(
-        tokens=table.tokens[seq_indices],
-        prompt_len=table.queue.prompt_lens[seq_indices],
-        num_tokens=table.queue.num_tokens[seq_indices],
-        key=keys,
-    )
-    return processing.process(
-        config,
-        dataclasses.replace(mine, chains=chains),
-        states,
-        row,
-        scores,
-        jnp.zeros(scores.shape[:1], jnp.float32),
-    )
-
-
 def _context(
     algorithm: Any,
     parameters: dict[str, jax.Array],
     table: RequestTable,
     inputs: _Inputs,
     logits: Logits,
+    config: EngineConfig,
 ) -> Context:
     """What the algorithm needs beside the logits, with the axes [G, W]."""
     vocab_size, needs = logits.values.shape[1], algorithm.needs
@@ -544,15 +518,15 @@ def _context(
         index = jnp.arange(tokens.shape[-1], dtype=jnp.int32)[None, None, :]
         tokens = jnp.where(index < num_tokens[..., None], tokens, vocab_size)
     if "hidden" in needs:
-        assert logits.seen.hidden is not None
-        hidden = logits.seen.hidden[inputs.entries]
+        assert logits.hidden is not None
+        hidden = logits.hidden[inputs.entries]
     if "layers" in needs:
-        known = dict(zip(logits.seen.numbers, logits.seen.layers, strict=True))
+        known = dict(zip(config.seen_layers, logits.layers, strict=True))
         layers = jnp.stack(
             [known[layer][inputs.entries] for layer in algorithm.layers], axis=1
         )
-    if "draft" in needs and logits.seen.draft is not None:
-        values, seq_indices = logits.seen.draft
+    if "draft" in needs and logits.draft is not None:
+        values, seq_indices = logits.draft
         at = _rows_of(seq_indices, table.queue.status.shape[0])[inputs.known]
         draft = jax.nn.log_softmax(values[at], axis=-1)
     return Context(

@@ -210,10 +210,9 @@ def decode(
       draft: the draft model's logits for rows of algorithms, if they need them.
     """
     number, entries = state.counters.num_steps, scheduled.entries
-    seen = algorithms.Seen(draft=draft)
+    hidden, layers = None, ()
     if isinstance(logits, sampling.SeenLogits):
-        seen = algorithms.Seen(logits.hidden, logits.layers, config.seen_layers)
-        logits = logits.values
+        logits, hidden, layers = logits
     new = sampling.sample_tokens(state.requests, entries, logits, config, size)
     if config.speculation is None:
         table, ended = request_table.extend(state.requests, new, number)
@@ -232,7 +231,7 @@ def decode(
         table,
         state.states,
         state.rows,
-        Logits(logits, entries.seq_indices, seen),
+        Logits(logits, entries.seq_indices, hidden, layers, draft),
         number,
         config,
     )

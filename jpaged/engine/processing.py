@@ -146,10 +146,3 @@ def process(
         found.append(one)
         logits, temperature = one.logits, one.temperature
     return Processing(config, mine, rows, states, tuple(found), logits, temperature)
-
-
-def no_rows(num_rows: int, config: EngineConfig) -> ProcessorRows:
-    """Rows without processors, which are also the values of unused rows."""
-    with jax.ensure_compile_time_eval():
-        one, _ = _idle(config)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_rows, *np.shape(x))), one)

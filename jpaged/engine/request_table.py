@@ -27,10 +27,11 @@ from jpaged.compat import ordered
 from jpaged.config import EngineConfig
 from jpaged.decoding import constraints
 from jpaged.decoding.constraints import Automata, AutomataSizes
+from jpaged.decoding.processors import Row
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
 from jpaged.engine import processing
-from jpaged.engine.processing import ChainStates, ProcessorRows
+from jpaged.engine.processing import ChainStates, Processing, ProcessorRows
 from jpaged.indexing import take
 from jpaged.scheduler import Queue
 
@@ -384,3 +385,40 @@ def constrain(
         lambda logits: logits,
         logits,
     )
+
+
+def process(
+    table: RequestTable,
+    seq_indices: jax.Array,
+    valid: jax.Array,
+    logits: jax.Array,
+    config: EngineConfig,
+    *,
+    num_tokens: jax.Array,
+    keys: jax.Array,
+    temperature: jax.Array,
+    states: ChainStates,
+) -> Processing:
+    """Apply the logits processors of sequences to the logits of their next tokens.
+
+    Args:
+      table: the request table, of a config with processors.
+      seq_indices: i32[S], the sequences.
+      valid: bool[S]; other rows stay unchanged.
+      logits: f32[S, V].
+      config: the engine's config.
+      num_tokens: i32[S], tokens before the next one.
+      keys: key[S], of the next token.
+      temperature: f32[S], see `processing.process`.
+      states: of the sequences' processors, [S, ...].
+    """
+    mine = jax.tree.map(lambda x: x[seq_indices], table.params.processors)
+    chains = jnp.where(valid, mine.chains, processing.NO_CHAIN)
+    rows = Row(
+        tokens=table.tokens[seq_indices],
+        prompt_len=table.queue.prompt_lens[seq_indices],
+        num_tokens=num_tokens,
+        key=keys,
+    )
+    mine = dataclasses.replace(mine, chains=chains)
+    return processing.process(config, mine, states, rows, logits, temperature)

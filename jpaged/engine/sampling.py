@@ -24,7 +24,6 @@ from jpaged.arithmetic import cdiv
 from jpaged.compat import switch_in_place, when
 from jpaged.config import EngineConfig
 from jpaged.decoding import bit_masks, constraints, rules
-from jpaged.decoding.processors import Row
 from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import (
     SamplingRows,
@@ -305,15 +304,16 @@ def _sample_rows(
     allowed = request_table.constrain(table, seq_indices, states, valid, allowed)
     processed = None
     if config.processors:
-        processed = _process(
+        processed = request_table.process(
             table,
             seq_indices,
-            positions,
             valid,
             allowed,
-            rows,
-            processor_states,
             config,
+            num_tokens=positions,
+            keys=token_keys(rows.seed, rows.sample, positions),
+            temperature=rows.temperature,
+            states=processor_states,
         )
         allowed = processed.logits
         rows = dataclasses.replace(rows, temperature=processed.temperature)
@@ -337,33 +337,6 @@ def _sample_rows(
         # Raw log-probabilities are those of the model, before rules and constraints.
         found["logprobs"], _ = token_logprobs(logits, tokens)
     return found | _ranked(logits, tokens, config)
-
-
-def _process(
-    table: RequestTable,
-    seq_indices: jax.Array,
-    positions: jax.Array,
-    valid: jax.Array,
-    logits: jax.Array,
-    rows: SamplingRows,
-    states: processing.ChainStates,
-    config: EngineConfig,
-) -> processing.Processing:
-    """Apply the logits processors of the sequences `seq_indices`."""
-    idle = processing.no_rows(seq_indices.shape[0], config)
-    return processing.process(
-        config,
-        _rows(table.params.processors, idle, seq_indices, valid),
-        states,
-        Row(
-            tokens=table.tokens[seq_indices],
-            prompt_len=table.queue.prompt_lens[seq_indices],
-            num_tokens=positions,
-            key=token_keys(rows.seed, rows.sample, positions),
-        ),
-        logits,
-        rows.temperature,
-    )
 
 
 def _ranked(

@@ -37,7 +37,7 @@ from jpaged.scheduler.queue import (
     row_values,
     same_request,
 )
-from jpaged.scheduler.token_budget import split_by_policy, split_tokens
+from jpaged.scheduler.token_budget import split_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -88,12 +88,9 @@ def schedule(
     )
     blocks, remaining = _map_sources(queue, rows, blocks)
     remaining = _hold_lockstep(queue, rows, blocks, remaining)
-    if settings.budget is None:
-        num_tokens = split_tokens(queue, rows, remaining, settings, scores)
-    else:
-        num_tokens = split_by_policy(
-            queue, rows, remaining, settings, scores, config.budget_policy, clock
-        )
+    num_tokens = split_tokens(
+        queue, rows, remaining, settings, scores, config.budget_policy, clock
+    )
     needed = block_manager.blocks_needed(blocks, num_tokens)
     is_short = jnp.sum(needed) > block_manager.num_free_blocks(blocks)
     swaps = None if host is None else Swaps.none(rows)

@@ -334,8 +334,8 @@ class Stepper:
             best = _key("loop", rows, _own(used), state)
             size = num_tokens if loop is None else loop.size
         else:
-            best = _fit(config.token_buckets, num_tokens)
-            best = _key("trunk", best, _seen(used), state)
+            tokens = _fit(config.token_buckets, num_tokens)
+            best = _key("trunk", tokens, _seen(used), state)
             trunk = self._find("trunk", num_tokens, _seen(used), state)
             size = best.size if trunk is None else trunk.size
         if loop is None and is_decode:

@@ -22,8 +22,9 @@ stdout is one JSON object.
 
 Source: Shao et al. 2024 (GRPO). https://arxiv.org/abs/2402.03300
 
-Time: about two minutes for each seed on two CPU cores with the bundled model. Expected:
-the reward rises with every seed.
+Time: about half a minute for each seed on two CPU cores with the bundled model.
+Expected: the reward rises with every seed, from 0.84 to 0.97 in 30 steps with the
+default flags.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_prompts", 8, "Prompts of a step.", lower_bound=1)
     flags.DEFINE_integer("num_samples", 8, "Samples of a prompt.", lower_bound=2)
     flags.DEFINE_integer("max_tokens", 32, "Tokens of a sample.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 3e-5, "Of Adam.", lower_bound=0)
+    flags.DEFINE_float("learning_rate", 1e-4, "Of Adam.", lower_bound=0)
     flags.DEFINE_float("temperature", 1.0, "Of the samples.", lower_bound=0.01)
     flags.DEFINE_integer(
         "lora_rank", 0, "Train adapters of this rank; 0 trains all.", lower_bound=0
@@ -248,7 +249,7 @@ def train(llm: LLM, model: Decoder, seed: int) -> list[Step]:
     return steps
 
 
-def transformers_tokens_per_s(model: Decoder) -> float | None:
+def transformers_tokens_per_s(model: Decoder, prompt_tokens: int) -> float | None:
     """Tokens per second of transformers' `generate`; None without torch."""
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         return None
@@ -261,7 +262,9 @@ def transformers_tokens_per_s(model: Decoder) -> float | None:
         save_model(model, folder)
         peer = transformers.AutoModelForCausalLM.from_pretrained(folder)
     rows = FLAGS.num_prompts * FLAGS.num_samples
-    tokens = torch.randint(3, model.config.vocab_size, (FLAGS.num_prompts, 3))
+    # As long as the prompts of the rollouts, whose tokens matter little.
+    size = (FLAGS.num_prompts, prompt_tokens)
+    tokens = torch.randint(3, model.config.vocab_size, size)
     options = dict(
         do_sample=True,
         top_k=0,
@@ -342,15 +345,18 @@ def main(argv: list[str]) -> None:
     runs = [train(llm, model, FLAGS.seed + i) for i in range(FLAGS.num_seeds)]
     report = Report()
     report_runs(report, runs, llm)
+    assert llm.tokenizer is not None
+    prompt_tokens = len(llm.tokenizer.encode(_HEADER + PROMPTS[0]))
     llm.close()
-    if FLAGS.baseline and (peer := transformers_tokens_per_s(model)):
+    peer = transformers_tokens_per_s(model, prompt_tokens) if FLAGS.baseline else None
+    if peer is not None:
         report.tokens_per_s["transformers"] = peer
         ratio = report.tokens_per_s["rollout"] / peer
         report.ratios["rollout/transformers"] = ratio
         report.row("transformers, tokens/s", f"{peer:.0f}", "", f"{ratio:.1f} times")
+    report.last_line(runner.flag_values(__name__))
     if FLAGS.out:
         write_results(runs)
-    report.last_line(runner.flag_values(__name__))
 
 
 if __name__ == "__main__":

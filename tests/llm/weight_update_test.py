@@ -56,7 +56,9 @@ def short_slices(monkeypatch):
 @pytest.fixture(scope="module")
 def shared_llm(decoder):
     """An LLM that all tests of the module update."""
-    return LLM(nnx.clone(decoder), **SIZES)
+    llm = LLM(nnx.clone(decoder), **SIZES)
+    llm.warm_up(PARAMS)  # otherwise programs are compiled beside the first calls
+    return llm
 
 
 @pytest.fixture

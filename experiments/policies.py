@@ -94,7 +94,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("engine_loads", ["4"], "Loads to run on the engine, too.")
     flags.DEFINE_integer("seeds", 4, "Workloads for each load.", lower_bound=2)
-    flags.DEFINE_integer("num_requests", 160, "Requests of each run.", lower_bound=2)
+    flags.DEFINE_integer("num_requests", 120, "Requests of each run.", lower_bound=2)
     flags.DEFINE_integer("longest", 400, "Most tokens of a prompt and of an output.")
     flags.DEFINE_integer("max_num_seqs", 8, "Rows of the engine.", lower_bound=1)
     flags.DEFINE_integer("num_blocks", 200, "Blocks of the pool.", lower_bound=1)

@@ -89,9 +89,7 @@ def define_flags() -> None:
     """Defines the runner's flags."""
     flags.DEFINE_string("model", "tiny-python", "The model, as for jpaged.load_model.")
     flags.DEFINE_list("policies", None, f"Some of {', '.join(SETTINGS)}; default: all.")
-    flags.DEFINE_list(
-        "loads", ["0.5", "0.8", "1", "1.5", "2.5", "4"], "Loads to simulate."
-    )
+    flags.DEFINE_list("loads", ["0.8", "1.5", "4"], "Loads to simulate.")
     flags.DEFINE_list("engine_loads", ["4"], "Loads to run on the engine, too.")
     flags.DEFINE_integer("seeds", 4, "Workloads for each load.", lower_bound=2)
     flags.DEFINE_integer("num_requests", 120, "Requests of each run.", lower_bound=2)

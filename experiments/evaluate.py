@@ -25,6 +25,7 @@ checkpoint, with greedy decoding.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -117,8 +118,9 @@ def params_maker(
     fields = {"temperature": 1.0, **options} if name == "sampling" else dict(options)
 
     def changed(params: SamplingParams) -> Params:
-        known = {**vars(params), **fields}
-        return SamplingParams(**known)
+        names = [field.name for field in dataclasses.fields(params)]
+        known = {name: getattr(params, name) for name in names}
+        return SamplingParams(**known | fields)
 
     def beams(params: SamplingParams) -> Params:
         return BeamSearchParams(**{"max_tokens": params.max_tokens, **fields})

@@ -50,6 +50,8 @@ from jpaged.models.decoder import Decoder
 from jpaged.plot import curves, style
 
 FLAGS = flags.FLAGS
+# More than a block of tokens, which all samples share.
+_HEADER = "import json\nimport os\nimport re\nimport sys\nimport time\n\n\n"
 PROMPTS = (
     "def ",
     "import ",
@@ -155,7 +157,9 @@ class Trainer:
             return found.loss, gap
 
         gradient, gap = jax.grad(loss, has_aux=True)(params)
-        change, state = self._optimizer.update(gradient, state, params)
+        # optax relies on implicit promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            change, state = self._optimizer.update(gradient, state, params)
         return optax.apply_updates(params, change), state, gap
 
     def step(self, batch: rl.TrainingBatch, advantages: np.ndarray) -> float:
@@ -205,7 +209,7 @@ def run_step(llm: LLM, trainer: Trainer, seed: int) -> Step:
         )
         for i in range(FLAGS.num_prompts)
     ]
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(FLAGS.num_prompts)]
+    prompts = [_HEADER + PROMPTS[i % len(PROMPTS)] for i in range(FLAGS.num_prompts)]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, progress=False)
     generated = time.perf_counter()

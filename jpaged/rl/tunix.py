@@ -189,8 +189,7 @@ class JPagedRollout(base_rollout.BaseRollout):
         """
         del kwargs
         config, most = rollout_config, rollout_config.max_prompt_length
-        tokens = [list(self._tokenizer.encode(text)) for text in prompts]
-        tokens = [ids[-most:] or [self._bos()] for ids in tokens]
+        tokens = [self._encode(text)[-most:] for text in prompts]
         top_k = -1 if config.top_k is None else config.top_k
         seeds: list[int | None] = [None] * len(prompts)
         if config.seed is not None:
@@ -251,6 +250,9 @@ class JPagedRollout(base_rollout.BaseRollout):
         # tunix forbids transfers meanwhile, and an LLM on a CPU copies by the host.
         with jax.transfer_guard("allow"):
             given = tunix_models.flat_params(params)
+            if set(given) == set(self._names):  # of `model()`, when tunix moves it
+                self.llm.update_weights(given, cast=True)
+                return
             is_partial = all(name.endswith(_LORA) for name in given)
             merged = {**self._base, **given}
             if not is_partial:
@@ -265,13 +267,17 @@ class JPagedRollout(base_rollout.BaseRollout):
         """Return the tokenizer's EOS token."""
         return self._tokenizer.eos_id()
 
-    def _bos(self) -> int:
-        bos = self._tokenizer.bos_id()
-        return self.eos_id() if bos is None else bos
+    def _encode(self, text: str) -> list[int]:
+        """Return the token ids of a prompt, with one BOS, as tunix's samplers do."""
+        bos, ids = self._tokenizer.bos_id(), list(self._tokenizer.encode(text))
+        if not bos:
+            return ids or [self.eos_id()]
+        start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+        return [bos, *ids[start:]]
 
     def model(self) -> Any:
-        """Return the actor."""
-        return self._actor
+        """Return the LLM's model; tunix updates weights only if it is not the actor."""
+        return self.llm.model
 
 
 def _filled(decoder: Decoder, weights: Mapping[str, jax.Array]) -> Decoder:

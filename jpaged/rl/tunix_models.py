@@ -55,13 +55,19 @@ def kind_of(model: Any) -> str:
     Raises:
       ValueError: none of them.
     """
-    name = type(model).__name__
+    name = _class_of(model).__name__
     if name not in KINDS:
         raise ValueError(
             f"rollout_actor: expected a Decoder of jpaged, or a tunix model "
             f"{', '.join(KINDS)}, got {name}; pass decoder= and map_params= for others"
         )
     return name
+
+
+def _class_of(model: Any) -> type:
+    """Return tunix's class of a model; qwix makes subclasses of the same name."""
+    own = [each for each in type(model).__mro__ if each.__module__.startswith("tunix.")]
+    return own[0] if own else type(model)
 
 
 def decoder_config(model: Any, max_length: int, eos_token_ids: Any) -> ModelConfig:
@@ -104,7 +110,7 @@ def _llama_options(model: Any) -> dict[str, Any]:
     if kind != "Qwen2":
         # These modules do not pass the config's value on; their function's default
         # counts. `JPagedRollout` compares the logits.
-        rope = inspect.signature(sys.modules[type(model).__module__].apply_rope)
+        rope = inspect.signature(sys.modules[_class_of(model).__module__].apply_rope)
         theta = rope.parameters["rope_theta"].default
     return dict(
         rope_theta=float(theta),

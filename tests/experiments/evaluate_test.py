@@ -90,7 +90,7 @@ def test_parameters_are_those_of_the_method():
         (["--tasks=a", "--decoding=nothing:f"], "--decoding: No module"),
         (["--tasks=a", "--decoding_options=x"], "--decoding_options: expected JSON"),
         (["--tasks=a", "--decoding_options=[]"], "expected a JSON object"),
-        (["--tasks=a", '--decoding_options={"x": 1}'], "unexpected keyword"),
+        (["--tasks=a", '--decoding_options={"x": 1}'], "unknown argument 'x'"),
     ],
 )
 def test_wrong_flags_are_one_line(arguments, message):

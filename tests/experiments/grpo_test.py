@@ -1,5 +1,6 @@
 """The runners `grpo` and `rollout_sharing`: rewards, and their smallest runs."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,6 +8,13 @@ from experiments import grpo
 from tests.support.runners import call_experiment, last_json
 
 pytestmark = pytest.mark.long
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    """optax relies on JAX's usual promotion, which users have."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def test_rewards_are_what_their_tasks_say():

@@ -151,6 +151,11 @@ def actor_logprobs(actor, prompt, tokens):
     )[0]
 
 
+def num_scored(tokens):
+    """Number of tokens before the first that tunix takes for padding."""
+    return next((i for i, token in enumerate(tokens) if token == 0), len(tokens))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_tunix_are_mapped_and_updated(name):
     actor = MODELS[name]()
@@ -163,12 +168,13 @@ def test_models_of_tunix_are_mapped_and_updated(name):
         assert output.left_padded_prompt_tokens.shape == (3, 16)
         for i, tokens in enumerate(output.tokens):
             prompt = output.left_padded_prompt_tokens[i]
-            expected = actor_logprobs(actor, prompt, tokens)[: len(tokens)]
-            np.testing.assert_allclose(output.logprobs[i], expected, atol=2e-3)
+            end = num_scored(tokens)
+            expected = actor_logprobs(actor, prompt, tokens)[:end]
+            np.testing.assert_allclose(output.logprobs[i][:end], expected, atol=2e-3)
             own = rollout.get_per_token_logps(
                 jnp.asarray(prompt)[None], jnp.asarray(tokens)[None]
             )
-            np.testing.assert_allclose(own[0], expected, atol=2e-3)
+            np.testing.assert_allclose(own[0][:end], expected, atol=2e-3)
         random_weights(actor, seed)
         rollout.update_params(nnx.state(actor, nnx.Param), (nnx.Param,))
     assert rollout.llm.weights_version == 2
@@ -199,8 +205,9 @@ def test_adapters_of_qwix_arrive():
     rollout.update_params(nnx.state(actor, nnx.LoRAParam), (nnx.LoRAParam,))
     output = rollout.generate(["hello"], config_of(seed=jax.random.key(1)))
     prompt, tokens = output.left_padded_prompt_tokens[0], output.tokens[0]
-    expected = actor_logprobs(actor, prompt, tokens)
-    np.testing.assert_allclose(output.logprobs[0], expected, atol=2e-3)
+    end = num_scored(tokens)
+    expected = actor_logprobs(actor, prompt, tokens)[:end]
+    np.testing.assert_allclose(output.logprobs[0][:end], expected, atol=2e-3)
 
 
 def test_other_models_are_refused():
@@ -213,7 +220,8 @@ def test_other_models_are_refused():
 @pytest.mark.parametrize("name", ["qwen3", "jpaged"])
 def test_a_step_of_the_grpo_learner_runs(name, tmp_path):
     actor, reference = MODELS[name](), MODELS[name]()
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"))
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=kinds)
     engines = []
 
     class Recorded(JPagedRollout):
@@ -259,15 +267,18 @@ def test_a_step_of_the_grpo_learner_runs(name, tmp_path):
         ),
         reward_fns=reward,
     )
-    data = [{"prompts": ["hello", "there"]}, {"prompts": ["again", "hello"]}]
+    texts = ["hello", "there"], ["again", "hello"]
+    data = [{"prompts": np.array(prompts)} for prompts in texts]
     learner.train(data)
     (engine,) = engines
     assert len(rewards) == 16
     assert engine.llm.weights_version >= 1
     assert engine.llm.stats()["prefix_hit_ratio"] > 0
     output = engine.generate(["hello"], config_of(seed=jax.random.key(3)))
+    prompt, tokens = output.left_padded_prompt_tokens[0], output.tokens[0]
+    end = num_scored(tokens)
     trained = cluster.actor_trainer.model
-    expected = actor_logprobs(
-        trained, output.left_padded_prompt_tokens[0], output.tokens[0]
-    )
-    np.testing.assert_allclose(output.logprobs[0], expected, atol=2e-3)
+    expected = actor_logprobs(trained, prompt, tokens)[:end]
+    np.testing.assert_allclose(output.logprobs[0][:end], expected, atol=2e-3)
+    before = actor_logprobs(MODELS[name](), prompt, tokens)[:end]
+    assert np.abs(before - expected).max() > 1e-3  # training has changed something

@@ -67,7 +67,8 @@ def test_a_request_that_no_longer_fits_beside_pinned_prefixes_raises(folder):
     assert is_idle(llm)
 
 
-def test_close_aborts_open_requests_and_ends_all_use(folder):
+def test_close_aborts_open_requests_and_ends_all_use(folder, monkeypatch):
+    monkeypatch.setattr(batcher, "STREAM_S", 0.0)
     llm = LLM(folder, **SIZES)
     request, waiting = llm.submit([5, 6], GREEDY), llm.submit([7], GREEDY)
     stream, late = llm.stream([5, 6], GREEDY), llm.astream([5, 6])

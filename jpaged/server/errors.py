@@ -24,7 +24,6 @@ _KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
     500: "internal_error",
-    501: "not_implemented_error",
     503: "unavailable_error",
 }
 

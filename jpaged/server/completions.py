@@ -18,7 +18,7 @@ from jpaged.params import SamplingParams
 from jpaged.server import common
 from jpaged.server.body import read_object
 from jpaged.server.common import Reply
-from jpaged.server.errors import invalid, json_response
+from jpaged.server.errors import invalid, json_response, wrong_value
 from jpaged.server.fields import Fields, check_model
 from jpaged.server.live_requests import LiveRequest
 from jpaged.server.logprob_forms import CompletionLogprobs, TokenNames, prompt_logprobs
@@ -26,7 +26,6 @@ from jpaged.server.sampling import Params, read_generation
 from jpaged.server.settings import ServerSettings
 from jpaged.server.streams import EventStream, abandon, event, merged, respond
 from jpaged.text import prompts as text_prompts
-from jpaged.validation import error as value_error
 
 Prompt = str | list[int]
 DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
@@ -111,9 +110,8 @@ def _prompts(fields: Fields, settings: ServerSettings) -> list[Prompt]:
         and all(type(token) is int for token in value)
     )
     found = [value] if is_one else value
-    expected = "a text, token ids, or a list of either"
     if not isinstance(found, list) or not found:
-        raise invalid("prompt", str(value_error("prompt", expected, value)))
+        raise wrong_value("prompt", "a text, token ids, or a list of either", value)
     if len(found) > settings.max_prompts:
         raise invalid(
             "prompt",
@@ -123,8 +121,8 @@ def _prompts(fields: Fields, settings: ServerSettings) -> list[Prompt]:
     for index, prompt in enumerate(found):
         is_ids = isinstance(prompt, list) and all(type(each) is int for each in prompt)
         if not isinstance(prompt, str) and not is_ids:
-            error = value_error(f"prompt[{index}]", "a text or token ids", prompt)
-            raise invalid("prompt", str(error))
+            name = f"prompt[{index}]"
+            raise wrong_value("prompt", "a text or token ids", prompt, name)
         if not prompt:
             raise invalid("prompt", f"prompt[{index}]: expected some text, got none")
     return found

@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
-from jpaged.params import SamplingParams
 from jpaged.server import common
 from jpaged.server.body import read_object
 from jpaged.server.common import Reply
@@ -246,8 +245,7 @@ def read(body: Mapping[str, Any], llm: LLM, settings: ServerSettings) -> Chat:
         prompt_logprobs=of_prompt,
     )
     fields.finish()
-    is_sampled = isinstance(generation.params, SamplingParams)
-    if is_sampled and generation.num_run > generation.n:
+    if generation.is_best_of:
         raise invalid("best_of", "best_of: expected none: only completions have it")
     kind = "chat.completion.chunk" if stream else "chat.completion"
     return Chat(

@@ -9,7 +9,6 @@ import functools
 import pathlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,9 +19,9 @@ from jpaged.server.errors import ApiError, from_value_error, invalid, json_respo
 from jpaged.server.fields import Fields
 from jpaged.server.settings import ServerSettings
 from jpaged.serving.metrics import StepRecord
+from jpaged.serving.pausing import MODES
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-PAUSE_MODES = ("keep", "wait", "abort")
 
 
 def admin_only(endpoint: Endpoint) -> Endpoint:
@@ -51,38 +50,21 @@ async def _fields(request: Request) -> Fields:
     return Fields(await read_object(request, common.settings_of(request)))
 
 
-def _method(request: Request, name: str) -> Callable[..., Any]:
-    """Return a method of the LLM, which this version may not have."""
-    found = getattr(common.bridge_of(request).llm, name, None)
-    if found is None:
-        raise ApiError(
-            501,
-            f"this version of jpaged has no LLM.{name}; upgrade jpaged",
-            code="not_implemented",
-        )
-    return found
-
-
 @admin_only
 async def pause(request: Request) -> Response:
     """Stop running steps: freeze open requests, wait for them, or end them."""
     fields = await _fields(request)
     mode = fields.take("mode", "keep")
     fields.finish()
-    if mode not in PAUSE_MODES:
-        expected = ", ".join(map(repr, PAUSE_MODES))
+    if mode not in MODES:
+        expected = ", ".join(map(repr, MODES))
         raise invalid("mode", f"mode: expected one of {expected}, got {mode!r:.100}")
-    bridge, method = common.bridge_of(request), _method(request, "pause")
+    bridge = common.bridge_of(request)
     if mode == "wait":
         # The engine's thread goes on meanwhile, and clients get their tokens.
         await bridge.wait_for_open()
         mode = "keep"  # of requests that came later
-    bridge.is_paused = True
-    try:
-        await bridge.call(lambda: method(mode))
-    except BaseException:
-        bridge.is_paused = False
-        raise
+    await bridge.call(lambda: bridge.llm.pause(mode))
     return json_response({"status": "paused"})
 
 
@@ -90,10 +72,8 @@ async def pause(request: Request) -> Response:
 async def resume(request: Request) -> Response:
     """Run steps again."""
     (await _fields(request)).finish()
-    bridge, method = common.bridge_of(request), _method(request, "resume")
-    await bridge.call(method)
-    bridge.is_paused = False
-    await bridge.call(lambda: None)  # wakes the engine's thread
+    bridge = common.bridge_of(request)
+    await bridge.call(bridge.llm.resume)
     return json_response({"status": "running"})
 
 
@@ -111,10 +91,11 @@ async def update_weights(request: Request) -> Response:
             f"prefix_cache: expected 'reset' or 'keep', got {cache!r:.100}",
         )
     folder = find_folder(path, settings)
-    method = _method(request, "update_weights")
     start = time.perf_counter()
     try:
-        await bridge.call(lambda: method(folder, prefix_cache=cache, **options))
+        await bridge.call(
+            lambda: bridge.llm.update_weights(folder, prefix_cache=cache, **options)
+        )
     except (ValueError, TypeError) as error:
         raise from_value_error(ValueError(str(error)), {"weights": "path"}) from None
     except FileNotFoundError:

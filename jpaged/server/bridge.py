@@ -49,7 +49,6 @@ class EngineBridge:
     Attributes:
       num_open_sequences: sequences that run or wait.
       is_draining: whether new requests are refused.
-      is_paused: whether no slices run.
       is_broken: whether the engine failed repeatedly.
     """
 
@@ -64,7 +63,6 @@ class EngineBridge:
         self.max_open_sequences = max_open_sequences
         self.num_open_sequences = 0
         self.is_draining = False
-        self.is_paused = False
         self.is_broken = False
         self._on_finished = on_finished
         self._slice_s = slice_s
@@ -84,6 +82,11 @@ class EngineBridge:
             collections.deque()
         )
         self._is_delivery_due = False
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether no slices run."""
+        return self.llm.is_paused
 
     # In the event loop.
 

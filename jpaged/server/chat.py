@@ -15,11 +15,10 @@ from starlette.responses import Response
 
 from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
-from jpaged.params import SamplingParams
 from jpaged.server import common
 from jpaged.server.body import read_object
 from jpaged.server.common import Reply
-from jpaged.server.errors import invalid, json_response
+from jpaged.server.errors import invalid, json_response, wrong_value
 from jpaged.server.fields import Fields, check_model
 from jpaged.server.live_requests import LiveRequest
 from jpaged.server.logprob_forms import TokenNames, chat_logprobs, prompt_logprobs
@@ -27,7 +26,6 @@ from jpaged.server.sampling import Params, read_generation
 from jpaged.server.settings import ServerSettings
 from jpaged.server.streams import EventStream, event, merged, respond
 from jpaged.text import chat as text_chat
-from jpaged.validation import error as value_error
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 4096
@@ -87,8 +85,7 @@ def read_conversation(fields: Fields) -> Conversation:
     """
     messages = fields.take("messages")
     if not isinstance(messages, list) or not messages:
-        error = value_error("messages", "a list with at least one message", messages)
-        raise invalid("messages", str(error))
+        raise wrong_value("messages", "a list with at least one message", messages)
     if len(messages) > MAX_MESSAGES:
         raise invalid(
             "messages",
@@ -132,16 +129,13 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     """
     name = f"messages[{index}]"
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise invalid(
-            "messages", str(value_error(name, "an object with a role", message))
-        )
+        raise wrong_value("messages", "an object with a role", message, name)
     calls = message.get("tool_calls")
     if calls is None:
         return message
     if not isinstance(calls, list) or not all(isinstance(one, dict) for one in calls):
-        expected = "a list of objects"
-        error = value_error(f"{name}.tool_calls", expected, calls)
-        raise invalid("messages", str(error))
+        name = f"{name}.tool_calls"
+        raise wrong_value("messages", "a list of objects", calls, name)
     return {**message, "tool_calls": [_tool_call(one) for one in calls]}
 
 
@@ -182,7 +176,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
             f'a list of at most {MAX_TOOLS} objects {{"type": "function", "function": '
             '{"name": ...}}'
         )
-        raise invalid("tools", str(value_error("tools", expected, tools)))
+        raise wrong_value("tools", expected, tools)
     return tools if tools and choice == "auto" else None
 
 
@@ -251,8 +245,7 @@ def read(body: Mapping[str, Any], llm: LLM, settings: ServerSettings) -> Chat:
         prompt_logprobs=of_prompt,
     )
     fields.finish()
-    is_sampled = isinstance(generation.params, SamplingParams)
-    if is_sampled and generation.num_run > generation.n:
+    if generation.is_best_of:
         raise invalid("best_of", "best_of: expected none: only completions have it")
     kind = "chat.completion.chunk" if stream else "chat.completion"
     return Chat(

@@ -18,7 +18,6 @@ from jpaged.params import StructuredOutputsParams
 from jpaged.server.bridge import EngineBridge
 from jpaged.server.errors import invalid
 from jpaged.server.fields import Fields
-from jpaged.server.live_requests import LiveRequest
 from jpaged.server.logprob_forms import TokenNames
 from jpaged.server.sampling import Generation, Params
 from jpaged.server.settings import ServerSettings
@@ -136,11 +135,6 @@ def usage_of(outputs: Sequence[RequestOutput], reply: Reply) -> dict[str, Any]:
         0 if reply.generation.drops_token else generated,
         sum(each.get("num_cached_tokens", 0) for each in metrics),
     )
-
-
-def usage_of_finished(lives: Sequence[LiveRequest], reply: Reply) -> dict[str, Any]:
-    """Return the numbers of tokens of requests that have finished."""
-    return usage_of([live.request.output() for live in lives], reply)
 
 
 def chosen(output: RequestOutput, generation: Generation) -> list[CompletionOutput]:

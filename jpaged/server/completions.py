@@ -14,19 +14,18 @@ from starlette.responses import Response
 
 from jpaged.llm import LLM
 from jpaged.outputs import RequestOutput
-from jpaged.params import SamplingParams
 from jpaged.server import common
 from jpaged.server.body import read_object
 from jpaged.server.common import Reply
-from jpaged.server.errors import invalid, json_response
+from jpaged.server.errors import invalid, json_response, wrong_value
 from jpaged.server.fields import Fields, check_model
 from jpaged.server.live_requests import LiveRequest
 from jpaged.server.logprob_forms import CompletionLogprobs, TokenNames, prompt_logprobs
 from jpaged.server.sampling import Params, read_generation
 from jpaged.server.settings import ServerSettings
-from jpaged.server.streams import EventStream, abandon, event, merged, respond
+from jpaged.server.streams import EventStream, event, merged, respond
+from jpaged.serving.request_state import Delta
 from jpaged.text import prompts as text_prompts
-from jpaged.validation import error as value_error
 
 Prompt = str | list[int]
 DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
@@ -80,7 +79,7 @@ def read(body: dict[str, Any], llm: LLM, settings: ServerSettings) -> Completion
         prompt_logprobs=-1 if -1 in counts else max(counts, default=None),
     )
     fields.finish()
-    if stream and _is_sampled(generation.params) and generation.num_run > generation.n:
+    if stream and generation.is_best_of:
         raise invalid("best_of", "best_of: expected n or none with stream, got more")
     return Completions(
         head=common.new_head("text_completion", "cmpl", settings.model_names[0]),
@@ -98,10 +97,6 @@ def read(body: dict[str, Any], llm: LLM, settings: ServerSettings) -> Completion
     )
 
 
-def _is_sampled(params: Params) -> bool:
-    return isinstance(params, SamplingParams)
-
-
 def _prompts(fields: Fields, settings: ServerSettings) -> list[Prompt]:
     """Return the prompts: texts, or lists of token ids."""
     value = fields.take("prompt")
@@ -111,9 +106,8 @@ def _prompts(fields: Fields, settings: ServerSettings) -> list[Prompt]:
         and all(type(token) is int for token in value)
     )
     found = [value] if is_one else value
-    expected = "a text, token ids, or a list of either"
     if not isinstance(found, list) or not found:
-        raise invalid("prompt", str(value_error("prompt", expected, value)))
+        raise wrong_value("prompt", "a text, token ids, or a list of either", value)
     if len(found) > settings.max_prompts:
         raise invalid(
             "prompt",
@@ -123,8 +117,8 @@ def _prompts(fields: Fields, settings: ServerSettings) -> list[Prompt]:
     for index, prompt in enumerate(found):
         is_ids = isinstance(prompt, list) and all(type(each) is int for each in prompt)
         if not isinstance(prompt, str) and not is_ids:
-            error = value_error(f"prompt[{index}]", "a text or token ids", prompt)
-            raise invalid("prompt", str(error))
+            name = f"prompt[{index}]"
+            raise wrong_value("prompt", "a text or token ids", prompt, name)
         if not prompt:
             raise invalid("prompt", f"prompt[{index}]: expected some text, got none")
     return found
@@ -148,36 +142,36 @@ async def endpoint(request: Request) -> Response:
     lives = await bridge.submit(
         prompts, params, call.generation.num_run, {"prompt_token_ids": "prompt"}
     )
-    try:
-        texts = [
-            _text(bridge.llm, call, *pair)
-            for pair in zip(call.prompts, prompts, strict=True)
-        ]
-        if call.stream:
-            return EventStream(
-                lives,
-                lambda: _events(call, lives, texts, prompts),
-                settings.write_timeout_s,
-            )
-    except BaseException:
-        abandon(lives)
-        raise
-    return await respond(request, lives, _whole(call, lives, texts))
+    if call.stream:
+        return EventStream(
+            lives,
+            lambda: _events(call, lives, prompts, bridge.llm),
+            settings.write_timeout_s,
+        )
+    return await respond(request, lives, _whole(call, lives, prompts, bridge.llm))
 
 
-def _text(llm: LLM, call: Completions, prompt: Prompt, token_ids: list[int]) -> str:
-    """Return the text of a prompt that is echoed."""
+def _echoes(call: Completions, prompts: Sequence[list[int]], llm: LLM) -> list[str]:
+    """Return the texts that the outputs of each prompt begin with."""
     if not call.echo:
-        return ""
-    if isinstance(prompt, str):
-        return prompt
-    return "" if llm.tokenizer is None else llm.tokenizer.decode(token_ids, False)
+        return [""] * len(prompts)
+
+    def text(prompt: Prompt, token_ids: list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return "" if llm.tokenizer is None else llm.tokenizer.decode(token_ids, False)
+
+    return list(map(text, call.prompts, prompts))
 
 
 async def _whole(
-    call: Completions, lives: Sequence[LiveRequest], texts: Sequence[str]
+    call: Completions,
+    lives: Sequence[LiveRequest],
+    prompts: Sequence[list[int]],
+    llm: LLM,
 ) -> Response:
     """Return the response once all requests have ended."""
+    texts = _echoes(call, prompts, llm)
     outputs = [await live.output() for live in lives]
     choices = [
         choice
@@ -199,14 +193,14 @@ def _choices(
         entries = [] if drops else list(one.logprobs or [])
         form = None
         if call.logprobs is not None:
-            form = _logprobs(call, output).part(token_ids, entries)
+            shown = token_ids, entries
             if call.echo:
-                form = _logprobs(call, output).part(
+                shown = (
                     [*output.prompt_token_ids, *token_ids],
                     [*(output.prompt_logprobs or []), *entries],
                 )
+            form = CompletionLogprobs(call.names, call.logprobs).part(*shown)
         choice = _choice(
-            call,
             index * call.generation.n + number,
             prompt_text + ("" if drops else one.text),
             form,
@@ -226,12 +220,22 @@ def _choices(
     return choices
 
 
-def _logprobs(call: Completions, output: RequestOutput) -> CompletionLogprobs:
-    return CompletionLogprobs(call.names, call.logprobs or 0)
+def _delta_choice(
+    call: Completions, index: int, delta: Delta, forms: dict[int, CompletionLogprobs]
+) -> dict[str, Any]:
+    """Return the choice of a delta; `forms` has the logprobs of each choice so far."""
+    form = None
+    if call.logprobs is not None:
+        if index not in forms:
+            forms[index] = CompletionLogprobs(call.names, call.logprobs)
+        form = forms[index].part(delta.token_ids, delta.logprobs or [])
+    choice = _choice(index, delta.text, form, delta.finish_reason, delta.stop_reason)
+    if call.returns_ids:
+        choice["token_ids"] = delta.token_ids
+    return choice
 
 
 def _choice(
-    call: Completions,
     index: int,
     text: str,
     logprobs: Any,
@@ -250,11 +254,11 @@ def _choice(
 async def _events(
     call: Completions,
     lives: Sequence[LiveRequest],
-    texts: Sequence[str],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
+    llm: LLM,
 ) -> AsyncIterator[bytes]:
     """Yield the chunks of a stream."""
-    n = call.generation.n
+    n, texts = call.generation.n, _echoes(call, prompts, llm)
     if (
         call.generation.drops_token
         or call.prompt_logprobs is not None
@@ -268,35 +272,20 @@ async def _events(
     else:
         if call.echo:
             for number in range(len(lives) * n):
-                choice = _choice(call, number, texts[number // n], None, None, None)
+                choice = _choice(number, texts[number // n], None, None, None)
                 yield event(call.chunk([choice]))
         forms: dict[int, CompletionLogprobs] = {}
-        num_generated = 0
+        num_prompt, num_generated = sum(map(len, prompts)), 0
         async for index, deltas in merged(lives):
             parts = []
             for delta in deltas:
-                number = index * n + delta.sample
-                form = None
-                if call.logprobs is not None:
-                    builder = forms.setdefault(
-                        number, CompletionLogprobs(call.names, call.logprobs)
-                    )
-                    form = builder.part(delta.token_ids, delta.logprobs or [])
-                choice = _choice(
-                    call,
-                    number,
-                    delta.text,
-                    form,
-                    delta.finish_reason,
-                    delta.stop_reason,
-                )
-                if call.returns_ids:
-                    choice["token_ids"] = delta.token_ids
+                choice = _delta_choice(call, index * n + delta.sample, delta, forms)
                 num_generated += len(delta.token_ids)
                 now = None
                 if call.continuous_usage:
-                    now = common.usage(sum(map(len, prompts)), num_generated)
+                    now = common.usage(num_prompt, num_generated)
                 parts.append(event(call.chunk([choice], now)))
             yield b"".join(parts)
     if call.include_usage:
-        yield event(call.chunk([], common.usage_of_finished(lives, call)))
+        outputs = [live.request.output() for live in lives]
+        yield event(call.chunk([], common.usage_of(outputs, call)))

@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jpaged import validation
 from jpaged.params import StructuredOutputsParams
-from jpaged.server.errors import from_value_error, invalid
+from jpaged.server.errors import from_value_error, invalid, wrong_value
 from jpaged.server.fields import Fields
 from jpaged.server.settings import ServerSettings
 
@@ -87,15 +86,11 @@ def _response_format(given: dict[str, Any]) -> Any:
     if isinstance(holder, dict):
         schema = holder.get("schema", holder.get("json_schema"))
     if not isinstance(schema, dict | bool):
-        raise invalid(
+        raise wrong_value(
             "response_format",
-            str(
-                validation.error(
-                    "response_format.json_schema",
-                    'an object {"name": ..., "schema": SCHEMA}',
-                    holder,
-                )
-            ),
+            'an object {"name": ..., "schema": SCHEMA}',
+            holder,
+            "response_format.json_schema",
         )
     return schema
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+
+from jpaged import validation
 
 _MOST_CHARS = 4000  # of a message; messages can quote what the client sent
 _PARAM = re.compile(
@@ -24,7 +26,6 @@ _KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
     500: "internal_error",
-    501: "not_implemented_error",
     503: "unavailable_error",
 }
 
@@ -84,6 +85,23 @@ def json_response(
 def invalid(param: str | None, message: str, code: str | None = None) -> ApiError:
     """Return the error for a field with a wrong value; `message` begins with it."""
     return ApiError(400, message, param=param, code=code)
+
+
+def wrong_value(
+    param: str, expected: str, got: Any, name: str | None = None
+) -> ApiError:
+    """Return the error for a value of another kind; `name` is that of a part of it."""
+    return invalid(param, str(validation.error(name or param, expected, got)))
+
+
+def model_not_found(names: Sequence[str], got: str) -> ApiError:
+    """Return the error for a name that the model does not have."""
+    return ApiError(
+        404,
+        f"model: expected {' or '.join(map(repr, names))}, got {got!r:.200}",
+        param="model",
+        code="model_not_found",
+    )
 
 
 def from_value_error(error: ValueError, known: Mapping[str, str] = {}) -> ApiError:

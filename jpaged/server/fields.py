@@ -12,7 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jpaged import validation
-from jpaged.server.errors import ApiError, from_value_error, invalid
+from jpaged.server.errors import (
+    from_value_error,
+    invalid,
+    model_not_found,
+    wrong_value,
+)
 from jpaged.server.settings import ServerSettings
 
 
@@ -51,7 +56,7 @@ class Fields:
         """Return an object; an empty one if it is absent."""
         value = self.take(name, {})
         if not isinstance(value, dict):
-            raise invalid(name, str(validation.error(name, "an object", value)))
+            raise wrong_value(name, "an object", value)
         return value
 
     def text(self, name: str) -> str | None:
@@ -106,12 +111,6 @@ def check_model(fields: Fields, settings: ServerSettings) -> None:
     """Raise ApiError unless the body names this model or none."""
     name = fields.take("model", settings.model_names[0])
     if not isinstance(name, str):
-        raise invalid("model", str(validation.error("model", "a text", name)))
+        raise wrong_value("model", "a text", name)
     if name not in settings.model_names:
-        raise ApiError(
-            404,
-            f"model: expected {' or '.join(map(repr, settings.model_names))}, got "
-            f"{name!r:.200}",
-            param="model",
-            code="model_not_found",
-        )
+        raise model_not_found(settings.model_names, name)

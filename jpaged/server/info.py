@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jpaged.server import common
-from jpaged.server.errors import ApiError, json_response, unavailable
+from jpaged.server.errors import json_response, model_not_found, unavailable
 
 
 def _model(request: Request, name: str) -> dict[str, Any]:
@@ -40,12 +40,7 @@ async def model(request: Request) -> Response:
     name = request.path_params["name"]
     names = common.settings_of(request).model_names
     if name not in names:
-        raise ApiError(
-            404,
-            f"model: expected {' or '.join(map(repr, names))}, got {name!r:.200}",
-            param="model",
-            code="model_not_found",
-        )
+        raise model_not_found(names, name)
     return json_response(_model(request, name))
 
 

@@ -53,6 +53,11 @@ class Generation(NamedTuple):
             return self.params.beam_width
         return self.params.n
 
+    @property
+    def is_best_of(self) -> bool:
+        """Whether more samples run than the client gets."""
+        return isinstance(self.params, SamplingParams) and self.params.n > self.n
+
 
 def read_generation(
     fields: Fields,

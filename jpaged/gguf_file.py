@@ -57,13 +57,12 @@ class GGUFFile(NamedTuple):
           ValueError: the value is not of this type.
         """
         value = self.metadata.get(key, default)
-        if value is default or (
-            isinstance(value, kind) and not _is_other_bool(value, kind)
-        ):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        is_other_bool = isinstance(value, bool) and bool not in kinds
+        if value is default or (isinstance(value, kinds) and not is_other_bool):
             return value
-        raise ValueError(
-            f"{self.path}: {key}: expected {_type_name(kind)}, got {value!r:.60}"
-        )
+        names = " or ".join(each.__name__ for each in kinds)
+        raise ValueError(f"{self.path}: {key}: expected {names}, got {value!r:.60}")
 
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """A value of the metadata that must be there.
@@ -77,17 +76,6 @@ class GGUFFile(NamedTuple):
                 "convert the model again with llama.cpp's convert_hf_to_gguf.py"
             )
         return self.get(key, kind)
-
-
-def _is_other_bool(value: Any, kind: type | tuple[type, ...]) -> bool:
-    """Whether a bool stands where a number is expected."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return isinstance(value, bool) and bool not in kinds
-
-
-def _type_name(kind: type | tuple[type, ...]) -> str:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return " or ".join(each.__name__ for each in kinds)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -122,8 +110,20 @@ def load(path: str | os.PathLike[str]) -> GGUFFile:
       ValueError: a file is not in GGUF format, is truncated or corrupt, or the parts do
         not fit together.
     """
-    files = _parts(pathlib.Path(path))
-    first = _load_cached(files[0])
+    states = [(file, file.stat()) for file in _parts(pathlib.Path(path))]
+    return _load(tuple((file, s.st_mtime_ns, s.st_size) for file, s in states))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(parts: tuple[tuple[pathlib.Path, int, int], ...]) -> GGUFFile:
+    """Read all parts; config, weights, tokenizer and chat template each call `load`.
+
+    Args:
+      parts: each file, the time of its last change, which is only a key of the cache,
+        and the number of its bytes.
+    """
+    files = [file for file, _, _ in parts]
+    first, *others = (_read_part(file, size) for file, _, size in parts)
     count = first.get("split.count", int, 1)
     if count != len(files) and (len(files) > 1 or count > 1):
         raise ValueError(
@@ -131,11 +131,11 @@ def load(path: str | os.PathLike[str]) -> GGUFFile:
             f"got {count}; name the parts NAME-00001-of-{count:05d}.gguf and so on"
         )
     tensors = dict(first.tensors)
-    for file in files[1:]:
-        for name, entry in _load_cached(file).tensors.items():
+    for part in others:
+        for name, entry in part.tensors.items():
             if name in tensors:
                 raise ValueError(
-                    f"{file}: {name}: {tensors[name].file.name} has it too"
+                    f"{part.path}: {name}: {tensors[name].file.name} has it too"
                 )
             tensors[name] = entry
     total = first.get("split.tensors.count", int, len(tensors))
@@ -166,22 +166,8 @@ def _parts(path: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def _load_cached(path: pathlib.Path) -> GGUFFile:
-    """Config, weights, tokenizer and chat template each read the header."""
-    status = path.stat()
-    return _load(path, status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(path: pathlib.Path, modified_ns: int, size: int) -> GGUFFile:
-    """Read one file.
-
-    Args:
-      path: the file.
-      modified_ns: time of its last change; only a key of the cache.
-      size: number of its bytes.
-    """
-    del modified_ns
+def _read_part(path: pathlib.Path, size: int) -> GGUFFile:
+    """Read the header of one file of `size` bytes."""
     if size < len(_MAGIC):
         raise ValueError(f"{path}: expected a GGUF file, got {size} bytes")
     with path.open("rb") as opened:
@@ -199,12 +185,9 @@ class _Header:
     def read(self) -> GGUFFile:
         magic = self._bytes(len(_MAGIC))
         if magic != _MAGIC:
-            is_pointer = bytes(self._data[:8]) == b"version "
-            advice = (
-                "this is a pointer of Git LFS: git lfs pull"
-                if is_pointer
-                else ("download it again")
-            )
+            advice = "download it again"
+            if self._data[:8] == b"version ":
+                advice = "this is a pointer of Git LFS: git lfs pull"
             raise ValueError(
                 f"{self._path}: expected a GGUF file, got one that starts with "
                 f"{magic!r}; {advice}"

@@ -194,6 +194,23 @@ def test_least_recently_used_nodes_are_evicted_first_and_children_before_parents
     assert left == [[0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1, 2], [0, 1], [0], []]
 
 
+def test_scores_of_any_sign_and_nan_order_the_eviction():
+    _, blocks, tokens = prompts_in_rows([1, 2], [3, 4], [5, 6])
+    cache = prefix_cache.init_prefix_cache(N, P, counts_uses=True)
+    cache, blocks = prefix_cache.insert(cache, blocks, tokens, 1)
+    unused = jnp.zeros_like(blocks.ref_counts)
+    for first_three in ([2.0, jnp.nan, 1.0], [3.0, -1e-3, 0.5], [5.0, -jnp.inf, -2.0]):
+        scores = jnp.zeros(N).at[:3].set(jnp.array(first_three))
+        eviction = prefix_cache.Eviction(
+            lambda view, scores=scores: scores, jnp.zeros(0), jnp.int32(2)
+        )
+        left = []
+        for num_needed in (N - 3, N - 2, N - 1):
+            after = prefix_cache.evict(cache, unused, num_needed, eviction)
+            left.append(np.flatnonzero(prefix_cache.is_cached(after)).tolist())
+        assert left == [[0, 1, 2], [0, 2], [0]]
+
+
 def test_nodes_in_use_are_never_evicted():
     cache, blocks, tokens = prompts_in_rows([1, 2, 3, 4], [5, 6])
     cache, blocks = RUN.insert(cache, blocks, tokens, 1)

@@ -29,11 +29,8 @@ _UNSUPPORTED = {
     "attention.causal": (True,),
     "use_parallel_residual": (False,),
     **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias"), (0.0,)),
-    **dict.fromkeys(
-        ("attention.temperature_scale", "attention.scale", "embedding_scale"),
-        (0.0, 1.0),
-    ),
-    **dict.fromkeys(("residual_scale", "logit_scale"), (0.0, 1.0)),
+    **dict.fromkeys(("attention.temperature_scale", "attention.scale"), (0.0, 1.0)),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (0.0, 1.0)),
 }
 
 
@@ -95,11 +92,8 @@ def architecture_of(file: GGUFFile) -> Architecture:
     name = file.require("general.architecture", str)
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    what = (
-        "a vision or audio tower without a language model"
-        if name == "clip"
-        else (repr(name))
-    )
+    is_tower = name == "clip"
+    what = "a vision or audio tower without a language model" if is_tower else repr(name)
     raise ValueError(
         f"{file.path}: general.architecture: expected one of {sorted(ARCHITECTURES)}, "
         f"got {what}"
@@ -231,11 +225,9 @@ def _with_factors(
     entries: Entries, reader: _Reader, factors: Callable[[str], list[float]]
 ) -> Entries:
     """The entries with the rotary factors that tensors of the file hold."""
-    has_pair = [
-        reader.has(name) for name in (gguf_names.ROPE_SHORT, gguf_names.ROPE_LONG)
-    ]
-    if any(has_pair):
-        if not all(has_pair):
+    has_short, has_long = map(reader.has, (gguf_names.ROPE_SHORT, gguf_names.ROPE_LONG))
+    if has_short or has_long:
+        if has_short != has_long:
             raise ValueError(
                 f"{reader.file.path}: expected {gguf_names.ROPE_SHORT} and "
                 f"{gguf_names.ROPE_LONG}, got only one of them"

@@ -110,19 +110,21 @@ def load_model(
     if folder.is_file():
         file = gguf_file.load(folder)
         names = gguf_tensors.read_names(file, config)
-        found, locations = (
-            gguf_tensors.read_tensors(file, names),
-            {
-                "where_config": f"the metadata of {folder}",
-                "name_in_file": names.in_file,
-            },
-        )
+        found = gguf_tensors.read_tensors(file, names)
+        where_config, name_in_file = f"the metadata of {folder}", names.in_file
     else:
-        found, locations = files.read_headers(folder), {}
+        found = files.read_headers(folder)
+        where_config, name_in_file = "config.json", str
         config = _as_tied(config, found)
     # The abstract model has shapes but no arrays: no random weights are computed.
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    where = files.locate(found, weights.targets(model), config, **locations)
+    where = files.locate(
+        found,
+        weights.targets(model),
+        config,
+        where_config=where_config,
+        name_in_file=name_in_file,
+    )
     weights.fill(model, where, sharding_of=sharding_of, check_finite=check_finite)
     return model
 

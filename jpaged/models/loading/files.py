@@ -143,8 +143,8 @@ def locate(
     targets: list[Target],
     config: ModelConfig,
     *,
-    where_config: str = "config.json",
-    name_in_file: Callable[[str], str] = str,
+    where_config: str,
+    name_in_file: Callable[[str], str],
 ) -> dict[str, Stored]:
     """Location of each target's tensor.
 

@@ -3,6 +3,7 @@
 Pipeline: *.gguf -> [models.loading.gguf_tensors] -> weights -> parameters.
 """
 
+import functools
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -45,21 +46,7 @@ class GGUFTensor(NamedTuple):
     @property
     def problem(self) -> str | None:
         """Why it cannot be read, if it cannot."""
-        gguf = import_gguf()
-        block = block_size(self.entry.kind)
-        if block is not None:
-            kind = gguf.GGMLQuantizationType(self.entry.kind)
-            try:
-                gguf.dequantize(np.zeros((1, block[1]), np.uint8), kind)
-                return None
-            except NotImplementedError:
-                name = kind.name
-        else:
-            name = f"quantisation number {self.entry.kind}"
-        return (
-            f"expected a quantisation that the package gguf can convert, got {name}; "
-            "pip install -U gguf, or quantise the model again, for example to Q8_0"
-        )
+        return _problem(self.entry.kind)
 
     def view(self, index: tuple[slice, ...]) -> np.ndarray:
         """Values f32 at an index; only the blocks that contain them are converted."""
@@ -118,6 +105,24 @@ class GGUFTensor(NamedTuple):
         before = first * values
         part = plain[:, columns.start - before : columns.stop - before : columns.step]
         return np.asarray(part, np.float32)
+
+
+@functools.cache
+def _problem(kind: int) -> str | None:
+    """Why tensors of a quantisation cannot be read: one block of zeros is converted."""
+    gguf = import_gguf()
+    block, name = block_size(kind), f"quantisation number {kind}"
+    if block is not None:
+        known = gguf.GGMLQuantizationType(kind)
+        try:
+            gguf.dequantize(np.zeros((1, block[1]), np.uint8), known)
+            return None
+        except NotImplementedError:
+            name = known.name
+    return (
+        f"expected a quantisation that the package gguf can convert, got {name}; "
+        "pip install -U gguf, or quantise the model again, for example to Q8_0"
+    )
 
 
 def read_config(file: GGUFFile) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jpaged import policies
 from jpaged.arithmetic import cdiv
+from jpaged.retention import Retention
 
 if TYPE_CHECKING:  # `decoding` imports nothing from here; not needed at run time
     from jpaged.decoding.base import DecodingAlgorithm
@@ -135,6 +136,7 @@ class EngineConfig:
         of their parameters (`decoding.processors`). They are compiled into the step.
       num_recorded_events, num_recorded_steps: how many of the last events and steps the
         state records (`engine.events`); 0 records none.
+      retention: which blocks of a sequence stay (`jpaged.retention`); None: all.
 
     Raises:
       ValueError: a size is too small for another, or the policy is unknown.
@@ -180,6 +182,7 @@ class EngineConfig:
     processors: tuple[Chain, ...] = ()
     num_recorded_events: int = 0
     num_recorded_steps: int = 0
+    retention: Retention | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -209,6 +212,7 @@ class EngineConfig:
             )
         self._check_preemption()
         self._check_capacities()
+        self._check_retention()
 
     def _check_policies(self) -> None:
         for kind in policies.KINDS:
@@ -226,6 +230,20 @@ class EngineConfig:
                 "eviction_policy: expected 'lru', the default, without a prefix cache, "
                 f"got {self.eviction_policy!r}; set enable_prefix_caching=True to use "
                 "it"
+            )
+
+    def _check_retention(self) -> None:
+        if self.retention is None:
+            return
+        if not isinstance(self.retention, Retention):
+            raise ValueError(
+                "retention: expected None or a retention.Retention, got "
+                f"{self.retention!r:.100}"
+            )
+        if self.speculation is not None:
+            raise ValueError(
+                "retention: expected None with speculation, whose rejected drafts may "
+                "be behind a decision, got a method; use one of the two"
             )
 
     def _check_capacities(self) -> None:

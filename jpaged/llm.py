@@ -36,6 +36,7 @@ from jpaged.outputs import RequestOutput
 from jpaged.policies import BudgetPolicy, EvictionPolicy, Policy
 from jpaged.progress import Progress
 from jpaged.prompts import Prompt
+from jpaged.retention import Retention
 from jpaged.serving import construction, memory, stats
 from jpaged.serving.collect import collect_outputs
 from jpaged.serving.engine_host import EngineHost
@@ -108,6 +109,9 @@ class LLM(VllmMethods):
         back its blocks, which block of the prefix cache is evicted, and how many tokens
         each sequence computes in a step: names or functions, see `jpaged.policies`.
         `preemption_parameters` and so on are numbers that they read.
+      retention: which blocks of a sequence stay in the pool: the name of a method, or
+        a `jpaged.retention.Retention` with other parameters or functions of your own;
+        None keeps all. See docs/retention.md.
       attention: implementation of paged attention; None is the best one for the
         device.
       mesh: devices that share the model and the pages, as `jpaged.make_mesh` returns
@@ -212,6 +216,7 @@ class LLM(VllmMethods):
         eviction_parameters: Sequence[float] = (),
         budget_policy: str | BudgetPolicy = "decode_first",
         budget_parameters: Sequence[float] = (),
+        retention: str | Retention | None = None,
     ):
         arguments = dict(locals())
         del arguments["self"]

@@ -40,6 +40,17 @@ def deadline_ms(value: Any) -> int | None:
     return integer("deadline_ms", value, low=0, high=LARGEST_INT32 - 1)
 
 
+def retention(value: Any) -> dict[str, float] | str | None:
+    """Return numbers of a retention method by name, "off" or None."""
+    if value is None or (isinstance(value, str) and value == "off"):
+        return value
+    if not isinstance(value, Mapping):
+        raise error("retention", "None, 'off' or a dict of numbers", value)
+    return {
+        str(name): number(f"retention[{name!r}]", one) for name, one in value.items()
+    }
+
+
 def user(value: Any) -> str | int | None:
     """Return the name or the number of a user; None is none."""
     if value is None or (isinstance(value, str) and value):

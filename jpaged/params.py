@@ -210,6 +210,8 @@ class SamplingParams:
         truncate_prompt_tokens: use only this many tokens at the end of the prompt; -1
             is as many as max_model_len allows. None refuses a prompt that is too long.
         output_kind: see `RequestOutputKind`.
+        retention: other numbers than the LLM's for its retention method, such as
+            {"window": 256}; "off" keeps all blocks. None uses the LLM's.
 
     Raises:
         ValueError: a value is out of range, or two values contradict each other.
@@ -246,6 +248,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     deadline_ms: int | None = None
     user: str | int | None = None
+    retention: Any = None
 
     def __post_init__(self) -> None:
         """Check all values and convert them to tuples, ints and floats."""
@@ -305,6 +308,7 @@ class SamplingParams:
         self._set("deadline_ms", param_checks.deadline_ms(self.deadline_ms))
         self._set("user", param_checks.user(self.user))
         self._set("seed", param_checks.seed(self.seed))
+        self._set("retention", param_checks.retention(self.retention))
 
     def _check_ends(self) -> None:
         self._set("max_tokens", param_checks.max_tokens(self.max_tokens))

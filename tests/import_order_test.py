@@ -37,7 +37,9 @@ LAYERS = {
     "policies":          [],
     # logits in, tokens and parents out: never sees a block
     "decoding":          ["compat", "validation"],
-    "config":            ["compat", "policies", "decoding"],
+    # which blocks of a sequence stay: scores of blocks
+    "retention":         [],
+    "config":            ["compat", "policies", "decoding", "retention"],
     "param_checks":      ["validation", "decoding"],
     "params":            ["compat", "config", "validation", "param_checks", "names",
                           "foreign_params", "decoding"],
@@ -68,16 +70,19 @@ LAYERS = {
     # regexes and schemas as automata over tokens; host only
     "structured":        ["compat", "config", "params", "text", "decoding"],
     # the engine's state, its step and its loop: pure functions
-    "engine":            ["compat", "validation", "policies", "config", "params",
+    "engine":            ["compat", "validation", "policies", "retention", "config",
+                          "params",
                           "parallel", "kv", "scheduler", "attention", "models",
                           "decoding"],
     # the host side: requests of all callers, clock, statistics
     "serving":           ["compat", "log", "progress", "names", "validation",
-                          "param_checks", "policies", "config", "params", "prompts",
+                          "param_checks", "policies", "retention", "config", "params",
+                          "prompts",
                           "outputs", "parallel", "text", "kv", "scheduler",
                           "pages", "cpu", "attention", "models", "decoding",
                           "structured", "engine"],
     "llm":               ["progress", "names", "validation", "config", "policies",
+                          "retention",
                           "params", "prompts", "outputs", "compilation_cache", "text",
                           "parallel", "models", "engine", "serving"],
     # around rollouts: pure functions, and tunix's interface

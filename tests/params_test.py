@@ -51,6 +51,7 @@ def test_defaults_are_those_of_vllm():
         # Not vLLM's.
         "deadline_ms": None,
         "user": None,
+        "retention": None,
     }
 
 

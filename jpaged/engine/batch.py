@@ -29,6 +29,8 @@ class StepBatch:
     num_tokens: jax.Array  # i32[S], 0 for rows that take no part
     num_drafts: jax.Array  # i32[S], drafts at the end of these tokens
     has_logits: jax.Array  # bool[S], the step completes the row's known tokens
+    # i32[S], tokens that the row has dropped: position p is stored at p - dropped.
+    dropped: jax.Array | None = None  # None without retention
 
 
 @jax.tree_util.register_dataclass
@@ -51,16 +53,18 @@ def make_batch(
     num_tokens: jax.Array,
     num_drafts: jax.Array,
     config: EngineConfig,
+    dropped: jax.Array | None = None,
 ) -> StepBatch:
     """Pack the rows that take part in the step to the front.
 
     Args:
       table: the request table.
       rows: i32[S], sequence index of each row.
-      starts: i32[S], tokens that each row had before the step.
+      starts: i32[S], tokens that each row had computed before the step.
       num_tokens: i32[S], tokens of each row in the step, drafts included.
       num_drafts: i32[S], see `speculation`.
       config: the engine's sizes.
+      dropped: i32[S], tokens that each row has dropped; None without retention.
     """
     # There are more rows than max_num_seqs if prefixes can be pinned, but never more
     # than max_num_seqs have tokens in one step.
@@ -72,7 +76,11 @@ def make_batch(
         table.queue.num_tokens, seq_indices
     )
     has_logits &= (num_tokens > 0) & ~take(table.params.is_prefix, seq_indices)
-    return StepBatch(packed, seq_indices, starts, num_tokens, num_drafts, has_logits)
+    if dropped is not None:
+        dropped = take(dropped, packed)
+    return StepBatch(
+        packed, seq_indices, starts, num_tokens, num_drafts, has_logits, dropped
+    )
 
 
 def make_entries(

@@ -20,7 +20,14 @@ from jpaged import policies, scheduler
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.engine import batch, events, request_table, sharing, speculation
+from jpaged.engine import (
+    batch,
+    events,
+    request_table,
+    retaining,
+    sharing,
+    speculation,
+)
 from jpaged.engine import state as engine_state
 from jpaged.engine.algorithms import States
 from jpaged.engine.batch import Entries, StepBatch
@@ -29,6 +36,7 @@ from jpaged.engine.state import Counters, EngineState
 from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache, swap
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
+from jpaged.kv.drops import computed_lens, intact_rows, references_of
 from jpaged.kv.prefix_cache import Eviction, PrefixCache
 from jpaged.kv.swap import Swapped
 from jpaged.scheduler import (
@@ -42,6 +50,7 @@ from jpaged.scheduler import (
     Queue,
     StepPlan,
     Swaps,
+    UntilDecision,
 )
 
 
@@ -114,12 +123,17 @@ def begin_step(
       state: the engine's state.
       config: the state's config, or one with lower limits.
     """
-    hits = sharing.look_up(state.prefix_cache, state.requests, state.rows, config)
-    table, rows, blocks, plan = _schedule(state, config, hits)
+    until = None
+    if config.retention is not None:
+        state, until = retaining.prepare(state, config)
+    hits = sharing.look_up(
+        state.prefix_cache, state.requests, state.rows, config, until
+    )
+    table, rows, blocks, plan = _schedule(state, config, hits, until)
     state = _count_uses(state, blocks, config)
     cache, blocks, host_blocks, swapped = _swap_blocks(state, blocks, plan.swaps)
-    table, blocks, plan = _share(state, config, table, rows, blocks, plan)
-    starts, num_drafts = blocks.context_lens, jnp.zeros_like(rows)
+    table, blocks, plan = _share(state, config, table, rows, blocks, plan, until)
+    starts, num_drafts = computed_lens(blocks), jnp.zeros_like(rows)
     if config.speculation is not None:
         table, num_drafts = speculation.count_drafts(
             table, rows, blocks, plan.num_tokens, config
@@ -132,7 +146,13 @@ def begin_step(
     num_tokens = jnp.where(appended.ok, plan.num_tokens, 0)
     num_drafts = jnp.where(appended.ok, num_drafts, 0)
     rows_of_step = batch.make_batch(
-        table, rows, starts, num_tokens + num_drafts, num_drafts, config
+        table,
+        rows,
+        starts,
+        num_tokens + num_drafts,
+        num_drafts,
+        config,
+        None if blocks.drops is None else blocks.drops.dropped,
     )
     scheduled = ScheduledStep(
         is_live=has_unfinished(state),
@@ -175,7 +195,8 @@ def idle_step(config: EngineConfig) -> ScheduledStep:
         none = swap.Copies.none(blocks, engine_state.init_host_blocks(config))
         swaps, swapped = Swaps.none(rows), Swapped(none, none, jnp.bool_(True))
     table = request_table.init_table(config)
-    rows_of_step = batch.make_batch(table, rows, zeros, zeros, zeros, config)
+    dropped = None if config.retention is None else zeros
+    rows_of_step = batch.make_batch(table, rows, zeros, zeros, zeros, config, dropped)
     return ScheduledStep(
         is_live=jnp.bool_(False),
         plan=StepPlan(zeros, jnp.int32(0), jnp.int32(0), swaps),
@@ -194,7 +215,10 @@ def has_unfinished(state: EngineState) -> jax.Array:
 
 
 def _schedule(
-    state: EngineState, config: EngineConfig, hits: Hits | None
+    state: EngineState,
+    config: EngineConfig,
+    hits: Hits | None,
+    until: UntilDecision | None,
 ) -> tuple[RequestTable, jax.Array, BlockState, StepPlan]:
     """Run the scheduler; return the table, rows, blocks and plan after it."""
     queue, rows, blocks, plan = scheduler.schedule(
@@ -206,6 +230,7 @@ def _schedule(
         None if state.host is None else state.host.blocks,
         state.scheduler_params,
         state.clock,
+        until,
     )
     return dataclasses.replace(state.requests, queue=queue), rows, blocks, plan
 
@@ -254,6 +279,7 @@ def _swap_blocks(
             ),
             cache,
         )
+        cache = sharing.without_orphans(cache, blocks)
         kept = prefix_cache.is_cached(cache)
     return cache, *swap.swap_blocks(blocks, host_blocks, *swaps, kept)
 
@@ -265,6 +291,7 @@ def _share(
     rows: jax.Array,
     blocks: BlockState,
     plan: StepPlan,
+    until: UntilDecision | None,
 ) -> tuple[RequestTable, BlockState, StepPlan]:
     """Choose sources for sequences that have lost their blocks, and for new rows."""
     is_other = rows != state.rows
@@ -274,7 +301,11 @@ def _share(
     lost = jnp.where(lost == NO_REQUEST, config.max_num_requests, lost)
     table = when(
         plan.num_preempted > 0,
-        lambda table: sharing.reassign_sources(table, lost),
+        lambda table: (
+            sharing.reassign_sources(table, lost)
+            if until is None
+            else sharing.without_sources(table, lost)
+        ),
         table,
     )
     if not config.enable_prefix_caching:
@@ -285,7 +316,9 @@ def _share(
     ) -> tuple[RequestTable, BlockState, StepPlan]:
         table, blocks, plan = carry
         is_new = is_other & (rows != NO_REQUEST)
-        table, blocks, waits = sharing.join_running_rows(table, rows, blocks, is_new)
+        table, blocks, waits = sharing.join_running_rows(
+            table, rows, blocks, is_new, until
+        )
         num_tokens = jnp.where(waits, 0, plan.num_tokens)
         return table, blocks, dataclasses.replace(plan, num_tokens=num_tokens)
 
@@ -487,6 +520,8 @@ def fork_rows(
     source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
     inherits = jnp.any(is_source, axis=1) & (blocks.context_lens == 0) & ~has_finished
     inherits &= (shared > 0) & (take(blocks.context_lens, source_row) >= shared)
+    if (intact := intact_rows(blocks)) is not None:
+        inherits &= take(intact, source_row)
     blocks = block_manager.fork(blocks, jnp.where(inherits, source_row, parents))
     return block_manager.truncate(
         blocks, jnp.where(inherits, shared, blocks.context_lens)
@@ -502,14 +537,24 @@ def _insert_blocks(
 ) -> tuple[PrefixCache, BlockState]:
     """Insert all full blocks into the prefix cache, and mark those in use as recent.
 
-    Blocks of stale sequences are not inserted: other weights have computed them.
+    Blocks of stale sequences are not inserted: other weights have computed them. Nor
+    are those of rows that have dropped blocks: later tokens have not seen their prefix.
     """
     seq_indices, lens = jnp.maximum(rows, 0), blocks.context_lens
-    is_stale = scheduler.row_values(table.is_stale, rows, False)
-    fresh = dataclasses.replace(blocks, context_lens=jnp.where(is_stale, 0, lens))
+    is_excluded = scheduler.row_values(table.is_stale, rows, False)
+    hidden = None
+    if (intact := intact_rows(blocks)) is not None:
+        # They may use a node without its ancestors, and then must not refresh it.
+        is_excluded |= ~intact
+        hidden = references_of(blocks, ~intact)
+        blocks = dataclasses.replace(blocks, ref_counts=blocks.ref_counts - hidden)
+    fresh = dataclasses.replace(blocks, context_lens=jnp.where(is_excluded, 0, lens))
     cache, fresh = prefix_cache.insert(cache, fresh, table.tokens, clock, seq_indices)
     blocks = dataclasses.replace(fresh, context_lens=lens)
-    return prefix_cache.touch(cache, blocks.ref_counts, clock), blocks
+    cache = prefix_cache.touch(cache, blocks.ref_counts, clock)
+    if hidden is not None:
+        blocks = dataclasses.replace(blocks, ref_counts=blocks.ref_counts + hidden)
+    return cache, blocks
 
 
 def release_finished(

@@ -16,17 +16,20 @@ Shape symbols: S batch rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from jpaged import policies, scheduler
 from jpaged.config import EngineConfig
-from jpaged.engine import algorithms, sharing
+from jpaged.engine import algorithms, retaining, sharing
 from jpaged.engine.bookkeeping import ScheduledStep, Unsettled
 from jpaged.engine.state import EngineState
+from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
+from jpaged.kv.drops import computed_lens
 from jpaged.kv.prefix_cache import PrefixCache
 from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 
@@ -52,12 +55,13 @@ def next_step(
       changes, and `settle` and `begin_step` have to run.
     """
     decodes = ~scheduler.idle_rows(state.requests.queue, state.rows)
+    retain = functools.partial(retaining.drop_due, state.requests, state.rows, config)
     if algorithms.config_algorithms(config):
         is_plain = ~unsettled.has_ended
-        before = block_manager.fork(state.blocks, unsettled.parents)
+        before = retain(block_manager.fork(state.blocks, unsettled.parents))
         after, appended, fits = _append_copying(state.prefix_cache, before, decodes)
     else:
-        is_plain, before = unsettled.is_settled, state.blocks
+        is_plain, before = unsettled.is_settled, retain(state.blocks)
         after, fits = block_manager.append_one(
             before, decodes, _kept(state.prefix_cache)
         )
@@ -70,6 +74,9 @@ def next_step(
     batch, entries = scheduled.batch, scheduled.entries
     gained = is_plain.astype(jnp.int32)
     batch = dataclasses.replace(batch, starts=batch.starts + gained * batch.num_tokens)
+    if blocks.drops is not None:
+        dropped = take(blocks.drops.dropped, batch.rows)
+        batch = dataclasses.replace(batch, dropped=dropped)
     entries = dataclasses.replace(entries, positions=entries.positions + gained)
     plan = dataclasses.replace(
         scheduled.plan,
@@ -123,7 +130,7 @@ def _keeps_rows(
     queue, rows, batch = state.requests.queue, state.rows, scheduled.batch
     limits = config.scheduler_params
     settings = state.scheduler_params.limited_to(limits)
-    left = scheduler.row_values(queue.num_tokens, rows) - blocks.context_lens
+    left = scheduler.row_values(queue.num_tokens, rows) - computed_lens(blocks)
     waits = (queue.status == WAITING) | (queue.status == SWAPPED)
     num_running = jnp.sum(scheduler.row_values(queue.status, rows) == RUNNING)
     has_open_row = jnp.any(rows == scheduler.NO_REQUEST)

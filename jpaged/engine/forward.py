@@ -192,14 +192,15 @@ def _decode_inputs(
     """Build the inputs of `size` rows with one token each."""
     rows, positions = batch.rows[:size], batch.starts[:size]
     is_live = batch.num_tokens[:size] > 0
+    stored = positions
+    if batch.dropped is not None:
+        stored = positions - batch.dropped[:size]
     return StepInputs(
         tokens=jnp.where(is_live, tokens[batch.seq_indices[:size], positions], 0),
         positions=jnp.where(is_live, positions, 0),
-        slot_mapping=block_manager.slots(
-            blocks, jnp.where(is_live, rows, -1), positions
-        ),
+        slot_mapping=block_manager.slots(blocks, jnp.where(is_live, rows, -1), stored),
         block_tables=blocks.block_tables[rows],
-        context_lens=jnp.where(is_live, positions + 1, 0),
+        context_lens=jnp.where(is_live, stored + 1, 0),
         query_start_loc=None,
     )
 
@@ -212,13 +213,16 @@ def _ragged_inputs(
     ends = jnp.cumsum(batch.num_tokens)
     query_start_loc = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     is_row_live = batch.num_tokens > 0
+    stored, starts = positions, batch.starts
+    if batch.dropped is not None:
+        stored, starts = positions - batch.dropped[row], starts - batch.dropped
     return StepInputs(
         tokens=jnp.where(is_live, tokens[batch.seq_indices[row], positions], 0),
         positions=positions,
         slot_mapping=block_manager.slots(
-            blocks, jnp.where(is_live, batch.rows[row], -1), positions
+            blocks, jnp.where(is_live, batch.rows[row], -1), stored
         ),
         block_tables=blocks.block_tables[batch.rows],
-        context_lens=jnp.where(is_row_live, batch.starts + batch.num_tokens, 0),
+        context_lens=jnp.where(is_row_live, starts + batch.num_tokens, 0),
         query_start_loc=query_start_loc,
     )

@@ -41,16 +41,19 @@ def violations(state: EngineState) -> list[str]:
 def _violations(state: EngineState) -> list[str]:
     queue = jax.device_get(state.requests.queue)
     rows, lens = np.asarray(state.rows), np.asarray(state.blocks.context_lens)
+    drops = state.blocks.drops
+    dropped = np.zeros_like(lens) if drops is None else np.asarray(drops.dropped)
     found = block_manager.violations(state.blocks)
     for row, (index, length) in enumerate(np.stack([rows, lens], axis=1).tolist()):
         if index == NO_REQUEST:
-            if length:
+            if length or dropped[row]:
                 found.append(f"row {row}: is empty and has {length} tokens")
             continue
         if queue.status[index] not in (RUNNING, RETAINED):
             found.append(
                 f"row {row}: sequence {index} has status {queue.status[index]}"
             )
+        length += int(dropped[row])
         if length > queue.num_tokens[index]:
             found.append(
                 f"row {row}: has {length} tokens, sequence {index} knows "

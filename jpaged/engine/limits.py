@@ -29,6 +29,7 @@ from jpaged.params import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from jpaged.retention import OFF
 
 # Parameters that are logits rules, with the values that change nothing.
 _NO_RULES = {
@@ -186,6 +187,7 @@ def check_request(
                 f"num_return: expected at most {outputs}, the algorithm's outputs, got "
                 f"{params.num_return}"
             )
+    _check_retention(config, params)
     _check_automaton(config, params, vocab_size)
     _check_processors(config, params, vocab_size)
     if isinstance(params, AlgorithmParams) and (
@@ -201,6 +203,19 @@ def check_request(
     if isinstance(params, BeamSearchParams):
         max_tokens = token_limit(config, length, params) - length
         beam.check_length_penalty(params.length_penalty, max_tokens)
+
+
+def _check_retention(config: EngineConfig, params: Params) -> None:
+    """Raise ValueError for parameters that the config's retention does not have."""
+    given = getattr(params, "retention", None)
+    if given is None or given == OFF:
+        return
+    if config.retention is None:
+        raise ValueError(
+            f"retention: expected None, because the engine has no retention method, "
+            f"got {given!r:.100}; set LLM(retention=...), or EngineConfig.retention"
+        )
+    config.retention.values(given)
 
 
 def _check_companion(

@@ -58,6 +58,7 @@ class SequenceParams:
     rules: LogitsRules | None  # arrays of shape [R, ...]; None if the config has none
     automata: jax.Array  # i32[R], index in the table's pool, or UNCONSTRAINED
     processors: ProcessorRows | None  # None if the config has none
+    retention: jax.Array | None = None  # f32[R, C], of the config's method, if any
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +128,9 @@ def init_table(config: EngineConfig) -> RequestTable:
             rules=rules,
             automata=full(value=constraints.UNCONSTRAINED),
             processors=own_processors,
+            retention=None
+            if config.retention is None
+            else full(len(config.retention.names), dtype=jnp.float32),
         ),
         automata=jax.tree.map(jnp.asarray, constraints.pool([], sizes)),
         digests=jnp.zeros((sizes.num_automata, 4), jnp.uint32),

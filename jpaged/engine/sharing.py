@@ -28,8 +28,9 @@ from jpaged.engine.request_table import RequestTable
 from jpaged.indexing import take
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
+from jpaged.kv.drops import computed_lens
 from jpaged.kv.prefix_cache import Eviction, PrefixCache
-from jpaged.scheduler import WAITING, Hits
+from jpaged.scheduler import WAITING, Hits, UntilDecision
 
 
 def look_up(
@@ -37,6 +38,7 @@ def look_up(
     table: RequestTable,
     rows: jax.Array,
     config: EngineConfig,
+    until: UntilDecision | None = None,
 ) -> Hits | None:
     """Look up the waiting sequences in the prefix cache, if any can be admitted.
 
@@ -45,6 +47,7 @@ def look_up(
       table: the request table.
       rows: i32[S], sequence index of each row.
       config: the engine's config.
+      until: tokens that retention lets sequences map; None: no limit.
     """
     if known_blocks is None:
         return None
@@ -52,6 +55,8 @@ def look_up(
     # At least one token is left to compute: its logits are needed.
     most = jnp.where(queue.status == WAITING, queue.num_tokens - 1, 0)
     most = jnp.where(table.params.keeps_prompt_logprobs | queue.has_ended, 0, most)
+    if until is not None:
+        most = jnp.minimum(most, until.mappable)
 
     def match(hits: Hits) -> Hits:
         return Hits(*prefix_cache.match(known_blocks, table.tokens, most))
@@ -81,6 +86,7 @@ def append_tokens(
         return None, *block_manager.append(blocks, num_tokens)
     needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
     cache = prefix_cache.evict(cache, blocks.ref_counts, needed, eviction)
+    cache = without_orphans(cache, blocks)
     before, kept = blocks, prefix_cache.is_cached(cache)
     blocks, appended = block_manager.append(blocks, num_tokens, kept)
     written = overwritten_nodes(before, num_tokens, appended, kept)
@@ -90,6 +96,11 @@ def append_tokens(
         cache,
     )
     return cache, blocks, appended
+
+
+def without_orphans(cache: PrefixCache, blocks: BlockState) -> PrefixCache:
+    """Return the cache after an eviction without nodes whose ancestors are evicted."""
+    return cache if blocks.drops is None else prefix_cache.forget_orphans(cache)
 
 
 def overwritten_nodes(
@@ -113,6 +124,20 @@ def overwritten_nodes(
     column = floor_div(blocks.context_lens, blocks.block_size)
     last = take(blocks.block_tables, rows, column)
     return jnp.where(is_writer & take(kept, last), last, NO_BLOCK)
+
+
+def without_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTable:
+    """Let sequences i32[S] that have lost their blocks compute all tokens; R: none.
+
+    With retention, the tokens of a source after its prompt are not a prefix.
+    """
+    queue = table.queue
+    queue = dataclasses.replace(
+        queue,
+        sources=queue.sources.at[seq_indices].set(seq_indices, mode="drop"),
+        shared_lens=queue.shared_lens.at[seq_indices].set(0, mode="drop"),
+    )
+    return dataclasses.replace(table, queue=queue)
 
 
 def reassign_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTable:
@@ -187,6 +212,7 @@ def join_running_rows(
     rows: jax.Array,
     blocks: BlockState,
     is_new: jax.Array,
+    until: UntilDecision | None = None,
 ) -> tuple[RequestTable, BlockState, jax.Array]:
     """Let newly admitted rows wait for a prefix that another row is computing.
 
@@ -200,6 +226,7 @@ def join_running_rows(
       rows: i32[S], after admission.
       blocks: after admission.
       is_new: bool[S], rows that have just been admitted.
+      until: tokens that retention lets sequences map; None: no limit.
 
     Returns:
       The table, the blocks, and bool[S]: which rows have joined another row.
@@ -217,12 +244,18 @@ def join_running_rows(
     fixed = fixed - 1
     is_before = scheduler.rows_before(queue, rows)
     fits = _has_same_next_block(table, rows, blocks, is_new, fixed, is_before)
+    mappable = None if until is None else take(until.mappable, seq_indices)
+    if mappable is not None:
+        fits &= (mappable >= start + blocks.block_size)[:, None]
+        fits &= (computed_lens(blocks) == blocks.context_lens)[None, :]
     joins = jnp.any(fits, axis=1)
     # The first of those before it, which may itself wait for another row.
     ranks = jnp.sum(is_before, axis=1, dtype=jnp.int32)
     order = jnp.where(fits, ranks[None, :], rows.shape[0])
     source = jnp.argmin(order, axis=1).astype(jnp.int32)
     most = jnp.minimum(known - 1, take(fixed, source))
+    if mappable is not None:
+        most = jnp.minimum(most, mappable)
     shared = _num_common(
         take(table.tokens, seq_indices), table.tokens[take(seq_indices, source)], most
     )

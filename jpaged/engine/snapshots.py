@@ -309,7 +309,10 @@ def _all_waiting(table: RequestTable) -> RequestTable:
         attributes = dataclasses.replace(attributes, max_tokens=most)
         queue = dataclasses.replace(queue, attributes=attributes)
     table = dataclasses.replace(table, queue=queue)
-    return sharing.reassign_sources(table, jnp.where(ran, own, ran.shape[0]))
+    lost = jnp.where(ran, own, ran.shape[0])
+    if table.params.retention is not None:
+        return sharing.without_sources(table, lost)
+    return sharing.reassign_sources(table, lost)
 
 
 def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
@@ -336,6 +339,9 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
         if callable(policy := fields[kind.argument]):
             name = getattr(policy, "__name__", "unnamed")
             fields[kind.argument] = {"function": name}
+    if (method := config.retention) is not None:
+        name = getattr(method.score, "__name__", "unnamed")
+        fields["retention"] = {"function": name, "parameters": dict(method.parameters)}
     fields["processors"] = [
         [getattr(kind.function, "__name__", "unnamed") for kind in chain]
         for chain in config.processors
@@ -349,7 +355,7 @@ def _describe(config: EngineConfig) -> dict[str, Any]:
 
 def _restore_config(saved: dict[str, Any]) -> EngineConfig:
     fields: dict[str, Any] = dict(saved["config"])
-    names = [kind.argument for kind in policies.KINDS]
+    names = [*(kind.argument for kind in policies.KINDS), "retention"]
     own = {name: fields[name] for name in names if isinstance(fields[name], dict)}
     if own or fields["algorithms"] or fields["processors"]:
         shown = "".join(f"{name} {policy}, " for name, policy in own.items())

@@ -24,6 +24,7 @@ from jpaged.engine.request_table import RequestTable
 from jpaged.engine.speculation import DraftedModel
 from jpaged.kv import block_manager, prefix_cache
 from jpaged.kv.block_manager import BlockState
+from jpaged.kv.drops import init_drops
 from jpaged.kv.prefix_cache import PrefixCache
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
@@ -123,6 +124,7 @@ def init(
         the other way round, or the two models have different vocabularies.
     """
     _check_draft(model, config)
+    _check_retention(model, config, mesh)
     make = functools.partial(_make_state, model, config, kv_dtype, mesh)
     return replicas.init_on_mesh(make, mesh)
 
@@ -189,22 +191,26 @@ def _make_cache(
 
 def init_blocks(config: EngineConfig) -> BlockState:
     """Create the block state with all blocks free."""
-    return block_manager.init_state(
-        num_blocks=config.num_blocks,
-        block_size=config.block_size,
-        max_seqs=config.num_rows,
-        max_blocks_per_seq=config.max_blocks_per_seq,
-    )
+    return _init_blocks(config, config.num_blocks, config.num_rows)
 
 
 def init_host_blocks(config: EngineConfig) -> BlockState:
     """Create the host pool's block state with all blocks free."""
-    return block_manager.init_state(
-        num_blocks=config.num_swap_blocks,
+    return _init_blocks(config, config.num_swap_blocks, config.max_num_requests)
+
+
+def _init_blocks(config: EngineConfig, num_blocks: int, max_seqs: int) -> BlockState:
+    width = config.max_blocks_per_seq
+    blocks = block_manager.init_state(
+        num_blocks=num_blocks,
         block_size=config.block_size,
-        max_seqs=config.max_num_requests,
-        max_blocks_per_seq=config.max_blocks_per_seq,
+        max_seqs=max_seqs,
+        max_blocks_per_seq=width,
     )
+    if (method := config.retention) is None:
+        return blocks
+    drops = init_drops(max_seqs, width, method.statistic is not None)
+    return dataclasses.replace(blocks, drops=drops)
 
 
 def _check_draft(model: Model | None, config: EngineConfig) -> None:
@@ -221,6 +227,25 @@ def _check_draft(model: Model | None, config: EngineConfig) -> None:
                 f"draft: expected the target's vocabulary of {target} tokens, got "
                 f"{draft}; use a smaller model of the same family"
             )
+
+
+def _check_retention(
+    model: Model | None, config: EngineConfig, mesh: Mesh | None
+) -> None:
+    if config.retention is None or model is None:
+        return
+    if mesh is not None:
+        raise ValueError(
+            "retention: expected None on a mesh, whose devices would decide from their "
+            "own heads, got a method; use one device"
+        )
+    windows = model.config.windows
+    if any(window is not None for window in windows):
+        raise ValueError(
+            "retention: expected None for a model with sliding windows, which count "
+            "stored tokens and not positions, got a method and layers with windows of "
+            f"{sorted({one for one in windows if one is not None})} tokens"
+        )
 
 
 def _init_counters() -> Counters:

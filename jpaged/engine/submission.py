@@ -39,6 +39,7 @@ from jpaged.engine.request_table import (
     Submission,
 )
 from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
+from jpaged.retention import OFF, mappable_tokens
 from jpaged.validation import LARGEST_INT32
 
 
@@ -146,6 +147,7 @@ def encode_requests(
         # All tokens of a prompt with log-probabilities are computed.
         known = [] if keeps_prompt_logprobs(param) else prefixes
         source, shared = _source(prompt, known, mine[0])
+        shared = min(shared, _mappable(config, param, len(prompt)))
         request = _Request(
             prompt=prompt,
             params=param,
@@ -183,7 +185,9 @@ def encode_prefix(
     entry = _entry(config, request, 0)
     # Before all others, so that no sequence waits for a source that comes after it.
     entry.queue["priorities"] = np.int32(scheduler.BEFORE_ALL)
-    mark = {"is_prefix": np.bool_(True), "outputs": np.int32(NO_OUTPUT)}
+    mark: dict[str, Any] = {"is_prefix": np.bool_(True), "outputs": np.int32(NO_OUTPUT)}
+    if config.retention is not None:  # a pinned prefix keeps all its blocks
+        mark["retention"] = config.retention.values(OFF)
     entry = entry._replace(params=entry.params | mark)
     return _stack([entry], config), seq_index
 
@@ -276,6 +280,7 @@ def _entry(config: EngineConfig, request: _Request, index: int) -> _Entry:
             rules=_rules(config, params),
             automata=np.int32(request.automaton),
             processors=mine[0],
+            retention=_retention(config, params),
         ),
         states=_states(config, request, is_leader, max_tokens),
         processor_states=mine[1],
@@ -296,6 +301,15 @@ def _own_prompt(
     if 0 <= number < len(companions):
         return companions[number], most
     return request.prompt, most
+
+
+def _mappable(config: EngineConfig, params: Params, prompt_len: int) -> int:
+    """The most tokens that a request may map from another one."""
+    if config.retention is None:
+        return prompt_len
+    values: Any = _retention(config, params)
+    length: Any = np.int32(prompt_len)
+    return int(mappable_tokens(config.retention, values, length))
 
 
 def _own_seed(request: _Request) -> int:
@@ -319,6 +333,12 @@ def _sampling(params: Params, seed: int, number: int) -> SamplingRows:
         sample=np.int32(number),
     )
     return SamplingRows(**values)
+
+
+def _retention(config: EngineConfig, params: Params) -> np.ndarray | None:
+    if config.retention is None:
+        return None
+    return config.retention.values(getattr(params, "retention", None))
 
 
 def _rules(config: EngineConfig, params: Params) -> LogitsRules | None:

@@ -28,6 +28,7 @@ from jpaged.kv.block_state import init_state as init_state
 from jpaged.kv.block_state import num_blocks_per_row, row_array
 from jpaged.kv.block_state import num_free_blocks as num_free_blocks
 from jpaged.kv.block_state import violations as violations
+from jpaged.kv.drops import fork_drops
 from jpaged.kv.free_blocks import FreeBits, lowest_free_blocks, pack_free_blocks
 
 # `append` searches for one free block per row and for this many more, for prompt
@@ -206,6 +207,7 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
         ref_counts=_add_refs(state, (num_children - 1)[:, None]),
         block_tables=jnp.where(has_parent[:, None], tables, NO_BLOCK),
         context_lens=jnp.where(has_parent, take(state.context_lens, parents), 0),
+        drops=fork_drops(state.drops, parents, has_parent),
     )
 
 

@@ -18,6 +18,17 @@ NO_BLOCK = -1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Drops:
+    """What rows of a `BlockState` have dropped; zeros for empty rows."""
+
+    dropped: jax.Array  # i32[S], tokens, a multiple of the block size
+    decided: jax.Array  # i32[S], computed tokens at the last decision; 0: none yet
+    statistic: jax.Array | None = None  # f32[S, M], of each block, without it None
+    observed: jax.Array | None = None  # i32[S], tokens whose queries it includes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class BlockState:
     """Complete state of the block manager, as a pytree."""
 
@@ -25,6 +36,7 @@ class BlockState:
     block_tables: jax.Array  # i32[S, M], NO_BLOCK after the last used entry
     context_lens: jax.Array  # i32[S], tokens stored; 0 = the row is empty
     block_size: int = dataclasses.field(metadata={"static": True})
+    drops: Drops | None = None  # None: rows store all their tokens (`kv.drops`)
 
 
 def init_state(

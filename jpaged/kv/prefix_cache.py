@@ -223,6 +223,29 @@ def evict(
     return dataclasses.replace(cache, parents=parents, uses=uses)
 
 
+def forget_orphans(cache: PrefixCache) -> PrefixCache:
+    """Remove the nodes without a parent, and all their descendants.
+
+    Rows that have dropped blocks may use a node without its ancestors, which `evict`
+    then takes first. Their blocks must not be reused before this call.
+    """
+    root = cache.parents.size
+
+    def orphans(parents: jax.Array) -> jax.Array:
+        is_known = jnp.where(parents == root, True, is_node(cache_of(parents), parents))
+        return (parents != NOT_CACHED) & ~is_known
+
+    def cache_of(parents: jax.Array) -> PrefixCache:
+        return dataclasses.replace(cache, parents=parents)
+
+    parents = lax.while_loop(
+        lambda parents: jnp.any(orphans(parents)),
+        lambda parents: jnp.where(orphans(parents), NOT_CACHED, parents),
+        cache.parents,
+    )
+    return cache_of(parents)
+
+
 def forget(cache: PrefixCache, blocks: jax.Array) -> PrefixCache:
     """Remove the nodes `blocks`, i32[S], and all their descendants.
 

@@ -62,7 +62,10 @@ def _row_violations(
     parents = np.asarray(cache.parents)
     keys = [tuple(key) for key in np.asarray(cache.tokens).tolist()]
     found: list[str] = []
+    drops = blocks.drops
     for row, table in enumerate(np.asarray(blocks.block_tables).tolist()):
+        if drops is not None and int(drops.dropped[row]):
+            continue  # may have nodes in any places
         previous, is_path = num_blocks, True
         for column, block in enumerate(one for one in table if one != NO_BLOCK):
             is_node = parents[block] != NOT_CACHED

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jpaged.compat import when
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
+from jpaged.kv.drops import Drops
 
 
 @jax.tree_util.register_dataclass
@@ -237,6 +238,7 @@ def _move(
 
     # All or nothing: a refused move needs no block and moves no row.
     moves, is_needed, is_block_QM = moves & ok, is_needed & ok, is_block_QM & ok
+    drops = _select_drops(source, moves, from_rows)
     size = _max_copies(source, target)
     src, dst = _first_true(is_needed, size), _first_true(is_free, size)
     dst = jnp.where(src == NO_BLOCK, NO_BLOCK, dst)
@@ -251,6 +253,11 @@ def _move(
         ref_counts=target.ref_counts.at[entries].add(1, mode="drop"),
         block_tables=target.block_tables.at[index].set(new_QM, mode="drop"),
         context_lens=target.context_lens.at[index].set(lens, mode="drop"),
+        drops=jax.tree.map(
+            lambda column, new: column.at[index].set(new, mode="drop"),
+            target.drops,
+            drops,
+        ),
     )
     is_moved = jnp.zeros(source.context_lens.shape, jnp.bool_)
     is_moved = is_moved.at[jnp.where(moves, from_rows, is_moved.size)].set(
@@ -266,6 +273,16 @@ def _select_rows(
     index = jnp.where(is_selected, rows, state.context_lens.size)
     tables = state.block_tables.at[index].get(mode="fill", fill_value=NO_BLOCK)
     return tables, state.context_lens.at[index].get(mode="fill", fill_value=0)
+
+
+def _select_drops(
+    state: BlockState, is_selected: jax.Array, rows: jax.Array
+) -> Drops | None:
+    """Return what `rows` have dropped; nothing if not selected."""
+    index = jnp.where(is_selected, rows, state.context_lens.size)
+    return jax.tree.map(
+        lambda column: column.at[index].get(mode="fill", fill_value=0), state.drops
+    )
 
 
 def _first_true(is_chosen: jax.Array, size: int) -> jax.Array:

@@ -52,6 +52,7 @@ from jpaged.scheduler.queue import (
     Attributes,
     Hits,
     Queue,
+    UntilDecision,
     count_user_tokens,
     idle_rows,
     init_queue,
@@ -60,7 +61,7 @@ from jpaged.scheduler.queue import (
     row_values,
     rows_before,
 )
-from jpaged.scheduler.step import StepPlan, schedule
+from jpaged.scheduler.step import StepPlan, map_sources, schedule
 
 __all__ = [
     "BEFORE_ALL",
@@ -76,12 +77,14 @@ __all__ = [
     "Queue",
     "StepPlan",
     "Swaps",
+    "UntilDecision",
     "can_admit",
     "count_user_tokens",
     "idle_rows",
     "init_queue",
     "is_new_request",
     "known_user_tokens",
+    "map_sources",
     "row_values",
     "rows_before",
     "schedule",

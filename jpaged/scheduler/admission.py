@@ -29,6 +29,7 @@ from jpaged.scheduler.queue import (
     WAITING,
     Hits,
     Queue,
+    UntilDecision,
     first_empty_rows,
     is_new_request,
     mapped_tokens,
@@ -57,6 +58,7 @@ def admit(
     policy: str | Policy,
     scheduler_params: SchedulerParams,
     clock: jax.Array | None = None,
+    until: UntilDecision | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array]:
     """Give rows to waiting requests, in order, up to the first that does not fit.
 
@@ -71,6 +73,7 @@ def admit(
       policy: decides the order.
       scheduler_params: limits.
       clock: i32[], ms; None if no policy reads it.
+      until: tokens that retention lets sequences compute; None: no limit.
 
     Returns:
       The first five arguments after the admission.
@@ -79,7 +82,7 @@ def admit(
     hits = _drop_shorter_hits(queue, hits)
     scores = _scores(queue, hits, policy, scheduler_params.parameters, clock)
     candidates = _find_candidates(
-        queue, rows, blocks, num_tokens, hits, needed, scores, scheduler_params
+        queue, rows, blocks, num_tokens, hits, needed, scores, scheduler_params, until
     )
     first = candidates.seq_indices
     is_admitted = jnp.cumprod(candidates.fits.astype(jnp.int32)).astype(jnp.bool_)
@@ -151,6 +154,7 @@ def _find_candidates(
     needed: jax.Array,
     scores: jax.Array,
     scheduler_params: SchedulerParams,
+    until: UntilDecision | None,
 ) -> _Candidates:
     num_rows = rows.shape[0]
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
@@ -175,6 +179,9 @@ def _find_candidates(
     tokens = jnp.minimum(
         tokens - take(hits.lens, first), scheduler_params.max_prompt_chunk
     )
+    if until is not None:
+        left = take(until.waiting, first) - take(hits.lens, first)
+        tokens = jnp.minimum(tokens, left)
     tokens = jnp.where(is_valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
     budget = scheduler_params.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(tokens) - tokens

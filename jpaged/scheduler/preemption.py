@@ -294,5 +294,7 @@ def _swap_in_demand(
         stored == 0, floor_div(mapped_tokens(queue, first), size), stored
     )
     known = take(jnp.where(queue.has_ended, 0, queue.num_tokens), first)
+    if host.drops is not None:
+        known = known - take(host.drops.dropped, first)
     demand = swap.swap_in_demand(host, jnp.where(is_valid, first, NO_REQUEST))
     return demand + jnp.where(is_valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)

@@ -8,6 +8,7 @@ Shape symbols: R sequences of the request table, S batch rows, M blocks per row.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,14 @@ class Queue:
     num_preemptions: jax.Array  # i32[R]
     num_cached: jax.Array  # i32[R], prompt tokens that were mapped, not computed
     attributes: Attributes | None = None  # None: no policy reads them
+
+
+class UntilDecision(NamedTuple):
+    """Tokens that sequences may compute before retention decides on their blocks."""
+
+    rows: jax.Array  # i32[S], of the running rows, from the tokens they have computed
+    waiting: jax.Array  # i32[R], of waiting sequences, from their first token
+    mappable: jax.Array  # i32[R], tokens that they may map instead of computing them
 
 
 @jax.tree_util.register_dataclass
@@ -326,7 +335,10 @@ def spare_blocks(
     num_used = cdiv(blocks.context_lens, size)
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     to_map = floor_div(row_values(mapped_tokens(queue, seq_index), rows), size)
-    expected = cdiv(row_values(queue.num_tokens, rows), size)
+    known = row_values(queue.num_tokens, rows)
+    if blocks.drops is not None:
+        known = known - blocks.drops.dropped
+    expected = cdiv(known, size)
     expected = jnp.where(
         idle_rows(queue, rows), 0, expected - jnp.maximum(num_used, to_map)
     )

@@ -18,6 +18,7 @@ from jpaged.config import EngineConfig
 from jpaged.indexing import take
 from jpaged.kv import block_manager
 from jpaged.kv.block_manager import BlockState
+from jpaged.kv.drops import computed_lens, intact_rows
 from jpaged.policies import SchedulerParams
 from jpaged.scheduler.admission import admit, can_admit
 from jpaged.scheduler.preemption import (
@@ -33,6 +34,7 @@ from jpaged.scheduler.queue import (
     WAITING,
     Hits,
     Queue,
+    UntilDecision,
     idle_rows,
     row_values,
     same_request,
@@ -60,6 +62,7 @@ def schedule(
     host: BlockState | None = None,
     scheduler_params: SchedulerParams | None = None,
     clock: jax.Array | None = None,
+    until: UntilDecision | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, StepPlan]:
     """Preempt, swap in and admit, and plan the tokens of one step.
 
@@ -73,6 +76,7 @@ def schedule(
       scheduler_params: settings; `config.scheduler_params` are the upper limits, and
         the default.
       clock: i32[], ms; None if no policy reads it.
+      until: tokens that retention lets sequences compute; None: no limit.
 
     Returns:
       The queue, rows and blocks after preemption and admission, and the plan. After the
@@ -86,8 +90,10 @@ def schedule(
     scores = memory_scores(
         queue, rows, config.preemption_policy, settings.preemption, clock
     )
-    blocks, remaining = _map_sources(queue, rows, blocks)
+    blocks, remaining = map_sources(queue, rows, blocks)
     remaining = _hold_lockstep(queue, rows, blocks, remaining)
+    if until is not None:
+        remaining = jnp.minimum(remaining, until.rows)
     num_tokens = split_tokens(
         queue, rows, remaining, settings, scores, config.budget_policy, clock
     )
@@ -113,7 +119,7 @@ def schedule(
             (queue, rows, swaps),
         )
     carry = (queue, rows, blocks, num_tokens, jnp.int32(0))
-    carry = _admit_waiting(carry, is_open, config, hits, needed, settings, clock)
+    carry = _admit_waiting(carry, is_open, config, hits, needed, settings, clock, until)
     queue, rows, blocks, num_tokens, num_admitted = carry
     if scores is not None:
         may_yield = ~is_short & (num_admitted == 0) & jnp.any(queue.status == WAITING)
@@ -135,6 +141,7 @@ def _admit_waiting(
     needed: jax.Array,
     settings: SchedulerParams,
     clock: jax.Array | None,
+    until: UntilDecision | None,
 ) -> tuple:
     """Admit waiting requests if admission is open; `carry` is as for `admit`."""
     if hits is None:
@@ -148,12 +155,13 @@ def _admit_waiting(
             policy=config.policy,
             scheduler_params=settings,
             clock=clock,
+            until=until,
         ),
         carry,
     )
 
 
-def _map_sources(
+def map_sources(
     queue: Queue, rows: jax.Array, blocks: BlockState
 ) -> tuple[BlockState, jax.Array]:
     """Let new rows map their sources' blocks; also return each row's tokens to compute.
@@ -167,7 +175,7 @@ def _map_sources(
       The blocks, and i32[S], the tokens that each row still has to compute.
     """
     is_idle = idle_rows(queue, rows)
-    remaining = row_values(queue.num_tokens, rows) - blocks.context_lens
+    remaining = row_values(queue.num_tokens, rows) - computed_lens(blocks)
     remaining = jnp.where(is_idle, 0, remaining)
     sources = row_values(queue.sources, rows, NO_REQUEST)
     shared = row_values(queue.shared_lens, rows)
@@ -178,6 +186,8 @@ def _map_sources(
         is_source = (rows[None, :] == sources[:, None]) & is_new[:, None]
         source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
         has_source = jnp.any(is_source, axis=1)
+        if (intact := intact_rows(blocks)) is not None:
+            has_source &= take(intact, source_row)
         own = jnp.arange(rows.shape[0], dtype=jnp.int32)
 
         def can_map(blocks: BlockState) -> jax.Array:
@@ -212,7 +222,7 @@ def _hold_lockstep(
     is_lockstep = row_values(queue.is_lockstep, rows, False) & ~idle_rows(queue, rows)
 
     def hold(remaining: jax.Array) -> jax.Array:
-        left = row_values(queue.num_tokens, rows) - blocks.context_lens
+        left = row_values(queue.num_tokens, rows) - computed_lens(blocks)
         is_behind = is_lockstep & (left > 1)
         has_other_behind = jnp.any(
             same_request(queue, rows) & is_behind[None, :], axis=1

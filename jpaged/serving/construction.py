@@ -155,6 +155,7 @@ def _engine_config(
         speculation=speculation,
         num_recorded_events=NUM_RECORDED_EVENTS,
         num_recorded_steps=NUM_RECORDED_STEPS,
+        retention=options.retention,
     )
     if config.reads_clock and distributed.is_shared(options.mesh):
         raise ValueError(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jpaged import parallel
+from jpaged import parallel, retention
 from jpaged.attention import backends
 from jpaged.config import LOGPROBS_MODES, PREEMPTIONS
 from jpaged.cpu import library
@@ -75,6 +75,7 @@ class LLMOptions:
     eviction_parameters: Sequence[float]
     budget_policy: str | BudgetPolicy
     budget_parameters: Sequence[float]
+    retention: Any
 
     def __post_init__(self) -> None:
         """Check the arguments that neither the model nor `EngineConfig` checks."""
@@ -106,6 +107,8 @@ class LLMOptions:
             raise error(
                 "kv_dtype", "a dtype of floats with batch_invariant=True", self.kv_dtype
             )
+        if self.retention is not None:
+            self._set("retention", retention.find(self.retention))
         self._check_preemption()
         _check_attention(self.attention)
         if self.mesh is not None:

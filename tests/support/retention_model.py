@@ -1,0 +1,103 @@
+"""Retention in plain Python and dense attention: what the engine should compute.
+
+Nothing here uses `jpaged.retention` or pages. A rule gets the positions that a sequence
+has stored, block by block, and returns the blocks that stay; the model is then
+evaluated at all positions at once, with a mask that shows each token what was stored
+when it was computed.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpaged.models.decoder import Decoder
+
+Blocks = list[list[int]]  # positions of the tokens in each block
+Rule = Callable[[Blocks], set[int]]  # numbers of the blocks that stay
+
+
+def sink_and_window(num_sinks: int, window: int) -> Rule:
+    """The blocks with one of the first or of the last stored tokens."""
+
+    def rule(blocks: Blocks) -> set[int]:
+        stored = [(i, p) for i, block in enumerate(blocks) for p in block]
+        kept = stored[:num_sinks] + stored[max(0, len(stored) - window) :]
+        return {i for i, _ in kept}
+
+    return rule
+
+
+def is_decision(computed: int, prompt_len: int, every: int, prompt_every: int) -> bool:
+    """Whether blocks are dropped after so many tokens."""
+    if computed < prompt_len:
+        return prompt_every > 0 and computed % prompt_every == 0
+    behind = computed - prompt_len
+    return behind == 0 or (every > 0 and behind % every == 0)
+
+
+def visible_tokens(
+    num_tokens: int,
+    prompt_len: int,
+    block_size: int,
+    rule: Rule,
+    every: int = 16,
+    prompt_every: int = 0,
+) -> tuple[np.ndarray, list[int]]:
+    """Which tokens each token sees, bool[T, T], and the positions stored at the end."""
+    mask = np.zeros((num_tokens, num_tokens), np.bool_)
+    blocks: Blocks = []
+    for position in range(num_tokens):
+        if not blocks or len(blocks[-1]) == block_size:
+            blocks.append([])
+        blocks[-1].append(position)
+        mask[position, [p for block in blocks for p in block]] = True
+        if is_decision(position + 1, prompt_len, every, prompt_every):
+            kept = rule(blocks) | {len(blocks) - 1}
+            blocks = [block for i, block in enumerate(blocks) if i in kept]
+    return mask, [p for block in blocks for p in block]
+
+
+class DenseModel:
+    """Logits of a decoder with any mask, without pages."""
+
+    def __init__(self, decoder: Decoder):
+        self._decoder = decoder
+        self._logits = jax.jit(self._compute)
+
+    def _compute(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            groups = q.shape[1] // k.shape[1]
+            k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
+            scale = self._decoder.attention_options(layer)["scale"]
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            scores = jnp.einsum("thd,shd->hts", q, k, precision="highest") * scale
+            weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf), axis=-1)
+            return jnp.einsum("hts,shd->thd", weights, v, precision="highest")
+
+        positions = jnp.arange(tokens.size, dtype=jnp.int32)
+        hidden = self._decoder.trunk(tokens, positions, attend)
+        return self._decoder.logits(hidden)
+
+    def logits(self, tokens: Sequence[int], mask: np.ndarray, size: int) -> np.ndarray:
+        """f32[T, V]; `size` is the padded number of tokens."""
+        padded = np.zeros((size,), np.int32)
+        padded[: len(tokens)] = tokens
+        full = np.eye(size, dtype=np.bool_)
+        full[: len(mask), : len(mask)] = mask[:size, :size]
+        return np.asarray(self._logits(padded, full))[: len(tokens)]
+
+    def greedy(
+        self,
+        prompt: Sequence[int],
+        num_tokens: int,
+        mask: np.ndarray,
+        size: int,
+    ) -> list[int]:
+        """The tokens that greedy decoding generates with this mask."""
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            seen = mask[: len(tokens), : len(tokens)]
+            tokens.append(int(self.logits(tokens, seen, size)[-1].argmax()))
+        return tokens[len(prompt) :]

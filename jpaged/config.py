@@ -240,6 +240,12 @@ class EngineConfig:
                 "retention: expected None or a retention.Retention, got "
                 f"{self.retention!r:.100}"
             )
+        if self.batch_invariant and self.retention.statistic is not None:
+            raise ValueError(
+                "retention: expected a method without a statistic with "
+                "batch_invariant=True, because sums of statistics depend on the batch, "
+                f"got one that reads {self.retention.statistic!r}"
+            )
         if self.speculation is not None:
             raise ValueError(
                 "retention: expected None with speculation, whose rejected drafts may "

@@ -31,6 +31,8 @@ class StepBatch:
     has_logits: jax.Array  # bool[S], the step completes the row's known tokens
     # i32[S], tokens that the row has dropped: position p is stored at p - dropped.
     dropped: jax.Array | None = None  # None without retention
+    # i32[S], position of the first query that counts for retention's statistic.
+    observed: jax.Array | None = None  # None without a statistic
 
 
 @jax.tree_util.register_dataclass

@@ -154,6 +154,7 @@ def begin_step(
         config,
         None if blocks.drops is None else blocks.drops.dropped,
     )
+    rows_of_step = retaining.observe(rows_of_step, table, blocks, config)
     scheduled = ScheduledStep(
         is_live=has_unfinished(state),
         plan=dataclasses.replace(plan, num_tokens=num_tokens),
@@ -197,6 +198,7 @@ def idle_step(config: EngineConfig) -> ScheduledStep:
     table = request_table.init_table(config)
     dropped = None if config.retention is None else zeros
     rows_of_step = batch.make_batch(table, rows, zeros, zeros, zeros, config, dropped)
+    rows_of_step = retaining.observe(rows_of_step, table, blocks, config)
     return ScheduledStep(
         is_live=jnp.bool_(False),
         plan=StepPlan(zeros, jnp.int32(0), jnp.int32(0), swaps),

@@ -77,6 +77,7 @@ def next_step(
     if blocks.drops is not None:
         dropped = take(blocks.drops.dropped, batch.rows)
         batch = dataclasses.replace(batch, dropped=dropped)
+        batch = retaining.observe(batch, state.requests, blocks, config)
     entries = dataclasses.replace(entries, positions=entries.positions + gained)
     plan = dataclasses.replace(
         scheduled.plan,

@@ -25,10 +25,12 @@ from jpaged.attention import backends, invariant, kv_cache
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
+from jpaged.engine import observing
 from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
 from jpaged.kv import block_manager, shared_prefix
 from jpaged.kv.block_manager import BlockState
+from jpaged.kv.drops import Drops
 from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import StepInputs
@@ -42,7 +44,7 @@ def hidden_states(
     batch: StepBatch,
     hidden: Any,
     config: EngineConfig,
-) -> tuple[KVCache, Any]:
+) -> tuple[KVCache, Any, BlockState]:
     """Compute the hidden states of the step's tokens, and write their keys and values.
 
     Args:
@@ -55,8 +57,8 @@ def hidden_states(
       config: the engine's sizes.
 
     Returns:
-      The cache, and `hidden` with the states of the step's tokens in front, row after
-      row; the rest is unchanged.
+      The cache; `hidden` with the states of the step's tokens in front, row after row,
+      the rest is unchanged; and the blocks with what retention has observed.
     """
     num_rows = jnp.sum(batch.num_tokens > 0)
     num_tokens = jnp.sum(batch.num_tokens)
@@ -70,16 +72,21 @@ def hidden_states(
     index = jnp.where(num_tokens == 0, -1, index)
 
     def run(
-        is_decode: bool, size: int, carry: tuple[KVCache, Any]
-    ) -> tuple[KVCache, Any]:
-        cache, hidden = carry
+        is_decode: bool, size: int, carry: tuple[KVCache, Any, Drops | None]
+    ) -> tuple[KVCache, Any, Drops | None]:
+        cache, hidden, drops = carry
         inputs = step_inputs(table.tokens, blocks, batch, size, is_decode)
-        cache, states = run_trunk(model, cache, inputs, config, is_alone=False)
-        return cache, jax.tree.map(lambda x, new: x.at[:size].set(new), hidden, states)
+        cache, states, seen = run_trunk(
+            model, cache, inputs, config, is_alone=False, observed=batch.observed
+        )
+        hidden = jax.tree.map(lambda x, new: x.at[:size].set(new), hidden, states)
+        return cache, hidden, add_observed(drops, batch, seen)
 
     branches = [functools.partial(run, True, size) for size in row_buckets]
     branches += [functools.partial(run, False, size) for size in token_buckets]
-    return switch_in_place(index, branches, (cache, hidden))
+    carry = (cache, hidden, blocks.drops)
+    cache, hidden, drops = switch_in_place(index, branches, carry)
+    return cache, hidden, dataclasses.replace(blocks, drops=drops)
 
 
 def run_trunk(
@@ -88,10 +95,12 @@ def run_trunk(
     inputs: StepInputs,
     config: EngineConfig,
     is_alone: bool = True,
-) -> tuple[KVCache, Any]:
+    observed: jax.Array | None = None,
+) -> tuple[KVCache, Any, jax.Array | None]:
     """Return the cache with the tokens' keys and values, and hidden states [T, E].
 
-    If algorithms need layers, hidden states are a pair, see `Decoder.trunk_loop`.
+    If algorithms need layers, hidden states are a pair, see `Decoder.trunk_loop`. The
+    third result is what retention has observed of each block, f32[S, M].
 
     Args:
       model: the decoder.
@@ -99,14 +108,18 @@ def run_trunk(
       inputs: the tokens.
       config: the engine's config.
       is_alone: the program has no other sizes, so its layers may be unrolled.
+      observed: i32[S], see `StepBatch`; None: nothing is observed.
     """
     implementation = config.attention
     if config.cascade:
         inputs = _with_shared_prefixes(inputs, config.block_size)
 
+    observer = observing.observer(config.retention, inputs, observed)
+
     def attend(
-        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
+        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, carry: Any
+    ) -> tuple[jax.Array, Any]:
+        cache, seen = carry
         slots = inputs.slot_mapping
         cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
         options: dict[str, Any] = dict(
@@ -123,7 +136,7 @@ def run_trunk(
                 layer=layer,
                 **options,
             )
-            return attended, cache
+            return attended, (cache, seen)
         attended = attention.paged_attention(
             q,
             cache.k_pages,
@@ -135,21 +148,54 @@ def run_trunk(
             v_scale=cache.v_scale,
             layer=layer,
             shared_prefix=inputs.shared_prefix,
+            return_lse=observer is not None,
             **options,
         )
-        return attended, cache
+        if observer is not None:
+            attended, lse = attended
+            seen = observer(seen, q, lse, cache, layer, options)
+        return attended, (cache, seen)
 
     with layer_kernels.serving(implementation, config.batch_invariant):
-        hidden, cache = model.trunk_loop(
+        carry = (cache, None if observer is None else observing.nothing(inputs))
+        hidden, (cache, seen) = model.trunk_loop(
             inputs.tokens,
             inputs.positions,
             attend,
-            cache,
+            carry,
             is_unrolled=is_alone and backends.unrolls_layers(implementation),
             taps=config.seen_layers,
             length=config.max_model_len,
         )
-    return cache, hidden
+    if seen is not None:
+        seen = seen / model.config.num_layers
+    return cache, hidden, seen
+
+
+def add_observed(
+    drops: Drops | None, batch: StepBatch, seen: jax.Array | None
+) -> Drops | None:
+    """Add what a step has observed of each row's blocks.
+
+    Args:
+      drops: of the block state.
+      batch: the step's rows.
+      seen: f32[S, M] of the batch's first S rows, from `run_trunk`.
+    """
+    if drops is None or drops.statistic is None or seen is None:
+        return drops
+    assert batch.observed is not None
+    assert drops.observed is not None
+    size = seen.shape[0]
+    rows, ends = batch.rows[:size], (batch.starts + batch.num_tokens)[:size]
+    is_live = (batch.num_tokens[:size] > 0) & (batch.observed[:size] < ends)
+    return dataclasses.replace(
+        drops,
+        statistic=drops.statistic.at[rows].add(seen),
+        observed=drops.observed.at[jnp.where(is_live, rows, drops.observed.size)].max(
+            ends, mode="drop"
+        ),
+    )
 
 
 def last_hidden(hidden: Any) -> jax.Array:

@@ -80,7 +80,7 @@ def iterate(
     state = _move_all_pages(state, scheduled, config)
     state, memory, draft = _draft(model, state, scheduled, memory, config)
     assert state.cache is not None, "a state created without a model has no pages"
-    cache, hidden = forward.hidden_states(
+    cache, hidden, blocks = forward.hidden_states(
         target,
         state.cache,
         state.requests,
@@ -95,7 +95,7 @@ def iterate(
     table = sampling.write_prompt_logprobs(
         target, state.requests, scheduled.batch, forward.last_hidden(hidden), config
     )
-    state = dataclasses.replace(state, requests=table)
+    state = dataclasses.replace(state, requests=table, blocks=blocks)
     sampled = decode(state, scheduled, logits, config, draft=draft)
     state = end_step(state, scheduled, sampled, cache, state.draft_cache)
     return state, memory._replace(hidden=hidden, logits=logits)

@@ -79,7 +79,7 @@ def trunk(
     *,
     size: int,
     config: EngineConfig,
-) -> tuple[Pages, Any, jax.Array]:
+) -> tuple[Pages, Any, jax.Array, BlockState | None]:
     """Compute the tokens of a step.
 
     Args:
@@ -93,14 +93,22 @@ def trunk(
       config: the engine's config.
 
     Returns:
-      The pages, the logits of the step's entries, and the hidden states [size, E].
+      The pages, the logits of the step's entries, the hidden states [size, E], and the
+      blocks with what retention has observed; None if it observes nothing.
     """
     cache, host = iteration.swap_pages(*pages, scheduled)
     cache = iteration.copy_pages(cache, scheduled, config)
     inputs = forward.step_inputs(tokens, blocks, scheduled.batch, size, is_decode=False)
-    cache, hidden = forward.run_trunk(model, cache, inputs, config)
+    batch = scheduled.batch
+    cache, hidden, seen = forward.run_trunk(
+        model, cache, inputs, config, observed=batch.observed
+    )
     logits = sampling.next_logits(model, scheduled.entries, hidden, logits, config)
-    return Pages(cache, host), logits, forward.last_hidden(hidden)
+    after = None
+    if seen is not None:
+        drops = forward.add_observed(blocks.drops, batch, seen)
+        after = dataclasses.replace(blocks, drops=drops)
+    return Pages(cache, host), logits, forward.last_hidden(hidden), after
 
 
 def prompt_logprobs(
@@ -174,7 +182,14 @@ def run_decode_loop(
         inputs = forward.step_inputs(
             state.requests.tokens, state.blocks, scheduled.batch, size, is_decode=True
         )
-        cache, hidden = forward.run_trunk(model, cache, inputs, config)
+        batch = scheduled.batch
+        cache, hidden, seen = forward.run_trunk(
+            model, cache, inputs, config, observed=batch.observed
+        )
+        if seen is not None:
+            drops = forward.add_observed(state.blocks.drops, batch, seen)
+            blocks = dataclasses.replace(state.blocks, drops=drops)
+            state = dataclasses.replace(state, blocks=blocks)
         logits = sampling.first_logits(
             model, scheduled.entries, hidden, logits, config, size
         )

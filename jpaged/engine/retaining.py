@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jpaged import retention, scheduler
 from jpaged.compat import when
 from jpaged.config import EngineConfig
+from jpaged.engine.batch import StepBatch
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.state import EngineState
 from jpaged.indexing import take
@@ -40,10 +41,11 @@ def prepare(
     """
     table, rows, blocks = state.requests, state.rows, state.blocks
     was_empty = blocks.context_lens == 0
-    blocks, _ = scheduler.map_sources(table.queue, rows, blocks)
-    blocks = _undecided(blocks, was_empty)
+    queue = _without_unfit_sources(table.queue, rows, blocks, config)
+    blocks, _ = scheduler.map_sources(queue, rows, blocks)
+    blocks = _undecided(blocks, was_empty, ~_maps_own_request(queue, rows))
     blocks = drop_due(table, rows, config, blocks)
-    queue = _without_dropped_sources(table.queue, rows, blocks)
+    queue = _without_unfit_sources(queue, rows, blocks, config)
     state = dataclasses.replace(
         state, requests=dataclasses.replace(table, queue=queue), blocks=blocks
     )
@@ -103,7 +105,7 @@ def drop_due(
         assert after is not None
         decided = jnp.where(is_due, computed, after.decided)
         statistic = after.statistic
-        if method.statistic == "recent_attention" and statistic is not None:
+        if method.statistic != "attention" and statistic is not None:
             statistic = jnp.where(is_due[:, None], 0.0, statistic)
         after = dataclasses.replace(after, decided=decided, statistic=statistic)
         return dataclasses.replace(blocks, drops=after)
@@ -111,27 +113,86 @@ def drop_due(
     return when(jnp.any(is_due), decide, blocks)
 
 
-def _undecided(blocks: BlockState, is_new: jax.Array) -> BlockState:
-    """Return the blocks without the decisions of the rows that new rows have mapped."""
+def observe(
+    batch: StepBatch, table: RequestTable, blocks: BlockState, config: EngineConfig
+) -> StepBatch:
+    """Return the batch with the queries that count for the method's statistic.
+
+    Args:
+      batch: the rows of a step, with its tokens.
+      table: the request table.
+      blocks: the block state.
+      config: the engine's config.
+    """
+    method, drops = config.retention, blocks.drops
+    if method is None or drops is None or drops.observed is None:
+        return batch
+    values = table.params.retention
+    assert values is not None
+    first = retention.first_observed(
+        method,
+        take(values, batch.seq_indices),
+        take(table.queue.prompt_lens, batch.seq_indices),
+        batch.starts,
+    )
+    # Queries that a source has observed do not count again.
+    observed = jnp.maximum(first, take(drops.observed, batch.rows))
+    return dataclasses.replace(batch, observed=observed)
+
+
+def _maps_own_request(queue: Queue, rows: jax.Array) -> jax.Array:
+    """Return whether the source of each row belongs to its request, bool[S]."""
+    safe = jnp.maximum(rows, 0)
+    source = take(queue.sources, safe)
+    return take(queue.leaders, source) == take(queue.leaders, safe)
+
+
+def _undecided(
+    blocks: BlockState, is_new: jax.Array, is_other: jax.Array
+) -> BlockState:
+    """Return the blocks without what new rows must not have from their sources.
+
+    Args:
+      blocks: after new rows have mapped their sources' blocks.
+      is_new: bool[S], rows that were empty before: their decisions are to come.
+      is_other: bool[S], the source is another request, whose queries do not count.
+    """
     drops = blocks.drops
     assert drops is not None
     decided = jnp.where(is_new, 0, drops.decided)
-    return dataclasses.replace(
-        blocks, drops=dataclasses.replace(drops, decided=decided)
-    )
+    drops = dataclasses.replace(drops, decided=decided)
+    if drops.statistic is not None and drops.observed is not None:
+        is_other &= is_new
+        drops = dataclasses.replace(
+            drops,
+            statistic=jnp.where(is_other[:, None], 0.0, drops.statistic),
+            observed=jnp.where(is_other, 0, drops.observed),
+        )
+    return dataclasses.replace(blocks, drops=drops)
 
 
-def _without_dropped_sources(
-    queue: Queue, rows: jax.Array, blocks: BlockState
+def _without_unfit_sources(
+    queue: Queue, rows: jax.Array, blocks: BlockState, config: EngineConfig
 ) -> Queue:
-    """Return the queue in which no sequence has a source that has dropped blocks."""
+    """Return the queue in which sequences have no source that cannot serve them.
+
+    A source that has dropped blocks cannot; nor can one whose statistic includes
+    queries behind the tokens that it shares.
+    """
     assert blocks.drops is not None
     size = queue.status.shape[0]
-    has_dropped = (blocks.drops.dropped > 0) & (rows != scheduler.NO_REQUEST)
-    at = jnp.where(has_dropped, rows, size)
-    is_dropped = jnp.zeros((size,), jnp.bool_).at[at].set(True, mode="drop")
+    at = jnp.where(rows == scheduler.NO_REQUEST, size, rows)
+    dropped, computed = (
+        jnp.zeros((size,), jnp.int32).at[at].set(column, mode="drop")
+        for column in (blocks.drops.dropped, computed_lens(blocks))
+    )
     own = jnp.arange(size, dtype=jnp.int32)
-    loses = take(is_dropped, queue.sources) & (queue.sources != own)
+    loses = take(dropped, queue.sources) > 0
+    method = config.retention
+    if method is not None and method.reads_attention:
+        is_own = take(queue.leaders, queue.sources) == queue.leaders
+        loses |= is_own & (take(computed, queue.sources) > queue.shared_lens + 1)
+    loses &= queue.sources != own
     return dataclasses.replace(
         queue,
         sources=jnp.where(loses, own, queue.sources),

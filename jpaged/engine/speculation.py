@@ -170,7 +170,10 @@ def draft(
     def compute(
         cache: KVCache, hidden: jax.Array, table: RequestTable, batch: StepBatch
     ) -> tuple[KVCache, jax.Array]:
-        return forward.hidden_states(model, cache, table, blocks, batch, hidden, config)
+        found = forward.hidden_states(
+            model, cache, table, blocks, batch, hidden, config
+        )
+        return found[:2]
 
     first = _packed(known, known.num_tokens > 0)
     cache, hidden = compute(cache, hidden, table, first)

@@ -17,6 +17,7 @@ write a method.
 from jpaged.retention.decisions import (
     NEVER,
     blocks_to_keep,
+    first_observed,
     is_decision,
     mappable_tokens,
     next_decision,
@@ -29,7 +30,16 @@ from jpaged.retention.method import (
     keep_highest,
     keep_positive,
 )
-from jpaged.retention.methods import METHODS, find, random, sink_and_window
+from jpaged.retention.methods import (
+    METHODS,
+    find,
+    heavy_hitters,
+    knorm,
+    random,
+    sink_and_window,
+    snapkv,
+    tova,
+)
 
 __all__ = [
     "METHODS",
@@ -40,11 +50,16 @@ __all__ = [
     "Row",
     "blocks_to_keep",
     "find",
+    "first_observed",
+    "heavy_hitters",
     "is_decision",
     "keep_highest",
     "keep_positive",
+    "knorm",
     "mappable_tokens",
     "next_decision",
     "random",
     "sink_and_window",
+    "snapkv",
+    "tova",
 ]

@@ -58,6 +58,23 @@ def is_decision(
     return (computed > 0) & (point == computed)
 
 
+def first_observed(
+    method: Retention, values: jax.Array, prompt_lens: jax.Array, computed: jax.Array
+) -> jax.Array:
+    """Return the position of the first query that counts for the next decision, i32[S].
+
+    All queries count for "attention", the last `queries` for "recent_attention", and
+    the last one for "key_norm", which is computed with it. Arguments as above.
+    """
+    point = next_decision(method, values, prompt_lens, computed)
+    if method.statistic == "attention":
+        return jnp.where(point == NEVER, NEVER, 0)
+    number = jnp.ones_like(point)
+    if method.statistic == "recent_attention":
+        number = values[..., method.names.index("queries")].astype(jnp.int32)
+    return jnp.where(point == NEVER, NEVER, jnp.maximum(point - number, 0))
+
+
 def mappable_tokens(
     method: Retention, values: jax.Array, prompt_lens: jax.Array
 ) -> jax.Array:
@@ -68,14 +85,7 @@ def mappable_tokens(
 
     Args: as of `next_decision`.
     """
-    zeros = jnp.zeros_like(prompt_lens)
-    first = next_decision(method, values, prompt_lens, zeros)
-    if method.statistic == "attention":
-        return jnp.where(first == NEVER, NEVER, 0)
-    own = jnp.ones_like(first)
-    if method.statistic == "recent_attention":
-        own = values[..., method.names.index("queries")].astype(jnp.int32)
-    return jnp.maximum(first - own, 0)
+    return first_observed(method, values, prompt_lens, jnp.zeros_like(prompt_lens))
 
 
 def blocks_to_keep(

@@ -50,8 +50,97 @@ def _noise(row: Row) -> jax.Array:
     return row.noise
 
 
+def heavy_hitters(
+    max_tokens: float = 1024, recent: float = 512, **when: float
+) -> Retention:
+    """Keep the blocks that have got most attention from all queries, and the last.
+
+    Args:
+      max_tokens: tokens that stay, the last ones included.
+      recent: the last tokens, which stay whatever they have got.
+      **when: `every` and `prompt_every`, see `Retention`.
+
+    Source: Zhang et al. 2023, H2O. https://arxiv.org/abs/2306.14048
+    """
+    numbers = dict(max_tokens=max_tokens, recent=recent)
+    return Retention(_attention_or_recent, numbers | when, statistic="attention")
+
+
+def _attention_or_recent(row: Row) -> jax.Array:
+    is_recent = row.ends > row.num_tokens - row.integer("recent")
+    return jnp.where(is_recent, jnp.inf, row.statistic)
+
+
+def tova(max_tokens: float = 1024, **when: float) -> Retention:
+    """Keep the blocks that get most attention from the last query.
+
+    In the paper, `every` is 1.
+
+    Args:
+      max_tokens: tokens that stay.
+      **when: `every` and `prompt_every`, see `Retention`.
+
+    Source: Oren et al. 2024, TOVA. https://arxiv.org/abs/2401.06104
+    """
+    numbers = dict(max_tokens=max_tokens, queries=1.0)
+    return Retention(_statistic, numbers | when, statistic="recent_attention")
+
+
+def _statistic(row: Row) -> jax.Array:
+    return row.statistic
+
+
+def snapkv(
+    max_tokens: float = 1024, queries: float = 32, kernel: float = 5, **when: float
+) -> Retention:
+    """Keep the blocks that get most attention from the last queries, and theirs.
+
+    In the paper, `every` is 0: only the prompt is compressed.
+
+    Args:
+      max_tokens: tokens that stay, those of the last queries included.
+      queries: number of the last queries; their own blocks stay.
+      kernel: attention is averaged over so many tokens, rounded down to whole blocks on
+        both sides.
+      **when: `every` and `prompt_every`, see `Retention`.
+
+    Source: Li et al. 2024, SnapKV. https://arxiv.org/abs/2404.14469
+    """
+    numbers = dict(max_tokens=max_tokens, queries=queries, kernel=kernel)
+    return Retention(_pooled_attention, numbers | when, statistic="recent_attention")
+
+
+def _pooled_attention(row: Row) -> jax.Array:
+    is_recent = row.ends > row.num_tokens - row.integer("queries")
+    earlier = jnp.where(row.is_block & ~is_recent, row.statistic, 0.0)
+    radius = (row.integer("kernel") // 2) // row.block_size
+    sums = jnp.concatenate([jnp.zeros((1,)), jnp.cumsum(earlier)])
+    last = row.column.size
+    above = sums[jnp.minimum(row.column + radius + 1, last)]
+    pooled = above - sums[jnp.maximum(row.column - radius, 0)]
+    return jnp.where(is_recent, jnp.inf, jnp.where(radius == 0, earlier, pooled))
+
+
+def knorm(max_tokens: float = 1024, **when: float) -> Retention:
+    """Keep the blocks whose keys have the smallest norms.
+
+    Args:
+      max_tokens: tokens that stay.
+      **when: `every` and `prompt_every`, see `Retention`.
+
+    Source: Devoto et al. 2024. https://arxiv.org/abs/2406.11430
+    """
+    numbers = dict(max_tokens=max_tokens)
+    return Retention(_negative_norm, numbers | when, statistic="key_norm")
+
+
+def _negative_norm(row: Row) -> jax.Array:
+    return -row.statistic
+
+
 METHODS: dict[str, Callable[..., Retention]] = {
-    one.__name__: one for one in (sink_and_window, random)
+    one.__name__: one
+    for one in (sink_and_window, heavy_hitters, snapkv, tova, knorm, random)
 }
 
 

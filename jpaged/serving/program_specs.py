@@ -94,7 +94,7 @@ class ProgramSpecs:
             "trunk": lambda: (
                 functools.partial(programs.trunk, **fixed),
                 "mpssss",
-                "pss",
+                "psss",
                 (1, 2),
                 (model, pages, logits, tokens, blocks, scheduled),
             ),

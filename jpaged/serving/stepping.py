@@ -253,7 +253,7 @@ class Stepper:
         if trunk is None:  # a lower limit of the schedule did not take effect
             size = _fit(state.config.token_buckets, num_tokens)
             trunk = self._start(_key("trunk", size, _seen(used), state), state)
-        pages, self._logits[_memory_kind(trunk)], hidden = self._call(
+        pages, self._logits[_memory_kind(trunk)], hidden, blocks = self._call(
             trunk,
             self._leaves(),
             pages_of(state),
@@ -263,6 +263,8 @@ class Stepper:
             scheduled,
         )
         state = _with_pages(state, pages)
+        if blocks is not None:  # with what retention has observed
+            state = dataclasses.replace(state, blocks=blocks)
         if used.prompt_logprobs:
             key = _key("prompt_logprobs", trunk.size, PROMPT_LOGPROBS, state)
             self._start(key, state)

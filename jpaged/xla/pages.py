@@ -46,6 +46,20 @@ def gather(pools: Pools, columns: jax.Array) -> GatheredTokens:
     return GatheredTokens(widen(k), widen(v), k_scale, v_scale)
 
 
+def gather_keys(pools: Pools, columns: jax.Array) -> jax.Array:
+    """Return the keys of the blocks `columns` i32[R, C] of one layer, [B, C * P, D].
+
+    Entries outside of the pool read arbitrary blocks.
+    """
+    num_blocks, _, block_size, _ = pools.k.shape
+    columns = jnp.clip(columns, 0, num_blocks - 1)
+    keys = widen(_gather_blocks(pools.k, columns, block_size))
+    if pools.k_scale is None:
+        return keys
+    scale = _gather_blocks(pools.k_scale[..., None], columns, block_size)
+    return keys.astype(jnp.float32) * scale
+
+
 def _gather_blocks(pages: jax.Array, columns: jax.Array, block_size: int) -> jax.Array:
     """Return [R * K, C * P, D]: the blocks `columns` i32[R, C] of pages [N, K, P', D].
 

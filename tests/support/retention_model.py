@@ -101,3 +101,91 @@ class DenseModel:
             seen = mask[: len(tokens), : len(tokens)]
             tokens.append(int(self.logits(tokens, seen, size)[-1].argmax()))
         return tokens[len(prompt) :]
+
+
+Seen = tuple[np.ndarray, np.ndarray]  # weights [T, T], norms of keys [T]
+# (blocks, statistic of each block) -> numbers of the blocks that stay
+ScoredRule = Callable[[Blocks, list[float]], set[int]]
+
+
+class ObservedModel(DenseModel):
+    """A dense model that shows its attention weights and keys."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__(decoder)
+        self._observe = jax.jit(self._compute_observed)
+
+    def _compute_observed(self, tokens: jax.Array, mask: jax.Array) -> tuple:
+        found: list[tuple[jax.Array, jax.Array]] = []
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            groups = q.shape[1] // k.shape[1]
+            norms = jnp.sqrt((k**2).sum(-1)).mean(1)
+            k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
+            scores = jnp.einsum("thd,shd->hts", q, k, precision="highest")
+            scores = jnp.where(mask[None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+            weights = jax.nn.softmax(scores, axis=-1)
+            found.append((weights.mean(0), norms))
+            return jnp.einsum("hts,shd->thd", weights, v, precision="highest")
+
+        positions = jnp.arange(tokens.size, dtype=jnp.int32)
+        hidden = self._decoder.trunk(tokens, positions, attend)
+        weights, norms = (jnp.stack(one).mean(0) for one in zip(*found, strict=True))
+        return self._decoder.logits(hidden), weights, norms
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        num_tokens: int,
+        size: int,
+        *,
+        block_size: int,
+        rule: ScoredRule,
+        statistic: str,
+        queries: int = 1,
+        every: int = 16,
+        prompt_every: int = 0,
+    ) -> list[int]:
+        """Greedy tokens; all statistics are recomputed at each decision."""
+        tokens, blocks, last = list(prompt), [], 0
+        mask = np.eye(size, dtype=np.bool_)
+        for position in range(len(prompt) + num_tokens - 1):
+            if not blocks or len(blocks[-1]) == block_size:
+                blocks.append([])
+            blocks[-1].append(position)
+            mask[position, [p for block in blocks for p in block]] = True
+            computed = position + 1
+            decides = is_decision(computed, len(prompt), every, prompt_every)
+            if not decides and computed < len(tokens):
+                continue
+            padded = np.zeros((size,), np.int32)
+            padded[: len(tokens)] = tokens
+            logits, weights, norms = map(np.asarray, self._observe(padded, mask))
+            if computed == len(tokens):
+                tokens.append(int(logits[position].argmax()))
+            if not decides:
+                continue
+            first = max(computed - queries, last) if statistic == "recent" else 0
+            got = weights[first:computed].sum(0)
+            values = norms if statistic == "key_norm" else got
+            total = np.mean if statistic == "key_norm" else np.sum
+            scores = [float(total(values[block])) for block in blocks]
+            kept, last = rule(blocks, scores) | {len(blocks) - 1}, computed
+            blocks = [block for i, block in enumerate(blocks) if i in kept]
+        return tokens[len(prompt) :]
+
+
+def highest(blocks: Blocks, scores: list[float], max_tokens: int) -> set[int]:
+    """The blocks with the highest scores; the last one comes first."""
+    most = max(max_tokens // max(map(len, blocks)), 1)
+    last = len(blocks) - 1
+    order = sorted(
+        range(len(blocks)), key=lambda i: (i == last, scores[i], i), reverse=True
+    )
+    return set(order[:most])
+
+
+def recent_blocks(blocks: Blocks, recent: int) -> set[int]:
+    """The blocks with one of the last stored tokens."""
+    stored = [i for i, block in enumerate(blocks) for _ in block]
+    return set(stored[len(stored) - recent :]) if recent else set()

@@ -246,6 +246,12 @@ class EngineConfig:
                 "batch_invariant=True, because sums of statistics depend on the batch, "
                 f"got one that reads {self.retention.statistic!r}"
             )
+        if self.retention.only_reads and (self.cascade or self.swaps):
+            name = "cascade" if self.cascade else "preemption"
+            raise ValueError(
+                f"{name}: expected the default with a retention method that selects "
+                f"what is read, got {getattr(self, name)!r}"
+            )
         if self.speculation is not None:
             raise ValueError(
                 "retention: expected None with speculation, whose rejected drafts may "

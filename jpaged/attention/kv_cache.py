@@ -22,7 +22,10 @@ from jpaged.attention import api
 from jpaged.attention.backends import choose_backend, layout
 from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, zeros
 from jpaged.kv.block_manager import NO_BLOCK
+from jpaged.pages.operands import Pools
+from jpaged.pages.packed import plain
 from jpaged.pages.quantised import is_quantised
+from jpaged.xla.block_statistics import block_keys
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +41,9 @@ class KVCache:
     v_pages: jax.Array  # [L, N, K, P, D]
     k_scale: jax.Array | None = None  # f32[L, N, K, P'], of quantised pages
     v_scale: jax.Array | None = None  # f32[L, N, K, P'], P' as in `scale_width`
+    # Extremes of each full block's keys, for retention; f32[L, N, K, D] each.
+    k_min: jax.Array | None = None
+    k_max: jax.Array | None = None
 
 
 def init_kv_cache(
@@ -120,7 +126,7 @@ def write_tokens(
         layer=layer,
         implementation=implementation,
     )
-    return KVCache(*pages)
+    return _with_extremes(KVCache(*pages), cache, k, slot_mapping, layer)
 
 
 def copy_blocks(
@@ -143,7 +149,49 @@ def copy_blocks(
         v_scale=cache.v_scale,
         implementation=implementation,
     )
-    return KVCache(*pages)
+    copied = KVCache(*pages)
+    if cache.k_min is None:
+        return copied
+    target = jnp.where((src < 0) | (dst < 0), cache.k_min.shape[1], dst)
+
+    def copy(extremes: jax.Array | None) -> jax.Array:
+        assert extremes is not None
+        return extremes.at[:, target].set(extremes[:, src], mode="drop")
+
+    return dataclasses.replace(copied, k_min=copy(cache.k_min), k_max=copy(cache.k_max))
+
+
+def with_key_extremes(cache: KVCache, head_dim: int) -> KVCache:
+    """Return the cache with space for the extremes of each block's keys."""
+    num_layers, num_blocks, num_kv_heads = cache.k_pages.shape[:3]
+    shape = (num_layers, num_blocks, num_kv_heads, head_dim)
+    return dataclasses.replace(
+        cache, k_min=jnp.zeros(shape, jnp.float32), k_max=jnp.zeros(shape, jnp.float32)
+    )
+
+
+def _with_extremes(
+    cache: KVCache,
+    before: KVCache,
+    k: jax.Array,
+    slot_mapping: jax.Array,
+    layer: jax.Array | int,
+) -> KVCache:
+    """Return the cache with the extremes of the blocks that new tokens have filled."""
+    if before.k_min is None or before.k_max is None:
+        return cache
+    head_dim, num_blocks = k.shape[-1], cache.k_pages.shape[1]
+    pages = plain(cache.k_pages, head_dim)
+    block_size = pages.shape[-2]
+    fills = (slot_mapping >= 0) & (slot_mapping % block_size == block_size - 1)
+    blocks = jnp.where(fills, slot_mapping // block_size, num_blocks)
+    keys = block_keys(Pools(pages, pages, cache.k_scale), blocks, layer)
+    keys = keys[..., :head_dim].astype(jnp.float32)
+    return dataclasses.replace(
+        cache,
+        k_min=before.k_min.at[layer, blocks].set(keys.min(axis=2), mode="drop"),
+        k_max=before.k_max.at[layer, blocks].set(keys.max(axis=2), mode="drop"),
+    )
 
 
 def swap_out_pages(

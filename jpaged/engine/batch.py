@@ -9,6 +9,7 @@ tokens of the step.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,14 @@ import jax.numpy as jnp
 from jpaged.config import EngineConfig
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable
 from jpaged.indexing import take
+
+
+class Reads(NamedTuple):
+    """Which rows read only the blocks that retention selects, with its parameters."""
+
+    selects: jax.Array  # bool[S], the row's token is a generated one
+    values: jax.Array  # f32[S, C]
+    prompt_lens: jax.Array  # i32[S]
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +42,7 @@ class StepBatch:
     dropped: jax.Array | None = None  # None without retention
     # i32[S], position of the first query that counts for retention's statistic.
     observed: jax.Array | None = None  # None without a statistic
+    reads: Reads | None = None  # None if rows read all their blocks
 
 
 @jax.tree_util.register_dataclass

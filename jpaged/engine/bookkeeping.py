@@ -417,7 +417,7 @@ def settle(state: EngineState, unsettled: Unsettled) -> EngineState:
     last_step = state.counters.num_steps - 1
     if known_blocks is not None:
         known_blocks, blocks = _insert_blocks(
-            known_blocks, table, rows, blocks, last_step
+            known_blocks, table, rows, blocks, last_step, state.config
         )
     rows, blocks = when(
         ~unsettled.is_settled,
@@ -536,6 +536,7 @@ def _insert_blocks(
     rows: jax.Array,
     blocks: BlockState,
     clock: jax.Array,
+    config: EngineConfig,
 ) -> tuple[PrefixCache, BlockState]:
     """Insert all full blocks into the prefix cache, and mark those in use as recent.
 
@@ -550,7 +551,11 @@ def _insert_blocks(
         is_excluded |= ~intact
         hidden = references_of(blocks, ~intact)
         blocks = dataclasses.replace(blocks, ref_counts=blocks.ref_counts - hidden)
-    fresh = dataclasses.replace(blocks, context_lens=jnp.where(is_excluded, 0, lens))
+    final = jnp.where(is_excluded, 0, lens)
+    if config.retention is not None and config.retention.only_reads:
+        # Generated tokens have not read all blocks before them.
+        final = jnp.minimum(final, take(table.queue.prompt_lens, seq_indices))
+    fresh = dataclasses.replace(blocks, context_lens=final)
     cache, fresh = prefix_cache.insert(cache, fresh, table.tokens, clock, seq_indices)
     blocks = dataclasses.replace(fresh, context_lens=lens)
     cache = prefix_cache.touch(cache, blocks.ref_counts, clock)

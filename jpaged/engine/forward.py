@@ -77,7 +77,7 @@ def hidden_states(
         cache, hidden, drops = carry
         inputs = step_inputs(table.tokens, blocks, batch, size, is_decode)
         cache, states, seen = run_trunk(
-            model, cache, inputs, config, is_alone=False, observed=batch.observed
+            model, cache, inputs, config, is_alone=False, batch=batch
         )
         hidden = jax.tree.map(lambda x, new: x.at[:size].set(new), hidden, states)
         return cache, hidden, add_observed(drops, batch, seen)
@@ -95,7 +95,7 @@ def run_trunk(
     inputs: StepInputs,
     config: EngineConfig,
     is_alone: bool = True,
-    observed: jax.Array | None = None,
+    batch: StepBatch | None = None,
 ) -> tuple[KVCache, Any, jax.Array | None]:
     """Return the cache with the tokens' keys and values, and hidden states [T, E].
 
@@ -108,13 +108,15 @@ def run_trunk(
       inputs: the tokens.
       config: the engine's config.
       is_alone: the program has no other sizes, so its layers may be unrolled.
-      observed: i32[S], see `StepBatch`; None: nothing is observed.
+      batch: the step's rows, for retention; None: it observes and selects nothing.
     """
     implementation = config.attention
     if config.cascade:
         inputs = _with_shared_prefixes(inputs, config.block_size)
 
+    observed = None if batch is None else batch.observed
     observer = observing.observer(config.retention, inputs, observed)
+    reads = None if batch is None else batch.reads
 
     def attend(
         layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, carry: Any
@@ -125,13 +127,18 @@ def run_trunk(
         options: dict[str, Any] = dict(
             model.attention_options(layer), implementation=implementation
         )
+        tables, lens = inputs.block_tables, inputs.context_lens
+        if reads is not None and config.retention is not None:
+            tables, lens = observing.tables_to_read(
+                config.retention, reads, inputs, q, cache, layer, options
+            )
         if config.batch_invariant:
             attended: Any = invariant.paged_attention(
                 q,
                 cache.k_pages,
                 cache.v_pages,
-                inputs.block_tables,
-                inputs.context_lens,
+                tables,
+                lens,
                 query_start_loc=inputs.query_start_loc,
                 layer=layer,
                 **options,
@@ -141,8 +148,8 @@ def run_trunk(
             q,
             cache.k_pages,
             cache.v_pages,
-            inputs.block_tables,
-            inputs.context_lens,
+            tables,
+            lens,
             query_start_loc=inputs.query_start_loc,
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jpaged.attention import statistics
 from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
+from jpaged.engine.batch import Reads
+from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.models.inputs import StepInputs
-from jpaged.retention import Retention
+from jpaged.retention import Retention, blocks_to_read
 
 # (sum f32[S, M], q, log-sum-exps, cache, layer, attention's options) -> sum
 Observer = Callable[..., jax.Array]
@@ -38,7 +40,7 @@ def observer(
       inputs: the step.
       observed: i32[S'], position of the first query that counts, of the step's rows.
     """
-    if method is None or observed is None or method.statistic is None:
+    if method is None or observed is None:
         return None
     num_rows = inputs.context_lens.shape[0]
     lens, starts = inputs.context_lens, inputs.query_start_loc
@@ -76,3 +78,60 @@ def observer(
         return when(jnp.any(counts), observe, seen)
 
     return add
+
+
+def tables_to_read(
+    method: Retention,
+    reads: Reads,
+    inputs: StepInputs,
+    q: jax.Array,
+    cache: KVCache,
+    layer: Any,
+    options: dict[str, Any],
+) -> tuple[jax.Array, jax.Array]:
+    """Return tables and lengths of the blocks that a layer reads, i32[S, M], i32[S].
+
+    Args:
+      method: selects the blocks.
+      reads: of the step's rows.
+      inputs: the step.
+      q: [T, H, D], the layer's queries.
+      cache: with the step's tokens.
+      layer: the layer.
+      options: of its attention.
+    """
+    tables, lens, starts = (
+        inputs.block_tables,
+        inputs.context_lens,
+        inputs.query_start_loc,
+    )
+    num_rows, width = tables.shape
+    reads = jax.tree.map(lambda column: column[:num_rows], reads)
+    selects = reads.selects & (lens > 0)
+    block_size = statistics.block_size(cache, q.shape[-1])
+
+    def select(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tables, lens = carry
+        query = q[:num_rows] if starts is None else q[starts[:-1].clip(0, len(q) - 1)]
+        bounds = statistics.largest_scores(
+            query, cache, tables, layer=layer, scale=options["scale"]
+        )
+        keeps = blocks_to_read(
+            method,
+            reads.values,
+            bounds,
+            num_tokens=lens,
+            prompt_lens=reads.prompt_lens,
+            block_size=block_size,
+        )
+        column = jnp.arange(width)[None, :]
+        keeps |= ~selects[:, None]
+        target = jnp.where(keeps, jnp.cumsum(keeps, axis=1) - 1, width)
+        rows = jnp.arange(num_rows)[:, None]
+        is_block = column * block_size < lens[:, None]
+        skipped = jnp.sum(is_block & ~keeps, axis=1, dtype=jnp.int32)
+        chosen = jnp.full_like(tables, NO_BLOCK)
+        chosen = chosen.at[rows, target].set(tables, mode="drop")
+        return chosen, lens - skipped * block_size
+
+    return when(jnp.any(selects), select, (tables, lens))

@@ -100,9 +100,7 @@ def trunk(
     cache = iteration.copy_pages(cache, scheduled, config)
     inputs = forward.step_inputs(tokens, blocks, scheduled.batch, size, is_decode=False)
     batch = scheduled.batch
-    cache, hidden, seen = forward.run_trunk(
-        model, cache, inputs, config, observed=batch.observed
-    )
+    cache, hidden, seen = forward.run_trunk(model, cache, inputs, config, batch=batch)
     logits = sampling.next_logits(model, scheduled.entries, hidden, logits, config)
     after = None
     if seen is not None:
@@ -184,7 +182,7 @@ def run_decode_loop(
         )
         batch = scheduled.batch
         cache, hidden, seen = forward.run_trunk(
-            model, cache, inputs, config, observed=batch.observed
+            model, cache, inputs, config, batch=batch
         )
         if seen is not None:
             drops = forward.add_observed(state.blocks.drops, batch, seen)

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from jpaged import retention, scheduler
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.engine.batch import StepBatch
+from jpaged.engine.batch import Reads, StepBatch
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.state import EngineState
 from jpaged.indexing import take
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.drops import computed_lens, drop_blocks
+from jpaged.retention import Retention
 from jpaged.scheduler import Queue, UntilDecision
 
 
@@ -63,6 +64,7 @@ def prepare(
             method, values, every_prompt, jnp.zeros_like(every_prompt)
         ),
         mappable=retention.mappable_tokens(method, values, every_prompt),
+        exact=every_prompt if method.only_reads else None,
     )
 
 
@@ -78,7 +80,7 @@ def drop_due(
       blocks: the block state; returned as it is without a retention method.
     """
     method, values, drops = config.retention, table.params.retention, blocks.drops
-    if method is None or values is None or drops is None:
+    if method is None or values is None or drops is None or method.only_reads:
         return blocks
     safe, computed = jnp.maximum(rows, 0), computed_lens(blocks)
     mine, prompt_lens = take(values, safe), take(table.queue.prompt_lens, safe)
@@ -125,10 +127,13 @@ def observe(
       config: the engine's config.
     """
     method, drops = config.retention, blocks.drops
-    if method is None or drops is None or drops.observed is None:
-        return batch
     values = table.params.retention
-    assert values is not None
+    if method is None or drops is None or values is None:
+        return batch
+    if method.only_reads:
+        return dataclasses.replace(batch, reads=_reads(batch, table, values, method))
+    if drops.observed is None:
+        return batch
     first = retention.first_observed(
         method,
         take(values, batch.seq_indices),
@@ -138,6 +143,17 @@ def observe(
     # Queries that a source has observed do not count again.
     observed = jnp.maximum(first, take(drops.observed, batch.rows))
     return dataclasses.replace(batch, observed=observed)
+
+
+def _reads(
+    batch: StepBatch, table: RequestTable, values: jax.Array, method: Retention
+) -> Reads:
+    """Return which rows compute a generated token, and read fewer blocks for it."""
+    mine = take(values, batch.seq_indices)
+    prompt_lens = take(table.queue.prompt_lens, batch.seq_indices)
+    is_on = mine[:, method.names.index("every")] > 0
+    is_generated = (batch.starts >= prompt_lens) & (batch.num_tokens == 1)
+    return Reads(is_on & is_generated, mine, prompt_lens)
 
 
 def _maps_own_request(queue: Queue, rows: jax.Array) -> jax.Array:

@@ -241,6 +241,8 @@ def join_running_rows(
         take(queue.prompt_lens, seq_indices),
         known,
     )
+    if until is not None and until.exact is not None:
+        fixed = jnp.minimum(fixed, take(until.exact, seq_indices))
     fixed = fixed - 1
     is_before = scheduler.rows_before(queue, rows)
     fits = _has_same_next_block(table, rows, blocks, is_new, fixed, is_before)

@@ -177,7 +177,7 @@ def _make_cache(
         return None
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     num_blocks = config.num_swap_blocks if is_host else config.num_blocks
-    return kv_cache.init_kv_cache(
+    cache = kv_cache.init_kv_cache(
         num_layers=sizes.num_layers,
         num_blocks=parallel.num_replicas(mesh) * num_blocks,
         memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
@@ -187,6 +187,9 @@ def _make_cache(
         implementation=config.attention,
         dtype=sizes.dtype if kv_dtype is None else kv_dtype,
     )
+    if config.retention is not None and config.retention.only_reads:
+        return kv_cache.with_key_extremes(cache, sizes.head_dim)
+    return cache
 
 
 def init_blocks(config: EngineConfig) -> BlockState:
@@ -209,7 +212,8 @@ def _init_blocks(config: EngineConfig, num_blocks: int, max_seqs: int) -> BlockS
     )
     if (method := config.retention) is None:
         return blocks
-    drops = init_drops(max_seqs, width, method.statistic is not None)
+    has_statistic = method.statistic is not None and not method.only_reads
+    drops = init_drops(max_seqs, width, has_statistic)
     return dataclasses.replace(blocks, drops=drops)
 
 

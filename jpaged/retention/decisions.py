@@ -143,3 +143,31 @@ def blocks_to_keep(
         return (keeps | (index == num_blocks - 1)) & (index < num_blocks)
 
     return jax.vmap(one)(values, num_tokens, num_dropped, prompt_lens, seeds, statistic)
+
+
+def blocks_to_read(
+    method: Retention,
+    values: jax.Array,
+    statistic: jax.Array,
+    *,
+    num_tokens: jax.Array,
+    prompt_lens: jax.Array,
+    block_size: int,
+) -> jax.Array:
+    """Return the blocks that each row's query reads, bool[S, M].
+
+    Args: as of `blocks_to_keep`; nothing was dropped, and noise is the same for all.
+    """
+    none = jnp.zeros_like(num_tokens)
+    seeds = jnp.zeros((num_tokens.size, 2), jnp.uint32)
+    return blocks_to_keep(
+        method,
+        values,
+        num_tokens=num_tokens,
+        num_dropped=none,
+        prompt_lens=prompt_lens,
+        seeds=seeds,
+        statistic=statistic,
+        width=statistic.shape[1],
+        block_size=block_size,
+    )

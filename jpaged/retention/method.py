@@ -19,7 +19,7 @@ import numpy as np
 
 OFF = "off"  # `SamplingParams.retention` of a request that keeps all blocks
 # What a method can know of a block's contents; None: only lengths.
-STATISTICS = (None, "key_norm", "attention", "recent_attention")
+STATISTICS = (None, "key_norm", "attention", "recent_attention", "key_extremes")
 # Parameters of every method: when it decides.
 COMMON = {"every": 16.0, "prompt_every": 0.0}
 _LARGEST = 2.0**30
@@ -99,8 +99,12 @@ class Retention:
       statistic: what `Row.statistic` has for each block. None: nothing, which costs
         nothing. "key_norm": the mean norm of its keys. "attention": the attention that
         its tokens have got from all queries so far, in total. "recent_attention": from
-        the last queries before the decision; the parameter `queries` is their number.
-        All are means over layers and heads.
+        the last queries since the decision before; the parameter `queries` is the
+        largest number of them. These are means over layers and heads. "key_extremes":
+        the largest score that any of its keys could have with the query, from the
+        extremes of its keys, as a mean over heads. The method then decides for every
+        generated token and in every layer, and drops nothing: the token reads the
+        blocks that the method keeps.
 
     Raises:
       ValueError: a function cannot be traced, or a value is out of range.
@@ -120,6 +124,9 @@ class Retention:
         if self.statistic == "recent_attention":
             given.setdefault("queries", 1.0)
         values = COMMON | given
+        if self.only_reads:
+            self._check_names(given)
+            values = given | {"every": 1.0, "prompt_every": 0.0}
         checked = {name: checked_number(name, value) for name, value in values.items()}
         object.__setattr__(self, "parameters", tuple(checked.items()))
         _check(self)
@@ -128,6 +135,18 @@ class Retention:
     def names(self) -> tuple[str, ...]:
         """Names of the parameters, in their order as data."""
         return tuple(name for name, _ in self.parameters)
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether it selects what a step reads, and drops nothing."""
+        return self.statistic == "key_extremes"
+
+    def _check_names(self, given: Any) -> None:
+        if self.only_reads and (wrong := set(given) & set(COMMON)):
+            raise ValueError(
+                f"retention: expected no {sorted(wrong)} for a method with the "
+                "statistic 'key_extremes', which decides for every generated token"
+            )
 
     @property
     def reads_attention(self) -> bool:
@@ -147,6 +166,7 @@ class Retention:
         if isinstance(given, str) and given == OFF:
             numbers["every"] = -1.0
         elif isinstance(given, Mapping):
+            self._check_names(given)
             for name, value in given.items():
                 if name not in numbers:
                     raise ValueError(

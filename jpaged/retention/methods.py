@@ -138,9 +138,20 @@ def _negative_norm(row: Row) -> jax.Array:
     return -row.statistic
 
 
+def quest(max_tokens: float = 1024) -> Retention:
+    """Keep all blocks, and read those whose keys could get the highest scores.
+
+    Args:
+      max_tokens: tokens that a generated token reads in each layer.
+
+    Source: Tang et al. 2024, Quest. https://arxiv.org/abs/2406.10774
+    """
+    return Retention(_statistic, dict(max_tokens=max_tokens), statistic="key_extremes")
+
+
 METHODS: dict[str, Callable[..., Retention]] = {
     one.__name__: one
-    for one in (sink_and_window, heavy_hitters, snapkv, tova, knorm, random)
+    for one in (sink_and_window, heavy_hitters, snapkv, tova, knorm, quest, random)
 }
 
 

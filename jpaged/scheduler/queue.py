@@ -66,6 +66,7 @@ class UntilDecision(NamedTuple):
     rows: jax.Array  # i32[S], of the running rows, from the tokens they have computed
     waiting: jax.Array  # i32[R], of waiting sequences, from their first token
     mappable: jax.Array  # i32[R], tokens that they may map instead of computing them
+    exact: jax.Array | None = None  # i32[R], tokens that others may map; None: all
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ from jax import lax
 
 from jpaged.arithmetic import cdiv
 from jpaged.compat import when
-from jpaged.pages.operands import AttentionOperands, merge_layers
+from jpaged.pages.operands import AttentionOperands, Pools, merge_layers
 from jpaged.xla.pages import gather_keys
 
 _TILE_TOKENS = 128
@@ -153,3 +153,36 @@ def key_norms(operands: AttentionOperands, is_due: jax.Array) -> jax.Array:
     norms = jnp.zeros(tables.shape, jnp.float32)
     most = cdiv(jnp.max(lens), blocks * block_size)
     return lax.fori_loop(0, most, add, norms)[:, :width]
+
+
+def block_keys(pools: Pools, blocks: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """Return the keys of `blocks` i32[T] of a layer, [T, K, P, D]; past the pool: any.
+
+    Args:
+      pools: of all layers, plain.
+      blocks: i32[T].
+      layer: the layer.
+    """
+    num_layers, num_blocks, num_kv_heads, block_size, _ = pools.k.shape
+    flat = jax.tree.map(
+        lambda pages: pages.reshape(num_layers * num_blocks, *pages.shape[2:]), pools
+    )
+    blocks = jnp.minimum(blocks, num_blocks - 1)
+    keys = gather_keys(flat, (blocks + layer * num_blocks)[:, None])
+    return keys.reshape(blocks.size, num_kv_heads, block_size, -1)
+
+
+def largest_scores(
+    q: jax.Array, k_min: jax.Array, k_max: jax.Array, scale: float
+) -> jax.Array:
+    """Return a bound of the scores of each block's keys, f32[S, M]: a mean over heads.
+
+    Args:
+      q: [S, H, D], a query of each row.
+      k_min, k_max: f32[S, M, K, D], extremes of the keys of each row's blocks.
+      scale: factor of the scores.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    q = q.reshape(num_rows, 1, k_min.shape[2], -1, head_dim).astype(jnp.float32)
+    bounds = (q * extreme[:, :, :, None] for extreme in (k_min, k_max))
+    return jnp.sum(jnp.maximum(*bounds), axis=(2, 3, 4)) * (scale / num_heads)

@@ -112,3 +112,25 @@ def test_tokens_are_those_of_the_rule_on_a_dense_model(folder, observed, name):
         (both,) = llm.generate(PROMPTS[1], params)
         (one,) = llm.generate(PROMPTS[1], dataclasses.replace(params, n=1))
         assert both.outputs[0].token_ids == one.outputs[0].token_ids
+
+
+@pytest.mark.long
+def test_quest_reads_the_blocks_whose_keys_could_match_best(folder, decoder):
+    quest = model.ReadingModel(decoder, block_size=4, max_tokens=12)
+    expected = [quest.greedy(p, GREEDY.max_tokens, MAX_LEN) for p in PROMPTS]
+    method = retention.quest(max_tokens=12)
+    with LLM(folder, **TIGHT, retention=method, check_invariants=True) as llm:
+
+        def generate(params=GREEDY):
+            outputs = llm.generate(PROMPTS, params)
+            return [list(one.outputs[0].token_ids) for one in outputs]
+
+        assert generate() == expected
+        assert generate() == expected
+        assert llm.stats()["num_preemptions"] > 0
+        whole = model.ReadingModel(decoder, block_size=4, max_tokens=64)
+        whole = [whole.greedy(p, GREEDY.max_tokens, MAX_LEN) for p in PROMPTS]
+        assert whole != expected
+        for setting in ("off", {"max_tokens": 64}):
+            found = generate(dataclasses.replace(GREEDY, retention=setting))
+            assert found == whole

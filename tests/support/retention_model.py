@@ -189,3 +189,50 @@ def recent_blocks(blocks: Blocks, recent: int) -> set[int]:
     """The blocks with one of the last stored tokens."""
     stored = [i for i, block in enumerate(blocks) for _ in block]
     return set(stored[len(stored) - recent :]) if recent else set()
+
+
+class ReadingModel:
+    """Greedy decoding in which generated tokens read the blocks of highest bounds."""
+
+    def __init__(self, decoder: Decoder, block_size: int, max_tokens: int):
+        self._decoder, self._block_size = decoder, block_size
+        self._most = max(max_tokens // block_size, 1)
+        self._logits = jax.jit(self._compute)
+
+    def _mask(self, q: jax.Array, k: jax.Array, prompt_len: jax.Array) -> jax.Array:
+        """bool[T, T] of a layer, from queries [T, H, D] and keys [T, H, D]."""
+        size, number = len(q), len(q) // self._block_size
+        blocks = k.reshape(number, self._block_size, *k.shape[1:])
+        low, high = blocks.min(1), blocks.max(1)
+        bound = jnp.maximum(q[:, None] * low[None], q[:, None] * high[None])
+        bound = bound.sum((-1, -2))  # [T, blocks]
+        position, block = jnp.arange(size)[:, None], jnp.arange(number)[None, :]
+        own = position // self._block_size
+        bound = jnp.where(block == own, jnp.inf, bound)
+        bound = jnp.where(block > own, -jnp.inf, bound)
+        rank = (bound[:, None, :] > bound[:, :, None]).sum(-1)
+        is_read = (rank < self._most) | (position < prompt_len)
+        return jnp.repeat(is_read, self._block_size, axis=1)
+
+    def _compute(self, tokens: jax.Array, prompt_len: jax.Array) -> jax.Array:
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            groups = q.shape[1] // k.shape[1]
+            k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
+            mask = jnp.tril(self._mask(q, k, prompt_len))
+            scores = jnp.einsum("thd,shd->hts", q, k, precision="highest")
+            scores = jnp.where(mask[None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+            weights = jax.nn.softmax(scores, axis=-1)
+            return jnp.einsum("hts,shd->thd", weights, v, precision="highest")
+
+        positions = jnp.arange(tokens.size, dtype=jnp.int32)
+        return self._decoder.logits(self._decoder.trunk(tokens, positions, attend))
+
+    def greedy(self, prompt: Sequence[int], num_tokens: int, size: int) -> list[int]:
+        """The tokens that greedy decoding generates."""
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            padded = np.zeros((size,), np.int32)
+            padded[: len(tokens)] = tokens
+            logits = self._logits(padded, np.int32(len(prompt)))
+            tokens.append(int(np.asarray(logits)[len(tokens) - 1].argmax()))
+        return tokens[len(prompt) :]

@@ -61,7 +61,8 @@ from jpaged.scheduler.queue import (
     row_values,
     rows_before,
 )
-from jpaged.scheduler.step import StepPlan, map_sources, schedule
+from jpaged.scheduler.step import StepPlan, schedule
+from jpaged.scheduler.step import _map_sources as map_sources
 
 __all__ = [
     "BEFORE_ALL",

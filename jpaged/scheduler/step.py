@@ -90,7 +90,7 @@ def schedule(
     scores = memory_scores(
         queue, rows, config.preemption_policy, settings.preemption, clock
     )
-    blocks, remaining = map_sources(queue, rows, blocks)
+    blocks, remaining = _map_sources(queue, rows, blocks)
     remaining = _hold_lockstep(queue, rows, blocks, remaining)
     if until is not None:
         remaining = jnp.minimum(remaining, until.rows)
@@ -161,7 +161,7 @@ def _admit_waiting(
     )
 
 
-def map_sources(
+def _map_sources(
     queue: Queue, rows: jax.Array, blocks: BlockState
 ) -> tuple[BlockState, jax.Array]:
     """Let new rows map their sources' blocks; also return each row's tokens to compute.

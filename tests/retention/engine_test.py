@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jpaged import LLM, SamplingParams, retention
+from jpaged import LLM, BeamSearchParams, SamplingParams, retention
 from tests.support import retention_model as model
 from tests.support.tiny_llm import (
     MAX_LEN,
@@ -109,6 +109,36 @@ def test_samples_share_what_is_left(llm):
     assert found[0] == list(alone.outputs[0].token_ids)
     assert len({tuple(one) for one in found}) == 3
     assert is_idle(llm)
+
+
+@pytest.mark.long
+def test_beams_share_and_drop_blocks(llm, dense):
+    greedy = BeamSearchParams(beam_width=1, max_tokens=24, ignore_eos=True)
+    wide = dataclasses.replace(greedy, beam_width=2)
+    outputs = llm.generate([*PROMPTS[:2], PROMPTS[0]], [greedy, greedy, wide])
+    for prompt, output in zip(PROMPTS[:2], outputs, strict=False):
+        assert list(output.outputs[0].token_ids) == expected(dense, prompt)
+    first, second = outputs[2].outputs
+    assert first.token_ids != second.token_ids
+    assert first.score >= outputs[0].outputs[0].score
+    assert is_idle(llm)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        (None, {"window": 8}, "the engine has no retention method"),
+        (METHOD, {"windo": 8}, "expected names among .*'windo'"),
+        (METHOD, {"every": -2}, "every: expected an integer from 0"),
+    ],
+)
+def test_numbers_that_a_request_cannot_have_are_refused(folder, method, given, message):
+    llm = LLM(folder, **SIZES, retention=method)
+    with pytest.raises(ValueError, match=message):
+        llm.generate([5, 6], SamplingParams(retention=given))
+    assert llm.stats()["num_compilations"] == 0
+    with pytest.raises(ValueError, match="retention: expected None, 'off' or a dict"):
+        SamplingParams(retention=5)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def run_trunk(
         inputs = _with_shared_prefixes(inputs, config.block_size)
 
     def attend(
-        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
+        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array | None, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         slots = inputs.slot_mapping
         cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jpaged.models.families.deepseek import DEEPSEEK2, DEEPSEEK3
 from jpaged.models.families.family import Family, Fields
 from jpaged.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jpaged.models.families.gpt2 import GPT2
@@ -36,6 +37,8 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA3,
         PHI3,
         GPT_OSS,
+        DEEPSEEK2,
+        DEEPSEEK3,
     )
 }
 

@@ -172,21 +172,31 @@ def save_model(
     config = dataclasses.replace(model.config, dtype=dtype)
     # Written to another name first, so that a crash leaves no partial checkpoint.
     partial = folder / "model.safetensors.partial"
-    _write_safetensors(partial, weights.targets(model), dtype)
+    dtypes = [
+        (each, _stored_dtype(each, model, dtype)) for each in weights.targets(model)
+    ]
+    _write_safetensors(partial, dtypes)
     partial.replace(folder / "model.safetensors")
     text = json.dumps(config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _write_safetensors(file: pathlib.Path, targets: list[Target], dtype: str) -> None:
+def _stored_dtype(target: Target, model: Decoder, dtype: str) -> str:
+    """Dtype of a stored tensor: wider parameters (of some routers) stay float32."""
+    is_wide = {param.dtype for param in target.params} == {jnp.dtype("float32")}
+    return "float32" if is_wide and model.config.dtype != "float32" else dtype
+
+
+def _write_safetensors(file: pathlib.Path, targets: list[tuple[Target, str]]) -> None:
     """Write a file tensor by tensor, so that memory holds no second copy of the model.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    itemsize, end = jnp.dtype(dtype).itemsize, 0
-    for target in targets:
-        start, end = end, end + itemsize * math.prod(target.stored_shape)
+    end = 0
+    for target, dtype in targets:
+        size = jnp.dtype(dtype).itemsize * math.prod(target.stored_shape)
+        start, end = end, end + size
         header[target.tensor.name] = {
             "dtype": _STORED_NAMES[dtype],
             "shape": list(target.stored_shape),
@@ -196,6 +206,6 @@ def _write_safetensors(file: pathlib.Path, targets: list[Target], dtype: str) ->
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
-        for target in targets:
+        for target, dtype in targets:
             array = weights.stored_array(target, dtype)
             opened.write(array.view(np.uint8).data if array.ndim else array.tobytes())

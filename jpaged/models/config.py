@@ -87,7 +87,9 @@ class Routing:
     scores: str = "softmax"  # or "sigmoid"
     num_groups: int = 1  # of consecutive experts
     num_selected_groups: int = 1
-    group_scores: str = "max"  # of a group: of its best expert, or the sum of its "top2"
+    group_scores: str = (
+        "max"  # of a group: of its best expert, or the sum of its "top2"
+    )
     has_correction: bool = False  # a learned term of the selection, not of the weights
     scale: float = 1.0  # of the selected experts' weights
 

@@ -119,7 +119,7 @@ class DecoderLayer(nnx.Module):
 
     def before(
         self, x: jax.Array, angles: RotaryTables
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array, Any]:
         """q, k and v of x [T, E], for attention; see `layers.Attend`."""
         normed = self.attention_norm(x) if self.norm_first else x
         return self.attention.project(normed, angles)
@@ -241,9 +241,7 @@ class Decoder(nnx.Module):
                 "one sequence in each row (jpaged.rl.pad)"
             )
 
-        def attend(
-            layer: int, q: jax.Array, k: jax.Array, v: jax.Array | None
-        ) -> jax.Array:
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: Any) -> jax.Array:
             rows = jax.tree.map(
                 lambda x: x.reshape(batch, size, *x.shape[1:]), (q, k, v)
             )

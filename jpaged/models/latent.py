@@ -66,7 +66,8 @@ class LatentAttention(nnx.Module):
         if self.query is not None:
             q, latent = apply_all([self.query, self.latent], x)
         else:
-            assert self.query_down is not None and self.query_norm is not None
+            assert self.query_down is not None
+            assert self.query_norm is not None
             assert self.query_up is not None
             down, latent = apply_all([self.query_down, self.latent], x)
             q = self.query_up(self.query_norm(down))

@@ -10,7 +10,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,13 @@ from jpaged.models.quantize import random_int8
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
 # rotated by their positions; q is not scaled. v is None where the keys are the values
 # (`models.latent`).
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array | None], jax.Array]
+Attend = Callable[[int, jax.Array, jax.Array, Any], jax.Array]
 
 # The same with a cache: (layer, q, k, v, cache) -> (out, cache). The layer is a number,
 # or i32[] in a loop over layers.
 Cache = TypeVar("Cache")
 AttendInLoop = Callable[
-    [int | jax.Array, jax.Array, jax.Array, jax.Array | None, Cache],
-    tuple[jax.Array, Cache],
+    [int | jax.Array, jax.Array, jax.Array, Any, Cache], tuple[jax.Array, Cache]
 ]
 
 

@@ -153,9 +153,7 @@ class Experts(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights.astype(x.dtype), experts.astype(jnp.int32)
 
-    def _route_as(
-        self, routing: Routing, x: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def _route_as(self, routing: Routing, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = self.router(x.astype(jnp.float32))
         is_softmax = routing.scores == "softmax"
         scores = jax.nn.softmax(logits) if is_softmax else jax.nn.sigmoid(logits)

@@ -26,7 +26,7 @@ def read_deepseek2(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"'deepseek_v2' model, got {method!r}"
         )
     fields = _read(hf, interleaved=True)
-    if fields["num_experts"]:
+    if fields.get("num_experts"):
         is_grouped = method != "greedy"
         fields["normalized_routing"] = False
         fields["routing"] = {
@@ -43,7 +43,7 @@ def read_deepseek3(hf: Mapping[str, Any]) -> dict[str, Any]:
     """V3, R1: sigmoid scores; a learned bias only decides which experts are used."""
     refuse(hf, scoring_func="sigmoid", topk_method="noaux_tc")
     fields = _read(hf, interleaved=bool(hf.get("rope_interleave", True)))
-    if fields["num_experts"]:
+    if fields.get("num_experts"):
         fields["normalized_routing"] = bool(hf.get("norm_topk_prob", True))
         fields["routing"] = {
             "scores": "sigmoid",
@@ -82,8 +82,9 @@ def _read(hf: Mapping[str, Any], *, interleaved: bool) -> dict[str, Any]:
     if hf.get("n_routed_experts") is None:
         return fields
     layers = required(hf, "num_hidden_layers")
-    shared, size = hf.get("n_shared_experts") or 0, required(
-        hf, "moe_intermediate_size"
+    shared, size = (
+        hf.get("n_shared_experts") or 0,
+        required(hf, "moe_intermediate_size"),
     )
     return fields | {
         "num_experts": required(hf, "n_routed_experts"),

@@ -23,7 +23,9 @@ from jpaged import gguf_file
 from jpaged.models import shapes
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
 from jpaged.models.decoder import Decoder, as_stored, init_model
+from jpaged.models.families.fields import read_block_size
 from jpaged.models.loading import files, gguf_tensors, placing, sources, weights
+from jpaged.models.loading.block_scales import with_scales
 from jpaged.models.loading.weights import Target
 
 _STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -113,7 +115,8 @@ def load_model(
         found = gguf_tensors.read_tensors(file, names)
         where_config, name_in_file = f"the metadata of {folder}", names.in_file
     else:
-        found = files.read_headers(folder)
+        size = read_block_size(files.read_json(folder / "config.json"))
+        found = with_scales(files.read_headers(folder), size)
         where_config, name_in_file = "config.json", str
         config = _as_tied(config, found)
     # The abstract model has shapes but no arrays: no random weights are computed.

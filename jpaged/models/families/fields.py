@@ -128,7 +128,7 @@ def read_block_size(hf: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     is_object = isinstance(quantization, Mapping)
     method = quantization.get("quant_method", "unknown") if is_object else "unknown"
-    size = quantization.get("weight_block_size") if is_object else None
+    size: Any = quantization.get("weight_block_size") if is_object else None
     is_pair = isinstance(size, list | tuple) and len(size) == 2
     if method == "fp8" and is_pair and all(isinstance(n, int) and n > 0 for n in size):
         return size[0], size[1]

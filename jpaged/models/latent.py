@@ -42,7 +42,7 @@ class LatentAttention(nnx.Module):
         own = {"config": config, "rngs": rngs}
         down = {"use_bias": config.qkv_bias, **own}
         self.query_down = Linear(hidden, source, **down) if has_rank else None
-        self.query_norm = RMSNorm(source, config, _EPS) if has_rank else None
+        self.query_down_norm = RMSNorm(source, config, _EPS) if has_rank else None
         query = Linear(source, q_size, use_bias=False, **own)
         self.query, self.query_up = (None, query) if has_rank else (query, None)
         self.latent = Linear(hidden, sizes.rank + sizes.rope_dim, **down)
@@ -67,10 +67,10 @@ class LatentAttention(nnx.Module):
             q, latent = apply_all([self.query, self.latent], x)
         else:
             assert self.query_down is not None
-            assert self.query_norm is not None
+            assert self.query_down_norm is not None
             assert self.query_up is not None
             down, latent = apply_all([self.query_down, self.latent], x)
-            q = self.query_up(self.query_norm(down))
+            q = self.query_up(self.query_down_norm(down))
         q = q.reshape(num_tokens, -1, sizes.nope_dim + sizes.rope_dim)
         latent = latent[:, None]
 

@@ -57,6 +57,7 @@ RULES: Mapping[str, tuple[str | None, ...]] = {
     "attention_out_norm": (),
     "attention.query_norm": (),
     "attention.key_norm": (),
+    "attention.query_down_norm": (),
     "attention.latent_norm": (),
     "mlp_norm": (),
     "mlp_out_norm": (),

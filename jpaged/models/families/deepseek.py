@@ -166,7 +166,7 @@ _MODULES = {
     "attention_norm": "input_layernorm",
     "attention.query": "self_attn.q_proj",
     "attention.query_down": "self_attn.q_a_proj",
-    "attention.query_norm": "self_attn.q_a_layernorm",
+    "attention.query_down_norm": "self_attn.q_a_layernorm",
     "attention.query_up": "self_attn.q_b_proj",
     "attention.latent": "self_attn.kv_a_proj_with_mqa",
     "attention.latent_norm": "self_attn.kv_a_layernorm",

@@ -207,11 +207,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
             "n_group": 1,
             "topk_group": 1,
+            "rope_parameters": YARN | {"mscale": 0.9, "mscale_all_dim": 1.1},
         },
     ),
     "deepseek_v3": (
         "deepseek_v3",
-        {"rope_parameters": YARN | {"mscale": 0.9, "mscale_all_dim": 1.1}},
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
     ),
     "opt": ("opt", {}),
     "opt_without_biases": ("opt", {"enable_bias": False}),

@@ -119,7 +119,7 @@ def run_trunk(
     reads = None if batch is None else batch.reads
 
     def attend(
-        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, carry: Any
+        layer: Any, q: jax.Array, k: jax.Array, v: Any, carry: Any
     ) -> tuple[jax.Array, Any]:
         cache, seen = carry
         slots = inputs.slot_mapping
@@ -133,6 +133,7 @@ def run_trunk(
                 config.retention, reads, inputs, q, cache, layer, options
             )
         if config.batch_invariant:
+            assert cache.v_pages is not None, "models with latent pages are refused"
             attended: Any = invariant.paged_attention(
                 q,
                 cache.k_pages,

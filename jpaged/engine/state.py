@@ -186,6 +186,7 @@ def _make_cache(
         head_dim=sizes.head_dim,
         implementation=config.attention,
         dtype=sizes.dtype if kv_dtype is None else kv_dtype,
+        is_latent=sizes.latent is not None,
     )
     if config.retention is not None and config.retention.only_reads:
         return kv_cache.with_key_extremes(cache, sizes.head_dim)
@@ -242,6 +243,11 @@ def _check_retention(
         raise ValueError(
             "retention: expected None on a mesh, whose devices would decide from their "
             "own heads, got a method; use one device"
+        )
+    if model.config.latent is not None and config.retention.statistic is not None:
+        raise ValueError(
+            "retention: expected a method without a statistic for a model with latent "
+            f"attention, got one that reads {config.retention.statistic!r}"
         )
     windows = model.config.windows
     if any(window is not None for window in windows):

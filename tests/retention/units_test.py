@@ -1,13 +1,15 @@
 """Parts of retention, each against a slow version in Python or NumPy."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import block_manager, retention
+import jpaged
+from jpaged import block_manager, engine, retention
 from jpaged.config import EngineConfig, Speculation
 from jpaged.kv import prefix_cache
 from jpaged.kv.drops import drop_blocks, init_drops
@@ -203,6 +205,22 @@ CONFIG = dict(num_blocks=8, max_num_seqs=2, max_model_len=32, block_size=4)
 def test_combinations_that_are_not_supported_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**CONFIG | dict(retention=retention.tova(8)) | changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "method", "message"),
+    [
+        (dict(windows=(None, 8), latent=None), "random", "sliding windows"),
+        (dict(windows=(None,), latent=1), "tova", "a method without a statistic"),
+    ],
+)
+def test_models_that_a_method_cannot_serve_are_refused(sizes, method, message):
+    config = EngineConfig(**CONFIG, retention=retention.METHODS[method]())
+    decoder = types.SimpleNamespace(config=types.SimpleNamespace(**sizes))
+    with pytest.raises(ValueError, match=message):
+        engine.init(decoder, config)
+    with pytest.raises(ValueError, match="retention: expected None on a mesh"):
+        engine.init(decoder, config, mesh=jpaged.make_mesh())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from jpaged.engine.batch import Entries, StepBatch
 from jpaged.engine.request_table import NEVER, RequestTable
 from jpaged.engine.state import Counters, EngineState
 from jpaged.indexing import take
-from jpaged.kv import block_manager, prefix_cache, swap
+from jpaged.kv import block_manager, cache_groups, prefix_cache, swap
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.prefix_cache import Eviction, PrefixCache
 from jpaged.kv.swap import Swapped
@@ -487,6 +487,8 @@ def fork_rows(
     source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
     inherits = jnp.any(is_source, axis=1) & (blocks.context_lens == 0) & ~has_finished
     inherits &= (shared > 0) & (take(blocks.context_lens, source_row) >= shared)
+    if cache_groups.has_windows(blocks.windows):
+        inherits &= cache_groups.has_windows_at(blocks, source_row, shared)
     blocks = block_manager.fork(blocks, jnp.where(inherits, source_row, parents))
     return block_manager.truncate(
         blocks, jnp.where(inherits, shared, blocks.context_lens)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from jpaged.compat import switch_in_place
 from jpaged.config import EngineConfig
 from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
-from jpaged.kv import block_manager, shared_prefix
+from jpaged.kv import block_manager, cache_groups, shared_prefix
 from jpaged.kv.block_manager import BlockState
 from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
@@ -103,21 +104,22 @@ def run_trunk(
     implementation = config.attention
     if config.cascade:
         inputs = _with_shared_prefixes(inputs, config.block_size)
+    pages_of = _pages_of_layers(model, cache, inputs, config)
 
     def attend(
         layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
-        slots = inputs.slot_mapping
-        cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
         options: dict[str, Any] = dict(
             model.attention_options(layer), implementation=implementation
         )
+        layer, tables, slots = pages_of(layer)
+        cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
         if config.batch_invariant:
             attended: Any = invariant.paged_attention(
                 q,
                 cache.k_pages,
                 cache.v_pages,
-                inputs.block_tables,
+                tables,
                 inputs.context_lens,
                 query_start_loc=inputs.query_start_loc,
                 layer=layer,
@@ -128,7 +130,7 @@ def run_trunk(
             q,
             cache.k_pages,
             cache.v_pages,
-            inputs.block_tables,
+            tables,
             inputs.context_lens,
             query_start_loc=inputs.query_start_loc,
             k_scale=cache.k_scale,
@@ -155,6 +157,30 @@ def run_trunk(
 def last_hidden(hidden: Any) -> jax.Array:
     """Return the hidden states [T, E] after the last layer, of `run_trunk`."""
     return hidden[0] if isinstance(hidden, tuple) else hidden
+
+
+def _pages_of_layers(
+    model: Decoder, cache: KVCache, inputs: StepInputs, config: EngineConfig
+) -> Callable[[Any], tuple[Any, jax.Array, jax.Array]]:
+    """Return a function of a layer: its index in the pages, block tables and slots."""
+    tables, slots = inputs.block_tables, inputs.slot_mapping
+    if len(config.group_windows) == 1:
+        return lambda layer: (layer, tables, slots)
+    if cache.k_pages.shape[0] == model.config.num_layers:  # of a draft model
+        return lambda layer: (layer, tables[0], slots[0])
+    found = cache_groups.layer_groups(model.config.windows, config.max_model_len)
+
+    def pages_of(layer: Any) -> tuple[Any, jax.Array, jax.Array]:
+        if isinstance(layer, int):
+            group, index = found.groups[layer], found.indices[layer]
+        else:
+            group, index = (
+                jnp.asarray(of_layer, jnp.int32)[layer]
+                for of_layer in (found.groups, found.indices)
+            )
+        return index, tables[group], slots[group]
+
+    return pages_of
 
 
 def _with_shared_prefixes(inputs: StepInputs, block_size: int) -> StepInputs:
@@ -198,10 +224,16 @@ def _decode_inputs(
         slot_mapping=block_manager.slots(
             blocks, jnp.where(is_live, rows, -1), positions
         ),
-        block_tables=blocks.block_tables[rows],
+        block_tables=_tables(blocks, rows),
         context_lens=jnp.where(is_live, positions + 1, 0),
         query_start_loc=None,
     )
+
+
+def _tables(blocks: BlockState, rows: jax.Array) -> jax.Array:
+    """Return the block tables of `rows`: i32[S, M], or i32[G, S, M] of several groups."""
+    tables, number = blocks.block_tables[rows], len(blocks.windows)
+    return tables if number == 1 else cache_groups.tables_by_group(tables, number)
 
 
 def _ragged_inputs(
@@ -218,7 +250,7 @@ def _ragged_inputs(
         slot_mapping=block_manager.slots(
             blocks, jnp.where(is_live, batch.rows[row], -1), positions
         ),
-        block_tables=blocks.block_tables[batch.rows],
+        block_tables=_tables(blocks, batch.rows),
         context_lens=jnp.where(is_row_live, batch.starts + batch.num_tokens, 0),
         query_start_loc=query_start_loc,
     )

@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 from jpaged import parallel, policies
 from jpaged.attention import kv_cache
 from jpaged.attention.kv_cache import KVCache
-from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY
+from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, when
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, events, replicas, request_table
 from jpaged.engine.algorithms import States
 from jpaged.engine.events import Timeline
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.speculation import DraftedModel
-from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv import block_manager, cache_groups, prefix_cache
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.prefix_cache import PrefixCache
 from jpaged.models.config import ModelConfig
@@ -62,6 +62,9 @@ class Counters:
     saved_share: jax.Array  # f32[], sum over steps of saved / unshared blocks
     max_used_blocks: jax.Array  # i32[], maximum of blocks in use after a step
     is_stalled: jax.Array  # bool[], a step had work and could do none of it: a bug
+    # i32[], blocks of all groups that one table for all layers would have used when
+    # `max_used_blocks` was reached; None if there is only one table without a window
+    single_table_blocks: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +126,7 @@ def init(
         the other way round, or the two models have different vocabularies.
     """
     _check_draft(model, config)
+    _check_groups(model, config)
     make = functools.partial(_make_state, model, config, kv_dtype, mesh)
     return replicas.init_on_mesh(make, mesh)
 
@@ -138,7 +142,7 @@ def _make_state(
         host = HostPool(
             blocks=init_host_blocks(config),
             cache=make_cache(sizes, is_host=True),
-            draft_cache=make_cache(draft_sizes, is_host=True),
+            draft_cache=make_cache(draft_sizes, is_host=True, is_grouped=False),
         )
     known_blocks = None
     if config.enable_prefix_caching:
@@ -152,9 +156,9 @@ def _make_state(
         blocks=init_blocks(config),
         prefix_cache=known_blocks,
         cache=make_cache(sizes),
-        draft_cache=make_cache(draft_sizes),
+        draft_cache=make_cache(draft_sizes, is_grouped=False),
         host=host,
-        counters=_init_counters(),
+        counters=_init_counters(config),
         timeline=events.init_timeline(config),
         scheduler_params=config.scheduler_params,
         clock=jnp.int32(0) if config.has_attributes else None,
@@ -169,14 +173,22 @@ def _make_cache(
     mesh: Mesh | None,
     sizes: ModelConfig | None,
     is_host: bool = False,
+    is_grouped: bool = True,
 ) -> KVCache | None:
-    """Create the pages of all replicas for a model of `sizes`; None without a model."""
+    """Create the pages of all replicas for a model of `sizes`; None without a model.
+
+    The layers of a draft model are not grouped: all use the first group's table.
+    """
     if sizes is None:
         return None
     tensor = 1 if mesh is None else mesh.shape["tensor"]
+    num_layers = sizes.num_layers
+    if is_grouped and len(config.group_windows) > 1:
+        found = cache_groups.layer_groups(sizes.windows, config.max_model_len)
+        num_layers = found.num_layers
     num_blocks = config.num_swap_blocks if is_host else config.num_blocks
     return kv_cache.init_kv_cache(
-        num_layers=sizes.num_layers,
+        num_layers=num_layers,
         num_blocks=parallel.num_replicas(mesh) * num_blocks,
         memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
         num_kv_heads=parallel.stored_kv_heads(sizes.num_kv_heads, tensor),
@@ -194,6 +206,7 @@ def init_blocks(config: EngineConfig) -> BlockState:
         block_size=config.block_size,
         max_seqs=config.num_rows,
         max_blocks_per_seq=config.max_blocks_per_seq,
+        windows=config.group_windows,
     )
 
 
@@ -204,7 +217,25 @@ def init_host_blocks(config: EngineConfig) -> BlockState:
         block_size=config.block_size,
         max_seqs=config.max_num_requests,
         max_blocks_per_seq=config.max_blocks_per_seq,
+        windows=config.group_windows,
     )
+
+
+def _check_groups(model: Model | None, config: EngineConfig) -> None:
+    windows = config.group_windows
+    if model is None or windows == (None,):
+        return
+    layers = model.config.windows
+    found = cache_groups.layer_groups(layers, config.max_model_len).windows
+    if windows != found:
+        raise ValueError(
+            f"group_windows: expected (None,), or the model's {found}, got {windows}"
+        )
+    if isinstance(model, DraftedModel) and windows[0] is not None:
+        raise ValueError(
+            "group_windows: expected (None,) with a draft model, because no layer of "
+            f"the target keeps all tokens, got {windows}"
+        )
 
 
 def _check_draft(model: Model | None, config: EngineConfig) -> None:
@@ -223,13 +254,15 @@ def _check_draft(model: Model | None, config: EngineConfig) -> None:
             )
 
 
-def _init_counters() -> Counters:
+def _init_counters(config: EngineConfig) -> Counters:
     def dtype(name: str) -> str:
         if name.startswith("is_"):
             return "bool"
         return "float32" if name.endswith("_share") else "int32"
 
-    names = [field.name for field in dataclasses.fields(Counters)]
+    names = {field.name for field in dataclasses.fields(Counters)}
+    if not cache_groups.has_windows(config.group_windows):
+        names -= {"single_table_blocks"}
     return Counters(**{name: jnp.zeros((), dtype(name)) for name in names})
 
 
@@ -279,6 +312,12 @@ def count(
     slots = jnp.maximum(used * blocks.block_size, 1)
     saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
     totals = {name: getattr(counters, name) + value for name, value in gained.items()}
+    if counters.single_table_blocks is not None:
+        totals["single_table_blocks"] = when(
+            used > counters.max_used_blocks,
+            lambda _: cache_groups.num_single_table_blocks(blocks),
+            counters.single_table_blocks,
+        )
     after = dataclasses.replace(
         counters,
         num_steps=counters.num_steps + 1,

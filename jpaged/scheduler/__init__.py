@@ -57,6 +57,7 @@ from jpaged.scheduler.queue import (
     init_queue,
     is_new_request,
     known_user_tokens,
+    release_windows,
     row_values,
     rows_before,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "init_queue",
     "is_new_request",
     "known_user_tokens",
+    "release_windows",
     "row_values",
     "rows_before",
     "schedule",

@@ -16,7 +16,7 @@ from jax import lax
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.indexing import take
-from jpaged.kv import block_manager
+from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import SchedulerParams
 from jpaged.scheduler.admission import admit, can_admit
@@ -34,6 +34,7 @@ from jpaged.scheduler.queue import (
     Hits,
     Queue,
     idle_rows,
+    release_windows,
     row_values,
     same_request,
 )
@@ -87,6 +88,8 @@ def schedule(
         queue, rows, config.preemption_policy, settings.preemption, clock
     )
     blocks, remaining = _map_sources(queue, rows, blocks)
+    # Only now: rows that have just mapped their source's blocks share the window.
+    blocks = release_windows(queue, rows, blocks)
     remaining = _hold_lockstep(queue, rows, blocks, remaining)
     num_tokens = split_tokens(
         queue, rows, remaining, settings, scores, config.budget_policy, clock
@@ -138,7 +141,7 @@ def _admit_waiting(
 ) -> tuple:
     """Admit waiting requests if admission is open; `carry` is as for `admit`."""
     if hits is None:
-        hits = Hits.none(carry[0].status.shape[0], config.max_blocks_per_seq)
+        hits = Hits.none(carry[0].status.shape[0], carry[2].block_tables.shape[1])
     return when(
         is_open,
         lambda carry: admit(
@@ -178,6 +181,9 @@ def _map_sources(
         is_source = (rows[None, :] == sources[:, None]) & is_new[:, None]
         source_row = jnp.argmax(is_source, axis=1).astype(jnp.int32)
         has_source = jnp.any(is_source, axis=1)
+        if cache_groups.has_windows(blocks.windows):
+            # A source that has released what the row would see is of no use.
+            has_source &= cache_groups.has_windows_at(blocks, source_row, shared)
         own = jnp.arange(rows.shape[0], dtype=jnp.int32)
 
         def can_map(blocks: BlockState) -> jax.Array:

@@ -271,7 +271,10 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
     config = state.config
     cache = replicas.init_on_mesh(
         lambda: prefix_cache.init_prefix_cache(
-            config.num_blocks, config.block_size, config.uses(policies.EVICTION)
+            config.num_blocks,
+            config.block_size,
+            config.uses(policies.EVICTION),
+            config.group_windows,
         ),
         state.mesh,
     )

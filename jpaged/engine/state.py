@@ -147,7 +147,10 @@ def _make_state(
     known_blocks = None
     if config.enable_prefix_caching:
         known_blocks = prefix_cache.init_prefix_cache(
-            config.num_blocks, config.block_size, config.uses(policies.EVICTION)
+            config.num_blocks,
+            config.block_size,
+            config.uses(policies.EVICTION),
+            config.group_windows,
         )
     return EngineState(
         requests=request_table.init_table(config),

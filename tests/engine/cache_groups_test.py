@@ -69,8 +69,9 @@ def requests(model, count=6):
     return prompts, params
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", ["all_windows", "gemma2", "gemma3", "gpt_oss"])
-def test_tokens_are_those_of_a_loop_in_the_smallest_pool(load, name):
+def test_tokens_are_those_of_a_loop_in_the_smallest_pool(load, name, cached):
     model = load(name)
     config = grouped(model)
     assert set(config.group_windows) == ({WINDOW} if name == "all_windows" else {None, WINDOW})
@@ -78,7 +79,9 @@ def test_tokens_are_those_of_a_loop_in_the_smallest_pool(load, name):
     least = cache_groups.blocks_of_length(
         config.group_windows, SIZE, 60, config.largest_chunk
     )
-    config = dataclasses.replace(config, num_blocks=least)
+    config = dataclasses.replace(
+        config, num_blocks=least, enable_prefix_caching=cached
+    )
     prompts, params = requests(model)
     expected = naive(model, prompts, params, max_model_len=MAX_LEN)
     state, results = generate(model, config, prompts, params)

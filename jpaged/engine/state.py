@@ -62,8 +62,8 @@ class Counters:
     saved_share: jax.Array  # f32[], sum over steps of saved / unshared blocks
     max_used_blocks: jax.Array  # i32[], maximum of blocks in use after a step
     is_stalled: jax.Array  # bool[], a step had work and could do none of it: a bug
-    # i32[], blocks of all groups that one table for all layers would have used when
-    # `max_used_blocks` was reached; None if there is only one table without a window
+    # i32[], the most blocks of all groups that one table for all layers would have used
+    # in a step with `max_used_blocks`; None if there is one table without a window
     single_table_blocks: jax.Array | None = None
 
 
@@ -316,10 +316,15 @@ def count(
     saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
     totals = {name: getattr(counters, name) + value for name, value in gained.items()}
     if counters.single_table_blocks is not None:
+        before = jnp.where(
+            used > counters.max_used_blocks, 0, counters.single_table_blocks
+        )
         totals["single_table_blocks"] = when(
-            used > counters.max_used_blocks,
-            lambda _: cache_groups.num_single_table_blocks(blocks),
-            counters.single_table_blocks,
+            used >= counters.max_used_blocks,
+            lambda before: jnp.maximum(
+                before, cache_groups.num_single_table_blocks(blocks)
+            ),
+            before,
         )
     after = dataclasses.replace(
         counters,

@@ -326,11 +326,12 @@ def num_single_table_blocks(state: BlockState) -> jax.Array:
     known any more and counts for each of them, but only if all groups have windows.
     """
     table = tables_by_group(state.block_tables, len(state.windows))[0]
-    (num_blocks,) = state.ref_counts.shape
-    is_used = jnp.zeros((num_blocks,), jnp.bool_)
-    at = jnp.where(table == NO_BLOCK, num_blocks, table)
-    is_used = is_used.at[at].set(True, mode="drop")
-    num_shared = jnp.sum(table != NO_BLOCK) - jnp.sum(is_used)
-    whole = jnp.sum(cdiv(state.context_lens, state.block_size)) - num_shared
-    return (whole * len(state.windows)).astype(jnp.int32)
+    has_block = table != NO_BLOCK
+    # A block with n owners counts n times as a part of 1 / n.
+    owners = take(state.ref_counts, jnp.maximum(table, 0)).astype(jnp.float32)
+    parts = jnp.where(has_block, 1 / jnp.maximum(owners, 1), 0)
+    num_used = jnp.round(jnp.sum(parts)).astype(jnp.int32)
+    num_shared = jnp.sum(has_block, dtype=jnp.int32) - num_used
+    whole = jnp.sum(num_blocks_per_row(state)) - num_shared
+    return whole * len(state.windows)
 

@@ -14,6 +14,8 @@ from jpaged import engine, load_model
 from jpaged.kv import block_manager, cache_groups
 from jpaged.params import SamplingParams
 from tests.engine.engine_test import STEPS
+from tests.engine.walk_test import CONFIG as WALK
+from tests.engine.walk_test import walk_randomly, walk_with_all_events
 from tests.models.families_test import write_case
 from tests.support.engine.configs import OneSizeConfig
 from tests.support.engine.oracle import differences, generate, naive
@@ -30,6 +32,8 @@ BASE = OneSizeConfig(
     max_num_batched_tokens=8,
     max_num_requests=16,
 )
+# Llamas with windows: the layers without one.
+WINDOWS = {"all_windows": (), "three_groups": (1,)}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,12 @@ def load(tmp_path_factory):
 
     def load_named(name):
         if name not in loaded:
-            if name == "all_windows":
-                model = load_model(checkpoints.write_tiny_llama(root / name))
-                model.config = dataclasses.replace(model.config, sliding_window=WINDOW)
+            if name in WINDOWS:
+                folder = checkpoints.write_tiny_llama(root / name, num_hidden_layers=3)
+                model = load_model(folder)
+                model.config = dataclasses.replace(
+                    model.config, sliding_window=WINDOW, full_layers=WINDOWS[name]
+                )
             else:
                 model = load_model(write_case(root / name, name))
             loaded[name] = model
@@ -87,3 +94,27 @@ def test_tokens_are_those_of_a_loop_in_the_smallest_pool(load, name, cached):
     state, results = generate(model, config, prompts, params)
     assert differences(state, results, expected) == []
     assert int(state.counters.num_preemptions) > 0
+
+
+def walk_config(model):
+    """A pool for one sequence of the greatest length, and too small a host pool."""
+    found = cache_groups.layer_groups(model.config.windows, WALK.max_model_len).windows
+    config = dataclasses.replace(WALK, group_windows=found)
+    least = cache_groups.blocks_of_length(
+        found, WALK.block_size, WALK.max_model_len, config.largest_chunk
+    )
+    return dataclasses.replace(
+        config, num_blocks=least, num_swap_blocks=2 * least // 3
+    )
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_walk_with_all_events(load, name):
+    model = load(name)
+    walk_with_all_events(model, walk_config(model))
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_random_walks_leave_the_groups_sound(load, name):
+    model = load(name)
+    walk_randomly(model, walk_config(model), max_examples=5)

@@ -358,8 +358,10 @@ class EngineConfig:
     def largest_chunk(self) -> int:
         """Largest number of tokens that a row computes in one step."""
         return max(
-            min(self.max_prompt_chunk or self.max_num_batched_tokens,
-                self.max_num_batched_tokens),
+            min(
+                self.max_prompt_chunk or self.max_num_batched_tokens,
+                self.max_num_batched_tokens,
+            ),
             1 + self.num_drafts,
         )
 

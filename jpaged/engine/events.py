@@ -73,8 +73,10 @@ def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
     used = num_blocks - block_manager.num_free_blocks(blocks)
     if cache_groups.has_windows(blocks.windows):
         unshared = cache_groups.num_entries(blocks)
-        unfilled = jnp.sum(remainder(-blocks.context_lens, blocks.block_size))
-        stored = unshared * blocks.block_size - unfilled * len(blocks.windows)
+        # Only the last block of a row in each group may have free slots.
+        full = cdiv(blocks.context_lens, blocks.block_size) * blocks.block_size
+        unfilled = jnp.sum(full - blocks.context_lens) * len(blocks.windows)
+        stored = unshared * blocks.block_size - unfilled
     else:
         unshared = jnp.sum(cdiv(blocks.context_lens, blocks.block_size))
         stored = jnp.sum(blocks.context_lens)

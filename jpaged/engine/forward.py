@@ -104,7 +104,7 @@ def run_trunk(
     implementation = config.attention
     if config.cascade:
         inputs = _with_shared_prefixes(inputs, config.block_size)
-    pages_of = _pages_of_layers(model, cache, inputs, config)
+    pages_of = _pages_of_layers(model, inputs, config)
 
     def attend(
         layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
@@ -160,14 +160,12 @@ def last_hidden(hidden: Any) -> jax.Array:
 
 
 def _pages_of_layers(
-    model: Decoder, cache: KVCache, inputs: StepInputs, config: EngineConfig
+    model: Decoder, inputs: StepInputs, config: EngineConfig
 ) -> Callable[[Any], tuple[Any, jax.Array, jax.Array]]:
     """Return a function of a layer: its index in the pages, block tables and slots."""
     tables, slots = inputs.block_tables, inputs.slot_mapping
     if len(config.group_windows) == 1:
         return lambda layer: (layer, tables, slots)
-    if cache.k_pages.shape[0] == model.config.num_layers:  # of a draft model
-        return lambda layer: (layer, tables[0], slots[0])
     found = cache_groups.layer_groups(model.config.windows, config.max_model_len)
 
     def pages_of(layer: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -231,7 +229,7 @@ def _decode_inputs(
 
 
 def _tables(blocks: BlockState, rows: jax.Array) -> jax.Array:
-    """Return the block tables of `rows`: i32[S, M], or i32[G, S, M] of several groups."""
+    """Return the tables of `rows`: i32[S, M], or i32[G, S, M] of several groups."""
     tables, number = blocks.block_tables[rows], len(blocks.windows)
     return tables if number == 1 else cache_groups.tables_by_group(tables, number)
 

@@ -142,7 +142,7 @@ def _make_state(
         host = HostPool(
             blocks=init_host_blocks(config),
             cache=make_cache(sizes, is_host=True),
-            draft_cache=make_cache(draft_sizes, is_host=True, is_grouped=False),
+            draft_cache=make_cache(draft_sizes, is_host=True),
         )
     known_blocks = None
     if config.enable_prefix_caching:
@@ -159,7 +159,7 @@ def _make_state(
         blocks=init_blocks(config),
         prefix_cache=known_blocks,
         cache=make_cache(sizes),
-        draft_cache=make_cache(draft_sizes, is_grouped=False),
+        draft_cache=make_cache(draft_sizes),
         host=host,
         counters=_init_counters(config),
         timeline=events.init_timeline(config),
@@ -176,22 +176,14 @@ def _make_cache(
     mesh: Mesh | None,
     sizes: ModelConfig | None,
     is_host: bool = False,
-    is_grouped: bool = True,
 ) -> KVCache | None:
-    """Create the pages of all replicas for a model of `sizes`; None without a model.
-
-    The layers of a draft model are not grouped: all use the first group's table.
-    """
+    """Create the pages of all replicas for a model of `sizes`; None without a model."""
     if sizes is None:
         return None
     tensor = 1 if mesh is None else mesh.shape["tensor"]
-    num_layers = sizes.num_layers
-    if is_grouped and len(config.group_windows) > 1:
-        found = cache_groups.layer_groups(sizes.windows, config.max_model_len)
-        num_layers = found.num_layers
     num_blocks = config.num_swap_blocks if is_host else config.num_blocks
     return kv_cache.init_kv_cache(
-        num_layers=num_layers,
+        num_layers=layers_of_block(sizes, config),
         num_blocks=parallel.num_replicas(mesh) * num_blocks,
         memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
         num_kv_heads=parallel.stored_kv_heads(sizes.num_kv_heads, tensor),
@@ -224,6 +216,13 @@ def init_host_blocks(config: EngineConfig) -> BlockState:
     )
 
 
+def layers_of_block(model: ModelConfig, config: EngineConfig) -> int:
+    """Return the layers whose keys and values a block stores: those of a group."""
+    if len(config.group_windows) == 1:
+        return model.num_layers
+    return cache_groups.layer_groups(model.windows, config.max_model_len).num_layers
+
+
 def _check_groups(model: Model | None, config: EngineConfig) -> None:
     windows = config.group_windows
     if model is None or windows == (None,):
@@ -234,10 +233,10 @@ def _check_groups(model: Model | None, config: EngineConfig) -> None:
         raise ValueError(
             f"group_windows: expected (None,), or the model's {found}, got {windows}"
         )
-    if isinstance(model, DraftedModel) and windows[0] is not None:
+    if isinstance(model, DraftedModel):
         raise ValueError(
-            "group_windows: expected (None,) with a draft model, because no layer of "
-            f"the target keeps all tokens, got {windows}"
+            "group_windows: expected (None,) with a draft model, whose layers use the "
+            f"table of the target's, got {windows}"
         )
 
 

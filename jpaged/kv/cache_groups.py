@@ -54,8 +54,8 @@ def layer_groups(windows: Sequence[int | None], max_model_len: int) -> LayerGrou
       max_model_len: tokens of the longest sequence; a window that is not shorter is
         none.
 
-    >>> layer_groups([8, None, 8, None], 32)
-    LayerGroups(windows=(None, 8), num_layers=2, groups=(1, 0, 1, 0), indices=(0, 0, 1, 1))
+    >>> layer_groups([8, None, 8], 32)
+    LayerGroups(windows=(None, 8, 8), num_layers=1, groups=(1, 0, 2), indices=(0, 0, 0))
     >>> layer_groups([8, 8, 8, 8, 8, None], 32).windows
     (None, 8, 8, 8, 8, 8)
     >>> layer_groups([8, 8], 32)
@@ -75,6 +75,15 @@ def layer_groups(windows: Sequence[int | None], max_model_len: int) -> LayerGrou
             indices[layer] = number % size
         found += [window] * cdiv(len(kinds[window]), size)
     return LayerGroups(tuple(found), size, tuple(groups), tuple(indices))
+
+
+def choose_groups(
+    windows: Sequence[int | None], max_model_len: int, is_grouped: bool = True
+) -> LayerGroups:
+    """Return `layer_groups`, or one group of all layers without a window."""
+    if is_grouped:
+        return layer_groups(windows, max_model_len)
+    return layer_groups([None] * len(windows), max_model_len)
 
 
 def _group_size(counts: list[int]) -> int:
@@ -334,4 +343,3 @@ def num_single_table_blocks(state: BlockState) -> jax.Array:
     num_shared = jnp.sum(has_block, dtype=jnp.int32) - num_used
     whole = jnp.sum(num_blocks_per_row(state)) - num_shared
     return whole * len(state.windows)
-

@@ -42,8 +42,8 @@ def init_companions(num_blocks: int, num_groups: int) -> Companions | None:
         return None
     if num_blocks * (num_groups - 1) >= 2**31:
         raise ValueError(
-            f"num_blocks: expected less than 2**31 / {num_groups - 1} (keys are int32), "
-            f"got {num_blocks}"
+            f"num_blocks: expected less than 2**31 / {num_groups - 1}, because keys "
+            f"are int32, got {num_blocks}"
         )
     return Companions(
         blocks=jnp.full((num_blocks, num_groups - 1), NO_BLOCK, jnp.int32),
@@ -130,9 +130,7 @@ def drop_companions(companions: Companions, is_dropped: jax.Array) -> Companions
     is_any = owners != NO_BLOCK
     owner = floor_div(jnp.maximum(owners, 0), number)
     is_gone = is_any & (is_dropped | is_dropped[owner])
-    return dataclasses.replace(
-        companions, owners=jnp.where(is_gone, NO_BLOCK, owners)
-    )
+    return dataclasses.replace(companions, owners=jnp.where(is_gone, NO_BLOCK, owners))
 
 
 def groups_of(companions: Companions) -> jax.Array:
@@ -157,10 +155,10 @@ def limit_to_windows(
       depths: i32[B], nodes of each path.
 
     Returns:
-      Block tables of all groups i32[B, G * M] and i32[B], blocks of the prefix. In front
-      of a window the entries are NO_BLOCK.
+      Block tables of all groups i32[B, G * M] and i32[B], blocks of the prefix. In
+      front of a window the entries are NO_BLOCK.
     """
-    num_rows, width = paths.shape
+    width = paths.shape[1]
     column = jnp.arange(width, dtype=jnp.int32)
     tables = [paths]
     if companions is not None:

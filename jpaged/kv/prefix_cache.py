@@ -244,9 +244,7 @@ def evict(
 
     carry = (cache.parents, cache.uses, cache.companions)
     parents, uses, companions = when(count > 0, remove, carry)
-    return dataclasses.replace(
-        cache, parents=parents, uses=uses, companions=companions
-    )
+    return dataclasses.replace(cache, parents=parents, uses=uses, companions=companions)
 
 
 def forget(cache: PrefixCache, blocks: jax.Array) -> PrefixCache:

@@ -43,6 +43,9 @@ def llm_stats(
         "num_blocks": num_blocks,
         "block_size": host.config.block_size,
         "kv_bytes": block_bytes * num_blocks,
+        "num_cache_groups": len(host.config.group_windows),
+        "max_used_kv_bytes": block_bytes * host.counters["max_used_blocks"],
+        "kv_bytes_single_table": block_bytes * _single_table_blocks(host.counters),
         "num_free_blocks": int(num_free_blocks.sum()),
         "num_cached_blocks": int(num_cached_blocks.sum()),
         **_engine_stats(host.counters),
@@ -75,6 +78,11 @@ def replica_stats(host: EngineHost, batcher: Batcher) -> list[Stats]:
         }
         for replica in range(host.num_replicas)
     ]
+
+
+def _single_table_blocks(counters: Mapping[str, Any]) -> int:
+    """Return the blocks that one table for all layers would have used."""
+    return counters.get("single_table_blocks", counters["max_used_blocks"])
 
 
 def _engine_stats(counters: Mapping[str, Any]) -> Stats:

@@ -81,14 +81,14 @@ def requests(model, count=6):
 def test_tokens_are_those_of_a_loop_in_the_smallest_pool(load, name, cached):
     model = load(name)
     config = grouped(model)
-    assert set(config.group_windows) == ({WINDOW} if name == "all_windows" else {None, WINDOW})
+    assert set(config.group_windows) == (
+        {WINDOW} if name == "all_windows" else {None, WINDOW}
+    )
     # The longest sequence fits and no further block.
     least = cache_groups.blocks_of_length(
         config.group_windows, SIZE, 60, config.largest_chunk
     )
-    config = dataclasses.replace(
-        config, num_blocks=least, enable_prefix_caching=cached
-    )
+    config = dataclasses.replace(config, num_blocks=least, enable_prefix_caching=cached)
     prompts, params = requests(model)
     expected = naive(model, prompts, params, max_model_len=MAX_LEN)
     state, results = generate(model, config, prompts, params)
@@ -103,9 +103,7 @@ def walk_config(model):
     least = cache_groups.blocks_of_length(
         found, WALK.block_size, WALK.max_model_len, config.largest_chunk
     )
-    return dataclasses.replace(
-        config, num_blocks=least, num_swap_blocks=2 * least // 3
-    )
+    return dataclasses.replace(config, num_blocks=least, num_swap_blocks=2 * least // 3)
 
 
 @pytest.mark.parametrize("name", WINDOWS)

@@ -94,7 +94,9 @@ class Walk:
         self.run(FOREVER)
         self.check()
         assert not engine.has_work(self.state)
-        assert block_manager.num_free_blocks(self.state.blocks) == self.config.num_blocks
+        assert (
+            block_manager.num_free_blocks(self.state.blocks) == self.config.num_blocks
+        )
         # Blocks are free or cached, and the host pool is empty.
         assert int(self.state.host.blocks.ref_counts.sum()) == 0
         cached = prefix_cache.is_cached(self.state.prefix_cache)

@@ -28,7 +28,6 @@ from jpaged.config import EngineConfig
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
 from jpaged.engine.state import layers_of_block
-from jpaged.kv.cache_groups import has_windows
 from jpaged.models import scoring
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
@@ -804,19 +803,12 @@ class LLM(VllmMethods):
                 f"dtype={self.model.config.dtype!r}, "
                 f"num_blocks={self.config.num_blocks}, "
                 f"block_size={self.config.block_size}, "
-                f"{self._groups()}"
+                f"{stats.group_windows(self.model.config, self.config)}"
                 f"max_num_seqs={self.config.max_num_seqs}, "
                 f"max_model_len={self.config.max_model_len}, "
                 f"attention={stats.attention_name(self.config)!r}"
             )
         return f"LLM({self._name!r}, {sizes})"
-
-    def _groups(self) -> str:
-        """Return the windows of the cache groups, for a model with windows."""
-        if not has_windows(self.model.config.windows):
-            return ""
-        windows = self.config.group_windows
-        return f"group_windows={windows if has_windows(windows) else 'off'}, "
 
     def _open_host(self) -> EngineHost:
         """Return the engine; raise RuntimeError if the LLM is closed."""

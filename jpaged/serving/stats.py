@@ -10,6 +10,8 @@ from typing import Any
 
 from jpaged.attention import backends
 from jpaged.config import EngineConfig
+from jpaged.kv import cache_groups
+from jpaged.models.config import ModelConfig
 from jpaged.serving.batcher import Batcher
 from jpaged.serving.engine_host import EngineHost
 
@@ -19,6 +21,14 @@ Stats = dict[str, Any]  # numbers, and the name of the attention backend
 def attention_name(config: EngineConfig) -> str:
     """Return the name of the backend whose kernels serve."""
     return backends.serving_name(config.attention)
+
+
+def group_windows(model: ModelConfig, config: EngineConfig) -> str:
+    """Return the windows of the cache groups for `repr`; empty without windows."""
+    if not cache_groups.has_windows(model.windows):
+        return ""
+    windows: Any = config.group_windows
+    return f"group_windows={windows if cache_groups.has_windows(windows) else 'off'}, "
 
 
 def llm_stats(

@@ -322,7 +322,8 @@ def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
     return (
         "config: expected the saved max_model_len, max_num_requests, "
         "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata, "
-        f"group_windows, algorithms and processors, got other fields (saved, given): {differ}"
+        "group_windows, algorithms and processors, got other fields (saved, given): "
+        f"{differ}"
     )
 
 

@@ -48,7 +48,7 @@ def outputs(llm: LLM) -> list:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 64, n).tolist() for n in (5, 40, 90, 17, 60)]
     pinned = llm.pin(prompts[2][:30])
-    prompts += [prompts[2][:80] + [1, 2, 3], prompts[2][:30] + [7]]
+    prompts += [[*prompts[2][:80], 1, 2, 3], [*prompts[2][:30], 7]]
     greedy = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     params = [
         SamplingParams(temperature=0.0, max_tokens=60, prompt_logprobs=1),

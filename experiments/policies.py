@@ -165,7 +165,7 @@ def skewed_requests(count: int, longest: int, seed: int) -> Workload:
 def with_users_and_deadlines(
     workload: Workload, alone_s: np.ndarray, seed: int
 ) -> Workload:
-    """The requests with four users, one of whom sends half, and with deadlines."""
+    """Returns the requests with deadlines and four users, one of which sends half."""
     rng = np.random.default_rng(seed)
     users = rng.choice(4, len(workload), p=[0.5, 0.2, 0.2, 0.1])
     slack = rng.uniform(2, 20, len(workload))

@@ -14,8 +14,8 @@ the next epoch. For each n, three ways to ask for the samples run in one LLM:
 
 The second epoch samples again from the same weights (several updates on one batch, or
 evaluation), where the prefix cache has the prompts; the third after `update_weights`,
-which must compute them anew, because their keys and values are of other weights. The
-last line of stdout is one JSON object.
+where the prompts must be computed again, because the cached keys and values belong to
+the old weights. The last line of stdout is one JSON object.
 
 Time: about two minutes on two CPU cores, mostly for compilation.
 """

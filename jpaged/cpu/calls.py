@@ -8,6 +8,7 @@ writes outside of its arrays.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,17 +73,18 @@ def write_kv(
     pools: Pools, new: NewTokens, slot_mapping: jax.Array, layer: Any
 ) -> Pools:
     """Return the pools with new tokens at slots i32`[T]`, updated in place."""
-    stacked, block_size = _stacked(pools, layer), pools.k.shape[-2]
+    block_size = pools.k.shape[-2]
     where = slot_mapping.astype(jnp.int32), layer_index(layer).reshape(1)
 
-    def write(k_pages: Any, v_pages: Any, k: Any, v: Any) -> list[jax.Array]:
-        call = _in_place("write_kv", k_pages, v_pages)
-        return list(call(k_pages, v_pages, k, v, *where, block_size=block_size))
+    def write(pages: tuple[Any, Any], values: tuple[Any, Any]) -> list[jax.Array]:
+        call = _in_place("write_kv", *pages, stacked=pools.k.ndim == 5)
+        return call(*pages, *values, *where, block_size=block_size)
 
-    written = write(stacked.k, stacked.v, new.k, new.v)
-    if stacked.k_scale is not None:
-        written += write(stacked.k_scale, stacked.v_scale, new.k_scale, new.v_scale)
-    return _shaped_like(pools, written)
+    written = write((pools.k, pools.v), (new.k, new.v))
+    if pools.k_scale is None:
+        return Pools(*written)
+    scales = (pools.k_scale, pools.v_scale), (new.k_scale, new.v_scale)
+    return Pools(*written, *write(*scales))
 
 
 def copy_blocks(pools: Pools, src: jax.Array, dst: jax.Array, layer: Any) -> Pools:
@@ -90,19 +92,17 @@ def copy_blocks(pools: Pools, src: jax.Array, dst: jax.Array, layer: Any) -> Poo
 
     Stacked pools without `layer` copy the blocks in every layer.
     """
-    is_stacked = pools.k.ndim == 5
-    stacked = _stacked(pools, 0 if is_stacked else None)
     layers = jnp.zeros((0,), jnp.int32) if layer is None else layer_index(layer)
     where = src.astype(jnp.int32), dst.astype(jnp.int32), layers.reshape(-1)
 
-    def copy(k_pages: Any, v_pages: Any) -> list[jax.Array]:
-        call = _in_place("copy_blocks", k_pages, v_pages)
-        return list(call(k_pages, v_pages, *where))
+    def copy(*pages: Any) -> list[jax.Array]:
+        call = _in_place("copy_blocks", *pages, stacked=pools.k.ndim == 5)
+        return call(*pages, *where)
 
-    copied = copy(stacked.k, stacked.v)
-    if stacked.k_scale is not None:
-        copied += copy(stacked.k_scale, stacked.v_scale)
-    return _shaped_like(pools, copied)
+    copied = copy(pools.k, pools.v)
+    if pools.k_scale is None:
+        return Pools(*copied)
+    return Pools(*copied, *copy(pools.k_scale, pools.v_scale))
 
 
 def matmul(
@@ -242,14 +242,18 @@ def _check_product(
         )
 
 
-def _in_place(name: str, *pools: jax.Array) -> Any:
-    """Return the call of a kernel whose results are its first operands, updated."""
-    return jax.ffi.ffi_call(
+def _in_place(name: str, *pools: jax.Array, stacked: bool) -> Any:
+    """Return the call of a kernel whose results are its first operands, updated.
+
+    The pools keep their shape: a reshape before the call makes XLA copy them in loops.
+    """
+    call = jax.ffi.ffi_call(
         library.target(name),
         [jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
         input_output_aliases={index: index for index in range(len(pools))},
         vmap_method="sequential",
     )
+    return functools.partial(call, stacked=int(stacked))
 
 
 def _stacked(pools: Pools, layer: Any) -> Pools:
@@ -257,10 +261,3 @@ def _stacked(pools: Pools, layer: Any) -> Pools:
     if layer is not None:
         return pools
     return jax.tree.map(lambda pool: pool.reshape(1, *pool.shape), pools)
-
-
-def _shaped_like(pools: Pools, arrays: list[jax.Array]) -> Pools:
-    given = [pool for pool in pools if pool is not None]
-    return Pools(
-        *(array.reshape(pool.shape) for array, pool in zip(arrays, given, strict=True))
-    )

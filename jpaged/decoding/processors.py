@@ -96,7 +96,7 @@ class LogitsProcessor:
 
     Raises:
       ValueError: a function is not callable, `init` and `update` do not come together,
-        or a parameter is no number or array of finite numbers.
+        or a parameter is neither a finite number nor an array of finite numbers.
     """
 
     function: Callable[..., jax.Array]

@@ -127,8 +127,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = settled(x).astype(jnp.float32)
     variance = invariant.mean(jnp.square(wide))
     normed = wide * jax.lax.rsqrt(variance + eps)
-    normed = settled(normed.astype(jnp.promote_types(x.dtype, weight.dtype)))
-    weight = jnp.expand_dims(weight, range(x.ndim - 1))
+    wider = max(x.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+    normed = settled(normed.astype(wider))
+    weight = jnp.expand_dims(weight.astype(wider), range(x.ndim - 1))
     return settled((normed * weight).astype(x.dtype))
 
 

@@ -247,7 +247,7 @@ class EngineRunner:
             max_steps = distributed.number_of_process_0(max_steps)
         num_rows, num_tokens = self._load()
         self.wait(self.prepare(used, num_rows, num_tokens))
-        self._limit_tokens(num_tokens)
+        self._limit_tokens(used, num_tokens)
         first = self.replica_counters["num_steps"]
         start = self.clock()
         self.state = self._stepper.run(
@@ -269,9 +269,9 @@ class EngineRunner:
             self.log.add(slices, timelines, self.config.max_num_requests)
         return progress
 
-    def _limit_tokens(self, wanted: int) -> None:
+    def _limit_tokens(self, used: Features, wanted: int) -> None:
         """Let the scheduler plan only steps for which a program is compiled."""
-        most = self._stepper.max_num_tokens(self.state, wanted)
+        most = self._stepper.max_num_tokens(self.state, used, wanted)
         if most == self._max_num_tokens:
             return
         self._max_num_tokens = most

@@ -162,24 +162,30 @@ class Stepper:
             ]
         return [self._start(key, state) for key in keys]
 
-    def max_num_tokens(self, state: EngineState, wanted: int) -> int:
+    def max_num_tokens(self, state: EngineState, used: Features, wanted: int) -> int:
         """Return the tokens of the largest step that need not wait for a compiler.
 
         Args:
           state: the engine's state.
+          used: features of the load.
           wanted: tokens that the load has; a program for as many is compiled beside the
             run.
         """
         most = state.config.max_num_batched_tokens
         if self._is_shared:
             return most
+        seen = _seen(used)
         largest = max(
-            (key.size for key in self.compiled.keys() if key.name == "trunk"),
+            (
+                key.size
+                for key in self.compiled.keys()
+                if key.name == "trunk" and key.used == seen
+            ),
             default=most,
         )
         if largest < min(wanted, most):
             size = _fit(state.config.token_buckets, min(wanted, most))
-            self._start(_key("trunk", size, GREEDY, state), state)
+            self._start(_key("trunk", size, seen, state), state)
         return largest
 
     # ---- steps

@@ -55,7 +55,9 @@ LLM_ARGUMENTS: Mapping[str, Foreign] = {
     "disable_log_stats": Foreign((True, False)),  # they are counted, never logged
     "disable_custom_all_reduce": Foreign((True, False)),  # XLA's collectives
     "use_v2_block_manager": Foreign((True,), instead=_LEAVE_OUT),
-    "use_tqdm_on_load": Foreign((True, None), instead="set LLM(progress=False)"),
+    "use_tqdm_on_load": Foreign(
+        (True, None), instead="leave it out: the bar disappears when loading is done"
+    ),
     "enable_chunked_prefill": _no(True, None, instead=_CHUNKS),
     # sizes of parallelism; see `llm_arguments`
     "pipeline_parallel_size": _no(

@@ -74,9 +74,9 @@ class WholeStepper:
         self.compiled.start(key, lambda: Program(name, run, args, (1,)))
         return key
 
-    def max_num_tokens(self, state: EngineState, wanted: int) -> int:
+    def max_num_tokens(self, state: EngineState, used: Features, wanted: int) -> int:
         """Return the tokens of the largest step, see `Stepper`."""
-        del wanted
+        del used, wanted
         return state.config.max_num_batched_tokens
 
     def run(

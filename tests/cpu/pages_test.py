@@ -41,18 +41,21 @@ def test_donated_pools_are_updated_in_their_own_memory(dtype):
     check_in_place("cpu", dtype)
 
 
-def test_the_compiled_text_of_a_loop_over_layers_copies_no_pool():
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("name", ["write_kv", "copy_blocks"])
+def test_the_compiled_text_of_a_loop_copies_no_pool(name, stacked):
     shape, tokens = (3, 256, 2, 16, 64), jnp.ones((8, 2, 64))
 
     def update(k_pages, v_pages, slots):
-        def body(layer, pools):
-            return write_kv(
-                *pools, tokens, tokens, slots, layer=layer, implementation="cpu"
-            )
+        def body(index, pools):
+            options = dict(layer=index if stacked else None, implementation="cpu")
+            if name == "copy_blocks":
+                return copy_blocks(*pools, slots, slots + 8, **options)
+            return write_kv(*pools, tokens, tokens, slots, **options)
 
         return jax.lax.fori_loop(0, 3, body, (k_pages, v_pages))
 
-    pool = jax.ShapeDtypeStruct(shape, jnp.float32)
+    pool = jax.ShapeDtypeStruct(shape[not stacked :], jnp.float32)
     slots = jax.ShapeDtypeStruct((8,), jnp.int32)
     program = jax.jit(update, donate_argnums=(0, 1)).lower(pool, pool, slots).compile()
     assert copies_of(program.as_text(), np.prod(shape[1:])) == []
@@ -150,19 +153,26 @@ def test_the_kernels_check_shapes_and_dtypes():
         function = jax.ffi.ffi_call(library.target(target), pools)
         return jax.block_until_ready(function(*arguments, **options))
 
-    call("write_kv", pages, pages, tokens, tokens, slots, layer, block_size=4)
-    for k, where, size in (
-        (tokens[:, :1], slots, 4),
-        (tokens[..., :7], slots, 4),
-        (tokens.astype(jnp.int8), slots, 4),
-        (tokens, slots[:4], 4),
-        (tokens, slots, 5),
-        (tokens, slots, 0),
+    def write(k, where, **options):
+        call("write_kv", pages, pages, k, tokens, where, layer, **options)
+
+    write(tokens, slots, block_size=4, stacked=1)
+    for k, where, size, stacked in (
+        (tokens[:, :1], slots, 4, 1),
+        (tokens[..., :7], slots, 4, 1),
+        (tokens.astype(jnp.int8), slots, 4, 1),
+        (tokens, slots[:4], 4, 1),
+        (tokens, slots, 5, 1),
+        (tokens, slots, 0, 1),
+        (tokens, slots, 4, 0),
+        (tokens, slots, 4, 2),
+        (tokens, slots, 4, -1),
     ):
         with pytest.raises(Exception, match="write_kv: pages and values do not fit"):
-            call("write_kv", pages, pages, k, tokens, where, layer, block_size=size)
-    with pytest.raises(Exception, match="copy_blocks: pages and pairs do not fit"):
-        call("copy_blocks", pages, pages, slots, slots[:4], layer)
+            write(k, where, block_size=size, stacked=stacked)
+    for where, stacked in ((slots[:4], 1), (slots, 0), (slots, -1), (slots, 6)):
+        with pytest.raises(Exception, match="copy_blocks: pages and pairs do not fit"):
+            call("copy_blocks", pages, pages, slots, where, layer, stacked=stacked)
 
 
 def test_gradients_of_writes_equal_those_of_xla():

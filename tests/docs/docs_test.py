@@ -245,8 +245,10 @@ def flags_used(line: str) -> set[str]:
 
 
 @pytest.mark.parametrize("where", DOCUMENTS)
-def test_python_blocks_run(where, tmp_path, monkeypatch):
+def test_python_blocks_run(where, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    # A document may set the level; it is set back at the end.
+    caplog.set_level("INFO", logger="jpaged")
     # optax relies on JAX's usual promotion, which users have.
     with jax.numpy_dtype_promotion("standard"):
         run_blocks(where)

@@ -30,6 +30,7 @@ SHAPE = AttentionShape(
     [
         "reference",
         "xla",
+        "cpu",
         "jax_contiguous",
         "torch_sdpa",
         "torch_flex",

@@ -26,6 +26,7 @@ from experiments.lib.attention.cases import (
 )
 from jpaged import attention
 from jpaged.attention import backends
+from jpaged.cpu import library
 from jpaged.pages import quantised as quantised_pages
 
 
@@ -75,6 +76,11 @@ def needs_backend(backend: str, *modules: str) -> str | None:
     return missing_modules(*modules)
 
 
+def needs_cpu_kernels() -> str | None:
+    """Returns None, or why this process cannot run the C++ kernels."""
+    return needs_backend("cpu") or library.problem()
+
+
 # For each: how it is built, and why it cannot run on this machine (None: it can).
 CONTENDERS: dict[
     str,
@@ -82,6 +88,7 @@ CONTENDERS: dict[
 ] = {
     "reference": (_paged("reference"), lambda: None),
     "xla": (_paged("xla"), lambda: None),
+    "cpu": (_paged("cpu"), needs_cpu_kernels),
     "mosaic_tpu": (_paged("mosaic_tpu"), lambda: needs_backend("tpu")),
     "mosaic_gpu": (_paged("mosaic_gpu"), lambda: needs_backend("gpu")),
     "triton": (_paged("triton"), lambda: needs_backend("gpu", "jax_triton")),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lib.attention.cases import median_seconds, repeat
-from experiments.lib.attention.contenders import needs_backend
+from experiments.lib.attention.contenders import needs_backend, needs_cpu_kernels
 from jpaged import attention
 from jpaged.arithmetic import cdiv
 from jpaged.attention import backends
@@ -52,6 +52,7 @@ class PageUpdate:
 # "mosaic_gpu" updates pages by XLA.
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "xla": lambda: None,
+    "cpu": needs_cpu_kernels,
     "mosaic_tpu": lambda: needs_backend("tpu"),
     "triton": lambda: needs_backend("gpu", "jax_triton"),
 }

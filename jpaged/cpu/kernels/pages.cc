@@ -2,7 +2,7 @@
 //
 // The pools are operands that alias the results, so XLA copies nothing. Numbers are moved
 // as bytes: pages and values have the same type. Pools come in pairs, keys and values or
-// their scales; each is [L, N, K, ...].
+// their scales; each is [L, N, K, ...] if `stacked` is 1, and [N, K, ...] if it is 0.
 #include "common.h"
 
 namespace jpaged {
@@ -23,14 +23,22 @@ inline int64_t ItemSize(ffi::DataType type) {
   }
 }
 
+// The dimensions of one layer of pages.
+inline ffi::Span<const int64_t> OfLayer(ffi::AnyBuffer pages, int64_t stacked) {
+  const auto all = pages.dimensions();
+  return {all.begin() + stacked, all.size() - stacked};
+}
+
 // The pool of a result. If XLA gave it memory of its own, the operand is copied there.
-inline Pool PoolOf(ffi::AnyBuffer operand, ffi::Result<ffi::AnyBuffer> result) {
+inline Pool PoolOf(ffi::AnyBuffer operand, ffi::Result<ffi::AnyBuffer> result,
+                   int64_t stacked) {
   if (result->untyped_data() != operand.untyped_data())
     std::memcpy(result->untyped_data(), operand.untyped_data(), operand.size_bytes());
-  const auto dims = operand.dimensions();
-  Pool pool{static_cast<char*>(result->untyped_data()), dims[0], dims[1], dims[2], 0, 0};
+  const auto dims = OfLayer(operand, stacked);
+  Pool pool{static_cast<char*>(result->untyped_data()),
+            stacked ? operand.dimensions()[0] : 1, dims[0], dims[1], 0, 0};
   pool.head_bytes = ItemSize(operand.element_type());
-  for (size_t i = 3; i < dims.size(); ++i) pool.head_bytes *= dims[i];
+  for (size_t i = 2; i < dims.size(); ++i) pool.head_bytes *= dims[i];
   pool.block_bytes = pool.num_heads * pool.head_bytes;
   return pool;
 }
@@ -41,14 +49,21 @@ inline bool SameShape(ffi::AnyBuffer a, ffi::AnyBuffer b) {
          std::equal(ad.begin(), ad.end(), bd.begin(), bd.end());
 }
 
-// Whether values [T, K, ...] fit pages [L, N, K, P, ...] of blocks of block_size tokens.
+// Whether pages [N, K, P, D] or scales [N, K, P] have a known type.
+inline bool IsPool(ffi::AnyBuffer pages, int64_t stacked) {
+  const int64_t rank = pages.dimensions().size() - stacked;
+  return (stacked == 0 || stacked == 1) && rank >= 3 && rank <= 4 &&
+         ItemSize(pages.element_type());
+}
+
+// Whether values [T, K, ...] fit pages [N, K, P, ...] of blocks of block_size tokens.
 inline bool Fits(ffi::AnyBuffer pages, ffi::AnyBuffer values, size_t num_tokens,
-                 int64_t block_size) {
-  const auto pd = pages.dimensions(), vd = values.dimensions();
-  return pd.size() >= 4 && pd.size() <= 5 && vd.size() + 2 == pd.size() &&
-         size_t(vd[0]) == num_tokens && vd[1] == pd[2] &&
-         (pd.size() == 4 || pd[4] == vd[2]) && block_size >= 1 && pd[3] >= block_size &&
-         values.element_type() == pages.element_type() && ItemSize(pages.element_type());
+                 int64_t block_size, int64_t stacked) {
+  if (!IsPool(pages, stacked)) return false;
+  const auto pd = OfLayer(pages, stacked), vd = values.dimensions();
+  return vd.size() + 1 == pd.size() && size_t(vd[0]) == num_tokens && vd[1] == pd[1] &&
+         (pd.size() == 3 || pd[3] == vd[2]) && block_size >= 1 && pd[2] >= block_size &&
+         values.element_type() == pages.element_type();
 }
 
 // Writes values [T, K, ...] of one number or one vector for each head into slots.
@@ -79,9 +94,10 @@ inline ffi::Error WriteKv(ffi::ThreadPool threads, ffi::AnyBuffer k_pages,
                           ffi::AnyBuffer v_pages, ffi::AnyBuffer k, ffi::AnyBuffer v,
                           ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> layer,
                           ffi::Result<ffi::AnyBuffer> k_out,
-                          ffi::Result<ffi::AnyBuffer> v_out, int64_t block_size) {
-  if (!Fits(k_pages, k, slots.element_count(), block_size) ||
-      !Fits(v_pages, v, slots.element_count(), block_size) ||
+                          ffi::Result<ffi::AnyBuffer> v_out, int64_t block_size,
+                          int64_t stacked) {
+  if (!Fits(k_pages, k, slots.element_count(), block_size, stacked) ||
+      !Fits(v_pages, v, slots.element_count(), block_size, stacked) ||
       !SameShape(k_pages, *k_out) || !SameShape(v_pages, *v_out) ||
       layer.element_count() != 1)
     return ffi::Error::InvalidArgument("write_kv: pages and values do not fit");
@@ -91,8 +107,8 @@ inline ffi::Error WriteKv(ffi::ThreadPool threads, ffi::AnyBuffer k_pages,
       if (index >= 0 && index < pool.num_layers)
         WriteTokens(threads, pool, index, values, block_size, slots.typed_data());
     };
-    write(PoolOf(k_pages, k_out), k);
-    write(PoolOf(v_pages, v_out), v);
+    write(PoolOf(k_pages, k_out, stacked), k);
+    write(PoolOf(v_pages, v_out, stacked), v);
     return ffi::Error::Success();
   });
 }
@@ -128,10 +144,8 @@ inline ffi::Error CopyBlocks(ffi::ThreadPool threads, ffi::AnyBuffer k_pages,
                              ffi::AnyBuffer v_pages, ffi::Buffer<ffi::S32> src,
                              ffi::Buffer<ffi::S32> dst, ffi::Buffer<ffi::S32> layer,
                              ffi::Result<ffi::AnyBuffer> k_out,
-                             ffi::Result<ffi::AnyBuffer> v_out) {
-  const auto dims = k_pages.dimensions();
-  if (dims.size() < 4 || v_pages.dimensions().size() < 4 ||
-      !ItemSize(k_pages.element_type()) || !ItemSize(v_pages.element_type()) ||
+                             ffi::Result<ffi::AnyBuffer> v_out, int64_t stacked) {
+  if (!IsPool(k_pages, stacked) || !IsPool(v_pages, stacked) ||
       !SameShape(k_pages, *k_out) || !SameShape(v_pages, *v_out) ||
       src.element_count() != dst.element_count() || layer.element_count() > 1)
     return ffi::Error::InvalidArgument("copy_blocks: pages and pairs do not fit");
@@ -149,8 +163,8 @@ inline ffi::Error CopyBlocks(ffi::ThreadPool threads, ffi::AnyBuffer k_pages,
       if (!pairs.empty() && first >= 0 && end <= pool.num_layers)
         Copy(threads, pool, pairs, first, end);
     };
-    copy(PoolOf(k_pages, k_out));
-    copy(PoolOf(v_pages, v_out));
+    copy(PoolOf(k_pages, k_out, stacked));
+    copy(PoolOf(v_pages, v_out, stacked));
     return ffi::Error::Success();
   });
 }
@@ -169,7 +183,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedWriteKv, jpaged::pages::WriteKv,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("block_size"));
+                                  .Attr<int64_t>("block_size")
+                                  .Attr<int64_t>("stacked"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedCopyBlocks, jpaged::pages::CopyBlocks,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
@@ -179,4 +194,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedCopyBlocks, jpaged::pages::CopyBlocks,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("stacked"));

@@ -65,7 +65,7 @@ class Watermark:
       vocab_size: V of the model.
       bias: added to the logits of green tokens, after the temperature.
       share: share of tokens that are green, between 0 and 1.
-      secret: whoever knows it can detect the watermark; 0 to 2**32 - 1.
+      secret: the key, which `detect` needs too; 0 to 2**32 - 1.
       width: number of preceding tokens that choose the green tokens; 1 to 8.
 
     Raises:

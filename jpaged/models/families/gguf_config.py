@@ -93,7 +93,9 @@ def architecture_of(file: GGUFFile) -> Architecture:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     is_tower = name == "clip"
-    what = "a vision or audio tower without a language model" if is_tower else repr(name)
+    what = (
+        "a vision or audio tower without a language model" if is_tower else repr(name)
+    )
     raise ValueError(
         f"{file.path}: general.architecture: expected one of {sorted(ARCHITECTURES)}, "
         f"got {what}"

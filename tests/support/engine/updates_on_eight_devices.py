@@ -50,6 +50,7 @@ def main() -> None:
     }
     for axes in ({"tensor": 2}, {"data": 2, "tensor": 2}):
         llm = LLM(old, **SIZES, max_model_len=64, mesh=make_mesh(**axes))
+        llm.warm_up(PARAMS)  # otherwise programs are compiled beside the first calls
         run(llm)
         compiled = llm.stats()["num_compilations"]
         before = [leaf.sharding for leaf in jax.tree.leaves(llm.model)]

@@ -79,7 +79,7 @@ def test_tokens_of_all_features_are_those_of_one_table(options, full_layers):
     assert one_table["kv_bytes_single_table"] == one_table["max_used_kv_bytes"]
     assert groups["max_used_kv_bytes"] < groups["kv_bytes_single_table"]
     assert groups["num_preemptions"] < one_table["num_preemptions"]
-    assert groups["prefix_hit_ratio"] > 0.9 * one_table["prefix_hit_ratio"]
+    assert groups["prefix_hit_ratio"] > 0.7 * one_table["prefix_hit_ratio"]
 
 
 def test_sizes_and_groups_follow_from_the_model_and_the_memory(monkeypatch):

@@ -114,6 +114,8 @@ class EngineConfig:
       attention: backend of paged attention; None: the best for the platform.
       cascade: rows that share a prefix read its blocks together, where that is faster
         (`shared_prefix`).
+      group_windows: tokens that a query sees in each cache group, None: all
+        (`kv.cache_groups`). The default is one table for all layers.
       max_num_prefixes: pinned prefixes at the same time; each uses a row in addition to
         `max_num_seqs`, and its blocks.
       max_beam_width: rows of the widest beam search; 0 compiles none.
@@ -167,6 +169,7 @@ class EngineConfig:
     enable_prefix_caching: bool = False
     attention: str | None = None
     cascade: bool = False
+    group_windows: tuple[int | None, ...] = (None,)
     max_num_prefixes: int = 0
     max_beam_width: int = 0
     rules: RuleSizes | None = None
@@ -213,6 +216,7 @@ class EngineConfig:
         self._check_preemption()
         self._check_capacities()
         self._check_retention()
+        self._check_groups()
 
     def _check_policies(self) -> None:
         for kind in policies.KINDS:
@@ -283,6 +287,15 @@ class EngineConfig:
                     f"({self.max_num_seqs}) rows, got {num_rows} for {algorithm!r}"
                 )
 
+    def _check_groups(self) -> None:
+        windows = self.group_windows
+        is_known = isinstance(windows, tuple) and len(windows) > 0
+        if not is_known or any(w is not None and w < 1 for w in windows):
+            raise ValueError(
+                "group_windows: expected a tuple with None or at least 1 for each "
+                f"group, got {windows!r}"
+            )
+
     def _check_preemption(self) -> None:
         if self.preemption not in PREEMPTIONS:
             raise ValueError(
@@ -334,7 +347,7 @@ class EngineConfig:
 
     @property
     def max_blocks_per_seq(self) -> int:
-        """Width of the block tables."""
+        """Width of the block table of each cache group."""
         return cdiv(self.max_model_len, self.block_size)
 
     @property
@@ -370,6 +383,17 @@ class EngineConfig:
     def reads_clock(self) -> bool:
         """Whether a policy depends on the time."""
         return not self.columns_read.isdisjoint(("ages", "times_left"))
+
+    @property
+    def largest_chunk(self) -> int:
+        """Largest number of tokens that a row computes in one step."""
+        return max(
+            min(
+                self.max_prompt_chunk or self.max_num_batched_tokens,
+                self.max_num_batched_tokens,
+            ),
+            1 + self.num_drafts,
+        )
 
     @property
     def scheduler_params(self) -> policies.SchedulerParams:

@@ -27,6 +27,7 @@ from jpaged import compilation_cache
 from jpaged.config import EngineConfig
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
+from jpaged.engine.state import layers_of_block
 from jpaged.models import scoring
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
@@ -78,7 +79,8 @@ class LLM(VllmMethods):
       kv_dtype: dtype of keys and values in the pool; "auto" is the model's. "int8" and
         "fp8" store 8 bits per number, with a float32 scale per token and head.
       block_size: tokens per KV block.
-      num_blocks: blocks of the pool, per replica. None is what `max_num_seqs` sequences
+      num_blocks: blocks of the pool, per replica; a block stores `block_size` tokens of
+        all layers (see `cache_groups`). None is what `max_num_seqs` sequences
         of `max_model_len` tokens can fill, limited to `memory_fraction` of the device's
         free memory; on a CPU also limited to 1 GiB, or to the model's own size if that
         is more.
@@ -154,6 +156,11 @@ class LLM(VllmMethods):
         sequence alone: not on the batch, the chunks of prompts, the prefix cache, the
         block size or preemptions. They equal those of `model(tokens)` inside
         `jpaged.rl.batch_invariant()`. Slower, see docs/rollouts.md.
+      cache_groups: layers with a sliding window give blocks back as it moves. Layers
+        with different windows get block tables of their own, and each block of
+        `num_blocks` and `num_swap_blocks` is divided into one per table, which is what
+        `stats` counts. Changes no token, see docs/memory.md. Without effect if no
+        window is shorter than `max_model_len`, or with a draft model.
 
     The first call compiles a few small programs, and the first call with a feature
     (sampling, log-probabilities, beams, an algorithm) one more. Programs for other
@@ -216,6 +223,7 @@ class LLM(VllmMethods):
         eviction_parameters: Sequence[float] = (),
         budget_policy: str | BudgetPolicy = "decode_first",
         budget_parameters: Sequence[float] = (),
+        cache_groups: bool = True,
         retention: str | Retention | None = None,
     ):
         arguments = dict(locals())
@@ -724,6 +732,10 @@ class LLM(VllmMethods):
           num_finished_requests that ended by themselves.
         - num_lost_events: events that were overwritten before the host read them.
         - num_running: sequences with a batch row now.
+        - num_cache_groups: block tables of each sequence, see `LLM(cache_groups=...)`.
+          max_used_kv_bytes: bytes of the most blocks in use after a step.
+          kv_bytes_single_table: what they would have been then if all layers had one
+          table.
 
         With several replicas, blocks, bytes, steps and tokens are sums, and shares are
         shares of the sums; `replica_stats` has them per replica.
@@ -734,6 +746,7 @@ class LLM(VllmMethods):
             self.config.block_size,
             self._kv_dtype,
             self.config.attention,
+            num_layers=layers_of_block(self.model.config, self.config),
         )
         return stats.llm_stats(
             host, self._batcher, size, self._intake.num_prompt_tokens
@@ -795,6 +808,7 @@ class LLM(VllmMethods):
                 f"dtype={self.model.config.dtype!r}, "
                 f"num_blocks={self.config.num_blocks}, "
                 f"block_size={self.config.block_size}, "
+                f"{stats.group_windows(self.model.config, self.config)}"
                 f"max_num_seqs={self.config.max_num_seqs}, "
                 f"max_model_len={self.config.max_model_len}, "
                 f"attention={stats.attention_name(self.config)!r}"

@@ -34,7 +34,7 @@ from jpaged.engine.batch import Entries, StepBatch
 from jpaged.engine.request_table import NEVER, RequestTable
 from jpaged.engine.state import Counters, EngineState
 from jpaged.indexing import take
-from jpaged.kv import block_manager, prefix_cache, swap
+from jpaged.kv import block_manager, cache_groups, prefix_cache, swap
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.drops import computed_lens, intact_rows, references_of
 from jpaged.kv.prefix_cache import Eviction, PrefixCache
@@ -524,6 +524,8 @@ def fork_rows(
     inherits &= (shared > 0) & (take(blocks.context_lens, source_row) >= shared)
     if (intact := intact_rows(blocks)) is not None:
         inherits &= take(intact, source_row)
+    if cache_groups.has_windows(blocks.windows):
+        inherits &= cache_groups.has_windows_at(blocks, source_row, shared)
     blocks = block_manager.fork(blocks, jnp.where(inherits, source_row, parents))
     return block_manager.truncate(
         blocks, jnp.where(inherits, shared, blocks.context_lens)

@@ -54,14 +54,17 @@ def next_step(
       The state, the step, and bool[]: whether it is scheduled. Otherwise nothing
       changes, and `settle` and `begin_step` have to run.
     """
-    decodes = ~scheduler.idle_rows(state.requests.queue, state.rows)
+    queue = state.requests.queue
+    decodes = ~scheduler.idle_rows(queue, state.rows)
     retain = functools.partial(retaining.drop_due, state.requests, state.rows, config)
     if algorithms.config_algorithms(config):
         is_plain = ~unsettled.has_ended
         before = retain(block_manager.fork(state.blocks, unsettled.parents))
+        before = scheduler.release_windows(queue, state.rows, before)
         after, appended, fits = _append_copying(state.prefix_cache, before, decodes)
     else:
         is_plain, before = unsettled.is_settled, retain(state.blocks)
+        before = scheduler.release_windows(queue, state.rows, before)
         after, fits = block_manager.append_one(
             before, decodes, _kept(state.prefix_cache)
         )

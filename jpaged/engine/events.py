@@ -20,7 +20,7 @@ from jpaged import scheduler
 from jpaged.arithmetic import cdiv, remainder
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.kv import block_manager
+from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import BlockState
 from jpaged.scheduler import Queue
 
@@ -65,14 +65,24 @@ def init_timeline(config: EngineConfig) -> Timeline:
 
 
 def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Count used blocks, tokens in them, and blocks saved by sharing, i32[] each."""
+    """Count used blocks, tokens in them, and blocks saved by sharing, i32[] each.
+
+    A token counts once for each cache group that stores it.
+    """
     (num_blocks,) = blocks.ref_counts.shape
     used = num_blocks - block_manager.num_free_blocks(blocks)
-    unshared = jnp.sum(cdiv(blocks.context_lens, blocks.block_size))
+    if cache_groups.has_windows(blocks.windows):
+        unshared = cache_groups.num_entries(blocks)
+        # Only the last block of a row in each group may have free slots.
+        full = cdiv(blocks.context_lens, blocks.block_size) * blocks.block_size
+        unfilled = jnp.sum(full - blocks.context_lens) * len(blocks.windows)
+        stored = unshared * blocks.block_size - unfilled
+    else:
+        unshared = jnp.sum(cdiv(blocks.context_lens, blocks.block_size))
+        stored = jnp.sum(blocks.context_lens)
     saved = unshared - used
     # Tokens in shared blocks count once, so no block has more than block_size tokens.
-    held = jnp.sum(blocks.context_lens) - saved * blocks.block_size
-    return used, held, saved
+    return used, stored - saved * blocks.block_size, saved
 
 
 def record_scheduling(

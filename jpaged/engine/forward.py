@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from jpaged.config import EngineConfig
 from jpaged.engine import observing
 from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
-from jpaged.kv import block_manager, shared_prefix
+from jpaged.kv import block_manager, cache_groups, shared_prefix
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.drops import Drops
 from jpaged.models import layer_kernels
@@ -113,6 +114,7 @@ def run_trunk(
     implementation = config.attention
     if config.cascade:
         inputs = _with_shared_prefixes(inputs, config.block_size)
+    pages_of = _pages_of_layers(model, inputs, config)
 
     observed = None if batch is None else batch.observed
     observer = observing.observer(config.retention, inputs, observed)
@@ -122,12 +124,12 @@ def run_trunk(
         layer: Any, q: jax.Array, k: jax.Array, v: Any, carry: Any
     ) -> tuple[jax.Array, Any]:
         cache, seen = carry
-        slots = inputs.slot_mapping
-        cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
         options: dict[str, Any] = dict(
             model.attention_options(layer), implementation=implementation
         )
-        tables, lens = inputs.block_tables, inputs.context_lens
+        layer, tables, slots = pages_of(layer)
+        cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
+        lens = inputs.context_lens
         if reads is not None and config.retention is not None:
             tables, lens = observing.tables_to_read(
                 config.retention, reads, inputs, q, cache, layer, options
@@ -211,6 +213,28 @@ def last_hidden(hidden: Any) -> jax.Array:
     return hidden[0] if isinstance(hidden, tuple) else hidden
 
 
+def _pages_of_layers(
+    model: Decoder, inputs: StepInputs, config: EngineConfig
+) -> Callable[[Any], tuple[Any, jax.Array, jax.Array]]:
+    """Return a function of a layer: its index in the pages, block tables and slots."""
+    tables, slots = inputs.block_tables, inputs.slot_mapping
+    if len(config.group_windows) == 1:
+        return lambda layer: (layer, tables, slots)
+    found = cache_groups.layer_groups(model.config.windows, config.max_model_len)
+
+    def pages_of(layer: Any) -> tuple[Any, jax.Array, jax.Array]:
+        if isinstance(layer, int):
+            group, index = found.groups[layer], found.indices[layer]
+        else:
+            group, index = (
+                jnp.asarray(of_layer, jnp.int32)[layer]
+                for of_layer in (found.groups, found.indices)
+            )
+        return index, tables[group], slots[group]
+
+    return pages_of
+
+
 def _with_shared_prefixes(inputs: StepInputs, block_size: int) -> StepInputs:
     """Find the rows that share prefixes, once for all layers."""
     found = shared_prefix.find_shared_prefix(
@@ -253,10 +277,16 @@ def _decode_inputs(
         tokens=jnp.where(is_live, tokens[batch.seq_indices[:size], positions], 0),
         positions=jnp.where(is_live, positions, 0),
         slot_mapping=block_manager.slots(blocks, jnp.where(is_live, rows, -1), stored),
-        block_tables=blocks.block_tables[rows],
+        block_tables=_tables(blocks, rows),
         context_lens=jnp.where(is_live, stored + 1, 0),
         query_start_loc=None,
     )
+
+
+def _tables(blocks: BlockState, rows: jax.Array) -> jax.Array:
+    """Return the tables of `rows`: i32[S, M], or i32[G, S, M] of several groups."""
+    tables, number = blocks.block_tables[rows], len(blocks.windows)
+    return tables if number == 1 else cache_groups.tables_by_group(tables, number)
 
 
 def _ragged_inputs(
@@ -276,7 +306,7 @@ def _ragged_inputs(
         slot_mapping=block_manager.slots(
             blocks, jnp.where(is_live, batch.rows[row], -1), stored
         ),
-        block_tables=blocks.block_tables[batch.rows],
+        block_tables=_tables(blocks, batch.rows),
         context_lens=jnp.where(is_row_live, starts + batch.num_tokens, 0),
         query_start_loc=query_start_loc,
     )

@@ -87,7 +87,7 @@ def submit(
         submitted_ms = [now] * len(prompts)
     _check_length("submitted_ms", "None", submitted_ms, prompts)
     table = host_table(state, replica)
-    num_pinned = limits.num_pinned_blocks(table, config.block_size)
+    num_pinned = limits.num_pinned_blocks(table, config)
     for prompt, param in zip(prompts, params, strict=True):
         limits.check_request(
             config,
@@ -233,7 +233,7 @@ def pin(
         table,
         config,
         tokens,
-        num_pinned_blocks=limits.num_pinned_blocks(table, config.block_size),
+        num_pinned_blocks=limits.num_pinned_blocks(table, config),
         vocab_size=vocab_size,
     )
     new, seq_index = submission.encode_prefix(table, config, tokens)
@@ -271,7 +271,10 @@ def reset_prefix_cache(state: EngineState) -> EngineState:
     config = state.config
     cache = replicas.init_on_mesh(
         lambda: prefix_cache.init_prefix_cache(
-            config.num_blocks, config.block_size, config.uses(policies.EVICTION)
+            config.num_blocks,
+            config.block_size,
+            config.uses(policies.EVICTION),
+            config.group_windows,
         ),
         state.mesh,
     )

@@ -23,6 +23,7 @@ from jpaged.decoding.rule_checks import check_rules
 from jpaged.decoding.sample import GREEDY_BELOW
 from jpaged.engine import algorithms, processing
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable
+from jpaged.kv import cache_groups
 from jpaged.params import (
     AlgorithmParams,
     BeamSearchParams,
@@ -425,7 +426,12 @@ def most_blocks(config: EngineConfig, prompt_len: int, limit: int, rows: int) ->
       rows: number of rows.
     """
     shared = (prompt_len - 1) // config.block_size
-    return shared + rows * (cdiv(limit, config.block_size) - shared)
+    whole = shared + rows * (cdiv(limit, config.block_size) - shared)
+    # In a group with a window, a row has few blocks at a time.
+    alone = cache_groups.group_blocks(
+        config.group_windows, config.block_size, limit, config.largest_chunk
+    )
+    return sum(min(whole, rows * blocks) for blocks in alone)
 
 
 def largest_request(table: RequestTable, config: EngineConfig) -> int:
@@ -442,17 +448,20 @@ def largest_request(table: RequestTable, config: EngineConfig) -> int:
         limit = int(params.token_limits[mine[0]])
         needed = most_blocks(config, length, limit, rows)
         if len(set(queue.prompt_lens[mine].tolist())) > 1:  # prompts of companions
-            needed = int(cdiv(params.token_limits[mine], config.block_size).sum())
+            needed = sum(
+                most_blocks(config, 1, int(limit), 1)
+                for limit in params.token_limits[mine]
+            )
         most = max(most, needed)
     return most
 
 
-def num_pinned_blocks(table: RequestTable, block_size: int) -> int:
-    """Count the blocks of pinned prefixes, computed or not."""
+def num_pinned_blocks(table: RequestTable, config: EngineConfig) -> int:
+    """Count the blocks of pinned prefixes in all groups, computed or not."""
     is_prefix = np.array(table.params.is_prefix)
     is_prefix &= np.asarray(table.queue.status) != scheduler.EMPTY
     lens = np.asarray(table.queue.num_tokens)[is_prefix]
-    return int(cdiv(lens, block_size).sum())
+    return int(cdiv(lens, config.block_size).sum()) * len(config.group_windows)
 
 
 def token_limit(config: EngineConfig, prompt_len: int, params: Params) -> int:
@@ -514,7 +523,7 @@ def check_prefix(
         )
     # Every submitted request must still fit alone beside all pinned blocks.
     most = largest_request(table, config)
-    num_blocks = cdiv(length, config.block_size)
+    num_blocks = cdiv(length, config.block_size) * len(config.group_windows)
     if num_pinned_blocks + num_blocks + most > config.num_blocks:
         raise ValueError(
             f"prefix: {length} tokens need {num_blocks} blocks, beside "

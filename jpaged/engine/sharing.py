@@ -26,7 +26,7 @@ from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine.request_table import RequestTable
 from jpaged.indexing import take
-from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv import block_manager, cache_groups, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.drops import computed_lens
 from jpaged.kv.prefix_cache import Eviction, PrefixCache
@@ -61,7 +61,8 @@ def look_up(
     def match(hits: Hits) -> Hits:
         return Hits(*prefix_cache.match(known_blocks, table.tokens, most))
 
-    none = Hits.none(config.max_num_requests, config.max_blocks_per_seq)
+    width = config.max_blocks_per_seq * len(config.group_windows)
+    none = Hits.none(config.max_num_requests, width)
     return when(scheduler.can_admit(queue, rows), match, none)
 
 
@@ -106,7 +107,7 @@ def without_orphans(cache: PrefixCache, blocks: BlockState) -> PrefixCache:
 def overwritten_nodes(
     blocks: BlockState, num_tokens: jax.Array, appended: Append, kept: jax.Array
 ) -> jax.Array:
-    """Return the cached block that each row writes into, i32[S]; NO_BLOCK: none.
+    """Return the cached block that each row writes into, NO_BLOCK: none.
 
     A row that was truncated may write into a cached block of which it is the only
     owner. The cache must forget that block.
@@ -116,7 +117,13 @@ def overwritten_nodes(
       num_tokens: i32[S], tokens that were appended to each row.
       appended: the result of the append.
       kept: bool[N], the blocks in the cache.
+
+    Returns:
+      i32[G * S].
     """
+    if len(blocks.windows) > 1:
+        num_tokens = jnp.tile(num_tokens, len(blocks.windows))
+        blocks = cache_groups.split_groups(blocks)
     is_partial = remainder(blocks.context_lens, blocks.block_size) != 0
     is_writer = (num_tokens > 0) & is_partial
     is_writer &= appended.ok & (appended.copy_dst == NO_BLOCK)
@@ -261,6 +268,8 @@ def join_running_rows(
     shared = _num_common(
         take(table.tokens, seq_indices), table.tokens[take(seq_indices, source)], most
     )
+    if cache_groups.has_windows(blocks.windows):
+        joins &= cache_groups.has_windows_at(blocks, source, shared)
     at = jnp.where(joins, rows, queue.status.shape[0])
     counts = scheduler.is_new_request(queue, seq_indices)
     gained = jnp.where(counts, shared - start, 0)
@@ -303,6 +312,8 @@ def _has_same_next_block(
     last = jnp.maximum(floor_div(start, size) - 1, 0)
     tables, index = blocks.block_tables, jnp.arange(rows.shape[0], dtype=jnp.int32)
     same_path = tables[:, last].T == tables[index, last][:, None]
+    if cache_groups.has_windows(blocks.windows):
+        same_path &= (tables[index, last] != NO_BLOCK)[:, None]
     same_path &= blocks.context_lens[None, :] >= start[:, None]
     fits &= same_path | (start == 0)[:, None]
 

@@ -277,7 +277,7 @@ def _relocated(state: EngineState, config: EngineConfig) -> EngineState:
     """
     table = jax.jit(_all_waiting)(state.requests)
     largest = limits.largest_request(table, config)
-    pinned = limits.num_pinned_blocks(table, config.block_size)
+    pinned = limits.num_pinned_blocks(table, config)
     if largest + pinned > config.num_blocks:
         raise ValueError(
             f"config: expected num_blocks of at least {largest + pinned}, for the "
@@ -325,7 +325,8 @@ def _difference(saved: dict[str, Any], config: EngineConfig) -> str:
     return (
         "config: expected the saved max_model_len, max_num_requests, "
         "max_num_stop_ids, num_logprobs, max_beam_width, rules, automata, "
-        f"algorithms and processors, got other fields (saved, given): {differ}"
+        "group_windows, algorithms and processors, got other fields (saved, given): "
+        f"{differ}"
     )
 
 
@@ -370,7 +371,8 @@ def _restore_config(saved: dict[str, Any]) -> EngineConfig:
     for kind in policies.KINDS:
         fields[kind.parameters] = tuple(fields[kind.parameters])
     fields["algorithms"], fields["processors"] = (), ()
-    fields["seen_layers"] = tuple(fields["seen_layers"])
+    for name in ("seen_layers", "group_windows"):
+        fields[name] = tuple(fields[name])
     return EngineConfig(**fields)
 
 

@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 from jpaged import parallel, policies
 from jpaged.attention import kv_cache
 from jpaged.attention.kv_cache import KVCache
-from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY
+from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, when
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, events, replicas, request_table
 from jpaged.engine.algorithms import States
 from jpaged.engine.events import Timeline
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.speculation import DraftedModel
-from jpaged.kv import block_manager, prefix_cache
+from jpaged.kv import block_manager, cache_groups, prefix_cache
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.drops import init_drops
 from jpaged.kv.prefix_cache import PrefixCache
@@ -63,6 +63,9 @@ class Counters:
     saved_share: jax.Array  # f32[], sum over steps of saved / unshared blocks
     max_used_blocks: jax.Array  # i32[], maximum of blocks in use after a step
     is_stalled: jax.Array  # bool[], a step had work and could do none of it: a bug
+    # i32[], the most blocks of all groups that one table for all layers would have used
+    # in a step with `max_used_blocks`; None if there is one table without a window
+    single_table_blocks: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -125,6 +128,7 @@ def init(
     """
     _check_draft(model, config)
     _check_retention(model, config, mesh)
+    _check_groups(model, config)
     make = functools.partial(_make_state, model, config, kv_dtype, mesh)
     return replicas.init_on_mesh(make, mesh)
 
@@ -145,7 +149,10 @@ def _make_state(
     known_blocks = None
     if config.enable_prefix_caching:
         known_blocks = prefix_cache.init_prefix_cache(
-            config.num_blocks, config.block_size, config.uses(policies.EVICTION)
+            config.num_blocks,
+            config.block_size,
+            config.uses(policies.EVICTION),
+            config.group_windows,
         )
     return EngineState(
         requests=request_table.init_table(config),
@@ -156,7 +163,7 @@ def _make_state(
         cache=make_cache(sizes),
         draft_cache=make_cache(draft_sizes),
         host=host,
-        counters=_init_counters(),
+        counters=_init_counters(config),
         timeline=events.init_timeline(config),
         scheduler_params=config.scheduler_params,
         clock=jnp.int32(0) if config.has_attributes else None,
@@ -178,7 +185,7 @@ def _make_cache(
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     num_blocks = config.num_swap_blocks if is_host else config.num_blocks
     cache = kv_cache.init_kv_cache(
-        num_layers=sizes.num_layers,
+        num_layers=layers_of_block(sizes, config),
         num_blocks=parallel.num_replicas(mesh) * num_blocks,
         memory=HOST_MEMORY if is_host else DEVICE_MEMORY,
         num_kv_heads=parallel.stored_kv_heads(sizes.num_kv_heads, tensor),
@@ -210,12 +217,37 @@ def _init_blocks(config: EngineConfig, num_blocks: int, max_seqs: int) -> BlockS
         block_size=config.block_size,
         max_seqs=max_seqs,
         max_blocks_per_seq=width,
+        windows=config.group_windows,
     )
     if (method := config.retention) is None:
         return blocks
     has_statistic = method.statistic is not None and not method.only_reads
     drops = init_drops(max_seqs, width, has_statistic)
     return dataclasses.replace(blocks, drops=drops)
+
+
+def layers_of_block(model: ModelConfig, config: EngineConfig) -> int:
+    """Return the layers whose keys and values a block stores: those of a group."""
+    if len(config.group_windows) == 1:
+        return model.num_layers
+    return cache_groups.layer_groups(model.windows, config.max_model_len).num_layers
+
+
+def _check_groups(model: Model | None, config: EngineConfig) -> None:
+    windows = config.group_windows
+    if model is None or windows == (None,):
+        return
+    layers = model.config.windows
+    found = cache_groups.layer_groups(layers, config.max_model_len).windows
+    if windows != found:
+        raise ValueError(
+            f"group_windows: expected (None,), or the model's {found}, got {windows}"
+        )
+    if isinstance(model, DraftedModel):
+        raise ValueError(
+            "group_windows: expected (None,) with a draft model, whose layers use the "
+            f"table of the target's, got {windows}"
+        )
 
 
 def _check_draft(model: Model | None, config: EngineConfig) -> None:
@@ -258,13 +290,15 @@ def _check_retention(
         )
 
 
-def _init_counters() -> Counters:
+def _init_counters(config: EngineConfig) -> Counters:
     def dtype(name: str) -> str:
         if name.startswith("is_"):
             return "bool"
         return "float32" if name.endswith("_share") else "int32"
 
-    names = [field.name for field in dataclasses.fields(Counters)]
+    names = {field.name for field in dataclasses.fields(Counters)}
+    if not cache_groups.has_windows(config.group_windows):
+        names -= {"single_table_blocks"}
     return Counters(**{name: jnp.zeros((), dtype(name)) for name in names})
 
 
@@ -314,6 +348,17 @@ def count(
     slots = jnp.maximum(used * blocks.block_size, 1)
     saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
     totals = {name: getattr(counters, name) + value for name, value in gained.items()}
+    if counters.single_table_blocks is not None:
+        before = jnp.where(
+            used > counters.max_used_blocks, 0, counters.single_table_blocks
+        )
+        totals["single_table_blocks"] = when(
+            used >= counters.max_used_blocks,
+            lambda before: jnp.maximum(
+                before, cache_groups.num_single_table_blocks(blocks)
+            ),
+            before,
+        )
     after = dataclasses.replace(
         counters,
         num_steps=counters.num_steps + 1,

@@ -9,7 +9,10 @@ Every operation is a pure function of `BlockState` and handles all rows at once.
 be jitted, vmapped and carried through `lax.while_loop`. Values that can be derived are
 not stored: neither the free blocks nor the number of blocks per row.
 
-Shape symbols: S rows, N blocks, M blocks per row, P tokens per block, T tokens.
+With several cache groups, a row has a table for each group (`cache_groups`).
+
+Shape symbols: S rows, N blocks, M blocks per row, P tokens per block, T tokens, G cache
+groups.
 
 Source: Kwon et al. 2023, Sections 4.2 to 4.4. https://arxiv.org/abs/2309.06180
 """
@@ -22,6 +25,7 @@ from jax import lax
 
 from jpaged.arithmetic import cdiv, floor_div, remainder
 from jpaged.indexing import take
+from jpaged.kv import cache_groups
 from jpaged.kv.block_state import NO_BLOCK as NO_BLOCK
 from jpaged.kv.block_state import BlockState as BlockState
 from jpaged.kv.block_state import init_state as init_state
@@ -42,8 +46,8 @@ class Append:
     """Result of `append`: whether it succeeded, and which blocks to copy first."""
 
     ok: jax.Array  # bool[]; False: the append was refused, and nothing changed
-    copy_src: jax.Array  # i32[S], block to copy from, NO_BLOCK where none
-    copy_dst: jax.Array  # i32[S], block to copy to, NO_BLOCK where none
+    copy_src: jax.Array  # i32[G * S], block to copy from, NO_BLOCK where none
+    copy_dst: jax.Array  # i32[G * S], block to copy to, NO_BLOCK where none
 
 
 def append(
@@ -83,6 +87,10 @@ def append(
     Source: paper Sections 4.3 and 4.4.
     """
     num_tokens = row_array("num_tokens", num_tokens, state)
+    if len(state.windows) > 1:
+        split, num_tokens = _split(state, num_tokens)
+        split, appended = append(split, num_tokens, kept)
+        return cache_groups.join_groups(split, state), appended
     last, copies, added = _demand(state, num_tokens)
     capacity = state.block_tables.shape[1] * state.block_size
     fits = (num_tokens >= 0) & (num_tokens <= capacity - state.context_lens)
@@ -129,6 +137,10 @@ def append_one(
       blocks, a table is full, or a row would write into a block that another row or
       the prefix cache uses.
     """
+    if len(state.windows) > 1:
+        split, rows = _split(state, rows)
+        split, ok = append_one(split, rows, kept)
+        return cache_groups.join_groups(split, state), ok
     (num_rows, width), size = state.block_tables.shape, state.block_size
     column = floor_div(state.context_lens, size)
     starts_block = rows & (column * size == state.context_lens)
@@ -159,7 +171,8 @@ def append_one(
 
 def no_copies(state: BlockState) -> Append:
     """Return the result of an append that copies no block."""
-    none = jnp.full_like(state.context_lens, NO_BLOCK)
+    number = len(state.windows) * state.context_lens.size
+    none = jnp.full((number,), NO_BLOCK, jnp.int32)
     return Append(jnp.bool_(True), none, none)
 
 
@@ -171,7 +184,11 @@ def blocks_needed(state: BlockState, num_tokens: jax.Array) -> jax.Array:
     `num_tokens` are set to 0, the sum never grows, but the count of a single row may:
     the row may no longer be the last owner of a block.
     """
-    _, copies, added = _demand(state, row_array("num_tokens", num_tokens, state))
+    num_tokens = row_array("num_tokens", num_tokens, state)
+    if len(state.windows) > 1:
+        needed = blocks_needed(*_split(state, num_tokens))
+        return cache_groups.sum_groups(needed, state)
+    _, copies, added = _demand(state, num_tokens)
     return copies + added
 
 
@@ -217,6 +234,7 @@ def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockS
     Args:
       state: donate it under jit.
       block_tables: i32[S, M], the blocks; entries after a row's length are ignored.
+        In front of a window they may be NO_BLOCK.
       lens: i32[S], tokens in these blocks, a multiple of P; 0 leaves a row unchanged,
         and a row that is not empty is always left unchanged.
 
@@ -227,6 +245,11 @@ def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockS
     ([[0, 1], [0, -1]], [2, 1, 0, 0])
     """
     lens = row_array("lens", lens, state)
+    if len(state.windows) > 1:
+        tables = dataclasses.replace(state, block_tables=block_tables)
+        tables = cache_groups.split_groups(tables).block_tables
+        split, lens = _split(state, lens)
+        return cache_groups.join_groups(adopt(split, tables, lens), state)
     _, max_blocks_per_seq = state.block_tables.shape
     adopts = (lens > 0) & (state.context_lens == 0)
     column = jnp.arange(max_blocks_per_seq)[None, :]
@@ -258,6 +281,9 @@ def truncate(state: BlockState, context_lens: jax.Array) -> BlockState:
     that other rows share; its next append copies that block.
     """
     context_lens = row_array("context_lens", context_lens, state)
+    if len(state.windows) > 1:
+        split = truncate(*_split(state, context_lens))
+        return cache_groups.join_groups(split, state)
     _, max_blocks_per_seq = state.block_tables.shape
     is_shorter = (context_lens >= 0) & (context_lens < state.context_lens)
     context_lens = jnp.where(is_shorter, context_lens, state.context_lens)
@@ -310,7 +336,7 @@ def exclusive_blocks(state: BlockState, order: jax.Array) -> jax.Array:
 
 
 def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return the slot of each token, block * block_size + offset, i32[T].
+    """Return the slot of each token, block * block_size + offset.
 
     The slot is -1 if the row has no block for the position, if the position is
     negative, or if `rows` is not a row. Padding tokens have `rows == -1`.
@@ -320,11 +346,21 @@ def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array
       rows: i32[T].
       positions: i32[T], the token's position in its sequence.
 
+    Returns:
+      i32[T]; i32[G, T] if there are several cache groups.
+
     >>> state = init_state(num_blocks=4, block_size=2, max_seqs=2, max_blocks_per_seq=2)
     >>> state, _ = append(state, jnp.array([1, 3]))
     >>> slots(state, jnp.array([0, 1, 1, 1, -1]), jnp.array([0, 0, 1, 2, 0])).tolist()
     [0, 2, 3, 4, -1]
     """
+    if (number := len(state.windows)) > 1:
+        size = state.context_lens.size
+        first = jnp.arange(number, dtype=jnp.int32)[:, None] * size
+        is_row = (rows >= 0) & (rows < size)
+        rows = jnp.where(is_row[None, :], first + rows[None, :], -1)
+        positions = jnp.broadcast_to(positions[None, :], (number, positions.size))
+        return slots(cache_groups.split_groups(state), rows, positions)
     max_seqs, max_blocks_per_seq = state.block_tables.shape
     column, offset = positions // state.block_size, positions % state.block_size
     block = state.block_tables.at[
@@ -332,6 +368,11 @@ def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array
         jnp.where(positions < 0, max_blocks_per_seq, column),
     ].get(mode="fill", fill_value=NO_BLOCK)
     return jnp.where(block == NO_BLOCK, -1, block * state.block_size + offset)
+
+
+def _split(state: BlockState, values: jax.Array) -> tuple[BlockState, jax.Array]:
+    """Return a row for each group of each row, with values [S] for each of them."""
+    return cache_groups.split_groups(state), jnp.tile(values, len(state.windows))
 
 
 def _demand(

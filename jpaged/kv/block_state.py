@@ -2,7 +2,7 @@
 
 Pipeline: [block_state] -> block_manager, which changes it.
 
-Shape symbols: S rows, N blocks, M blocks per row.
+Shape symbols: S rows, N blocks, M blocks per row, of all cache groups together.
 """
 
 import dataclasses
@@ -37,10 +37,20 @@ class BlockState:
     context_lens: jax.Array  # i32[S], tokens stored; 0 = the row is empty
     block_size: int = dataclasses.field(metadata={"static": True})
     drops: Drops | None = None  # None: rows store all their tokens (`kv.drops`)
+    # Of each cache group, the tokens that a query sees; None: all. The tables of the
+    # groups are side by side, and start with NO_BLOCK in front of a window.
+    windows: tuple[int | None, ...] = dataclasses.field(
+        default=(None,), metadata={"static": True}
+    )
 
 
 def init_state(
-    *, num_blocks: int, block_size: int, max_seqs: int, max_blocks_per_seq: int
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_seqs: int,
+    max_blocks_per_seq: int,
+    windows: tuple[int | None, ...] = (None,),
 ) -> BlockState:
     """Return a state in which every block is free and every row is empty.
 
@@ -48,7 +58,9 @@ def init_state(
       num_blocks: N, physical blocks in the pool.
       block_size: P, tokens per block.
       max_seqs: S, rows of the block tables.
-      max_blocks_per_seq: M, columns of the block tables.
+      max_blocks_per_seq: columns of the block table of each group.
+      windows: tokens that a query sees in each cache group (`kv.cache_groups`); None:
+        all.
 
     Raises:
       ValueError: a size is below 1, or slot numbers do not fit into int32.
@@ -70,9 +82,12 @@ def init_state(
             )
     return BlockState(
         ref_counts=jnp.zeros((num_blocks,), jnp.int32),
-        block_tables=jnp.full((max_seqs, max_blocks_per_seq), NO_BLOCK, jnp.int32),
+        block_tables=jnp.full(
+            (max_seqs, max_blocks_per_seq * len(windows)), NO_BLOCK, jnp.int32
+        ),
         context_lens=jnp.zeros((max_seqs,), jnp.int32),
         block_size=block_size,
+        windows=tuple(windows),
     )
 
 
@@ -82,7 +97,7 @@ def num_free_blocks(state: BlockState) -> jax.Array:
 
 
 def num_blocks_per_row(state: BlockState) -> jax.Array:
-    """Return the number of blocks of each row, i32[S]."""
+    """Return the number of blocks of each row without a window, i32[S]."""
     return cdiv(state.context_lens, state.block_size)
 
 
@@ -113,28 +128,51 @@ def violations(state: BlockState) -> list[str]:
     ref_counts = np.asarray(state.ref_counts)
     block_tables = np.asarray(state.block_tables)
     (num_blocks,) = ref_counts.shape
-    _, max_blocks_per_seq = block_tables.shape
+    width = block_tables.shape[1] // len(state.windows)
     found: list[str] = []
     entries = np.zeros((num_blocks,), np.int64)
     for row, length in enumerate(np.asarray(state.context_lens).tolist()):
-        if not 0 <= length <= max_blocks_per_seq * state.block_size:
+        if not 0 <= length <= width * state.block_size:
             found.append(f"row {row}: length {length} does not fit the block table")
-        num_used = max(0, cdiv(length, state.block_size))
-        used, rest = block_tables[row, :num_used], block_tables[row, num_used:]
-        is_block = (used >= 0) & (used < num_blocks)
-        if not is_block.all():
-            found.append(f"row {row}: {used.tolist()} contains invalid block numbers")
-        if (rest != NO_BLOCK).any():
-            found.append(
-                f"row {row}: entries {rest.tolist()} after its {length} tokens"
+        for group, window in enumerate(state.windows):
+            table = block_tables[row, group * width : (group + 1) * width]
+            name = f"row {row}" + f", group {group}" * (len(state.windows) > 1)
+            wrong, blocks = _table_violations(
+                table, length, window, state.block_size, num_blocks
             )
-        blocks, times = np.unique(used[is_block], return_counts=True)
-        if (times > 1).any():
-            found.append(f"row {row}: blocks {blocks[times > 1].tolist()} occur twice")
-        entries[blocks] += times
+            found += [f"{name}: {one}" for one in wrong]
+            np.add.at(entries, blocks, 1)
     for block in np.flatnonzero(entries != ref_counts).tolist():
         found.append(
             f"block {block}: {entries[block]} table entries point at it, "
             f"its reference count is {ref_counts[block]}"
         )
     return found
+
+
+def _table_violations(
+    table: np.ndarray, length: int, window: int | None, size: int, num_blocks: int
+) -> tuple[list[str], np.ndarray]:
+    """Check the table of one row and group; also return its blocks."""
+    found: list[str] = []
+    num_used = max(0, cdiv(length, size))
+    used, rest = table[:num_used], table[num_used:]
+    if window is not None:
+        # The next token sees itself and the `window - 1` tokens before it.
+        first = max(0, length - (window - 1)) // size
+        is_gone = used == NO_BLOCK
+        if is_gone[first:].any():
+            columns = np.flatnonzero(is_gone[first:]) + first
+            found.append(f"columns {columns.tolist()} inside the window have no block")
+        if (is_gone[1:] & ~is_gone[:-1]).any():
+            found.append(f"{used.tolist()} has blocks in front of released ones")
+        used = used[~is_gone]
+    is_block = (used >= 0) & (used < num_blocks)
+    if not is_block.all():
+        found.append(f"{used.tolist()} contains invalid block numbers")
+    if (rest != NO_BLOCK).any():
+        found.append(f"entries {rest.tolist()} after its {length} tokens")
+    blocks, times = np.unique(used[is_block], return_counts=True)
+    if (times > 1).any():
+        found.append(f"blocks {blocks[times > 1].tolist()} occur twice")
+    return found, used[is_block]

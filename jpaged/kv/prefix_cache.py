@@ -31,10 +31,13 @@ from jax import lax
 from jpaged.arithmetic import cdiv, floor_div
 from jpaged.compat import when
 from jpaged.kv.block_state import NO_BLOCK, BlockState
+from jpaged.kv.cache_groups import has_windows
+from jpaged.kv.companions import drop_companions, limit_to_windows
 from jpaged.kv.prefix_checks import violations as violations
 from jpaged.kv.prefix_eviction import Eviction as Eviction
 from jpaged.kv.prefix_eviction import (
     as_integers,
+    largest_below,
     node_scores,
     note_new_nodes,
     with_floor,
@@ -47,6 +50,7 @@ from jpaged.kv.prefix_table import (
     find_nodes,
     insert_next_blocks,
     is_node,
+    nodes,
 )
 from jpaged.kv.prefix_table import PrefixCache as PrefixCache
 from jpaged.kv.prefix_table import init_prefix_cache as init_prefix_cache
@@ -72,7 +76,9 @@ def match(
       seq_indices: i32[B] or None; row b has the tokens `tokens[seq_indices[b]]`.
 
     Returns:
-      paths: i32[B, M] with M = ceil(L / P), the blocks, NO_BLOCK after the last.
+      paths: i32[B, M] with M = ceil(L / P), the blocks, NO_BLOCK after the last. With G
+        cache groups i32[B, G * M], and NO_BLOCK in front of a window: a prefix is one
+        whose last window is there in each group.
       lens: i32[B], the tokens in them, a multiple of P.
 
     >>> from jpaged import block_manager
@@ -109,6 +115,10 @@ def match(
 
     carry = (paths, parents, jnp.zeros_like(parents), num_full)
     paths, _, depths, _ = lax.while_loop(is_unfinished, descend, carry)
+    if has_windows(cache.windows):
+        paths, depths = limit_to_windows(
+            cache.companions, cache.windows, block_size, paths, depths
+        )
     return paths, depths * block_size
 
 
@@ -151,6 +161,12 @@ def insert(
     def insert_all(carry: tuple) -> tuple:
         cache, blocks = carry
         columns = _num_nodes(cache, blocks.block_tables, num_full)
+        ends = num_full
+        if cache.windows[0] is not None:
+            # The parent was released before it was a node: the path has a gap.
+            before = entry_at(blocks.block_tables, columns - 1)
+            has_gap = (columns > 0) & (before == NO_BLOCK)
+            ends = jnp.where(has_gap, columns, ends)
 
         def is_unfinished(carry: tuple) -> jax.Array:
             _, _, columns, ends = carry
@@ -160,7 +176,7 @@ def insert(
             cache, blocks, columns, ends = carry
             return insert_next_blocks(cache, blocks, columns, ends, tokens, seq_indices)
 
-        carry = (cache, blocks, columns, num_full)
+        carry = (cache, blocks, columns, ends)
         before = cache
         cache, blocks, _, _ = lax.while_loop(is_unfinished, insert_one, carry)
         cache = note_new_nodes(before, cache, clock)
@@ -211,16 +227,24 @@ def evict(
     keys, *order = (cache.last_used, -cache.depths, -numbers)
 
     def remove(carry: tuple) -> tuple:
-        parents, uses = carry
+        parents, uses, companions = carry
         scores = None if eviction is None else node_scores(cache, eviction)
         first = keys if scores is None else as_integers(scores)
+        if scores is None and cache.windows[0] is not None:
+            # A row releases blocks in front of its window that its other blocks follow.
+            first = largest_below(cache, keys)
         is_evicted = _smallest(candidates, (first, *order), count)
         if scores is not None:
             uses = with_floor(cache, is_evicted, scores)
-        return jnp.where(is_evicted, NOT_CACHED, parents), uses
+        if cache.windows[0] is not None:
+            is_evicted = _with_descendants(cache, is_evicted)
+        if companions is not None:
+            companions = drop_companions(companions, is_evicted)
+        return jnp.where(is_evicted, NOT_CACHED, parents), uses, companions
 
-    parents, uses = when(count > 0, remove, (cache.parents, cache.uses))
-    return dataclasses.replace(cache, parents=parents, uses=uses)
+    carry = (cache.parents, cache.uses, cache.companions)
+    parents, uses, companions = when(count > 0, remove, carry)
+    return dataclasses.replace(cache, parents=parents, uses=uses, companions=companions)
 
 
 def forget_orphans(cache: PrefixCache) -> PrefixCache:
@@ -250,24 +274,35 @@ def forget(cache: PrefixCache, blocks: jax.Array) -> PrefixCache:
     """Remove the nodes `blocks`, i32[S], and all their descendants.
 
     For blocks that will be overwritten. NO_BLOCK and blocks that are not nodes are
-    ignored. The loop has one iteration per level below these nodes.
+    ignored. The loop has one iteration per level below these nodes. Companions of nodes
+    are removed alone.
     """
     (num_blocks,) = cache.parents.shape
     index = jnp.where(blocks == NO_BLOCK, num_blocks, blocks)
     removed = jnp.zeros((num_blocks,), jnp.bool_).at[index].set(True, mode="drop")
+    removed = _with_descendants(cache, removed)
+    companions = cache.companions
+    if companions is not None:
+        companions = drop_companions(companions, removed)
+    return dataclasses.replace(
+        cache,
+        parents=jnp.where(removed, NOT_CACHED, cache.parents),
+        companions=companions,
+    )
+
+
+def _with_descendants(cache: PrefixCache, removed: jax.Array) -> jax.Array:
+    """Return the blocks `removed`, bool[N], and all nodes below them."""
 
     def add_children(carry: tuple) -> tuple:
         removed, _ = carry
         is_child = removed.at[cache.parents].get(mode="fill", fill_value=False)
-        more = removed | (is_child & is_cached(cache))
+        more = removed | (is_child & nodes(cache))
         return more, jnp.any(more != removed)
 
-    removed, _ = lax.while_loop(
+    return lax.while_loop(
         lambda carry: carry[1], add_children, (removed, jnp.bool_(True))
-    )
-    return dataclasses.replace(
-        cache, parents=jnp.where(removed, NOT_CACHED, cache.parents)
-    )
+    )[0]
 
 
 def _num_nodes(
@@ -285,7 +320,11 @@ def _num_nodes(
     def halve(carry: tuple) -> tuple:
         low, high = carry
         middle = (low + high) >> 1
-        is_more = is_node(cache, entry_at(table_SM, middle)) & (low < high)
+        entry = entry_at(table_SM, middle)
+        is_more = is_node(cache, entry)
+        if cache.windows[0] is not None:  # released in front of the window
+            is_more |= entry == NO_BLOCK
+        is_more &= low < high
         return jnp.where(is_more, middle + 1, low), jnp.where(is_more, high, middle)
 
     carry = (jnp.zeros_like(num_full), num_full)

@@ -21,7 +21,8 @@ def violations(
       tokens: i32[S, L], each row's tokens, to compare with the row's nodes; None: the
         tokens are not compared.
     """
-    return _node_violations(cache) + _row_violations(cache, blocks, tokens)
+    found = _node_violations(cache) + _row_violations(cache, blocks, tokens)
+    return found + _companion_violations(cache, blocks)
 
 
 def _node_violations(cache: PrefixCache) -> list[str]:
@@ -39,7 +40,8 @@ def _node_violations(cache: PrefixCache) -> list[str]:
             if not 0 <= parent < num_blocks or parents[parent] == NOT_CACHED:
                 found.append(f"block {block}: parent {parent} is not a node")
                 continue
-            if last_used[parent] < last_used[block]:
+            is_older = last_used[parent] < last_used[block]
+            if is_older and cache.windows[0] is None:
                 found.append(f"block {block}: used after its parent {parent}")
         depth = 0 if parent == num_blocks else int(depths[parent]) + 1
         if depths[block] != depth:
@@ -63,12 +65,17 @@ def _row_violations(
     keys = [tuple(key) for key in np.asarray(cache.tokens).tolist()]
     found: list[str] = []
     drops = blocks.drops
-    for row, table in enumerate(np.asarray(blocks.block_tables).tolist()):
+    width = blocks.block_tables.shape[1] // len(cache.windows)
+    for row, table in enumerate(np.asarray(blocks.block_tables)[:, :width].tolist()):
         if drops is not None and int(drops.dropped[row]):
             continue  # may have nodes in any places
         previous, is_path = num_blocks, True
-        for column, block in enumerate(one for one in table if one != NO_BLOCK):
+        for column, block in enumerate(table):
+            if block == NO_BLOCK:  # after the last block, or in front of the window
+                continue
             is_node = parents[block] != NOT_CACHED
+            if is_node and column and table[column - 1] == NO_BLOCK:
+                previous = parents[block]
             if is_node and not (is_path and parents[block] == previous):
                 found.append(f"row {row}: node {block} is not on a path from the root")
             is_path, previous = is_path and is_node, block
@@ -78,4 +85,34 @@ def _row_violations(
                 mine = np.asarray(tokens[row])[start : min(length, start + block_size)]
                 if tuple(mine.tolist()) != keys[block][: len(mine)]:
                     found.append(f"row {row}: node {block} has other tokens")
+    return found
+
+
+def _companion_violations(cache: PrefixCache, blocks: BlockState) -> list[str]:
+    """Check the blocks of nodes in the cache groups but the first."""
+    if cache.companions is None:
+        return []
+    parents, number = np.asarray(cache.parents), len(cache.windows) - 1
+    owners = np.asarray(cache.companions.owners)
+    companions = np.asarray(cache.companions.blocks)
+    found: list[str] = []
+    for block in np.flatnonzero(owners != NO_BLOCK).tolist():
+        node, group = divmod(int(owners[block]), number)
+        if parents[block] != NOT_CACHED:
+            found.append(f"block {block}: is a node, and a companion of {node}")
+        if parents[node] == NOT_CACHED:
+            found.append(f"block {block}: is a companion of {node}, which is no node")
+        elif companions[node, group] != block:
+            found.append(
+                f"block {block}: node {node} has companion {companions[node, group]}"
+            )
+    tables = np.asarray(blocks.block_tables)
+    tables = tables.reshape(len(tables), len(cache.windows), -1)
+    for row, group, column in np.argwhere(tables[:, 1:] != NO_BLOCK).tolist():
+        block, node = tables[row, 1 + group, column], tables[row, 0, column]
+        if owners[block] not in (NO_BLOCK, node * number + group):
+            found.append(
+                f"row {row}: block {block} of group {1 + group} is the companion of "
+                f"another node than {node}"
+            )
     return found

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.kv.prefix_table import BlockUses, PrefixCache, is_cached
+from jpaged.arithmetic import floor_div
+from jpaged.kv.block_state import NO_BLOCK
+from jpaged.kv.prefix_table import BlockUses, PrefixCache, is_cached, nodes
 from jpaged.policies import CachedBlocks
 
 
@@ -72,7 +74,6 @@ def node_scores(cache: PrefixCache, eviction: Eviction) -> jax.Array:
     """
     uses = cache.uses
     assert uses is not None
-    (num_blocks,) = cache.parents.shape
     view = CachedBlocks(
         last_used=cache.last_used,
         inserted=uses.inserted,
@@ -86,9 +87,20 @@ def node_scores(cache: PrefixCache, eviction: Eviction) -> jax.Array:
     found = eviction.policy(view).astype(jnp.float32)
     # A score that is not a number is evicted first. Zeros have one sign.
     found = jnp.where(jnp.isnan(found), -jnp.inf, found) + 0.0
-    nodes = is_cached(cache)
-    found = jnp.where(nodes, found, -jnp.inf)
-    ancestors = jnp.where(nodes, cache.parents, num_blocks)
+    return largest_below(cache, jnp.where(is_cached(cache), found, -jnp.inf))
+
+
+def largest_below(cache: PrefixCache, values: jax.Array) -> jax.Array:
+    """Return the largest value in the subtree of each node, [N] as `values`.
+
+    Companions of a node are below it.
+    """
+    (num_blocks,) = cache.parents.shape
+    ancestors = jnp.where(nodes(cache), cache.parents, num_blocks)
+    if cache.companions is not None:
+        owners, number = cache.companions.owners, cache.companions.blocks.shape[1]
+        owner = floor_div(jnp.maximum(owners, 0), number)
+        ancestors = jnp.where(owners == NO_BLOCK, ancestors, owner)
 
     def has_ancestors(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jnp.any(carry[1] < num_blocks)
@@ -99,7 +111,7 @@ def node_scores(cache: PrefixCache, eviction: Eviction) -> jax.Array:
         ancestors = ancestors.at[ancestors].get(mode="fill", fill_value=num_blocks)
         return found, ancestors
 
-    return lax.while_loop(has_ancestors, double, (found, ancestors))[0]
+    return lax.while_loop(has_ancestors, double, (values, ancestors))[0]
 
 
 def as_integers(scores: jax.Array) -> jax.Array:

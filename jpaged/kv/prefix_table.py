@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jpaged.indexing import take
 from jpaged.kv.block_state import NO_BLOCK, BlockState
+from jpaged.kv.companions import Companions, init_companions, insert_companions
 
 NOT_CACHED = -1
 NUM_WAYS = 8
@@ -55,10 +56,18 @@ class PrefixCache:
     buckets: jax.Array  # i32[U, W], blocks; a way is empty if `ways` of its block does
     # not point back to it, so that eviction does not write here
     uses: BlockUses | None = None  # None: the least recently used node is evicted
+    companions: Companions | None = None  # None if there is one cache group
+    # Of the cache groups (`kv.cache_groups`). Nodes are blocks of the first group.
+    windows: tuple[int | None, ...] = dataclasses.field(
+        default=(None,), metadata={"static": True}
+    )
 
 
 def init_prefix_cache(
-    num_blocks: int, block_size: int, counts_uses: bool = False
+    num_blocks: int,
+    block_size: int,
+    counts_uses: bool = False,
+    windows: tuple[int | None, ...] = (None,),
 ) -> PrefixCache:
     """Return an empty cache for a pool of `num_blocks` blocks.
 
@@ -66,6 +75,7 @@ def init_prefix_cache(
       num_blocks: blocks of the pool.
       block_size: tokens per block.
       counts_uses: keep what eviction policies other than "lru" read.
+      windows: of the cache groups.
 
     Raises:
       ValueError: a size is below 1, or the table does not fit into int32 indices.
@@ -85,6 +95,8 @@ def init_prefix_cache(
         ways=jnp.zeros((num_blocks,), jnp.int32),
         buckets=jnp.full((num_buckets, NUM_WAYS), NO_BLOCK, jnp.int32),
         uses=_init_uses(num_blocks) if counts_uses else None,
+        companions=init_companions(num_blocks, len(windows)),
+        windows=windows,
     )
 
 
@@ -97,9 +109,16 @@ def _init_uses(num_blocks: int) -> BlockUses:
     )
 
 
-def is_cached(cache: PrefixCache) -> jax.Array:
+def nodes(cache: PrefixCache) -> jax.Array:
     """Return which blocks are nodes, bool[N]."""
     return cache.parents != NOT_CACHED
+
+
+def is_cached(cache: PrefixCache) -> jax.Array:
+    """Return which blocks are nodes, or store a node's tokens in another group."""
+    if cache.companions is None:
+        return nodes(cache)
+    return nodes(cache) | (cache.companions.owners != NO_BLOCK)
 
 
 def is_node(cache: PrefixCache, blocks: jax.Array) -> jax.Array:
@@ -155,6 +174,7 @@ def insert_next_blocks(
     num_buckets, num_ways = cache.buckets.shape
     is_live = columns < ends
     chunks = block_tokens(tokens, seq_indices, columns, block_size)
+    # The nodes are in the first group, whose table comes first.
     previous = entry_at(blocks.block_tables, columns - 1)
     parents = jnp.where(columns == 0, num_blocks, previous)
     own = entry_at(blocks.block_tables, columns)
@@ -181,6 +201,17 @@ def insert_next_blocks(
         ways=cache.ways.at[block].set(found.buckets * num_ways + way, mode="drop"),
         buckets=cache.buckets.at[bucket, way].set(own, mode="drop"),
     )
+    if cache.companions is not None:
+        found_nodes = jnp.where(is_known, found.blocks, own)
+        found_nodes = jnp.where(is_known | inserts, found_nodes, NO_BLOCK)
+        companions, blocks, taken = insert_companions(
+            cache.companions, blocks, columns, found_nodes
+        )
+        cache = dataclasses.replace(
+            cache,
+            companions=companions,
+            depths=cache.depths.at[taken].set(columns[:, None], mode="drop"),
+        )
     return (
         cache,
         blocks,

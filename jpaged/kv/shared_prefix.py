@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jpaged.kv.block_state import NO_BLOCK
+
 
 class SharingThreshold(NamedTuple):
     """From which sizes on one read of a shared prefix is faster on a device."""
@@ -67,7 +69,9 @@ def find_shared_prefix(
     belongs to it. All pairs of rows are compared: S * S * M numbers.
 
     Args:
-      block_tables: i32[S, M]; entries after a row's length are ignored.
+      block_tables: i32[S, M]; entries after a row's length are ignored. Or i32[G, S, M]
+        of G cache groups, the first without a window: a prefix is shared if those of
+        its blocks that two rows still have are shared in all groups.
       context_lens: i32[S], tokens.
       block_size: tokens per block.
       min_prefix_tokens: shorter prefixes are not grouped; None: the device's entry in
@@ -79,9 +83,13 @@ def find_shared_prefix(
         min_prefix_tokens = threshold.tokens
     if min_saved_tokens is None:
         min_saved_tokens = threshold.saved
-    num_rows, width = block_tables.shape
+    *_, num_rows, width = block_tables.shape
     column = jnp.arange(width, dtype=jnp.int32)
-    differ = block_tables[:, None, :] != block_tables[None, :, :]
+    differ = block_tables[..., :, None, :] != block_tables[..., None, :, :]
+    if block_tables.ndim == 3:
+        has_block = block_tables != NO_BLOCK
+        differ &= has_block[:, :, None, :] & has_block[:, None, :, :]
+        differ = jnp.any(differ, axis=0)
     common = jnp.min(jnp.where(differ, column[None, None, :], width), axis=-1)
     most = jnp.maximum(context_lens - 1, 0) // block_size
     common = jnp.minimum(common, jnp.minimum(most[:, None], most[None, :]))  # i32[S, S]

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.compat import when
-from jpaged.kv import block_manager
+from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
 from jpaged.kv.drops import Drops
 
@@ -199,6 +199,12 @@ def swap_in_demand(host: BlockState, seq_indices: jax.Array) -> jax.Array:
     that uses it. A sequence whose last block an earlier one also writes needs one block
     more, for a copy.
     """
+    if (number := len(host.windows)) > 1:
+        size, split = host.context_lens.size, cache_groups.split_groups(host)
+        first = jnp.arange(number, dtype=jnp.int32)[:, None] * size
+        index = seq_indices[None, :]
+        index = jnp.where(index < 0, -1, first + index)
+        return cache_groups.sum_groups(swap_in_demand(split, index.reshape(-1)), host)
     tables_SM, lens = _select_rows(host, seq_indices >= 0, seq_indices)
     state = dataclasses.replace(host, block_tables=tables_SM, context_lens=lens)
     rows = jnp.arange(lens.size, dtype=jnp.int32)

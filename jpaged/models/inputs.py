@@ -3,7 +3,8 @@
 Pipeline: scheduler, block manager -> [models.inputs] -> decoder.
 
 The decoder never sees a request, and the scheduler never sees an activation.
-Shape symbols: T tokens of the step, S batch rows, M blocks per sequence.
+Shape symbols: T tokens of the step, S batch rows, M blocks per sequence, G cache
+groups (`kv.cache_groups`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class StepInputs:
       tokens: i32[T].
       positions: i32[T], position of each token in its sequence.
       slot_mapping: i32[T], slot to which each token's keys and values are written;
-        negative for padding.
-      block_tables: i32[S, M], NO_BLOCK after the last used entry.
+        negative for padding. With G > 1 cache groups, i32[G, T].
+      block_tables: i32[S, M], NO_BLOCK after the last used entry, and in front of a
+        sliding window. With G > 1 cache groups, i32[G, S, M].
       context_lens: i32[S], including the tokens of this step; 0 for padding.
       query_start_loc: i32[S + 1], where each row's tokens start in `tokens`. None in a
         decode step, where row s has exactly token s.

@@ -100,12 +100,14 @@ class _Table:
         self.block_size = int(state.block_size)
         self.num_blocks = len(self.ref_counts)
         self.used_rows = [int(row) for row in np.flatnonzero(self.lens > 0)]
-        counts = (self.tables != NO_BLOCK).sum(axis=1)
-        self.num_columns = max(1, int(counts.max(initial=0)))
+        # Blocks in front of a sliding window are gone.
+        used = np.flatnonzero((self.tables != NO_BLOCK).any(axis=0))
+        self.num_columns = 1 + int(used.max(initial=0))
+        self.group_width = self.tables.shape[1] // len(state.windows)
 
     def fill(self, row: int, column: int) -> float:
         """Share of a block's slots with a token of this row."""
-        tokens = self.lens[row] - column * self.block_size
+        tokens = self.lens[row] - column % self.group_width * self.block_size
         return float(np.clip(tokens / self.block_size, 0, 1))
 
 

@@ -58,6 +58,7 @@ from jpaged.scheduler.queue import (
     init_queue,
     is_new_request,
     known_user_tokens,
+    release_windows,
     row_values,
     rows_before,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "is_new_request",
     "known_user_tokens",
     "map_sources",
+    "release_windows",
     "row_values",
     "rows_before",
     "schedule",

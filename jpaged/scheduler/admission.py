@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged import policies
-from jpaged.arithmetic import cdiv, floor_div
+from jpaged.arithmetic import floor_div, remainder
 from jpaged.indexing import take
-from jpaged.kv import block_manager
-from jpaged.kv.block_manager import BlockState
+from jpaged.kv import block_manager, cache_groups
+from jpaged.kv.block_manager import NO_BLOCK, BlockState
 from jpaged.policies import Policy, SchedulerParams
 from jpaged.scheduler.queue import (
     BEFORE_ALL,
@@ -171,7 +171,14 @@ def _find_candidates(
 
     num_known = jnp.where(queue.has_ended, 0, queue.num_tokens)
     mapped = mapped_tokens(queue, first, hits)
-    demand = _block_demand(blocks, hits, first, take(num_known, first), mapped)
+    demand = _block_demand(
+        blocks,
+        hits,
+        first,
+        take(num_known, first),
+        mapped,
+        scheduler_params.max_prompt_chunk,
+    )
     demand = jnp.where(is_valid, jnp.maximum(demand, 0), 0)
     # A sequence that waits for its source computes nothing yet, and a lockstep sequence
     # does not compute its last token yet.
@@ -199,6 +206,7 @@ def _block_demand(
     first: jax.Array,
     num_known: jax.Array,
     mapped: jax.Array,
+    chunk: jax.Array,
 ) -> jax.Array:
     """Return the free blocks that each candidate would use, i32[S].
 
@@ -206,10 +214,15 @@ def _block_demand(
     """
     size = blocks.block_size
     column = jnp.arange(hits.block_tables.shape[1], dtype=jnp.int32)
+    if (number := len(blocks.windows)) > 1:
+        column = remainder(column, column.size // number)
     is_hit = column[None, :] < floor_div(take(hits.lens, first), size)[:, None]
+    if cache_groups.has_windows(blocks.windows):
+        is_hit &= take(hits.block_tables, first) != NO_BLOCK
     is_used = take(blocks.ref_counts, take(hits.block_tables, first)) > 0
     num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
-    return cdiv(num_known, size) - floor_div(mapped, size) - num_used
+    mapped = floor_div(mapped, size)
+    return cache_groups.num_blocks_to_grow(blocks, num_known, mapped, chunk) - num_used
 
 
 def _whole_requests(

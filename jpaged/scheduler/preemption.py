@@ -21,7 +21,7 @@ from jax import lax
 from jpaged import policies
 from jpaged.arithmetic import cdiv, floor_div
 from jpaged.indexing import take
-from jpaged.kv import block_manager, swap
+from jpaged.kv import block_manager, cache_groups, swap
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import YIELD, Policy, SchedulerParams
 from jpaged.scheduler.queue import (
@@ -262,7 +262,9 @@ def swap_in_request(
     is_mine = is_swapped & (queue.leaders == leader)
     is_valid = take(is_mine, first)
 
-    demand = _swap_in_demand(queue, host, first, is_valid)
+    demand = _swap_in_demand(
+        queue, host, first, is_valid, scheduler_params.max_prompt_chunk
+    )
     number = jnp.arange(num_rows, dtype=jnp.int32)
     fits = is_valid & (number < num_open_rows(queue, rows, scheduler_params))
     fits &= jnp.cumsum(demand) <= spare_blocks(
@@ -285,16 +287,24 @@ def swap_in_request(
 
 
 def _swap_in_demand(
-    queue: Queue, host: BlockState, first: jax.Array, is_valid: jax.Array
+    queue: Queue,
+    host: BlockState,
+    first: jax.Array,
+    is_valid: jax.Array,
+    chunk: jax.Array,
 ) -> jax.Array:
     """Return the blocks of the sequences `first` and of their next tokens, i32[S]."""
     size = host.block_size
-    stored = cdiv(take(host.context_lens, first), size)
-    mapped = jnp.where(
-        stored == 0, floor_div(mapped_tokens(queue, first), size), stored
-    )
+    to_map = floor_div(mapped_tokens(queue, first), size)
+    if host.windows == (None,):
+        stored = cdiv(take(host.context_lens, first), size)
+    else:
+        stored = cache_groups.num_stored_blocks(host)[:, first]
+        to_map = jnp.broadcast_to(to_map[None, :], stored.shape)
+    stored = jnp.where(stored == 0, to_map, stored)
     known = take(jnp.where(queue.has_ended, 0, queue.num_tokens), first)
     if host.drops is not None:
         known = known - take(host.drops.dropped, first)
     demand = swap.swap_in_demand(host, jnp.where(is_valid, first, NO_REQUEST))
-    return demand + jnp.where(is_valid, jnp.maximum(cdiv(known, size) - mapped, 0), 0)
+    more = cache_groups.num_blocks_to_grow(host, known, stored, chunk)
+    return demand + jnp.where(is_valid, jnp.maximum(more, 0), 0)

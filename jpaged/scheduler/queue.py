@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpaged.arithmetic import cdiv, floor_div
+from jpaged.arithmetic import floor_div
 from jpaged.indexing import take
-from jpaged.kv import block_manager
+from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import BlockState
 from jpaged.policies import NO_DEADLINE, NO_USER, Requests, SchedulerParams
 
@@ -319,6 +319,20 @@ def first_empty_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.
     return is_first, jnp.where(is_first, number, 0)
 
 
+def release_windows(queue: Queue, rows: jax.Array, blocks: BlockState) -> BlockState:
+    """Release the blocks in front of the rows' windows, except those of pins.
+
+    Args:
+      queue: the sequences.
+      rows: i32[S], the sequence index of each row, or NO_REQUEST.
+      blocks: the blocks of the rows.
+    """
+    if not cache_groups.has_windows(blocks.windows):
+        return blocks
+    is_pinned = row_values(queue.priorities, rows) == BEFORE_ALL
+    return cache_groups.release_front(blocks, is_pinned)
+
+
 def spare_blocks(
     queue: Queue,
     rows: jax.Array,
@@ -333,16 +347,18 @@ def spare_blocks(
     that the rows need in this step.
     """
     size = blocks.block_size
-    num_used = cdiv(blocks.context_lens, size)
     seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     to_map = floor_div(row_values(mapped_tokens(queue, seq_index), rows), size)
     known = row_values(queue.num_tokens, rows)
     if blocks.drops is not None:
         known = known - blocks.drops.dropped
-    expected = cdiv(known, size)
-    expected = jnp.where(
-        idle_rows(queue, rows), 0, expected - jnp.maximum(num_used, to_map)
+    expected = cache_groups.num_blocks_to_grow(
+        blocks,
+        known,
+        cache_groups.at_least(cache_groups.num_stored_blocks(blocks), to_map),
+        scheduler_params.max_prompt_chunk,
     )
+    expected = jnp.where(idle_rows(queue, rows), 0, expected)
     # A row that does not grow may still need a block, for a copy of a shared block.
     expected = jnp.maximum(expected, needed)
     free = block_manager.num_free_blocks(blocks) - jnp.sum(expected)

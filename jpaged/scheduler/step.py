@@ -16,7 +16,7 @@ from jax import lax
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.indexing import take
-from jpaged.kv import block_manager
+from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.drops import computed_lens, intact_rows
 from jpaged.policies import SchedulerParams
@@ -36,6 +36,7 @@ from jpaged.scheduler.queue import (
     Queue,
     UntilDecision,
     idle_rows,
+    release_windows,
     row_values,
     same_request,
 )
@@ -91,6 +92,8 @@ def schedule(
         queue, rows, config.preemption_policy, settings.preemption, clock
     )
     blocks, remaining = _map_sources(queue, rows, blocks)
+    # Only now: rows that have just mapped their source's blocks share the window.
+    blocks = release_windows(queue, rows, blocks)
     remaining = _hold_lockstep(queue, rows, blocks, remaining)
     if until is not None:
         remaining = jnp.minimum(remaining, until.rows)
@@ -145,7 +148,7 @@ def _admit_waiting(
 ) -> tuple:
     """Admit waiting requests if admission is open; `carry` is as for `admit`."""
     if hits is None:
-        hits = Hits.none(carry[0].status.shape[0], config.max_blocks_per_seq)
+        hits = Hits.none(carry[0].status.shape[0], carry[2].block_tables.shape[1])
     return when(
         is_open,
         lambda carry: admit(
@@ -188,6 +191,9 @@ def _map_sources(
         has_source = jnp.any(is_source, axis=1)
         if (intact := intact_rows(blocks)) is not None:
             has_source &= take(intact, source_row)
+        if cache_groups.has_windows(blocks.windows):
+            # A source that has released what the row would see is of no use.
+            has_source &= cache_groups.has_windows_at(blocks, source_row, shared)
         own = jnp.arange(rows.shape[0], dtype=jnp.int32)
 
         def can_map(blocks: BlockState) -> jax.Array:

@@ -17,6 +17,7 @@ from jpaged.attention import backends
 from jpaged.config import EngineConfig, Speculation
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
+from jpaged.kv import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.loading import checkpoint, sources
@@ -80,9 +81,16 @@ def build_parts(options: LLMOptions) -> LLMParts:
     speculation, draft = load_speculation(
         options.speculative_config, model, options.mesh
     )
+    # A draft model uses the target's block tables, so it needs one for all layers.
+    is_grouped = options.cache_groups and draft is None
+    chunk = options.max_num_batched_tokens
+    chunk = min(options.max_prompt_chunk or chunk, chunk)
+    num_drafts = 0 if speculation is None else speculation.num_tokens
     num_blocks, max_model_len = memory.choose_sizes(
         model,
         draft,
+        is_grouped=is_grouped,
+        chunk=max(chunk, 1 + num_drafts),
         block_size=options.block_size,
         kv_dtype=kv_dtype,
         num_blocks=options.num_blocks,
@@ -97,7 +105,10 @@ def build_parts(options: LLMOptions) -> LLMParts:
             _check_attention(each.config, options)
     if options.batch_invariant:
         _check_invariant(model, options.mesh)
-    config = _engine_config(options, num_blocks, max_model_len, speculation)
+    groups = cache_groups.choose_groups(model.config.windows, max_model_len, is_grouped)
+    config = _engine_config(
+        options, num_blocks, max_model_len, speculation, groups.windows
+    )
     host = EngineHost(
         model,
         config,
@@ -162,6 +173,7 @@ def _engine_config(
     num_blocks: int,
     max_model_len: int,
     speculation: Speculation | None,
+    group_windows: cache_groups.Windows,
 ) -> EngineConfig:
     """Return the engine's config, without the features that requests add to it."""
     config = EngineConfig(
@@ -176,7 +188,8 @@ def _engine_config(
         max_num_stop_ids=options.max_num_stop_ids,
         **_policies(options),
         preemption=options.preemption,
-        num_swap_blocks=options.num_swap_blocks,
+        num_swap_blocks=options.num_swap_blocks * len(group_windows),
+        group_windows=group_windows,
         max_prompt_chunk=options.max_prompt_chunk,
         watermark=options.watermark,
         enable_prefix_caching=options.enable_prefix_caching,

@@ -291,7 +291,7 @@ class EngineHost:
         """Return the number of blocks of a replica that are not pinned."""
         size = self.config.block_size
         pinned = sum(cdiv(len(each.token_ids), size) for each in self.pinned)
-        return self.config.num_blocks - pinned
+        return self.config.num_blocks - pinned * len(self.config.group_windows)
 
     # Requests.
 

@@ -13,8 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged import parallel
-from jpaged.arithmetic import cdiv
 from jpaged.attention import kv_cache
+from jpaged.kv import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.parallel import distributed
@@ -33,11 +33,15 @@ def block_bytes(
     kv_dtype: str,
     attention: str | None = None,
     tensor: int = 1,
+    num_layers: int | None = None,
 ) -> int:
-    """Return the bytes of one block per device: keys and values of all layers."""
+    """Return the bytes of one block per device: keys and values of its layers.
+
+    `num_layers` is that of a cache group; None: all layers.
+    """
     stored = parallel.stored_kv_heads(model.num_kv_heads, tensor)
     return kv_cache.bytes_per_block(
-        num_layers=model.num_layers,
+        num_layers=model.num_layers if num_layers is None else num_layers,
         num_kv_heads=stored // tensor,
         block_size=block_size,
         head_dim=model.head_dim,
@@ -59,8 +63,14 @@ def choose_sizes(
     max_model_len: int | None,
     attention: str | None = None,
     mesh: Mesh | None = None,
+    is_grouped: bool = False,
+    chunk: int = 1,
 ) -> tuple[int, int]:
     """Return (num_blocks, max_model_len), with defaults in place of None.
+
+    With `is_grouped`, layers form cache groups: a given `num_blocks` counts blocks of
+    all layers, and the returned one those of single groups (`kv.cache_groups`). `chunk`
+    is the largest number of tokens that a row computes in one step.
 
     The default of `num_blocks` is what `max_num_seqs` sequences of `max_model_len`
     tokens can fill, limited to `memory_fraction` of the device's free memory. On a CPU
@@ -81,7 +91,12 @@ def choose_sizes(
         )
     default = min(each.config.default_length for each in models)
     length = default if max_model_len is None else max_model_len
-    if num_blocks is None:
+    windows = model.config.windows
+    groups = cache_groups.choose_groups(windows, length, is_grouped)
+    given = num_blocks
+    if num_blocks is not None:
+        num_blocks *= len(groups.windows)
+    else:
         budget = pool_budget(model, memory_fraction)
         # The draft model has pages of its own under the same block tables.
         tensor = 1 if mesh is None else mesh.shape["tensor"]
@@ -90,29 +105,49 @@ def choose_sizes(
         if distributed.is_shared(mesh):
             budget = distributed.min_over_processes(budget)
         size = sum(
-            block_bytes(each.config, block_size, kv_dtype, attention, tensor)
-            for each in models
+            block_bytes(each.config, block_size, kv_dtype, attention, tensor, layers)
+            for each, layers in zip(models, (groups.num_layers, None), strict=False)
         )
-        useful = max_num_seqs * cdiv(length, block_size)
+        useful = max_num_seqs * cache_groups.blocks_of_length(
+            groups.windows, block_size, length, chunk
+        )
         chosen = int(min(useful, budget // size))
-        if chosen < 1:
+        if chosen < len(groups.windows):
+            size *= len(groups.windows)
             raise ValueError(
                 f"num_blocks: expected memory for at least one block of {size} bytes, "
                 f"got {budget} bytes ({memory_fraction:g} of what is free); use a "
                 "smaller block_size or model, or set num_blocks"
             )
         num_blocks = chosen
-    if max_model_len is None and length > num_blocks * block_size:
+    fitting = cache_groups.longest_length(groups.windows, block_size, num_blocks, chunk)
+    if max_model_len is None and length > fitting:
+        if cache_groups.choose_groups(windows, fitting, is_grouped) != groups:
+            # No sequence is longer than the window, which is none then.
+            num_blocks, length = choose_sizes(
+                model,
+                draft,
+                block_size=block_size,
+                kv_dtype=kv_dtype,
+                num_blocks=given,
+                memory_fraction=memory_fraction,
+                max_num_seqs=max_num_seqs,
+                max_model_len=None,
+                attention=attention,
+                mesh=mesh,
+                chunk=chunk,
+            )
+            return num_blocks, min(length, fitting)
         _LOG.warning(
             "max_model_len: %d instead of the model's %d, because the pool has %d "
             "blocks of %d tokens; raise num_blocks for longer sequences, or set "
             "max_model_len",
-            num_blocks * block_size,
+            fitting,
             length,
             num_blocks,
             block_size,
         )
-        length = num_blocks * block_size
+        length = fitting
     return num_blocks, length
 
 

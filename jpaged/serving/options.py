@@ -75,6 +75,7 @@ class LLMOptions:
     eviction_parameters: Sequence[float]
     budget_policy: str | BudgetPolicy
     budget_parameters: Sequence[float]
+    cache_groups: bool
     retention: Any
 
     def __post_init__(self) -> None:
@@ -89,6 +90,7 @@ class LLMOptions:
             "cascade",
             "check_invariants",
             "batch_invariant",
+            "cache_groups",
         ):
             self._set(name, flag(name, getattr(self, name)))
         self._set("seed", _seed(self.seed, self.mesh))

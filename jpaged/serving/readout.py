@@ -68,13 +68,12 @@ def read_progress(
     """Return the progress of all sequences, and the counters, each [D]."""
     columns, integers, floats = (_per_replica(x, state) for x in _summary(state))
     integers, floats = iter(integers.T), iter(floats.T)
+    names = [field.name for field in dataclasses.fields(engine.Counters)]
+    present = {name: getattr(state.counters, name) for name in names}
     counters = {
-        field.name: next(floats if _is_float(counter) else integers)
-        for field, counter in zip(
-            dataclasses.fields(engine.Counters),
-            jax.tree.leaves(state.counters),
-            strict=True,
-        )
+        name: next(floats if _is_float(counter) else integers)
+        for name, counter in present.items()
+        if counter is not None
     }
     found = SequenceProgress(*(column.reshape(-1) for column in columns.swapaxes(0, 1)))
     return found, counters

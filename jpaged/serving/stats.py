@@ -10,6 +10,8 @@ from typing import Any
 
 from jpaged.attention import backends
 from jpaged.config import EngineConfig
+from jpaged.kv import cache_groups
+from jpaged.models.config import ModelConfig
 from jpaged.serving.batcher import Batcher
 from jpaged.serving.engine_host import EngineHost
 
@@ -19,6 +21,14 @@ Stats = dict[str, Any]  # numbers, and the name of the attention backend
 def attention_name(config: EngineConfig) -> str:
     """Return the name of the backend whose kernels serve."""
     return backends.serving_name(config.attention)
+
+
+def group_windows(model: ModelConfig, config: EngineConfig) -> str:
+    """Return the windows of the cache groups for `repr`; empty without windows."""
+    if not cache_groups.has_windows(model.windows):
+        return ""
+    windows: Any = config.group_windows
+    return f"group_windows={windows if cache_groups.has_windows(windows) else 'off'}, "
 
 
 def llm_stats(
@@ -43,6 +53,9 @@ def llm_stats(
         "num_blocks": num_blocks,
         "block_size": host.config.block_size,
         "kv_bytes": block_bytes * num_blocks,
+        "num_cache_groups": len(host.config.group_windows),
+        "max_used_kv_bytes": block_bytes * host.counters["max_used_blocks"],
+        "kv_bytes_single_table": block_bytes * _single_table_blocks(host.counters),
         "num_free_blocks": int(num_free_blocks.sum()),
         "num_cached_blocks": int(num_cached_blocks.sum()),
         **_engine_stats(host.counters),
@@ -75,6 +88,11 @@ def replica_stats(host: EngineHost, batcher: Batcher) -> list[Stats]:
         }
         for replica in range(host.num_replicas)
     ]
+
+
+def _single_table_blocks(counters: Mapping[str, Any]) -> int:
+    """Return the blocks that one table for all layers would have used."""
+    return counters.get("single_table_blocks", counters["max_used_blocks"])
 
 
 def _engine_stats(counters: Mapping[str, Any]) -> Stats:

@@ -168,6 +168,9 @@ LLM_ARGUMENTS: Mapping[str, Foreign] = {
     ),
     "disable_async_output_proc": _no(False, None, instead=_LEAVE_OUT),
     "disable_cascade_attn": Foreign((None, True), "cascade", lambda value: not value),
+    "disable_hybrid_kv_cache_manager": Foreign(
+        (None, False), "cache_groups", lambda value: not value
+    ),
     "worker_cls": _no("auto", None, instead=_LEAVE_OUT),
     "worker_extension_cls": _no("", None, instead=_LEAVE_OUT),
     "model_loader_extra_config": _no(None, {}, instead=_LEAVE_OUT),

@@ -27,6 +27,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jpaged import parallel
 from jpaged.arithmetic import cdiv
 from jpaged.attention import kv_cache
+from jpaged.kv import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.loading.placing import split_sizes
@@ -44,7 +45,8 @@ class MeshPlan:
     temporary_bytes: int  # estimated
     page_bytes: int  # the remaining memory, in whole blocks
     available_bytes: int  # `memory_fraction` of the chip's memory
-    kv_tokens: int  # tokens whose keys and values fit, in whole blocks
+    kv_tokens: int  # tokens whose keys and values fit, in whole blocks; of a model with
+    # sliding windows, those of rows of `context` tokens
     fits: bool  # whether at least one block fits beside weights and temporaries
     collectives: Mapping[str, Mapping[str, int]]  # kind -> count, bytes of each result
     step_s: float | None  # predicted decode step of max_num_seqs rows; None: no fit
@@ -174,6 +176,20 @@ def predicted_step_s(
     return float(Roofline.of(model, chip, tensor)(load))
 
 
+def _num_tokens(
+    windows: cache_groups.Windows,
+    blocks: int,
+    block_size: int,
+    context: int,
+    chunk: int,
+) -> int:
+    """Return the tokens of all rows whose keys and values fit into the blocks."""
+    if not cache_groups.has_windows(windows):
+        return blocks * block_size
+    each = cache_groups.blocks_of_length(windows, block_size, context, chunk)
+    return blocks * cdiv(context, block_size) * block_size // each
+
+
 def plan_mesh(
     config: ModelConfig,
     chip: Chip,
@@ -217,8 +233,9 @@ def plan_mesh(
     weights = weight_bytes(config, tensor, expert)
     temporaries = temporary_bytes(config, tensor, max_num_seqs, max_num_batched_tokens)
     available = int(memory_fraction * chip.memory_bytes)
+    groups = cache_groups.layer_groups(config.windows, config.default_length)
     block = kv_cache.bytes_per_block(
-        num_layers=config.num_layers,
+        num_layers=groups.num_layers,
         num_kv_heads=parallel.stored_kv_heads(config.num_kv_heads, tensor) // tensor,
         block_size=block_size,
         head_dim=config.head_dim,
@@ -234,7 +251,9 @@ def plan_mesh(
         temporary_bytes=temporaries,
         page_bytes=blocks * block,
         available_bytes=available,
-        kv_tokens=blocks * block_size,
+        kv_tokens=_num_tokens(
+            groups.windows, blocks, block_size, context, max_num_batched_tokens
+        ),
         fits=blocks > 0,
         collectives=predicted_collectives(
             config, tensor, expert, max_num_seqs, max_num_seqs

@@ -45,9 +45,9 @@ REQUESTS = st.tuples(
 class Walk:
     """An engine, and the requests that it should finish."""
 
-    def __init__(self, model) -> None:
-        self.model = model
-        self.state = engine.init(model, CONFIG)
+    def __init__(self, model, config=CONFIG) -> None:
+        self.model, self.config = model, config
+        self.state = engine.init(model, config)
         self.unfinished: dict[int, tuple[list[int], SamplingParams, list[int]]] = {}
         self.num_finished = 0
 
@@ -82,7 +82,7 @@ class Walk:
         self.state = engine.reset_prefix_cache(self.state)
 
     def mask(self, seq_indices: list[int]) -> np.ndarray:
-        mask = np.zeros((CONFIG.max_num_requests,), np.bool_)
+        mask = np.zeros((self.config.max_num_requests,), np.bool_)
         mask[seq_indices] = True
         return mask
 
@@ -94,11 +94,13 @@ class Walk:
         self.run(FOREVER)
         self.check()
         assert not engine.has_work(self.state)
-        assert block_manager.num_free_blocks(self.state.blocks) == CONFIG.num_blocks
+        assert (
+            block_manager.num_free_blocks(self.state.blocks) == self.config.num_blocks
+        )
         # Blocks are free or cached, and the host pool is empty.
         assert int(self.state.host.blocks.ref_counts.sum()) == 0
         cached = prefix_cache.is_cached(self.state.prefix_cache)
-        assert cached.sum() <= CONFIG.num_blocks
+        assert cached.sum() <= self.config.num_blocks
         got: dict[int, list[list[int]]] = {arrival: [] for arrival in self.unfinished}
         for result in engine.collect(self.state):
             got[result.arrival].append(result.token_ids)
@@ -111,16 +113,13 @@ class Walk:
         self.num_finished = len(prompts)
 
 
-@pytest.fixture(scope="module")
-def llama(models):
-    return models["llama"]
+def walk_randomly(model, config=CONFIG, max_examples: int = 10) -> None:
+    """Raise unless random walks leave the engine sound."""
 
-
-def test_random_walks_leave_the_engine_sound(llama):
     class Machine(stateful.RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.walk = Walk(llama)
+            self.walk = Walk(model, config)
 
         @stateful.rule(request=REQUESTS)
         def submit(self, request) -> None:
@@ -147,13 +146,15 @@ def test_random_walks_leave_the_engine_sound(llama):
 
     stateful.run_state_machine_as_test(
         Machine,
-        settings=settings(max_examples=10, stateful_step_count=25, deadline=None),
+        settings=settings(
+            max_examples=max_examples, stateful_step_count=25, deadline=None
+        ),
     )
 
 
-def test_many_requests_in_the_smallest_pool_use_all_features(llama):
+def walk_with_all_events(model, config=CONFIG) -> None:
     """One walk that has all the events that a random walk may miss."""
-    walk, rng = Walk(llama), np.random.default_rng(1)
+    walk, rng = Walk(model, config), np.random.default_rng(1)
     for round_ in range(6):
         for _ in range(5):
             stem, more, n = rng.integers(0, (2, 3, 4)).tolist()
@@ -172,3 +173,16 @@ def test_many_requests_in_the_smallest_pool_use_all_features(llama):
     assert counters.num_preemptions > counters.num_swap_outs
     assert counters.num_cached_tokens > 0
     assert counters.num_block_copies > 0
+
+
+@pytest.fixture(scope="module")
+def llama(models):
+    return models["llama"]
+
+
+def test_random_walks_leave_the_engine_sound(llama):
+    walk_randomly(llama)
+
+
+def test_many_requests_in_the_smallest_pool_use_all_features(llama):
+    walk_with_all_events(llama)

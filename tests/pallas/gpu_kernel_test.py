@@ -113,6 +113,12 @@ def test_a_traced_layer_and_window_equal_that_layer_alone(small_sizes):
     assert relative_errors(got, want).max() < TOLERANCES["bfloat16"]
 
 
+@interpreted
+def test_released_blocks_in_front_of_the_window_are_not_read(small_sizes):
+    case = make_case([40, 90], heads=(2, 1), head_dim=64, dtype="bfloat16")
+    check(oracle.without_front(case, 9), sliding_window=9)
+
+
 @pytest.mark.long
 @interpreted
 def test_shared_prefixes_equal_the_oracle(small_sizes):

@@ -157,6 +157,11 @@ def test_a_traced_layer_and_window_equal_that_layer_alone(small_tiles):
     np.testing.assert_array_equal(got, want)
 
 
+def test_released_blocks_in_front_of_the_window_are_not_read(small_tiles):
+    case = make_case([5, 100, 0, 150], [1, 20, 0, 1], head_dim=128)
+    check(oracle.without_front(case, 9), sliding_window=9)
+
+
 def test_float32_queries_read_bfloat16_pages():
     case = make_case([40, 7], dtype="bfloat16", head_dim=128)
     check(dataclasses.replace(case, q=case.q.astype(np.float32)))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged import engine, policies, scheduler
+from jpaged.arithmetic import floor_div
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, events, iteration, request_table
@@ -246,20 +247,26 @@ class EngineSystem:
         return (state, scheduled), self._load(inner, scheduled), self._usage(inner)
 
     def _load(self, state: EngineState, scheduled: ScheduledStep) -> StepLoad:
-        size = self.config.block_size
+        # Of several cache groups, a block stores the layers of one.
+        size, number = self.config.block_size, len(self.config.group_windows)
         num_copies = jnp.sum(scheduled.appended.copy_dst != NO_BLOCK, dtype=jnp.int32)
         num_moved = jnp.int32(0)
         if scheduled.swapped is not None:
             num_moved = (
                 scheduled.swapped.out.num_blocks + scheduled.swapped.into.num_blocks
             )
+        num_copied, num_swapped = num_copies * size, num_moved * size
+        if number > 1:
+            num_copied, num_swapped = (
+                floor_div(tokens, number) for tokens in (num_copied, num_swapped)
+            )
         is_last = synthetic_tokens.computes_last_token(state, scheduled)
         return StepLoad(
             query_lens=scheduled.plan.num_tokens,
             context_lens=state.blocks.context_lens,
             num_logits=jnp.sum(is_last, dtype=jnp.int32),
-            num_copied_tokens=num_copies * size,
-            num_swapped_tokens=num_moved * size,
+            num_copied_tokens=num_copied,
+            num_swapped_tokens=num_swapped,
             num_swap_copies=num_moved,
         )
 
@@ -276,6 +283,8 @@ class EngineSystem:
         # The last token of a sequence is never stored, as no token follows it.
         remaining = jnp.maximum(limits - 1 - lens, 0)
         reservation = jnp.sum(jnp.minimum(unfilled, remaining))
+        if (number := len(self.config.group_windows)) > 1:
+            reservation *= number
         spare = used * size - stored
         reservation = jnp.minimum(reservation, spare)
         return Usage(

@@ -187,3 +187,26 @@ def check_result(
     worst = relative_errors(out, expected_out).max()
     assert worst < tolerance
     np.testing.assert_allclose(lse, expected_lse, atol=lse_tolerance, rtol=0)
+
+
+def without_front(case: Case, window: int) -> Case:
+    """Return the case without the blocks that no query of a row's window sees.
+
+    Their entries are -1, as after `cache_groups.release_front`, and their pages hold
+    NaN, as do the first and the last block of the pool, which -1 must not read.
+    """
+    pages = [case.k_pages.copy(), case.v_pages.copy()]
+    num_blocks, _, size, _ = case.k_pages.shape
+    starts = case.query_start_loc
+    tables = case.block_tables.copy()
+    tables[(tables >= 0) & (tables < num_blocks)] += 1
+    pages = [np.pad(x, ((1, 1), (0, 0), (0, 0), (0, 0))) for x in pages]
+    for row, length in enumerate(case.context_lens.tolist()):
+        queries = 1 if starts is None else int(starts[row + 1] - starts[row])
+        front = max(0, length - max(queries, 1) + 1 - window) // size
+        for x in pages:
+            x[[0, -1, *tables[row, :front]]] = np.nan
+        tables[row, :front] = -1
+    return dataclasses.replace(
+        case, k_pages=pages[0], v_pages=pages[1], block_tables=tables
+    )

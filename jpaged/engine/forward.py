@@ -107,7 +107,7 @@ def run_trunk(
     pages_of = _pages_of_layers(model, inputs, config)
 
     def attend(
-        layer: Any, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache
+        layer: Any, q: jax.Array, k: jax.Array, v: Any, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         options: dict[str, Any] = dict(
             model.attention_options(layer), implementation=implementation
@@ -115,6 +115,7 @@ def run_trunk(
         layer, tables, slots = pages_of(layer)
         cache = kv_cache.write_tokens(cache, k, v, slots, layer, implementation)
         if config.batch_invariant:
+            assert cache.v_pages is not None, "models with latent pages are refused"
             attended: Any = invariant.paged_attention(
                 q,
                 cache.k_pages,

@@ -244,6 +244,11 @@ class EngineConfig:
                 "retention: expected None or a retention.Retention, got "
                 f"{self.retention!r:.100}"
             )
+        if self.group_windows != (None,):
+            raise ValueError(
+                "retention: expected None with cache groups, got a method; set "
+                "group_windows=(None,) to use it"
+            )
         if self.batch_invariant and self.retention.statistic is not None:
             raise ValueError(
                 "retention: expected a method without a statistic with "

@@ -57,7 +57,7 @@ def test_tokens_are_those_of_a_dense_model_with_the_mask(llm, dense):
 
 @pytest.mark.long
 def test_requests_have_numbers_of_their_own_and_compile_nothing(llm, dense):
-    generate(llm)
+    llm.warm_up(GREEDY)
     known = llm.stats()["num_compilations"]
     settings = (
         dict(num_sinks=0, window=4, every=1),

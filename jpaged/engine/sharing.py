@@ -119,10 +119,10 @@ def overwritten_nodes(
       kept: bool[N], the blocks in the cache.
 
     Returns:
-      i32[G * S].
+      i32[S * G].
     """
     if len(blocks.windows) > 1:
-        num_tokens = jnp.tile(num_tokens, len(blocks.windows))
+        num_tokens = jnp.repeat(num_tokens, len(blocks.windows))
         blocks = cache_groups.split_groups(blocks)
     is_partial = remainder(blocks.context_lens, blocks.block_size) != 0
     is_writer = (num_tokens > 0) & is_partial

@@ -46,8 +46,8 @@ class Append:
     """Result of `append`: whether it succeeded, and which blocks to copy first."""
 
     ok: jax.Array  # bool[]; False: the append was refused, and nothing changed
-    copy_src: jax.Array  # i32[G * S], block to copy from, NO_BLOCK where none
-    copy_dst: jax.Array  # i32[G * S], block to copy to, NO_BLOCK where none
+    copy_src: jax.Array  # i32[S * G], block to copy from, NO_BLOCK where none
+    copy_dst: jax.Array  # i32[S * G], block to copy to, NO_BLOCK where none
 
 
 def append(
@@ -356,9 +356,9 @@ def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array
     """
     if (number := len(state.windows)) > 1:
         size = state.context_lens.size
-        first = jnp.arange(number, dtype=jnp.int32)[:, None] * size
+        group = jnp.arange(number, dtype=jnp.int32)[:, None]
         is_row = (rows >= 0) & (rows < size)
-        rows = jnp.where(is_row[None, :], first + rows[None, :], -1)
+        rows = jnp.where(is_row[None, :], rows[None, :] * number + group, -1)
         positions = jnp.broadcast_to(positions[None, :], (number, positions.size))
         return slots(cache_groups.split_groups(state), rows, positions)
     max_seqs, max_blocks_per_seq = state.block_tables.shape
@@ -372,7 +372,7 @@ def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array
 
 def _split(state: BlockState, values: jax.Array) -> tuple[BlockState, jax.Array]:
     """Return a row for each group of each row, with values [S] for each of them."""
-    return cache_groups.split_groups(state), jnp.tile(values, len(state.windows))
+    return cache_groups.split_groups(state), jnp.repeat(values, len(state.windows))
 
 
 def _demand(

@@ -187,32 +187,31 @@ def tables_by_group(block_tables: jax.Array, num_groups: int) -> jax.Array:
 
 
 def split_groups(state: BlockState) -> BlockState:
-    """Return a state with a row for each group of each row: group after group."""
-    number = len(state.windows)
-    tables = tables_by_group(state.block_tables, number)
+    """Return a state with a row for each group of each row: row s * G + g.
+
+    The tables stay where they are in memory.
+    """
     return dataclasses.replace(
         state,
-        block_tables=tables.reshape(-1, tables.shape[2]),
-        context_lens=jnp.tile(state.context_lens, number),
+        block_tables=state.block_tables.reshape(-1, num_columns(state)),
+        context_lens=jnp.repeat(state.context_lens, len(state.windows)),
         windows=(None,),
     )
 
 
 def join_groups(split: BlockState, state: BlockState) -> BlockState:
     """Undo `split_groups`, with the windows of `state`."""
-    number, (num_rows,) = len(state.windows), state.context_lens.shape
-    tables = split.block_tables.reshape(number, num_rows, -1)
     return dataclasses.replace(
         state,
         ref_counts=split.ref_counts,
-        block_tables=jnp.swapaxes(tables, 0, 1).reshape(num_rows, -1),
-        context_lens=split.context_lens[:num_rows],
+        block_tables=split.block_tables.reshape(state.block_tables.shape),
+        context_lens=split.context_lens[:: len(state.windows)],
     )
 
 
 def sum_groups(values: jax.Array, state: BlockState) -> jax.Array:
     """Return the sum over groups of values of `split_groups`' rows, i32[S]."""
-    return jnp.sum(values.reshape(len(state.windows), -1), axis=0)
+    return jnp.sum(values.reshape(-1, len(state.windows)), axis=1)
 
 
 def num_stored_blocks(state: BlockState) -> jax.Array:
@@ -254,17 +253,18 @@ def release_front(state: BlockState, held: jax.Array) -> BlockState:
     if not has_windows(state.windows):
         return state
     firsts = jnp.where(held[None, :], 0, first_columns(state, state.context_lens))
-    tables = tables_by_group(state.block_tables, len(state.windows))
+    width = num_columns(state)
 
     # Rows release from the front, so the last column before the window tells.
     group, row = jnp.indices(firsts.shape, jnp.int32)
-    last = tables.at[group, row, jnp.maximum(firsts - 1, 0)].get(mode="clip")
+    column = group * width + jnp.clip(firsts - 1, 0, width - 1)
+    last = take(state.block_tables, row, column)
     has_any = jnp.any((firsts > 0) & (last != NO_BLOCK))
 
     def release(state: BlockState) -> BlockState:
-        column = jnp.arange(tables.shape[2], dtype=jnp.int32)
-        is_before = column[None, None, :] < firsts[:, :, None]
-        is_before = jnp.swapaxes(is_before, 0, 1).reshape(state.block_tables.shape)
+        column = jnp.arange(width, dtype=jnp.int32)
+        is_before = column[None, None, :] < firsts.T[:, :, None]
+        is_before = is_before.reshape(state.block_tables.shape)
         is_released = is_before & (state.block_tables != NO_BLOCK)
         (num_blocks,) = state.ref_counts.shape
         at = jnp.where(is_released, state.block_tables, num_blocks)

@@ -200,10 +200,10 @@ def swap_in_demand(host: BlockState, seq_indices: jax.Array) -> jax.Array:
     more, for a copy.
     """
     if (number := len(host.windows)) > 1:
-        size, split = host.context_lens.size, cache_groups.split_groups(host)
-        first = jnp.arange(number, dtype=jnp.int32)[:, None] * size
-        index = seq_indices[None, :]
-        index = jnp.where(index < 0, -1, first + index)
+        split = cache_groups.split_groups(host)
+        group = jnp.arange(number, dtype=jnp.int32)[None, :]
+        index = seq_indices[:, None]
+        index = jnp.where(index < 0, -1, index * number + group)
         return cache_groups.sum_groups(swap_in_demand(split, index.reshape(-1)), host)
     tables_SM, lens = _select_rows(host, seq_indices >= 0, seq_indices)
     state = dataclasses.replace(host, block_tables=tables_SM, context_lens=lens)

@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 
 from jpaged import engine, load_model
+from jpaged.config import EngineConfig
 from jpaged.engine import snapshots
 from jpaged.kv import block_manager, cache_groups
 from jpaged.params import SamplingParams
+from jpaged.simulator.simulate import simulate
+from jpaged.simulator.systems.engine_system import EngineSystem
+from jpaged.simulator.workloads.workload import Workload
 from tests.engine.engine_test import STEPS
 from tests.engine.walk_test import CONFIG as WALK
 from tests.engine.walk_test import walk_randomly, walk_with_all_events
 from tests.models.families_test import write_case
+from tests.simulator.simulator_test import HALF
 from tests.support.engine.configs import OneSizeConfig
 from tests.support.engine.oracle import FOREVER, differences, generate, naive
 from tests.support.models import checkpoints
@@ -190,3 +195,32 @@ def test_a_saved_engine_continues_with_its_groups(load, name, tmp_path):
         for result in engine.collect(state):
             results[result.arrival].append(result)
         assert differences(state, results, expected) == []
+
+
+def test_the_simulator_preempts_less_with_groups():
+    arrivals = np.arange(12) * 0.4
+    workload = Workload(arrivals, [20 + i for i in range(12)], [40] * 12)
+    sizes = dict(
+        block_size=4,
+        max_num_seqs=6,
+        max_model_len=96,
+        max_num_batched_tokens=16,
+        max_num_requests=32,
+        enable_prefix_caching=True,
+        preemption="swap",
+    )
+    found = {}
+    for windows in ((None,), (None, 16)):
+        blocks = 40 * len(windows)
+        config = EngineConfig(
+            **sizes,
+            num_blocks=blocks,
+            num_swap_blocks=blocks // 2,
+            group_windows=windows,
+        )
+        outcome = simulate(EngineSystem(config), workload, HALF)
+        assert sum(outcome.summary()["kv_composition"].values()) == pytest.approx(1)
+        found[windows] = outcome
+    one_table, groups = found.values()
+    assert groups.summary()["num_preemptions"] < one_table.summary()["num_preemptions"]
+    assert groups.makespan < one_table.makespan

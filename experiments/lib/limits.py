@@ -92,7 +92,8 @@ def num_matrix_weights(config: ModelConfig) -> tuple[int, int]:
 
 def kv_bytes_per_token(config: ModelConfig, itemsize: int = 4) -> int:
     """Bytes of one token's keys and values, by default in float32."""
-    return 2 * itemsize * config.num_layers * config.num_kv_heads * config.head_dim
+    arrays = 1 if config.latent is not None else 2
+    return arrays * itemsize * config.num_layers * config.num_kv_heads * config.head_dim
 
 
 def step_bytes(config: ModelConfig, rows: int, context: int, itemsize: int = 4) -> int:

@@ -52,7 +52,7 @@ __all__ = [
 def paged_attention(
     q: jax.Array,
     k_pages: jax.Array,
-    v_pages: jax.Array,
+    v_pages: jax.Array | None,
     block_tables: jax.Array,
     context_lens: jax.Array,
     *,
@@ -79,7 +79,9 @@ def paged_attention(
         (`jpaged.pages.layout.LaneLayout`): for D of 16, 32 or 64 in bfloat16 or
         float32, `[..., P * D // 128, 128]` with the same numbers in the same order; for
         other D, `[..., P, D']` with D' the next multiple of 128 and zeros after D. On a
-        TPU, a backend copies pages that are not in its own layout.
+        TPU, a backend copies pages that are not in its own layout. v_pages None: the
+        keys are the values too, as in multi-head latent attention, where the values
+        are the first numbers of the keys: take those of the output.
       block_tables: i32`[S, M]`. Entries after a sequence's last block are not used,
         whatever they hold.
       context_lens: i32`[S]`, tokens visible to the row's last query, including the
@@ -127,13 +129,16 @@ def paged_attention(
     call = AttentionCall(
         q, block_tables, scale, logits_soft_cap, needs_lse=return_lse or has_groups
     )
-    backend = choose_backend(implementation, k_pages, call=call)
+    is_latent = v_pages is None
+    backend = choose_backend(implementation, k_pages, call=call, is_latent=is_latent)
     head_dim = q.shape[-1]
     if not backend.accepts_stored_pages:
-        k_pages, v_pages = (plain(pages, head_dim) for pages in (k_pages, v_pages))
+        k_pages = plain(k_pages, head_dim)
+        v_pages = None if v_pages is None else plain(v_pages, head_dim)
+    scales = _checked_scales(k_pages, k_scale, v_scale, has_values=not is_latent)
     operands = AttentionOperands(
         q,
-        Pools(k_pages, v_pages, *_checked_scales(k_pages, k_scale, v_scale)),
+        Pools(k_pages, v_pages, *scales),
         block_tables,
         context_lens,
         _without_padding(query_start_loc),
@@ -154,9 +159,9 @@ def paged_attention(
 
 def write_kv(
     k_pages: jax.Array,
-    v_pages: jax.Array,
+    v_pages: jax.Array | None,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slot_mapping: jax.Array,
     *,
     k_scale: jax.Array | None = None,
@@ -169,7 +174,8 @@ def write_kv(
     Args:
       k_pages, v_pages: `[N, K, P, D]`, or `[L, N, K, P, D]` with `layer`, stored as in
         `paged_attention`. They are updated in place if the caller donates them.
-      k, v: `[T, K, D]`, cast to the pages' dtype, or quantised.
+      k, v: `[T, K, D]`, cast to the pages' dtype, or quantised. v is None if v_pages
+        is.
       slot_mapping: i32`[T]`, `block * block_size + offset`; slots below 0 are skipped.
       k_scale, v_scale: scales of quantised pages, f32`[N, K, P]`, or `[L, N, K, P]`
         with `layer`: each token and head gets its own scale. Their P may be rounded up
@@ -178,31 +184,47 @@ def write_kv(
       implementation: name of a backend, as in `paged_attention`.
 
     Returns:
-      k_pages and v_pages, and for quantised pages k_scale and v_scale.
+      k_pages and v_pages, and for quantised pages k_scale and v_scale; those that are
+      None are left out.
 
     Raises:
       ValueError: shapes do not fit together, or the backend does not exist or does not
         support the pages.
     """
     check_pages(k_pages, v_pages, layer)
+    is_latent = v_pages is None
+    if is_latent != (v is None):
+        expected, got = ("None", "one") if is_latent else ("one", "None")
+        raise ValueError(f"v: expected {expected} beside these v_pages, got {got}")
     head_dim = k.shape[-1]
-    backend = choose_backend(implementation, k_pages, head_dim=head_dim)
-    scales = _checked_scales(k_pages, k_scale, v_scale, is_whole=True)
+    backend = choose_backend(
+        implementation, k_pages, head_dim=head_dim, is_latent=is_latent
+    )
+    scales = _checked_scales(
+        k_pages, k_scale, v_scale, is_whole=True, has_values=not is_latent
+    )
     is_scaled = scales[0] is not None
     new = _new_tokens(k_pages, k, v, slot_mapping, is_scaled=is_scaled)
     pools = Pools(k_pages, v_pages, *scales)
     if not backend.accepts_stored_pages:
         page_dim = new.k.shape[-1]
-        pools = pools._replace(k=plain(pools.k, page_dim), v=plain(pools.v, page_dim))
+        pools = pools._replace(
+            k=plain(pools.k, page_dim),
+            v=None if pools.v is None else plain(pools.v, page_dim),
+        )
     written = backend.write(pools, new, slot_mapping, layer)
     shape = k_pages.shape
-    written = written._replace(k=written.k.reshape(shape), v=written.v.reshape(shape))
-    return _without_none(written)
+    return _without_none(
+        written._replace(
+            k=written.k.reshape(shape),
+            v=None if written.v is None else written.v.reshape(shape),
+        )
+    )
 
 
 def copy_blocks(
     k_pages: jax.Array,
-    v_pages: jax.Array,
+    v_pages: jax.Array | None,
     src: jax.Array,
     dst: jax.Array,
     *,
@@ -224,7 +246,8 @@ def copy_blocks(
       implementation: name of a backend, as in `paged_attention`.
 
     Returns:
-      k_pages and v_pages, and for quantised pages k_scale and v_scale.
+      k_pages and v_pages, and for quantised pages k_scale and v_scale; those that are
+      None are left out.
 
     Raises:
       ValueError: shapes do not fit together, or the backend does not exist or does not
@@ -232,12 +255,15 @@ def copy_blocks(
     """
     copies_all_layers = k_pages.ndim == 5 and layer is None
     check_pages(k_pages, v_pages, 0 if copies_all_layers else layer)
-    backend = choose_backend(implementation, k_pages)
+    is_latent = v_pages is None
+    backend = choose_backend(implementation, k_pages, is_latent=is_latent)
     check_integers("src", src, 1)
     check_integers("dst", dst, 1)
     if src.shape != dst.shape:
         raise ValueError(f"dst: expected shape {src.shape} like src, got {dst.shape}")
-    scales = _checked_scales(k_pages, k_scale, v_scale, is_whole=True)
+    scales = _checked_scales(
+        k_pages, k_scale, v_scale, is_whole=True, has_values=not is_latent
+    )
     pools = Pools(k_pages, v_pages, *scales)
     return _without_none(backend.copy(pools, src, dst, layer))
 
@@ -302,7 +328,7 @@ def _groups(
 def _new_tokens(
     k_pages: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slot_mapping: jax.Array,
     *,
     is_scaled: bool,
@@ -312,16 +338,21 @@ def _new_tokens(
     head_dim = k.shape[-1] if is_padded(k.shape[-1], page_dim) else page_dim
     expected = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
     for name, value in (("k", k), ("v", v)):
-        if value.shape != expected:
+        if value is not None and value.shape != expected:
             raise ValueError(
                 f"{name}: expected shape {expected} (slot_mapping "
                 f"{slot_mapping.shape}, pages {k_pages.shape}), got {value.shape}"
             )
     check_integers("slot_mapping", slot_mapping, 1)
-    k_scale = v_scale = None
-    if is_scaled:
-        (k, k_scale), (v, v_scale) = (quantise(x, k_pages.dtype) for x in (k, v))
-    k, v = (_pad_heads(stored(x, k_pages.dtype), page_dim) for x in (k, v))
+
+    def converted(values: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        scale = None
+        if is_scaled:
+            values, scale = quantise(values, k_pages.dtype)
+        return _pad_heads(stored(values, k_pages.dtype), page_dim), scale
+
+    k, k_scale = converted(k)
+    v, v_scale = (None, None) if v is None else converted(v)
     return NewTokens(k, v, k_scale, v_scale)
 
 
@@ -336,10 +367,17 @@ def _checked_scales(
     v_scale: jax.Array | None,
     *,
     is_whole: bool = False,
-) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+    has_values: bool = True,
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Check scales as `check_scales`; every backend accepts those of the TPU layout."""
-    width = LANE_ROWS.scale_width(k_pages.shape[-2])
-    return check_scales(k_pages, k_scale, v_scale, width=width, is_whole=is_whole)
+    return check_scales(
+        k_pages,
+        k_scale,
+        v_scale,
+        width=LANE_ROWS.scale_width(k_pages.shape[-2]),
+        is_whole=is_whole,
+        has_values=has_values,
+    )
 
 
 def _without_padding(query_start_loc: jax.Array | None) -> jax.Array | None:

@@ -87,6 +87,7 @@ def choose_backend(
     *,
     head_dim: int | None = None,
     call: AttentionCall | None = None,
+    is_latent: bool = False,
 ) -> Backend:
     """Return the backend for a call of attention or for a page update.
 
@@ -96,6 +97,7 @@ def choose_backend(
       k_pages: pages `[..., P, D]` or packed: an array, or its shape and dtype.
       head_dim: of the tokens that a page update writes; None if it moves whole blocks.
       call: arguments of `paged_attention`; None for a page update.
+      is_latent: there are no pages of values.
 
     Raises:
       ValueError: no backend has this name, or it does not support the arguments.
@@ -106,7 +108,8 @@ def choose_backend(
 
     def problem(backend: Backend) -> str | None:
         shape = backend.layout.plain_shape(k_pages, dim)
-        return backend.problem(jax.ShapeDtypeStruct(shape, k_pages.dtype), call)
+        plain = jax.ShapeDtypeStruct(shape, k_pages.dtype)
+        return backend.problem(plain, call, is_latent=is_latent)
 
     if implementation is None:
         *first, last = preferred()

@@ -31,11 +31,11 @@ class KVCache:
     """Keys and values of every block in all layers.
 
     Blocks are the second axis of every leaf, so an operation on blocks can map over the
-    leaves.
+    leaves. Latent pages have no values: they are the first numbers of the keys.
     """
 
     k_pages: jax.Array  # [L, N, K, P, D]; the last two axes as in `page_shape`
-    v_pages: jax.Array  # [L, N, K, P, D]
+    v_pages: jax.Array | None  # [L, N, K, P, D]; None: latent pages
     k_scale: jax.Array | None = None  # f32[L, N, K, P'], of quantised pages
     v_scale: jax.Array | None = None  # f32[L, N, K, P'], P' as in `scale_width`
 
@@ -50,6 +50,7 @@ def init_kv_cache(
     dtype: str,
     memory: Any = DEVICE_MEMORY,
     implementation: str | None = None,
+    is_latent: bool = False,
 ) -> KVCache:
     """Return a cache of zeros, in the page layout of the attention backend.
 
@@ -58,6 +59,7 @@ def init_kv_cache(
       dtype: name of a floating dtype, "int8" or "fp8".
       memory: `compat.DEVICE_MEMORY` or `compat.HOST_MEMORY`.
       implementation: name of the backend; None: the preferred one.
+      is_latent: the keys are the values too, so there are no pages of values.
 
     Raises:
       ValueError: the backend does not support quantised pages of these sizes.
@@ -66,13 +68,18 @@ def init_kv_cache(
     dtype = stored.stored_dtype(dtype)
     page = stored.page_shape(block_size, head_dim, dtype)
     shape = (num_layers, num_blocks, num_kv_heads, *page)
+
+    def pool(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, jax.Array | None]:
+        keys = zeros(shape, dtype, memory)
+        return keys, None if is_latent else zeros(shape, dtype, memory)
+
     if not is_quantised(dtype):
-        return KVCache(zeros(shape, dtype, memory), zeros(shape, dtype, memory))
+        return KVCache(*pool(shape, dtype))
     # With one head: a mesh decides how many heads a device has.
-    choose_backend(implementation, jax.ShapeDtypeStruct((1, 1, 1, *page), dtype))
+    one = jax.ShapeDtypeStruct((1, 1, 1, *page), dtype)
+    choose_backend(implementation, one, is_latent=is_latent)
     scales = (*shape[:3], stored.scale_width(block_size))
-    kinds = ((shape, dtype), (shape, dtype), (scales, "float32"), (scales, "float32"))
-    return KVCache(*(zeros(*kind, memory) for kind in kinds))
+    return KVCache(*pool(shape, dtype), *pool(scales, "float32"))
 
 
 def bytes_per_block(
@@ -83,6 +90,7 @@ def bytes_per_block(
     head_dim: int,
     dtype: str,
     implementation: str | None = None,
+    is_latent: bool = False,
 ) -> int:
     """Return the bytes of one block: keys and values of all layers (paper section 3).
 
@@ -94,20 +102,20 @@ def bytes_per_block(
     head = math.prod(page) * jnp.dtype(dtype).itemsize
     if is_quantised(dtype):
         head += stored.scale_width(block_size) * jnp.dtype("float32").itemsize
-    return 2 * num_layers * num_kv_heads * head
+    return (1 if is_latent else 2) * num_layers * num_kv_heads * head
 
 
 def write_tokens(
     cache: KVCache,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     slot_mapping: jax.Array,
     layer: jax.Array | int,
     implementation: Any = None,
 ) -> KVCache:
     """Write `k` and `v` [T, K, D] of a layer to the slots `slot_mapping` i32[T].
 
-    Updates in place if the caller donates the cache.
+    `v` is None for latent pages. Updates in place if the caller donates the cache.
     """
     pages = api.write_kv(
         cache.k_pages,
@@ -120,7 +128,12 @@ def write_tokens(
         layer=layer,
         implementation=implementation,
     )
-    return KVCache(*pages)
+    return _like(cache, pages)
+
+
+def _like(cache: KVCache, arrays: tuple[jax.Array, ...]) -> KVCache:
+    """Return a cache with the arrays, in place of those that `cache` has."""
+    return jax.tree.unflatten(jax.tree.structure(cache), arrays)
 
 
 def copy_blocks(
@@ -143,7 +156,7 @@ def copy_blocks(
         v_scale=cache.v_scale,
         implementation=implementation,
     )
-    return KVCache(*pages)
+    return _like(cache, pages)
 
 
 def swap_out_pages(

@@ -58,7 +58,7 @@ def attend(
         lse = jnp.where(is_empty, lse, jnp.logaddexp(lse, sink_KG))
     base = jnp.where(jnp.isneginf(lse), 0.0, lse)
     weights = jnp.where(mask_TKGC, jnp.exp(scores - base[..., None]), 0.0)
-    values = _gather(pools.v, pools.v_scale, blocks, mask)
+    values = _gather(pools.values, pools.values_scale, blocks, mask)
     out = product("tkgc,tkcd->tkgd", weights, values).reshape(q.shape)
     dtype = q.dtype if dtype is None else dtype
     return out.astype(dtype), lse.reshape(num_queries, num_heads)
@@ -107,4 +107,5 @@ REFERENCE = Backend(
     copy=XLA.copy,
     layout=PLAIN_OR_BITS,
     is_differentiable=True,
+    serves_latents=True,
 )

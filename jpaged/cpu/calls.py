@@ -42,6 +42,7 @@ def attention(
     """
     q, starts, cap = operands.q, operands.query_start_loc, operands.logits_soft_cap
     pools = _stacked(operands.pools, operands.layer)
+    values_scale = pools.values_scale
     num_queries, num_heads, _ = q.shape
     no_integers, no_floats = jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.float32)
     window = window_size(operands.sliding_window)
@@ -56,7 +57,7 @@ def attention(
     out, lse = call(
         q,
         pools.k,
-        pools.v,
+        pools.values,
         operands.block_tables.astype(jnp.int32),
         operands.context_lens.astype(jnp.int32),
         no_integers if starts is None else starts.astype(jnp.int32),
@@ -64,7 +65,7 @@ def attention(
         jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers]),
         no_floats if operands.sinks is None else operands.sinks.astype(jnp.float32),
         no_floats if pools.k_scale is None else pools.k_scale,
-        no_floats if pools.v_scale is None else pools.v_scale,
+        no_floats if values_scale is None else values_scale,
     )
     return out, lse
 

@@ -184,6 +184,7 @@ def _make_cache(
         head_dim=sizes.head_dim,
         implementation=config.attention,
         dtype=sizes.dtype if kv_dtype is None else kv_dtype,
+        is_latent=sizes.latent is not None,
     )
 
 

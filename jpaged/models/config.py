@@ -40,6 +40,9 @@ class RopeScaling:
     attention_factor: float = 1.0  # multiplies the cosines and sines
     short_factors: tuple[float, ...] = ()  # longrope: one per pair of dimensions
     long_factors: tuple[float, ...] = ()
+    # DeepSeek's, from which `attention_factor` and the factor of scores are computed.
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
@@ -53,6 +56,59 @@ class RopeScaling:
             raise ValueError(
                 "rope high_freq_factor: expected more than low_freq_factor "
                 f"({self.low_freq_factor}), got {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSizes:
+    """Sizes of multi-head latent attention, see `models.latent`."""
+
+    rank: int  # of a token's latent, without the rotated key behind it
+    rope_dim: int  # rotated dimensions of a query, and of the key of all heads
+    nope_dim: int  # dimensions of a head's query and key without rotation
+    value_dim: int  # of a head's value
+    query_rank: int | None = None  # queries are computed through so many numbers
+    interleaved: bool = True  # dimension 2 i is rotated with 2 i + 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "interleaved" and value is not None:
+                _check_size(f"latent {field.name}", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How a router selects experts, where it differs from the softmax of the best.
+
+    Scores are float32. With groups, only experts of the best groups are selected.
+    """
+
+    scores: str = "softmax"  # or "sigmoid"
+    num_groups: int = 1  # of consecutive experts
+    num_selected_groups: int = 1
+    group_scores: str = (
+        "max"  # of a group: of its best expert, or the sum of its "top2"
+    )
+    has_correction: bool = False  # a learned term of the selection, not of the weights
+    scale: float = 1.0  # of the selected experts' weights
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("scores", ("softmax", "sigmoid")),
+            ("group_scores", ("max", "top2")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"routing {name}: expected one of {allowed}, got "
+                    f"{getattr(self, name)!r}"
+                )
+        _check_size("n_group", self.num_groups)
+        _check_size("topk_group", self.num_selected_groups)
+        if self.num_selected_groups > self.num_groups:
+            raise ValueError(
+                f"topk_group: expected at most n_group ({self.num_groups}), got "
+                f"{self.num_selected_groups}"
             )
 
 
@@ -90,6 +146,9 @@ class ModelConfig:
     attention_scale: float | None = None  # of the scores; head_dim ** -0.5 if None
     attention_soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     attention_sinks: bool = False  # a learned score per head that has no value
+    # With latents, the pages have one key head of `head_dim` = rank + rope_dim numbers,
+    # whose first `rank` are the value; `attention_scale` is that of the heads.
+    latent: LatentSizes | None = None
     sliding_window: int | None = None  # visible tokens, including the query's own
     full_layers: tuple[int, ...] = ()  # layers without the window
     scaled_embedding: bool = False  # embeddings are multiplied by hidden_size ** 0.5
@@ -104,6 +163,8 @@ class ModelConfig:
     expert_size: int = 0  # intermediate size of one expert
     expert_bias: bool = False  # router and experts have biases
     normalized_routing: bool = True  # the weights of a token's experts sum to 1
+    routing: Routing | None = None  # None: softmax, and the best of all experts
+    shared_expert_size: int = 0  # intermediate size of the experts of every token
     dense_layers: tuple[int, ...] = ()  # layers with an MLP instead of experts
     swiglu_limit: float | None = None  # bound of gpt-oss's clamped gate
     swiglu_alpha: float = 1.702
@@ -162,8 +223,26 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0 or None, got {value!r}")
+        self._check_latent()
         self._check_experts()
         self._check_longrope()
+
+    def _check_latent(self) -> None:
+        if self.latent is None:
+            return
+        width = self.latent.rank + self.latent.rope_dim
+        for name, expected in (
+            ("num_kv_heads", 1),
+            ("head_dim", width),
+            ("rotary_dim", self.latent.rope_dim),
+            ("positions", "rotary"),
+            ("qk_norm", False),
+            ("attention_sinks", False),
+        ):
+            if (got := getattr(self, name)) != expected:
+                raise ValueError(
+                    f"{name}: expected {expected!r} with latent attention, got {got!r}"
+                )
 
     def _check_experts(self) -> None:
         if not self.num_experts:
@@ -174,6 +253,24 @@ class ModelConfig:
             raise ValueError(
                 "num_experts_per_token: expected at most num_experts "
                 f"({self.num_experts}), got {self.num_experts_per_token}"
+            )
+        if self.routing is not None:
+            self._check_routing(self.routing)
+
+    def _check_routing(self, routing: Routing) -> None:
+        groups = routing.num_groups
+        least = 2 if routing.group_scores == "top2" and groups > 1 else 1
+        if self.num_experts % groups or self.num_experts // groups < least:
+            raise ValueError(
+                f"n_group: expected a divisor of the {self.num_experts} experts with "
+                f"groups of at least {least}, got {groups}"
+            )
+        selected = self.num_experts // groups * routing.num_selected_groups
+        if groups > 1 and self.num_experts_per_token > selected:
+            raise ValueError(
+                f"num_experts_per_token: expected at most the {selected} experts of "
+                f"{routing.num_selected_groups} groups (topk_group), got "
+                f"{self.num_experts_per_token}"
             )
 
     def _check_longrope(self) -> None:
@@ -271,8 +368,10 @@ class ModelConfig:
             the decoder does not have.
         """
         fields = families.read_fields(hf, generation)
-        if fields.get("rope_scaling") is not None:
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        parts = dict(rope_scaling=RopeScaling, latent=LatentSizes, routing=Routing)
+        for name, part in parts.items():
+            if fields.get(name) is not None:
+                fields[name] = part(**fields[name])
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:

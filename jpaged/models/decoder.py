@@ -25,6 +25,7 @@ from jpaged.attention import invariant as invariant_attention
 from jpaged.models import invariant, rotary
 from jpaged.models.config import ModelConfig
 from jpaged.models.invariant import settled
+from jpaged.models.latent import LatentAttention
 from jpaged.models.layers import (
     Attend,
     AttendInLoop,
@@ -106,7 +107,8 @@ class DecoderLayer(nnx.Module):
         self.norm_first = config.norm_first
         self.is_local = layer not in config.full_layers
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, rngs)
+        is_latent = config.latent is not None
+        self.attention = (LatentAttention if is_latent else Attention)(config, rngs)
         self.mlp_norm = make_norm(config)
         has_experts = config.has_experts(layer)
         self.mlp = None if has_experts else Mlp(config, rngs)
@@ -117,8 +119,8 @@ class DecoderLayer(nnx.Module):
 
     def before(
         self, x: jax.Array, angles: RotaryTables
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q, k and v of x [T, E], for attention."""
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """q, k and v of x [T, E], for attention; see `layers.Attend`."""
         normed = self.attention_norm(x) if self.norm_first else x
         return self.attention.project(normed, angles)
 
@@ -228,14 +230,21 @@ class Decoder(nnx.Module):
         setting, mask = invariant.invariant(), None
         if segment_ids is not None:
             mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+        if setting is not None and self.config.latent is not None:
+            raise ValueError(
+                "batch_invariant: expected a model without latent attention, whose "
+                f"products of heads depend on the batch, got {self.config.architecture}"
+            )
         if segment_ids is not None and setting is not None:
             raise ValueError(
                 "segment_ids: expected None inside batch_invariant, got segments; use "
                 "one sequence in each row (jpaged.rl.pad)"
             )
 
-        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            rows = (x.reshape(batch, size, *x.shape[1:]) for x in (q, k, v))
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: Any) -> jax.Array:
+            rows = jax.tree.map(
+                lambda x: x.reshape(batch, size, *x.shape[1:]), (q, k, v)
+            )
             options = self.attention_options(layer)
             if setting is not None:
                 options["implementation"] = setting.implementation
@@ -344,7 +353,7 @@ class Decoder(nnx.Module):
 
         def body(
             layer: jax.Array,
-            carry: tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], Cache, Any],
+            carry: tuple[jax.Array, tuple[jax.Array, jax.Array, Any], Cache, Any],
         ) -> Any:
             x, qkv, cache, tapped = carry
             attended, cache = attend(layer, *qkv, cache)

@@ -10,7 +10,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,15 @@ from jpaged.models.layer_kernels import (
 from jpaged.models.quantize import random_int8
 
 # (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]. q and k are already
-# rotated by their positions; q is not scaled.
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# rotated by their positions; q is not scaled. v is None where the keys are the values
+# (`models.latent`).
+Attend = Callable[[int, jax.Array, jax.Array, Any], jax.Array]
 
 # The same with a cache: (layer, q, k, v, cache) -> (out, cache). The layer is a number,
 # or i32[] in a loop over layers.
 Cache = TypeVar("Cache")
 AttendInLoop = Callable[
-    [int | jax.Array, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
+    [int | jax.Array, jax.Array, jax.Array, Any, Cache], tuple[jax.Array, Cache]
 ]
 
 
@@ -138,9 +139,11 @@ class Output(nnx.Module):
 class RMSNorm(nnx.Module):
     """x [..., E] / its root mean square * a weight; statistics in float32."""
 
-    def __init__(self, size: int, config: ModelConfig) -> None:
+    def __init__(
+        self, size: int, config: ModelConfig, eps: float | None = None
+    ) -> None:
         self.weight = nnx.Param(jnp.ones(size, config.dtype))
-        self.eps = config.norm_eps
+        self.eps = config.norm_eps if eps is None else eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x normed over its last axis, in x's dtype."""
@@ -189,10 +192,15 @@ def make_norm(config: ModelConfig, size: int | None = None) -> Norm:
 
 
 class Mlp(nnx.Module):
-    """x [..., E] -> [..., E]: a feed-forward layer, gated or plain."""
+    """x [..., E] -> [..., E]: a feed-forward layer, gated or plain.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        inner, hidden = config.intermediate_size, config.hidden_size
+    `size` replaces `config.intermediate_size`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, size: int | None = None
+    ) -> None:
+        inner, hidden = size or config.intermediate_size, config.hidden_size
         shared = {"use_bias": config.mlp_bias, "config": config, "rngs": rngs}
         self.gate = Linear(hidden, inner, **shared) if config.gated_mlp else None
         self.up = Linear(hidden, inner, **shared)
@@ -215,7 +223,7 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 def causal_attention(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     *,
     scale: float | None = None,
     sliding_window: int | jax.Array | None = None,
@@ -231,7 +239,7 @@ def causal_attention(
     Args:
       q: [B, T, H, D]; head h reads kv head h // (H // K).
       k: [B, T, K, D].
-      v: [B, T, K, D].
+      v: [B, T, K, D]; None: the keys.
       scale: as in `attention.paged_attention`, like the following options.
       sliding_window: see there; may be traced.
       logits_soft_cap: see there.
@@ -241,6 +249,7 @@ def causal_attention(
     Returns:
       [B, T, H, D], in the dtype of v.
     """
+    v = k if v is None else v
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     grouped = (batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)

@@ -11,6 +11,7 @@ Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538; Gale et al. 2022 
 products without padding to a capacity, https://arxiv.org/abs/2211.15841.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from jax import lax
 from jpaged import parallel
 from jpaged.arithmetic import cdiv
 from jpaged.models import layer_kernels
-from jpaged.models.config import ModelConfig
-from jpaged.models.layers import Linear, random_param
+from jpaged.models.config import ModelConfig, Routing
+from jpaged.models.layers import Linear, Mlp, random_param
 from jpaged.models.quantize import random_int8
 
 
@@ -84,21 +85,34 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """x [..., E] -> [..., E]: sum of the selected experts, weighted by the router."""
+    """x [..., E] -> [..., E]: sum of the selected experts, weighted by the router.
+
+    The output of the shared experts, one MLP that processes every token, is added.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         hidden, inner = config.hidden_size, config.expert_size
+        self.routing = routing = config.routing
+        wide = dataclasses.replace(config, dtype="float32")
         self.router = Linear(
             hidden,
             config.num_experts,
             use_bias=config.expert_bias,
-            config=config,
+            config=config if routing is None else wide,
             rngs=rngs,
             may_be_quantized=False,
         )
         self.gate = ExpertLinear(hidden, inner, config, rngs)
         self.up = ExpertLinear(hidden, inner, config, rngs)
         self.down = ExpertLinear(inner, hidden, config, rngs, is_part=True)
+        has_correction = routing is not None and routing.has_correction
+        self.correction = (
+            nnx.Param(jnp.zeros(config.num_experts, jnp.float32))
+            if has_correction
+            else None
+        )
+        shared = config.shared_expert_size
+        self.shared = Mlp(config, rngs, shared) if shared else None
         self.num_selected = config.num_experts_per_token
         self.is_normalized = config.normalized_routing
         self.activation = config.activation
@@ -126,16 +140,33 @@ class Experts(nnx.Module):
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
         out = out.reshape(-1, self.num_selected, out.shape[-1])
         out = jnp.where(is_own[..., None], out * weights[..., None], 0)
-        return parallel.sum_partials(jnp.sum(out, axis=1), "experts.down").reshape(
-            x.shape
-        )
+        out = parallel.sum_partials(jnp.sum(out, axis=1), "experts.down")
+        return out.reshape(x.shape) + (0 if self.shared is None else self.shared(x))
 
     def _route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights [T, C] in x's dtype and experts i32[T, C] of tokens x [T, E]."""
+        if self.routing is not None:
+            return self._route_as(self.routing, x)
         scores = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
         weights, experts = lax.top_k(scores, self.num_selected)
         if self.is_normalized:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights.astype(x.dtype), experts.astype(jnp.int32)
+
+    def _route_as(self, routing: Routing, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = self.router(x.astype(jnp.float32))
+        is_softmax = routing.scores == "softmax"
+        scores = jax.nn.softmax(logits) if is_softmax else jax.nn.sigmoid(logits)
+        choice = scores
+        if self.correction is not None:
+            choice = scores + self.correction[...][None]
+        if routing.num_selected_groups < routing.num_groups:
+            choice = _keep_best_groups(choice, routing)
+        _, experts = lax.top_k(choice, self.num_selected)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if self.is_normalized:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        weights = weights * routing.scale
         return weights.astype(x.dtype), experts.astype(jnp.int32)
 
     def _gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -146,6 +177,17 @@ class Experts(nnx.Module):
         up = jnp.clip(up, -limit, limit)
         alpha = jnp.asarray(self.alpha, gate.dtype)
         return (up + jnp.ones((), up.dtype)) * (gate * jax.nn.sigmoid(gate * alpha))
+
+
+def _keep_best_groups(choice: jax.Array, routing: Routing) -> jax.Array:
+    """Scores f32[T, X] with -inf for all experts outside of the selected groups."""
+    groups = choice.reshape(len(choice), routing.num_groups, -1)
+    number = 1 if routing.group_scores == "max" else 2
+    best = jnp.sum(lax.top_k(groups, number)[0], axis=-1)
+    _, selected = lax.top_k(best, routing.num_selected_groups)
+    is_kept = jnp.zeros(best.shape, bool)
+    is_kept = jnp.put_along_axis(is_kept, selected, True, axis=-1, inplace=False)
+    return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(choice.shape)
 
 
 @jax.custom_vjp

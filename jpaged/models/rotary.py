@@ -116,7 +116,9 @@ def tables(
     return cos * factor, sin * factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, is_interleaved: bool = False
+) -> jax.Array:
     """Rotate heads by the angles of their positions.
 
     Dimension i is paired with dimension i + R / 2, as in transformers (not with i + 1).
@@ -126,12 +128,18 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
       x: [T, H, D].
       cos: f32[T, 1, R / 2], from `tables`.
       sin: f32[T, 1, R / 2], from `tables`.
+      is_interleaved: dimension 2 i is paired with 2 i + 1 instead. In the result, it is
+        dimension i, and the other one i + R / 2.
 
     Returns:
       [T, H, D] in the dtype of x.
     """
     size = 2 * cos.shape[-1]
-    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+    wide = x[..., :size].astype(jnp.float32)
+    if is_interleaved:
+        first, second = wide[..., ::2], wide[..., 1::2]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     turned = jnp.concatenate(turned, axis=-1).astype(x.dtype)
     if size == x.shape[-1]:

@@ -100,6 +100,7 @@ class Backend:
       add_gradient: returns a function of `AttentionOperands` with a gradient; for a
         backend that is differentiable by another backend's gradient.
       returns_lse: whether `attend` can return log-sum-exps.
+      serves_latents: whether pools may have no pages of values (`Pools.v` is None).
       cascade: how shared prefixes are read once with `attend`; None if `attend` itself
         handles `operands.shared_prefix`.
       unrolls_layers: whether a decoder has code of its own for every layer. Otherwise
@@ -122,6 +123,7 @@ class Backend:
     is_differentiable: bool = False
     add_gradient: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     returns_lse: bool = True
+    serves_latents: bool = False
     cascade: CascadeOptions | None = None
     unrolls_layers: bool = False
     platform: str | None = None
@@ -132,14 +134,24 @@ class Backend:
     layer_kernels: LayerKernels | None = None
 
     def problem(
-        self, pages: jax.ShapeDtypeStruct, call: AttentionCall | None
+        self,
+        pages: jax.ShapeDtypeStruct,
+        call: AttentionCall | None,
+        *,
+        is_latent: bool = False,
     ) -> str | None:
         """Return what the backend does not support, or None.
 
         Args:
           pages: shape and dtype of plain pages `[..., K, P, D]`.
           call: arguments of attention; None for a page update.
+          is_latent: there are no pages of values.
         """
+        if is_latent and not self.serves_latents:
+            return (
+                "v_pages: expected pages of values, got None: latent pages, whose "
+                "values are the keys (multi-head latent attention)"
+            )
         if call is not None and call.needs_lse and not self.returns_lse:
             return "return_lse: expected False, and no shared_prefix, got True"
         return self.unsupported(pages, call)

@@ -26,16 +26,26 @@ class Pools(NamedTuple):
     """Keys and values of all blocks, of one layer or of all layers."""
 
     k: jax.Array  # [N, K, P, D], or [L, N, K, P, D]
-    v: jax.Array  # like k
+    v: jax.Array | None  # like k; None: latent pages, the keys are the values too
     k_scale: jax.Array | None = None  # quantised pages: f32[..., N, K, P'], P' >= P
     v_scale: jax.Array | None = None  # like k_scale
+
+    @property
+    def values(self) -> jax.Array:
+        """The pages that hold the values: those of the keys if they are latent."""
+        return self.k if self.v is None else self.v
+
+    @property
+    def values_scale(self) -> jax.Array | None:
+        """The scales of `values`."""
+        return self.k_scale if self.v is None else self.v_scale
 
 
 class NewTokens(NamedTuple):
     """Keys and values of new tokens, in the form in which the pools store them."""
 
     k: jax.Array  # [T, K, D]
-    v: jax.Array  # [T, K, D]
+    v: jax.Array | None  # [T, K, D]; None for latent pages
     k_scale: jax.Array | None = None  # quantised pages: f32[T, K]
     v_scale: jax.Array | None = None  # quantised pages: f32[T, K]
 
@@ -116,7 +126,7 @@ def is_padded(head_dim: int, page_dim: int) -> bool:
 
 
 def check_pages(
-    k_pages: jax.Array, v_pages: jax.Array, layer: jax.Array | int | None
+    k_pages: jax.Array, v_pages: jax.Array | None, layer: jax.Array | int | None
 ) -> None:
     """Check that both pools are alike, and stacked if and only if `layer` is given."""
     rank, shape = (4, "[N, K, P, D]") if layer is None else (5, "[L, N, K, P, D]")
@@ -125,6 +135,8 @@ def check_pages(
         raise ValueError(
             f"k_pages: expected rank {rank} {shape} {hint}, got shape {k_pages.shape}"
         )
+    if v_pages is None:
+        return
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
         raise ValueError(
             f"v_pages: expected {k_pages.dtype}{list(k_pages.shape)} like k_pages, "

@@ -101,7 +101,8 @@ def check_scales(
     *,
     width: int,
     is_whole: bool = False,
-) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+    has_values: bool = True,
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Check scales, and broadcast them to the shape of the pages.
 
     Args:
@@ -111,9 +112,12 @@ def check_scales(
       width: last axis of wider scales, which keep their shape; entries after P are not
         read.
       is_whole: the scales must have one of the two shapes, because they are written.
+      has_values: whether there are pages of values. Without them, the scales of keys
+        are those of values, and v_scale must be None.
 
     Returns:
-      f32`[..., P]` or f32`[..., width]` each, or None twice.
+      f32`[..., P]` or f32`[..., width]` each, or None twice; None for v_scale without
+      pages of values.
 
     Raises:
       ValueError: quantised pages without scales, other pages with scales (those of
@@ -121,6 +125,12 @@ def check_scales(
         the pages.
     """
     may_scale = jnp.dtype(pages.dtype).name in _MAY_SCALE
+    if not has_values and v_scale is not None:
+        raise ValueError(
+            "v_scale: expected None without v_pages, whose values are the keys with "
+            f"k_scale, got {v_scale.dtype}{list(v_scale.shape)}"
+        )
+    v_scale = v_scale if has_values else k_scale
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if may_scale and (k_scale is None) == (v_scale is None):
             continue
@@ -137,8 +147,11 @@ def check_scales(
             )
     if k_scale is None or v_scale is None:
         return None, None
+    k_scale = _checked_scale("k_scale", k_scale, pages, width=width, is_whole=is_whole)
+    if not has_values:
+        return k_scale, None
     return (
-        _checked_scale("k_scale", k_scale, pages, width=width, is_whole=is_whole),
+        k_scale,
         _checked_scale("v_scale", v_scale, pages, width=width, is_whole=is_whole),
     )
 

@@ -34,6 +34,11 @@ RULES: Mapping[str, tuple[str | None, ...]] = {
     "attention.value": (None, "tensor"),
     "attention.sinks": ("tensor",),  # [heads]
     "attention.out": ("tensor", None),
+    "attention.query_down": (),
+    "attention.query_up": (None, "tensor"),
+    "attention.latent": (),  # one for all heads
+    "attention.key_up": ("tensor", None, None),  # [heads, nope_dim, rank]
+    "attention.value_up": ("tensor", None, None),  # [heads, value_dim, rank]
     "mlp.gate": (None, "tensor"),
     "mlp.up": (None, "tensor"),
     "mlp.down": ("tensor", None),
@@ -41,6 +46,10 @@ RULES: Mapping[str, tuple[str | None, ...]] = {
     "experts.up": ("expert", None, "tensor"),
     "experts.down": ("expert", "tensor", None),
     "experts.router": (),
+    "experts.correction": (),
+    "experts.shared.gate": (None, "tensor"),
+    "experts.shared.up": (None, "tensor"),
+    "experts.shared.down": ("tensor", None),
     "position_embedding": (),
     "project_in": (),
     "project_out": (),
@@ -48,6 +57,8 @@ RULES: Mapping[str, tuple[str | None, ...]] = {
     "attention_out_norm": (),
     "attention.query_norm": (),
     "attention.key_norm": (),
+    "attention.query_down_norm": (),
+    "attention.latent_norm": (),
     "mlp_norm": (),
     "mlp_out_norm": (),
     "final_norm": (),

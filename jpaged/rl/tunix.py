@@ -81,8 +81,10 @@ class TunixDecoder(nnx.Module):
             )
         batch, length = input_tokens.shape
 
-        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            rows = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: Any) -> jax.Array:
+            rows = jax.tree.map(
+                lambda x: x.reshape(batch, length, *x.shape[1:]), (q, k, v)
+            )
             options = self.decoder.attention_options(layer)
             out = causal_attention(*rows, mask=attention_mask, **options)
             return out.reshape(q.shape)

@@ -14,12 +14,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jpaged.attention import backends
 from jpaged.config import EngineConfig, Speculation
 from jpaged.engine import replicas
 from jpaged.engine.limits import Params
+from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
-from jpaged.models.loading import sources
+from jpaged.models.loading import checkpoint, sources
 from jpaged.models.loading.checkpoint import load_model
+from jpaged.pages.quantised import page_dtype
 from jpaged.parallel import distributed
 from jpaged.policies import KINDS
 from jpaged.serving import memory
@@ -62,6 +65,9 @@ def build_parts(options: LLMOptions) -> LLMParts:
       ValueError: an option does not fit the model or the memory.
       FileNotFoundError: the model's folder does not exist or is not a checkpoint.
     """
+    if options.attention is not None and isinstance(options.model, str | os.PathLike):
+        config = checkpoint.load_config(os.fspath(options.model))
+        _check_attention(config, options)
     model, tokenizer, name = load_decoder(
         options.model,
         options.dtype,
@@ -87,6 +93,9 @@ def build_parts(options: LLMOptions) -> LLMParts:
         attention=options.attention,
         mesh=options.mesh,
     )
+    for each in (model, draft):
+        if each is not None:
+            _check_attention(each.config, options)
     if options.batch_invariant:
         _check_invariant(model, options.mesh)
     config = _engine_config(options, num_blocks, max_model_len, speculation)
@@ -111,8 +120,31 @@ def build_parts(options: LLMOptions) -> LLMParts:
     return LLMParts(model, tokenizer, name, kv_dtype, host, Batcher(host, grow))
 
 
+def _check_attention(config: ModelConfig, options: LLMOptions) -> None:
+    """Raise ValueError if a chosen backend has no kernel for the model's pages.
+
+    Before the weights are loaded. What depends on sizes is checked with the pages.
+    """
+    if options.attention is None or config.latent is None:
+        return
+    dtype = config.dtype if options.kv_dtype == "auto" else options.kv_dtype
+    shape = (1, 1, 1, options.block_size, config.head_dim)
+    pages = jax.ShapeDtypeStruct(shape, page_dtype(dtype))
+    backend = backends.find_backend(options.attention)
+    if reason := backend.problem(pages, None, is_latent=True):
+        raise ValueError(
+            f"attention: expected None or a backend that serves {config.architecture}, "
+            f"got {options.attention!r}: {reason}"
+        )
+
+
 def _check_invariant(model: Decoder, mesh: Mesh | None) -> None:
     """Raise ValueError if `batch_invariant` does not support the model or the mesh."""
+    if model.config.latent is not None:
+        raise ValueError(
+            "batch_invariant: expected False for a model with latent attention, whose "
+            "products of heads depend on the batch, got True"
+        )
     if model.config.num_experts:
         raise ValueError(
             "batch_invariant: expected False for a model with experts, whose groups of "

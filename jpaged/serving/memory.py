@@ -43,6 +43,7 @@ def block_bytes(
         head_dim=model.head_dim,
         dtype=kv_dtype,
         implementation=attention,
+        is_latent=model.latent is not None,
     )
 
 

@@ -91,6 +91,7 @@ def temporary_bytes(config: ModelConfig, tensor: int, rows: int, tokens: int) ->
     inner = config.intermediate_size
     if config.num_experts:
         inner = max(inner, config.expert_size * config.num_experts_per_token)
+        inner = max(inner, config.shared_expert_size)
     divided = heads * config.head_dim + 2 * inner
     layer = tokens * size * (4 * config.hidden_size + cdiv(divided, tensor))
     return max(layer, 3 * 4 * rows * config.vocab_size)
@@ -109,6 +110,8 @@ def predicted_collectives(
     sums = has_split_words * 1
     if tensor > 1:
         sums += 2 * config.num_layers
+        if config.shared_expert_size:
+            sums += sum(config.has_experts(layer) for layer in range(config.num_layers))
     elif expert > 1:
         sums += sum(config.has_experts(layer) for layer in range(config.num_layers))
     found = {
@@ -220,6 +223,7 @@ def plan_mesh(
         block_size=block_size,
         head_dim=config.head_dim,
         dtype=config.dtype,
+        is_latent=config.latent is not None,
     )
     blocks = max(0, (available - weights - temporaries) // block)
     step_s = None

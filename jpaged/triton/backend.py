@@ -33,7 +33,7 @@ def attend(
     return attention.attend(
         operands.q,
         pools.k,
-        pools.v,
+        pools.values,
         operands.block_tables,
         operands.context_lens,
         operands.query_start_loc,

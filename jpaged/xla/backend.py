@@ -49,5 +49,6 @@ XLA = Backend(
     copy=copy,
     layout=PLAIN_OR_BITS,
     is_differentiable=True,
+    serves_latents=True,
     tile_sizes=lambda: XlaTiles,
 )

@@ -127,9 +127,8 @@ def _backward_of_layers(
     operands, out, lse = saved
     (gradients,) = _backward((merge_layers(operands), out, lse), cotangents)
     if gradients.pools is not None:
-        pages = operands.pools
-        k, v = gradients.pools.k, gradients.pools.v
-        pools = Pools(k.reshape(pages.k.shape), v.reshape(pages.v.shape))
+        shape = operands.pools.k.shape
+        pools = jax.tree.map(lambda pages: pages.reshape(shape), gradients.pools)
         gradients = gradients._replace(pools=pools)
     return (gradients,)
 
@@ -167,12 +166,15 @@ def _backward(
         return _Sums(lax.dynamic_update_slice(sums.q, d_q, (start, 0, 0)), d_k, d_v)
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    sums = _Sums(zeros(padded[0].shape), zeros(pools.k.shape), zeros(pools.v.shape))
+    sums = _Sums(zeros(padded[0].shape), zeros(pools.k.shape), zeros(pools.k.shape))
     sums = lax.fori_loop(0, num_tiles, tile, sums)
     d_pools = None
     kind = pools.k.dtype
     if jnp.issubdtype(kind, jnp.floating) and pools.k_scale is None:
-        d_pools = Pools(sums.k.astype(kind), sums.v.astype(kind))
+        if pools.v is None:  # the keys are the values too
+            d_pools = Pools((sums.k + sums.v).astype(kind), None)
+        else:
+            d_pools = Pools(sums.k.astype(kind), sums.v.astype(kind))
     gradients: dict[str, Any] = dict.fromkeys(AttentionOperands._fields)
     gradients["q"] = sums.q[: q.shape[0]].astype(q.dtype)
     gradients["pools"] = d_pools

@@ -9,7 +9,7 @@ Scales of quantised pages, [L, N, K, P'], are read, written and copied with the 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +34,20 @@ class GatheredTokens(NamedTuple):
 
 
 def gather(pools: Pools, columns: jax.Array) -> GatheredTokens:
-    """Return the blocks `columns` i32[R, C] of one layer; 8-bit numbers as float32."""
+    """Return the blocks `columns` i32[R, C] of one layer; 8-bit numbers as float32.
+
+    Keys that are the values too are gathered once.
+    """
     block_size = pools.k.shape[2]
-    k_scale, v_scale = (
-        None
-        if scale is None
-        else _gather_blocks(scale[..., None], columns, block_size)[..., 0]
-        for scale in (pools.k_scale, pools.v_scale)
-    )
-    k, v = (_gather_blocks(pages, columns, block_size) for pages in (pools.k, pools.v))
-    return GatheredTokens(widen(k), widen(v), k_scale, v_scale)
+
+    def tokens(pages: jax.Array, scale: jax.Array | None) -> Any:
+        if scale is not None:
+            scale = _gather_blocks(scale[..., None], columns, block_size)[..., 0]
+        return widen(_gather_blocks(pages, columns, block_size)), scale
+
+    k, k_scale = tokens(pools.k, pools.k_scale)
+    v, v_scale = (k, k_scale) if pools.v is None else tokens(pools.v, pools.v_scale)
+    return GatheredTokens(k, v, k_scale, v_scale)
 
 
 def _gather_blocks(pages: jax.Array, columns: jax.Array, block_size: int) -> jax.Array:

@@ -322,8 +322,10 @@ def test_integers_out_of_range_do_not_crash():
 
 
 UNSUPPORTED = {
-    "q: expected at most 64 heads for each of the 1 key/value heads, got 65": dict(
-        q=jnp.ones((2, 65, 8))
+    "q: expected at most 64 heads for each of the 2 key/value heads, got 130": dict(
+        q=jnp.ones((2, 130, 8)),
+        k_pages=jnp.ones((3, 2, 4, 8)),
+        v_pages=jnp.ones((3, 2, 4, 8)),
     ),
     "k_pages: expected float32, bfloat16, float16, .* got int32": dict(
         k_pages=jnp.ones((3, 1, 4, 8), jnp.int32),

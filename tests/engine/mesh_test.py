@@ -27,6 +27,7 @@ def found(tmp_path_factory) -> dict:
         ("4 devices, swapping", 82),
         ("2 devices, beams", 88),
         ("experts on 2 x 2", 82),
+        ("latents on 2 x 2", 82),
         ("4 devices, words first", 82),
         ("2 replicas, swapping", 146),
         ("2 replicas, drafts", 146),

@@ -358,7 +358,7 @@ def with_metadata(folder, entries, name="qwen2", without=()):
         (
             {"general.architecture": "mamba"},
             (),
-            r"general.architecture: expected one of \['gemma', .*, got 'mamba'",
+            r"general.architecture: expected one of \[.*'gemma', .*, got 'mamba'",
         ),
         ({"general.architecture": "clip"}, (), "got a vision or audio tower"),
         ({}, ("qwen2.block_count",), "qwen2.block_count: expected a value in the met"),

@@ -50,6 +50,9 @@ def make(name: str):
             is_norm = ("norm" in key or "ln_" in key) and key.endswith("weight")
             # Gemma multiplies by 1 + weight.
             param.copy_(noise + 1.0 if is_norm and not is_gemma else noise)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.rand_like(buffer))
     return model
 
 

@@ -38,6 +38,8 @@ PUBLISHED = {
     "gemma-3-1b": 999_885_952,
     "phi-3-mini-4k": 3_821_079_552,
     "gpt-oss-20b": 20_914_757_184,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
 }
 # Numbers for the other shapes, in billions, mostly from their names.
 NAMED = {
@@ -70,16 +72,19 @@ NAMED = {
     "gemma-7b": 8.54,
     "gemma-2-27b": 27.2,
     "gpt-oss-120b": 116.8,
+    "deepseek-v3": 671.0,
 }
 
 
 def num_params(name: str) -> int:
-    """Extrapolated from models with one and two layers: further layers are equal."""
-    one, two = (
+    """Extrapolated from two shallow models: all layers after dense ones are equal."""
+    config = random_config(name)
+    first = len(config.dense_layers) + 1
+    few, more = (
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shallow(name, n)))
-        for n in (1, 2)
+        for n in (first, first + 1)
     )
-    return one + (random_config(name).num_layers - 1) * (two - one)
+    return few + (config.num_layers - first) * (more - few)
 
 
 def shallow(name: str, num_layers: int) -> Decoder:

@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jpaged.models.families.deepseek import DEEPSEEK2, DEEPSEEK3
 from jpaged.models.families.family import Family, Fields
+from jpaged.models.families.fields import read_block_size
 from jpaged.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jpaged.models.families.gpt2 import GPT2
 from jpaged.models.families.gpt_oss import GPT_OSS
@@ -36,6 +38,8 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA3,
         PHI3,
         GPT_OSS,
+        DEEPSEEK2,
+        DEEPSEEK3,
     )
 }
 
@@ -45,15 +49,7 @@ def read_fields(
 ) -> dict[str, Any]:
     """Fields of a ModelConfig from a parsed config.json; see `ModelConfig.from_hf`."""
     family = _family(hf)
-    if hf.get("quantization_config"):
-        quantization = hf["quantization_config"]
-        is_object = isinstance(quantization, Mapping)
-        method = quantization.get("quant_method", "unknown") if is_object else "unknown"
-        raise ValueError(
-            f"quantization_config: expected none, got {method!r}; "
-            "quantised checkpoints are not supported. Use the unquantised one, with "
-            "quantization='int8' to load it in 8 bits"
-        )
+    read_block_size(hf)  # refuses what is quantised in another way
     has_own_end = hf.get("eos_token_id") is not None
     hf = {**family.defaults, **hf}
     eos = hf.get("eos_token_id")

@@ -30,6 +30,7 @@ class Tensor(NamedTuple):
     )
     interleaved: bool = False
     expert: int | None = None  # the tensor holds this expert's part of the parameter
+    by_head: bool = False  # rows of all parameters [heads, rows, in], head after head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Family:
       stacks_experts: whether one tensor holds all experts.
       stores_in_out: whether weights are stored as [in, out] (GPT-2).
       ignored: ends of the names of stored tensors that repeat config.json.
+      has_extra_layers: whether checkpoints may have layers after the last one that
+        predict further tokens; they are not loaded.
       defaults: values of config.json entries that may be missing, as in the
         transformers class.
       sizes: config.json of common models by name, for "random:NAME". `model_type`
@@ -76,6 +79,7 @@ class Family:
     stacks_experts: bool = False
     stores_in_out: bool = False
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    has_extra_layers: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -106,8 +110,11 @@ class Family:
         """Tensors of one checkpoint module, which may be several decoder modules."""
         paths: list[Path] = [(*top, *path.split(".")) for path in modules.split()]
         last = str(paths[0][-1])
-        if last == "sinks":
+        if last in ("sinks", "correction"):
             yield Tensor(name, tuple(paths))
+            return
+        if last == "key_up":
+            yield Tensor(f"{name}.weight", tuple(paths), by_head=True)
             return
         is_table = last == "position_embedding"
         transposed = not (is_table or last.endswith("norm") or self.stores_in_out)

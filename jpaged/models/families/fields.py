@@ -117,6 +117,29 @@ def all_but_every(pattern: int) -> Callable[[Mapping[str, Any], int], bool]:
     return lambda hf, layer: (layer + 1) % pattern != 0
 
 
+def read_block_size(hf: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a stored weight that share a scale; None: not quantised.
+
+    Raises:
+      ValueError: the checkpoint is quantised in another way.
+    """
+    quantization = hf.get("quantization_config")
+    if not quantization:
+        return None
+    is_object = isinstance(quantization, Mapping)
+    method = quantization.get("quant_method", "unknown") if is_object else "unknown"
+    size: Any = quantization.get("weight_block_size") if is_object else None
+    is_pair = isinstance(size, list | tuple) and len(size) == 2
+    if method == "fp8" and is_pair and all(isinstance(n, int) and n > 0 for n in size):
+        return size[0], size[1]
+    blocks = f" with weight_block_size {size!r}" if method == "fp8" else ""
+    raise ValueError(
+        f"quantization_config: expected none, got {method!r}{blocks}; of quantised "
+        "checkpoints, only 'fp8' with a weight_block_size of two numbers is supported. "
+        "Use the unquantised one, with quantization='int8' to load it in 8 bits"
+    )
+
+
 _SIZES = (
     "hidden_size",
     "num_hidden_layers",

@@ -166,26 +166,15 @@ def _end_ids(file: GGUFFile, vocab_size: int) -> list[int]:
 
 
 def _llama_like(reader: _Reader, model: str, **more: Any) -> Entries:
-    """The entries that all families but GPT-2 have."""
-    heads = reader.size("attention.head_count")
+    """The entries that all families with one size of heads but GPT-2 have."""
+    entries = _without_heads(reader, model)
+    heads = entries["num_attention_heads"]
     query_rows = reader.rows("blk.0.attn_q.weight")
     head_dim = reader.get("attention.key_length")
     if head_dim is None and query_rows is not None:
         head_dim = query_rows // heads
-    entries: Entries = {
-        "architectures": [model],
-        "hidden_size": reader.size("embedding_length"),
-        "intermediate_size": reader.size("feed_forward_length"),
-        "num_hidden_layers": reader.size("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": reader.optional_size("attention.head_count_kv") or heads,
-        "max_position_embeddings": reader.size("context_length"),
-        "rms_norm_eps": reader.file.require(
-            f"{reader.architecture}.attention.layer_norm_rms_epsilon", float
-        ),
-        "rope_theta": reader.get("rope.freq_base", float, 10000.0),
-        "rope_scaling": _rope_scaling(reader),
-    }
+    kv_heads = reader.optional_size("attention.head_count_kv") or heads
+    entries["num_key_value_heads"] = kv_heads
     if head_dim is not None:
         entries["head_dim"] = head_dim
     head_dim = head_dim or entries["hidden_size"] // heads
@@ -199,6 +188,23 @@ def _llama_like(reader: _Reader, model: str, **more: Any) -> Entries:
     if rotated != head_dim:
         entries["partial_rotary_factor"] = rotated / head_dim
     return entries | more
+
+
+def _without_heads(reader: _Reader, model: str) -> Entries:
+    """The entries that all families but GPT-2 have, without sizes of heads."""
+    return {
+        "architectures": [model],
+        "hidden_size": reader.size("embedding_length"),
+        "intermediate_size": reader.size("feed_forward_length"),
+        "num_hidden_layers": reader.size("block_count"),
+        "num_attention_heads": reader.size("attention.head_count"),
+        "max_position_embeddings": reader.size("context_length"),
+        "rms_norm_eps": reader.file.require(
+            f"{reader.architecture}.attention.layer_norm_rms_epsilon", float
+        ),
+        "rope_theta": reader.get("rope.freq_base", float, 10000.0),
+        "rope_scaling": _rope_scaling(reader),
+    }
 
 
 def _rope_scaling(reader: _Reader) -> Entries | None:
@@ -362,6 +368,50 @@ def _phi3(reader: _Reader) -> Entries:
     return _llama_like(reader, "Phi3ForCausalLM", sliding_window=window)
 
 
+# Groups of the published models, by experts, for files that do not say them.
+_GROUPS = {160: (8, 3), 256: (8, 4)}
+_SIGMOID = 2  # value of expert_gating_func
+
+
+def _deepseek2(reader: _Reader) -> Entries:
+    """DeepSeek-V2 and V3; sigmoid scores tell V3."""
+    is_v3 = reader.get("expert_gating_func", int, 1) == _SIGMOID
+    entries = _without_heads(reader, f"DeepseekV{3 if is_v3 else 2}ForCausalLM")
+    key, value = (
+        reader.get(f"attention.{part}_length_mla")
+        or reader.size(f"attention.{part}_length")
+        for part in ("key", "value")
+    )
+    rotated = reader.size("rope.dimension_count")
+    experts = reader.size("expert_count")
+    groups, selected = _GROUPS.get(experts, (1, 1))
+    groups = reader.get("expert_group_count") or groups
+    selected = reader.get("expert_group_used_count") or selected
+    # Stored as a tenth of mscale_all_dim, in float32; mscale is the same.
+    multiplier = reader.get("rope.scaling.yarn_log_multiplier", float, 0.0)
+    if entries["rope_scaling"] is not None and multiplier:
+        mscale = round(10 * multiplier, 6)
+        entries["rope_scaling"] |= {"mscale": mscale, "mscale_all_dim": mscale}
+    if not is_v3:
+        entries["topk_method"] = "greedy" if groups == 1 else "group_limited_greedy"
+    return entries | {
+        "kv_lora_rank": reader.size("attention.kv_lora_rank"),
+        "q_lora_rank": reader.get("attention.q_lora_rank") or None,
+        "qk_nope_head_dim": key - rotated,
+        "qk_rope_head_dim": rotated,
+        "v_head_dim": value,
+        "first_k_dense_replace": reader.size("leading_dense_block_count"),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": reader.size("expert_used_count"),
+        "n_shared_experts": reader.size("expert_shared_count"),
+        "moe_intermediate_size": reader.size("expert_feed_forward_length"),
+        "n_group": groups,
+        "topk_group": selected,
+        "norm_topk_prob": reader.get("expert_weights_norm", bool, False),
+        "routed_scaling_factor": reader.get("expert_weights_scale", float, 1.0),
+    }
+
+
 def _gpt2(reader: _Reader) -> Entries:
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -387,5 +437,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma2": Architecture(_gemma2, norm_offset=_GEMMA_OFFSET),
     "gemma3": Architecture(_gemma3, norm_offset=_GEMMA_OFFSET),
     "phi3": Architecture(_phi3),
+    "deepseek2": Architecture(_deepseek2),
     "gpt2": Architecture(_gpt2),
 }

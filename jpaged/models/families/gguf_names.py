@@ -20,6 +20,12 @@ _LAYER_NAMES = {
     "attention.out": "attn_output",
     "attention.query_norm": "attn_q_norm",
     "attention.key_norm": "attn_k_norm",
+    "attention.query_down": "attn_q_a",
+    "attention.query_down_norm": "attn_q_a_norm",
+    "attention.query_up": "attn_q_b",
+    "attention.latent": "attn_kv_a_mqa",
+    "attention.latent_norm": "attn_kv_a_norm",
+    "attention.key_up attention.value_up": "attn_kv_b",
     "attention_out_norm": "post_attention_norm",
     "mlp_norm": "ffn_norm",
     "mlp.gate": "ffn_gate",
@@ -27,7 +33,13 @@ _LAYER_NAMES = {
     "mlp.gate mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
     "mlp_out_norm": "post_ffw_norm",
+    "experts.shared.gate": "ffn_gate_shexp",
+    "experts.shared.up": "ffn_up_shexp",
+    "experts.shared.down": "ffn_down_shexp",
+    "experts.correction": "exp_probs_b",
 }
+# Newer files store the two halves of each head apart, keys transposed.
+KEYS_AND_VALUES, KEYS, VALUES = (f"attn_{part}_b.weight" for part in ("kv", "k", "v"))
 _TOP_NAMES = {"final_norm": "output_norm", "position_embedding": "position_embd"}
 # Tensors that hold a part of the config.
 ROPE_FREQS = "rope_freqs.weight"
@@ -102,7 +114,7 @@ class Names:
             offset=self._norm_offset if is_norm else 0.0,
         )
         return [
-            (f"{theirs}.{suffix}", change._replace(expert=expert))
+            (_with_suffix(theirs, suffix), change._replace(expert=expert))
             for theirs, expert in self._theirs[module]
         ]
 
@@ -112,7 +124,14 @@ class Names:
         for ours, pairs in self._theirs.items():
             if any(theirs == module for theirs, _ in pairs):
                 return f"{ours}.{suffix}"
+            if any(theirs == name for theirs, _ in pairs):
+                return f"{ours}.bias"
         return name
+
+
+def _with_suffix(module: str, suffix: str) -> str:
+    """Name of a tensor; that of the router's correction is not a module's."""
+    return module if module.endswith("_bias") else f"{module}.{suffix}"
 
 
 def _pairs(

@@ -104,6 +104,9 @@ def _read_one(
     if factor is None:
         factor = required(hf, "max_position_embeddings") / original
     scaling: dict[str, Any] = {"kind": kind, "factor": factor}
+    for name in ("mscale", "mscale_all_dim"):
+        if rope.get(name) is not None:
+            scaling[name] = float(rope[name])
     if kind in ("llama3", "yarn", "longrope"):
         scaling["original_max_position_embeddings"] = original
     if kind == "llama3":
@@ -160,6 +163,9 @@ def write_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
         return entries
     kind = scaling["kind"]
     rope = {"rope_type": kind, "factor": scaling["factor"]}
+    for name in ("mscale", "mscale_all_dim"):
+        if scaling[name] is not None:
+            rope[name] = scaling[name]
     if kind in ("llama3", "yarn", "longrope"):
         name = "original_max_position_embeddings"
         rope[name] = scaling[name]

@@ -23,7 +23,9 @@ from jpaged import gguf_file
 from jpaged.models import shapes
 from jpaged.models.config import DTYPES, QUANTIZATIONS, ModelConfig
 from jpaged.models.decoder import Decoder, as_stored, init_model
+from jpaged.models.families.fields import read_block_size
 from jpaged.models.loading import files, gguf_tensors, placing, sources, weights
+from jpaged.models.loading.block_scales import with_scales
 from jpaged.models.loading.weights import Target
 
 _STORED_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -113,7 +115,8 @@ def load_model(
         found = gguf_tensors.read_tensors(file, names)
         where_config, name_in_file = f"the metadata of {folder}", names.in_file
     else:
-        found = files.read_headers(folder)
+        size = read_block_size(files.read_json(folder / "config.json"))
+        found = with_scales(files.read_headers(folder), size)
         where_config, name_in_file = "config.json", str
         config = _as_tied(config, found)
     # The abstract model has shapes but no arrays: no random weights are computed.
@@ -172,21 +175,31 @@ def save_model(
     config = dataclasses.replace(model.config, dtype=dtype)
     # Written to another name first, so that a crash leaves no partial checkpoint.
     partial = folder / "model.safetensors.partial"
-    _write_safetensors(partial, weights.targets(model), dtype)
+    dtypes = [
+        (each, _stored_dtype(each, model, dtype)) for each in weights.targets(model)
+    ]
+    _write_safetensors(partial, dtypes)
     partial.replace(folder / "model.safetensors")
     text = json.dumps(config.to_hf(), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _write_safetensors(file: pathlib.Path, targets: list[Target], dtype: str) -> None:
+def _stored_dtype(target: Target, model: Decoder, dtype: str) -> str:
+    """Dtype of a stored tensor: wider parameters (of some routers) stay float32."""
+    is_wide = {param.dtype for param in target.params} == {jnp.dtype("float32")}
+    return "float32" if is_wide and model.config.dtype != "float32" else dtype
+
+
+def _write_safetensors(file: pathlib.Path, targets: list[tuple[Target, str]]) -> None:
     """Write a file tensor by tensor, so that memory holds no second copy of the model.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    itemsize, end = jnp.dtype(dtype).itemsize, 0
-    for target in targets:
-        start, end = end, end + itemsize * math.prod(target.stored_shape)
+    end = 0
+    for target, dtype in targets:
+        size = jnp.dtype(dtype).itemsize * math.prod(target.stored_shape)
+        start, end = end, end + size
         header[target.tensor.name] = {
             "dtype": _STORED_NAMES[dtype],
             "shape": list(target.stored_shape),
@@ -196,6 +209,6 @@ def _write_safetensors(file: pathlib.Path, targets: list[Target], dtype: str) ->
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
-        for target in targets:
+        for target, dtype in targets:
             array = weights.stored_array(target, dtype)
             opened.write(array.view(np.uint8).data if array.ndim else array.tobytes())

@@ -7,7 +7,7 @@ Each stored tensor is loaded, is known to repeat config.json, or is refused by n
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,19 @@ def has_equal_output(found: Found, config: ModelConfig) -> bool:
     return True
 
 
+def _extra_layers(names: Collection[str], config: ModelConfig) -> tuple[str, ...]:
+    """Prefixes of the layers after the model's last that predict further tokens.
+
+    They are those with a projection of a hidden state and an embedding.
+    """
+    family, mark = FAMILIES[config.architecture], ".eh_proj.weight"
+    if not family.has_extra_layers:
+        return ()
+    layers = tuple(f"{family.layer_prefix}{i}." for i in range(config.num_layers))
+    found = (name.removesuffix(mark) + "." for name in names if name.endswith(mark))
+    return tuple(prefix for prefix in found if prefix not in layers)
+
+
 def locate(
     found: Found,
     targets: list[Target],
@@ -165,9 +178,11 @@ def locate(
         # Equal to the embedding, or stored in its place.
         tensors.setdefault(family.embedding, tensors.pop(_OUTPUT))
     where, problems = {}, []
+    extra = _extra_layers(tensors, config)
     for name, tensor in tensors.items():
         if name not in expected:
-            if not name.endswith(family.ignored):
+            is_extra = name.startswith(extra)
+            if not name.endswith(family.ignored) and not is_extra:
                 problems.append(f"unknown {tensor.name}")
             continue
         where[name] = tensor

@@ -14,6 +14,7 @@ from jpaged.gguf_file import GGUFFile, TensorEntry, block_size, import_gguf
 from jpaged.models.config import ModelConfig
 from jpaged.models.families import FAMILIES, gguf_config, gguf_names
 from jpaged.models.families.gguf_names import Change, Names
+from jpaged.models.loading.stored import Stored
 
 
 class GGUFTensor(NamedTuple):
@@ -107,6 +108,56 @@ class GGUFTensor(NamedTuple):
         return np.asarray(part, np.float32)
 
 
+class GGUFHeads(NamedTuple):
+    """A matrix whose keys and values of each head a file stores as two tensors.
+
+    See `stored.Stored`.
+    """
+
+    keys: TensorEntry  # [heads, in, rows of a key]
+    values: TensorEntry  # [heads, rows of a value, in]
+
+    @property
+    def file(self) -> pathlib.Path:
+        """The file that stores it."""
+        return self.keys.file
+
+    @property
+    def name(self) -> str:
+        """Its names in the file."""
+        return f"{self.keys.name}, {self.values.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in transformers: keys and values, head after head."""
+        heads, size, rows = self.keys.shape
+        return heads * (rows + self.values.shape[1]), size
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot be read, if it cannot."""
+        ranks = len(self.keys.shape), len(self.values.shape)
+        heads, size, _ = self.keys.shape if ranks[0] == 3 else (0, 0, 0)
+        if ranks != (3, 3) or (heads, size) != self.values.shape[::2]:
+            return (
+                "expected [heads, in, key] and [heads, value, in], got "
+                f"{self.keys.shape} and {self.values.shape}"
+            )
+        return _problem(self.keys.kind) or _problem(self.values.kind)
+
+    def view(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Values f32 at an index, whose rows are those of whole heads."""
+        rows, columns = index
+        size = self.shape[0] // self.keys.shape[0]
+        assert rows.start % size == rows.stop % size == 0, rows
+        parts = []
+        for head in range(rows.start // size, rows.stop // size):
+            for entry, transposed in ((self.keys, True), (self.values, False)):
+                change = Change(transposed=transposed, expert=head)
+                parts.append(GGUFTensor(entry, change).view((slice(None), columns)))
+        return np.concatenate(parts)
+
+
 @functools.cache
 def _problem(kind: int) -> str | None:
     """Why tensors of a quantisation cannot be read: one block of zeros is converted."""
@@ -164,11 +215,19 @@ def read_names(file: GGUFFile, config: ModelConfig) -> Names:
     )
 
 
-def read_tensors(file: GGUFFile, names: Names) -> dict[str, GGUFTensor]:
+def read_tensors(file: GGUFFile, names: Names) -> dict[str, Stored]:
     """The tensors of a file by their names in transformers."""
-    return {
+    found: dict[str, Stored] = {
         theirs: GGUFTensor(entry, change)
         for name, entry in file.tensors.items()
         if name not in gguf_names.OF_CONFIG
         for theirs, change in names.translate(name, len(entry.shape))
     }
+    for name in file.tensors:
+        other = name.removesuffix(gguf_names.KEYS) + gguf_names.VALUES
+        if name.endswith("." + gguf_names.KEYS) and other in file.tensors:
+            both = name.removesuffix(gguf_names.KEYS) + gguf_names.KEYS_AND_VALUES
+            ((theirs, _),) = names.translate(both, 2)
+            found[theirs] = GGUFHeads(file.tensors[name], file.tensors[other])
+            del found[name], found[other]
+    return found

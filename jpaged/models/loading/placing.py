@@ -51,6 +51,8 @@ def split_sizes(config: ModelConfig) -> dict[str, int]:
     for layer in range(config.num_layers):
         if config.has_experts(layer):
             sizes["expert_size"] = config.expert_size
+            if config.shared_expert_size:
+                sizes["shared_expert_size"] = config.shared_expert_size
         else:
             sizes["intermediate_size"] = config.intermediate_size
     return sizes

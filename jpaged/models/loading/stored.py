@@ -17,6 +17,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Only with scales, see `block_scales`.
+_SCALED_DTYPES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 class Stored(Protocol):
@@ -69,7 +71,8 @@ class SafetensorsTensor(NamedTuple):
         Each call maps the file again: pages that were read count as memory of the
         process for as long as they are mapped.
         """
-        mapped = np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape)
+        dtype = (DTYPES | _SCALED_DTYPES)[self.dtype]
+        mapped = np.memmap(self.file, dtype, "r", self.start, self.shape)
         return np.asarray(mapped)[index]
 
 

@@ -3,6 +3,7 @@
 Pipeline: families, stored, decoder -> [models.loading.weights] -> checkpoint.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ class Target(NamedTuple):
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the tensor in a checkpoint."""
         skipped = 0 if self.tensor.expert is None else 1
+        if self.tensor.by_head:
+            rows = sum(math.prod(param.shape[:-1]) for param in self.params)
+            return (rows, self.params[0].shape[-1])
         shapes = [param.shape[skipped:] for param in self.params]
         shape = [*shapes[0][:-1], sum(shape[-1] for shape in shapes)]
         if self.tensor.transposed:
@@ -81,7 +85,7 @@ class _Part(NamedTuple):
 
     target: Target
     nth: int  # index among the target's parameters
-    first: int  # offset along the tensor's last axis, after `transposed`
+    first: int  # offset along the tensor's last axis, after `transposed`; or in a head
 
     @property
     def param(self) -> nnx.Param:
@@ -106,6 +110,13 @@ class _Part(NamedTuple):
     def read(self, stored: Stored, piece: Region, dtype: np.dtype) -> np.ndarray:
         """Values of a piece of the parameter, in its axes and cast to `dtype`."""
         tensor, shape = self.target.tensor, [stop - start for start, stop in piece]
+        if tensor.by_head:
+            (head, last), (row, end), columns = piece
+            rows = sum(param.shape[1] for param in self.target.params)
+            view = stored.view((slice(head * rows, last * rows), slice(*columns)))
+            view = view.reshape(last - head, rows, -1)
+            view = view[:, self.first + row : self.first + end]
+            return view.astype(dtype, order="C")
         index = [slice(*bounds) for bounds in piece]
         start, stop = piece[-1]
         if tensor.interleaved:
@@ -172,7 +183,8 @@ def fill(
                 tensor: Stored = tensor,
                 scale: np.ndarray | None = scale,
             ) -> np.ndarray:
-                values = part.read(tensor, piece, dtype)
+                kind = part.param.dtype if scale is None else dtype
+                values = part.read(tensor, piece, np.dtype(kind))
                 if check_finite and not np.isfinite(values).all():
                     raise ValueError(
                         f"{tensor.name}: expected finite numbers, got NaN or infinity"
@@ -190,7 +202,7 @@ def _parts(target: Target) -> Iterator[_Part]:
     first = 0
     for nth, param in enumerate(target.params):
         yield _Part(target, nth, first)
-        first += param.shape[-1]
+        first += param.shape[1 if target.tensor.by_head else -1]
 
 
 def _write(
@@ -236,6 +248,9 @@ def stored_array(target: Target, dtype: str) -> np.ndarray:
         value = placing.gathered(param.get_value(), tensor.expert)
         parts.append(value.astype(jnp.dtype(dtype), copy=False))
     array = parts[0]
+    if tensor.by_head:
+        array = np.concatenate(parts, axis=1)
+        return np.ascontiguousarray(array.reshape(-1, array.shape[-1]))
     if tensor.interleaved:
         array = np.stack(parts, axis=-1).reshape(*array.shape[:-1], -1)
     elif len(parts) > 1:

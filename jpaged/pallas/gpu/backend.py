@@ -34,7 +34,7 @@ def attend(
     return calls.attend(
         operands.q,
         operands.pools.k,
-        operands.pools.v,
+        operands.pools.values,
         operands.block_tables,
         operands.context_lens,
         operands.query_start_loc,

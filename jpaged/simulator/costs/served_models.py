@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jpaged.arithmetic import cdiv
 from jpaged.attention import kv_cache
 from jpaged.models import shapes
-from jpaged.models.config import ModelConfig
+from jpaged.models.config import LatentSizes, ModelConfig
 from jpaged.models.loading import checkpoint, sources
 from jpaged.simulator.costs.chips import Chip, find_chip
 
@@ -102,6 +102,7 @@ class ServedModel:
                 block_size=1,
                 head_dim=config.head_dim,
                 dtype=kv_dtype or config.dtype,
+                is_latent=config.latent is not None,
             ),
             activation_bytes_per_token=_activations(config) * size,
             sliding_window=config.sliding_window,
@@ -142,8 +143,13 @@ def _layer_params(config: ModelConfig) -> tuple[int, int]:
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     norm = hidden * (2 if config.norm == "layer" else 1)
-    each = hidden * (queries + 2 * keys) + queries * hidden
-    each += (queries + 2 * keys) * config.qkv_bias + hidden * config.out_bias
+    if config.latent is None:
+        each = hidden * (queries + 2 * keys) + queries * hidden
+    else:
+        each = _latent_params(config, config.latent)
+    if config.latent is None:
+        each += (queries + 2 * keys) * config.qkv_bias
+    each += hidden * config.out_bias
     each += norm * (4 if config.sublayer_norms else 2)
     each += 2 * config.head_dim * config.qk_norm
     each += config.num_heads * config.attention_sinks
@@ -157,9 +163,25 @@ def _layer_params(config: ModelConfig) -> tuple[int, int]:
         return layers * (each + plain), 0
     dense = len(config.dense_layers)
     router = (hidden + config.expert_bias) * config.num_experts
+    if config.routing is not None:
+        router += config.num_experts * config.routing.has_correction
+    if config.shared_expert_size:
+        router += mlp(config.shared_expert_size, config.mlp_bias)
     experts = config.num_experts * mlp(config.expert_size, config.expert_bias)
     rest = layers - dense
     return layers * each + dense * plain + rest * router, rest * experts
+
+
+def _latent_params(config: ModelConfig, sizes: LatentSizes) -> int:
+    """Count parameters of one layer's latent attention, without the output's bias."""
+    hidden, heads, rank = config.hidden_size, config.num_heads, sizes.query_rank
+    queries = heads * (sizes.nope_dim + sizes.rope_dim)
+    params = hidden * queries
+    if rank is not None:
+        params = (hidden + config.qkv_bias) * rank + rank + rank * queries
+    params += (hidden + config.qkv_bias) * config.head_dim + sizes.rank
+    params += heads * (sizes.nope_dim + sizes.value_dim) * sizes.rank
+    return params + heads * sizes.value_dim * hidden
 
 
 def _outer_params(config: ModelConfig) -> int:

@@ -59,6 +59,7 @@ CASES = {
     "4 devices, swapping": ("llama", "swap", {"tensor": 4}),
     "2 devices, beams": ("llama", "beams", {"tensor": 2}),
     "experts on 2 x 2": ("mixtral", "recompute", {"tensor": 2, "expert": 2}),
+    "latents on 2 x 2": ("deepseek_v3", "recompute", {"tensor": 2, "expert": 2}),
     "4 devices, words first": ("tied", "recompute", {"tensor": 4}),
     "2 replicas, swapping": ("llama", "swap", {"data": 2, "tensor": 2}),
     "2 replicas, drafts": ("llama", "drafts", {"data": 2, "tensor": 2}),
@@ -276,6 +277,7 @@ def main(folder: pathlib.Path) -> None:
     paths = {
         "llama": checkpoints.write_tiny_llama(folder / "llama", **GQA),
         "mixtral": write_case(folder, "mixtral"),
+        "deepseek_v3": write_case(folder / "deepseek", "deepseek_v3"),
         "tied": checkpoints.write_tiny_llama(
             folder / "tied", **GQA, tie_word_embeddings=True
         ),

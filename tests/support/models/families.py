@@ -20,6 +20,21 @@ _BASE = {
 _GATED = _BASE | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
 _FEW_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 _ALTERNATING = {"num_hidden_layers": 4, "sliding_window": 8}
+_LATENT = _BASE | {
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _GATED,
     "mistral": _GATED | {"sliding_window": 8},
@@ -54,6 +69,8 @@ SIZES: dict[str, dict[str, Any]] = {
             "truncate": False,
         },
     },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT | {"n_group": 4, "topk_group": 2},
     "opt": _BASE | {"ffn_dim": 64, "word_embed_proj_dim": 48},
     "gpt2": {
         "vocab_size": 128,
@@ -170,6 +187,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_oss": ("gpt_oss", {}),
+    "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v3_halves": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": YARN | {"mscale": 0.9, "mscale_all_dim": 1.1},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
     "opt": ("opt", {}),
     "opt_without_biases": ("opt", {"enable_bias": False}),
     "opt_350m_shape": (

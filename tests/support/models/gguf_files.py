@@ -28,6 +28,7 @@ CASES = {
     **{"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3"},
     **{"gemma3_linear": "gemma3", "phi3": "phi3", "phi3_longrope": "phi3"},
     "gpt2": "gpt2",
+    **dict.fromkeys(("deepseek_v2_lite", "deepseek_v2", "deepseek_v3"), "deepseek2"),
 }
 _RENAMED = [
     (r"^(model|transformer)\.(embed_tokens|wte)\.", "token_embd."),
@@ -40,6 +41,12 @@ _RENAMED = [
     (r"\.self_attn\.([qk])_norm\.", r".attn_\1_norm."),
     (r"\.(self_attn\.qkv_proj|attn\.c_attn)\.", ".attn_qkv."),
     (r"\.(self_attn\.o_proj|attn\.c_proj)\.", ".attn_output."),
+    (r"\.self_attn\.q_([ab])_proj\.", r".attn_q_\1."),
+    (r"\.self_attn\.(q|kv)_a_layernorm\.", r".attn_\1_a_norm."),
+    (r"\.self_attn\.kv_a_proj_with_mqa\.", ".attn_kv_a_mqa."),
+    (r"\.self_attn\.kv_b_proj\.", ".attn_kv_b."),
+    (r"\.mlp\.shared_experts\.(gate|up|down)_proj\.", r".ffn_\1_shexp."),
+    (r"\.mlp\.gate\.e_score_correction_bias$", ".exp_probs_b.bias"),
     (r"\.mlp\.gate_proj\.", ".ffn_gate."),
     (r"\.mlp\.(gate_up_proj|up_proj|c_fc)\.", ".ffn_up."),
     (r"\.mlp\.(down_proj|c_proj)\.", ".ffn_down."),
@@ -184,7 +191,38 @@ def metadata(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         if "moe_intermediate_size" in config:
             found["expert_feed_forward_length"] = config["moe_intermediate_size"]
     found |= _rope(config, head_dim, architecture)
+    if architecture == "deepseek2":
+        found |= _latent(config)
     return {f"{architecture}.{key}": value for key, value in found.items()}
+
+
+def _latent(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is special about DeepSeek; keys and values are those of one latent head."""
+    rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    found = {
+        "attention.head_count_kv": 1,
+        "attention.key_length": rank + rope,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
+        "attention.value_length_mla": config["v_head_dim"],
+        "attention.kv_lora_rank": rank,
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+        "expert_gating_func": 2 if config["model_type"] == "deepseek_v3" else 1,
+    }
+    if config["q_lora_rank"]:
+        found["attention.q_lora_rank"] = config["q_lora_rank"]
+    if config["n_group"]:
+        found["expert_group_count"] = config["n_group"]
+        found["expert_group_used_count"] = config["topk_group"]
+    if mscale := config["rope_parameters"].get("mscale_all_dim"):
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * mscale
+    return found
 
 
 def _rope(
@@ -226,6 +264,14 @@ def converted(
             experts.setdefault(stacked, []).append(array)
             continue
         stored = array
+        if "kv_b_proj" in name and config["model_type"] == "deepseek_v3":
+            # Newer files; V2's are written as older ones.
+            heads = array.reshape(config["num_attention_heads"], -1, array.shape[-1])
+            size = config["qk_nope_head_dim"]
+            top = _renamed(name, architecture).removesuffix("attn_kv_b.weight")
+            yield f"{top}attn_k_b.weight", heads[:, :size].swapaxes(1, 2)
+            yield f"{top}attn_v_b.weight", heads[:, size:]
+            continue
         if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
             which = "key_value" if "k_proj" in name else "attention"
             stored = _as_pairs(array, config[f"num_{which}_heads"])

@@ -40,6 +40,7 @@ MESHES = {
     "mixtral": [{"expert": 2}, {"tensor": 2, "expert": 4}],
     "qwen3_moe": [{"expert": 2}, {"tensor": 4, "expert": 2}],
     "gpt_oss": [{"tensor": 2, "expert": 2, "data": 2}],
+    "deepseek_v3": [{"tensor": 4, "expert": 2}],
 }
 TOKENS = np.random.default_rng(0).integers(3, 120, (2, 9), dtype=np.int32)
 apply = jax.jit(lambda model, tokens: model(tokens))

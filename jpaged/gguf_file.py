@@ -25,6 +25,7 @@ SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
+_MAX_DEPTH = 8  # of arrays in one another
 # Scalar types of metadata by number, as characters of `struct` and NumPy.
 _SCALARS = {
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
@@ -250,12 +251,12 @@ class _Header:
             found[entry.name] = entry
         return found
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
             return self._scalar(_SCALARS[kind])
         if kind == _STRING:
             return self._string()
-        if kind != _ARRAY:
+        if kind != _ARRAY or depth == _MAX_DEPTH:
             raise ValueError(
                 f"{self._path}: {self._what}: expected a known type of value, got "
                 f"number {kind}; download it again"
@@ -265,7 +266,7 @@ class _Header:
             dtype = np.dtype("<" + _SCALARS[kind])
             return np.frombuffer(self._bytes(count * dtype.itemsize), dtype).tolist()
         self._check(count)  # an element has at least one byte
-        return [self._value(kind) for _ in range(count)]
+        return [self._value(kind, depth + 1) for _ in range(count)]
 
     def _string(self) -> str:
         raw = self._bytes(self._scalar("Q"))

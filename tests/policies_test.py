@@ -148,6 +148,7 @@ def test_unused_cached_blocks_count_as_free_until_they_are_mapped():
         (lambda w: jnp.float32(1), "of shape (8,) for the example, got float32"),
         (lambda w: w.arrivals.astype(jnp.complex64), "expected a real number"),
         (lambda w: w.prompt_lens / w.num_preemptions * 0, "got NaN among"),
+        (lambda w: w, "of shape (8,) for the example, got Requests"),
     ],
 )
 def test_a_policy_without_a_real_number_per_sequence_raises(policy, message):

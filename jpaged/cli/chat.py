@@ -101,8 +101,12 @@ def chat(args: argparse.Namespace) -> int:
     if args.chat_template is not None:
         template = pathlib.Path(args.chat_template).read_text("utf-8")
     llm = flags.open_llm(args, max_num_seqs=1)
-    conversation = Conversation(llm, _params(llm, args), args.system, template)
-    # An invalid template is reported before the first question.
+    params = _params(llm, args)
+    conversation = Conversation(llm, params, args.system, template)
+    # Invalid parameters and templates are reported before the first question.
+    (error,) = llm.check([[0]], params)
+    if error is not None:
+        raise ValueError(error)
     try:
         llm.get_tokenizer().apply_chat_template(
             [{"role": "user", "content": "hello"}], chat_template=template

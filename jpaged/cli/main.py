@@ -6,6 +6,7 @@ Pipeline: command line -> [main] -> llm -> stdout. Host only.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # At a lower level jax reports every accelerator that it does not find.
     logging.getLogger("jax").setLevel(logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Characters that the terminal's encoding lacks must not end the program.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = make_parser().parse_args(argv)
     try:
         if args.words[:1] == ["chat"] or not _has_prompts(args):
@@ -71,7 +75,8 @@ def request_lines(
     if not texts and not args.prompt_file:
         raw = sys.stdin.buffer.read()
         try:
-            texts = [("stdin", raw.decode("utf-8").removesuffix("\n"))]
+            text = raw.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+            texts = [("stdin", text)]
         except UnicodeDecodeError as error:
             raise ValueError(f"stdin: expected UTF-8, got {error}") from None
     lines = [

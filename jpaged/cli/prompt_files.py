@@ -5,6 +5,7 @@ Pipeline: file -> [prompt files] -> prompts and parameters.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import pathlib
@@ -72,7 +73,8 @@ def read_lines(path: pathlib.Path, defaults: dict[str, Any]) -> list[PromptLine]
     """
     is_json = path.suffix == ".jsonl"
     lines = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, raw in enumerate(data.split(b"\n"), start=1):
         where = f"{path}:{number}"
         if not raw.strip():
             continue
@@ -94,4 +96,6 @@ def _parse(text: str) -> tuple[Any, dict[str, Any]]:
     if not isinstance(request, dict) or "prompt" not in request:
         raise ValueError(f'line: expected a JSON object with "prompt", got {text:.60}')
     prompt = request.pop("prompt")
+    if not isinstance(prompt, str | list | dict):
+        raise ValueError(f"prompt: expected a text or token ids, got {prompt!r:.60}")
     return prompt, request

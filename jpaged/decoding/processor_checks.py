@@ -6,6 +6,7 @@ Pipeline: params -> [processor_checks] -> submission. Host only.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def _check_shapes(name: str, one: LogitsProcessor, vocab_size: int) -> None:
             raise ValueError(
                 f"{name}: expected a {part} that jax can trace with logits f32"
                 f"[{vocab_size}] and parameters {one!r}, got {type(cause).__name__}: "
-                f"{cause!s:.500}"
+                f"{cause!s:.500}{_advice(kind.function)}"
             ) from cause
 
     state: Any = ()
@@ -60,7 +61,7 @@ def _check_shapes(name: str, one: LogitsProcessor, vocab_size: int) -> None:
         got = f"{dtype} of shape {shape}" if shape is not None else f"{result!r:.200}"
         raise ValueError(
             f"{name}: expected logits float32 of shape ({vocab_size},) for logits "
-            f"float32 of shape ({vocab_size},), got {got}"
+            f"float32 of shape ({vocab_size},), got {got}{_advice(kind.function)}"
         )
     if kind.init is None:
         return
@@ -73,6 +74,20 @@ def _check_shapes(name: str, one: LogitsProcessor, vocab_size: int) -> None:
             f"{name}: expected update to keep the structure, shapes and dtypes of the "
             f"state that init returns, {_spec(state)}, got {_spec(after)}"
         )
+
+
+def _advice(function: Any) -> str:
+    """What to add to a message about a function that looks like one of vLLM's."""
+    try:
+        first = next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):
+        return ""
+    if "ids" not in first:
+        return ""
+    return (
+        "; the arguments are (logits, row) and not (token_ids, logits): row.tokens has "
+        "the token ids"
+    )
 
 
 def _arrays(init: Any, parameters: dict[str, Any]) -> Any:

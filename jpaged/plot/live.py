@@ -37,6 +37,17 @@ def _start_s(records: Sequence[StepRecord], start_s: float | None) -> float:
     return records[0].time_s if start_s is None else start_s
 
 
+def _sizes(
+    source: Any, num_blocks: int | None, block_size: int | None
+) -> tuple[int | None, int | None]:
+    """Return the sizes that are given, and those of an LLM in place of None."""
+    config = getattr(source, "config", None)
+    return (
+        getattr(config, "num_blocks", None) if num_blocks is None else num_blocks,
+        getattr(config, "block_size", None) if block_size is None else block_size,
+    )
+
+
 def occupancy(
     source: Any,
     *,
@@ -64,9 +75,7 @@ def occupancy(
       ValueError: there are no steps, or a size is missing.
     """
     records = _records(source)
-    config = getattr(source, "config", None)
-    num_blocks = getattr(config, "num_blocks", num_blocks)
-    block_size = getattr(config, "block_size", block_size)
+    num_blocks, block_size = _sizes(source, num_blocks, block_size)
     if num_blocks is None or block_size is None:
         raise ValueError(
             "num_blocks, block_size: expected both with step records, got "
@@ -212,15 +221,18 @@ def live_load(
     if start_s is None:
         arrivals = [one.events[0].time_s for one in outputs if one.events]
         start_s = min([records[0].time_s, *arrivals])
-    sizes = dict(num_blocks=num_blocks, block_size=block_size)
-    if hasattr(source, "config"):
-        config = source.config
-        sizes = dict(num_blocks=config.num_blocks, block_size=config.block_size)
+    num_blocks, block_size = _sizes(source, num_blocks, block_size)
     figure, panels = style.new_figure(
         3, 1, (7.5, 2.8), sharex=True, height_ratios=(2, 1, 2)
     )
     memory, counts, requests = panels[:, 0]
-    occupancy(records, start_s=start_s, ax=memory, **sizes)
+    occupancy(
+        records,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        start_s=start_s,
+        ax=memory,
+    )
     sequences(records, start_s=start_s, ax=counts)
     timeline(outputs, start_s=start_s, ax=requests)
     for ax in (memory, counts):

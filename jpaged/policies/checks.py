@@ -160,10 +160,12 @@ def _check_result(kind: Kind, found: Any, shown: Any) -> None:
     is_budget = kind is BUDGET
     what = "an integer" if is_budget else "a real number"
     each = {"Requests": "sequence", "Rows": "row", "CachedBlocks": "block"}[kind.view]
-    try:
-        shape, dtype = jnp.shape(found), jnp.result_type(found)
-    except TypeError:
-        shape, dtype = None, type(found).__name__
+    shape, dtype = None, type(found).__name__
+    if jax.tree_util.all_leaves([found]):  # no tuple of arrays
+        try:
+            shape, dtype = jnp.shape(found), jnp.result_type(found)
+        except TypeError:
+            pass
     is_number = shape is not None and (
         jnp.issubdtype(dtype, jnp.integer)
         or (jnp.issubdtype(dtype, jnp.floating) and not is_budget)

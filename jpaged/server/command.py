@@ -30,6 +30,7 @@ from jpaged.params import BeamSearchParams, SamplingParams
 from jpaged.server.app import create_app
 from jpaged.server.bridge import EngineBridge
 from jpaged.server.settings import ServerSettings
+from jpaged.validation import integer
 
 LOGGER = logging.getLogger("jpaged.server")
 KEY_VARIABLE = "JPAGED_API_KEY"
@@ -98,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     for name in _LIMITS:
         kind = float if name.endswith("_s") else int
         found.add_argument(f"--{name}", type=kind, help="see jpaged.server.settings")
-    found.add_argument("--log_level", default="info", help="debug, info, warning ...")
+    levels = ("critical", "error", "warning", "info", "debug")
+    found.add_argument("--log_level", type=str.lower, default="info", choices=levels)
     return found
 
 
@@ -123,11 +125,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
                 f"unknown option {word!r}: expected an option of the server (--help), "
                 "or an argument of jpaged.LLM"
             )
-        if not has_value:
-            if not rest or rest[0].startswith("--"):
-                own.error(f"--{name}: expected a value, got none")
-            value = rest.pop(0)
-        arguments[name] = _value(value)
+        if not has_value and (not rest or rest[0].startswith("--")):
+            arguments[name] = True  # a flag, such as vLLM's --trust-remote-code
+            continue
+        arguments[name] = _value(value if has_value else rest.pop(0))
     return options, arguments
 
 
@@ -220,16 +221,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     try:
         settings = settings_of(options)
+        integer("port", options.port, low=0, high=65_535)
         template = None
         if options.chat_template is not None:
             template = pathlib.Path(options.chat_template).read_text("utf-8")
-        if options.tensor_parallel > 1:
+        if integer("tensor_parallel", options.tensor_parallel, low=1) > 1:
             arguments["mesh"] = make_mesh(tensor=options.tensor_parallel)
         llm = LLM(options.model, **arguments)
         if options.warm_up:
             llm.warm_up([each for name in options.warm_up for each in WARM_UPS[name]])
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"jpaged.server: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     app = create_app(llm, settings, chat_template=template)
     config = uvicorn.Config(
         app,

@@ -20,7 +20,10 @@ from jpaged.server.settings import ServerSettings
 Params = SamplingParams | BeamSearchParams
 
 # Fields of SamplingParams that do not have the field of that name in a body.
-_OWN = ("n", "logprobs", "max_tokens", "structured_outputs", "prompt_logprobs")
+_OWN = (
+    *("n", "logprobs", "max_tokens", "structured_outputs", "prompt_logprobs"),
+    "token_masks",  # no response has them
+)
 _SAMPLING = tuple(
     field.name for field in dataclasses.fields(SamplingParams) if field.name not in _OWN
 )

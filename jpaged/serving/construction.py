@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -244,7 +245,7 @@ def load_decoder(
     Args:
       model: as for `LLM`.
       dtype: as for `LLM`.
-      tokenizer: a Tokenizer, the folder of one, or None for the model folder's.
+      tokenizer: see `read_tokenizer`; None is the model folder's.
       quantization: as for `LLM`.
       mesh: as for `LLM`.
 
@@ -252,23 +253,53 @@ def load_decoder(
       ValueError: an argument does not fit the model.
       FileNotFoundError: the folder does not exist or is not a checkpoint.
     """
+    given = read_tokenizer(tokenizer)
     if isinstance(model, Decoder):
         decoder, name = _placed_decoder(model, dtype, quantization, mesh)
     elif isinstance(model, str | os.PathLike):
         name = os.fspath(model)
+        if not name:
+            raise error("model", "a folder or a name", name)
         folder = name if sources.is_random(name) else sources.find_checkpoint(name)
         decoder = load_model(folder, dtype, quantization=quantization, mesh=mesh)
-        if tokenizer is None and not sources.is_random(name):
-            tokenizer = folder
+        if given is None and not sources.is_random(name):
+            return decoder, Tokenizer.from_folder(folder), name
     else:
         raise ValueError(
             "model: expected a folder, a hub id, the name of a bundled model, "
             "'random:' and the name of a shape, or a Decoder, got "
             f"{model!r:.80} ({type(model).__name__})"
         )
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.from_folder(tokenizer)
-    return decoder, tokenizer, name
+    return decoder, given, name
+
+
+def read_tokenizer(tokenizer: Any) -> Tokenizer | None:
+    """Return the tokenizer that a user asks for; None if he asks for none.
+
+    Args:
+      tokenizer: a Tokenizer, or a folder, a file or a name, as of a model.
+
+    Raises:
+      ValueError: it is none of these, or there is no tokenizer.json.
+      FileNotFoundError: there is no such folder.
+    """
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if not isinstance(tokenizer, str | os.PathLike):
+        expected = "a folder with tokenizer.json, or a jpaged.text.tokenizer.Tokenizer"
+        raise error("tokenizer", expected, tokenizer)
+    folder = pathlib.Path(tokenizer).expanduser()
+    try:
+        found = folder if folder.is_dir() else sources.find_checkpoint(tokenizer)
+    except FileNotFoundError as cause:
+        text = str(cause).removeprefix("model: ")
+        raise FileNotFoundError(f"tokenizer: {text}") from cause
+    read = Tokenizer.from_folder(found)
+    if read is None:
+        raise ValueError(
+            f"tokenizer: expected a folder with tokenizer.json, got {found} without it"
+        )
+    return read
 
 
 def _placed_decoder(

@@ -226,8 +226,7 @@ class Intake:
                 )
         limits.check_rows(params, self._host.config)
         if isinstance(params, AlgorithmParams):
-            groups.num_sequences(params.algorithm, params.num_rows, vocab_size)
-            self._check_needs(params.algorithm)
+            self._check_algorithm(params)
         if isinstance(params, BeamSearchParams):
             return
         if params.stop and self._tokenizer is None:
@@ -249,6 +248,23 @@ class Intake:
                 f"{name}: expected at most {vocab_size}, the model's vocabulary, or -1 "
                 f"for all of it, got {count}"
             )
+
+    def _check_algorithm(self, params: AlgorithmParams) -> None:
+        """Raise ValueError if an algorithm's functions fail, or fit another model."""
+        algorithm = params.algorithm
+        try:
+            groups.num_sequences(algorithm, params.num_rows, self._model.vocab_size)
+        except ValueError:
+            raise
+        except Exception as cause:  # whatever a user's function raises
+            step = getattr(algorithm.step, "__name__", type(algorithm.step).__name__)
+            raise ValueError(
+                "algorithm: expected functions init(num_rows) and step(keys, logits, "
+                "state), with a Context as fourth argument if it has needs or "
+                f"parameters, that jax can trace, got {type(cause).__name__} with step "
+                f"{step}: {cause!s:.500}"
+            ) from cause
+        self._check_needs(algorithm)
 
     def _check_needs(self, algorithm: Any) -> None:
         """Raise ValueError if an algorithm was created for another model."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from jpaged.text import chat
 from jpaged.text.tokenizer import Tokenizer
-from jpaged.validation import integer
+from jpaged.validation import error, integer
 
 
 class Encoding(dict[str, Any]):
@@ -106,6 +106,8 @@ class UserTokenizer:
         self, text: str | Sequence[str], add_special_tokens: bool = True
     ) -> Encoding:
         """Return the token ids of one text or several as `input_ids`."""
+        if not isinstance(text, str | Sequence):
+            raise error("text", "a text or a sequence of texts", text)
         texts = [text] if isinstance(text, str) else list(text)
         ids = [self.encode(one, add_special_tokens) for one in texts]
         masks = [[1] * len(one) for one in ids]

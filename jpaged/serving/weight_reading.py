@@ -250,6 +250,11 @@ def _pair_adapters(
             "lora_alpha: expected the alpha of the adapters (an update is alpha / rank "
             f"* a @ b), because weights has {next(iter(adapters))!r}, got None"
         )
+    if alpha is not None and not adapters:
+        raise ValueError(
+            f"lora_alpha: expected None for weights without adapters (names that end "
+            f"in {' and '.join(_LORA)}), got {alpha!r}"
+        )
     pairs: dict[str, Adapter] = {}
     for name in adapters:
         weight = name[: -len(_LORA[0])]

@@ -16,6 +16,13 @@ from jpaged.validation import integer
 
 _BYTES = bytes | bytearray | memoryview  # sequences of int, but no token ids
 _KEYS = ("prompt_token_ids", "prompt")  # of a prompt that is a dict
+# Further ones of vLLM's prompts, which may be there without a value.
+_WITHOUT_VALUE = (
+    "multi_modal_data",
+    "mm_processor_kwargs",
+    "multi_modal_uuids",
+    "cache_salt",
+)
 
 
 def token_ids(
@@ -112,7 +119,12 @@ def _without_dict(name: str, value: Any) -> Any:
     """Return the text or the token ids of a prompt that is a dict, as vLLM's can be."""
     if not isinstance(value, Mapping):
         return value
-    if unknown := sorted(map(str, set(value) - set(_KEYS))):
+    used = {
+        key
+        for key, item in value.items()
+        if key not in _WITHOUT_VALUE or item not in (None, {})
+    }
+    if unknown := sorted(map(str, used - set(_KEYS))):
         raise ValueError(
             f"{name}: expected a dict with 'prompt' or 'prompt_token_ids', got the key "
             f"{unknown[0]!r}"
@@ -122,6 +134,9 @@ def _without_dict(name: str, value: Any) -> Any:
     if not given or isinstance(given[0], Mapping):
         expected = "a dict with 'prompt' or 'prompt_token_ids'"
         raise _not_a_prompt(name, expected, value)
+    ids = value.get("prompt_token_ids")
+    if ids is not None and not _is_token_ids(ids):
+        raise _not_a_prompt(f"{name}['prompt_token_ids']", "token ids", ids)
     return given[0]
 
 

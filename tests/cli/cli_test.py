@@ -71,6 +71,21 @@ def test_one_prompt_prints_the_text_of_its_output_and_nothing_else(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("stdin", [b"\xef\xbb\xbfhello\n", b"hello\r\n"])
+def test_stdin_may_have_a_byte_order_mark_and_lines_of_windows(run, expected, stdin):
+    assert run(*GREEDY, stdin=stdin)[:2] == (0, expected("hello") + "\n")
+
+
+def test_characters_that_the_encoding_of_stdout_lacks_are_escaped(run, monkeypatch):
+    written = io.BytesIO()
+    stdout = io.TextIOWrapper(written, "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    status, _, err = run("a\N{SNOWMAN}", "b", *GREEDY)
+    stdout.flush()
+    assert (status, err.count("codec")) == (0, 0)
+    assert b"a\\u2603" in written.getvalue()
+
+
 def test_several_outputs_follow_their_prompts_or_are_lines_of_json(run, expected):
     status, out, _ = run("hello", "abc", *GREEDY)
     assert status == 0
@@ -93,8 +108,9 @@ def test_invalid_prompts_are_reported_by_place_and_the_others_run(run, tmp_path)
         '{"prompt": "\\ud800"}',
         '{"prompt": "abc", "max_token": 3}',
         "[" * 100_000,
+        '{"prompt": 5}',
     ]
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines), encoding="utf-8-sig")
     status, out, err = run("--prompt-file", str(file), "--prompt", "a\udcff", "--json")
     assert status == 1
     assert len(json.loads(out)["outputs"][0]["token_ids"]) == 2
@@ -104,6 +120,7 @@ def test_invalid_prompts_are_reported_by_place_and_the_others_run(run, tmp_path)
         (f"{file}:2", "surrogate"),
         (f"{file}:3", "max_token"),
         (f"{file}:4", "nested too deeply"),
+        (f"{file}:5", "expected a text or token ids"),
     ):
         assert any(where in line and reason in line for line in reports), where
 
@@ -117,6 +134,7 @@ def test_invalid_prompts_are_reported_by_place_and_the_others_run(run, tmp_path)
         (["hello", "--gpu-memory-utilization=2"], "memory_fraction: expected"),
         (["chat", "hello"], "chat: expected no prompts"),
         (["chat", "--n=2"], "--n: expected none in a chat"),
+        (["chat", "--temperature=-1"], "temperature: expected"),
     ],
 )
 def test_what_cannot_run_is_one_line_on_stderr(run, arguments, message):

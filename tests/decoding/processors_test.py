@@ -142,6 +142,14 @@ def test_bad_functions_are_refused_with_an_example(name):
         check_processors(params.logits_processors, V)
 
 
+def test_a_function_with_the_arguments_of_vllm_is_told_ours():
+    def force(token_ids, logits):
+        return logits
+
+    with pytest.raises(ValueError, match=r"\(logits, row\) and not \(token_ids"):
+        check_processors([LogitsProcessor(force)], 10)
+
+
 def test_bad_states_are_refused():
     wrong = LogitsProcessor(
         lambda logits, row, state: logits,

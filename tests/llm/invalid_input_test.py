@@ -215,6 +215,15 @@ def test_an_invalid_argument_is_refused(folder, arguments, match):
         LLM(folder, **(SIZES | arguments))
 
 
+def test_a_tokenizer_that_is_missing_is_refused(decoder, folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^tokenizer: nowhere: no such folder"):
+        LLM(folder, tokenizer="nowhere")
+    with pytest.raises(ValueError, match=r"^tokenizer: .* without it"):
+        LLM(decoder, tokenizer=tmp_path)
+    with pytest.raises(ValueError, match=r"^tokenizer: expected a folder"):
+        LLM(decoder, tokenizer=object())
+
+
 def test_an_unknown_model_is_refused_with_the_sources_of_models(decoder, tmp_path):
     with pytest.raises(FileNotFoundError, match="hf download"):
         LLM("meta-llama/Llama-3.2-1B")
@@ -224,5 +233,7 @@ def test_an_unknown_model_is_refused_with_the_sources_of_models(decoder, tmp_pat
         LLM(3)
     with pytest.raises(ValueError, match=r"the Decoder's own \('float32'\)"):
         LLM(decoder, dtype="bfloat16")
+    with pytest.raises(ValueError, match="model: expected a folder or a name"):
+        LLM("")
     with pytest.raises(TypeError, match="num_gpus"):
         LLM(decoder, num_gpus=2)

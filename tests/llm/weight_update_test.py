@@ -277,6 +277,7 @@ def test_other_models_and_options_are_refused(llm, decoder):
         dict(prefix_cache="keep", requests="recompute"),
         dict(copy=None),
         dict(lora_alpha=-1),
+        dict(lora_alpha=8.0),  # without adapters
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             llm.update_weights(decoder, **options)

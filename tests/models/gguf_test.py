@@ -445,6 +445,11 @@ def test_files_cut_off_anywhere_are_refused_by_what_is_missing(tmp_path):
         (b"GGUF\0\0\0\3" + bytes(40), "got a big-endian file"),
         (b"GGUF\1\0\0\0" + bytes(40), "expected GGUF version 2 or 3, got 1"),
         (b"GGUF\3\0\0\0" + b"\xff" * 16, "truncated"),
+        (
+            struct.pack("<4sIQQQsI", b"GGUF", 3, 0, 1, 1, b"a", 9)
+            + struct.pack("<IQ", 9, 1) * 5000,
+            "a: expected a known type of value",
+        ),
     ],
 )
 def test_other_files_are_refused_with_what_they_are(start, message, tmp_path):

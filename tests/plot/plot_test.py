@@ -1,5 +1,7 @@
 """Plots: what is drawn is what the records say, beside readable labels."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,10 @@ def test_occupancy_stacks_shares_of_the_pool():
         plot.occupancy(STEPS)
     with pytest.raises(ValueError, match="at least one step"):
         plot.occupancy([], num_blocks=4, block_size=16)
+    llm = types.SimpleNamespace(
+        timeline=lambda: STEPS, config=types.SimpleNamespace(num_blocks=4, block_size=4)
+    )
+    assert areas(plot.occupancy(llm, block_size=16)) == areas(ax)  # what is given wins
 
 
 def test_the_timeline_divides_each_request_into_its_phases():

@@ -66,6 +66,7 @@ WRONG = [
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": "json"}, "response_format"),
     ({"store": True}, "store"),
+    ({"token_masks": True}, "token_masks"),
     ({"model": 5}, "model"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),

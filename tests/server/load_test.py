@@ -265,7 +265,14 @@ def test_sigterm_lets_open_requests_end(command):
     [
         (["--model", "tiny-python", "--max_num_sqs", "4"], "max_num_sqs"),
         (["--model", "tiny-python", "4"], "unknown option"),
-        (["--model", "tiny-python", "--max_num_seqs"], "expected a value"),
+        (["--model", "tiny-python", "--max_num_seqs"], "got True (bool)"),
+        (
+            ["--model", "tiny-python", "--enforce-eager"],
+            "enforce_eager: expected False",
+        ),
+        (["--model", "tiny-python", "--log_level", "loud"], "invalid choice: 'loud'"),
+        (["--model", "tiny-python", "--port", "70000"], "port: expected an integer"),
+        (["--model", "tiny-python", "--tensor_parallel", "0"], "tensor_parallel: "),
         (["--model", "tiny-python", "--max_num_seqs", "x"], "max_num_seqs: expected"),
         (["--model", "/nothing"], "/nothing"),
         (["--model", "tiny-python", "--max_n", "0"], "max_n: expected"),

@@ -22,8 +22,8 @@ NO_PROMPTS = [
     *(jnp.array([5.5]), jnp.array([True]), {"prompt": 5}, {"prompt": b"a"}, {}),
     *({"prompt": None}, {"text": "a"}, {"prompt": {"prompt": "a"}}),
     *(
-        {"prompt": "a", "multi_modal_data": {}},
-        {"prompt_token_ids": "abc"[:0] or [1.5]},
+        {"prompt": "a", "multi_modal_data": {"image": 1}},
+        {"prompt": "a", "cache_salt": "x"},
     ),
 ]
 
@@ -32,6 +32,13 @@ NO_PROMPTS = [
 def test_what_is_no_prompt_is_refused_by_name(value):
     with pytest.raises(ValueError, match=r"^prefix: expected "):
         prompts.token_ids(TOKENIZER, "prefix", value)
+
+
+def test_text_is_not_taken_for_token_ids():
+    with pytest.raises(
+        ValueError, match=r"^p\['prompt_token_ids'\]: expected token ids"
+    ):
+        prompts.token_ids(TOKENIZER, "p", {"prompt_token_ids": "abc"})
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,7 @@ def test_what_is_no_prompt_is_refused_by_name(value):
         {"prompt_token_ids": ABC},
         {"prompt_token_ids": ABC, "prompt": "other"},
         {"prompt": "abc"},
+        {"prompt": "abc", "multi_modal_data": None, "mm_processor_kwargs": {}},
         np.str_("abc"),
         "abc",
     ],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm, own_rows
 from jpaged.decoding.sample import sample_rows
+from jpaged.validation import number
 
 
 def _init(num_rows: int) -> tuple[()]:
@@ -51,11 +52,15 @@ def contrastive_decoding(
       beta: strength of the contrast; 0 is the large model alone. Data.
       temperature: of the scores; 0 is greedy. Data.
     """
-    values = {"alpha": alpha, "beta": beta, "temperature": temperature}
+    parameters = {
+        "alpha": number("alpha", alpha, above=0, high=1),
+        "beta": number("beta", beta, low=0),
+        "temperature": number("temperature", temperature, low=0),
+    }
     return DecodingAlgorithm(
         _init,
         _step,
         needs={"draft"},
-        parameters={name: float(value) for name, value in values.items()},
+        parameters=parameters,
         keeps_rows=True,
     )

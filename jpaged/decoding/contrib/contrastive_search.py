@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.decoding.base import NO_TOKEN, Context, Decision, DecodingAlgorithm
-from jpaged.validation import error, token_ids
+from jpaged.validation import error, integer, number, token_ids
 
 _NUM_STOP_IDS = 8
 
@@ -98,8 +98,10 @@ def contrastive_search(
       stop_ids: tokens that end the text, at most 8. Data.
 
     Raises:
-      ValueError: there are more stop tokens.
+      ValueError: there are more stop tokens, or another value is out of range.
     """
+    max_tokens = integer("max_tokens", max_tokens, low=1)
+    hidden_size = integer("hidden_size", hidden_size, low=1)
     ids = token_ids("stop_ids", stop_ids)
     if len(ids) > _NUM_STOP_IDS:
         raise error("stop_ids", f"at most {_NUM_STOP_IDS} tokens", ids)
@@ -110,7 +112,10 @@ def contrastive_search(
         _step,
         needs={"hidden"},
         hidden_size=hidden_size,
-        parameters={"alpha": float(alpha), "stop_ids": padded},
+        parameters={
+            "alpha": number("alpha", alpha, low=0, high=1),
+            "stop_ids": padded,
+        },
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm, own_rows
 from jpaged.decoding.sample import sample_rows
+from jpaged.validation import number
 
 
 def _divergence(last: jax.Array, early: jax.Array) -> jax.Array:
@@ -56,11 +57,15 @@ def dola(
         above 0 and at most 1. Data.
       temperature: of the scores; 0 is greedy. Data.
     """
+    parameters = {
+        "alpha": number("alpha", alpha, above=0, high=1),
+        "temperature": number("temperature", temperature, low=0),
+    }
     return DecodingAlgorithm(
         _init,
         _step,
         needs={"layers"},
         layers=tuple(layers),
-        parameters={"alpha": float(alpha), "temperature": float(temperature)},
+        parameters=parameters,
         keeps_rows=True,
     )

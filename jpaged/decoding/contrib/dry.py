@@ -43,7 +43,9 @@ def _dry(
     longest = jnp.zeros(logits.shape, jnp.int32).at[following].max(lengths, mode="drop")
     excess = (longest - allowed_length).astype(jnp.float32)
     is_repeated = (longest >= allowed_length) & (longest > 0)
-    return logits - jnp.where(is_repeated, multiplier * base**excess, 0.0)
+    # Finite, because 0 * inf is NaN.
+    growth = jnp.minimum(base**excess, 1e30)
+    return logits - jnp.where(is_repeated, multiplier * growth, 0.0)
 
 
 def dry(

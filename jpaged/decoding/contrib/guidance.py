@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm
 from jpaged.decoding.sample import sample_rows
+from jpaged.validation import number
 
 
 def _step(
@@ -41,7 +42,10 @@ def classifier_free_guidance(
         counts more. Data.
       temperature: 0 is greedy. Data.
     """
-    parameters = {"scale": float(scale), "temperature": float(temperature)}
+    parameters = {
+        "scale": number("scale", scale),
+        "temperature": number("temperature", temperature, low=0),
+    }
     return DecodingAlgorithm(_init, _step, parameters=parameters, keeps_rows=True)
 
 

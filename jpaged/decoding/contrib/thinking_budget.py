@@ -34,7 +34,9 @@ def _force(
     token = end[done]
     is_due = (num_generated >= budget) & ~has_ended & (logits[token] > -jnp.inf)
     is_other = jnp.arange(logits.shape[0], dtype=jnp.int32) != token
-    return jnp.where(is_due & is_other, -jnp.inf, logits)
+    forced = jnp.where(is_due & is_other, -jnp.inf, logits)
+    # The check of submissions refuses NaN, and with it tokens outside the vocabulary.
+    return jnp.where(jnp.any(end >= logits.shape[0]), jnp.nan, forced)
 
 
 def thinking_budget(budget: int, end: int | Sequence[int]) -> LogitsProcessor:

@@ -155,6 +155,14 @@ def test_dry_of_a_known_text():
     assert found[7] == -2.0  # 1.0 * 2.0 ** (3 - 2)
 
 
+def test_dry_of_a_very_long_repetition_is_finite():
+    one = contrib.dry(0.0, base=100.0)
+    tokens, length = jnp.full(64, 3, jnp.int32), jnp.int32(64)
+    row = Row(tokens, jnp.int32(60), length, jax.random.key(0))
+    found = one.kind.apply(jnp.zeros(V), row, (), dict(one.parameters))
+    np.testing.assert_array_equal(found, np.zeros(V))
+
+
 def test_xtc_drops_all_probable_tokens_but_the_least_as_often_as_asked():
     logits = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05, *[1e-9] * (V - 5)]))
     logits = logits.astype(np.float32)
@@ -282,6 +290,20 @@ def test_all_pass_the_checks_of_submissions(one):
         (lambda: contrib.thinking_budget(-1, 3), "budget: expected"),
         (lambda: contrib.thinking_budget(1, []), "end: expected"),
         (lambda: contrib.Watermark(V, share=1.0), "share: expected"),
+        (lambda: contrib.classifier_free_guidance(None), "scale: expected"),
+        (lambda: contrib.classifier_free_guidance(1, -1), "temperature: expected"),
+        (lambda: contrib.entropy_branching("2"), "threshold: expected"),
+        (lambda: contrib.contrastive_decoding(alpha=0), "alpha: expected"),
+        (lambda: contrib.contrastive_decoding(beta=-1), "beta: expected"),
+        (lambda: contrib.dola([0], alpha=2), "alpha: expected"),
+        (
+            lambda: contrib.contrastive_search(max_tokens=0, hidden_size=8),
+            "max_tokens: expected",
+        ),
+        (
+            lambda: check_processors([contrib.thinking_budget(1000, [1, V])], V),
+            "expected finite logits",
+        ),
     ],
 )
 def test_bad_values_are_refused(make, message):

@@ -82,8 +82,8 @@ def build_parts(options: LLMOptions) -> LLMParts:
     speculation, draft = load_speculation(
         options.speculative_config, model, options.mesh
     )
-    # A draft model uses the target's block tables, so it needs one for all layers.
-    is_grouped = options.cache_groups and draft is None
+    # A draft model uses the tables of the target; retention drops blocks of all layers.
+    is_grouped = options.cache_groups and draft is None and options.retention is None
     chunk = options.max_num_batched_tokens
     chunk = min(options.max_prompt_chunk or chunk, chunk)
     num_drafts = 0 if speculation is None else speculation.num_tokens

@@ -64,9 +64,7 @@ def outputs(llm: LLM) -> list:
     ]
 
 
-@pytest.mark.parametrize(
-    ("full_layers", "options"), [((), "int8"), ((0, 2), "floats")]
-)
+@pytest.mark.parametrize(("full_layers", "options"), [((), "int8"), ((0, 2), "floats")])
 def test_tokens_of_all_features_are_those_of_one_table(options, full_layers):
     model, found, stats = window_model(full_layers), [], []
     for cache_groups in (False, True):

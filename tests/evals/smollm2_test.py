@@ -52,11 +52,6 @@ def test_scores_and_answers_are_those_of_the_hf_model():
     assert [greedy for _, greedy in found] == [greedy for _, greedy in right]
     for (one, _), (other, _) in zip(found, right, strict=True):
         assert one == pytest.approx(other, abs=2e-4, rel=2e-5)
-    # The first end is the right one.
-    values = iter(found)
-    for _, ends in QUESTIONS:
-        scores = [next(values)[0] for _ in ends]
-        assert scores[0] == max(scores)
     rolled = [instance("loglikelihood_rolling", TEXT)]
     assert ours.loglikelihood_rolling(rolled, disable_tqdm=True) == pytest.approx(
         theirs.loglikelihood_rolling(rolled, disable_tqdm=True), rel=2e-5

@@ -210,16 +210,25 @@ def _block_demand(
 ) -> jax.Array:
     """Return the free blocks that each candidate would use, i32[S].
 
-    A cached block that no row uses counts as free, and mapping it uses it up.
+    A cached block that no row uses counts as free, and mapping it uses it up. It counts
+    for the first candidate that maps it.
     """
     size = blocks.block_size
     column = jnp.arange(hits.block_tables.shape[1], dtype=jnp.int32)
-    if (number := len(blocks.windows)) > 1:
-        column = remainder(column, column.size // number)
+    if (num_groups := len(blocks.windows)) > 1:
+        column = remainder(column, column.size // num_groups)
+    tables = take(hits.block_tables, first)
     is_hit = column[None, :] < floor_div(take(hits.lens, first), size)[:, None]
     if cache_groups.has_windows(blocks.windows):
-        is_hit &= take(hits.block_tables, first) != NO_BLOCK
-    is_used = take(blocks.ref_counts, take(hits.block_tables, first)) > 0
+        is_hit &= tables != NO_BLOCK
+    (num_blocks,) = blocks.ref_counts.shape
+    number = jnp.arange(first.size, dtype=jnp.int32)[:, None]
+    first_user = jnp.full(num_blocks, first.size, jnp.int32)
+    first_user = first_user.at[jnp.where(is_hit, tables, num_blocks)].min(
+        jnp.broadcast_to(number, tables.shape), mode="drop"
+    )
+    is_used = take(blocks.ref_counts, tables) > 0
+    is_used |= take(first_user, tables) < number
     num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
     mapped = floor_div(mapped, size)
     return cache_groups.num_blocks_to_grow(blocks, num_known, mapped, chunk) - num_used

@@ -353,7 +353,7 @@ def _smallest(
             count: jax.Array = count,
         ) -> tuple:
             low, high = carry
-            middle = low + ((high - low) >> 1)
+            middle = (low & high) + ((low ^ high) >> 1)  # high - low could overflow
             is_enough = jnp.sum(candidates & (keys <= middle), dtype=jnp.int32) >= count
             return (
                 jnp.where(is_enough, low, middle + 1),

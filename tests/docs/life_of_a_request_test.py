@@ -54,7 +54,9 @@ HEADS = (
 
 
 # The fields of a model's config that `engine.init` reads.
-SHAPE = types.SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=1, dtype="int8")
+SHAPE = types.SimpleNamespace(
+    num_layers=1, num_kv_heads=1, head_dim=1, dtype="int8", latent=None
+)
 
 
 def start() -> engine.EngineState:

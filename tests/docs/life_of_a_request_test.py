@@ -88,7 +88,7 @@ class Recorder:
         size = num_rows if self.is_decode else num_tokens
         self.inputs = make(table.tokens, blocks, batch, size)
         self.starts = [0, *np.cumsum(batch.num_tokens[:num_rows]).tolist()]
-        return cache, hidden
+        return cache, hidden, blocks
 
     def sample_tokens(self, table, entries, logits, config, size=None):
         """Return the next letter of each row whose known tokens are all computed."""

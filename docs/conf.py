@@ -40,7 +40,10 @@ nitpick_ignore_regex = [
     ("py:class", r"jpaged\.(serving|kv\.swap|models\.layers)\..*"),
     ("py:class", r"jpaged\.engine\.(batch|processing)\..*"),
     ("py:class", r"jpaged\.decoding\.(contrib|processors)\..*"),
-    ("py:class", r".*\.(AnyMesh|Attributes|BlockUses|RuleParams)"),
+    (
+        "py:class",
+        r".*\.(AnyMesh|Attributes|BlockUses|RuleParams|Drops|Companions|UntilDecision)",
+    ),
 ]
 default_role = "py:obj"
 intersphinx_mapping = {}

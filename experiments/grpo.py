@@ -308,11 +308,14 @@ def report_runs(report: Report, runs: Sequence[Sequence[Step]], llm: LLM) -> Non
         num_weight_updates=llm.weights_version,
         num_compilations=stats["num_compilations"],
     )
+    gain = f"gain {(last - first).mean():.3f}"
+    if len(runs) > 1:
+        gain += f" +- {error:.3f} over {len(runs)} seeds"
     report.row(
         "reward, first and last quarter",
         f"{last.mean():.3f}",
         f"{first.mean():.3f} at first",
-        f"gain {(last - first).mean():.3f} +- {error:.3f} over {len(runs)} seeds",
+        gain,
     )
     report.row("rollouts, tokens/s", f"{rate:.0f}")
     report.row("blocks saved by sharing", f"{stats['blocks_saved_by_sharing']:.0%}")

@@ -63,7 +63,7 @@ class Running:
         self.url = f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
-    def wait_until_idle(self, seconds: float = 10.0) -> None:
+    def wait_until_idle(self, seconds: float = 60.0) -> None:
         """Wait until no request is open and all blocks are free.
 
         An aborted request is closed before the engine's next step frees its blocks.

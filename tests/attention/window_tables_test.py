@@ -6,13 +6,23 @@ import numpy as np
 import pytest
 
 from jpaged.attention import invariant, paged_attention
+from jpaged.cpu import library
 from tests.support.attention import oracle
 from tests.support.attention.oracle import make_case, relative_errors, without_front
 
+needs_compiler = pytest.mark.skipif(
+    library.problem() is not None, reason="needs a C++ compiler"
+)
+IMPLEMENTATIONS = [
+    "reference",
+    "xla",
+    "invariant",
+    pytest.param("cpu", marks=needs_compiler),
+]
 CONTEXTS, QUERIES = [0, 3, 16, 17, 70, 150, 101], [0, 1, 4, 1, 33, 1, 16]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "invariant"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("queries", [None, QUERIES])
 @pytest.mark.parametrize("window", [1, 9, 32, 40])
 def test_released_blocks_are_not_read(implementation, queries, window):

@@ -47,6 +47,15 @@ def remainder(dividend: jax.Array, divisor: Any) -> jax.Array:
     return lax.rem(dividend, _like(dividend, divisor))
 
 
+def midpoint(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Return floor((low + high) / 2) of integers of any sign, without overflow.
+
+    >>> int(midpoint(jnp.int32(-(2**31)), jnp.int32(2**31 - 1)))
+    -1
+    """
+    return (low & high) + ((low ^ high) >> 1)
+
+
 def _like(array: jax.Array, value: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(value, array.dtype), array.shape)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.arithmetic import cdiv
+from jpaged.arithmetic import cdiv, midpoint
 from jpaged.decoding.base import LogitsTransform, NumberTransform
 
 NUM_LEADING = 64  # sorted values per row, among which thresholds are cheap
@@ -210,8 +210,7 @@ def _largest_threshold(
 
         def narrow(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             first, last = bounds
-            # Without overflow: floor((first + last) / 2).
-            middle = (first & last) + ((first ^ last) >> 1)
+            middle = midpoint(first, last)
             kept = jnp.where(x_CV >= from_ordered(middle)[:, None], weights, 0.0)
             weight = jnp.sum(kept, axis=-1)
             last = jnp.where(weight >= needed, last, middle)

@@ -18,6 +18,7 @@ from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
 from jpaged.engine.batch import Reads
 from jpaged.kv.block_manager import NO_BLOCK
+from jpaged.kv.drops import pack_columns
 from jpaged.models.inputs import StepInputs
 from jpaged.retention import Retention, blocks_to_read
 
@@ -126,12 +127,8 @@ def tables_to_read(
         )
         column = jnp.arange(width)[None, :]
         keeps |= ~selects[:, None]
-        target = jnp.where(keeps, jnp.cumsum(keeps, axis=1) - 1, width)
-        rows = jnp.arange(num_rows)[:, None]
         is_block = column * block_size < lens[:, None]
         skipped = jnp.sum(is_block & ~keeps, axis=1, dtype=jnp.int32)
-        chosen = jnp.full_like(tables, NO_BLOCK)
-        chosen = chosen.at[rows, target].set(tables, mode="drop")
-        return chosen, lens - skipped * block_size
+        return pack_columns(tables, keeps, NO_BLOCK), lens - skipped * block_size
 
     return when(jnp.any(selects), select, (tables, lens))

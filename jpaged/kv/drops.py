@@ -56,30 +56,32 @@ def drop_blocks(state: BlockState, keeps: jax.Array) -> BlockState:
     """
     drops, tables = state.drops, state.block_tables
     assert drops is not None
-    num_rows, width = tables.shape
-    column = jnp.arange(width, dtype=jnp.int32)[None, :]
+    column = jnp.arange(tables.shape[1], dtype=jnp.int32)[None, :]
     is_block = column < num_blocks_per_row(state)[:, None]
     is_dropped = is_block & ~keeps
     keeps = is_block & keeps
-    target = jnp.where(keeps, jnp.cumsum(keeps, axis=1) - 1, width)
-    rows = jnp.arange(num_rows)[:, None]
     gone = jnp.where(is_dropped, tables, state.ref_counts.size)
     lost = jnp.sum(is_dropped, axis=1, dtype=jnp.int32) * state.block_size
     statistic = drops.statistic
     if statistic is not None:
-        empty = jnp.zeros_like(statistic)
-        statistic = empty.at[rows, target].set(statistic, mode="drop")
+        statistic = pack_columns(statistic, keeps, 0)
     return dataclasses.replace(
         state,
         ref_counts=state.ref_counts.at[gone].add(-1, mode="drop"),
-        block_tables=jnp.full_like(tables, NO_BLOCK)
-        .at[rows, target]
-        .set(tables, mode="drop"),
+        block_tables=pack_columns(tables, keeps, NO_BLOCK),
         context_lens=state.context_lens - lost,
         drops=dataclasses.replace(
             drops, dropped=drops.dropped + lost, statistic=statistic
         ),
     )
+
+
+def pack_columns(values: jax.Array, keeps: jax.Array, fill: int) -> jax.Array:
+    """Return the kept columns of each row [S, M] in front, in order, then `fill`."""
+    num_rows, width = values.shape
+    target = jnp.where(keeps, jnp.cumsum(keeps, axis=1) - 1, width)
+    rows = jnp.arange(num_rows)[:, None]
+    return jnp.full_like(values, fill).at[rows, target].set(values, mode="drop")
 
 
 def computed_lens(state: BlockState) -> jax.Array:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpaged.arithmetic import cdiv, floor_div
+from jpaged.arithmetic import cdiv, floor_div, midpoint
 from jpaged.compat import when
 from jpaged.kv.block_state import NO_BLOCK, BlockState
 from jpaged.kv.cache_groups import has_windows
@@ -353,7 +353,7 @@ def _smallest(
             count: jax.Array = count,
         ) -> tuple:
             low, high = carry
-            middle = (low & high) + ((low ^ high) >> 1)  # high - low could overflow
+            middle = midpoint(low, high)
             is_enough = jnp.sum(candidates & (keys <= middle), dtype=jnp.int32) >= count
             return (
                 jnp.where(is_enough, low, middle + 1),

@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 
 from jpaged.attention import backends, copy_blocks, paged_attention, write_kv
-from jpaged.cpu import library
 from jpaged.pages.backend import AttentionCall
+from tests.support.cpu_kernels import needs_compiler
 
-needs_compiler = pytest.mark.skipif(
-    library.problem() is not None, reason="needs a C++ compiler"
-)
 SERVING = ["reference", "xla", pytest.param("cpu", marks=needs_compiler)]
 H, D, P, N = 6, 20, 4, 12
 TABLES = jnp.array([[3, 5, 0, 7], [1, 8, -1, -1], [2, -1, -1, -1]], jnp.int32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jpaged.attention import paged_attention, write_kv
-from jpaged.cpu import library
+from tests.support.cpu_kernels import needs_compiler
 
 RNG = np.random.default_rng(0)
 PAGES = [jnp.asarray(RNG.standard_normal((6, 2, 16, 32)), jnp.float32) for _ in "kv"]
@@ -22,9 +22,7 @@ Q = jnp.asarray(RNG.standard_normal((9, 4, 32)), jnp.float32)
         "reference",
         pytest.param(
             "cpu",
-            marks=pytest.mark.skipif(
-                library.problem() is not None, reason="needs a C++ compiler"
-            ),
+            marks=needs_compiler,
         ),
     ],
 )

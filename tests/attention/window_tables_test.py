@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 
 from jpaged.attention import invariant, paged_attention
-from jpaged.cpu import library
 from tests.support.attention import oracle
 from tests.support.attention.oracle import make_case, relative_errors, without_front
+from tests.support.cpu_kernels import needs_compiler
 
-needs_compiler = pytest.mark.skipif(
-    library.problem() is not None, reason="needs a C++ compiler"
-)
 IMPLEMENTATIONS = [
     "reference",
     "xla",

@@ -34,10 +34,11 @@ from tests.support.attention.cases import (
 )
 from tests.support.attention.oracle import check_result, make_case, relative_errors
 from tests.support.attention.quantised_cases import case_of as quantised_case_of
+from tests.support.cpu_kernels import needs_compiler
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+    needs_compiler,
 ]
 call_cpu = functools.partial(paged_attention, implementation="cpu")
 

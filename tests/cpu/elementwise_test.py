@@ -8,10 +8,11 @@ import scipy.special
 
 from jpaged.cpu import calls, layers, library
 from jpaged.models import layer_kernels
+from tests.support.cpu_kernels import needs_compiler
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+    needs_compiler,
 ]
 
 

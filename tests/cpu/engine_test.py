@@ -15,13 +15,14 @@ from jpaged.config import EngineConfig
 from jpaged.cpu import library
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
+from tests.support.cpu_kernels import needs_compiler
 from tests.support.engine.configs import one_size
 from tests.support.models.tiny_llama import tiny_llama
 from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+    needs_compiler,
 ]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
 CONFIG = one_size(

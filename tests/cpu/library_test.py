@@ -9,12 +9,10 @@ import tomllib
 import pytest
 
 from jpaged.cpu import library
+from tests.support.cpu_kernels import needs_compiler
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.long
-needs_compiler = pytest.mark.skipif(
-    library.problem() is not None, reason="needs a C++ compiler"
-)
 # Attention in a fresh process: which backend serves, and its result.
 PROGRAM = """
 import jax.numpy as jnp

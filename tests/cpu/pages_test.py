@@ -17,10 +17,11 @@ from tests.support.attention.cases import (
     check_writes,
     some_pages,
 )
+from tests.support.cpu_kernels import needs_compiler
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+    needs_compiler,
 ]
 
 

@@ -12,11 +12,12 @@ from jpaged.models import layer_kernels
 from jpaged.models.moe import grouped_matmul
 from jpaged.models.quantize import quantize_int8
 from tests.support.attention.oracle import relative_errors
+from tests.support.cpu_kernels import needs_compiler
 from tests.support.models.tiny_llama import tiny_llama
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+    needs_compiler,
 ]
 TOLERANCES = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 1e-3}
 # Depths and columns that are no multiples of a vector, a panel or a step down.

@@ -9,12 +9,12 @@ import venv
 
 import pytest
 
-from jpaged.cpu import library
+from tests.support.cpu_kernels import needs_compiler
 from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(library.problem() is not None, reason="needs a C++ compiler"),
+    needs_compiler,
 ]
 
 PROGRAM = """

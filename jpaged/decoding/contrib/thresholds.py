@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jpaged.arithmetic import midpoint
 from jpaged.decoding.transforms import from_ordered, to_ordered
 
 
@@ -23,7 +24,7 @@ def largest_threshold(
         _: int, bounds: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         first, last = bounds
-        middle = (first & last) + ((first ^ last) >> 1)
+        middle = midpoint(first, last)
         kept = jnp.where(scores >= from_ordered(middle), weights, 0.0)
         reaches = jnp.sum(kept) >= target
         return jnp.where(reaches, middle, first), jnp.where(reaches, last, middle)

@@ -186,6 +186,15 @@ _EXPERTS = {
 }
 
 
+# Numbers that all published models have.
+_LATENT = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+
 def _sizes(*size: int, mscale: float, **more: Any) -> dict[str, Any]:
     """Sizes of a published model, see `fields.sizes`."""
     hidden, layers, heads, *rest = size
@@ -200,10 +209,7 @@ def _sizes(*size: int, mscale: float, **more: Any) -> dict[str, Any]:
         *(hidden, layers, heads, heads, *rest),
         max_position_embeddings=163840,
         rope_scaling=scaling,
-        kv_lora_rank=512,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
+        **_LATENT,
         **more,
     )
 
@@ -226,11 +232,8 @@ DEEPSEEK2 = Family(
         "bos_token_id": 1,
         "eos_token_id": 2,
         "first_k_dense_replace": 0,
-        "kv_lora_rank": 512,
         "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
+        **_LATENT,
         "n_routed_experts": 64,
         "n_shared_experts": 2,
         "moe_intermediate_size": 1407,
@@ -268,11 +271,8 @@ DEEPSEEK3 = Family(
         "eos_token_id": 1,
         "max_position_embeddings": 4096,
         "first_k_dense_replace": 3,
-        "kv_lora_rank": 512,
         "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
+        **_LATENT,
         "n_routed_experts": 256,
         "n_shared_experts": 1,
         "num_experts_per_tok": 8,

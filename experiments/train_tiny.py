@@ -53,12 +53,12 @@ class Settings:
     The bundled model was trained with the defaults.
     """
 
-    steps: int = _setting(1050, "Steps of the optimiser.")
-    decay_steps: int = _setting(700, "Last steps, in which the learning rate falls.")
+    steps: int = _setting(1000, "Steps of the optimiser.")
+    decay_steps: int = _setting(400, "Last steps, in which the learning rate falls.")
     long_steps: int = _setting(150, "Last steps, in which the windows are long.")
     warmup_steps: int = _setting(60, "First steps, in which the learning rate rises.")
     learning_rate: float = _setting(3e-3, "Learning rate between warmup and decay.")
-    weight_decay: float = _setting(0.1, "Weight decay of AdamW, for matrices only.")
+    weight_decay: float = _setting(0.1, "Weight decay of the layers' matrices.")
     batch_tokens: int = _setting(2048, "Tokens per step.")
     length: int = _setting(512, "Tokens per long window and per scored window.")
     short_length: int = _setting(256, "Tokens per short window.")

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import safetensors
 import safetensors.numpy
+from optax import contrib
 
 from jpaged.arithmetic import cdiv
 from jpaged.models import Decoder
@@ -34,7 +35,7 @@ def token_losses(model: Decoder, windows: jax.Array) -> jax.Array:
 def make_optimizer(
     steps: int, warmup: int, decay: int, rate: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """AdamW with gradients clipped to norm 1 and a trapezoidal learning rate.
+    """Muon with gradients clipped to norm 1 and a trapezoidal learning rate.
 
     The rate rises linearly, stays constant, and falls linearly to zero. While it is
     constant, the number of steps may still change: longer runs start identically.
@@ -56,13 +57,24 @@ def make_optimizer(
     )
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(
+        contrib.muon(
             schedule,
-            b2=0.95,
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            adam_b2=0.95,
+            consistent_rms=0.2,  # the size of Adam's updates, so one rate serves both
+            muon_weight_dimension_numbers=_muon_dimensions,
         ),
     )
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Says which leaves Muon updates: matrices inside of layers."""
+
+    def dimensions(path: Any, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        is_inner = "layers" in jax.tree_util.keystr(path) and leaf.ndim == 2
+        return contrib.MuonDimensionNumbers() if is_inner else None
+
+    return jax.tree.map_with_path(dimensions, params)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))

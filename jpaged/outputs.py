@@ -31,7 +31,7 @@ class CompletionOutput:
     text: str  # excluding the stop token or string; empty without a tokenizer
     cumulative_logprob: float
     logprobs: Logprobs | None = None
-    # "stop", "length", "abort" or "dead_end"; None while the output grows
+    # "stop", "length", "abort", "dead_end" or "error"; None while the output grows
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token or string; None for EOS
     score: float | None = None  # beams: cumulative_logprob / length ** length_penalty
@@ -125,7 +125,7 @@ class RequestOutput:
       request_id: number of the request since the LLM was created.
       prompt: text of the prompt; None for a prompt of token ids.
       prompt_token_ids: tokens of the prompt.
-      outputs: samples in order, or beams, best first; empty if there is an error.
+      outputs: samples in order, or beams, best first; empty if the request is invalid.
       prompt_logprobs: per token of the prompt, log-probabilities; None for the first.
       metrics: num_prompt_tokens; num_cached_tokens, those among them that were mapped
         and not computed; num_generated_tokens of all outputs; first_step and last_step,
@@ -133,7 +133,8 @@ class RequestOutput:
         sequences; and, in seconds, queue_s, first_token_s, time_per_output_token_s,
         total_s and normalized_latency_s, see `serving.metrics.latencies`. vLLM's names
         are attributes, see `RequestMetrics`.
-      error: why there are no outputs.
+      error: why there are no outputs, or why some end with the reason "error": a
+        user's algorithm or logits processor returned what is no token.
       events: what happened to the request and when, in order, see
         `serving.metrics.Event`.
     """

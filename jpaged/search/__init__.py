@@ -9,11 +9,11 @@ algorithm cannot do this: its rows go forward together, and a search returns to 
 different lengths.
 """
 
+from jpaged.decoding.values import Leaf as Leaf
+from jpaged.decoding.values import mean_logprob as mean_logprob
 from jpaged.search.loop import Found as Found
 from jpaged.search.loop import Requests as Requests
 from jpaged.search.loop import SearchSizes as SearchSizes
 from jpaged.search.loop import search as search
 from jpaged.search.params import TreeSearchParams as TreeSearchParams
 from jpaged.search.tree import Tree as Tree
-from jpaged.search.values import Leaf as Leaf
-from jpaged.search.values import mean_logprob as mean_logprob

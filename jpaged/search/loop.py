@@ -28,6 +28,7 @@ from jpaged.attention.kv_cache import KVCache
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.decoding.sample import sample_rows, token_keys
+from jpaged.decoding.values import Leaf, Value, evaluate
 from jpaged.kv import block_manager
 from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
@@ -37,7 +38,6 @@ from jpaged.search import tree as trees
 from jpaged.search.pages import NodePages
 from jpaged.search.texts import Texts
 from jpaged.search.tree import NO_NODE, Exploration, NewNodes, Tree
-from jpaged.search.values import Leaf, Value, evaluate
 
 
 class SearchSizes(NamedTuple):

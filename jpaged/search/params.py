@@ -8,8 +8,8 @@ from typing import Any
 
 from jpaged import param_checks
 from jpaged.decoding.parameters import as_parameters
+from jpaged.decoding.values import mean_logprob
 from jpaged.names import checked_fields
-from jpaged.search.values import mean_logprob
 from jpaged.validation import error, flag, integer, number
 
 

@@ -20,13 +20,13 @@ import numpy as np
 
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
+from jpaged.decoding.values import check_value
 from jpaged.engine import EngineState
 from jpaged.kv import prefix_cache
 from jpaged.names import rechecked
 from jpaged.outputs import CompletionOutput, SearchStep, TreeSearchOutput
 from jpaged.search import Requests, SearchSizes, TreeSearchParams, search
 from jpaged.search.tree import Exploration
-from jpaged.search.values import check_value
 from jpaged.serving.engine_host import EngineHost
 from jpaged.text import prompts as text_prompts
 from jpaged.text.output_text import OutputText

@@ -1,8 +1,8 @@
 """Values of texts: what a search wants to be large.
 
-Pipeline: decoder -> [values] -> tree.
+Pipeline: decoder -> [values] -> search, contrib.value_beam.
 
-A value function is a pure function of one node, which a search batches with `vmap`:
+A value function is a pure function of one text, which a search batches with `vmap`:
 
     def short(leaf, *, target):
         return -jnp.abs(leaf.num_tokens - leaf.prompt_len - target)
@@ -27,7 +27,7 @@ class Leaf(NamedTuple):
     num_tokens: jax.Array  # i32[], tokens of prompt and output
     logprob: jax.Array  # f32[], sum of the output's log-probabilities
     logprobs: jax.Array  # f32[V], of the next token
-    hidden: jax.Array  # [E], of the last token after the final norm
+    hidden: jax.Array | None  # [E], of the last token after the final norm
     is_terminal: jax.Array  # bool[], the output has ended
 
 

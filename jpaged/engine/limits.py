@@ -162,6 +162,10 @@ def check_request(
     if isinstance(params, AlgorithmParams):
         _check_algorithm(params, config, vocab_size)
     sequences = request_shape(params, config, vocab_size)
+    if isinstance(params, AlgorithmParams) and vocab_size is not None:
+        algorithms.check_examples(
+            params.algorithm, params.num_rows, vocab_size, params.parameters
+        )
     num_blocks = config.num_blocks if num_blocks is None else num_blocks
     _check_blocks(config, length, params, sequences, num_blocks)
     ends = stop_ids(params, eos_token_ids)
@@ -211,7 +215,7 @@ def check_request(
 def _check_algorithm(
     params: AlgorithmParams, config: EngineConfig, vocab_size: int | None
 ) -> None:
-    """Raise ValueError if an algorithm fails on examples, or a companion cannot run."""
+    """Raise ValueError if the request has several runs, or a companion cannot run."""
     if params.n > 1:
         raise ValueError(
             f"n: expected 1 in the pure engine, got {params.n}; use the parameters "
@@ -219,10 +223,6 @@ def _check_algorithm(
         )
     for i, one in enumerate(params.companions):
         _check_companion(f"companions[{i}]", one, config, vocab_size)
-    if vocab_size is not None:
-        algorithms.check_examples(
-            params.algorithm, params.num_rows, vocab_size, params.parameters
-        )
 
 
 def _check_retention(config: EngineConfig, params: Params) -> None:

@@ -138,7 +138,7 @@ def smc(
 
 
 def resample(
-    key: jax.Array, state: SMCState, threshold: float
+    key: jax.Array, state: SMCState, threshold: float | jax.Array
 ) -> tuple[SMCState, jax.Array]:
     """Resamples the particles if needed; returns the state and parents i32[S]."""
     num_rows = len(state.log_weights)

@@ -23,6 +23,7 @@ from jpaged.decoding.base import (
     has_context,
     parameters_of,
 )
+from jpaged.decoding.parameters import Specs
 from jpaged.engine.algorithm_states import as_arrays
 
 _LENGTH = 16  # tokens of sequences in checks
@@ -116,7 +117,7 @@ def _problem(
     algorithm: Any, num_rows: int, vocab_size: int, values: tuple[bytes, ...]
 ) -> str | None:
     """What is wrong with the decisions on the examples."""
-    specs = getattr(algorithm, "specs", ())
+    specs: Specs = getattr(algorithm, "specs", ())
     parameters = {
         name: np.frombuffer(value, dtype).reshape(shape)
         for (name, shape, dtype), value in zip(specs, values, strict=True)

@@ -13,6 +13,7 @@ import pytest
 from jpaged import TreeSearchParams
 from jpaged.llm import LLM
 from jpaged.params import SamplingParams
+from tests.llm.cache_groups_test import window_model
 from tests.support import tree_oracle as trees
 from tests.support.engine.full_llm import Oracle
 from tests.support.tiny_llm import (
@@ -254,3 +255,32 @@ def test_bad_prompts_and_values_are_refused(llm):
     (output,) = run(llm, [[3]], bad)
     assert output.outputs == []
     assert "value: expected finite numbers from never" in output.error
+
+
+@pytest.mark.slow
+def test_block_tables_of_several_groups_find_the_same_texts():
+    prompts = [np.random.default_rng(1).integers(0, 64, n).tolist() for n in (30, 7)]
+    params = TreeSearchParams(
+        num_simulations=10, num_actions=3, max_tokens=6, ignore_eos=True
+    )
+    model, found = window_model((3,)), []
+    sizes = dict(block_size=4, num_blocks=96, max_num_seqs=2, max_model_len=64)
+    for is_grouped in (True, False):
+        llm = LLM(model, cache_groups=is_grouped, **sizes)
+        assert (len(llm.config.group_windows) > 1) == is_grouped
+        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=2))
+        outputs = run(llm, prompts, params)
+        assert outputs[0].metrics["num_cached_tokens"] == 28
+        found.append(
+            [
+                (o.outputs[0].token_ids, [s.visits.tolist() for s in o.steps])
+                for o in outputs
+            ]
+        )
+    assert found[0] == found[1]
+    text = list(found[0][0][0])
+    logits = model(jnp.asarray([[*prompts[0], *text[:-1]]]))[0]
+    logprobs = jax.nn.log_softmax(logits)[len(prompts[0]) - 1 :]
+    total = sum(float(logprobs[i, token]) for i, token in enumerate(text))
+    (output,) = run(llm, prompts[:1], params)
+    assert abs(output.outputs[0].cumulative_logprob - total) < 1e-3

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jpaged import engine, load_model
-from jpaged.config import EngineConfig
+from jpaged.config import EngineConfig, Speculation
 from jpaged.engine import snapshots
 from jpaged.kv import block_manager, cache_groups
 from jpaged.params import SamplingParams
@@ -102,6 +102,40 @@ def test_tokens_are_those_of_a_loop_in_the_smallest_pool(load, name, cached):
     state, results = generate(model, config, prompts, params)
     assert differences(state, results, expected) == []
     assert int(state.counters.num_preemptions) > 0
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_layers_of_a_draft_model_are_divided_over_the_groups(load, cached):
+    target = load("three_groups")
+    # One layer of the draft sees everything, and two see 6 tokens.
+    rough = jax.tree.map(
+        lambda w: w + 0.004 * jnp.sin(1000 * w).astype(w.dtype), target
+    )
+    rough.config = dataclasses.replace(
+        target.config, sliding_window=WINDOW - 2, full_layers=(0,)
+    )
+    config = grouped(target, speculation=Speculation("model", num_tokens=2))
+    assert config.group_windows == (None, WINDOW, WINDOW)
+    placed = cache_groups.groups_of_layers(
+        rough.config.windows, config.group_windows, MAX_LEN
+    )
+    assert (placed.num_layers, sorted(placed.groups)) == (1, [0, 1, 2])
+    least = cache_groups.blocks_of_length(
+        config.group_windows, SIZE, 60, config.largest_chunk
+    )
+    config = dataclasses.replace(config, num_blocks=least, enable_prefix_caching=cached)
+    prompts, params = requests(target)
+    expected = naive(target, prompts, params, max_model_len=MAX_LEN)
+    model = engine.DraftedModel(target, rough)
+    state, results = generate(model, config, prompts, params)
+    assert differences(state, results, expected) == []
+    assert int(state.counters.num_preemptions) > 0
+    assert 0 < int(state.counters.num_accepted) < int(state.counters.num_drafts)
+    # A layer that sees everything has no place if all groups have windows.
+    config = dataclasses.replace(config, group_windows=(WINDOW,))
+    model = engine.DraftedModel(load("all_windows"), rough)
+    with pytest.raises(ValueError, match="see more tokens than a group"):
+        engine.init(model, config)
 
 
 def walk_config(model):

@@ -77,6 +77,21 @@ def test_pages_use_the_memory_beside_weights_and_temporaries():
     assert found.collectives["all_gather"] == {"count": 1, "bytes": 64 * 128256 * 4}
 
 
+def test_a_method_that_reads_extremes_of_keys_leaves_fewer_tokens():
+    def tokens(*flags):
+        status, out, err = call_experiment("plan", "--model=llama-3-8b", *flags)
+        assert status == 0, err
+        return last_json(out)["kv_tokens"]
+
+    # A block of 16 tokens in bfloat16, and two float32 numbers of each of its columns.
+    expected = tokens() * (16 * 2) / (16 * 2 + 4)
+    assert abs(tokens("--retention=quest") - expected) <= 16
+    assert tokens("--retention=tova") == tokens()
+    status, _, err = call_experiment("plan", "--tensor=2", "--retention=quest")
+    assert status == 1
+    assert "--retention: expected none with several chips" in err
+
+
 def test_chips_that_share_a_kv_head_store_it_completely():
     config = dataclasses.replace(random_config("llama-3-70b"), num_layers=2)
     eight = plan.plan_mesh(config, find_chip("tpu-v5e"), tensor=8)

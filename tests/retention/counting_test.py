@@ -51,7 +51,7 @@ def observed_by(state, rows):
 def run_three_samples(decoder, method, seed):
     """Of three samples two run; the third starts while the first still runs.
 
-    Returns what rows have observed after each step, and the third sample's result.
+    Returns what rows have observed after each step, and the samples' results.
     """
     config = OneSizeConfig(**CONFIG, retention=method)
     prompt = random_prompts(1, seed=5, longest=60)[0][:19]
@@ -70,23 +70,24 @@ def run_three_samples(decoder, method, seed):
             seen += observed_by(state, rows)
     first, second, third = engine.collect(state)
     assert second.last_step < first.last_step
-    # Its source cannot serve it any more, so it does not wait for it.
     assert second.last_step < third.first_step < first.last_step
-    return seen, third
+    return seen, second, third
 
 
 def test_samples_count_no_query_of_another_sample_and_none_twice(decoder):
     method = retention.heavy_hitters(max_tokens=ALL, every=ALL)
-    seen, third = run_three_samples(decoder, method, seed=10)
+    seen, _, third = run_three_samples(decoder, method, seed=10)
     assert len(seen) > 30
     for computed, total in seen:
         assert total == pytest.approx(computed, rel=1e-4)
     assert third.num_dropped_tokens == 0
 
 
-def test_a_source_that_has_dropped_blocks_keeps_no_sample_waiting(decoder):
+def test_a_source_that_has_dropped_blocks_is_no_source(decoder):
     method = retention.sink_and_window(num_sinks=4, window=8, every=0)
-    _, third = run_three_samples(decoder, method, seed=8)
+    _, second, third = run_three_samples(decoder, method, seed=8)
+    # It maps the prompt from the prefix cache at once.
+    assert third.first_step == second.last_step + 1
     assert third.num_dropped_tokens == 4
 
 

@@ -163,7 +163,8 @@ class LLM(VllmMethods):
         with different windows get block tables of their own, and each block of
         `num_blocks` and `num_swap_blocks` is divided into one per table, which is what
         `stats` counts. Changes no token, see docs/memory.md. Without effect if no
-        window is shorter than `max_model_len`, or with a draft model.
+        window is shorter than `max_model_len`, or a draft model's layers see more than
+        the target's groups keep.
 
     The first call compiles a few small programs, and the first call with a feature
     (sampling, log-probabilities, beams, an algorithm) one more. Programs for other
@@ -771,6 +772,8 @@ class LLM(VllmMethods):
           max_used_kv_bytes: bytes of the most blocks in use after a step.
           kv_bytes_single_table: what they would have been then if all layers had one
           table.
+        - num_dropped_tokens: tokens that retention has dropped. A sequence that is
+          recomputed drops its tokens again.
 
         With several replicas, blocks, bytes, steps and tokens are sums, and shares are
         shares of the sums; `replica_stats` has them per replica.
@@ -782,6 +785,7 @@ class LLM(VllmMethods):
             self._kv_dtype,
             self.config.attention,
             num_layers=layers_of_block(self.model.config, self.config),
+            retention=self.config.retention,
         )
         return stats.llm_stats(
             host, self._batcher, size, self._intake.num_prompt_tokens

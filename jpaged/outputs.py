@@ -130,7 +130,8 @@ class RequestOutput:
       metrics: num_prompt_tokens; num_cached_tokens, those among them that were mapped
         and not computed; num_generated_tokens of all outputs; first_step and last_step,
         the first and last step that generated one of its tokens; num_preemptions of its
-        sequences; and, in seconds, queue_s, first_token_s, time_per_output_token_s,
+        sequences; num_dropped_tokens, tokens that retention has dropped of its outputs;
+        and, in seconds, queue_s, first_token_s, time_per_output_token_s,
         total_s and normalized_latency_s, see `serving.metrics.latencies`. vLLM's names
         are attributes, see `RequestMetrics`.
       error: why there are no outputs, or why some end with the reason "error": a

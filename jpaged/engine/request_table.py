@@ -85,6 +85,8 @@ class RequestTable:
     first_steps: jax.Array  # i32[R], step of the first generated token, or NEVER
     last_steps: jax.Array  # i32[R], step of the last generated token, or NEVER
     is_stale: jax.Array  # bool[R], may have keys and values of older weights
+    # i32[R], tokens that retention has dropped of the sequence; None without a method
+    num_dropped: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -146,6 +148,7 @@ def init_table(config: EngineConfig) -> RequestTable:
         first_steps=full(value=NEVER),
         last_steps=full(value=NEVER),
         is_stale=full(dtype=jnp.bool_),
+        num_dropped=None if config.retention is None else full(),
     )
 
 
@@ -189,6 +192,7 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
         first_steps=put(table.first_steps, NEVER),
         last_steps=put(table.last_steps, NEVER),
         is_stale=put(table.is_stale, False),
+        num_dropped=jax.tree.map(lambda column: put(column, 0), table.num_dropped),
     )
 
 

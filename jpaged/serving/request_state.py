@@ -72,6 +72,7 @@ class OutputState:
         self.is_end_shown = False
         self.first_step = self.last_step = request_table.NEVER
         self.num_preemptions = 0
+        self.num_dropped_tokens = 0
         self._text = OutputText(
             request.tokenizer,
             request.prompt_token_ids,
@@ -328,6 +329,7 @@ class RequestState:
                 "first_step": min(first_steps, default=request_table.NEVER),
                 "last_step": max(each.last_step for each in outputs),
                 "num_preemptions": sum(each.num_preemptions for each in outputs),
+                "num_dropped_tokens": sum(each.num_dropped_tokens for each in outputs),
                 **self.latencies(),
             },
             error=self._fault(),

@@ -20,7 +20,6 @@ from jpaged.structured.json_references import Document
 from jpaged.structured.json_shapes import (
     Arrays,
     Constants,
-    Numbers,
     Objects,
     Part,
     Parts,

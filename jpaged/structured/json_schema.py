@@ -21,8 +21,8 @@ from jpaged.structured.json_alternatives import MAX_DEPTH, Alternatives, stated
 from jpaged.structured.json_arrays import array_before
 from jpaged.structured.json_keywords import SchemaError
 from jpaged.structured.json_literals import constants_before
-from jpaged.structured.json_objects import object_before
 from jpaged.structured.json_numbers import numbers
+from jpaged.structured.json_objects import object_before
 from jpaged.structured.json_references import Document
 from jpaged.structured.json_shapes import (
     Arrays,

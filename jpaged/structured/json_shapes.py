@@ -12,8 +12,8 @@ from fractions import Fraction
 from typing import Any
 
 from jpaged.structured import json_texts
-from jpaged.structured.json_references import Scope
 from jpaged.structured.json_numbers import Bound
+from jpaged.structured.json_references import Scope
 from jpaged.structured.json_texts import cache_key
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")

@@ -62,7 +62,7 @@ def unique_items_before(writer: Writer, shape: Arrays, close: int) -> int | None
     if shape.num_first or shape.contains:
         raise _refused(shape, "prefixItems or contains beside it", "few constants")
     if at[0] is not None:
-        items = [
+        items: list[Item] = [
             functools.partial(constant_before, writer, one) for one in at[0].values()
         ]
     else:
@@ -195,28 +195,29 @@ def _classes(writer: Writer, shape: Arrays) -> list[Item]:
                 decimals.append(from_choices(map(text_of, one.values)))
         elif parts:
             raise _refused(shape, f"the type {one.type!r}", "constants and scalars")
-    found = [functools.partial(constant_before, writer, value) for value in others]
+    items: list[Item] = [
+        functools.partial(constant_before, writer, value) for value in others
+    ]
     if decimals:
         every = functools.reduce(byte_automata.union, decimals)
-        found += [
+        by_digit = (byte_automata.intersection(every, from_regex(r)) for r in _NUMBERS)
+        items += [
             functools.partial(_number_before, writer, one)
-            for regex in _NUMBERS
-            if not (
-                one := byte_automata.intersection(every, from_regex(regex))
-            ).is_empty
+            for one in by_digit
+            if not one.is_empty
         ]
     if texts:
         every = functools.reduce(byte_automata.union, texts)
-        found += [functools.partial(constant_before, writer, "")] * every.matches("")
-        found += [
+        items += [functools.partial(constant_before, writer, "")] * every.matches("")
+        items += [
             functools.partial(writer.string_before, one)
             for initials in _INITIALS
             if not (one := _beginning_with(every, initials)).is_empty
         ]
-    return found
+    return items
 
 
-def _number_before(writer: Writer, texts: ByteAutomaton, reached: int) -> int:
+def _number_before(writer: Writer, texts: ByteAutomaton, reached: int) -> int | None:
     return writer.nfa.fragment_before(fragment(texts), reached)
 
 

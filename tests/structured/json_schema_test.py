@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from jpaged.params import StructuredOutputsParams
-from jpaged.structured.json_schema import to_automaton
 from jpaged.structured.json_numbers import integers_between
+from jpaged.structured.json_schema import to_automaton
 from jpaged.structured.regex import from_regex
 from tests.support.automaton_walk import TINY, automaton_of, walk
 

@@ -33,6 +33,7 @@ from jpaged.structured.json_unevaluated import with_unevaluated, without_evaluat
 from jpaged.structured.json_values import Values
 
 MAX_ALTERNATIVES = 256
+_MAX_OF_NEGATION = 64
 MAX_DEPTH = 100  # nested schemas
 _MAX_TOGETHER = 4  # alternatives of which several can hold, for evaluated members
 _REFERENCES = ("$ref", "$recursiveRef", "$dynamicRef")
@@ -68,9 +69,10 @@ class Alternatives(Values):
         if key not in self._found_all:
             found = any_value()
             # A part with constants comes first, because it leaves the fewest shapes.
-            by_size = sorted(parts, key=lambda part: len(self.of(part)))
+            by_size = sorted(parts, key=lambda p: (p.is_negated, len(self.of(p))))
             for part in by_size:
-                found = self.product(found, self.of(part), part.where)
+                lacks = part.is_negated
+                found = self.product(found, self.of(part), part.where, may_lack=lacks)
             self._kept.append(parts)
             self._found_all[key] = found
         return self._found_all[key]
@@ -124,9 +126,23 @@ class Alternatives(Values):
         kept = tuple(value for value in one.values if self.has(other, value))
         return dataclasses.replace(one, values=kept, is_stated=True) if kept else None
 
-    def product(self, a: list[Shape], b: list[Shape], where: str) -> list[Shape]:
-        """Return the shapes of values in both."""
+    def product(
+        self, a: list[Shape], b: list[Shape], where: str, *, may_lack: bool = False
+    ) -> list[Shape]:
+        """Return the shapes of values in both.
+
+        Args:
+            a: shapes.
+            b: shapes.
+            where: the path, for messages.
+            may_lack: whether some are left out if there are too many, as is right for
+                a negation.
+        """
+        if may_lack:  # keep some of all shapes of `a`
+            a, b = b, a
         found = [met for one in a for other in b if (met := self.met(one, other))]
+        if may_lack and len(found) > _MAX_OF_NEGATION:
+            return found[:_MAX_OF_NEGATION]
         if len(found) > MAX_ALTERNATIVES:
             raise SchemaError(
                 f"{where}: expected at most {MAX_ALTERNATIVES} combinations of "
@@ -298,7 +314,7 @@ class Alternatives(Values):
                 if other is not one and not self.are_disjoint(one, other):
                     others = self.of(other.negated())
                     others = others + self._foreign_members(shapes, other)
-                    shapes = self.product(shapes, others, part.where)
+                    shapes = self.product(shapes, others, part.where, may_lack=True)
             found += shapes
         if not found:
             raise SchemaError(

@@ -48,6 +48,7 @@ from experiments.lib import runner
 from jpaged import engine, parallel
 from jpaged.config import EngineConfig
 from jpaged.engine import replicas
+from jpaged.kv.cache_groups import choose_groups
 from jpaged.models import ModelConfig
 from jpaged.models.config import DTYPES
 from jpaged.models.decoder import Decoder
@@ -76,6 +77,7 @@ _OPTIONS = (
     "max_num_seqs",
     "max_model_len",
     "max_num_batched_tokens",
+    "cache_groups",
 )
 
 
@@ -89,7 +91,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("tensor_parallel", 4, "Devices that share the model.")
     flags.DEFINE_integer("num_layers", None, "Layers to compile; default: all.")
-    flags.DEFINE_integer("num_blocks", 2048, "KV blocks.")
+    flags.DEFINE_integer("num_blocks", 2048, "KV blocks of all layers.")
     flags.DEFINE_integer("block_size", 16, "Tokens per block.")
     flags.DEFINE_string(
         "kv_dtype", None, "dtype of the pages, such as int8; default: the model's."
@@ -97,6 +99,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_num_seqs", 4, "Batch rows of a step.")
     flags.DEFINE_integer("max_model_len", 2048, "Tokens of the longest sequence.")
     flags.DEFINE_integer("max_num_batched_tokens", 32, "Token budget of a step.")
+    flags.DEFINE_bool(
+        "cache_groups", True, "Layers with a window have tables of their own."
+    )
 
 
 def tpu_mesh(topology: str, tensor_parallel: int) -> Mesh:
@@ -217,8 +222,13 @@ def _configs(options: Mapping[str, Any]) -> tuple[ModelConfig, EngineConfig, Mes
     model = dataclasses.replace(random_config(options["model"]), vocab_first=True)
     if options["num_layers"] is not None:
         model = dataclasses.replace(model, num_layers=options["num_layers"])
+    # As `LLM` has them: a block stores the layers of one group.
+    groups = choose_groups(
+        model.windows, options["max_model_len"], options["cache_groups"]
+    ).windows
     config = EngineConfig(
-        num_blocks=options["num_blocks"],
+        num_blocks=options["num_blocks"] * len(groups),
+        group_windows=groups,
         block_size=options["block_size"],
         max_num_seqs=options["max_num_seqs"],
         max_model_len=options["max_model_len"],

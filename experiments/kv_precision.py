@@ -148,8 +148,12 @@ def granularity_rows() -> list[dict[str, Any]]:
     size = FLAGS.length // _BLOCK_SIZE * _BLOCK_SIZE
     tokens = jnp.asarray(held_out_tokens(llm)[0][:size], jnp.int32)
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    latent = model.config.latent
+    used = None if latent is None else latent.rank  # numbers of attention's output
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: Any) -> jax.Array:
         options = model.attention_options(layer)
+        v = k if v is None else v  # latent pages have no values
         out = causal_attention(q[None], k[None], v[None], **options)[0]
         seen.append((q, np.asarray(k), np.asarray(v), out, options))
         return out.reshape(q.shape)
@@ -164,7 +168,7 @@ def granularity_rows() -> list[dict[str, Any]]:
                 kv = (rounded(x, name, axes)[None] for x in (k, v))
                 got = causal_attention(q[None], *kv, **options)[0]
                 norms = [
-                    np.linalg.norm(np.asarray(x).reshape(q.shape), axis=-1)
+                    np.linalg.norm(np.asarray(x).reshape(q.shape)[..., :used], axis=-1)
                     for x in (got - out, out)
                 ]
                 errors.append(norms[0] / norms[1])

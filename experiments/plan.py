@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from experiments.lib import runner
+from jpaged import retention
 from jpaged.models import ModelConfig
 from jpaged.models.loading import checkpoint, sources
 from jpaged.models.shapes import random_config
@@ -43,6 +44,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_num_batched_tokens", 512, "Token budget of a step.")
     flags.DEFINE_integer("context", 1024, "Tokens of each row in the predicted step.")
     flags.DEFINE_float("memory_fraction", 0.9, "Share of a chip's memory to use.")
+    flags.DEFINE_enum(
+        "retention", None, list(retention.METHODS), "Method of jpaged.retention."
+    )
 
 
 def find_model_config(name: str) -> ModelConfig:
@@ -61,6 +65,22 @@ def find_model_config(name: str) -> ModelConfig:
     return random_config(name)
 
 
+def has_key_extremes(config: ModelConfig, num_chips: int) -> bool:
+    """Whether the method of `--retention` stores the extremes of each block's keys.
+
+    Raises:
+      ValueError: The engine refuses the method for this model or mesh.
+    """
+    if FLAGS.retention is None:
+        return False
+    if num_chips > 1 or any(window is not None for window in config.windows):
+        raise ValueError(
+            "--retention: expected none with several chips or with sliding windows, "
+            f"got {FLAGS.retention}"
+        )
+    return retention.METHODS[FLAGS.retention]().only_reads
+
+
 def main(argv: list[str]) -> None:
     """Plans the mesh of the flags and prints the plan."""
     del argv
@@ -69,8 +89,10 @@ def main(argv: list[str]) -> None:
     options: dict[str, Any] = {name: getattr(FLAGS, name) for name in names}
     with runner.user_errors("plan"):
         config, chip = find_model_config(FLAGS.model), find_chip(FLAGS.chip)
-        plan = plan_mesh(config, chip, **options)
-    chips = options["tensor"] * options["expert"] * options["data"]
+        chips = options["tensor"] * options["expert"] * options["data"]
+        plan = plan_mesh(
+            config, chip, has_key_extremes=has_key_extremes(config, chips), **options
+        )
     print(f"{FLAGS.model} on {chips} x {chip.name}, on each chip:")
     for name in ("weight_bytes", "temporary_bytes", "page_bytes", "available_bytes"):
         print(f"  {name:16} {getattr(plan, name) / 1e9:9.2f} GB")
@@ -82,6 +104,7 @@ def main(argv: list[str]) -> None:
     else:
         print(f"Predicted decode step: {1e3 * plan.step_s:.2f} ms")
     result = {"model": FLAGS.model, "chip": chip.name, **options}
+    result["retention"] = FLAGS.retention
     runner.print_json({**result, **dataclasses.asdict(plan)})
 
 

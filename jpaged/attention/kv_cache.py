@@ -97,10 +97,12 @@ def bytes_per_block(
     dtype: str,
     implementation: str | None = None,
     is_latent: bool = False,
+    has_key_extremes: bool = False,
 ) -> int:
     """Return the bytes of one block: keys and values of all layers (paper section 3).
 
-    Includes the scales if `dtype` is "int8" or "fp8". Arguments as of `init_kv_cache`.
+    Includes the scales if `dtype` is "int8" or "fp8", and with `has_key_extremes` what
+    `with_key_extremes` adds. Other arguments as of `init_kv_cache`.
     """
     stored = layout(implementation)
     dtype = stored.stored_dtype(dtype)
@@ -108,7 +110,9 @@ def bytes_per_block(
     head = math.prod(page) * jnp.dtype(dtype).itemsize
     if is_quantised(dtype):
         head += stored.scale_width(block_size) * jnp.dtype("float32").itemsize
-    return (1 if is_latent else 2) * num_layers * num_kv_heads * head
+    pools = 1 if is_latent else 2
+    extremes = 2 * head_dim * jnp.dtype("float32").itemsize if has_key_extremes else 0
+    return num_layers * num_kv_heads * (pools * head + extremes)
 
 
 def write_tokens(

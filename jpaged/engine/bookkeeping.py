@@ -408,6 +408,7 @@ def settle(state: EngineState, unsettled: Unsettled) -> EngineState:
     blocks = _roll_back(state, unsettled.num_drafts)
     if state.config.max_num_prefixes:
         table = _retain_prefixes(table, rows, blocks)
+    table = retaining.note_dropped(table, rows, blocks)
     blocks = when(
         ~unsettled.is_settled,
         lambda blocks: fork_rows(table.queue, unsettled.parents, rows, blocks),

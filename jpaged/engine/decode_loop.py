@@ -59,11 +59,14 @@ def next_step(
     retain = functools.partial(retaining.drop_due, state.requests, state.rows, config)
     if algorithms.config_algorithms(config):
         is_plain = ~unsettled.has_ended
-        before = retain(block_manager.fork(state.blocks, unsettled.parents))
+        whole = block_manager.fork(state.blocks, unsettled.parents)
+        before = retain(whole)
+        counters = retaining.count_dropped(state.counters, whole, before)
         before = scheduler.release_windows(queue, state.rows, before)
         after, appended, fits = _append_copying(state.prefix_cache, before, decodes)
     else:
         is_plain, before = unsettled.is_settled, retain(state.blocks)
+        counters = retaining.count_dropped(state.counters, state.blocks, before)
         before = scheduler.release_windows(queue, state.rows, before)
         after, fits = block_manager.append_one(
             before, decodes, _kept(state.prefix_cache)
@@ -74,6 +77,12 @@ def next_step(
     blocks = jax.tree.map(
         lambda new, old: jnp.where(is_plain, new, old), after, state.blocks
     )
+    if config.retention is not None:
+        counters = jax.tree.map(
+            lambda new, old: new if new is old else jnp.where(is_plain, new, old),
+            counters,
+            state.counters,
+        )
     batch, entries = scheduled.batch, scheduled.entries
     gained = is_plain.astype(jnp.int32)
     batch = dataclasses.replace(batch, starts=batch.starts + gained * batch.num_tokens)
@@ -99,7 +108,8 @@ def next_step(
         appended=appended,
         swapped=swapped,
     )
-    return dataclasses.replace(state, blocks=blocks), scheduled, is_plain
+    state = dataclasses.replace(state, blocks=blocks, counters=counters)
+    return state, scheduled, is_plain
 
 
 def _kept(cache: PrefixCache | None) -> jax.Array | None:

@@ -83,6 +83,14 @@ class Features(NamedTuple):
 
 def program_config(config: EngineConfig, features: Features) -> EngineConfig:
     """Return the config of a program that computes only these features."""
+    # Several are looked up per step, so a config keeps those that were.
+    known = vars(config).setdefault("_program_configs", {})
+    if features not in known:
+        known[features] = _program_config(config, features)
+    return known[features]
+
+
+def _program_config(config: EngineConfig, features: Features) -> EngineConfig:
     changes: dict = dict(sampling=SAMPLING[features.sampling])
     if not features.rules:
         changes["rules"] = None

@@ -220,7 +220,9 @@ def _pages_of_layers(
     tables, slots = inputs.block_tables, inputs.slot_mapping
     if len(config.group_windows) == 1:
         return lambda layer: (layer, tables, slots)
-    found = cache_groups.layer_groups(model.config.windows, config.max_model_len)
+    found = cache_groups.groups_of_layers(
+        model.config.windows, config.group_windows, config.max_model_len
+    )
 
     def pages_of(layer: Any) -> tuple[Any, jax.Array, jax.Array]:
         if isinstance(layer, int):

@@ -36,8 +36,8 @@ from jpaged.indexing import take
 from jpaged.scheduler import Queue
 
 # Why a sequence ended, and the names that results have for it.
-NOT_FINISHED, STOP, LENGTH, ABORT, DEAD_END = range(5)
-FINISH_REASONS = (None, "stop", "length", "abort", "dead_end")
+NOT_FINISHED, STOP, LENGTH, ABORT, DEAD_END, ERROR = range(6)
+FINISH_REASONS = (None, "stop", "length", "abort", "dead_end", "error")
 NEVER = -1
 NO_ALGORITHM = -1
 NO_OUTPUT = -1  # like every number below 0
@@ -85,6 +85,8 @@ class RequestTable:
     first_steps: jax.Array  # i32[R], step of the first generated token, or NEVER
     last_steps: jax.Array  # i32[R], step of the last generated token, or NEVER
     is_stale: jax.Array  # bool[R], may have keys and values of older weights
+    # i32[R], tokens that retention has dropped of the sequence; None without a method
+    num_dropped: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -146,6 +148,7 @@ def init_table(config: EngineConfig) -> RequestTable:
         first_steps=full(value=NEVER),
         last_steps=full(value=NEVER),
         is_stale=full(dtype=jnp.bool_),
+        num_dropped=None if config.retention is None else full(),
     )
 
 
@@ -189,6 +192,7 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
         first_steps=put(table.first_steps, NEVER),
         last_steps=put(table.last_steps, NEVER),
         is_stale=put(table.is_stale, False),
+        num_dropped=jax.tree.map(lambda column: put(column, 0), table.num_dropped),
     )
 
 
@@ -206,6 +210,8 @@ class SampledTokens:
     masks: jax.Array  # u32[S, W]
     is_dead_end: jax.Array  # bool[S], no token is allowed: the sequence ends without
     processor_states: ChainStates = ()  # [S, ...], after the token; (): no change
+    # bool[S], dead ends because a processor returned NaN; None without processors
+    is_faulty: jax.Array | None = None
 
     @classmethod
     def zeros(
@@ -251,6 +257,8 @@ def extend(
     ended = valid & (is_stop | is_full | new.is_dead_end)
     reason = jnp.where(is_stop, STOP, LENGTH)
     reason = jnp.where(new.is_dead_end, DEAD_END, reason)
+    if new.is_faulty is not None:
+        reason = jnp.where(new.is_faulty, ERROR, reason)
     at_end = jnp.where(ended, new.seq_indices, table_size)
     is_alone = take(table.params.algorithms, safe) == NO_ALGORITHM
     at_finish = jnp.where(ended & is_alone, new.seq_indices, table_size)

@@ -40,6 +40,7 @@ class Result(NamedTuple):
     first_step: int
     last_step: int
     num_preemptions: int
+    num_dropped_tokens: int = 0  # by retention
 
 
 def results(table: RequestTable) -> list[Result]:
@@ -57,7 +58,10 @@ def results(table: RequestTable) -> list[Result]:
 def _columns(table: RequestTable) -> dict[str, np.ndarray]:
     names = ("tokens", "logprobs", "ranks", "top_ids", "top_logprobs", "masks")
     names += ("finish_reasons", "first_steps", "last_steps")
-    return jax.device_get({name: getattr(table, name) for name in names})
+    columns = {name: getattr(table, name) for name in names}
+    if table.num_dropped is not None:
+        columns["num_dropped"] = table.num_dropped
+    return jax.device_get(columns)
 
 
 def _result(
@@ -88,4 +92,5 @@ def _result(
         first_step=int(row["first_steps"]),
         last_step=int(row["last_steps"]),
         num_preemptions=int(queue.num_preemptions[preempted]),
+        num_dropped_tokens=int(row.get("num_dropped", 0)),
     )

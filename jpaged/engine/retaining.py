@@ -23,7 +23,7 @@ from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine.batch import Reads, StepBatch
 from jpaged.engine.request_table import RequestTable
-from jpaged.engine.state import EngineState
+from jpaged.engine.state import Counters, EngineState
 from jpaged.indexing import take
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.drops import computed_lens, drop_blocks
@@ -45,10 +45,15 @@ def prepare(
     queue = _without_unfit_sources(table.queue, rows, blocks, config)
     blocks, _ = scheduler.map_sources(queue, rows, blocks)
     blocks = _undecided(blocks, was_empty, ~_maps_own_request(queue, rows))
+    before = blocks
     blocks = drop_due(table, rows, config, blocks)
+    counters = count_dropped(state.counters, before, blocks)
     queue = _without_unfit_sources(queue, rows, blocks, config)
     state = dataclasses.replace(
-        state, requests=dataclasses.replace(table, queue=queue), blocks=blocks
+        state,
+        requests=dataclasses.replace(table, queue=queue),
+        blocks=blocks,
+        counters=counters,
     )
     method, values = config.retention, table.params.retention
     assert method is not None
@@ -113,6 +118,37 @@ def drop_due(
         return dataclasses.replace(blocks, drops=after)
 
     return when(jnp.any(is_due), decide, blocks)
+
+
+def count_dropped(
+    counters: Counters, before: BlockState, after: BlockState
+) -> Counters:
+    """Count the tokens that rows have dropped between two block states."""
+    total = counters.num_dropped_tokens
+    if total is None or after is before:
+        return counters
+    assert before.drops is not None
+    assert after.drops is not None
+    gained = jnp.sum(after.drops.dropped - before.drops.dropped)
+    return dataclasses.replace(counters, num_dropped_tokens=total + gained)
+
+
+def note_dropped(
+    table: RequestTable, rows: jax.Array, blocks: BlockState
+) -> RequestTable:
+    """Write the tokens that rows have dropped into the request table.
+
+    Args:
+      table: the request table.
+      rows: i32[S], sequence index of each row.
+      blocks: before the rows of finished sequences are emptied.
+    """
+    column, drops = table.num_dropped, blocks.drops
+    if column is None or drops is None:
+        return table
+    at = jnp.where(rows == scheduler.NO_REQUEST, column.size, rows)
+    column = column.at[at].set(drops.dropped, mode="drop")
+    return dataclasses.replace(table, num_dropped=column)
 
 
 def observe(

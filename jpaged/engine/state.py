@@ -66,6 +66,9 @@ class Counters:
     # i32[], the most blocks of all groups that one table for all layers would have used
     # in a step with `max_used_blocks`; None if there is one table without a window
     single_table_blocks: jax.Array | None = None
+    # i32[], tokens that retention has dropped, again after a recomputation; None
+    # without a method
+    num_dropped_tokens: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -228,9 +231,9 @@ def _init_blocks(config: EngineConfig, num_blocks: int, max_seqs: int) -> BlockS
 
 def layers_of_block(model: ModelConfig, config: EngineConfig) -> int:
     """Return the layers whose keys and values a block stores: those of a group."""
-    if len(config.group_windows) == 1:
-        return model.num_layers
-    return cache_groups.layer_groups(model.windows, config.max_model_len).num_layers
+    return cache_groups.groups_of_layers(
+        model.windows, config.group_windows, config.max_model_len
+    ).num_layers
 
 
 def _check_groups(model: Model | None, config: EngineConfig) -> None:
@@ -244,10 +247,8 @@ def _check_groups(model: Model | None, config: EngineConfig) -> None:
             f"group_windows: expected (None,), or the model's {found}, got {windows}"
         )
     if isinstance(model, DraftedModel):
-        raise ValueError(
-            "group_windows: expected (None,) with a draft model, whose layers use the "
-            f"table of the target's, got {windows}"
-        )
+        draft = model.draft.config.windows
+        cache_groups.groups_of_layers(draft, windows, config.max_model_len)
 
 
 def _check_draft(model: Model | None, config: EngineConfig) -> None:
@@ -299,6 +300,8 @@ def _init_counters(config: EngineConfig) -> Counters:
     names = {field.name for field in dataclasses.fields(Counters)}
     if not cache_groups.has_windows(config.group_windows):
         names -= {"single_table_blocks"}
+    if config.retention is None:
+        names -= {"num_dropped_tokens"}
     return Counters(**{name: jnp.zeros((), dtype(name)) for name in names})
 
 

@@ -78,12 +78,94 @@ def layer_groups(windows: Sequence[int | None], max_model_len: int) -> LayerGrou
 
 
 def choose_groups(
-    windows: Sequence[int | None], max_model_len: int, is_grouped: bool = True
+    windows: Sequence[int | None],
+    max_model_len: int,
+    is_grouped: bool = True,
+    draft_windows: Sequence[int | None] = (),
 ) -> LayerGroups:
-    """Return `layer_groups`, or one group of all layers without a window."""
-    if is_grouped:
-        return layer_groups(windows, max_model_len)
+    """Return `layer_groups`, or one group of all layers without a window.
+
+    It is one group if the layers of a draft model, `draft_windows`, need tokens that no
+    group of the target's keeps.
+    """
+    found = layer_groups(windows, max_model_len)
+    fits = place_layers(draft_windows, found.windows, max_model_len) is not None
+    if is_grouped and fits:
+        return found
     return layer_groups([None] * len(windows), max_model_len)
+
+
+def place_layers(
+    windows: Sequence[int | None], groups: Windows, max_model_len: int
+) -> LayerGroups | None:
+    """Divide the layers of a draft model over the groups of its target.
+
+    A layer joins the group with the fewest layers among those whose window is not
+    smaller than its own, those with the largest windows first.
+
+    Args:
+      windows: tokens that a query of each layer sees; None: all.
+      groups: the windows of the target's groups.
+      max_model_len: as for `layer_groups`.
+
+    Returns:
+      The group of each layer; None if no group keeps the tokens that a layer sees.
+
+    >>> place_layers([None, 8, 8, 8], (None, 16, 16), 32)
+    LayerGroups(windows=(None, 16, 16), num_layers=2, groups=(0, 1, 2, 0), \
+indices=(0, 0, 0, 1))
+    >>> place_layers([None], (16,), 32)
+    """
+
+    def size(window: int | None) -> int:
+        return max_model_len if window is None else min(window, max_model_len)
+
+    members: list[list[int]] = [[] for _ in groups]
+    for layer in sorted(range(len(windows)), key=lambda i: -size(windows[i])):
+        fitting = [
+            mine
+            for mine, window in zip(members, groups, strict=True)
+            if size(window) >= size(windows[layer])
+        ]
+        if not fitting:
+            return None
+        min(fitting, key=len).append(layer)
+    places = {
+        layer: (group, index)
+        for group, mine in enumerate(members)
+        for index, layer in enumerate(mine)
+    }
+    return LayerGroups(
+        groups,
+        max(map(len, members)),
+        tuple(places[layer][0] for layer in range(len(windows))),
+        tuple(places[layer][1] for layer in range(len(windows))),
+    )
+
+
+def groups_of_layers(
+    windows: Sequence[int | None], groups: Windows, max_model_len: int
+) -> LayerGroups:
+    """Return the group of each layer of a model, or of its draft model.
+
+    Args:
+      windows, max_model_len: as for `layer_groups`.
+      groups: the windows of the engine's groups.
+
+    Raises:
+      ValueError: the model has other groups, and cannot be a draft model for these.
+    """
+    if groups == (None,):
+        return layer_groups([None] * len(windows), max_model_len)
+    found: LayerGroups | None = layer_groups(windows, max_model_len)
+    if found is not None and found.windows != groups:
+        found = place_layers(windows, groups, max_model_len)
+    if found is None:
+        raise ValueError(
+            "group_windows: expected (None,) with a draft model whose layers see more "
+            f"tokens than a group of its target's keeps, got {groups}"
+        )
+    return found
 
 
 def _group_size(counts: list[int]) -> int:

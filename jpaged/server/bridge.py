@@ -131,19 +131,23 @@ class EngineBridge:
             if executor is not None:
                 executor.shutdown(wait=False, cancel_futures=True)
 
-    async def prepare(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def prepare(
+        self, function: Callable[[], T], names: Mapping[str, str] | None = None
+    ) -> T:
         """Run a function in a thread that prepares requests.
+
+        Args:
+          function: the function.
+          names: names of arguments whose field of the body has another name.
 
         Raises:
           ApiError: the function raised a ValueError.
         """
         assert self._loop is not None
         try:
-            return await self._loop.run_in_executor(
-                self._preparers, function, *arguments
-            )
+            return await self._loop.run_in_executor(self._preparers, function)
         except ValueError as error:
-            raise from_value_error(error) from None
+            raise from_value_error(error, names or {}) from None
 
     async def submit(
         self,

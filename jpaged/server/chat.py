@@ -237,12 +237,16 @@ def read(body: Mapping[str, Any], llm: LLM, settings: ServerSettings) -> Chat:
     returns_ids = fields.flag("return_token_ids")
     of_prompt = fields.integer("prompt_logprobs", None, -1)
     logprobs = (top or 0) if has_logprobs else None
+    names = {} if top is None else {"logprobs": "top_logprobs"}
+    if most is not None:
+        names["max_tokens"] = "max_completion_tokens"
     generation = read_generation(
         fields,
         settings,
         max_tokens=older if most is None else most,
         logprobs=logprobs,
         prompt_logprobs=of_prompt,
+        names=names,
     )
     fields.finish()
     if generation.is_best_of:
@@ -271,10 +275,16 @@ async def endpoint(request: Request) -> Response:
 
     def prepare() -> tuple[list[int], Params]:
         prompt = render(bridge.llm, call.conversation, template)
-        return prompt, common.prepared(bridge, call.generation.params)
+        return prompt, common.prepared(bridge, call.generation)
 
-    prompt, params = await bridge.prepare(prepare)
-    names = {"prompt": "messages", "prompt_token_ids": "messages"}
+    variables = call.conversation.variables
+    names = {
+        "prompt": "messages",
+        "prompt_token_ids": "messages",
+        "chat_template": "chat_template_kwargs" if variables else "messages",
+        **call.generation.names,
+    }
+    prompt, params = await bridge.prepare(prepare, names)
     lives = await bridge.submit([prompt], params, call.generation.num_run, names)
     if call.stream:
         return EventStream(

@@ -62,7 +62,7 @@ def read_stream(fields: Fields) -> tuple[bool, bool, bool]:
         raise invalid(
             "stream_options", "stream_options: expected none without stream, got some"
         )
-    options = Fields(given)
+    options = Fields(given, "stream_options")
     include = options.flag("include_usage")
     continuous = options.flag("continuous_usage_stats")
     # No random padding is added, so both values mean the same.
@@ -91,12 +91,13 @@ def bridge_of(request: Request) -> EngineBridge:
     return request.app.state.bridge
 
 
-def prepared(bridge: EngineBridge, params: Params) -> Params:
-    """Return parameters with their constraint compiled; can take seconds.
+def prepared(bridge: EngineBridge, generation: Generation) -> Params:
+    """Return the parameters with their constraint compiled; can take seconds.
 
     Raises:
       ValueError: the constraint is invalid, or the model cannot follow it.
     """
+    params = generation.params
     constraint = params.structured_outputs
     if not isinstance(constraint, StructuredOutputsParams):
         return params

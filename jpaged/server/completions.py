@@ -77,6 +77,7 @@ def read(body: dict[str, Any], llm: LLM, settings: ServerSettings) -> Completion
         max_tokens=most,
         logprobs=logprobs,
         prompt_logprobs=-1 if -1 in counts else max(counts, default=None),
+        names={} if of_prompt is not None else {"prompt_logprobs": "logprobs"},
     )
     fields.finish()
     if stream and generation.is_best_of:
@@ -136,12 +137,11 @@ async def endpoint(request: Request) -> Response:
             text_prompts.token_ids(tokenizer, "prompt", prompt, call.adds_special)
             for prompt in call.prompts
         ]
-        return token_ids, common.prepared(bridge, call.generation.params)
+        return token_ids, common.prepared(bridge, call.generation)
 
-    prompts, params = await bridge.prepare(prepare)
-    lives = await bridge.submit(
-        prompts, params, call.generation.num_run, {"prompt_token_ids": "prompt"}
-    )
+    names = {"prompt_token_ids": "prompt", **call.generation.names}
+    prompts, params = await bridge.prepare(prepare, names)
+    lives = await bridge.submit(prompts, params, call.generation.num_run, names)
     if call.stream:
         return EventStream(
             lives,
@@ -199,7 +199,7 @@ def _choices(
                     [*output.prompt_token_ids, *token_ids],
                     [*(output.prompt_logprobs or []), *entries],
                 )
-            form = CompletionLogprobs(call.names, call.logprobs).part(*shown)
+            form = _new_logprobs(call).part(*shown)
         choice = _choice(
             index * call.generation.n + number,
             prompt_text + ("" if drops else one.text),
@@ -220,6 +220,12 @@ def _choices(
     return choices
 
 
+def _new_logprobs(call: Completions) -> CompletionLogprobs:
+    assert call.logprobs is not None
+    skips = getattr(call.generation.params, "skip_special_tokens", True)
+    return CompletionLogprobs(call.names, call.logprobs, skips)
+
+
 def _delta_choice(
     call: Completions, index: int, delta: Delta, forms: dict[int, CompletionLogprobs]
 ) -> dict[str, Any]:
@@ -227,7 +233,7 @@ def _delta_choice(
     form = None
     if call.logprobs is not None:
         if index not in forms:
-            forms[index] = CompletionLogprobs(call.names, call.logprobs)
+            forms[index] = _new_logprobs(call)
         form = forms[index].part(delta.token_ids, delta.logprobs or [])
     choice = _choice(index, delta.text, form, delta.finish_reason, delta.stop_reason)
     if call.returns_ids:

@@ -22,8 +22,8 @@ _FORMATS = ("text", "json_object", "json_schema")
 
 def read_constraint(
     fields: Fields, settings: ServerSettings
-) -> StructuredOutputsParams | None:
-    """Return the constraint of a request, or None.
+) -> tuple[StructuredOutputsParams, str] | None:
+    """Return the constraint of a request and the field that has it, or None.
 
     Raises:
       ApiError: there are several, or one is invalid or too large.
@@ -54,13 +54,12 @@ def read_constraint(
         return None
     if len(found) > 1:
         names = " and ".join(name for name, _, _ in found)
-        raise invalid(
-            found[1][0], f"{found[1][0]}: expected one constraint, got {names}"
-        )
+        field = found[1][0].partition(".")[0]
+        raise invalid(field, f"{field}: expected one constraint, got {names}")
     name, kind, value = found[0]
     _check_size(name, kind, value, settings)
     try:
-        return StructuredOutputsParams(**{kind: value})
+        return StructuredOutputsParams(**{kind: value}), name
     except ValueError as error:
         raise from_value_error(error, {kind: name}) from None
 
@@ -111,4 +110,5 @@ def _check_size(name: str, kind: str, value: Any, settings: ServerSettings) -> N
 
 def _limit(name: str, what: str, got: int, most: int) -> None:
     if got > most:
-        raise invalid(name, f"{name}: expected at most {most} {what}, got {got}")
+        field = name.partition(".")[0]
+        raise invalid(field, f"{name}: expected at most {most} {what}, got {got}")

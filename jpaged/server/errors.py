@@ -18,7 +18,8 @@ from jpaged import validation
 
 _MOST_CHARS = 4000  # of a message; messages can quote what the client sent
 _PARAM = re.compile(
-    r"(?:prompts\[\d+\]: )?([a-z_][a-z0-9_]*)(?:\[[^\]]*\])*(?: key|/[^:]*)?:"
+    r"(?:prompts\[\d+\]: )?([a-z_][a-z0-9_]*)(?:\.[a-z_]+|\[[^\]]*\])*"
+    r"(?: key|/[^:]*)?:"
 )
 _KINDS = {
     401: "authentication_error",
@@ -109,14 +110,15 @@ def from_value_error(error: ValueError, known: Mapping[str, str] = {}) -> ApiErr
 
     Args:
       error: its message begins with the name of an argument.
-      known: names of arguments whose field of the body has another name.
+      known: fields of the body, or paths in them, by the names of arguments that are
+        other ones.
     """
     message = str(error)
     match = _PARAM.match(message)
     param = match[1] if match else None
     if param is not None and param in known:
         message = message.replace(param, known[param], 1)
-        param = known[param]
+        param = known[param].partition(".")[0]
     code = "context_length_exceeded" if "max_model_len" in message else None
     return invalid(param, message, code)
 

@@ -22,9 +22,15 @@ from jpaged.server.settings import ServerSettings
 
 
 class Fields:
-    """The fields of a body that have not been read. null counts as absent."""
+    """The fields of a body that have not been read. null counts as absent.
 
-    def __init__(self, body: Mapping[str, Any]):
+    Args:
+      body: the body, or an object in one of its fields.
+      parent: the field that has the object; errors are errors of that field.
+    """
+
+    def __init__(self, body: Mapping[str, Any], parent: str | None = None):
+        self._prefix = "" if parent is None else f"{parent}."
         self._left = {name: value for name, value in body.items() if value is not None}
         self._known: set[str] = set()
 
@@ -41,7 +47,8 @@ class Fields:
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Return a field that is true or false."""
-        return checked(validation.flag, name, self.take(name, default))
+        path = self._prefix + name
+        return checked(validation.flag, path, self.take(name, default))
 
     def integer(
         self, name: str, default: int | None, low: int, high: int | None = None
@@ -70,7 +77,7 @@ class Fields:
         These fields have no influence on a result anywhere.
         """
         self.take_all(
-            ["user", "metadata", "safety_identifier", "prompt_cache_key", "request_id"]
+            ["metadata", "safety_identifier", "prompt_cache_key", "request_id"]
         )
         for name, expected in (("store", (False,)), ("service_tier", _TIERS)):
             value = self.take(name, expected[0])
@@ -86,11 +93,11 @@ class Fields:
         if not self._left:
             return
         name = next(iter(self._left))
-        shown = ascii(name[:100])[1:-1]
+        shown = self._prefix + ascii(name[:100])[1:-1]
         close = difflib.get_close_matches(name[:100], sorted(self._known), 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise invalid(
-            shown,
+            shown if not self._prefix else self._prefix[:-1],
             f"{shown}: expected no such field; {hint}docs/server.md lists the fields",
             "unknown_field",
         )

@@ -5,6 +5,7 @@ Pipeline: Logprobs -> [logprob_forms] -> JSON. Host only.
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,11 +38,26 @@ class TokenNames:
 
     def bytes_of(self, token_id: int, name: str) -> list[int]:
         """Return a token's bytes, also of one that is a part of a character."""
-        found = None
-        if self._tokenizer is not None:
-            table = _bytes_table(self._tokenizer)
-            found = table[token_id] if token_id < len(table) else None
+        found = self._bytes_in_text(token_id)
         return list(name.encode("utf-8") if found is None else found)
+
+    def text_bytes(self, token_id: int, skips_special: bool) -> bytes:
+        """Return what a token adds to the text; often nothing for a special token."""
+        found = self._bytes_in_text(token_id)
+        if found is not None:
+            return found
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return b""
+        if skips_special and token_id in tokenizer.special_token_ids:
+            return b""
+        return tokenizer.decoded_token(token_id).encode("utf-8")
+
+    def _bytes_in_text(self, token_id: int) -> bytes | None:
+        if self._tokenizer is None:
+            return None
+        table = _bytes_table(self._tokenizer)
+        return table[token_id] if token_id < len(table) else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -58,12 +74,16 @@ class CompletionLogprobs:
     Args:
       names: names of tokens.
       top: number of most probable tokens to return per position, besides the token.
+      skips_special: whether the text leaves special tokens out.
     """
 
-    def __init__(self, names: TokenNames, top: int):
+    def __init__(self, names: TokenNames, top: int, skips_special: bool = True):
         self._names = names
         self._top = top
-        self._offset = 0  # characters of the tokens so far
+        self._skips_special = skips_special
+        self._offset = 0  # complete characters of the tokens so far
+        # Tokens that begin within a character have the offset of this character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def part(
         self, token_ids: Sequence[int], entries: Sequence[Entry | None]
@@ -75,7 +95,8 @@ class CompletionLogprobs:
             name = self._names.name(token_id, found.decoded_token if found else None)
             tokens.append(name)
             offsets.append(self._offset)
-            self._offset += len(name)
+            data = self._names.text_bytes(token_id, self._skips_special)
+            self._offset += len(self._decoder.decode(data))
             logprobs.append(_finite(found.logprob) if found else None)
             tops.append(self._tops(token_id, entry) if entry else None)
         return {

@@ -9,6 +9,7 @@ The names and defaults are those of OpenAI's API; further fields have the names 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jpaged.params import BeamSearchParams, SamplingParams
@@ -32,6 +33,8 @@ _BEAMS = tuple(
     for field in dataclasses.fields(BeamSearchParams)
     if field.name not in ("beam_width", "max_tokens", "num_return", *_OWN)
 )
+# What errors about a constraint begin with.
+_OF_CONSTRAINTS = ("structured_outputs", "automaton", "regex", "choice", "json")
 _ONLY_BEAMS = tuple(name for name in _BEAMS if name not in _SAMPLING)
 
 
@@ -43,11 +46,14 @@ class Generation(NamedTuple):
         client does not get.
       n: outputs per prompt that the client gets.
       drops_token: whether `max_tokens` is 0.
+      names: fields of the body by the names of arguments of `params`, where they
+        differ, for errors.
     """
 
     params: Params
     n: int
     drops_token: bool = False
+    names: Mapping[str, str] = {}
 
     @property
     def num_run(self) -> int:
@@ -69,6 +75,7 @@ def read_generation(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    names: Mapping[str, str],
 ) -> Generation:
     """Return how a request generates its outputs.
 
@@ -78,6 +85,7 @@ def read_generation(
       max_tokens: most tokens of an output; None: as many as the model can.
       logprobs: most probable tokens to report per token; None reports nothing.
       prompt_logprobs: the same for the tokens of the prompt.
+      names: fields of the body for those arguments whose field has another name.
 
     Raises:
       ApiError: a value is invalid; it names the field.
@@ -94,19 +102,30 @@ def read_generation(
     common: dict[str, Any] = {"max_tokens": max_tokens}
     if max_tokens == 0:
         common["max_tokens"] = 1  # the engine generates at least one
+    names = dict(names)
     constraint = read_constraint(fields, settings)
     if constraint is not None:
-        common["structured_outputs"] = constraint
+        common["structured_outputs"], field = constraint
+        names |= dict.fromkeys(_OF_CONSTRAINTS, field)
+    if is_beam:
+        names |= {"num_return": "n"}
+        if width is None:
+            names["beam_width"] = "n" if best_of is None else "best_of"
+    elif best_of is not None:
+        names["n"] = "best_of"
     try:
         if is_beam:
+            if prompt_logprobs is not None:
+                message = "prompt_logprobs: expected none with use_beam_search"
+                raise invalid(names.get("prompt_logprobs", "prompt_logprobs"), message)
             found = _beams(fields, n, width or best_of or n, common, logprobs)
         else:
             found = _samples(
                 fields, settings, n, best_of, common, logprobs, prompt_logprobs
             )
     except ValueError as error:
-        raise from_value_error(error) from None
-    return found._replace(drops_token=max_tokens == 0)
+        raise from_value_error(error, names) from None
+    return found._replace(drops_token=max_tokens == 0, names=names)
 
 
 def _beams(

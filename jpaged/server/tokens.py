@@ -5,6 +5,7 @@ Pipeline: HTTP request -> [tokens] -> tokenizer, and back. The forms are vLLM's.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from starlette.requests import Request
@@ -45,11 +46,16 @@ async def tokenize(request: Request) -> Response:
         template = request.app.state.chat_template
         fields.flag("add_special_tokens")  # a template writes its own
         fields.finish()
-        found = await bridge.prepare(chat.render, bridge.llm, conversation, template)
+        found = await bridge.prepare(
+            functools.partial(chat.render, bridge.llm, conversation, template),
+            {"prompt": "messages", "chat_template": "messages"},
+        )
     else:
         adds_special = fields.flag("add_special_tokens", True)
         fields.finish()
-        found = await bridge.prepare(tokenizer.encode, prompt, adds_special)
+        found = await bridge.prepare(
+            functools.partial(tokenizer.encode, prompt, adds_special)
+        )
     content: dict[str, Any] = {
         "count": len(found),
         "max_model_len": bridge.llm.config.max_model_len,
@@ -73,7 +79,7 @@ async def detokenize(request: Request) -> Response:
         raise invalid(
             "tokens", f"tokens: expected at most {_MOST_TOKENS}, got {len(tokens)}"
         )
-    text = await bridge.prepare(tokenizer.decode, tokens, False)
+    text = await bridge.prepare(functools.partial(tokenizer.decode, tokens, False))
     return json_response({"prompt": text})
 
 
@@ -81,7 +87,9 @@ async def tokenizer_info(request: Request) -> Response:
     """Return the special tokens and the chat template of the model."""
     tokenizer = _tokenizer(request)
     bridge = common.bridge_of(request)
-    templates = await bridge.prepare(text_chat.templates_of, tokenizer)
+    templates = await bridge.prepare(
+        functools.partial(text_chat.templates_of, tokenizer)
+    )
     template = request.app.state.chat_template
     if template is None:
         template = templates.templates.get("default")

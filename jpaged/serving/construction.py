@@ -82,8 +82,8 @@ def build_parts(options: LLMOptions) -> LLMParts:
     speculation, draft = load_speculation(
         options.speculative_config, model, options.mesh
     )
-    # A draft model uses the tables of the target; retention drops blocks of all layers.
-    is_grouped = options.cache_groups and draft is None and options.retention is None
+    # Retention drops blocks of all layers.
+    is_grouped = options.cache_groups and options.retention is None
     chunk = options.max_num_batched_tokens
     chunk = min(options.max_prompt_chunk or chunk, chunk)
     num_drafts = 0 if speculation is None else speculation.num_tokens
@@ -100,13 +100,19 @@ def build_parts(options: LLMOptions) -> LLMParts:
         max_model_len=options.max_model_len,
         attention=options.attention,
         mesh=options.mesh,
+        retention=options.retention,
     )
     for each in (model, draft):
         if each is not None:
             _check_attention(each.config, options)
     if options.batch_invariant:
         _check_invariant(model, options.mesh)
-    groups = cache_groups.choose_groups(model.config.windows, max_model_len, is_grouped)
+    groups = cache_groups.choose_groups(
+        model.config.windows,
+        max_model_len,
+        is_grouped,
+        () if draft is None else draft.config.windows,
+    )
     config = _engine_config(
         options, num_blocks, max_model_len, speculation, groups.windows
     )

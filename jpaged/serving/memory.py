@@ -18,6 +18,7 @@ from jpaged.kv import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.parallel import distributed
+from jpaged.retention import Retention
 
 _LOG = logging.getLogger(__name__)
 # On a CPU the pool uses the same memory as other programs, so its default is small.
@@ -34,10 +35,12 @@ def block_bytes(
     attention: str | None = None,
     tensor: int = 1,
     num_layers: int | None = None,
+    retention: Retention | None = None,
 ) -> int:
     """Return the bytes of one block per device: keys and values of its layers.
 
-    `num_layers` is that of a cache group; None: all layers.
+    `num_layers` is that of a cache group; None: all layers. A `retention` method that
+    reads extremes of keys stores them for each block.
     """
     stored = parallel.stored_kv_heads(model.num_kv_heads, tensor)
     return kv_cache.bytes_per_block(
@@ -48,6 +51,7 @@ def block_bytes(
         dtype=kv_dtype,
         implementation=attention,
         is_latent=model.latent is not None,
+        has_key_extremes=retention is not None and retention.only_reads,
     )
 
 
@@ -65,12 +69,14 @@ def choose_sizes(
     mesh: Mesh | None = None,
     is_grouped: bool = False,
     chunk: int = 1,
+    retention: Retention | None = None,
 ) -> tuple[int, int]:
     """Return (num_blocks, max_model_len), with defaults in place of None.
 
     With `is_grouped`, layers form cache groups: a given `num_blocks` counts blocks of
     all layers, and the returned one those of single groups (`kv.cache_groups`). `chunk`
-    is the largest number of tokens that a row computes in one step.
+    is the largest number of tokens that a row computes in one step. `retention` is the
+    method of the engine.
 
     The default of `num_blocks` is what `max_num_seqs` sequences of `max_model_len`
     tokens can fill, limited to `memory_fraction` of the device's free memory. On a CPU
@@ -92,22 +98,31 @@ def choose_sizes(
     default = min(each.config.default_length for each in models)
     length = default if max_model_len is None else max_model_len
     windows = model.config.windows
-    groups = cache_groups.choose_groups(windows, length, is_grouped)
+    draft_windows = () if draft is None else draft.config.windows
+
+    def groups_of(length: int) -> cache_groups.LayerGroups:
+        return cache_groups.choose_groups(windows, length, is_grouped, draft_windows)
+
+    groups = groups_of(length)
     given = num_blocks
     if num_blocks is not None:
         num_blocks *= len(groups.windows)
     else:
         budget = pool_budget(model, memory_fraction)
-        # The draft model has pages of its own under the same block tables.
         tensor = 1 if mesh is None else mesh.shape["tensor"]
         if mesh is not None and mesh.devices.flat[0].platform == "cpu":
             budget //= mesh.size  # virtual devices share the machine's memory
         if distributed.is_shared(mesh):
             budget = distributed.min_over_processes(budget)
-        size = sum(
-            block_bytes(each.config, block_size, kv_dtype, attention, tensor, layers)
-            for each, layers in zip(models, (groups.num_layers, None), strict=False)
+        sizes = (kv_dtype, attention, tensor)
+        size = block_bytes(
+            model.config, block_size, *sizes, groups.num_layers, retention
         )
+        if draft is not None:  # pages of its own under the same block tables
+            placed = cache_groups.groups_of_layers(
+                draft_windows, groups.windows, length
+            )
+            size += block_bytes(draft.config, block_size, *sizes, placed.num_layers)
         useful = max_num_seqs * cache_groups.blocks_of_length(
             groups.windows, block_size, length, chunk
         )
@@ -122,7 +137,7 @@ def choose_sizes(
         num_blocks = chosen
     fitting = cache_groups.longest_length(groups.windows, block_size, num_blocks, chunk)
     if max_model_len is None and length > fitting:
-        if cache_groups.choose_groups(windows, fitting, is_grouped) != groups:
+        if groups_of(fitting) != groups:
             # No sequence is longer than the window, which is none then.
             num_blocks, length = choose_sizes(
                 model,
@@ -136,6 +151,7 @@ def choose_sizes(
                 attention=attention,
                 mesh=mesh,
                 chunk=chunk,
+                retention=retention,
             )
             return num_blocks, min(length, fitting)
         _LOG.warning(

@@ -54,6 +54,8 @@ def read_outputs(
         is_sampled = isinstance(request.params, SamplingParams)
         counted = seq_index if is_sampled else first
         output.num_preemptions = int(progress.num_preemptions[counted])
+        if progress.num_dropped is not None:
+            output.num_dropped_tokens = int(progress.num_dropped[counted])
         request.num_cached_tokens = int(progress.num_cached[first])
         has_ended = progress.status[seq_index] == scheduler.FINISHED
         code = progress.finish_reasons[seq_index]

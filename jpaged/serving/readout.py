@@ -42,6 +42,7 @@ class SequenceProgress(NamedTuple):
     last_steps: np.ndarray
     num_preemptions: np.ndarray
     num_cached: np.ndarray
+    num_dropped: np.ndarray | None = None  # None without retention
 
 
 class SequenceTokens(NamedTuple):
@@ -201,7 +202,7 @@ def _is_float(counter: jax.Array) -> bool:
 
 @jax.jit
 def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the progress i32[7, R], and the counters: integers and floats."""
+    """Return the columns of the progress, and the counters: integers and floats."""
 
     def summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
         table, queue = state.requests, state.requests.queue
@@ -213,6 +214,7 @@ def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
             table.last_steps,
             queue.num_preemptions,
             queue.num_cached,
+            *jax.tree.leaves(table.num_dropped),
         )
         counters = jax.tree.leaves(state.counters)
         floats = [counter for counter in counters if _is_float(counter)]

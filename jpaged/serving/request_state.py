@@ -34,8 +34,8 @@ class Delta:
       sample: index of the output, 0 to n - 1.
       text: new text.
       token_ids: new tokens.
-      finish_reason: "stop", "length", "abort" or "dead_end" in the output's last
-        delta, None before.
+      finish_reason: "stop", "length", "abort", "dead_end" or "error" in the
+        output's last delta, None before.
       stop_reason: the stop token or stop string that ended the output; None for EOS.
       logprobs: log-probabilities at each of token_ids, if they were asked for.
     """
@@ -72,6 +72,7 @@ class OutputState:
         self.is_end_shown = False
         self.first_step = self.last_step = request_table.NEVER
         self.num_preemptions = 0
+        self.num_dropped_tokens = 0
         self._text = OutputText(
             request.tokenizer,
             request.prompt_token_ids,
@@ -328,9 +329,28 @@ class RequestState:
                 "first_step": min(first_steps, default=request_table.NEVER),
                 "last_step": max(each.last_step for each in outputs),
                 "num_preemptions": sum(each.num_preemptions for each in outputs),
+                "num_dropped_tokens": sum(each.num_dropped_tokens for each in outputs),
                 **self.latencies(),
             },
+            error=self._fault(),
             events=metrics.request_events(self.sequence_events),
+        )
+
+    def _fault(self) -> str | None:
+        """Why outputs ended with the reason "error"; None if none did."""
+        ends = [len(o.token_ids) for o in self.outputs if o.finish_reason == "error"]
+        if not ends:
+            return None
+        found = f"of a token after {min(ends)} generated tokens"
+        if isinstance(self.params, AlgorithmParams):
+            return (
+                "algorithm: expected a Decision with tokens of the vocabulary (or "
+                "NO_TOKEN), parents from 0 to Q - 1, and processed logits without NaN, "
+                f"got another one instead {found}; the outputs end there"
+            )
+        return (
+            "logits_processors: expected finite logits or -inf, got NaN or +inf "
+            f"instead {found}; the outputs end there"
         )
 
 

@@ -107,6 +107,7 @@ def _engine_stats(counters: Mapping[str, Any]) -> Stats:
         "num_block_copies": counters["num_block_copies"],
         "num_preemptions": counters["num_preemptions"],
         "num_swapped_blocks": counters["num_swapped_blocks"],
+        "num_dropped_tokens": counters.get("num_dropped_tokens", 0),
         "draft_tokens": counters["num_drafts"],
         "accepted_tokens": counters["num_accepted"],
         "acceptance_rate": counters["num_accepted"] / max(counters["num_drafts"], 1),

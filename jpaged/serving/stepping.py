@@ -65,6 +65,7 @@ class Stepper:
         # Seconds that programs which are not compiled would have saved.
         self._waste_s: dict[Key, float] = {}
         self._step_s: dict[Key, float] = {}  # seconds of a step of each loop
+        self._parameters: list[Any] = []  # the model's, during a run
 
     # ---- programs
 
@@ -206,20 +207,28 @@ class Stepper:
           used: features of the requests in its table, which `prepare` has had.
           least_steps: at least this number of steps.
           max_steps: at most this number of steps.
-          seconds: no step after `least_steps` starts later.
+          seconds: no step after `least_steps` starts later than half a step before.
 
         Returns:
           The state, settled.
         """
         end = time.perf_counter() + seconds
-        steps = 0
+        steps, margin_s = 0, 0.0
+        # Finding them takes longer than a call, so not before every step.
+        self._parameters = jax.tree.leaves(self._model)
         while steps < max_steps and (
-            steps < least_steps or self._is_shared or time.perf_counter() < end
+            steps < least_steps
+            or self._is_shared
+            or time.perf_counter() + margin_s < end
         ):
+            start = time.perf_counter()
             state, gained = self._step(state, used, max_steps - steps, end)
             if not gained:
                 break
             steps += gained
+            # A call for less than half a step costs more than the time that it uses.
+            margin_s = (time.perf_counter() - start) / gained / 2
+        self._parameters = []  # training code may replace them
         return state
 
     def _step(
@@ -261,7 +270,7 @@ class Stepper:
             trunk = self._start(_key("trunk", size, _seen(used), state), state)
         pages, self._logits[_memory_kind(trunk)], hidden, blocks = self._call(
             trunk,
-            self._leaves(),
+            self._parameters,
             pages_of(state),
             self._memory(trunk),
             state.requests.tokens,
@@ -275,7 +284,7 @@ class Stepper:
             key = _key("prompt_logprobs", trunk.size, PROMPT_LOGPROBS, state)
             self._start(key, state)
             view = features.view(state, key.used)
-            (view,) = self._call(key, self._leaves(), view, scheduled, hidden)
+            (view,) = self._call(key, self._parameters, view, scheduled, hidden)
             state = features.merge(state, view)
         decode = self._find("decode", 0, _own(used), state)
         if decode is None:
@@ -296,7 +305,7 @@ class Stepper:
         if self._is_shared:
             pass
         elif step_s is not None:
-            left = int((end - time.perf_counter()) / step_s)
+            left = round((end - time.perf_counter()) / step_s)
             max_steps = min(max_steps, max(left, 1))
         else:
             max_steps = min(max_steps, _FIRST_STEPS)
@@ -304,7 +313,7 @@ class Stepper:
         start = time.perf_counter()
         pages, self._logits[_memory_kind(key)], view, unsettled = self._call(
             key,
-            self._leaves(),
+            self._parameters,
             pages_of(state),
             self._memory(key),
             features.view(state, key.used),
@@ -356,10 +365,6 @@ class Stepper:
 
     def _call(self, key: Key, *args: Any) -> Any:
         return self.compiled.call(key, *args)
-
-    def _leaves(self) -> list[jax.Array]:
-        """Return the model's parameters."""
-        return jax.tree.leaves(self._model)
 
     def _memory(self, key: Key) -> Any:
         """Return the working memory for logits of a program."""

@@ -202,6 +202,7 @@ def plan_mesh(
     max_num_batched_tokens: int = 512,
     context: int = 1024,
     memory_fraction: float = 0.9,
+    has_key_extremes: bool = False,
 ) -> MeshPlan:
     """Plan the memory of each chip of a mesh.
 
@@ -216,6 +217,7 @@ def plan_mesh(
       max_num_batched_tokens: token budget of a step.
       context: tokens of each row in the predicted step.
       memory_fraction: share of a chip's memory to use.
+      has_key_extremes: blocks also have the extremes of their keys, for retention.
 
     Raises:
       ValueError: the model does not divide over the mesh, or a number is out of range.
@@ -241,6 +243,7 @@ def plan_mesh(
         head_dim=config.head_dim,
         dtype=config.dtype,
         is_latent=config.latent is not None,
+        has_key_extremes=has_key_extremes,
     )
     blocks = max(0, (available - weights - temporaries) // block)
     step_s = None

@@ -62,7 +62,7 @@ SPACES = ranges_of(
 # White space in both ECMA-262 and Python, and in either.
 COMMON_SPACES = tuple(pair for pair in SPACES if pair != (0xFEFF, 0xFEFF))
 ALL_SPACES = ranges_of([*SPACES, (0x1C, 0x1F), (0x85, 0x85)])
-NO_LINE_END = complement(_of("\n\r\u2028\u2029"))
+LINE_ENDS, LINE_FEED = _of("\n\r\u2028\u2029"), _of("\n")
 POSIX = {
     "alnum": ranges_of([(0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)]),
     "alpha": ranges_of([(0x41, 0x5A), (0x61, 0x7A)]),
@@ -122,6 +122,14 @@ def category(name: str) -> Ranges | None:
         for pair in ranges
     ]
     return ranges_of(pairs) if pairs else None
+
+
+@functools.cache
+def unicode_class(letter: str) -> Ranges:
+    r"""Return the characters of Python's \d or \w."""
+    if letter == "d":
+        return category("Nd") or ()
+    return ranges_of([*(category("L") or ()), *(category("N") or ()), (0x5F, 0x5F)])
 
 
 @functools.cache

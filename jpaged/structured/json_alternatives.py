@@ -10,33 +10,36 @@ https://json-schema.org/draft/2020-12/json-schema-validation
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from jpaged.structured import json_keywords, json_texts
+from jpaged.structured import json_keywords, json_negations, json_texts
 from jpaged.structured.json_keywords import SchemaError, expected
 from jpaged.structured.json_references import Document
 from jpaged.structured.json_shapes import (
     Arrays,
     Constants,
-    Numbers,
     Objects,
     Part,
     Parts,
     Shape,
     Strings,
     any_value,
-    fraction,
     key_of,
     type_of,
 )
-from jpaged.structured.json_texts import cache_key
+from jpaged.structured.json_unevaluated import with_unevaluated, without_evaluated
+from jpaged.structured.json_values import Values
 
 MAX_ALTERNATIVES = 256
+_MAX_OF_NEGATION = 64
 MAX_DEPTH = 100  # nested schemas
+_MAX_TOGETHER = 4  # alternatives of which several can hold, for evaluated members
+_REFERENCES = ("$ref", "$recursiveRef", "$dynamicRef")
 
 
-class Alternatives:
+class Alternatives(Values):
     """The shapes of the parts of one document; equal questions are answered once.
 
     Args:
@@ -47,7 +50,7 @@ class Alternatives:
 
     def __init__(self, document: Document, *, is_upper: bool = False) -> None:
         self._document = document
-        self._is_upper = is_upper
+        self.is_upper = is_upper
         self._upper = self if is_upper else Alternatives(document, is_upper=True)
         self._found: dict[tuple, list[Shape]] = {}
         self._found_all: dict[frozenset, list[Shape]] = {}
@@ -55,9 +58,10 @@ class Alternatives:
         self.other_names: dict[int, list] = {}  # by shape, see `json_objects`
         self._kept: list[Any] = []  # so that the ids in keys stay unique
 
-    def base_of(self, schema: Any) -> str:
-        """Return the base URI of the whole schema."""
-        return self._document.base_of(schema, "")
+    def root(self, schema: Any) -> Part:
+        """Return the part that is the whole schema."""
+        base = self._document.base_of(schema, "")
+        return Part(schema, base, "json", scope=self._document.entered((), base))
 
     def of_all(self, parts: Parts) -> list[Shape]:
         """Return the shapes of values that meet all parts."""
@@ -65,9 +69,10 @@ class Alternatives:
         if key not in self._found_all:
             found = any_value()
             # A part with constants comes first, because it leaves the fewest shapes.
-            by_size = sorted(parts, key=lambda part: len(self.of(part)))
+            by_size = sorted(parts, key=lambda p: (p.is_negated, len(self.of(p))))
             for part in by_size:
-                found = self.product(found, self.of(part), part.where)
+                lacks = part.is_negated
+                found = self.product(found, self.of(part), part.where, may_lack=lacks)
             self._kept.append(parts)
             self._found_all[key] = found
         return self._found_all[key]
@@ -91,46 +96,14 @@ class Alternatives:
                 f"one that {what}"
             )
         self._open.append(part.key)
-        found = self._negated(part) if part.is_negated else self._positive(part)
+        if part.is_negated:
+            found = without_evaluated(self._negated(part))
+        else:
+            found = self._positive(part)
         self._open.pop()
         self._kept.append(part)
         self._found[part.key] = found
         return found
-
-    def accepts(self, parts: Parts, value: Any) -> bool:
-        """Return whether a constant certainly meets all parts."""
-        return all(
-            any(self._has(shape, value) for shape in self.of(part)) for part in parts
-        )
-
-    def _has(self, shape: Shape, value: Any) -> bool:
-        if shape.type != type_of(value):
-            return False
-        if isinstance(shape, Constants):
-            return cache_key(value) in map(cache_key, shape.values)
-        if isinstance(shape, Numbers | Strings):
-            return shape.accepts(value)
-        if isinstance(shape, Arrays):
-            keys = {cache_key(item) for item in value}
-            return (
-                shape.least <= len(value)
-                and (shape.most is None or len(value) <= shape.most)
-                and (not shape.is_unique or len(keys) == len(value))
-                and all(self.accepts(shape.parts_at(i), v) for i, v in enumerate(value))
-            )
-        assert isinstance(shape, Objects)
-        return (
-            max(shape.least, 0) <= len(value)
-            and (shape.most is None or len(value) <= shape.most)
-            and set(shape.required) <= set(value)
-            and shape.forbidden.isdisjoint(value)
-            and not (shape.is_closed and set(value) - set(shape.named))
-            and all(self.accepts(shape.names, name) for name in value)
-            and all(
-                self.accepts(json_keywords.parts_of(shape, name), member)
-                for name, member in value.items()
-            )
-        )
 
     def are_disjoint(self, a: Part, b: Part) -> bool:
         """Return whether no value certainly meets both parts."""
@@ -150,12 +123,26 @@ class Alternatives:
             one, other = other, one
         if not isinstance(one, Constants) or isinstance(other, Constants):
             return one.met(other)
-        kept = tuple(value for value in one.values if self._has(other, value))
+        kept = tuple(value for value in one.values if self.has(other, value))
         return dataclasses.replace(one, values=kept, is_stated=True) if kept else None
 
-    def product(self, a: list[Shape], b: list[Shape], where: str) -> list[Shape]:
-        """Return the shapes of values in both."""
+    def product(
+        self, a: list[Shape], b: list[Shape], where: str, *, may_lack: bool = False
+    ) -> list[Shape]:
+        """Return the shapes of values in both.
+
+        Args:
+            a: shapes.
+            b: shapes.
+            where: the path, for messages.
+            may_lack: whether some are left out if there are too many, as is right for
+                a negation.
+        """
+        if may_lack:  # keep some of all shapes of `a`
+            a, b = b, a
         found = [met for one in a for other in b if (met := self.met(one, other))]
+        if may_lack and len(found) > _MAX_OF_NEGATION:
+            return found[:_MAX_OF_NEGATION]
         if len(found) > MAX_ALTERNATIVES:
             raise SchemaError(
                 f"{where}: expected at most {MAX_ALTERNATIVES} combinations of "
@@ -167,7 +154,9 @@ class Alternatives:
     def is_empty(self, shape: Shape) -> bool:
         """Return whether a shape has no value, as its constants and bounds show."""
         if isinstance(shape, Strings) and shape.conditions:
-            return json_texts.strings(shape.least, None, shape.conditions).is_empty
+            return json_texts.strings(
+                shape.least, None, shape.conditions, is_upper=True
+            ).is_empty
         if isinstance(shape, Objects):
             parts = [json_keywords.parts_of(shape, name) for name in shape.required]
             return any(self._is_nothing(one) for one in parts)
@@ -189,8 +178,12 @@ class Alternatives:
     def _child(
         self, part: Part, schema: Any, step: str, *, negated: bool = False
     ) -> Part:
-        base = self._document.base_of(schema, part.base)
-        return Part(schema, base, f"{part.where}/{step}", negated)
+        if isinstance(schema, Part):  # in a schema that the standard only implies
+            return schema
+        base, scope = self._document.base_of(schema, part.base), part.scope
+        if base != part.base:
+            scope = self._document.entered(scope, base)
+        return Part(schema, base, f"{part.where}/{step}", negated, scope)
 
     def _children(self, part: Part, name: str, *, negated: bool = False) -> Parts:
         schemas = part.schema[name]
@@ -202,13 +195,18 @@ class Alternatives:
         )
 
     def _target(self, part: Part, name: str) -> Part:
-        found = self._document.resolve(part.schema[name], part.base)
+        ref = part.schema[name]
+        if name == "$ref":
+            found = self._document.resolve(ref, part.base)
+        else:
+            found = self._document.resolve_dynamic(ref, part.base, part.scope)
         if found is None:
             raise SchemaError(
                 f"{part.where}/{name}: there is no {part.schema[name]!r} in the "
                 "schema; other documents are not loaded"
             )
-        return Part(found.schema, found.base, part.where, part.is_negated)
+        scope = self._document.entered(part.scope, found.base)
+        return Part(found.schema, found.base, part.where, part.is_negated, scope)
 
     def _positive(self, part: Part) -> list[Shape]:
         schema = part.schema
@@ -217,13 +215,13 @@ class Alternatives:
         if not isinstance(schema, Mapping):
             raise expected(part.where, "a JSON schema (a dict)", schema)
         factors = []
-        for name in ("$ref", "$recursiveRef", "$dynamicRef"):
+        for name in _REFERENCES:
             if name in schema:
                 factors.append(self.of(self._target(part, name)))
                 if self._document.ignores_siblings:
                     return factors[0]
         child = functools.partial(self._child, part)
-        base = json_keywords.shapes(schema, child, part.where, is_upper=self._is_upper)
+        base = json_keywords.shapes(schema, child, part.where, is_upper=self.is_upper)
         if "enum" in schema or "const" in schema:
             factors.insert(0, self._constants(part, base))
         else:
@@ -231,21 +229,33 @@ class Alternatives:
         if "allOf" in schema:
             factors += [self.of(one) for one in self._children(part, "allOf")]
         if "anyOf" in schema:
-            parts = self._children(part, "anyOf")
-            factors.append([shape for one in parts for shape in self.of(one)])
+            factors.append(self._any_of(part))
         if "oneOf" in schema:
             factors.append(self._one_of(part))
         factors += self._conditions(part)
         found = factors[0]
         for other in factors[1:]:
             found = self.product(found, other, part.where)
+        if not self.is_upper:
+            evaluates = self._document.contains_evaluates
+            found = with_unevaluated(found, schema, child, evaluates)
+        return found
+
+    def _any_of(self, part: Part) -> list[Shape]:
+        parts = self._children(part, "anyOf")
+        found = [shape for one in parts for shape in self.of(one)]
+        if self._document.has_unevaluated and len(parts) <= _MAX_TOGETHER:
+            # Where several hold, more members are evaluated.
+            for number in range(2, len(parts) + 1):
+                for some in itertools.combinations(parts, number):
+                    found += self.of_all(some)
         return found
 
     def _constants(self, part: Part, base: list[Shape]) -> list[Shape]:
         values = json_keywords.constants(part.schema, part.where)
         by_type: dict[str, list[Any]] = {}
         for value in values:
-            if any(self._has(shape, value) for shape in base):
+            if any(self.has(shape, value) for shape in base):
                 by_type.setdefault(type_of(value), []).append(value)
         return [
             Constants(type=name, values=tuple(kept), is_stated=True)
@@ -255,13 +265,18 @@ class Alternatives:
     def _conditions(self, part: Part) -> list[list[Shape]]:
         """Return the factors of not, if, then, else and of dependent keywords."""
         schema, factors = part.schema, []
-        if self._is_upper:
+        if self.is_upper:
             return []
         if "not" in schema:
             factors.append(
                 self.of(self._child(part, schema["not"], "not", negated=True))
             )
-        if "if" in schema and ("then" in schema or "else" in schema):
+        if "if" in schema and not {"then", "else"} & set(schema):
+            if self._document.has_unevaluated:
+                factors.append(
+                    any_value() + self.of(self._child(part, schema["if"], "if"))
+                )
+        elif "if" in schema:
             both = []
             for name, negated in (("then", False), ("else", True)):
                 condition = self.of(
@@ -290,16 +305,16 @@ class Alternatives:
     def _one_of(self, part: Part) -> list[Shape]:
         """Return the shapes of each alternative without the others' values."""
         parts = self._children(part, "oneOf")
-        if self._is_upper:
+        if self.is_upper:
             return [shape for one in parts for shape in self.of(one)]
         found = []
         for one in parts:
             shapes = self.of(one)
             for other in parts:
                 if other is not one and not self.are_disjoint(one, other):
-                    negation = Part(other.schema, other.base, other.where, True)
-                    others = self.of(negation) + self._foreign_members(shapes, other)
-                    shapes = self.product(shapes, others, part.where)
+                    others = self.of(other.negated())
+                    others = others + self._foreign_members(shapes, other)
+                    shapes = self.product(shapes, others, part.where, may_lack=True)
             found += shapes
         if not found:
             raise SchemaError(
@@ -326,28 +341,30 @@ class Alternatives:
 
     def _negated(self, part: Part) -> list[Shape]:
         schema = part.schema
-        if self._is_upper:
+        if self.is_upper:
             return any_value()
         if isinstance(schema, bool) or not schema:
             return [] if schema is not False else any_value()
         if not isinstance(schema, Mapping):
             raise expected(part.where, "a JSON schema (a dict)", schema)
         found = []
-        for name in ("$ref", "$recursiveRef", "$dynamicRef"):
+        for name in _REFERENCES:
             if name in schema:
                 found += self.of(self._target(part, name))
                 if self._document.ignores_siblings:
                     return found
         child = functools.partial(self._child, part)
-        found += json_keywords.negations(schema, child, part.where)
+        found += json_negations.negations(schema, child, part.where)
         if "enum" in schema or "const" in schema:
-            found += _without(json_keywords.constants(schema, part.where))
+            values = json_keywords.constants(schema, part.where)
+            found += json_negations.without(values)
         if "allOf" in schema:
             for one in self._children(part, "allOf", negated=True):
                 found += self.of(one)
         for name in ("anyOf", "oneOf"):
             if name in schema:
                 found += self.of_all(self._children(part, name, negated=True))
+        found += self._broken_dependents(part)
         if "not" in schema:
             found += self.of(self._child(part, schema["not"], "not"))
         if "if" in schema:
@@ -360,27 +377,22 @@ class Alternatives:
                     )
         return found
 
-
-def _without(values: list[Any]) -> list[Shape]:
-    """Return shapes of values other than these."""
-    kinds = {type_of(value) for value in values}
-    texts = frozenset(value for value in values if isinstance(value, str))
-    numbers = frozenset(fraction(v) for v in values if type_of(v) == "number")
-    found: list[Shape] = []
-    for shape in any_value(is_stated=True):
-        if shape.type not in kinds:
-            found.append(shape)
-        elif shape.type == "string":
-            found.append(Strings(excluded=texts, is_stated=True))
-        elif shape.type == "number":
-            found.append(Numbers(excluded=numbers, is_stated=True))
-        elif True not in values or False not in values:
-            rest = tuple(
-                v for v in (True, False) if not any(v is one for one in values)
-            )
-            if shape.type == "boolean" and rest:
-                found.append(Constants(type="boolean", values=rest, is_stated=True))
-    return found
+    def _broken_dependents(self, part: Part) -> list[Shape]:
+        found: list[Shape] = []
+        for trigger, dependent in json_keywords.dependents(part.schema, part.where):
+            if isinstance(dependent, list):
+                found += [
+                    Objects(
+                        required=(trigger,), forbidden=frozenset([name]), is_stated=True
+                    )
+                    for name in dependent
+                    if name != trigger
+                ]
+            else:
+                wrong = self._child(part, dependent, "dependencies", negated=True)
+                with_it: list[Shape] = [Objects(required=(trigger,), is_stated=True)]
+                found += self.product(with_it, self.of(wrong), part.where)
+        return found
 
 
 def stated(shapes: list[Shape]) -> list[Shape]:

@@ -13,6 +13,8 @@ from typing import Any
 from jpaged.structured.json_shapes import (
     TYPES,
     Arrays,
+    Counted,
+    Items,
     Members,
     Numbers,
     Objects,
@@ -24,21 +26,20 @@ from jpaged.structured.json_shapes import (
     any_value,
     fraction,
 )
-from jpaged.structured.json_texts import FORMATS
+from jpaged.structured.json_texts import FORMATS, cache_key
 from jpaged.structured.regex import containing
 
 Child = Callable[..., Part]  # of a subschema and the step to it
 # Keywords that restrict values in ways that are not supported.
-_REFUSED = (
-    "contains unevaluatedItems minContains maxContains extends disallow divisibleBy"
-).split()
+_REFUSED = "extends disallow divisibleBy".split()
 _OF_TYPE = {
     "number": frozenset(
         "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
     ),
     "string": frozenset("minLength maxLength pattern format".split()),
     "array": frozenset(
-        "items prefixItems additionalItems minItems maxItems uniqueItems".split()
+        "items prefixItems additionalItems minItems maxItems uniqueItems contains "
+        "unevaluatedItems".split()
     ),
     "object": frozenset(
         "properties required additionalProperties patternProperties minProperties "
@@ -60,11 +61,15 @@ def expected(where: str, what: str, value: Any) -> SchemaError:
 
 def constants(schema: Mapping, where: str) -> list[Any]:
     """Return the values of const or enum."""
-    if "const" in schema and "enum" not in schema:
+    if "enum" not in schema:
         return [schema["const"]]
-    if not isinstance(schema["enum"], list):
-        raise expected(f"{where}/enum", "a list", schema["enum"])
-    return schema["enum"]
+    values = schema["enum"]
+    if not isinstance(values, list):
+        raise expected(f"{where}/enum", "a list", values)
+    if "const" in schema:
+        key = cache_key(schema["const"])
+        values = [value for value in values if cache_key(value) == key]
+    return values
 
 
 def dependents(schema: Mapping, where: str) -> Iterator[tuple[str, Any]]:
@@ -112,7 +117,7 @@ def shapes(
         elif shape.type == "string":
             shape = _strings(schema, where, is_upper)
         elif shape.type == "array":
-            shape = _arrays(schema, child, where)
+            shape = arrays(schema, child, where, is_upper=is_upper)
         elif shape.type == "object":
             shape = _objects(schema, child, where)
         if shape is not None:
@@ -212,7 +217,10 @@ def check_pattern(pattern: str, where: str) -> None:
         raise SchemaError(f"{where}: {error}") from error
 
 
-def _arrays(schema: Mapping, child: Child, where: str) -> Arrays | None:
+def arrays(
+    schema: Mapping, child: Child, where: str, *, is_upper: bool = False
+) -> Arrays | None:
+    """Return the shape of arrays by a schema's own keywords, or None without any."""
     least, most = _limits(schema, "minItems", "maxItems", where)
     first, rest = schema.get("prefixItems", []), schema.get("items")
     first_name, rest_name = "prefixItems", "items"
@@ -224,23 +232,39 @@ def _arrays(schema: Mapping, child: Child, where: str) -> Arrays | None:
     items = ()
     if first or rest is not None:
         parts = tuple(child(one, f"{first_name}/{i}") for i, one in enumerate(first))
-        items = ((parts, None if rest is None else child(rest, rest_name)),)
+        items = (Items(parts, None if rest is None else child(rest, rest_name)),)
     if rest is False:
         most = len(first) if most is None else min(most, len(first))
     if most is not None and least > most:
         return None
-    is_unique = schema.get("uniqueItems") is True
-    return Arrays(items=items, least=least, most=most, is_unique=is_unique)
+    return Arrays(
+        items=items,
+        contains=() if is_upper else _contains(schema, child, where),
+        least=least,
+        most=most,
+        is_unique=schema.get("uniqueItems") is True,
+    )
 
 
-def _schemas(schema: Mapping, name: str, child: Child, where: str) -> dict[str, Part]:
+def _contains(schema: Mapping, child: Child, where: str) -> tuple[Counted, ...]:
+    least, most = _limits(schema, "minContains", "maxContains", where)
+    if "contains" not in schema:
+        return ()
+    if "minContains" not in schema:
+        least = 1
+    return (Counted(child(schema["contains"], "contains"), least, most),)
+
+
+def schemas(schema: Mapping, name: str, child: Child, where: str) -> dict[str, Part]:
+    """Return the conditions of a keyword that has a schema per name."""
     found = schema.get(name, {})
     if not isinstance(found, Mapping):
         raise expected(f"{where}/{name}", "a dict", found)
     return {key: child(value, f"{name}/{key}") for key, value in found.items()}
 
 
-def _required(schema: Mapping, where: str) -> list[str]:
+def required_names(schema: Mapping, where: str) -> list[str]:
+    """Return the names of `required`."""
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(n, str) for n in required):
         raise expected(f"{where}/required", "a list of names", required)
@@ -249,24 +273,18 @@ def _required(schema: Mapping, where: str) -> list[str]:
 
 def _objects(schema: Mapping, child: Child, where: str) -> Objects | None:
     least, most = _limits(schema, "minProperties", "maxProperties", where)
-    patterns = _schemas(schema, "patternProperties", child, where)
+    patterns = schemas(schema, "patternProperties", child, where)
     for pattern in patterns:
         check_pattern(pattern, f"{where}/patternProperties")
     others = schema.get("additionalProperties")
     members = Members(
-        _schemas(schema, "properties", child, where),
+        schemas(schema, "properties", child, where),
         patterns,
         None if others is None else child(others, "additionalProperties"),
     )
     is_plain = not (members.properties or members.patterns or members.others)
-    unevaluated = schema.get("unevaluatedProperties", True)
-    if unevaluated is not True and unevaluated is not False:
-        raise SchemaError(
-            f"{where}/unevaluatedProperties: expected a boolean, got a schema, which "
-            "is not supported; write additionalProperties"
-        )
     names = schema.get("propertyNames", True)
-    required = _required(schema, where)
+    required = required_names(schema, where)
     if most is not None and max(least, len(required)) > most:
         return None
     return Objects(
@@ -275,7 +293,6 @@ def _objects(schema: Mapping, child: Child, where: str) -> Objects | None:
         names=all_of((child(names, "propertyNames"),)),
         least=least,
         most=most,
-        is_closed=unevaluated is False,
     )
 
 
@@ -283,71 +300,14 @@ def parts_of(shape: Objects, name: str) -> Parts:
     """Return the conditions on the member with this name."""
     found: list[Part] = []
     for members in shape.members:
-        matching = [
-            part
-            for pattern, part in members.patterns.items()
-            if containing(pattern).matches(name)
-        ]
-        if name in members.properties:
-            matching.append(members.properties[name])
-        elif not matching and members.others:
-            matching.append(members.others)
-        found += matching
+        is_evaluated = name in members.properties
+        if is_evaluated:
+            found.append(members.properties[name])
+        for pattern, part in members.patterns.items():
+            # Where validators disagree, both readings hold.
+            if containing(pattern, is_wide=True).matches(name):
+                found.append(part)
+                is_evaluated |= containing(pattern).matches(name)
+        if members.others and not is_evaluated:
+            found.append(members.others)
     return all_of(tuple(found))
-
-
-def negations(schema: Mapping, child: Child, where: str) -> list[Shape]:
-    """Return shapes of values that violate one of a schema's own keywords."""
-    found: list[Shape] = []
-    names = types(schema, where)
-    if names is not None:
-        found += [
-            shape
-            for shape in any_value(is_stated=True)
-            if shape.type not in names
-            and not (shape.type == "number" and "integer" in names)
-        ]
-    own = {shape.type: shape for shape in shapes(schema, child, where, is_upper=True)}
-    numbers, strings = own.get("number"), own.get("string")
-    if isinstance(numbers, Numbers):
-        if numbers.low:
-            found.append(Numbers(high=(numbers.low[0], not numbers.low[1])))
-        if numbers.high:
-            found.append(Numbers(low=(numbers.high[0], not numbers.high[1])))
-    if isinstance(strings, Strings):
-        found += _string_negations(strings)
-    for kind, name in ((Arrays, "array"), (Objects, "object")):
-        shape = own.get(name)
-        if isinstance(shape, Arrays | Objects):
-            if shape.least:
-                found.append(kind(most=shape.least - 1))
-            if shape.most is not None:
-                found.append(kind(least=shape.most + 1))
-    for name in _required(schema, where):
-        found.append(Objects(forbidden=frozenset([name])))
-    for name, part in _schemas(schema, "properties", child, where).items():
-        found += _member_negation(schema, name, part)
-    return [dataclasses.replace(shape, is_stated=True) for shape in found]
-
-
-def _string_negations(strings: Strings) -> list[Shape]:
-    found: list[Shape] = []
-    if strings.least:
-        found.append(Strings(most=strings.least - 1))
-    if strings.most is not None:
-        found.append(Strings(least=strings.most + 1))
-    for kind, text, _ in strings.conditions:
-        found.append(Strings(conditions=frozenset([(kind, text, True)])))
-    return found
-
-
-def _member_negation(schema: Mapping, name: str, part: Part) -> list[Shape]:
-    """Return the objects with a wrong member, for members that tell schemas apart."""
-    is_mark = isinstance(part.schema, Mapping) and {"const", "enum"} & set(part.schema)
-    if part.schema is False:
-        return [Objects(required=(name,))]
-    is_only = len(schema.get("properties", {})) == 1 and not schema.get("required")
-    if not is_mark and not is_only and name not in schema.get("required", []):
-        return []
-    wrong = dataclasses.replace(part, is_negated=True)
-    return [Objects(members=(Members({name: wrong}, {}, None),), required=(name,))]

@@ -55,7 +55,6 @@ class _Object:
             name
             for name in dict.fromkeys((*shape.named, *shape.required))
             if name not in shape.forbidden
-            and (not shape.is_closed or name in shape.named)
             and writer.alternatives.accepts(shape.names, name)
         ]
         self._named = named
@@ -85,7 +84,10 @@ class _Object:
     def _is_open(self) -> bool:
         """Return whether members with other names are written."""
         members, shape = self._shape.members, self._shape
-        if shape.is_closed:
+        if any(
+            one.others and one.others.schema is False and not one.patterns
+            for one in members
+        ):
             return False
         is_asked = any(
             one.patterns or (one.others and one.others.schema is not False)
@@ -203,19 +205,21 @@ def _others(writer: Writer, shape: Objects) -> Iterator[tuple[ByteAutomaton, Par
         )
     cells = [(all_names, frozenset())]
     for pattern in patterns:
-        matching = containing(pattern)
+        matching, other = containing(pattern), containing(pattern, is_wide=True)
         cells = [
             cell
             for names, found in cells
             for cell in (
                 (byte_automata.intersection(names, matching), found | {pattern}),
-                (byte_automata.difference(names, matching), found),
+                (byte_automata.difference(names, other), found),
             )
             if not cell[0].is_empty
         ]
     merged: dict[frozenset, tuple[ByteAutomaton, Parts]] = {}
     for names, found in cells:
         parts = _parts_of_cell(shape.members, found)
+        if any(part.schema is False and not part.is_negated for part in parts):
+            continue
         key = key_of(parts)
         if key in merged:
             names = byte_automata.union(merged[key][0], names)

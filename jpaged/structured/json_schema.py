@@ -21,6 +21,7 @@ from jpaged.structured.json_alternatives import MAX_DEPTH, Alternatives, stated
 from jpaged.structured.json_arrays import array_before
 from jpaged.structured.json_keywords import SchemaError
 from jpaged.structured.json_literals import constants_before
+from jpaged.structured.json_numbers import numbers
 from jpaged.structured.json_objects import object_before
 from jpaged.structured.json_references import Document
 from jpaged.structured.json_shapes import (
@@ -28,14 +29,13 @@ from jpaged.structured.json_shapes import (
     Constants,
     Numbers,
     Objects,
-    Part,
     Parts,
     Shape,
     Strings,
     all_of,
     key_of,
 )
-from jpaged.structured.json_texts import escaped, numbers, strings
+from jpaged.structured.json_texts import escaped, strings
 from jpaged.structured.nfa import Nfa, fragment
 
 _QUOTE = 1 << ord('"')
@@ -89,6 +89,10 @@ def to_automaton(schema: Any) -> ByteAutomaton:
                 break
     except RecursionError:
         raise _too_deep("json") from None
+    except SchemaError:
+        raise
+    except ValueError as error:
+        raise SchemaError(f"json: {error}") from error
     raise SchemaError(
         f"json: expected a schema that needs at most {MAX_STATES} states, got one that "
         "needs more; use fewer properties, or smaller maxLength and maxItems"
@@ -117,7 +121,7 @@ class _Writer:
     def automaton(self, schema: Any) -> ByteAutomaton:
         """Return the automaton of the whole schema."""
         end = self.nfa.node()
-        root = all_of((Part(schema, self.alternatives.base_of(schema), "json"),))
+        root = all_of((self.alternatives.root(schema),))
         start = self.value_before(root, end, self.limits.free_depth)
         if start is None:
             raise SchemaError(
@@ -225,7 +229,12 @@ class _Writer:
             return self.string_before(texts, reached)
         assert isinstance(shape, Numbers)
         found = numbers(
-            shape.is_integer, shape.low, shape.high, shape.divisors, shape.excluded
+            shape.is_integer,
+            shape.low,
+            shape.high,
+            shape.divisors,
+            shape.non_divisors,
+            shape.excluded,
         )
         if found is None:
             return None

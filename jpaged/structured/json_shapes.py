@@ -12,7 +12,9 @@ from fractions import Fraction
 from typing import Any
 
 from jpaged.structured import json_texts
-from jpaged.structured.json_texts import Bound, cache_key
+from jpaged.structured.json_numbers import Bound
+from jpaged.structured.json_references import Scope
+from jpaged.structured.json_texts import cache_key
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")
 
@@ -25,6 +27,7 @@ class Part:
     base: str
     where: str  # the path, for messages
     is_negated: bool = False
+    scope: Scope = ()
 
     @property
     def key(self) -> tuple:
@@ -34,7 +37,12 @@ class Part:
             self.schema if is_constant else id(self.schema),
             self.base,
             self.is_negated,
+            self.scope,
         )
+
+    def negated(self) -> "Part":
+        """Return the opposite condition."""
+        return dataclasses.replace(self, is_negated=not self.is_negated)
 
 
 Parts = tuple[Part, ...]  # all of them hold; () is any value
@@ -95,6 +103,7 @@ class Numbers(Shape):
     low: Bound | None = None
     high: Bound | None = None
     divisors: frozenset[Fraction] = frozenset()
+    non_divisors: frozenset[Fraction] = frozenset()
     excluded: frozenset[Fraction] = frozenset()
 
     def _met(self, other: "Numbers") -> "Shape | None":
@@ -105,6 +114,7 @@ class Numbers(Shape):
             low=max(lows, default=None),
             high=min(highs, key=lambda bound: (bound[0], not bound[1]), default=None),
             divisors=self.divisors | other.divisors,
+            non_divisors=self.non_divisors | other.non_divisors,
             excluded=self.excluded | other.excluded,
         )
         return None if merged.is_empty else merged
@@ -127,6 +137,7 @@ class Numbers(Shape):
             and (self.low is None or (self.low[0], self.low[1]) <= (number, False))
             and (self.high is None or (number, self.high[1]) <= (self.high[0], False))
             and all((number / divisor).denominator == 1 for divisor in self.divisors)
+            and all((number / one).denominator != 1 for one in self.non_divisors)
             and number not in self.excluded
         )
 
@@ -152,25 +163,62 @@ class Strings(Shape):
         is_empty = merged.most is not None and merged.least > merged.most
         return None if is_empty else merged
 
-    def accepts(self, value: str) -> bool:
-        """Return whether a string is one of these."""
+    def accepts(self, value: str, *, is_upper: bool = False) -> bool:
+        """Return whether a string is one of these, or may be (`is_upper`)."""
         return (
             self.least <= len(value)
             and (self.most is None or len(value) <= self.most)
             and value not in self.excluded
             and (
                 not self.conditions
-                or json_texts.strings(conditions=self.conditions).matches(value)
+                or json_texts.strings(
+                    conditions=self.conditions, is_upper=is_upper
+                ).matches(value)
             )
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Items:
+    """The keywords of one schema for the items of an array.
+
+    Attributes:
+        first: conditions on the first items, one each.
+        rest: the condition on all others, or None.
+        evaluates: whether these items count as evaluated, see `json_unevaluated`.
+    """
+
+    first: Parts
+    rest: Part | None
+    evaluates: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counted:
+    """A bound on the number of items that meet a condition, as `contains` has it.
+
+    Attributes:
+        part: the condition.
+        least: fewest items that meet it.
+        most: most items that meet it; None is no bound.
+        first: index of the first item that counts.
+        evaluates: whether items that meet it count as evaluated.
+    """
+
+    part: Part
+    least: int
+    most: int | None
+    first: int = 0
+    evaluates: bool = True
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays(Shape):
-    """Arrays: for each schema of one, the parts of its first items and of the rest."""
+    """Arrays: the items of each of several schemas, and bounds on their number."""
 
     type: str = "array"
-    items: tuple[tuple[tuple[Part, ...], Part | None], ...] = ()
+    items: tuple[Items, ...] = ()
+    contains: tuple[Counted, ...] = ()
     least: int = 0
     most: int | None = None
     is_unique: bool = False
@@ -179,6 +227,7 @@ class Arrays(Shape):
         limits = [most for most in (self.most, other.most) if most is not None]
         merged = Arrays(
             items=tuple(dict.fromkeys(self.items + other.items)),
+            contains=tuple(dict.fromkeys(self.contains + other.contains)),
             least=max(self.least, other.least),
             most=min(limits, default=None),
             is_unique=self.is_unique or other.is_unique,
@@ -189,13 +238,13 @@ class Arrays(Shape):
     @property
     def num_first(self) -> int:
         """Number of items that have a part of their own."""
-        return max((len(first) for first, _ in self.items), default=0)
+        return max((len(one.first) for one in self.items), default=0)
 
     def parts_at(self, index: int) -> Parts:
         """Return the conditions on an item."""
         found = []
-        for first, rest in self.items:
-            part = first[index] if index < len(first) else rest
+        for one in self.items:
+            part = one.first[index] if index < len(one.first) else one.rest
             found += [part] if part else []
         return all_of(tuple(found))
 
@@ -207,6 +256,7 @@ class Members:
     properties: dict[str, Part]
     patterns: dict[str, Part]
     others: Part | None  # None: not restricted, and not mentioned
+    evaluates: bool = True  # see `json_unevaluated`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +270,6 @@ class Objects(Shape):
     names: Parts = ()
     least: int = 0
     most: int | None = None
-    is_closed: bool = False  # only evaluated members, which are those of `properties`
 
     def _met(self, other: "Objects") -> "Shape | None":
         limits = [most for most in (self.most, other.most) if most is not None]
@@ -231,7 +280,6 @@ class Objects(Shape):
             names=all_of(self.names, other.names),
             least=max(self.least, other.least),
             most=min(limits, default=None),
-            is_closed=self.is_closed or other.is_closed,
         )
         most = merged.most
         is_empty = most is not None and max(merged.least, len(merged.required)) > most

@@ -1,15 +1,13 @@
-r"""JSON texts: automata of the texts of numbers and strings.
+r"""JSON texts: automata of the texts of strings.
 
 Pipeline: json_shapes -> [structured.json_texts] -> json_schema. Host only.
 
-Formats and bounded numbers can have fewer texts than the standard allows, never more.
+Formats can have fewer texts than the standard allows, never more.
 """
 
 import functools
 import json
-import math
-from collections.abc import Hashable, Iterable
-from fractions import Fraction
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -24,12 +22,7 @@ from jpaged.structured.byte_automata import (
 from jpaged.structured.minimisation import DEAD
 from jpaged.structured.regex import containing, from_regex
 
-_INTEGER = r"-?(?:0|[1-9][0-9]*)"
-_NUMBER = rf"{_INTEGER}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,2}})?"
 _ANY_STRING = r"[^\x00-\x08\x0b\x0e-\x1f]*"  # other controls have no short escape
-_MAX_DIVISOR = 4000
-_MOST_DIGITS = 30  # of a bound; a larger bound is replaced by this many nines
-_PRECISION = 15  # digits that a 64-bit float represents
 _ESCAPES = {
     '"': '"',
     "\\": "\\",
@@ -61,7 +54,7 @@ _IPV6 = "|".join(
     ]
     + [f"(?:{_GROUP}:){{1,{7 - n}}}(?::{_GROUP}){{{n}}}" for n in range(1, 7)]
 )
-_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,20}[A-Za-z0-9])?"
+_LABEL = "[A-Za-z0-9](?:-?[A-Za-z0-9]){0,20}"  # "--" would need Punycode, as in "xn--"
 _HOST = rf"{_LABEL}(?:\.{_LABEL}){{0,7}}"
 _ATOM = "[A-Za-z0-9_+-]{1,30}"
 _EMAIL = rf"{_ATOM}(?:\.{_ATOM})?@{_LABEL}(?:\.{_LABEL}){{1,3}}"
@@ -119,6 +112,8 @@ def strings(
     most: int | None = None,
     conditions: frozenset[tuple[str, str, bool]] = frozenset(),
     excluded: frozenset[str] = frozenset(),
+    *,
+    is_upper: bool = False,
 ) -> ByteAutomaton:
     """Return the automaton of the strings themselves, without quotes and escapes.
 
@@ -127,10 +122,14 @@ def strings(
         most: most characters; None is no limit.
         conditions: triples (kind, text, is_negated); the kind is "pattern" or "format".
         excluded: strings that are not allowed.
+        is_upper: whether strings on which validators disagree are included.
     """
     found = None
     for kind, text, is_negated in sorted(conditions):
-        one = containing(text) if kind == "pattern" else from_regex(FORMATS[text])
+        if kind == "pattern":
+            one = containing(text, is_wide=is_negated != is_upper)
+        else:
+            one = from_regex(FORMATS[text])
         if is_negated:
             found = byte_automata.difference(found or from_regex(_ANY_STRING), one)
         else:
@@ -167,212 +166,6 @@ def escaped(automaton: ByteAutomaton) -> ByteAutomaton:
     rows[:num_states, ord("\\")] = np.where(has_escape, after, DEAD)
     is_accepting = np.append(automaton.is_accepting, np.zeros(num_states, np.bool_))
     return minimised(rows, is_accepting)
-
-
-def _any_of(regexes: Iterable[str]) -> str:
-    return f"(?:{'|'.join(dict.fromkeys(regexes))})"
-
-
-def integers_between(low: int, high: int | None) -> str:
-    """Return the regex of the integers from `low` >= 0 to `high`; None is no bound."""
-    longest = len(str(low if high is None else high))
-    parts = []
-    for num_digits in range(len(str(low)), longest + 1):
-        first = max(low, 10 ** (num_digits - 1) if num_digits > 1 else 0)
-        last = 10**num_digits - 1 if high is None else min(high, 10**num_digits - 1)
-        parts.append(_between(str(first), str(last)))
-    if high is None:
-        parts.append(f"[1-9][0-9]{{{longest},}}")
-    return _any_of(parts)
-
-
-def _between(low: str, high: str) -> str:
-    """Return the regex of numbers from `low` to `high`, which have equal lengths."""
-    num_digits = len(low)
-    if low == "0" * num_digits and high == "9" * num_digits:
-        return f"[0-9]{{{num_digits}}}"
-    if low[0] == high[0]:
-        return low[0] + _between(low[1:], high[1:])
-    nines, zeros = "9" * (num_digits - 1), "0" * (num_digits - 1)
-    parts = [low[0] + _between(low[1:], nines), high[0] + _between(zeros, high[1:])]
-    if int(high[0]) - int(low[0]) > 1:
-        middle = f"[{int(low[0]) + 1}-{int(high[0]) - 1}]"
-        parts.append(f"{middle}[0-9]{{{num_digits - 1}}}")
-    return _any_of(parts)
-
-
-Bound = tuple[Fraction, bool]  # and whether the bound itself is excluded
-
-
-@functools.lru_cache(maxsize=48)
-def numbers(
-    is_integer: bool,
-    low: Bound | None = None,
-    high: Bound | None = None,
-    divisors: frozenset[Fraction] = frozenset(),
-    excluded: frozenset[Fraction] = frozenset(),
-) -> ByteAutomaton | None:
-    """Return the automaton of the texts of numbers, or None if there are none.
-
-    Raises:
-        ValueError: a divisor has too many digits.
-    """
-    low, high = _moderate(low, -1), _moderate(high, 1)
-    is_plain = low is None and high is None and not divisors and not excluded
-    if is_plain:
-        return from_regex(_INTEGER if is_integer else _NUMBER)
-    if is_integer:
-        regex = _integers(low, high)
-        if regex is None:
-            return None
-        found = from_regex(regex)
-    else:
-        found = _decimals(low, high)
-    for divisor in divisors:
-        found = byte_automata.intersection(found, _multiples(divisor))
-    for number in excluded:
-        found = byte_automata.difference(found, from_regex(_texts_of(number)))
-    return None if found.is_empty else found
-
-
-def _moderate(bound: Bound | None, sign: int) -> Bound | None:
-    """Return a bound, or one nearer to 0 for one with very many digits."""
-    most = 10**_MOST_DIGITS - 1
-    if bound is None or sign * bound[0] <= most:
-        return bound
-    return Fraction(sign * most), False
-
-
-def _integers(low: Bound | None, high: Bound | None) -> str | None:
-    least = (
-        None if low is None else math.floor(low[0]) + 1 if low[1] else math.ceil(low[0])
-    )
-    most = (
-        None
-        if high is None
-        else math.ceil(high[0]) - 1
-        if high[1]
-        else math.floor(high[0])
-    )
-    if least is not None and most is not None and least > most:
-        return None
-    parts = []
-    if least is None or least < 0:
-        first = 1 if most is None else max(1, -most)
-        parts.append(f"-{integers_between(first, None if least is None else -least)}")
-    if most is None or most >= 0:
-        parts.append(integers_between(max(0, least or 0), most))
-    return _any_of(parts)
-
-
-def _decimals(low: Bound | None, high: Bound | None) -> ByteAutomaton:
-    """Return the automaton of decimal numbers without exponent within the bounds."""
-    parts = []
-    if high is None or high[0] > 0 or high == (0, False):
-        parts.append(_magnitudes("", low if low and low[0] >= 0 else None, high))
-    if low is None or low[0] < 0:
-        least = (-high[0], high[1]) if high and high[0] <= 0 else None
-        parts.append(_magnitudes("-", least, (-low[0], low[1]) if low else None))
-    return functools.reduce(byte_automata.union, parts)
-
-
-def _magnitudes(sign: str, low: Bound | None, high: Bound | None) -> ByteAutomaton:
-    """Return the automaton of `sign` and decimals from `low` >= 0 to `high` >= 0."""
-    bounds = [_expanded(bound) for bound in (low, high) if bound]
-    room = _PRECISION - max((len(str(whole)) for whole, _ in bounds), default=10)
-    room = max(1, room, *(len(digits) for _, digits in bounds))
-    some = rf"(?:\.[0-9]{{1,{room}}})?"
-    regexes = [f"(?:0|[1-9][0-9]*){some}"]
-    if low:
-        whole, digits = _expanded(low)
-        above = f"{integers_between(whole + 1, None)}{some}"
-        regexes.append(f"{above}|{whole}{_above(digits, low[1])}")
-    if high:
-        whole, digits = _expanded(high)
-        parts = [f"{integers_between(0, whole - 1)}{some}"] if whole else []
-        if digits or not high[1]:
-            parts.append(f"{whole}{_below(digits, high[1])}")
-        regexes.append(_any_of(parts or ["[^\\s\\S]"]))
-    automata = [
-        from_regex(f"{sign}(?:{regex})", may_be_empty=True) for regex in regexes
-    ]
-    return functools.reduce(byte_automata.intersection, automata)
-
-
-def _expanded(bound: Bound) -> tuple[int, str]:
-    """Return the integer and the digits of the fraction of a bound of at least 0."""
-    whole = math.floor(bound[0])
-    rest, digits = bound[0] - whole, ""
-    while rest and len(digits) < 2 * _MOST_DIGITS:
-        rest *= 10
-        digits += str(math.floor(rest))
-        rest -= math.floor(rest)
-    return whole, digits
-
-
-def _above(digits: str, is_open: bool) -> str:
-    """Return the regex of fractions of at least `digits`, or above them."""
-    parts = [rf"\.{digits}[0-9]*[1-9][0-9]*"] if is_open else []
-    if not is_open:
-        parts += [rf"\.{digits}[0-9]*"] if digits else ["", r"\.[0-9]+"]
-    for i, digit in enumerate(digits):
-        if digit != "9":
-            parts.append(rf"\.{digits[:i]}[{int(digit) + 1}-9][0-9]*")
-    return _any_of(parts)
-
-
-def _below(digits: str, is_open: bool) -> str:
-    """Return the regex of fractions of at most `digits`, or below them."""
-    parts = [""]
-    for i, digit in enumerate(digits):
-        if i:
-            parts.append(rf"\.{digits[:i]}")
-        if digit != "0":
-            parts.append(rf"\.{digits[:i]}[0-{int(digit) - 1}][0-9]*")
-    if not is_open:
-        parts.append(rf"\.{digits}0*" if digits else r"\.0+")
-    return _any_of(parts)
-
-
-def _multiples(divisor: Fraction) -> ByteAutomaton:
-    """Return the automaton of decimal texts of multiples of `divisor`."""
-    num_decimals = 0
-    while (divisor * 10**num_decimals).denominator != 1:
-        num_decimals += 1
-        if num_decimals > 12:
-            raise ValueError(
-                f"multipleOf: expected a decimal number, got {float(divisor)}"
-            )
-    found = byte_automata.intersection(
-        from_regex(_INTEGER), _divisible(divisor.numerator)
-    )
-    if num_decimals:
-        exact = from_regex(rf"{_INTEGER}\.[0-9]{{{num_decimals}}}")
-        scaled = _divisible(int(divisor * 10**num_decimals))
-        found = byte_automata.union(found, byte_automata.intersection(exact, scaled))
-    return found
-
-
-def _divisible(divisor: int) -> ByteAutomaton:
-    """Return the automaton of texts whose digits are a multiple of `divisor`."""
-    if divisor > _MAX_DIVISOR:
-        raise ValueError(
-            f"multipleOf: expected at most {_MAX_DIVISOR} (times a power of ten for "
-            f"decimals), got {divisor}"
-        )
-    rest = np.arange(divisor, dtype=np.int32)
-    rows = np.full((divisor, NUM_BYTES), DEAD, np.int32)
-    rows[:, [ord("-"), ord(".")]] = rest[:, None]
-    for digit in range(10):
-        rows[:, ord("0") + digit] = (rest * 10 + digit) % divisor
-    return minimised(rows, rest == 0)
-
-
-def _texts_of(number: Fraction) -> str:
-    """Return the regex of the decimal texts of a number."""
-    whole, digits = _expanded((abs(number), False))
-    sign = "-" if number < 0 else "-?" if not number else ""
-    return rf"{sign}{whole}\.{digits}0*" if digits else rf"{sign}{whole}(?:\.0+)?"
 
 
 def cache_key(value: Any) -> Hashable:

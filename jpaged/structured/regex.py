@@ -50,14 +50,22 @@ def from_regex(pattern: str, *, may_be_empty: bool = False) -> ByteAutomaton:
     return automaton
 
 
-def containing(pattern: str) -> ByteAutomaton:
-    """Return the automaton of the texts that contain a match, as JSON Schema asks."""
-    return _compiled(pattern, is_search=True)
+def containing(pattern: str, *, is_wide: bool = False) -> ByteAutomaton:
+    """Return the automaton of the texts that contain a match, as JSON Schema asks.
+
+    Args:
+        pattern: the regex.
+        is_wide: whether a match for ECMA-262 or for Python is one, and not only one
+            for both; see `regex_syntax.parse`.
+    """
+    return _compiled(pattern, is_search=True, is_wide=is_wide)
 
 
 @functools.lru_cache(maxsize=48)
-def _compiled(pattern: str, *, is_search: bool) -> ByteAutomaton:
-    tree = parse(pattern, is_ecma=is_search)
+def _compiled(pattern: str, *, is_search: bool, is_wide: bool = False) -> ByteAutomaton:
+    tree = parse(pattern, is_json=is_search, is_wide=is_wide)
+    if is_wide and tree == parse(pattern, is_json=is_search):
+        return _compiled(pattern, is_search=is_search)
     whole = [_of_parts(_flat(part), pattern, is_search) for part in _options(tree)]
     return functools.reduce(byte_automata.union, whole)
 

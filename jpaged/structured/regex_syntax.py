@@ -7,8 +7,10 @@ spellings are accepted: (?<name>a) and (?P<name>a), \u{1F600} and \U0001F600. Fl
 (?i), (?s) and (?x) work as in Python. \d, \w and \s are those of ECMA-262.
 """
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import NoReturn
 
 from jpaged.structured import characters
@@ -65,19 +67,16 @@ class LookAhead:
 
 Node = Characters | Sequence | Alternatives | Repetition | Anchor | LookAhead
 
+# What \d, \w and \s match for both ECMA-262 and Python.
 _CLASSES = {
     "d": characters.DIGITS,
     "w": characters.WORD,
-    "s": characters.SPACES,
-    "D": characters.complement(characters.DIGITS),
-    "W": characters.complement(characters.WORD),
-    "S": characters.complement(characters.SPACES),
-}
-# A match in the first sense is also one for Python's \s.
-_PYTHON_CLASSES = {
     "s": characters.COMMON_SPACES,
-    "S": characters.complement(characters.ALL_SPACES),
 }
+# Python's $ matches before a line feed at the end of the text, too.
+_END_OR_LINE_END = Sequence(
+    (Repetition(Characters(characters.LINE_FEED), 0, 1), Anchor(END))
+)
 _CONTROLS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "a": 7, "e": 27}
 _HEX = re.compile(
     r"x\{([0-9A-Fa-f]{1,8})\}|u\{([0-9A-Fa-f]{1,8})\}|x([0-9A-Fa-f]{2})"
@@ -92,19 +91,21 @@ _PROPERTY = re.compile(r"[pP](?:\{(\^?)([\w =]+)\}|([A-Z]))")
 _POSIX = re.compile(r"\[:(\^?)([a-z]+):\]")
 
 
-def parse(pattern: str, *, is_ecma: bool = False) -> Node:
+def parse(pattern: str, *, is_json: bool = False, is_wide: bool = False) -> Node:
     r"""Return the tree of a pattern.
 
     Args:
         pattern: the regex.
-        is_ecma: whether \s and \S are exactly those of ECMA-262; else a text that they
-            match is one for Python too.
+        is_json: whether it is of a JSON schema. Validators read such patterns as
+            ECMA-262 or as Python do: the tree has the texts that match for both. Else
+            \d and \w are those of ECMA-262, and only \s is that of both.
+        is_wide: whether the tree has the texts that match for one of them.
 
     Raises:
         ValueError: the pattern does not parse, or has parts that cannot be a finite
             automaton; the message has the position.
     """
-    parser = _Parser(pattern, _CLASSES if is_ecma else _CLASSES | _PYTHON_CLASSES)
+    parser = _Parser(pattern, is_json, is_wide)
     node = parser.alternatives(frozenset())
     if parser.position < len(pattern):
         parser.fail("the ) closes no group")
@@ -112,8 +113,8 @@ def parse(pattern: str, *, is_ecma: bool = False) -> Node:
 
 
 class _Parser:
-    def __init__(self, pattern: str, classes: dict[str, Ranges]) -> None:
-        self._classes = classes
+    def __init__(self, pattern: str, is_json: bool, is_wide: bool) -> None:
+        self._is_json, self._is_wide = is_json, is_wide
         self.pattern, self.position, self._depth = pattern, 0, 0
 
     def fail(self, reason: str, position: int | None = None) -> NoReturn:
@@ -132,6 +133,23 @@ class _Parser:
             f"regex: expected a regex that can be a finite automaton, got {short!r} "
             f"with {what} at position {position}, which is not supported"
         )
+
+    @contextlib.contextmanager
+    def _complement(self, is_complement: bool) -> Iterator[None]:
+        """Read a part whose complement is used: too little there is too much here."""
+        self._is_wide ^= is_complement
+        yield
+        self._is_wide ^= is_complement
+
+    def _named_class(self, letter: str) -> Ranges:
+        is_complement = letter.isupper()
+        with self._complement(is_complement):
+            found = _CLASSES[letter.lower()]
+            if self._is_wide and letter in "sS":
+                found = characters.ALL_SPACES
+            elif self._is_wide and self._is_json:
+                found = characters.unicode_class(letter.lower())
+        return characters.complement(found) if is_complement else found
 
     def _peek(self, text: str) -> bool:
         return self.pattern.startswith(text, self.position)
@@ -208,7 +226,8 @@ class _Parser:
         self._depth += 1
         if self._depth > MAX_GROUPS:
             self.fail(f"more than {MAX_GROUPS} nested groups", start)
-        node = self.alternatives(inner)
+        with self._complement(look == "?!"):
+            node = self.alternatives(inner)
         self._depth -= 1
         if not self._take(")"):
             self.fail("missing )", start)
@@ -257,11 +276,13 @@ class _Parser:
         if character == "^":
             return Anchor(START)
         if character == "$":
-            return Anchor(END)
+            return _END_OR_LINE_END if self._is_wide and self._is_json else Anchor(END)
         if character == ".":
-            return Characters(
-                characters.ANY if "s" in flags else characters.NO_LINE_END
-            )
+            if "s" in flags:
+                return Characters(characters.ANY)
+            is_python = self._is_wide and self._is_json
+            ends = characters.LINE_FEED if is_python else characters.LINE_ENDS
+            return Characters(characters.complement(ends))
         if character == "[":
             return self._cased(self._class(start), flags)
         if character in "*+?":
@@ -307,8 +328,8 @@ class _Parser:
             return ((code, code),)
         character = self.pattern[self.position : self.position + 1]
         self.position += 1
-        if character in self._classes:
-            return self._classes[character]
+        if character.lower() in _CLASSES:
+            return self._named_class(character)
         if character in _CONTROLS:
             return ((_CONTROLS[character], _CONTROLS[character]),)
         if character == "":
@@ -322,6 +343,11 @@ class _Parser:
     def _class(self, start: int) -> Ranges:
         """Return the characters of a class after its opening bracket."""
         is_negative = self._take("^")
+        with self._complement(is_negative):
+            found = characters.ranges_of(self._class_items(start))
+        return characters.complement(found) if is_negative else found
+
+    def _class_items(self, start: int) -> list[tuple[int, int]]:
         ranges: list[tuple[int, int]] = []
         is_first = True
         while True:
@@ -349,8 +375,7 @@ class _Parser:
                 else:  # a class after -: both are single items
                     first = (*first, (0x2D, 0x2D), *last)
             ranges += first
-        found = characters.ranges_of(ranges)
-        return characters.complement(found) if is_negative else found
+        return ranges
 
     def _class_item(self) -> Ranges:
         start = self.position

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jpaged import engine, load_model
-from jpaged.config import EngineConfig
+from jpaged.config import EngineConfig, Speculation
 from jpaged.engine import snapshots
 from jpaged.kv import block_manager, cache_groups
 from jpaged.params import SamplingParams
@@ -25,7 +25,7 @@ from tests.engine.walk_test import CONFIG as WALK
 from tests.engine.walk_test import walk_randomly, walk_with_all_events
 from tests.models.families_test import write_case
 from tests.simulator.simulator_test import HALF
-from tests.support.engine.configs import OneSizeConfig
+from tests.support.engine.configs import QUICKLY, OneSizeConfig
 from tests.support.engine.oracle import FOREVER, differences, generate, naive
 from tests.support.models import checkpoints
 
@@ -102,6 +102,51 @@ def test_tokens_are_those_of_a_loop_in_the_smallest_pool(load, name, cached):
     state, results = generate(model, config, prompts, params)
     assert differences(state, results, expected) == []
     assert int(state.counters.num_preemptions) > 0
+
+
+def test_layers_of_a_draft_model_are_divided_over_the_groups(load):
+    target = load("three_groups")
+    # One layer of the draft sees everything, and two see 6 tokens.
+    rough = jax.tree.map(
+        lambda w: w + 0.004 * jnp.sin(1000 * w).astype(w.dtype), target
+    )
+    rough.config = dataclasses.replace(
+        target.config, sliding_window=WINDOW - 2, full_layers=(0,)
+    )
+    drafts = Speculation("model", num_tokens=2)
+    config = grouped(target, speculation=drafts, num_blocks=3 * 64)
+    assert config.group_windows == (None, WINDOW, WINDOW)
+    placed = cache_groups.groups_of_layers(
+        rough.config.windows, config.group_windows, MAX_LEN
+    )
+    assert (placed.num_layers, sorted(placed.groups)) == (1, [0, 1, 2])
+    least = cache_groups.blocks_of_length(
+        config.group_windows, SIZE, 60, config.largest_chunk
+    )
+    prompts, params = requests(target)
+    expected = naive(target, prompts, params, max_model_len=MAX_LEN)
+    model, counters = engine.DraftedModel(target, rough), []
+    run = jax.jit(
+        engine.run.__wrapped__, donate_argnames="state", compiler_options=QUICKLY
+    )
+    for one in (
+        dataclasses.replace(config, group_windows=(None,), num_blocks=64),
+        config,
+        dataclasses.replace(config, num_blocks=least, enable_prefix_caching=True),
+    ):
+        state, results = generate(model, one, prompts, params, run=run)
+        assert differences(state, results, expected) == []
+        counters.append(jax.device_get(state.counters))
+    one_table, groups, tight = counters
+    # The draft reads the same, so the target agrees with it as often.
+    assert groups.num_drafts == one_table.num_drafts
+    assert 0 < groups.num_accepted == one_table.num_accepted < groups.num_drafts
+    assert tight.num_preemptions > 0
+    # A layer that sees everything has no place if all groups have windows.
+    config = dataclasses.replace(config, group_windows=(WINDOW,))
+    model = engine.DraftedModel(load("all_windows"), rough)
+    with pytest.raises(ValueError, match="see more tokens than a group"):
+        engine.init(model, config)
 
 
 def walk_config(model):

@@ -77,6 +77,22 @@ def test_pages_use_the_memory_beside_weights_and_temporaries():
     assert found.collectives["all_gather"] == {"count": 1, "bytes": 64 * 128256 * 4}
 
 
+def test_a_method_that_reads_extremes_of_keys_leaves_fewer_tokens():
+    config, chip = random_config("llama-3-8b"), find_chip("h100")
+    found = [
+        plan.plan_mesh(config, chip, has_key_extremes=has) for has in (False, True)
+    ]
+    without, extremes = (one.kv_tokens for one in found)
+    # A block of 16 tokens in bfloat16, and two float32 numbers of each of its columns.
+    assert abs(extremes - without * (16 * 2) / (16 * 2 + 4)) <= 16
+    status, out, err = call_experiment("plan", "--retention=quest")
+    assert status == 0, err
+    assert last_json(out)["kv_tokens"] == extremes
+    status, _, err = call_experiment("plan", "--tensor=2", "--retention=quest")
+    assert status == 1
+    assert "--retention: expected none with several chips" in err
+
+
 def test_chips_that_share_a_kv_head_store_it_completely():
     config = dataclasses.replace(random_config("llama-3-70b"), num_layers=2)
     eight = plan.plan_mesh(config, find_chip("tpu-v5e"), tensor=8)

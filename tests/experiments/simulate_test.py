@@ -89,6 +89,15 @@ def test_the_prefix_cache_finds_the_prefixes_of_a_trace(tmp_path):
     assert np.isclose(found["makespan_s"], 150, atol=5)
 
 
+def test_layers_with_windows_give_blocks_back_unless_they_may_not(lengths):
+    flags = ["--trace", lengths, "--rate=20", "--duration=1", "--max_num_seqs=8"]
+    flags += ["--model=gemma-3-1b", "--num_slots=2048", "--max_model_len=1024"]
+    found = last_line(*flags)
+    assert found["group_windows"] == [None, *[512] * 6]
+    # Two rows of 1,000 tokens fit into one table for all layers.
+    assert found["mean_batched_requests"] > 2.5
+
+
 @pytest.mark.parametrize("system", ["vllm", "orca_oracle"])
 def test_requests_larger_than_memory_are_skipped_and_counted(tmp_path, system):
     path = tmp_path / "lengths.csv"

@@ -82,6 +82,27 @@ def test_requests_have_numbers_of_their_own_and_compile_nothing(llm, dense):
 
 
 @pytest.mark.long
+def test_dropped_tokens_are_counted(llm):
+    counted = llm.stats()["num_dropped_tokens"]
+    for prompt in PROMPTS[:2]:
+        (output,) = llm.generate([prompt], GREEDY)
+        # The last token is never stored, and no decision follows the one before it.
+        computed = len(prompt) + GREEDY.max_tokens - 2
+        rule = model.sink_and_window(4, 9)
+        _, stored = model.visible_tokens(computed, len(prompt), 4, rule, every=5)
+        assert output.metrics["num_dropped_tokens"] == computed - len(stored) > 0
+        counted += computed - len(stored)
+        assert llm.stats()["num_dropped_tokens"] == counted
+    off = dataclasses.replace(GREEDY, retention="off")
+    (output,) = llm.generate(PROMPTS[:1], off)
+    assert output.metrics["num_dropped_tokens"] == 0
+    params = BeamSearchParams(beam_width=2, max_tokens=24, ignore_eos=True)
+    (output,) = llm.generate(PROMPTS[:1], params)
+    assert output.metrics["num_dropped_tokens"] > 0
+    assert llm.stats()["num_dropped_tokens"] > counted
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

@@ -94,7 +94,9 @@ def test_echo_with_logprobs_is_what_evaluation_harnesses_read(client, llm):
                 assert max(top.values()) == max(v.logprob for v in entry.values())
             names = [llm.tokenizer.decoded_token(token) for token in ids]
             assert form["tokens"] == names
-            starts = [sum(map(len, names[:i])) for i in range(len(names))]
+            # A token within a character has the offset of the character.
+            before = [llm.tokenizer.decode(ids[:i], False) for i in range(len(ids))]
+            starts = [len(text.rstrip("\ufffd")) for text in before]
             assert form["text_offset"] == starts
         assert found["usage"]["completion_tokens"] == 3 * most
         assert all(c["finish_reason"] == "length" for c in found["choices"])
@@ -102,6 +104,19 @@ def test_echo_with_logprobs_is_what_evaluation_harnesses_read(client, llm):
     assert [choice["text"] for choice in texts["choices"]] == PROMPTS
     (chunk,) = events(client, {**body, "prompt": token_ids[0]})
     assert chunk["choices"][0]["logprobs"] == found["choices"][0]["logprobs"]
+
+
+def test_the_user_of_a_request_reaches_the_policies(client, served, monkeypatch):
+    users, submit = [], served.llm.submit
+
+    def submitted(prompt, params):
+        users.append(params.user)
+        return submit(prompt, params)
+
+    monkeypatch.setattr(served.llm, "submit", submitted)
+    post(client, {"prompt": "a", "max_tokens": 1, "user": "ada"})
+    post(client, {"prompt": "a", "max_tokens": 1, "user": 7})
+    assert users == ["ada", 7]
 
 
 def test_logprobs_of_streams_and_of_wholes_are_those_of_generate(client, llm):

@@ -41,7 +41,25 @@ WRONG = [
     ({"stream": 1}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": []}, "stream_options"),
-    ({"stream": True, "stream_options": {"x": 1}}, "x"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+    (
+        {"stream": True, "stream_options": {"include_usage": 1}},
+        "stream_options",
+    ),
+    ({"user": 1.5}, "user"),
+    ({"user": ""}, "user"),
+    ({"best_of": 3, "temperature": 0}, "best_of"),
+    ({"best_of": 99}, "best_of"),
+    ({"use_beam_search": True, "best_of": 4, "n": 5}, "n"),
+    ({"use_beam_search": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"echo": True, "logprobs": 1000}, "logprobs"),
+    ({"choice": ["éa" * 9], "max_tokens": 2}, "max_tokens"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a" * 101}}, "structured_outputs"),
+    ({"structured_outputs": {"choice": [1]}}, "structured_outputs"),
+    ({"structured_outputs": {"json": {"multipleOf": 1e-20}}}, "structured_outputs"),
+    ({"guided_json": {"type": "what"}}, "guided_json"),
+    ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
     ({"echo": "yes"}, "echo"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 1, "n": 2}, "best_of"),
@@ -99,7 +117,23 @@ WRONG = [
         {"messages": USER, "chat_template_kwargs": {"tokenizer": 1}},
         "chat_template_kwargs",
     ),
-    ({"messages": USER, "chat_template_kwargs": {"self": 1}}, "chat_template"),
+    ({"messages": USER, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+    ({"messages": USER, "logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
+    ({"messages": USER, "max_completion_tokens": 1.5}, "max_completion_tokens"),
+    (
+        {"messages": USER, "max_completion_tokens": 2, "regex": "a{9}"},
+        "max_completion_tokens",
+    ),
+    (
+        {
+            "messages": USER,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"pattern": "("}},
+            },
+        },
+        "response_format",
+    ),
     ({"messages": USER, "top_logprobs": 1}, "top_logprobs"),
     ({"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     ({"messages": USER, "modalities": ["audio"]}, "modalities"),
@@ -233,7 +267,13 @@ def test_no_body_is_an_internal_error(client):
         response = client.post(path, json=body)
         assert response.status_code in (200, 400, 403, 404), (body, response.text)
         if response.status_code != 200:
-            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            # It names a field that was sent, or one that is missing.
+            missing = {"prompt", "messages", "tokens", "path"} - set(body)
+            named = {*body, *missing, "max_tokens"}
+            if response.status_code == 400:
+                assert error["param"] in named, (path, body, error)
         counts[response.status_code] = counts.get(response.status_code, 0) + 1
     assert counts[200] > 50
     assert counts[400] > 300

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from jpaged import compilation_cache
+from jpaged import compilation_cache, retention
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import init_model
 from jpaged.serving import memory
@@ -57,6 +57,17 @@ def test_the_pool_uses_at_most_its_fraction_of_free_memory(model, monkeypatch):
     assert sizes(model, kv_dtype="bfloat16") == (10, 100)
     with pytest.raises(ValueError, match="memory for at least one block of 1920 bytes"):
         sizes(model, memory_fraction=0.01)
+
+
+def test_extremes_of_keys_use_memory_of_the_pool(model, monkeypatch):
+    # Beside keys and values, the least and the greatest of 3 layers, 2 heads of 4.
+    extremes = 2 * 3 * 2 * 4 * 4
+    budget = 2 * 5 * (BLOCK_BYTES + extremes)
+    monkeypatch.setattr(memory, "available_bytes", lambda: budget)
+    assert sizes(model, retention=retention.quest()) == (5, 50)
+    monkeypatch.setattr(memory, "available_bytes", lambda: budget - 1)
+    assert sizes(model, retention=retention.quest()) == (4, 40)
+    assert sizes(model, retention=retention.tova()) == (5, 50)
 
 
 def test_on_a_cpu_the_pool_has_a_limit_of_its_own(model, monkeypatch):

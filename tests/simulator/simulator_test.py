@@ -288,6 +288,26 @@ def test_beams_end_together_and_share_blocks():
     assert 0.3 < outcome.saved_share < 2 / 3
 
 
+def test_the_memory_of_a_model_with_windows_is_divided_over_its_groups():
+    workload = at_once([9, 90], [20, 12])
+    windows = [None, 16, 16, 16, None, 16, 16]  # seven layers in four groups of two
+    system = make_engine_system(
+        workload,
+        1024,
+        block_size=4,
+        max_num_seqs=8,
+        layer_windows=windows,
+        preemption="swap",
+        num_swap_blocks=64,
+    )
+    assert system.config.group_windows == (None, 16, 16, 16)
+    assert system.config.num_blocks == 1024 // 4 * 7 // 2
+    assert system.config.num_swap_blocks == 64 * 7 // 2
+    short = at_once([9], [5])  # no window is shorter than the longest request
+    system = make_engine_system(short, 1024, max_num_seqs=8, layer_windows=windows)
+    assert system.config.group_windows == (None,)
+
+
 @pytest.mark.slow
 def test_the_beam_concentration_changes_what_beams_share():
     workload = at_once([9] * 3, [40] * 3, beam_widths=np.array([4] * 3))

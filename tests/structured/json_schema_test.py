@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from jpaged.params import StructuredOutputsParams
+from jpaged.structured.json_numbers import integers_between
 from jpaged.structured.json_schema import to_automaton
-from jpaged.structured.json_texts import integers_between
 from jpaged.structured.regex import from_regex
 from tests.support.automaton_walk import TINY, automaton_of, walk
 
@@ -118,7 +118,18 @@ def test_random_walks_are_json_that_the_schema_accepts(name):
                     {"properties": {"a": {"maxLength": 1}}, "required": ["a"]}]},
          ['{"a":"b"}'], ['{"a":"bc"}', '{"a":1}', "{}"]),
         ({"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True},
-         ["[1,3]", "[]"], ["[1,1]"]),
+         ["[1,3]", "[3,1,2]", "[]"], ["[1,1]", "[1,2,1]"]),
+        ({"items": {"type": "string"}, "uniqueItems": True, "minItems": 2},
+         ['["", "10", "Ada","bob","c"]', '["é","Zoe"]'], ['["a","a"]', '["a"]']),
+        ({"items": {"type": "number"}, "uniqueItems": True, "maxItems": 3},
+         ["[-3.5,0,1]", "[]"], ["[0,-0]", "[1,1.0]", "[1,2,3,4]", "[10,1e1]"]),
+        ({"items": {"type": "integer", "minimum": 1, "maximum": 9},
+          "uniqueItems": True, "minItems": 9}, ["[1,2,3,4,5,6,7,8,9]"], ["[1,1]"]),
+        ({"type": "string", "pattern": r"^[^\w\s]$"}, ['"-"'],
+         ['"é"', '"\u202f"', '"\x85"']),
+        ({"type": "string", "not": {"pattern": r"^\W+$"}}, ['"a"'],
+         ['"é"', '"-"', '"-\\n"']),
+        ({"format": "hostname"}, ['"a-b.example"'], ['"xn--a"', '"-a"']),
         ({"type": "null", "x-unknown": {"a": 1}, "format": "no-format"}, ["null"], []),
         ({"type": "array", "maxItems": 0}, ["[]"], ["[1]"]),
         ({"type": "string", "format": "date"}, ['"2024-12-31"'], ['"2024-02-30"']),
@@ -159,9 +170,12 @@ def test_integers_between_matches_every_number_of_a_small_range():
     ("schema", "message"),
     [
         ({"type": "strin"}, "json/type: expected one or more of null, .*got 'strin'"),
-        ({"properties": {"a": {"type": "array", "uniqueItems": True}}},
-         "json: the keyword 'uniqueItems' is not supported for items other than"),
-        ({"contains": {}}, "json: the keyword 'contains' is not supported; remove it"),
+        ({"properties": {"a": {"items": {"type": "object"}, "uniqueItems": True}}},
+         "json/properties/a/items: the keyword 'uniqueItems' is not supported for ite"),
+        ({"contains": True, "minContains": 300}, "json/contains: expected minContains"),
+        ({"minContains": "1", "contains": {}}, "json/minContains: expected an integer"),
+        ({"extends": {}}, "json: the keyword 'extends' is not supported; remove it"),
+        ({"type": "integer", "multipleOf": 12345}, "json: multipleOf: expected at mo"),
         ({"oneOf": [{"type": "string"}, {"type": "string", "format": "uuid"}]},
          "json/oneOf: expected alternatives that differ by a type"),
         ({"anyOf": []}, "json/anyOf: expected a list of schemas"),

@@ -6,12 +6,13 @@ Pipeline: names and options in flags -> [engine_entries] -> engine system.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jpaged.config import EngineConfig
+from jpaged.kv.cache_groups import choose_groups
 from jpaged.policies import BUDGET, EVICTION, PREEMPTION
 from jpaged.simulator.options import Option
 from jpaged.simulator.systems.base import System, SystemEntry
@@ -59,6 +60,7 @@ def make_engine_system(
     max_num_batched_tokens: int = PAPER_MAX_BATCHED_TOKENS,
     max_model_len: int | None = None,
     max_num_requests: int | None = None,
+    layer_windows: Sequence[int | None] = (None,),
     **config: Any,
 ) -> EngineSystem:
     """Return the engine with a memory of `num_slots` tokens, sized for a workload.
@@ -72,6 +74,9 @@ def make_engine_system(
         few shapes are compiled.
       max_num_requests: size of the request table. None: twice the batch rows, and
         space for one more request.
+      layer_windows: tokens that a query of each layer of the model sees, None: all.
+        They decide the cache groups; `num_slots` and `num_swap_blocks` count all
+        layers.
       **config: further fields of `EngineConfig`.
 
     Raises:
@@ -93,9 +98,15 @@ def make_engine_system(
         )
     if max_num_requests is None:
         max_num_requests = 2 * max_num_seqs * (2 if widest else 1) + most
+    groups = choose_groups(layer_windows, max_model_len)
+    layers = len(layer_windows)
+    if "num_swap_blocks" in config:
+        swapped = config["num_swap_blocks"] * layers // groups.num_layers
+        config["num_swap_blocks"] = swapped
     return EngineSystem(
         EngineConfig(
-            num_blocks=num_slots // block_size,
+            num_blocks=num_slots * layers // (block_size * groups.num_layers),
+            group_windows=groups.windows,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),

@@ -192,7 +192,9 @@ class EngineSystem:
         """Return the engine's own counters; see `jpaged.engine.Counters`."""
         found = dataclasses.asdict(state.engine.counters)
         return {
-            name: int(value) for name, value in found.items() if name.startswith("num_")
+            name: int(value)
+            for name, value in found.items()
+            if name.startswith("num_") and value is not None
         }
 
     def init(self) -> EngineSystemState:

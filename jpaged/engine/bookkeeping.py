@@ -33,7 +33,7 @@ from jpaged.engine.algorithms import States
 from jpaged.engine.batch import Entries, StepBatch
 from jpaged.engine.request_table import NEVER, RequestTable
 from jpaged.engine.state import Counters, EngineState
-from jpaged.indexing import take
+from jpaged.indexing import put, take
 from jpaged.kv import block_manager, cache_groups, prefix_cache, swap
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.drops import computed_lens, intact_rows, references_of
@@ -496,7 +496,7 @@ def _retain_prefixes(
     known = scheduler.row_values(table.queue.num_tokens, rows)
     is_done = is_prefix & (blocks.context_lens == known)
     at = jnp.where(is_done, rows, table.queue.status.shape[0])
-    status = table.queue.status.at[at].set(RETAINED, mode="drop")
+    status = put(table.queue.status, at, RETAINED)
     queue = dataclasses.replace(table.queue, status=status)
     return dataclasses.replace(table, queue=queue)
 
@@ -526,10 +526,10 @@ def fork_rows(
         inherits &= take(intact, source_row)
     if cache_groups.has_windows(blocks.windows):
         inherits &= cache_groups.has_windows_at(blocks, source_row, shared)
-    blocks = block_manager.fork(blocks, jnp.where(inherits, source_row, parents))
-    return block_manager.truncate(
-        blocks, jnp.where(inherits, shared, blocks.context_lens)
-    )
+    tables = take(blocks.block_tables, source_row)
+    own = jnp.arange(rows.size, dtype=jnp.int32)
+    blocks = block_manager.adopt(blocks, tables, jnp.where(inherits, shared, 0))
+    return block_manager.fork(blocks, jnp.where(inherits, own, parents))
 
 
 def _insert_blocks(

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged import scheduler
 from jpaged.arithmetic import cdiv, remainder
 from jpaged.compat import when
 from jpaged.config import EngineConfig
+from jpaged.indexing import put
 from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import BlockState
 from jpaged.scheduler import Queue
@@ -171,9 +173,7 @@ def record_step(
         num_generated=num_generated,
     )
     at = jnp.where(step < 0, num_rows, remainder(step, num_rows))
-    return dataclasses.replace(
-        timeline, steps=timeline.steps.at[at].set(jnp.stack(row), mode="drop")
-    )
+    return dataclasses.replace(timeline, steps=put(timeline.steps, at, jnp.stack(row)))
 
 
 def _record(
@@ -205,24 +205,24 @@ def _put_events(
     at = jnp.where(is_kept, remainder(timeline.num_events + number - 1, size), size)
     return dataclasses.replace(
         timeline,
-        events=timeline.events.at[at].set(jnp.stack(entries, axis=1), mode="drop"),
+        events=put(timeline.events, at, jnp.stack(entries, axis=1)),
         num_events=timeline.num_events + total,
     )
 
 
-def in_order(timeline: Timeline, num_steps: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rotate both ring buffers so that the newest entry is last.
+def in_order(timeline: Timeline, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate both ring buffers so that the newest entry is last. Host only.
 
     Entries that were never written are -1, and come first.
 
     Args:
-      timeline: the timeline.
-      num_steps: i32[], steps since the start.
+      timeline: the timeline, copied to the host.
+      num_steps: steps since the start.
 
     Returns:
       `timeline.events` and `timeline.steps`, rotated.
     """
     return (
-        jnp.roll(timeline.events, -timeline.num_events, axis=0),
-        jnp.roll(timeline.steps, -num_steps, axis=0),
+        np.roll(timeline.events, -int(timeline.num_events), axis=0),
+        np.roll(timeline.steps, -num_steps, axis=0),
     )

@@ -165,7 +165,7 @@ def _make_state(
         host=host,
         counters=_init_counters(config),
         timeline=events.init_timeline(config),
-        scheduler_params=config.scheduler_params,
+        scheduler_params=jax.tree.map(jnp.asarray, config.scheduler_params),
         clock=jnp.int32(0) if config.has_attributes else None,
         config=config,
         mesh=mesh,
@@ -313,9 +313,8 @@ def count_admitted(counters: Counters, before: Queue, after: Queue) -> Counters:
       before: the queue before the step.
       after: the queue after scheduling.
     """
-    seq_index = jnp.arange(before.status.shape[0], dtype=jnp.int32)
     is_first = (before.status == WAITING) & (after.status != WAITING)
-    is_first &= is_new_request(before, seq_index)
+    is_first &= is_new_request(before)
     is_first &= before.priorities != BEFORE_ALL
     num_prompt_tokens = jnp.sum(jnp.where(is_first, before.prompt_lens, 0))
     num_cached_tokens = jnp.sum(after.num_cached - before.num_cached)

@@ -129,7 +129,7 @@ WORKLOAD_LENS = [
 
 def recorded(rings, num_steps):
     """(step, name, sequence index) of the events, and the rows of the steps."""
-    events, rows = timeline.in_order(rings, jnp.int32(num_steps))
+    events, rows = timeline.in_order(rings, num_steps)
     events = [
         (step, timeline.EVENTS[kind], seq_index)
         for step, kind, seq_index in events.tolist()

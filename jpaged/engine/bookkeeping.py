@@ -377,16 +377,17 @@ def finish_step(
     queue = scheduler.count_user_tokens(
         after.queue, state.rows, scheduled.plan.num_tokens
     )
+    found = events.occupancy(state.blocks)
     state = dataclasses.replace(
         state,
         requests=dataclasses.replace(after, queue=queue),
         states=sampled.states,
-        counters=_count(state, scheduled, sampled, num_tokens),
+        counters=_count(state, scheduled, sampled, num_tokens, found),
         timeline=events.record_step(
             state.timeline,
             jnp.where(scheduled.is_live, state.counters.num_steps, -1),
             before.queue,
-            state.blocks,
+            found,
             num_tokens=num_tokens,
             num_generated=sampled.num_new,
         ),
@@ -446,6 +447,7 @@ def _count(
     scheduled: ScheduledStep,
     sampled: SampledStep,
     num_tokens: jax.Array,
+    found: events.Occupancy,
 ) -> Counters:
     """Return the counters after the step."""
     plan, copies = scheduled.plan, scheduled.appended.copy_dst != NO_BLOCK
@@ -462,6 +464,7 @@ def _count(
     return engine_state.count(
         state.counters,
         state.blocks,
+        found,
         is_live=scheduled.is_live,
         is_stalled=is_stalled,
         num_tokens=num_tokens,

@@ -66,8 +66,16 @@ def init_timeline(config: EngineConfig) -> Timeline:
     )
 
 
-def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Count used blocks, tokens in them, and blocks saved by sharing, i32[] each.
+class Occupancy(NamedTuple):
+    """Of all blocks, each i32[]."""
+
+    used: jax.Array  # blocks
+    held: jax.Array  # tokens in them
+    saved: jax.Array  # blocks saved by sharing
+
+
+def occupancy(blocks: BlockState) -> Occupancy:
+    """Count used blocks, tokens in them, and blocks saved by sharing.
 
     A token counts once for each cache group that stores it.
     """
@@ -84,7 +92,7 @@ def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
         stored = jnp.sum(blocks.context_lens)
     saved = unshared - used
     # Tokens in shared blocks count once, so no block has more than block_size tokens.
-    return used, stored - saved * blocks.block_size, saved
+    return Occupancy(used, stored - saved * blocks.block_size, saved)
 
 
 def record_scheduling(
@@ -139,7 +147,7 @@ def record_step(
     timeline: Timeline,
     step: jax.Array,
     scheduled: Queue,
-    blocks: BlockState,
+    found: Occupancy,
     *,
     num_tokens: jax.Array,
     num_generated: jax.Array,
@@ -150,7 +158,7 @@ def record_step(
       timeline: the timeline.
       step: i32[], number of the step; -1: record nothing.
       scheduled: the queue after scheduling.
-      blocks: with the step's tokens appended.
+      found: occupancy with the step's tokens appended.
       num_tokens: i32[], see `StepRow`.
       num_generated: i32[], see `StepRow`.
     """
@@ -158,12 +166,11 @@ def record_step(
     if num_rows == 0:
         return timeline
     status = scheduled.status
-    used, held, saved = occupancy(blocks)
     row = StepRow(
         step=step,
-        num_used_blocks=used,
-        num_token_states=held,
-        num_saved_blocks=saved,
+        num_used_blocks=found.used,
+        num_token_states=found.held,
+        num_saved_blocks=found.saved,
         num_waiting=jnp.sum(
             (status == scheduler.WAITING) | (status == scheduler.SWAPPED),
             dtype=jnp.int32,

@@ -85,11 +85,11 @@ def append_tokens(
     """
     if cache is None:
         return None, *block_manager.append(blocks, num_tokens)
-    needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
-    cache = prefix_cache.evict(cache, blocks.ref_counts, needed, eviction)
+    needed = block_manager.demand(blocks, num_tokens)
+    cache = prefix_cache.evict(cache, blocks.ref_counts, needed.total, eviction)
     cache = without_orphans(cache, blocks)
     before, kept = blocks, prefix_cache.is_cached(cache)
-    blocks, appended = block_manager.append(blocks, num_tokens, kept)
+    blocks, appended = block_manager.append(blocks, num_tokens, kept, needed)
     written = overwritten_nodes(before, num_tokens, appended, kept)
     cache = when(
         jnp.any(written != NO_BLOCK),

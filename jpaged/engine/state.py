@@ -19,7 +19,7 @@ from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, when
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, events, replicas, request_table
 from jpaged.engine.algorithms import States
-from jpaged.engine.events import Timeline
+from jpaged.engine.events import Occupancy, Timeline
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.speculation import DraftedModel
 from jpaged.kv import block_manager, cache_groups, prefix_cache
@@ -328,6 +328,7 @@ def count_admitted(counters: Counters, before: Queue, after: Queue) -> Counters:
 def count(
     counters: Counters,
     blocks: BlockState,
+    found: Occupancy,
     *,
     is_live: jax.Array,
     is_stalled: jax.Array,
@@ -338,11 +339,12 @@ def count(
     Args:
       counters: the counters before the step.
       blocks: with the step's tokens appended.
+      found: their occupancy.
       is_live: bool[], False: there was no work, and nothing is counted.
       is_stalled: bool[], the step could do nothing.
       **gained: i32[], what the step adds to the counters `num_*`, by name.
     """
-    used, held, saved = events.occupancy(blocks)
+    used, held, saved = found
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
     slots = jnp.maximum(used * blocks.block_size, 1)
     saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))

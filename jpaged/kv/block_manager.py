@@ -18,6 +18,7 @@ Source: Kwon et al. 2023, Sections 4.2 to 4.4. https://arxiv.org/abs/2309.06180
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,24 @@ class Append:
     copy_dst: jax.Array  # i32[S * G], block to copy to, NO_BLOCK where none
 
 
+class Demand(NamedTuple):
+    """What an append needs, i32[S * G] each: a row for each group of each row."""
+
+    last: jax.Array  # the last block, an arbitrary number for empty rows
+    copies: jax.Array  # 0 or 1, copies of the last block
+    added: jax.Array  # new blocks
+
+    @property
+    def total(self) -> jax.Array:
+        """Blocks of all rows together, i32[]."""
+        return jnp.sum(self.copies + self.added)
+
+
 def append(
-    state: BlockState, num_tokens: jax.Array, kept: jax.Array | None = None
+    state: BlockState,
+    num_tokens: jax.Array,
+    kept: jax.Array | None = None,
+    needed: Demand | None = None,
 ) -> tuple[BlockState, Append]:
     """Reserve slots for `num_tokens` more tokens in each row.
 
@@ -68,6 +85,7 @@ def append(
       num_tokens: i32[S], tokens to add; 0 leaves the row unchanged.
       kept: bool[N], blocks that must not be reused although no row uses them, because
         the prefix cache keeps their contents; None means none.
+      needed: `demand(state, num_tokens)`, if it is known.
 
     Returns:
       The new state, and the blocks to copy before tokens are written.
@@ -89,16 +107,17 @@ def append(
     num_tokens = row_array("num_tokens", num_tokens, state)
     if len(state.windows) > 1:
         split, num_tokens = _split(state, num_tokens)
-        split, appended = append(split, num_tokens, kept)
+        split, appended = append(split, num_tokens, kept, needed)
         return cache_groups.join_groups(split, state), appended
-    last, copies, added = _demand(state, num_tokens)
+    needed = demand(state, num_tokens) if needed is None else needed
+    last, copies, added = needed
     capacity = state.block_tables.shape[1] * state.block_size
     fits = (num_tokens >= 0) & (num_tokens <= capacity - state.context_lens)
     is_free = state.ref_counts == 0
     if kept is not None:
         is_free &= ~kept
     free_bits = pack_free_blocks(is_free)
-    ok = jnp.all(fits) & (jnp.sum(copies + added) <= free_bits.num_free[-1])
+    ok = jnp.all(fits) & (needed.total <= free_bits.num_free[-1])
     # All or nothing: a refused append requests nothing, so nothing changes below.
     num_tokens, copies, added = (
         jnp.where(ok, count, 0) for count in (num_tokens, copies, added)
@@ -188,7 +207,7 @@ def blocks_needed(state: BlockState, num_tokens: jax.Array) -> jax.Array:
     if len(state.windows) > 1:
         needed = blocks_needed(*_split(state, num_tokens))
         return cache_groups.sum_groups(needed, state)
-    _, copies, added = _demand(state, num_tokens)
+    _, copies, added = demand(state, num_tokens)
     return copies + added
 
 
@@ -379,13 +398,10 @@ def _split(state: BlockState, values: jax.Array) -> tuple[BlockState, jax.Array]
     return cache_groups.split_groups(state), jnp.repeat(values, len(state.windows))
 
 
-def _demand(
-    state: BlockState, num_tokens: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return last block, copies (0 or 1) and new blocks of each row, i32[S] each.
-
-    An empty row has no last block; its entry is an arbitrary number that is not used.
-    """
+def demand(state: BlockState, num_tokens: jax.Array) -> Demand:
+    """Return what `append(state, num_tokens)` needs."""
+    if len(state.windows) > 1:
+        state, num_tokens = _split(state, num_tokens)
     num_used = num_blocks_per_row(state)
     last_column = jnp.maximum(num_used - 1, 0)
     rows = jnp.arange(num_used.size, dtype=jnp.int32)
@@ -404,7 +420,7 @@ def _demand(
 
     unused = num_used * state.block_size - state.context_lens
     overflow = jnp.maximum(num_tokens, 0) - unused
-    return last, copies, jnp.maximum(cdiv(overflow, state.block_size), 0)
+    return Demand(last, copies, jnp.maximum(cdiv(overflow, state.block_size), 0))
 
 
 def _take_free_blocks(

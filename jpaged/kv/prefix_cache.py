@@ -339,19 +339,13 @@ def _smallest(
     Nothing is sorted: for each key, a binary search finds the smallest bound that
     includes enough candidates. The last key must be different for all candidates.
     """
-    chosen = jnp.zeros_like(candidates)
-    for keys in order:
+    all_keys = jnp.stack(order)
 
-        def is_unfinished(carry: tuple) -> jax.Array:
-            low, high = carry
-            return low < high
+    def narrow(number: jax.Array, carry: tuple) -> tuple:
+        chosen, candidates, count = carry
+        keys = lax.dynamic_index_in_dim(all_keys, number, keepdims=False)
 
-        def halve(
-            carry: tuple,
-            keys: jax.Array = keys,
-            candidates: jax.Array = candidates,
-            count: jax.Array = count,
-        ) -> tuple:
+        def halve(carry: tuple) -> tuple:
             low, high = carry
             middle = midpoint(low, high)
             is_enough = jnp.sum(candidates & (keys <= middle), dtype=jnp.int32) >= count
@@ -362,9 +356,11 @@ def _smallest(
 
         low = jnp.min(jnp.where(candidates, keys, jnp.iinfo(jnp.int32).max))
         high = jnp.max(jnp.where(candidates, keys, jnp.iinfo(jnp.int32).min))
-        bound, _ = lax.while_loop(is_unfinished, halve, (low, high))
+        bound, _ = lax.while_loop(lambda carry: carry[0] < carry[1], halve, (low, high))
         is_below = candidates & (keys < bound)
-        chosen |= is_below
         count = count - jnp.sum(is_below, dtype=jnp.int32)
-        candidates = candidates & (keys == bound)
+        return chosen | is_below, candidates & (keys == bound), count
+
+    carry = (jnp.zeros_like(candidates), candidates, count)
+    chosen, candidates, _ = lax.fori_loop(0, len(order), narrow, carry)
     return chosen | candidates

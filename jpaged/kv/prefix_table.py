@@ -13,10 +13,11 @@ Source: block hashes as in vLLM's automatic prefix caching; the tree as in Zheng
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.indexing import add, put, take
 from jpaged.kv.block_state import NO_BLOCK, BlockState
@@ -284,20 +285,20 @@ def hash_keys(parents: jax.Array, chunks: jax.Array) -> jax.Array:
 
     Each token is mixed with its offset in the block, and the results are added.
     """
-    offsets = jnp.arange(chunks.shape[1], dtype=jnp.uint32) + jnp.uint32(1)
+    offsets = np.arange(1, chunks.shape[1] + 1, dtype=np.uint32)
     mixed_SP = _mix(chunks.astype(jnp.uint32) ^ _mix(offsets)[None, :])
     total = jnp.sum(mixed_SP, axis=1, dtype=jnp.uint32)
     return _mix(total ^ _mix(parents.astype(jnp.uint32)))
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Any) -> Any:
     """Apply a bijection of 32-bit words; each bit of `x` flips about half of all bits.
 
     Source: the constants of `lowbias32`, found by search by Chris Wellons.
     https://nullprogram.com/blog/2018/07/31/
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 

@@ -114,7 +114,12 @@ def record(ring, step, before, after, blocks, count):
     )
     ring = timeline.record_scheduling(ring, step, was, scheduled)
     ring = timeline.record_step(
-        ring, step, scheduled, blocks, num_tokens=count, num_generated=count
+        ring,
+        step,
+        scheduled,
+        timeline.occupancy(blocks),
+        num_tokens=count,
+        num_generated=count,
     )
     has_first = (before.first_steps < 0) & (after.first_steps >= 0)
     return timeline.record_decoding(

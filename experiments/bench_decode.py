@@ -35,7 +35,7 @@ from jpaged.models.loading import checkpoint
 
 FLAGS = flags.FLAGS
 # "mosaic_gpu" before "triton": the one that serves fewer machines comes first.
-_IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", "triton", "xla")
+_IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", "triton", "cpu", "xla")
 NAMES = (*_IMPLEMENTATIONS, "transformers")
 
 
@@ -46,6 +46,9 @@ def define_flags() -> None:
         "model", "random:llama-3-8b", "Folder, GGUF file, name or random:NAME."
     )
     flags.DEFINE_string("dtype", "auto", "dtype of weights, keys and values.")
+    flags.DEFINE_enum(
+        "quantization", None, ["int8"], "Weights in 8 bits, for jpaged alone."
+    )
     flags.DEFINE_list("batches", ["1", "8", "32", "128", "256"], "Rows of the steps.")
     flags.DEFINE_integer("context", 512, "Mean tokens of a row.", lower_bound=1)
     flags.DEFINE_integer("steps", 16, "Decode steps in a timed call.", lower_bound=1)
@@ -121,7 +124,9 @@ def run_alone(name: str) -> None:
             )
             processes.send_result({"seconds": float(np.median(taken))})
         return
-    model = checkpoint.load_model(FLAGS.model, FLAGS.dtype)
+    model = checkpoint.load_model(
+        FLAGS.model, FLAGS.dtype, quantization=FLAGS.quantization
+    )
     config = decode_config(name)
     for rows in batch_sizes():
         begin = time.monotonic()
@@ -161,7 +166,8 @@ def decode_rows(
     config, found = timed_model_config(), []
     itemsize = jnp.dtype(config.dtype).itemsize
     for rows, one in zip(batch_sizes(), measured, strict=True):
-        size = limits.step_bytes(config, rows, FLAGS.context, itemsize)
+        of_weight = 1 if FLAGS.quantization and name != "transformers" else itemsize
+        size = limits.step_bytes(config, rows, FLAGS.context, itemsize, of_weight)
         row = {"name": name, "rows": rows, "context": FLAGS.context, "bytes": size}
         row |= {"limit_s": size / read_bytes_per_s, **one}
         if "seconds" in one:
@@ -215,7 +221,8 @@ def main(argv: list[str]) -> int:
         count_of=lambda _: len(batch_sizes()),
         limit_s=FLAGS.limit_s - (time.monotonic() - begin),
     )
-    given = {name: getattr(FLAGS, name) for name in ("model", "dtype", "steps")}
+    names = ("model", "dtype", "quantization", "steps")
+    given = {name: getattr(FLAGS, name) for name in names}
     result = {"rows": rows, "left_out": left_out, "flags": given}
     runner.print_json(result | bandwidths)
     return 0

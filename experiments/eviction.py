@@ -98,9 +98,7 @@ def draw(path: str, found: dict[str, dict[int, dict[str, float]]]) -> None:
 def main(argv: list[str]) -> None:
     """Replays the traces under all policies and prints the results."""
     del argv
-    with runner.user_errors("eviction", EOFError, ImportError):
-        if FLAGS.plot is not None:
-            style.pyplot()
+    with runner.user_errors("eviction", EOFError):
         capacities = runner.positive_integers("capacity_blocks")
         policies = runner.some_of("policies", FLAGS.policies, list(EVICTION.policies))
         traces = {

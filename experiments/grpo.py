@@ -75,7 +75,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_prompts", 8, "Prompts of a step.", lower_bound=1)
     flags.DEFINE_integer("num_samples", 8, "Samples of a prompt.", lower_bound=2)
     flags.DEFINE_integer("max_tokens", 32, "Tokens of a sample.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 1e-4, "Of Adam.", lower_bound=0)
+    flags.DEFINE_float(
+        "learning_rate",
+        None,
+        "Of Adam; default: 1e-4 for all weights, 1e-3 for adapters.",
+        lower_bound=0,
+    )
     flags.DEFINE_float("temperature", 1.0, "Of the samples.", lower_bound=0.01)
     flags.DEFINE_integer(
         "lora_rank", 0, "Train adapters of this rank; 0 trains all.", lower_bound=0
@@ -126,9 +131,11 @@ class Trainer:
             self.params: Any = rl.init_adapters(model, key, FLAGS.lora_rank)
         else:
             self.params = self._base
-        self._optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adam(FLAGS.learning_rate)
-        )
+        rate = FLAGS.learning_rate
+        if rate is None:
+            rate = 1e-3 if FLAGS.lora_rank else 1e-4
+        clip = optax.clip_by_global_norm(1.0)
+        self._optimizer = optax.chain(clip, optax.adam(rate))
         self._state = self._optimizer.init(self.params)
 
     def _model(self, params: Any, base: Any) -> Decoder:
@@ -342,7 +349,9 @@ def write_results(runs: Sequence[Sequence[Step]]) -> None:
 def main(argv: list[str]) -> None:
     """Trains with each seed and prints the results."""
     del argv
-    with runner.user_errors("grpo"):
+    with runner.user_errors("grpo", ImportError):
+        if FLAGS.out:
+            style.pyplot()
         llm = make_llm()
     model = nnx.clone(llm.model)
     runs = [train(llm, model, FLAGS.seed + i) for i in range(FLAGS.num_seeds)]

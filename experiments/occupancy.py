@@ -152,9 +152,7 @@ def main(argv: list[str]) -> None:
     lengths = table_lengths("alpaca", count, seed)
     rng = np.random.default_rng(seed)
     runner.warn_if_small("occupancy", "num_requests", count, 30)
-    with runner.user_errors("occupancy", ImportError):
-        if FLAGS.plot is not None:
-            style.pyplot()
+    with runner.user_errors("occupancy"):
         llm = live_llm(max(map(sum, lengths)))
         vocab_size = llm.model.config.vocab_size
         prompts = [

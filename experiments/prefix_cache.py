@@ -342,10 +342,8 @@ def plot_ratios(rows: Sequence[dict[str, Any]], path: str) -> None:
 def main(argv: list[str]) -> None:
     """Replays the trace at all capacities and prints the results."""
     del argv
-    with runner.user_errors("prefix_cache", EOFError, ImportError):
+    with runner.user_errors("prefix_cache", EOFError):
         requests, capacities = checked_flags()
-        if FLAGS.plot is not None:
-            style.pyplot()
     num_blocks = sum(len(request.hash_ids) for request in requests)
     print(f"{len(requests)} requests, {num_blocks} blocks")
     names = ("capacity", "blocks hit", "tokens hit", "optimum", "seconds", "lookups/s")

@@ -154,6 +154,9 @@ def scaled_lengths() -> list[RequestLength]:
 def fit_costs(steps: Sequence[StepRecord]) -> tuple[LinearCost, float]:
     """Fits the time of a step to its prompt tokens and its decode rows.
 
+    A coefficient that a short run cannot tell from the others is 0: all prompts may be
+    in its first step, or all steps have as many rows.
+
     Returns:
       The cost model, and its mean relative error.
     """
@@ -170,8 +173,12 @@ def fit_costs(steps: Sequence[StepRecord]) -> tuple[LinearCost, float]:
         "prompt_tokens": np.maximum(numbers[:, 2] - rows, 0),
         "decode_rows": rows,
     }
-    # The slices of a stream are short, so few steps are longer than their work.
-    cost, report = fit(work, seconds)
+    known: dict[str, np.ndarray] = {}
+    for name, column in work.items():
+        columns = np.stack([*known.values(), column]).astype(float)
+        if np.linalg.matrix_rank(columns) == len(columns):
+            known[name] = column
+    cost, report = fit(known, seconds)
     return cost, report.mean_error
 
 

@@ -305,9 +305,7 @@ def main(argv: list[str]) -> None:
     """Runs all methods and widths and prints the results."""
     del argv
     runner.warn_if_small("sharing", "num_requests", FLAGS.num_requests, 50)
-    with runner.user_errors("sharing", ImportError):
-        if FLAGS.plot is not None:
-            style.pyplot()
+    with runner.user_errors("sharing"):
         widths, scales, lengths = checked_flags()
         config = sharing_config(widths, FLAGS.methods)
         for method in FLAGS.methods:

@@ -144,7 +144,8 @@ class LLM(VllmMethods):
       watermark: share of the blocks that admission leaves free while requests run.
       check_invariants: check the engine's state on the host after every step, and raise
         RuntimeError if it is inconsistent. For debugging: costs milliseconds per step.
-      quantization: "int8" stores the weights of the layers' products in 8 bits.
+      quantization: "int8" stores the weights of the layers' products and of the output
+        in 8 bits.
       cascade: samples, beams and prompts with a shared prefix read its keys and values
         together, where this is faster.
       logprobs_mode: which distribution the log-probabilities of outputs are of. "raw":

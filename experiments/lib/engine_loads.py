@@ -16,6 +16,7 @@ from experiments.lib.timing import Contender
 from jpaged import engine
 from jpaged.arithmetic import cdiv
 from jpaged.config import EngineConfig
+from jpaged.cpu import huge_pages
 from jpaged.engine import request_table
 from jpaged.engine.request_table import SampledTokens
 from jpaged.models import Decoder
@@ -47,7 +48,9 @@ def compile_seconds(model: Decoder, config: EngineConfig) -> float:
 
 def copy_state(state: engine.EngineState) -> engine.EngineState:
     """Copies a state, so that the copy can be donated."""
-    return jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    copied = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    huge_pages.move(copied.cache)  # as `LLM` does
+    return copied
 
 
 def clear_state(state: engine.EngineState) -> engine.EngineState:
@@ -90,6 +93,7 @@ def decoding_state(
     prompts = random_prompts([prompt_len] * rows, model.config.vocab_size, seed=1)
     params = SamplingParams(temperature=0.0, max_tokens=config.max_model_len)
     state = engine.init(model, config)
+    huge_pages.move(model)
     state, _ = engine.submit(state, prompts, params)
     while True:
         state = engine.run(model, state, 1)

@@ -96,10 +96,24 @@ def kv_bytes_per_token(config: ModelConfig, itemsize: int = 4) -> int:
     return arrays * itemsize * config.num_layers * config.num_kv_heads * config.head_dim
 
 
-def step_bytes(config: ModelConfig, rows: int, context: int, itemsize: int = 4) -> int:
-    """Bytes that a decode step has to read: weights, keys and values."""
+def step_bytes(
+    config: ModelConfig,
+    rows: int,
+    context: int,
+    itemsize: int = 4,
+    weight_itemsize: int | None = None,
+) -> int:
+    """Bytes that a decode step has to read: weights, keys and values.
+
+    Args:
+      config: The model's sizes.
+      rows: Sequences of the step.
+      context: Mean tokens of a sequence.
+      itemsize: Bytes of a number.
+      weight_itemsize: Bytes of a weight; None is `itemsize`.
+    """
     tokens = rows * context * kv_bytes_per_token(config, itemsize)
-    return itemsize * sum(num_matrix_weights(config)) + tokens
+    return (weight_itemsize or itemsize) * sum(num_matrix_weights(config)) + tokens
 
 
 def step_limit_s(

@@ -30,6 +30,8 @@ import jaxlib.version
 import numpy as np
 from absl import app, flags
 
+from jpaged.plot import style
+
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags defined here belong to the runner that asks for them
 
@@ -71,7 +73,8 @@ def parse(
     alone exits with 1. See `start` for the other arguments.
 
     Raises:
-      SystemExit: help was requested, a flag is invalid, or an argument is unexpected.
+      SystemExit: help was requested, a flag is invalid, an argument is unexpected, or a
+        file of `check_outputs` cannot be written.
     """
     own = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if _FULL_HELP.intersection(own):
@@ -83,7 +86,28 @@ def parse(
         hint = f"; pass it as --{argument_flag}" if argument_flag else ""
         name = pathlib.Path(argv[0]).stem
         sys.exit(f"{name}: expected flags only, got {arguments[1]!r}{hint}")
+    with user_errors(pathlib.Path(argv[0]).stem, ImportError):
+        check_outputs()
     return arguments
+
+
+def check_outputs() -> None:
+    """Checks, before the work, that the files of `--plot` and `--csv` can be written.
+
+    Raises:
+      ImportError: A figure was asked for, and matplotlib is missing.
+      ValueError: The folder of a file does not exist.
+    """
+    files = {flag: getattr(FLAGS, flag, None) for flag in ("plot", "csv")}
+    if files["plot"] is not None:
+        style.pyplot()
+    for flag, file in files.items():
+        folder = pathlib.Path(file or ".").parent
+        if not folder.is_dir():
+            raise ValueError(
+                f"--{flag}: expected a file in an existing folder, got {file!r}; "
+                f"create {str(folder)!r} first"
+            )
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     dtype: str = "float32"  # of the parameters and activations
-    quantization: str | None = None  # "int8": 8-bit weights inside the layers
+    quantization: str | None = None  # "int8": 8-bit weights of products
     vocab_first: bool = False  # output weights are stored as [V, E], for TPUs
     initializer_range: float = 0.02
 

@@ -434,8 +434,11 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [T, E] of tokens i32[T], projected to the hidden size."""
-        table = self.output.table if self.embedding is None else self.embedding[...]
-        x = parallel.embed_tokens(table, tokens, self.config.vocab_size)
+        if self.embedding is None:
+            x = self.output.embed(tokens, self.config)
+        else:
+            table = self.embedding[...]
+            x = parallel.embed_tokens(table, tokens, self.config.vocab_size)
         if self.config.scaled_embedding:
             # The factor is rounded to the dtype, as in transformers.
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)

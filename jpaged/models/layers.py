@@ -112,20 +112,33 @@ class Output(nnx.Module):
     The parameter is `weight` [E, V], or with `config.vocab_first` instead `rows`
     [V, E]. A TPU stores an [E, V] array in transposed order if V is not a multiple of
     128, and then copies it for each product. A tied embedding is also looked up by row.
+    With `config.quantization`, the parameter is int8, and `scale` f32[V] its scales.
     """
 
     def __init__(
         self, in_size: int, vocab_size: int, config: ModelConfig, rngs: nnx.Rngs
     ) -> None:
-        weight = random_param((in_size, vocab_size), config, rngs)
+        shape, scale = (in_size, vocab_size), None
+        if config.quantization is None:
+            weight = random_param(shape, config, rngs)
+        else:
+            weight, scale = random_int8(shape, config, rngs)
+        self.scale = scale
         self.weight = None if config.vocab_first else weight
         self.rows = nnx.Param(weight[...].T) if config.vocab_first else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The product [..., V], in the dtype of the weights."""
-        if self.weight is not None:
-            return matmul(x, self.weight[...])
-        return matmul(x, self.table.T)
+        """The product [..., V], in the dtype of x."""
+        weight = self.table.T if self.weight is None else self.weight[...]
+        return matmul(x, weight, None if self.scale is None else self.scale[...])
+
+    def embed(self, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+        """The weights as embeddings [T, E] of tokens i32[T], in the model's dtype."""
+        if self.scale is None:
+            return parallel.embed_tokens(self.table, tokens, config.vocab_size)
+        scaled = self.table, self.scale[...]
+        rows = parallel.embed_tokens(scaled, tokens, config.vocab_size)
+        return rows.astype(config.dtype)
 
     @property
     def table(self) -> jax.Array:

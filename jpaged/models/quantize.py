@@ -34,13 +34,15 @@ def quantize_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     return rounded.astype(jnp.int8), scale
 
 
-def round_int8(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def round_int8(weight: np.ndarray, scale: np.ndarray, axis: int = -2) -> np.ndarray:
     """Quantise weights [..., in, out] on the host with given scales f32[..., out].
+
+    With `axis` -1, weights and result are [..., out, in].
 
     Given the scales of `quantize_int8`, the result int8[..., in, out] equals that of
     `quantize_int8`. `weight` may be any part of a matrix.
     """
-    divisor = np.expand_dims(np.where(scale > 0, scale, np.float32(1)), -2)
+    divisor = np.expand_dims(np.where(scale > 0, scale, np.float32(1)), axis)
     with np.errstate(invalid="ignore"):  # the loader checks for NaN, on request
         return np.rint(weight.astype(np.float32) / divisor).astype(np.int8)
 

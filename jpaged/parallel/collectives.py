@@ -51,14 +51,30 @@ def device_index(axis: str) -> jax.Array | int:
     return 0 if mesh is None else lax.axis_index(split_axis_names(mesh, axis))
 
 
-def embed_tokens(table: jax.Array, tokens: jax.Array, vocab_size: int) -> jax.Array:
-    """Look up rows [T, E] of an embedding [V, E] that may be split over the devices."""
-    num_rows = table.shape[0]
+def embed_tokens(
+    table: jax.Array | tuple[jax.Array, jax.Array], tokens: jax.Array, vocab_size: int
+) -> jax.Array:
+    """Look up rows [T, E] of an embedding [V, E] that may be split over the devices.
+
+    Args:
+      table: the embedding; or int8[V, E] and the scales of its rows f32[V], which give
+        rows of float32.
+      tokens: i32[T].
+      vocab_size: V on all devices together.
+    """
+
+    def look_up(index: jax.Array) -> jax.Array:
+        if not isinstance(table, tuple):
+            return table[index]
+        weights, scale = table
+        return weights[index].astype(scale.dtype) * scale[index][:, None]
+
+    num_rows = jax.tree.leaves(table)[0].shape[0]
     if num_rows == vocab_size:
-        return table[tokens]
+        return look_up(tokens)
     own = tokens - device_index("tensor") * num_rows
     is_mine = (own >= 0) & (own < num_rows)
-    rows = table[jnp.where(is_mine, own, 0)]
+    rows = look_up(jnp.where(is_mine, own, 0))
     rows = jnp.where(is_mine[:, None], rows, jnp.zeros_like(rows))
     return sum_partials(rows, "embedding")
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jpaged import engine, parallel
 from jpaged.compat import quick_jit
 from jpaged.config import EngineConfig
+from jpaged.cpu import huge_pages
 from jpaged.engine import (
     DraftedModel,
     EngineState,
@@ -112,6 +113,7 @@ class EngineRunner:
         sizes = (model.config, None if draft is None else draft.config)
         self.note("config", (sizes, config, kv_dtype, seed))
         self.state = self._new_state()
+        huge_pages.move_in_background((self._models, self.state.cache))
         self.read_progress()
 
     def note(self, kind: str, what: Any) -> None:
@@ -357,6 +359,7 @@ class EngineRunner:
             self._models = dataclasses.replace(self._models, target=model)
         else:
             self._models = model
+        huge_pages.move_in_background(model)
         self._stepper.replace_model(self._models)
 
     def close(self) -> None:

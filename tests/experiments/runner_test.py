@@ -48,3 +48,18 @@ def test_positional_arguments_are_refused():
     )
     with pytest.raises(SystemExit, match="got 'abc'; pass it as --prompt"):
         runner.parse(["generate", "abc"], argument_flag="prompt")
+
+
+def test_files_that_cannot_be_written_end_a_run_before_its_work(tmp_path, monkeypatch):
+    missing = str(tmp_path / "missing")
+    assert call_experiment("serve_bench", f"--csv={missing}/a.csv") == (
+        1,
+        "",
+        f"serve_bench: --csv: expected a file in an existing folder, got "
+        f"'{missing}/a.csv'; create '{missing}' first\n",
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for flag in ("sharing --plot=a.png", "grpo --out=a"):
+        status, out, err = call_experiment(*flag.split())
+        assert (status, out) == (1, "")
+        assert "jpaged.plot needs matplotlib: pip install 'jpaged[plot]'" in err

@@ -62,6 +62,16 @@ def test_costs_of_steps_are_found_again():
     assert float(cost.seconds.decode_rows) == pytest.approx(0.0005, rel=1e-3)
 
 
+def test_work_that_no_step_has_costs_nothing():
+    steps = [
+        StepRecord(number, 0.5 * number, 1, 1, 1, 0, 0, 3, 3, 3) for number in range(5)
+    ]
+    cost, error = fit_costs(steps)
+    assert error < 1e-6
+    assert float(cost.seconds.steps) == pytest.approx(0.5)
+    assert float(cost.seconds.prompt_tokens) == float(cost.seconds.decode_rows) == 0
+
+
 def test_the_overhead_is_a_ratio_of_throughputs():
     status, out, err = call_experiment(
         "serve_bench", "--mode=overhead", "--streams=4", "--tokens=8", "--runs=1"

@@ -1,5 +1,6 @@
 """Experts and 8-bit weights against numpy: their results and their cost."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from jpaged import LLM
 from jpaged.models import load_model, save_model
+from jpaged.models.loading import checkpoint
 from jpaged.models.moe import _ragged_dot, grouped_matmul
 from jpaged.models.quantize import product_int8, quantize_int8
 from tests.support.models import checkpoints
@@ -132,7 +134,7 @@ def test_an_int8_model_is_smaller_and_predicts_nearly_as_well():
     kinds = {leaf.dtype for leaf in jax.tree.leaves(small.model)}
     assert kinds == {jnp.dtype(jnp.int8), jnp.dtype(jnp.float32)}
     sizes = [sum(x.nbytes for x in jax.tree.leaves(m.model)) for m in (plain, small)]
-    assert sizes[1] < 0.6 * sizes[0]
+    assert sizes[1] < 0.27 * sizes[0]
     text = "import os\n\n\ndef read(path):\n    with open(path) as file:\n" * 3
     before, after = plain.perplexity(text), small.perplexity(text)
     assert before.perplexity != after.perplexity
@@ -195,6 +197,37 @@ def test_each_expert_of_an_int8_model_is_quantised_separately(tmp_path):
     tokens = np.arange(20, dtype=np.int32)[None]
     error = relative_error(apply(small, tokens), apply(plain, tokens))
     assert 1e-4 < error < 5e-2
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("vocab_first", [True, False])
+def test_output_and_tied_embedding_are_quantised_by_word(
+    tmp_path, monkeypatch, is_tied, vocab_first
+):
+
+    def as_stored(config):
+        return dataclasses.replace(config, vocab_first=vocab_first)
+
+    monkeypatch.setattr(checkpoint, "as_stored", as_stored)
+    folder = checkpoints.write_tiny_llama(tmp_path, tie_word_embeddings=is_tied)
+    model = load_model(folder, quantization="int8")
+    stored = checkpoints.read_tensors(folder)
+    name = "model.embed_tokens" if is_tied else "lm_head"
+    want = stored[f"{name}.weight"]
+    # In float32, so that halves are rounded to the same side.
+    scale = np.abs(want).max(axis=1, keepdims=True) / np.float32(127)
+    rounded = np.rint(want / scale).astype(np.float64) * scale
+    output = model.output
+    kept = output.rows if vocab_first else output.weight
+    assert kept[...].dtype == jnp.int8
+    assert kept.shape == (want.shape if vocab_first else want.T.shape)
+    x = random_array(3, want.shape[1])
+    np.testing.assert_allclose(
+        output(x), np.asarray(x, np.float64) @ rounded.T, atol=1e-5
+    )
+    words = jnp.asarray([0, 7, 7, len(want) - 1])
+    table = rounded if is_tied else stored["model.embed_tokens.weight"]
+    np.testing.assert_allclose(model._embed(words), table[words], rtol=1e-5, atol=1e-7)
 
 
 def test_saving_a_quantised_model_and_unknown_quantisations_are_refused(tmp_path):

@@ -26,7 +26,7 @@ from experiments.lib.attention.cases import (
 )
 from jpaged import attention
 from jpaged.attention import backends
-from jpaged.cpu import library
+from jpaged.cpu import huge_pages, library
 from jpaged.pages import quantised as quantised_pages
 
 
@@ -43,6 +43,7 @@ def _paged(implementation: str) -> Callable[[AttentionCase], BuiltContender]:
             if shape.kv_dtype is not None:
                 pages, scales[name] = quantised_pages.quantise(pages, page)
             pools.append(backends.layout(implementation).store(pages))
+        huge_pages.move(jax.block_until_ready(pools))  # as `LLM` does
         lens = jnp.full(shape.rows, shape.context, jnp.int32)
 
         def attend(

@@ -171,8 +171,10 @@ def fill(
         for path, part in zip(target.tensor.paths, _parts(target), strict=True):
             scale = None
             owner = target.modules[part.nth]
-            if path[-1] == "weight" and getattr(owner, "scale", None) is not None:
-                scale = _channel_scale(part, tensor, dtype)
+            is_matrix = path[-1] in ("weight", "rows")  # [in, out], or [out, in]
+            axis = -1 if path[-1] == "rows" else -2  # which is summed
+            if is_matrix and getattr(owner, "scale", None) is not None:
+                scale = _channel_scale(part, tensor, dtype, axis)
                 scales = shards_of((*path[:-1], "scale"), owner.scale)
                 order = range(scale.ndim)
                 _write(scales, part.within, lambda p, s=scale: s[_index(p)], order)
@@ -182,6 +184,7 @@ def fill(
                 part: _Part = part,
                 tensor: Stored = tensor,
                 scale: np.ndarray | None = scale,
+                axis: int = axis,
             ) -> np.ndarray:
                 kind = part.param.dtype if scale is None else dtype
                 values = part.read(tensor, piece, np.dtype(kind))
@@ -191,7 +194,7 @@ def fill(
                     )
                 if scale is None:
                     return values
-                return round_int8(values, scale[_index((*piece[:-2], piece[-1]))])
+                return round_int8(values, scale[_scale_index(piece, axis)], axis)
 
             _write(shards_of(path, part.param), part.within, read, part.order)
     for param, done in shards.values():
@@ -223,20 +226,29 @@ def _index(piece: Region) -> tuple[slice, ...]:
     return tuple(slice(*bounds) for bounds in piece)
 
 
-def _channel_scale(part: _Part, stored: Stored, dtype: np.dtype) -> np.ndarray:
+def _scale_index(piece: Region, axis: int) -> tuple[slice, ...]:
+    """Where the scales of a piece are; `axis` is the axis that a product sums."""
+    return _index((*piece[:-2], piece[-3 - axis]))
+
+
+def _channel_scale(
+    part: _Part, stored: Stored, dtype: np.dtype, axis: int
+) -> np.ndarray:
     """Scales f32[..., out] of the tensor's part of a parameter [..., in, out].
+
+    The parameter may be [..., out, in]; `axis` is that of the inputs, -2 or -1.
 
     This is a separate pass before the weights are read, because the rows that share a
     scale can be in different pieces and on different devices.
     """
     shape = tuple(part.param.shape)
-    largest = np.zeros((*shape[:-2], shape[-1]), np.float32)
+    largest = np.zeros((*shape[:-2], shape[-3 - axis]), np.float32)
     whole = part.within(tuple((0, size) for size in shape))
     assert whole is not None
     for piece in placing.pieces(whole, part.order):
         values = np.abs(part.read(stored, piece, dtype).astype(np.float32))
-        index = _index((*piece[:-2], piece[-1]))
-        largest[index] = np.maximum(largest[index], values.max(axis=-2))
+        index = _scale_index(piece, axis)
+        largest[index] = np.maximum(largest[index], values.max(axis=axis))
     return largest / np.float32(127)
 
 

@@ -221,7 +221,8 @@ def logits_by_roofline(
     reads = chip.memory_bytes_per_s * chip.efficiency.read_share
     flops = chip.flops_per_s * chip.efficiency.matmul_share
     size = model.head_params / num_chips
-    seconds = np.maximum(size * model.dtype_bytes / reads, 2 * rows * size / flops)
+    read_s = size * model.matrix_param_bytes / reads
+    seconds = np.maximum(read_s, 2 * rows * size / flops)
     ends = [0, int(np.argmax(seconds > seconds[0])), max_rows - 1]
     ends = sorted(set(ends))
     return Curve(rows[ends], seconds[ends], f"roofline of {chip.name}")

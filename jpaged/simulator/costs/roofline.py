@@ -141,7 +141,7 @@ class Roofline:
         if not step_s >= 0:
             raise ValueError(f"step_s: expected at least 0, got {step_s}")
         efficiency, layers = chip.efficiency, model.num_layers
-        size = model.layer_param_bytes
+        size = model.matrix_param_bytes
         # A ring sends each byte (n - 1) / n times in each of its two rounds.
         rounds = 2 * (num_chips - 1) / num_chips
         reduce_bytes = 2 * layers * rounds * model.hidden_size * model.dtype_bytes
@@ -152,7 +152,7 @@ class Roofline:
             expert_bytes=model.expert_params * size / num_chips,
             unread_share=unread,
             token_flops=model.flops_per_token / num_chips,
-            head_bytes=model.head_params * model.dtype_bytes / num_chips,
+            head_bytes=model.head_params * model.matrix_param_bytes / num_chips,
             head_flops=2 * model.head_params / num_chips,
             kv_bytes=kv_bytes_on_chip(model, num_chips),
             pair_flops=model.flops_per_pair / num_chips,

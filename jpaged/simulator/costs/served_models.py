@@ -41,7 +41,7 @@ class ServedModel:
     num_experts: int  # per layer; 0: no experts
     num_experts_per_token: int
     param_bytes: int  # of all parameters
-    layer_param_bytes: float  # of one parameter of a layer or expert
+    matrix_param_bytes: float  # of one parameter of a layer, expert or the output
     dtype_bytes: int  # of one activation, and of any other parameter
     kv_bytes_per_token: int
     activation_bytes_per_token: int  # moved by operations between products
@@ -78,7 +78,7 @@ class ServedModel:
         head = config.vocab_size * config.input_size
         params = layers + experts + _outer_params(config)
         layer_size = 1 if config.quantization == "int8" else size
-        others = (params - layers - experts) * size
+        others = (params - layers - experts - head) * size
         sliding = 0 if config.sliding_window is None else config.num_layers
         return cls(
             name=name,
@@ -93,8 +93,8 @@ class ServedModel:
             head_params=head,
             num_experts=config.num_experts,
             num_experts_per_token=config.num_experts_per_token,
-            param_bytes=(layers + experts) * layer_size + others,
-            layer_param_bytes=layer_size,
+            param_bytes=(layers + experts + head) * layer_size + others,
+            matrix_param_bytes=layer_size,
             dtype_bytes=size,
             kv_bytes_per_token=kv_cache.bytes_per_block(
                 num_layers=config.num_layers,

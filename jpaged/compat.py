@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import compute_on
 
 Carry = TypeVar("Carry")
@@ -102,7 +103,7 @@ def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves = jax.tree.leaves((args, kwargs))
-        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
         return (function if is_traced else jitted())(*args, **kwargs)
 
     return call

@@ -31,7 +31,8 @@ from jpaged.serving.compiled import Program
 GREEDY = Features()
 # One program for all requests, whatever else they use.
 PROMPT_LOGPROBS = Features(logprobs=True, prompt_logprobs=True)
-# Programs whose arrays are so small that little is gained by optimising them.
+# Programs whose arrays are so small that little is gained by optimising them. The same
+# holds for greedy decoding after a trunk; decode loops have it in their own programs.
 _SMALL = ("schedule", "settle")
 _KINDS = {"m": "model", "p": "pages", "s": "state", "w": "whole"}
 
@@ -130,8 +131,9 @@ class ProgramSpecs:
             [_KINDS[kind] for kind in inputs],
             [_KINDS[kind] for kind in outputs],
         )
+        is_quick = key.name in _SMALL or (key.name == "decode" and key.used == GREEDY)
         options = None
-        if key.name in _SMALL and jax.default_backend() == "cpu":
+        if is_quick and jax.default_backend() == "cpu":
             options = compat.quick_compilation()
         return Program(str(key), mapped, args, donated, options)
 

@@ -68,7 +68,7 @@ def read_progress(
 ) -> tuple[SequenceProgress, dict[str, np.ndarray]]:
     """Return the progress of all sequences, and the counters, each [D]."""
     table, queue = state.requests, state.requests.queue
-    columns = SequenceProgress(
+    columns = (
         queue.status,
         queue.num_tokens,
         table.finish_reasons,

@@ -3,6 +3,7 @@
     python -m experiments.decoding_zoo
     python -m experiments.decoding_zoo --model FOLDER --max_tokens 64 --out zoo
     python -m experiments.decoding_zoo --methods greedy,typical,dola --prompt "def "
+    python -m experiments.decoding_zoo --model smollm2-135m-instruct --out zoo
 
 Each method generates `--max_tokens` tokens after each prompt, all prompts in one call,
 after a call that compiles. The table has, as means over outputs:
@@ -11,7 +12,8 @@ after a call that compiles. The table has, as means over outputs:
 - repetition: share of 4-grams that occurred before in the output;
 - distinct_2: different 2-grams by all 2-grams, over all outputs of the method;
 - diversity: product of (1 - repetition) of 2-, 3- and 4-grams;
-- steps and seconds of the call; blocks copied; tokens per second.
+- steps of the decoder and seconds of the call; blocks copied before a write; tokens per
+  second, of the outputs that are compared.
 
 Low perplexity with high repetition is degenerate text. A method is better where
 diversity is high and perplexity near that of human text, which no run knows.
@@ -19,7 +21,11 @@ diversity is high and perplexity near that of human text, which no run knows.
 The last line on stdout is one JSON object. `--out` writes DIR/zoo.csv, and DIR/zoo.png
 if matplotlib is installed (extra `plot`).
 
-Time: about three minutes on two CPU cores, mostly for compilation.
+Each method has one output per prompt; best_of_n chooses the one of four samples that
+repeats itself least. value_beam and tree_search have the same measure as their value
+function, together with the mean log-probability.
+
+Time: about four minutes on two CPU cores, mostly for compilation.
 """
 
 from __future__ import annotations
@@ -31,23 +37,34 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments.lib import runner
 from experiments.lib.runner import Report, progress
 from jpaged.decoding import contrib
+from jpaged.decoding.values import Leaf, mean_logprob
 from jpaged.llm import LLM
 from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
 from jpaged.plot import style
+from jpaged.search import TreeSearchParams
 
 FLAGS = flags.FLAGS
+CODE_MODEL = "tiny-python"
 PROMPTS = ("def ", "class ", "import ", "for i in ", "    return ", "if __name__")
+TEXT_PROMPTS = (
+    "The history of the city begins with",
+    "A good night's sleep is important because",
+    "Water boils at a lower temperature when",
+    "Once upon a time, in a village by the sea,",
+)
 
 
 def define_flags() -> None:
     """Defines the runner's flags."""
-    flags.DEFINE_string("model", "tiny-python", "Folder, or a bundled model's name.")
+    flags.DEFINE_string("model", CODE_MODEL, "Folder, or a bundled model's name.")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
     flags.DEFINE_list("methods", None, f"Some of {', '.join(METHODS)}; default: all.")
     flags.DEFINE_integer("max_tokens", 48, "Tokens of each output.", lower_bound=4)
@@ -97,6 +114,35 @@ def _early_layers(llm: LLM) -> tuple[int, ...]:
     return tuple(sorted({0, half - 1}))
 
 
+def _instructions(llm: LLM | None = None) -> list[str]:
+    """Prompts of an expert and of an anti-expert."""
+    del llm
+    return ["A clear and varied text: ", "A dull text that repeats itself: "]
+
+
+def fresh_value(leaf: Leaf) -> jax.Array:
+    """The mean log-probability, and the share of the output's tokens that are new."""
+    index = jnp.arange(leaf.tokens.shape[0], dtype=jnp.int32)
+    is_output = (index >= leaf.prompt_len) & (index < leaf.num_tokens)
+    is_equal = leaf.tokens[:, None] == leaf.tokens[None, :]
+    is_earlier = (index[None, :] < index[:, None]) & is_output[None, :]
+    is_new = is_output & ~jnp.any(is_equal & is_earlier, axis=1)
+    count = jnp.maximum(leaf.num_tokens - leaf.prompt_len, 1).astype(jnp.float32)
+    return mean_logprob(leaf) + 3.0 * jnp.sum(is_new).astype(jnp.float32) / count
+
+
+def _tree(llm: LLM, length: int, seed: int) -> TreeSearchParams:
+    del llm
+    return TreeSearchParams(
+        fresh_value,
+        num_simulations=15,
+        num_actions=4,
+        max_tokens=length,
+        ignore_eos=True,
+        seed=seed,
+    )
+
+
 def _contrastive(llm: LLM, length: int) -> Any:
     size = llm.model.config.hidden_size
     return contrib.contrastive_search(max_tokens=length, hidden_size=size)
@@ -125,6 +171,14 @@ METHODS: dict[str, Callable[[LLM, int, int], Any]] = {
         2,
         companions=_unconditional,
     ),
+    "experts": _algorithm(
+        lambda llm, length: contrib.experts(1.0, 0.1), 3, companions=_instructions
+    ),
+    "value_beam": _algorithm(
+        lambda llm, length: contrib.value_beam(fresh_value, width=2), 6, lookahead=1
+    ),
+    "best_of_n": _sampled(n=4),
+    "tree_search": _tree,
 }
 
 
@@ -163,18 +217,55 @@ def measure(llm: LLM, name: str, prompts: Sequence[str]) -> dict[str, float]:
     """Runs a method twice, and measures the second run."""
     make = METHODS[name]
     params = [make(llm, FLAGS.max_tokens, FLAGS.seed + i) for i in range(len(prompts))]
-    llm.generate(prompts, params, progress=False)
-    before, start = llm.stats(), time.perf_counter()
-    outputs = llm.generate(prompts, params, progress=False)
-    seconds, after = time.perf_counter() - start, llm.stats()
-    found = [output.outputs[0] for output in outputs]
+    run = _search if isinstance(params[0], TreeSearchParams) else _generate
+    run(llm, prompts, params)
+    start = time.perf_counter()
+    found, steps, copies = run(llm, prompts, params)
+    seconds = time.perf_counter() - start
     num_tokens = sum(len(one.token_ids) for one in found)
     return quality(found) | {
-        "steps": after["num_steps"] - before["num_steps"],
-        "block_copies": after["num_block_copies"] - before["num_block_copies"],
+        "steps": steps,
+        "block_copies": copies,
         "seconds": seconds,
         "tokens_per_s": num_tokens / seconds,
     }
+
+
+def _generate(
+    llm: LLM, prompts: Sequence[str], params: Sequence[Any]
+) -> tuple[list[Any], int, int]:
+    """One output of each prompt, steps of the decoder, and copies of blocks."""
+    before = llm.stats()
+    outputs = llm.generate(prompts, params, progress=False)
+    after = llm.stats()
+    counts = [after[x] - before[x] for x in ("num_steps", "num_block_copies")]
+    found = [output.outputs[0] for output in outputs]
+    if getattr(params[0], "n", 1) > 1:
+        found = [
+            contrib.best_of_n(one.outputs, _Repetitions(one.outputs)).output
+            for one in outputs
+        ]
+    return found, *counts
+
+
+class _Repetitions:
+    """A verifier of texts: how few of their 4-grams occurred before."""
+
+    def __init__(self, outputs: Sequence[Any]):
+        self._of_text = {one.text: repetition(one.token_ids, 4) for one in outputs}
+
+    def __call__(self, text: str) -> float:
+        return -self._of_text[text]
+
+
+def _search(
+    llm: LLM, prompts: Sequence[str], params: Sequence[Any]
+) -> tuple[list[Any], int, int]:
+    """The same, of a tree search, which has one seed for all prompts."""
+    outputs = llm.tree_search(list(prompts), params[0])
+    metrics = outputs[0].metrics
+    found = [output.outputs[0] for output in outputs]
+    return found, metrics["num_steps"], metrics["num_block_copies"]
 
 
 def write_files(folder: str, found: dict[str, dict[str, float]]) -> None:
@@ -207,9 +298,10 @@ def main(argv: list[str]) -> None:
     report, found = Report(), {}
     with runner.user_errors("decoding_zoo"):
         names = runner.some_of("methods", FLAGS.methods, list(METHODS))
-        prompts = list(FLAGS.prompt or PROMPTS)
+        own = PROMPTS if FLAGS.model == CODE_MODEL else TEXT_PROMPTS
+        prompts = list(FLAGS.prompt or own)
         length = FLAGS.max_tokens + 1
-        longest = max(len(prompt.encode()) for prompt in prompts)
+        longest = max(len(prompt.encode()) for prompt in [*prompts, *_instructions()])
         llm = LLM(FLAGS.model, max_num_seqs=32, max_model_len=longest + length + 8)
         for name in names:
             progress(f"{name} ...")

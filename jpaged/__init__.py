@@ -28,6 +28,8 @@ from jpaged.outputs import BeamSearchSequence as BeamSearchSequence
 from jpaged.outputs import CompletionOutput as CompletionOutput
 from jpaged.outputs import Logprob as Logprob
 from jpaged.outputs import RequestOutput as RequestOutput
+from jpaged.outputs import SearchStep as SearchStep
+from jpaged.outputs import TreeSearchOutput as TreeSearchOutput
 from jpaged.parallel.mesh import make_mesh as make_mesh
 from jpaged.params import AlgorithmParams as AlgorithmParams
 from jpaged.params import BeamSearchParams as BeamSearchParams
@@ -38,6 +40,7 @@ from jpaged.params import StructuredOutputsParams as StructuredOutputsParams
 from jpaged.prompts import PromptType as PromptType
 from jpaged.prompts import TextPrompt as TextPrompt
 from jpaged.prompts import TokensPrompt as TokensPrompt
+from jpaged.search.params import TreeSearchParams as TreeSearchParams
 from jpaged.serving.live import Request as Request
 from jpaged.serving.metrics import Event as Event
 from jpaged.serving.metrics import StepRecord as StepRecord
@@ -65,10 +68,13 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "Score",
+    "SearchStep",
     "StepRecord",
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
+    "TreeSearchOutput",
+    "TreeSearchParams",
     "load_model",
     "make_mesh",
     "save_model",

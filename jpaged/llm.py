@@ -33,11 +33,12 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.scoring import Perplexity, Score
 from jpaged.names import checked_names, either, errors_of
-from jpaged.outputs import RequestOutput
+from jpaged.outputs import RequestOutput, TreeSearchOutput
 from jpaged.policies import BudgetPolicy, EvictionPolicy, Policy
 from jpaged.progress import Progress
 from jpaged.prompts import Prompt
 from jpaged.retention import Retention
+from jpaged.search import TreeSearchParams
 from jpaged.serving import construction, memory, stats
 from jpaged.serving.collect import collect_outputs
 from jpaged.serving.engine_host import EngineHost
@@ -49,6 +50,7 @@ from jpaged.serving.pausing import MODES
 from jpaged.serving.prefix import Prefix
 from jpaged.serving.report import report_choice
 from jpaged.serving.request_state import Delta, RequestState, RequestUpdate
+from jpaged.serving.tree_searching import run_searches
 from jpaged.serving.vllm_methods import (
     VllmMethods,
     default_params,
@@ -628,6 +630,38 @@ class LLM(VllmMethods):
         return collect_outputs(
             self._batcher, *found, progress=progress, on_output=on_output
         )
+
+    def tree_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: TreeSearchParams | None = None,
+    ) -> list[TreeSearchOutput]:
+        """Search for a text after each prompt, by Monte Carlo tree search.
+
+        All nodes of a tree are texts in the pool: they share the blocks of their common
+        tokens, and each simulation computes one token of one new node per prompt. The
+        searches use blocks that are free; open requests wait meanwhile. See
+        docs/decoding.md.
+
+            params = TreeSearchParams(num_simulations=64, max_tokens=20)
+            (output,) = llm.tree_search("def ", params)
+            print(output.outputs[0].text, output.steps[0].visits)
+
+        Args:
+          prompts: a text, a list of token ids, or a list of either.
+          params: parameters of all searches; None is `TreeSearchParams()`.
+
+        Returns:
+          One TreeSearchOutput per prompt, in order.
+
+        Raises:
+          ValueError: an argument is invalid; a search does not fit into the free
+            blocks; or the LLM has a mesh or a retention method.
+        """
+        host = self._with_current_weights()
+        with errors_of("tree_search"), host.lock:
+            host.recover()
+            return run_searches(host, self.tokenizer, prompts, params, self.seed)
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], continuations: Prompt | Sequence[Any]

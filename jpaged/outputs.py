@@ -31,7 +31,7 @@ class CompletionOutput:
     text: str  # excluding the stop token or string; empty without a tokenizer
     cumulative_logprob: float
     logprobs: Logprobs | None = None
-    # "stop", "length", "abort" or "dead_end"; None while the output grows
+    # "stop", "length", "abort", "dead_end" or "error"; None while the output grows
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token or string; None for EOS
     score: float | None = None  # beams: cumulative_logprob / length ** length_penalty
@@ -125,7 +125,7 @@ class RequestOutput:
       request_id: number of the request since the LLM was created.
       prompt: text of the prompt; None for a prompt of token ids.
       prompt_token_ids: tokens of the prompt.
-      outputs: samples in order, or beams, best first; empty if there is an error.
+      outputs: samples in order, or beams, best first; empty if the request is invalid.
       prompt_logprobs: per token of the prompt, log-probabilities; None for the first.
       metrics: num_prompt_tokens; num_cached_tokens, those among them that were mapped
         and not computed; num_generated_tokens of all outputs; first_step and last_step,
@@ -133,7 +133,8 @@ class RequestOutput:
         sequences; and, in seconds, queue_s, first_token_s, time_per_output_token_s,
         total_s and normalized_latency_s, see `serving.metrics.latencies`. vLLM's names
         are attributes, see `RequestMetrics`.
-      error: why there are no outputs.
+      error: why there are no outputs, or why some end with the reason "error": a
+        user's algorithm or logits processor returned what is no token.
       events: what happened to the request and when, in order, see
         `serving.metrics.Event`.
     """
@@ -225,3 +226,44 @@ class BeamSearchOutput:
     """The beams of one prompt, best first."""
 
     sequences: list[BeamSearchSequence]
+
+
+class SearchStep(NamedTuple):
+    """What a tree search found out before it chose a token."""
+
+    token_ids: np.ndarray  # i32[A], the actions: tokens that may follow
+    visits: np.ndarray  # i32[A]
+    values: np.ndarray  # f32[A], mean values; 0 without visits
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TreeSearchOutput:
+    """The result of `LLM.tree_search` for one prompt.
+
+    Attributes:
+      prompt: text of the prompt; None for a prompt of token ids.
+      prompt_token_ids: tokens of the prompt.
+      outputs: the text whose tokens were chosen, one by one, by their visits; its
+        `score` is its value. Empty if there is an error.
+      best: the text with the largest value among all complete texts that the search
+        has seen; None if it has seen none.
+      steps: for each chosen token, the visits and values of the root's actions.
+      metrics: num_nodes, texts that were computed, the prompt included;
+        num_cached_tokens of the prompt; num_steps of the decoder, of all searches of
+        the batch; max_used_blocks, the most blocks that the search used at a time;
+        max_blocks_without_sharing, what its nodes would have used then with a copy of
+        their text each; num_block_copies, of all searches of the batch.
+      error: why there are no outputs.
+    """
+
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    outputs: Sequence[CompletionOutput]
+    best: CompletionOutput | None
+    steps: Sequence[SearchStep]
+    metrics: Mapping[str, int]
+    error: str | None = None
+
+    def __repr__(self) -> str:
+        """Return the output on one line, with long lists shortened."""
+        return _repr(self)

@@ -452,12 +452,16 @@ class AlgorithmParams:
             it: another object compiles the engine again, unless it has the same
             functions.
         num_rows: number of sequences that run, the S of the algorithm.
+        n: how often the algorithm runs, with different keys; the outputs of all runs
+            are returned. All runs share the blocks of the prompt, and n * num_rows
+            sequences run in lockstep.
         parameters: values of some of the algorithm's parameters; others keep those of
             the algorithm. New values compile nothing.
         companions: prompts of the last rows, which the algorithm reads beside the
             request's own prompt: an unconditional prompt, for example. Each runs in one
             row. Their rows are no outputs.
-        num_return: number of outputs to return, the first ones; None returns all.
+        num_return: number of outputs to return, the first ones, of each run; None
+            returns all.
         stop: strings that end an output, as in `SamplingParams`.
         logprobs: as in `SamplingParams`.
         max_tokens: maximum number of tokens to generate; None is limited only by
@@ -481,6 +485,7 @@ class AlgorithmParams:
     max_tokens: int | None = 16
     ignore_eos: bool = False
     stop_token_ids: Sequence[int] = ()
+    n: int = 1
     parameters: Mapping[str, Any] | None = None
     companions: Sequence[Any] = ()
     num_return: int | None = None
@@ -510,8 +515,17 @@ class AlgorithmParams:
                     self, name, integer(name, getattr(self, name), low=low)
                 )
         num_rows = integer("num_rows", self.num_rows, low=1)
+        companions = param_checks.companions(self.companions, num_rows)
+        needed = getattr(self.algorithm, "num_companions", None)
+        if needed is not None and len(companions) != needed:
+            expected = (
+                f"{needed} prompts beside the request's own, which this algorithm "
+                "compares it with (AlgorithmParams(..., companions=[...]))"
+            )
+            raise error("companions", expected, self.companions)
         checked = {
-            "companions": param_checks.companions(self.companions, num_rows),
+            "companions": companions,
+            "n": integer("n", self.n, low=1),
             "parameters": None if given is None else dict(given),
             "stop": strings("stop", () if self.stop is None else self.stop),
             "num_rows": num_rows,

@@ -74,17 +74,20 @@ LAYERS = {
                           "params",
                           "parallel", "kv", "scheduler", "attention", "models",
                           "decoding"],
+    # trees of texts in the engine's pool: pure functions
+    "search":            ["compat", "names", "validation", "param_checks", "config",
+                          "kv", "attention", "models", "decoding", "engine"],
     # the host side: requests of all callers, clock, statistics
     "serving":           ["compat", "log", "progress", "names", "validation",
                           "param_checks", "policies", "retention", "config", "params",
                           "prompts",
                           "outputs", "parallel", "text", "kv", "scheduler",
                           "pages", "cpu", "attention", "models", "decoding",
-                          "structured", "engine"],
+                          "structured", "engine", "search"],
     "llm":               ["progress", "names", "validation", "config", "policies",
                           "retention",
                           "params", "prompts", "outputs", "compilation_cache", "text",
-                          "parallel", "models", "engine", "serving"],
+                          "parallel", "models", "engine", "search", "serving"],
     # around rollouts: pure functions, and tunix's interface
     "rl":                ["decoding", "params", "outputs", "models", "serving", "llm"],
     # vLLM's names of modules, and its arguments as flags of a command line

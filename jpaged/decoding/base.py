@@ -138,6 +138,8 @@ class DecodingAlgorithm:
       hidden_size: With "hidden": E of the model.
       keeps_rows: Each row continues itself. The engine then ignores `parents`, and the
         tokens of a row are final: they can be streamed.
+      num_companions: Prompts that a request must give beside its own
+        (`AlgorithmParams.companions`); None: any number.
 
     Raises:
       ValueError: An unknown need, a need without its size, or a value that is no
@@ -153,6 +155,7 @@ class DecodingAlgorithm:
     layers: tuple[int, ...] = ()
     hidden_size: int = 0
     keeps_rows: bool = False
+    num_companions: int | None = None
     specs: Specs = dataclasses.field(init=False, default=())
 
     def __post_init__(self) -> None:

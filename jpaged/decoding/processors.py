@@ -172,6 +172,7 @@ class Processed(NamedTuple):
     logits: jax.Array  # f32[S, V]
     temperature: jax.Array  # f32[S], what is left to apply
     inputs: tuple[jax.Array, ...]  # f32[S, V] for each processor with a state
+    is_faulty: jax.Array  # bool[S], one returned NaN or +inf: no token is allowed
 
 
 def process(
@@ -200,6 +201,7 @@ def process(
     def run() -> Processed:
         found, left = logits, temperature
         inputs: list[Any] = [None] * len(chain)
+        is_faulty = jnp.zeros(is_mine.shape, jnp.bool_)
         for late in (False, True):
             if late and any(is_late):
                 divides = is_mine & (temperature >= GREEDY_BELOW)
@@ -215,14 +217,22 @@ def process(
                     mine = rows._replace(key=_own_keys(rows.key, i))
                     new = jax.vmap(kind.apply)(found, mine, states[i], values[i])
                     is_open = is_mine[:, None] & (found != -jnp.inf)
+                    is_wrong = is_open & jnp.isfinite(found) & ~(new < jnp.inf)
+                    is_faulty |= jnp.any(is_wrong, axis=1)
                     found = jnp.where(is_open, new, found)
         kept = (x for x, kind in zip(inputs, chain, strict=True) if kind.init)
-        return Processed(found, left, tuple(kept))
+        found = jnp.where(is_faulty[:, None], -jnp.inf, found)
+        return Processed(found, left, tuple(kept), is_faulty)
 
     return jax.lax.cond(
         jnp.any(is_mine),
         run,
-        lambda: Processed(logits, temperature, (logits,) * number_of_inputs),
+        lambda: Processed(
+            logits,
+            temperature,
+            (logits,) * number_of_inputs,
+            jnp.zeros(is_mine.shape, jnp.bool_),
+        ),
     )
 
 

@@ -109,7 +109,7 @@ def smc(
     ) -> tuple[SMCState, Decision]:
         # A caller without the engine may pass the same keys in every step.
         keys = jax.vmap(lambda key: jax.random.fold_in(key, state.num_tokens))(keys)
-        state, parents = _resample(jax.random.fold_in(keys[0], 1), state, threshold)
+        state, parents = resample(jax.random.fold_in(keys[0], 1), state, threshold)
         is_running = ~state.is_finished
         logits = jnp.where(is_running[:, None], logits[parents], 0.0)
         tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -121,7 +121,7 @@ def smc(
         state = dataclasses.replace(
             state,
             log_weights=state.log_weights + jnp.where(is_running, gain, 0.0),
-            potential_states=_where(is_running, after, state.potential_states),
+            potential_states=where_rows(is_running, after, state.potential_states),
             is_finished=~is_running | jnp.isin(tokens, jnp.asarray(stop_ids)),
             num_tokens=state.num_tokens + 1,
         )
@@ -137,8 +137,8 @@ def smc(
     return DecodingAlgorithm(init, step)
 
 
-def _resample(
-    key: jax.Array, state: SMCState, threshold: float
+def resample(
+    key: jax.Array, state: SMCState, threshold: float | jax.Array
 ) -> tuple[SMCState, jax.Array]:
     """Resamples the particles if needed; returns the state and parents i32[S]."""
     num_rows = len(state.log_weights)
@@ -180,7 +180,7 @@ def systematic(key: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.searchsorted(ends, points, side="right").astype(jnp.int32)
 
 
-def _where(is_new: jax.Array, new: Any, old: Any) -> Any:
+def where_rows(is_new: jax.Array, new: Any, old: Any) -> Any:
     """Chooses the rows of `new` where `is_new` (bool[S]), and of `old` elsewhere."""
 
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:

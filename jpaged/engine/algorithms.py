@@ -14,9 +14,7 @@ requests that are batched, W rows and Q sequences of one request, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,223 +24,26 @@ from jpaged import scheduler
 from jpaged.arithmetic import cdiv
 from jpaged.compat import when
 from jpaged.config import EngineConfig
-from jpaged.decoding import beam
-from jpaged.decoding.base import (
-    Context,
-    Decision,
-    DecodingAlgorithm,
-    has_context,
-    parameters_of,
-)
-from jpaged.decoding.sample import token_keys, token_logprobs, top_logprobs
+from jpaged.decoding.base import NO_TOKEN, Decision, has_context
+from jpaged.decoding.sample import token_logprobs, top_logprobs
 from jpaged.engine import request_table
-from jpaged.engine.processing import Processing
+from jpaged.engine.algorithm_checks import check_examples as check_examples
+from jpaged.engine.algorithm_checks import num_sequences as num_sequences
+from jpaged.engine.algorithm_inputs import DraftLogits as DraftLogits
+from jpaged.engine.algorithm_inputs import GroupInputs, group_context, group_inputs
+from jpaged.engine.algorithm_inputs import Logits as Logits
+from jpaged.engine.algorithm_states import Parametrised, States
+from jpaged.engine.algorithm_states import config_algorithms as config_algorithms
+from jpaged.engine.algorithm_states import has_needs as has_needs
+from jpaged.engine.algorithm_states import init_states as init_states
+from jpaged.engine.algorithm_states import initial_state as initial_state
+from jpaged.engine.algorithm_states import insert_states as insert_states
+from jpaged.engine.algorithm_states import with_needs as with_needs
 from jpaged.engine.request_table import RequestTable, SampledTokens
 from jpaged.kv.block_manager import NO_BLOCK
 from jpaged.scheduler import FINISHED, RETAINED, RUNNING
 
-# For each algorithm the states of all requests, [R, ...]: a request's state is stored
-# at the sequence index of its leader.
-States = tuple[Any, ...]
-_LENGTH = 16  # tokens of sequences in checks
 _ROWS = 8  # rows that decode at a time, if a request has fewer
-
-
-class DraftLogits(NamedTuple):
-    """Logits of the draft model, which has other rows than the step."""
-
-    values: jax.Array  # f32[N, V]
-    seq_indices: jax.Array  # i32[N], the sequence of each row; R: none
-
-
-@functools.lru_cache(maxsize=256)
-def num_sequences(algorithm: DecodingAlgorithm, num_rows: int, vocab_size: int) -> int:
-    """Return Q: a request's rows, and the sequences that the algorithm retains.
-
-    Args:
-      algorithm: the decoding algorithm.
-      num_rows: W, rows of a request.
-      vocab_size: V of the model.
-
-    Raises:
-      ValueError: the results of the algorithm's `step` have wrong shapes or dtypes.
-    """
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
-    logits = jax.ShapeDtypeStruct((num_rows, vocab_size), jnp.float32)
-    before = jax.eval_shape(lambda: _as_arrays(algorithm.init(num_rows)))
-    context = ()
-    if has_context(algorithm):
-        context = (_abstract_context(algorithm, num_rows, vocab_size),)
-    after, decision = jax.eval_shape(algorithm.step, keys, logits, before, *context)
-    _check_state(before, after)
-    if not isinstance(decision, Decision):
-        raise ValueError(
-            f"algorithm.step: expected a Decision as second result, got {decision!r}"
-        )
-    shape = jnp.shape(decision.tokens)
-    count = shape[0] if len(shape) == 1 else 0  # 0 raises below
-    dtypes = {"tokens": "int32", "parents": "int32", "logprobs": "float32"}
-    for name, dtype in (dtypes | {"finished": "bool"}).items():
-        got = getattr(decision, name)
-        if got.shape != (count,) or got.dtype != dtype or count < num_rows:
-            raise ValueError(
-                f"algorithm.step: expected Decision.{name} of {dtype} with one shape "
-                f"[Q], Q at least {num_rows} (its rows), got {got.dtype} of {got.shape}"
-            )
-    return count
-
-
-def _abstract_context(algorithm: Any, num_rows: int, vocab_size: int) -> Context:
-    """The shapes of a context."""
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    number, needs = array(num_rows), algorithm.needs
-    layers = array(len(algorithm.layers), num_rows, vocab_size, dtype=jnp.float32)
-    hidden = array(num_rows, algorithm.hidden_size, dtype=jnp.float32)
-    return Context(
-        parameters={
-            name: array(*shape, dtype=dtype) for name, shape, dtype in algorithm.specs
-        },
-        prompt_lens=number,
-        num_tokens=number,
-        limits=number,
-        tokens=array(num_rows, _LENGTH) if "history" in needs else None,
-        hidden=hidden if "hidden" in needs else None,
-        layers=layers if "layers" in needs else None,
-        draft=(
-            array(num_rows, vocab_size, dtype=jnp.float32) if "draft" in needs else None
-        ),
-    )
-
-
-def _check_state(before: Any, after: Any) -> None:
-    if jax.tree.structure(before) != jax.tree.structure(after):
-        raise ValueError(
-            "algorithm.step: expected a state of the structure that init returns, "
-            f"{jax.tree.structure(before)}, got {jax.tree.structure(after)}"
-        )
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise ValueError(
-                f"algorithm.step: expected a state like the one that init returns, "
-                f"{old.dtype} of {old.shape}, got {new.dtype} of {new.shape}"
-            )
-
-
-def _as_arrays(state: Any) -> Any:
-    return jax.tree.map(jnp.asarray, state)
-
-
-def config_algorithms(
-    config: EngineConfig,
-) -> tuple[tuple[DecodingAlgorithm, int], ...]:
-    """Return the algorithms of the config, each with its rows; beam search is first."""
-    if not config.max_beam_width:
-        return config.algorithms
-    beams = _beam_search(config.max_num_stop_ids)
-    return ((beams, config.max_beam_width), *config.algorithms)
-
-
-def with_needs(config: EngineConfig) -> EngineConfig:
-    """Return the config with what its algorithms need of the decoder."""
-    needs = [one for one, _ in config.algorithms if hasattr(one, "needs")]
-    hidden = any("hidden" in one.needs for one in needs)
-    layers = sorted({layer for one in needs for layer in one.layers})
-    return dataclasses.replace(
-        config,
-        seen_hidden=hidden,
-        seen_layers=tuple(layers),
-        seen_draft=any("draft" in one.needs for one in needs),
-    )
-
-
-def has_needs(config: EngineConfig, algorithm: Any) -> bool:
-    """Whether a program of this config computes what an algorithm needs."""
-    needs = getattr(algorithm, "needs", ())
-    layers = getattr(algorithm, "layers", ())
-    return (
-        (config.seen_hidden or "hidden" not in needs)
-        and (config.seen_draft or "draft" not in needs)
-        and set(layers) <= set(config.seen_layers)
-    )
-
-
-@functools.cache
-def _beam_search(num_stop_ids: int) -> DecodingAlgorithm:
-    """Beam search for all requests: its parameters come with each request."""
-
-    def init(num_rows: int) -> beam.BeamState:
-        return beam.beam_state(
-            num_rows,
-            width=num_rows,
-            max_tokens=1,
-            length_penalty=1.0,
-            early_stopping=False,
-            stop_ids=(),
-            num_stop_ids=num_stop_ids,
-        )
-
-    return DecodingAlgorithm(init, beam.step)
-
-
-class Parametrised(NamedTuple):
-    """The state of an algorithm with parameters."""
-
-    state: Any
-    parameters: dict[str, Any]
-
-
-def initial_state(
-    algorithm: Any, num_rows: int, parameters: Mapping[str, Any] | None = None
-) -> Any:
-    """Return what the engine keeps of a new request's algorithm.
-
-    Args:
-      algorithm: the algorithm.
-      num_rows: rows of the request.
-      parameters: the request's values of some of the algorithm's parameters.
-    """
-    state = _as_arrays(algorithm.init(num_rows))
-    if not getattr(algorithm, "specs", ()):
-        return state
-    return Parametrised(state, parameters_of(algorithm, parameters))
-
-
-def init_states(config: EngineConfig) -> States:
-    """Create the algorithms' states without any request."""
-
-    def empty(algorithm: DecodingAlgorithm, num_rows: int) -> Any:
-        one = jax.eval_shape(lambda: initial_state(algorithm, num_rows))
-        size = config.max_num_requests
-        return jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), one)
-
-    return tuple(empty(*pair) for pair in config_algorithms(config))
-
-
-def insert_states(states: States, new: request_table.Submission) -> States:
-    """Insert the states of new requests, at their leaders' sequence indices."""
-
-    def put(kind: int, column: jax.Array, values: jax.Array) -> jax.Array:
-        is_mine = (new.params.algorithms == kind) & (new.params.sampling.sample == 0)
-        seq_indices = jnp.where(is_mine, new.seq_indices, column.shape[0])
-        return column.at[seq_indices].set(values, mode="drop")
-
-    return tuple(
-        jax.tree.map(functools.partial(put, kind), old, fresh)
-        for kind, (old, fresh) in enumerate(zip(states, new.states, strict=True))
-    )
-
-
-class Logits(NamedTuple):
-    """The logits of a step, with their sequences and what else algorithms need."""
-
-    values: jax.Array  # f32[N, V]
-    seq_indices: jax.Array  # i32[N], the sequence of each row; R: none
-    hidden: jax.Array | None = None  # [N, E]
-    layers: tuple[jax.Array, ...] = ()  # f32[N, V] each, of the config's `seen_layers`
-    draft: DraftLogits | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -363,10 +164,10 @@ def _step_group(
     parameters: dict[str, jax.Array] = {}
     if isinstance(state, Parametrised):
         state, parameters = state
-    inputs = _inputs(table, members[:, :num_rows], logits, config)
+    inputs = group_inputs(table, members[:, :num_rows], logits, config)
     context: tuple[Any, ...] = ()
     if has_context(algorithm):
-        context = (_context(algorithm, parameters, table, inputs, logits, config),)
+        context = (group_context(algorithm, parameters, table, inputs, logits, config),)
     state, decision = jax.vmap(algorithm.step)(
         inputs.keys, inputs.scores, state, *context
     )
@@ -374,12 +175,15 @@ def _step_group(
         own = jnp.arange(members.shape[1], dtype=jnp.int32)[None, :]
         parents = jnp.broadcast_to(own, members.shape)
         decision = dataclasses.replace(decision, parents=parents)
-    decision = dataclasses.replace(
-        decision,
-        parents=jnp.clip(decision.parents, 0, members.shape[1] - 1),
-        finished=decision.finished | (decision.tokens < 0),
-    )
+    # Beam search, which is the engine's own, makes no faulty decision.
+    is_own = kind == 0 and config.max_beam_width > 0
+    is_faulty = None
+    if not is_own or config.processors:
+        is_faulty = _is_faulty(table, members, decision, inputs)
+    decision = _valid(decision, is_faulty)
     table, gets_token = _apply(table, members, decision, inputs, step, config)
+    if is_faulty is not None:
+        table = _end_faulty(table, carry.table, members, is_faulty, num_rows)
     table, has_ended = _finish(table, members, num_rows)
 
     row_of = _row_of(rows, table_size)
@@ -402,6 +206,73 @@ def _step_group(
         num_tokens=carry.num_tokens
         + jnp.sum(gets_token[:, :num_rows], dtype=jnp.int32),
     )
+
+
+def _is_faulty(
+    table: RequestTable,
+    members: jax.Array,
+    decision: Decision,
+    inputs: GroupInputs,
+) -> jax.Array:
+    """bool[G]: a decision has a token or a parent that does not exist.
+
+    Nor can a request go on if its logits processors have returned NaN. Tokens of
+    sequences that have ended do not count, because they get none.
+    """
+    table_size, count = table.queue.status.shape[0], members.shape[1]
+    vocab_size = inputs.raw.shape[-1]
+    is_known = members < table_size
+    parents = jnp.clip(decision.parents, 0, count - 1)
+    is_wrong = (decision.parents != parents) & is_known
+    above = jnp.take_along_axis(members, parents, axis=1)
+    is_open = is_known & (above < table_size)
+    is_open &= ~table.queue.has_ended[jnp.where(above < table_size, above, 0)]
+    is_token = (decision.tokens >= NO_TOKEN) & (decision.tokens < vocab_size)
+    is_wrong |= is_open & ~is_token
+    found = jnp.any(is_wrong, axis=1)
+    if inputs.processed is not None:
+        is_nan = inputs.processed.is_faulty.reshape(inputs.known.shape)
+        is_row = is_known[:, : is_nan.shape[1]]
+        is_row &= ~table.queue.has_ended[inputs.known]
+        found |= jnp.any(is_nan & is_row, axis=1)
+    return found
+
+
+def _valid(decision: Decision, is_faulty: jax.Array | None) -> Decision:
+    """Return decisions [G, Q] in which those that are faulty end all sequences."""
+    tokens, parents, finished = decision.tokens, decision.parents, decision.finished
+    if is_faulty is not None:
+        own = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        tokens = jnp.where(is_faulty[:, None], NO_TOKEN, tokens)
+        parents = jnp.where(is_faulty[:, None], own, parents)
+    return dataclasses.replace(
+        decision,
+        tokens=tokens,
+        parents=jnp.clip(parents, 0, tokens.shape[1] - 1),
+        finished=finished | (tokens < 0),
+    )
+
+
+def _end_faulty(
+    table: RequestTable,
+    before: RequestTable,
+    members: jax.Array,
+    is_faulty: jax.Array,
+    num_rows: int,
+) -> RequestTable:
+    """Set the reason of the sequences that a faulty decision has ended.
+
+    Rows that have ended before keep theirs.
+    """
+    table_size = table.queue.status.shape[0]
+    is_retained = jnp.arange(members.shape[1], dtype=jnp.int32)[None, :] >= num_rows
+    had_reason = before.finish_reasons.at[members].get(
+        mode="fill", fill_value=request_table.STOP
+    )
+    is_first = is_retained | (had_reason == request_table.NOT_FINISHED)
+    at = jnp.where(is_faulty[:, None] & is_first, members, table_size)
+    reasons = table.finish_reasons.at[at].set(request_table.ERROR, mode="drop")
+    return dataclasses.replace(table, finish_reasons=reasons)
 
 
 def _finish(
@@ -437,121 +308,11 @@ def _row_of(rows: jax.Array, table_size: int) -> jax.Array:
     return row_of.at[table_size].set(num_rows)
 
 
-class _Inputs(NamedTuple):
-    """What the step of G requests gets, and what their decisions need."""
-
-    keys: jax.Array  # key[G, W]
-    scores: jax.Array  # f32[G, W, V], log-probabilities after rules and processors
-    raw: jax.Array  # f32[G, W, V], the model's
-    entries: jax.Array  # i32[G, W], row of the step's logits
-    known: jax.Array  # i32[G, W], sequence index, 0 for unused rows
-    processed: Processing | None
-
-
-def _inputs(
-    table: RequestTable, seq_indices: jax.Array, logits: Logits, config: EngineConfig
-) -> _Inputs:
-    """Keys and log-probabilities of the rows `seq_indices` i32[G, W].
-
-    A row without logits in this step gets those of another row. With processed
-    log-probabilities, the probabilities of the tokens that are allowed sum to 1.
-    """
-    table_size, (num_groups, num_rows) = table.queue.status.shape[0], seq_indices.shape
-    index = _rows_of(logits.seq_indices, table_size)[seq_indices]
-    raw = logits.values[index.reshape(-1)]
-    raw = raw - jax.nn.logsumexp(raw, axis=1, keepdims=True)
-    is_used = seq_indices < table_size
-    known = jnp.where(is_used, seq_indices, 0)
-    flat, flat_used = known.reshape(-1), is_used.reshape(-1)
-    states = table.automaton_states[flat]
-    values = request_table.constrain(table, flat, states, flat_used, raw)
-
-    number = jnp.tile(jnp.arange(num_rows, dtype=jnp.int32), num_groups)
-    seeds = jnp.repeat(table.params.sampling.seed[known[:, 0]], num_rows)
-    # All running rows have the same length. Rows that have ended get new keys too,
-    # because they may continue another row.
-    lengths = jnp.max(
-        jnp.where(is_used, table.queue.num_tokens[known], 0), axis=1, keepdims=True
-    )
-    lengths = jnp.broadcast_to(lengths, seq_indices.shape).reshape(-1)
-    keys, processed = token_keys(seeds, number, lengths), None
-    if config.processors and table.params.processors is not None:
-        # Log-probabilities have no temperature.
-        processed = request_table.process(
-            table,
-            flat,
-            flat_used,
-            values,
-            config,
-            num_tokens=table.queue.num_tokens[flat],
-            keys=keys,
-            temperature=jnp.zeros(flat.shape, jnp.float32),
-            states=jax.tree.map(lambda x: x[flat], table.processor_states),
-        )
-        values = processed.logits
-    if config.logprobs_mode == "processed" and values is not raw:
-        total = jax.nn.logsumexp(values, axis=1, keepdims=True)
-        values = jnp.where(total == -jnp.inf, values, values - total)
-
-    def grouped(array: jax.Array) -> jax.Array:
-        return array.reshape(num_groups, num_rows, *array.shape[1:])
-
-    return _Inputs(
-        grouped(keys), grouped(values), grouped(raw), index, known, processed
-    )
-
-
-def _context(
-    algorithm: Any,
-    parameters: dict[str, jax.Array],
-    table: RequestTable,
-    inputs: _Inputs,
-    logits: Logits,
-    config: EngineConfig,
-) -> Context:
-    """What the algorithm needs beside the logits, with the axes [G, W]."""
-    vocab_size, needs = logits.values.shape[1], algorithm.needs
-    num_tokens = table.queue.num_tokens[inputs.known]
-    tokens = hidden = layers = draft = None
-    if "history" in needs:
-        tokens = table.tokens[inputs.known]
-        index = jnp.arange(tokens.shape[-1], dtype=jnp.int32)[None, None, :]
-        tokens = jnp.where(index < num_tokens[..., None], tokens, vocab_size)
-    if "hidden" in needs:
-        assert logits.hidden is not None
-        hidden = logits.hidden[inputs.entries]
-    if "layers" in needs:
-        known = dict(zip(config.seen_layers, logits.layers, strict=True))
-        layers = jnp.stack(
-            [known[layer][inputs.entries] for layer in algorithm.layers], axis=1
-        )
-    if "draft" in needs and logits.draft is not None:
-        values, seq_indices = logits.draft
-        at = _rows_of(seq_indices, table.queue.status.shape[0])[inputs.known]
-        draft = jax.nn.log_softmax(values[at], axis=-1)
-    return Context(
-        parameters=parameters,
-        prompt_lens=table.queue.prompt_lens[inputs.known],
-        num_tokens=num_tokens,
-        limits=table.params.token_limits[inputs.known],
-        tokens=tokens,
-        hidden=hidden,
-        layers=layers,
-        draft=draft,
-    )
-
-
-def _rows_of(seq_indices: jax.Array, table_size: int) -> jax.Array:
-    """The row i32[R + 1] of each sequence among `seq_indices`; 0 if it has none."""
-    order = jnp.arange(seq_indices.shape[0], dtype=jnp.int32)
-    return jnp.zeros((table_size + 1,), jnp.int32).at[seq_indices].set(order)
-
-
 def _apply(
     table: RequestTable,
     members: jax.Array,
     decision: Decision,
-    inputs: _Inputs,
+    inputs: GroupInputs,
     step: jax.Array,
     config: EngineConfig,
 ) -> tuple[RequestTable, jax.Array]:
@@ -593,7 +354,7 @@ def _apply(
     return table, gets_token.reshape(shape)
 
 
-def _source_rows(decision: Decision, inputs: _Inputs) -> jax.Array:
+def _source_rows(decision: Decision, inputs: GroupInputs) -> jax.Array:
     """Rows i32[G, Q] of all rows [G * W] whose logits the tokens come from."""
     num_groups, num_rows = inputs.known.shape
     group = jnp.arange(num_groups, dtype=jnp.int32)[:, None]
@@ -604,7 +365,7 @@ def _new_tokens(
     at: jax.Array,
     decision: Decision,
     sources: jax.Array,
-    inputs: _Inputs,
+    inputs: GroupInputs,
     config: EngineConfig,
 ) -> SampledTokens:
     """The tokens of a decision, with what the request table keeps of each."""

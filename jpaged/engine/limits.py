@@ -69,14 +69,17 @@ def num_rows(params: Params) -> int:
     """Return the number of a request's sequences that run at the same time."""
     if isinstance(params, BeamSearchParams):
         return params.beam_width
-    return params.n if isinstance(params, SamplingParams) else params.num_rows
+    if isinstance(params, SamplingParams):
+        return params.n
+    return params.n * params.num_rows
 
 
 def check_rows(params: Params, config: EngineConfig) -> None:
     """Raise ValueError if an algorithm needs more rows than a batch has."""
     rows = num_rows(params)
     if not isinstance(params, SamplingParams) and rows > config.max_num_seqs:
-        name = "beam_width" if isinstance(params, BeamSearchParams) else "num_rows"
+        name = "num_rows" if getattr(params, "n", 1) == 1 else "n * num_rows"
+        name = "beam_width" if isinstance(params, BeamSearchParams) else name
         raise ValueError(
             f"{name}: expected at most max_num_seqs ({config.max_num_seqs}), because "
             f"all rows run in one batch, got {rows}"
@@ -157,9 +160,12 @@ def check_request(
         )
     _check_ids("prompt", prompt, vocab_size)
     if isinstance(params, AlgorithmParams):
-        for i, one in enumerate(params.companions):
-            _check_companion(f"companions[{i}]", one, config, vocab_size)
+        _check_algorithm(params, config, vocab_size)
     sequences = request_shape(params, config, vocab_size)
+    if isinstance(params, AlgorithmParams) and vocab_size is not None:
+        algorithms.check_examples(
+            params.algorithm, params.num_rows, vocab_size, params.parameters
+        )
     num_blocks = config.num_blocks if num_blocks is None else num_blocks
     _check_blocks(config, length, params, sequences, num_blocks)
     ends = stop_ids(params, eos_token_ids)
@@ -204,6 +210,19 @@ def check_request(
     if isinstance(params, BeamSearchParams):
         max_tokens = token_limit(config, length, params) - length
         beam.check_length_penalty(params.length_penalty, max_tokens)
+
+
+def _check_algorithm(
+    params: AlgorithmParams, config: EngineConfig, vocab_size: int | None
+) -> None:
+    """Raise ValueError if the request has several runs, or a companion cannot run."""
+    if params.n > 1:
+        raise ValueError(
+            f"n: expected 1 in the pure engine, got {params.n}; use the parameters "
+            "that jpaged.decoding.repeated.repeated_params returns"
+        )
+    for i, one in enumerate(params.companions):
+        _check_companion(f"companions[{i}]", one, config, vocab_size)
 
 
 def _check_retention(config: EngineConfig, params: Params) -> None:

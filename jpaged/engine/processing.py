@@ -88,6 +88,11 @@ class Processing(NamedTuple):
     logits: jax.Array  # f32[S, V]
     temperature: jax.Array  # f32[S], what is left to apply
 
+    @property
+    def is_faulty(self) -> jax.Array:
+        """bool[S]: a processor returned NaN or +inf, so no token is allowed."""
+        return functools.reduce(jnp.logical_or, (one.is_faulty for one in self.found))
+
     def of_rows(self, index: jax.Array) -> Processing:
         """Return the rows `index` i32[Q] of this batch."""
         parts = (self.mine, self.rows, self.states, self.found)

@@ -36,8 +36,8 @@ from jpaged.indexing import places, put, take
 from jpaged.scheduler import Queue
 
 # Why a sequence ended, and the names that results have for it.
-NOT_FINISHED, STOP, LENGTH, ABORT, DEAD_END = range(5)
-FINISH_REASONS = (None, "stop", "length", "abort", "dead_end")
+NOT_FINISHED, STOP, LENGTH, ABORT, DEAD_END, ERROR = range(6)
+FINISH_REASONS = (None, "stop", "length", "abort", "dead_end", "error")
 NEVER = -1
 NO_INDEX = -1  # of a sequence
 NO_ALGORITHM = -1
@@ -213,6 +213,8 @@ class SampledTokens:
     masks: jax.Array  # u32[S, W]
     is_dead_end: jax.Array  # bool[S], no token is allowed: the sequence ends without
     processor_states: ChainStates = ()  # [S, ...], after the token; (): no change
+    # bool[S], dead ends because a processor returned NaN; None without processors
+    is_faulty: jax.Array | None = None
 
     @classmethod
     def zeros(
@@ -259,6 +261,8 @@ def extend(
     ended = valid & (is_stop | is_full | new.is_dead_end)
     reason = jnp.where(is_stop, STOP, LENGTH)
     reason = jnp.where(new.is_dead_end, DEAD_END, reason)
+    if new.is_faulty is not None:
+        reason = jnp.where(new.is_faulty, ERROR, reason)
     valid &= ~new.is_dead_end
     # `sharing.reassign_sources` reads all tokens in a loop.
     seq_indices = ordered(jnp.where(valid, new.seq_indices, NO_INDEX), queue.sources)

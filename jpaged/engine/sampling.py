@@ -181,7 +181,9 @@ def sample_tokens(
     if config.processors:
         at = jnp.minimum(seq_indices, config.max_num_requests - 1)
         before = jax.tree.map(lambda column: column[at], table.processor_states)
-        new = dataclasses.replace(new, processor_states=before)
+        new = dataclasses.replace(
+            new, processor_states=before, is_faulty=new.is_dead_end
+        )
     states = _automaton_states(table, entries, config)
     width = min(_SAMPLED_ROWS, num_rows if size is None else size)
     if config.batch_invariant:  # the number of rows decides how XLA sums
@@ -327,6 +329,7 @@ def _sample_rows(
     found: dict[str, Any] = {"tokens": tokens, "logprobs": logprobs}
     if processed is not None:
         found["processor_states"] = processed.next_states(tokens)
+        found["is_faulty"] = processed.is_faulty
     has_rules = config.rules is not None or config.automata is not None
     has_rules |= bool(config.processors)
     if has_rules:

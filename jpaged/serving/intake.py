@@ -16,6 +16,7 @@ from jpaged import engine
 from jpaged.config import EngineConfig
 from jpaged.decoding.bit_masks import MASK_BITS, num_words
 from jpaged.decoding.constraints import AutomataSizes
+from jpaged.decoding.repeated import repeated_params
 from jpaged.decoding.rule_arrays import RuleSizes
 from jpaged.engine import algorithms as groups
 from jpaged.engine import limits, processing
@@ -303,9 +304,10 @@ class Intake:
                 )
                 for i, prompt in enumerate(params.companions)
             ]
-            return dataclasses.replace(
+            params = dataclasses.replace(
                 params, structured_outputs=automaton, companions=prompts
             )
+            return repeated_params(params)
         if not isinstance(params, SamplingParams):
             return dataclasses.replace(params, structured_outputs=automaton)
         automaton, bad_words = bad_words_of(

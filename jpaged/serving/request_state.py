@@ -34,8 +34,8 @@ class Delta:
       sample: index of the output, 0 to n - 1.
       text: new text.
       token_ids: new tokens.
-      finish_reason: "stop", "length", "abort" or "dead_end" in the output's last
-        delta, None before.
+      finish_reason: "stop", "length", "abort", "dead_end" or "error" in the
+        output's last delta, None before.
       stop_reason: the stop token or stop string that ended the output; None for EOS.
       logprobs: log-probabilities at each of token_ids, if they were asked for.
     """
@@ -330,7 +330,25 @@ class RequestState:
                 "num_preemptions": sum(each.num_preemptions for each in outputs),
                 **self.latencies(),
             },
+            error=self._fault(),
             events=metrics.request_events(self.sequence_events),
+        )
+
+    def _fault(self) -> str | None:
+        """Why outputs ended with the reason "error"; None if none did."""
+        ends = [len(o.token_ids) for o in self.outputs if o.finish_reason == "error"]
+        if not ends:
+            return None
+        found = f"of a token after {min(ends)} generated tokens"
+        if isinstance(self.params, AlgorithmParams):
+            return (
+                "algorithm: expected a Decision with tokens of the vocabulary (or "
+                "NO_TOKEN), parents from 0 to Q - 1, and processed logits without NaN, "
+                f"got another one instead {found}; the outputs end there"
+            )
+        return (
+            "logits_processors: expected finite logits or -inf, got NaN or +inf "
+            f"instead {found}; the outputs end there"
         )
 
 

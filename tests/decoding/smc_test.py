@@ -10,7 +10,7 @@ import pytest
 
 from jpaged import engine, load_model
 from jpaged.config import EngineConfig
-from jpaged.decoding import DecodingAlgorithm, smc, token_keys
+from jpaged.decoding import Context, DecodingAlgorithm, contrib, smc, token_keys
 from jpaged.decoding.smc import systematic
 from jpaged.kv import block_manager
 from jpaged.params import AlgorithmParams, SamplingParams
@@ -144,6 +144,81 @@ def test_normaliser_and_posterior_are_unbiased(threshold, forbidden):
     assert is_common.sum() > 5
     assert np.abs(deviations(posterior[:, is_common], expected[is_common])).max() < 4
     assert (state.num_resamplings.max() > 0) == (threshold > 0)
+
+
+def twisted(threshold, twist=None):
+    """A twisted particle method for the potential of these tests."""
+    method = contrib.twisted_smc(
+        potential, 0, twist=twist, threshold=threshold, stop_token_ids=STOP
+    )
+    return DecodingAlgorithm(method.init, with_context(method, threshold))
+
+
+def with_context(method, threshold):
+    """The step of a method, with the context that the engine would pass."""
+
+    def step(keys, logits, state):
+        lens = jnp.full(NUM_ROWS, state.num_tokens)
+        limits = jnp.full(NUM_ROWS, NUM_STEPS)
+        parameters = {"threshold": jnp.float32(threshold)}
+        return method.step(
+            keys, logits, state, Context(parameters, num_tokens=lens, limits=limits)
+        )
+
+    return step
+
+
+def hopes(last):
+    """A twist that is far from right."""
+    return jnp.array([0.7, -1.5, 0.2])[last]
+
+
+@pytest.mark.parametrize(("threshold", "twist"), [(0.0, None), (0.5, hopes)])
+def test_twisted_particles_have_the_same_target(threshold, twist):
+    tokens, _, state = run(twisted(threshold, twist), 0.25)
+    normaliser = sum(exact(0.25).values())
+    found, weights = estimates(state)
+    assert abs(deviations(found, normaliser)) < 4
+    posterior, expected = per_sequence(tokens, weights, 0.25)
+    is_common = expected > 0.002 * normaliser
+    assert np.abs(deviations(posterior[:, is_common], expected[is_common])).max() < 4
+    assert (state.num_resamplings.max() > 0) == (threshold > 0)
+
+
+def test_the_exact_twist_leaves_no_noise():
+    """With the true expectation of the rest, every particle knows the normaliser."""
+    table = table_model(0.25).astype(np.float64)
+    rest = np.zeros((NUM_STEPS + 1, 3))
+    for t in reversed(range(NUM_STEPS)):
+        after = np.where(np.arange(3) == STOP[0], 1.0, np.exp(rest[t + 1]))
+        rest[t] = np.log((np.exp(table[t] + LOG_POTENTIALS) * after).sum(axis=1))
+
+    def counted(state, token):
+        number, last = state
+        return (number + 1, token), jnp.asarray(LOG_POTENTIALS)[last, token]
+
+    method = contrib.twisted_smc(
+        counted,
+        (0, 0),
+        twist=lambda state: jnp.asarray(rest, jnp.float32)[state],
+        stop_token_ids=STOP,
+    )
+    algorithm = DecodingAlgorithm(method.init, with_context(method, 0.5))
+    _, _, state = run(algorithm, 0.25, num_runs=500)
+    found, _ = estimates(state)
+    np.testing.assert_allclose(found, sum(exact(0.25).values()), rtol=1e-4)
+
+
+def test_a_twist_that_is_never_taken_back_is_found():
+    method = twisted(0.5, hopes)
+
+    def init(num_rows):
+        return dataclasses.replace(
+            method.init(num_rows), log_mean_weight=jnp.float32(0.0)
+        )
+
+    _, _, state = run(DecodingAlgorithm(init, method.step), 0.25)
+    assert abs(deviations(estimates(state)[0], sum(exact(0.25).values()))) > 8
 
 
 def test_threshold_0_is_importance_sampling():

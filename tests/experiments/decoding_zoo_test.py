@@ -27,13 +27,17 @@ def test_measures_of_known_texts():
 
 @pytest.mark.long
 def test_a_small_run_writes_a_table(tmp_path):
-    methods = "greedy,sampling,dry"
+    methods = "greedy,sampling,best_of_n,tree_search"
     arguments = (f"--methods={methods}", "--max_tokens=8", f"--out={tmp_path}")
     status, out, err = call_experiment("decoding_zoo", *arguments)
     assert status == 0, err
     found = last_json(out)["details"]["methods"]
     assert list(found) == methods.split(",")
     assert found["greedy"]["perplexity"] < found["sampling"]["perplexity"]
+    assert found["best_of_n"]["repetition"] <= found["sampling"]["repetition"]
+    # Each token of a tree needs steps, and its nodes copy their last blocks.
+    assert found["tree_search"]["steps"] > found["greedy"]["steps"]
+    assert found["tree_search"]["block_copies"] > 0
     with (tmp_path / "zoo.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == methods.split(",")

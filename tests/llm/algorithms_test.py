@@ -82,8 +82,13 @@ def llm(folder):
         (search, 4),
         (contrib.entropy_branching(), 3),
     ]
-    run(llm, [[5]] * len(kinds), [params_of(*kind, max_tokens=1) for kind in kinds])
+    params = [params_of(*kind, max_tokens=1, **needs_of(kind[0])) for kind in kinds]
+    run(llm, [[5]] * len(kinds), params)
     return llm
+
+
+def needs_of(algorithm):
+    return {"companions": [[6]]} if algorithm.num_companions else {}
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +398,70 @@ def test_everything_in_one_batch_has_the_tokens_it_has_alone(llm):
     assert is_idle(llm)
 
 
+def constant(token, parent=0):
+    """Always one token and one parent, from all rows."""
+
+    def step(keys, logits, state):
+        count = len(logits)
+        tokens = jnp.full(count, token, jnp.int32)
+        parents = jnp.full(count, parent, jnp.int32)
+        return state, Decision(tokens, parents, logits[:, 0], jnp.zeros(count, bool))
+
+    return DecodingAlgorithm(lambda num_rows: (), step)
+
+
+def late_step(keys, logits, state, context):
+    """Greedy; after three tokens a token or a parent that does not exist."""
+    is_late = context.num_tokens - context.prompt_lens >= 3
+    own = jnp.arange(len(logits), dtype=jnp.int32)
+    tokens = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    tokens = jnp.where(is_late, context.parameters["token"], tokens)
+    parents = jnp.where(is_late, own + context.parameters["parent"], own)
+    logprobs = jnp.max(logits, axis=1)
+    return state, Decision(tokens, parents, logprobs, jnp.zeros(len(logits), bool))
+
+
+LATE = DecodingAlgorithm(
+    lambda num_rows: (), late_step, parameters={"token": 5, "parent": 0}
+)
+
+
+def late_nan(logits, row):
+    """The same logits; NaN for one token after four tokens of the output."""
+    is_late = row.num_tokens - row.prompt_len == 4  # in none of the examples
+    return logits.at[7].add(jnp.where(is_late, jnp.nan, 0.0))
+
+
+def test_what_is_no_token_ends_its_request_with_an_error_and_n_runs(llm):
+    (prompt,) = random_prompts(1, seed=14, longest=9)
+    plain = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    params = [
+        plain,
+        params_of(LATE, parameters={"token": VOCAB_SIZE}),
+        params_of(LATE, parameters={"token": -2}),
+        params_of(LATE, parameters={"parent": 1}),
+        dataclasses.replace(plain, logits_processors=[late_nan]),
+        params_of(LATE, parameters={"token": 9}, logits_processors=[late_nan]),
+    ]
+    # Beside them, three runs of an algorithm, and one run with three rows.
+    three = params_of(sampling(), 3, seed=3)
+    more = params_of(sampling(), 1, seed=3, n=3, num_return=1)
+    outputs = run(llm, [prompt] * 8, [*params, three, more])
+    assert tokens_of(outputs[6:7]) == tokens_of(outputs[7:])
+    expected = list(outputs[0].outputs[0].token_ids)
+    assert outputs[0].error is None
+    assert len(expected) == 9
+    for output, length in zip(outputs[1:6], (3, 3, 3, 4, 4), strict=True):
+        (one,) = output.outputs
+        assert one.finish_reason == "error"
+        assert len(one.token_ids) == length
+        assert f"of a token after {length} generated tokens" in output.error
+        assert list(one.token_ids)[:3] == expected[:3]
+    assert outputs[1].error.startswith("algorithm: expected a Decision with tokens")
+    assert outputs[4].error.startswith("logits_processors: expected finite logits")
+    assert is_idle(llm)
+
+
 INVALID = [
     (lambda: params_of(FRESH, parameters={"width": 3}), "parameters: expected names"),
     (lambda: params_of(FRESH, parameters={"window": 0.5}), r"\['window'\]: expected"),
@@ -406,7 +475,19 @@ INVALID = [
         lambda: params_of(contrib.contrastive_search(max_tokens=12, hidden_size=5), 2),
         "expected the model's hidden_size",
     ),
-    (lambda: params_of(contrib.classifier_free_guidance(), 3), "num_rows: expected 2"),
+    (
+        lambda: params_of(contrib.classifier_free_guidance(), 3, companions=[[4]]),
+        "num_rows: expected 2",
+    ),
+    (
+        lambda: params_of(contrib.classifier_free_guidance(), 2),
+        r"companions: expected 1 prompts .* got \(\)",
+    ),
+    (lambda: params_of(constant(VOCAB_SIZE), 2), r"got 300 in step 0 of the example"),
+    (lambda: params_of(constant(-7), 2), "tokens from 0 to 299 .* got -7 in step 0"),
+    (lambda: params_of(constant(3, 9), 2), "expected parents from 0 to 1, .* got 9"),
+    (lambda: params_of(sampling(), 3, n=2), r"n \* num_rows: .* \(4\), .* got 6"),
+    (lambda: params_of(sampling(), n=0), "n: expected an integer of at least 1"),
     (lambda: params_of(contrib.contrastive_decoding()), "engine with a draft model"),
     (lambda: params_of(DecodingAlgorithm(lambda n: (), lambda *a: 1 / 0)), "Zero"),
     (lambda: params_of(DecodingAlgorithm(lambda n: (), lambda k: k)), "TypeError with"),

@@ -46,7 +46,9 @@ def classifier_free_guidance(
         "scale": number("scale", scale),
         "temperature": number("temperature", temperature, low=0),
     }
-    return DecodingAlgorithm(_init, _step, parameters=parameters, keeps_rows=True)
+    return DecodingAlgorithm(
+        _init, _step, parameters=parameters, keeps_rows=True, num_companions=1
+    )
 
 
 def _init(num_rows: int) -> tuple[()]:

@@ -81,7 +81,7 @@ def read_measured(path: str, num_requests: int) -> dict[str, np.ndarray]:
 
 
 def predict(
-    workload: Workload, cost_model: CostModel, num_slots: int, **sizes: int
+    workload: Workload, cost_model: CostModel, num_slots: int, **sizes: Any
 ) -> Outcome:
     """Simulate the engine with its prefix cache."""
     system = make_engine_system(

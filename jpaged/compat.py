@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import compute_on
 
 Carry = TypeVar("Carry")
@@ -83,6 +85,28 @@ def quick_compilation() -> dict[str, Any]:
     if jax.__version_info__ < (0, 11):  # later versions lack it
         options["xla_cpu_use_fusion_emitters"] = False
     return options
+
+
+def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return `jax.jit(function, **options)`, compiled with `quick_compilation` on CPUs.
+
+    For functions that run once per call of the host and do little work. While JAX
+    traces another function, it is `function` itself.
+    """
+
+    @functools.cache
+    def jitted() -> Callable[..., Any]:
+        is_cpu = jax.default_backend() == "cpu"
+        quick = quick_compilation() if is_cpu else None
+        return jax.jit(function, compiler_options=quick, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+        return (function if is_traced else jitted())(*args, **kwargs)
+
+    return call
 
 
 def return_free_memory() -> None:

@@ -6,8 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jpaged import policies
 from jpaged.arithmetic import cdiv
@@ -402,23 +401,24 @@ class EngineConfig:
 
     @property
     def scheduler_params(self) -> policies.SchedulerParams:
-        """The scheduler's settings as arrays: their initial values and upper limits."""
+        """The scheduler's settings: their initial values and upper limits, of NumPy."""
         chunk = self.max_prompt_chunk or self.max_num_batched_tokens
 
-        def parameters(kind: policies.Kind) -> jax.Array | None:
+        def parameters(kind: policies.Kind) -> Any:
             given = getattr(self, kind.parameters)
-            return jnp.array(given, jnp.float32) if self.uses(kind) else None
+            return np.array(given, np.float32) if self.uses(kind) else None
 
-        return policies.SchedulerParams(
-            parameters=jnp.array(self.policy_parameters, jnp.float32),
+        settings: dict[str, Any] = dict(
+            parameters=np.array(self.policy_parameters, np.float32),
             preemption=parameters(policies.PREEMPTION),
             eviction=parameters(policies.EVICTION),
             budget=parameters(policies.BUDGET),
-            num_watermark_blocks=jnp.int32(int(self.watermark * self.num_blocks)),
-            max_num_seqs=jnp.int32(self.max_num_seqs),
-            max_num_batched_tokens=jnp.int32(self.max_num_batched_tokens),
-            max_prompt_chunk=jnp.int32(min(chunk, self.max_num_batched_tokens)),
+            num_watermark_blocks=np.int32(int(self.watermark * self.num_blocks)),
+            max_num_seqs=np.int32(self.max_num_seqs),
+            max_num_batched_tokens=np.int32(self.max_num_batched_tokens),
+            max_prompt_chunk=np.int32(min(chunk, self.max_num_batched_tokens)),
         )
+        return policies.SchedulerParams(**settings)
 
     @property
     def row_buckets(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jpaged.config import EngineConfig
 from jpaged.engine.request_table import NO_ALGORITHM, RequestTable
@@ -106,8 +107,7 @@ def make_entries(
     is_grouped = take(table.params.algorithms, batch.seq_indices) != NO_ALGORITHM
     is_sampled = batch.has_logits & ~is_grouped
     counts = jnp.where(batch.has_logits, 1 + batch.num_drafts, 0)
-    order = pack(is_sampled)
-    order = order[pack(take(batch.has_logits, order))]
+    order = argsort(jnp.where(is_sampled, 0, jnp.where(batch.has_logits, 1, 2)))
     ends = jnp.cumsum(take(counts, order))
     index = jnp.arange(config.max_num_logits, dtype=jnp.int32)
     row = segment_of(ends, index)
@@ -147,12 +147,15 @@ def token_rows(batch: StepBatch, size: int) -> tuple[jax.Array, jax.Array, jax.A
 
 def pack(mask: jax.Array) -> jax.Array:
     """Return i32[S]: indices of the true entries of `mask`, then of the others."""
-    num_rows = mask.shape[0]
-    num_marked = jnp.sum(mask, dtype=jnp.int32)
-    marked = jnp.cumsum(mask, dtype=jnp.int32) - 1
-    others = num_marked + jnp.cumsum(~mask, dtype=jnp.int32) - 1
-    index = jnp.arange(num_rows, dtype=jnp.int32)
-    return jnp.zeros_like(index).at[jnp.where(mask, marked, others)].set(index)
+    return argsort(~mask)
+
+
+def argsort(keys: jax.Array) -> jax.Array:
+    """Return the indices that sort `keys`, [S], equal ones in order; i32[S].
+
+    `jnp.argsort` is a larger program.
+    """
+    return lax.sort((keys, jnp.arange(keys.size, dtype=jnp.int32)), num_keys=1)[1]
 
 
 def bucket(buckets: tuple[int, ...], number: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ from jpaged.engine.algorithms import States
 from jpaged.engine.batch import Entries, StepBatch
 from jpaged.engine.request_table import NEVER, RequestTable
 from jpaged.engine.state import Counters, EngineState
-from jpaged.indexing import take
+from jpaged.indexing import put, take
 from jpaged.kv import block_manager, cache_groups, prefix_cache, swap
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.drops import computed_lens, intact_rows, references_of
@@ -377,16 +377,17 @@ def finish_step(
     queue = scheduler.count_user_tokens(
         after.queue, state.rows, scheduled.plan.num_tokens
     )
+    found = events.occupancy(state.blocks)
     state = dataclasses.replace(
         state,
         requests=dataclasses.replace(after, queue=queue),
         states=sampled.states,
-        counters=_count(state, scheduled, sampled, num_tokens),
+        counters=_count(state, scheduled, sampled, num_tokens, found),
         timeline=events.record_step(
             state.timeline,
             jnp.where(scheduled.is_live, state.counters.num_steps, -1),
             before.queue,
-            state.blocks,
+            found,
             num_tokens=num_tokens,
             num_generated=sampled.num_new,
         ),
@@ -447,6 +448,7 @@ def _count(
     scheduled: ScheduledStep,
     sampled: SampledStep,
     num_tokens: jax.Array,
+    found: events.Occupancy,
 ) -> Counters:
     """Return the counters after the step."""
     plan, copies = scheduled.plan, scheduled.appended.copy_dst != NO_BLOCK
@@ -463,6 +465,7 @@ def _count(
     return engine_state.count(
         state.counters,
         state.blocks,
+        found,
         is_live=scheduled.is_live,
         is_stalled=is_stalled,
         num_tokens=num_tokens,
@@ -497,7 +500,7 @@ def _retain_prefixes(
     known = scheduler.row_values(table.queue.num_tokens, rows)
     is_done = is_prefix & (blocks.context_lens == known)
     at = jnp.where(is_done, rows, table.queue.status.shape[0])
-    status = table.queue.status.at[at].set(RETAINED, mode="drop")
+    status = put(table.queue.status, at, RETAINED)
     queue = dataclasses.replace(table.queue, status=status)
     return dataclasses.replace(table, queue=queue)
 
@@ -527,10 +530,10 @@ def fork_rows(
         inherits &= take(intact, source_row)
     if cache_groups.has_windows(blocks.windows):
         inherits &= cache_groups.has_windows_at(blocks, source_row, shared)
-    blocks = block_manager.fork(blocks, jnp.where(inherits, source_row, parents))
-    return block_manager.truncate(
-        blocks, jnp.where(inherits, shared, blocks.context_lens)
-    )
+    tables = take(blocks.block_tables, source_row)
+    own = jnp.arange(rows.size, dtype=jnp.int32)
+    blocks = block_manager.adopt(blocks, tables, jnp.where(inherits, shared, 0))
+    return block_manager.fork(blocks, jnp.where(inherits, own, parents))
 
 
 def _insert_blocks(

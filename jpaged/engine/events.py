@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged import scheduler
 from jpaged.arithmetic import cdiv, remainder
 from jpaged.compat import when
 from jpaged.config import EngineConfig
+from jpaged.indexing import put
 from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import BlockState
 from jpaged.scheduler import Queue
@@ -64,8 +66,16 @@ def init_timeline(config: EngineConfig) -> Timeline:
     )
 
 
-def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Count used blocks, tokens in them, and blocks saved by sharing, i32[] each.
+class Occupancy(NamedTuple):
+    """Of all blocks, each i32[]."""
+
+    used: jax.Array  # blocks
+    held: jax.Array  # tokens in them
+    saved: jax.Array  # blocks saved by sharing
+
+
+def occupancy(blocks: BlockState) -> Occupancy:
+    """Count used blocks, tokens in them, and blocks saved by sharing.
 
     A token counts once for each cache group that stores it.
     """
@@ -82,7 +92,7 @@ def occupancy(blocks: BlockState) -> tuple[jax.Array, jax.Array, jax.Array]:
         stored = jnp.sum(blocks.context_lens)
     saved = unshared - used
     # Tokens in shared blocks count once, so no block has more than block_size tokens.
-    return used, stored - saved * blocks.block_size, saved
+    return Occupancy(used, stored - saved * blocks.block_size, saved)
 
 
 def record_scheduling(
@@ -137,7 +147,7 @@ def record_step(
     timeline: Timeline,
     step: jax.Array,
     scheduled: Queue,
-    blocks: BlockState,
+    found: Occupancy,
     *,
     num_tokens: jax.Array,
     num_generated: jax.Array,
@@ -148,7 +158,7 @@ def record_step(
       timeline: the timeline.
       step: i32[], number of the step; -1: record nothing.
       scheduled: the queue after scheduling.
-      blocks: with the step's tokens appended.
+      found: occupancy with the step's tokens appended.
       num_tokens: i32[], see `StepRow`.
       num_generated: i32[], see `StepRow`.
     """
@@ -156,12 +166,11 @@ def record_step(
     if num_rows == 0:
         return timeline
     status = scheduled.status
-    used, held, saved = occupancy(blocks)
     row = StepRow(
         step=step,
-        num_used_blocks=used,
-        num_token_states=held,
-        num_saved_blocks=saved,
+        num_used_blocks=found.used,
+        num_token_states=found.held,
+        num_saved_blocks=found.saved,
         num_waiting=jnp.sum(
             (status == scheduler.WAITING) | (status == scheduler.SWAPPED),
             dtype=jnp.int32,
@@ -171,9 +180,7 @@ def record_step(
         num_generated=num_generated,
     )
     at = jnp.where(step < 0, num_rows, remainder(step, num_rows))
-    return dataclasses.replace(
-        timeline, steps=timeline.steps.at[at].set(jnp.stack(row), mode="drop")
-    )
+    return dataclasses.replace(timeline, steps=put(timeline.steps, at, jnp.stack(row)))
 
 
 def _record(
@@ -205,24 +212,24 @@ def _put_events(
     at = jnp.where(is_kept, remainder(timeline.num_events + number - 1, size), size)
     return dataclasses.replace(
         timeline,
-        events=timeline.events.at[at].set(jnp.stack(entries, axis=1), mode="drop"),
+        events=put(timeline.events, at, jnp.stack(entries, axis=1)),
         num_events=timeline.num_events + total,
     )
 
 
-def in_order(timeline: Timeline, num_steps: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rotate both ring buffers so that the newest entry is last.
+def in_order(timeline: Timeline, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate both ring buffers so that the newest entry is last. Host only.
 
     Entries that were never written are -1, and come first.
 
     Args:
-      timeline: the timeline.
-      num_steps: i32[], steps since the start.
+      timeline: the timeline, copied to the host.
+      num_steps: steps since the start.
 
     Returns:
       `timeline.events` and `timeline.steps`, rotated.
     """
     return (
-        jnp.roll(timeline.events, -timeline.num_events, axis=0),
-        jnp.roll(timeline.steps, -num_steps, axis=0),
+        np.roll(timeline.events, -int(timeline.num_events), axis=0),
+        np.roll(timeline.steps, -num_steps, axis=0),
     )

@@ -29,6 +29,7 @@ from jpaged.config import EngineConfig
 from jpaged.engine import observing
 from jpaged.engine.batch import StepBatch, bucket, token_rows
 from jpaged.engine.request_table import RequestTable
+from jpaged.indexing import take
 from jpaged.kv import block_manager, cache_groups, shared_prefix
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.drops import Drops
@@ -276,7 +277,7 @@ def _decode_inputs(
     if batch.dropped is not None:
         stored = positions - batch.dropped[:size]
     return StepInputs(
-        tokens=jnp.where(is_live, tokens[batch.seq_indices[:size], positions], 0),
+        tokens=jnp.where(is_live, take(tokens, batch.seq_indices[:size], positions), 0),
         positions=jnp.where(is_live, positions, 0),
         slot_mapping=block_manager.slots(blocks, jnp.where(is_live, rows, -1), stored),
         block_tables=_tables(blocks, rows),
@@ -287,7 +288,7 @@ def _decode_inputs(
 
 def _tables(blocks: BlockState, rows: jax.Array) -> jax.Array:
     """Return the tables of `rows`: i32[S, M], or i32[G, S, M] of several groups."""
-    tables, number = blocks.block_tables[rows], len(blocks.windows)
+    tables, number = take(blocks.block_tables, rows), len(blocks.windows)
     return tables if number == 1 else cache_groups.tables_by_group(tables, number)
 
 
@@ -301,12 +302,14 @@ def _ragged_inputs(
     is_row_live = batch.num_tokens > 0
     stored, starts = positions, batch.starts
     if batch.dropped is not None:
-        stored, starts = positions - batch.dropped[row], starts - batch.dropped
+        stored, starts = positions - take(batch.dropped, row), starts - batch.dropped
     return StepInputs(
-        tokens=jnp.where(is_live, tokens[batch.seq_indices[row], positions], 0),
+        tokens=jnp.where(
+            is_live, take(tokens, take(batch.seq_indices, row), positions), 0
+        ),
         positions=positions,
         slot_mapping=block_manager.slots(
-            blocks, jnp.where(is_live, batch.rows[row], -1), stored
+            blocks, jnp.where(is_live, take(batch.rows, row), -1), stored
         ),
         block_tables=_tables(blocks, batch.rows),
         context_lens=jnp.where(is_row_live, starts + batch.num_tokens, 0),

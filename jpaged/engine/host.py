@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged import parallel, policies, scheduler
+from jpaged.compat import quick_jit
 from jpaged.engine import (
     algorithms,
     bookkeeping,
@@ -175,7 +176,7 @@ def _insert(
     return state if new is None else _insert_sequences(state, replica, new)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(quick_jit, donate_argnums=0)
 def _load_automaton(
     state: EngineState, replica: jax.Array | int, *load: Any
 ) -> EngineState:
@@ -186,7 +187,7 @@ def _load_automaton(
     return replicas.update_one(put, state, replica, *load)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(quick_jit, donate_argnums=0)
 def _insert_sequences(
     state: EngineState, replica: jax.Array | int, new: request_table.Submission
 ) -> EngineState:
@@ -294,7 +295,7 @@ def collect(state: EngineState) -> list[Result]:
     return sorted(found, key=lambda result: (result.arrival, result.sample))
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(quick_jit, donate_argnames="state")
 def end(
     state: EngineState,
     seq_indices: jax.Array | np.ndarray,
@@ -336,7 +337,7 @@ def _end(state: EngineState, seq_indices: jax.Array, reason: jax.Array) -> Engin
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(quick_jit, donate_argnames="state")
 def release(state: EngineState, seq_indices: jax.Array | np.ndarray) -> EngineState:
     """Release finished sequences: their sequence indices are free for new ones.
 

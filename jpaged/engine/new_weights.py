@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jpaged import scheduler
 from jpaged.engine import bookkeeping, replicas, sharing
 from jpaged.engine.state import EngineState
+from jpaged.indexing import put
 from jpaged.kv import block_manager
 from jpaged.scheduler import RUNNING, SWAPPED, WAITING
 
@@ -48,7 +49,7 @@ def _mark_stale(state: EngineState) -> EngineState:
     # A sequence that waits for one of its request maps that sequence's blocks.
     has_blocks = (queue.status == RUNNING) | (queue.status == SWAPPED)
     at = jnp.where(has_blocks, queue.leaders, queue.status.shape[0])
-    is_stale = jnp.zeros_like(table.is_stale).at[at].set(True, mode="drop")
+    is_stale = put(jnp.zeros_like(table.is_stale), at, True)
     is_stale = is_stale[queue.leaders] & bookkeeping.is_unfinished(queue.status)
     table = dataclasses.replace(table, is_stale=table.is_stale | is_stale)
     return dataclasses.replace(state, requests=table)

@@ -32,13 +32,14 @@ from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
 from jpaged.engine import processing
 from jpaged.engine.processing import ChainStates, Processing, ProcessorRows
-from jpaged.indexing import take
+from jpaged.indexing import places, put, take
 from jpaged.scheduler import Queue
 
 # Why a sequence ended, and the names that results have for it.
 NOT_FINISHED, STOP, LENGTH, ABORT, DEAD_END, ERROR = range(6)
 FINISH_REASONS = (None, "stop", "length", "abort", "dead_end", "error")
 NEVER = -1
+NO_INDEX = -1  # of a sequence
 NO_ALGORITHM = -1
 NO_OUTPUT = -1  # like every number below 0
 
@@ -166,8 +167,14 @@ def put_automaton(
 def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
     """Insert new sequences at their sequence indices."""
 
-    def put(column: jax.Array, values: jax.Array | int | bool) -> jax.Array:
-        return column.at[new.seq_indices].set(values, mode="drop")
+    place = places(new.seq_indices, table.tokens.shape[0])
+
+    def write(column: jax.Array, values: Any) -> jax.Array:
+        if column.ndim > 1:
+            return put(column, new.seq_indices, values)
+        is_scalar = jnp.ndim(values) == 0
+        values = values if is_scalar else take(jnp.asarray(values), place)
+        return jnp.where(place >= 0, values, column).astype(column.dtype)
 
     defaults = {"has_ended": False, "num_preemptions": 0, "num_cached": 0}
     given = defaults | new.queue
@@ -176,23 +183,23 @@ def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
         known = scheduler.known_user_tokens(table.queue, attributes.users)
         given["attributes"] = dataclasses.replace(attributes, user_tokens=known)
     columns = {
-        name: jax.tree.map(put, getattr(table.queue, name), values)
+        name: jax.tree.map(write, getattr(table.queue, name), values)
         for name, values in given.items()
     }
     return dataclasses.replace(
         table,
         queue=dataclasses.replace(table.queue, **columns),
-        params=jax.tree.map(put, table.params, new.params),
-        automaton_states=put(table.automaton_states, 0),
+        params=jax.tree.map(write, table.params, new.params),
+        automaton_states=write(table.automaton_states, 0),
         processor_states=jax.tree.map(
-            put, table.processor_states, new.processor_states
+            write, table.processor_states, new.processor_states
         ),
-        tokens=put(table.tokens, new.tokens),
-        finish_reasons=put(table.finish_reasons, NOT_FINISHED),
-        first_steps=put(table.first_steps, NEVER),
-        last_steps=put(table.last_steps, NEVER),
-        is_stale=put(table.is_stale, False),
-        num_dropped=jax.tree.map(lambda column: put(column, 0), table.num_dropped),
+        tokens=write(table.tokens, new.tokens),
+        finish_reasons=write(table.finish_reasons, NOT_FINISHED),
+        first_steps=write(table.first_steps, NEVER),
+        last_steps=write(table.last_steps, NEVER),
+        is_stale=write(table.is_stale, False),
+        num_dropped=jax.tree.map(lambda column: write(column, 0), table.num_dropped),
     )
 
 
@@ -249,57 +256,59 @@ def extend(
       The table, and bool[S]: which of `new.seq_indices` have ended.
     """
     table_size, _ = table.tokens.shape
+    queue, params = table.queue, table.params
     valid = new.seq_indices < table_size
     safe = jnp.where(valid, new.seq_indices, 0)
-    position = take(table.queue.num_tokens, safe)
-    is_stop = jnp.any(take(table.params.stop_ids, safe) == new.tokens[:, None], axis=1)
-    is_full = position + 1 >= take(table.params.token_limits, safe)
+    position = take(queue.num_tokens, safe)
+    is_stop = jnp.any(take(params.stop_ids, safe) == new.tokens[:, None], axis=1)
+    is_full = position + 1 >= take(params.token_limits, safe)
     ended = valid & (is_stop | is_full | new.is_dead_end)
     reason = jnp.where(is_stop, STOP, LENGTH)
     reason = jnp.where(new.is_dead_end, DEAD_END, reason)
     if new.is_faulty is not None:
         reason = jnp.where(new.is_faulty, ERROR, reason)
-    at_end = jnp.where(ended, new.seq_indices, table_size)
-    is_alone = take(table.params.algorithms, safe) == NO_ALGORITHM
-    at_finish = jnp.where(ended & is_alone, new.seq_indices, table_size)
     valid &= ~new.is_dead_end
-    seq_indices = jnp.where(valid, new.seq_indices, table_size)
     # `sharing.reassign_sources` reads all tokens in a loop.
-    seq_indices = ordered(seq_indices, table.queue.sources)
-    is_first = position == take(table.queue.prompt_lens, safe)
-    at_first = jnp.where(valid & is_first, seq_indices, table_size)
+    seq_indices = ordered(jnp.where(valid, new.seq_indices, NO_INDEX), queue.sources)
 
-    def put(column: Any, values: jax.Array) -> jax.Array:
-        return column.at[seq_indices, position].set(values, mode="drop")
+    # Columns are selected instead of written: on CPUs, a write at indices is a loop.
+    place = places(new.seq_indices, table_size)
+    has_place = place >= 0
+    gains = has_place & take(valid, place)
+    ends = has_place & take(ended, place)
+    is_first = gains & (queue.num_tokens == queue.prompt_lens)
+    is_finished = ends & (params.algorithms == NO_ALGORITHM)
 
-    queue = dataclasses.replace(
-        table.queue,
-        status=table.queue.status.at[at_finish].set(scheduler.FINISHED, mode="drop"),
-        has_ended=table.queue.has_ended.at[at_end].set(True, mode="drop"),
-        num_tokens=table.queue.num_tokens.at[seq_indices].add(1, mode="drop"),
-    )
-    states = next_automaton_states(table, safe, new.tokens)
+    def write(column: Any, values: jax.Array) -> jax.Array:
+        return put(column, (seq_indices, position), values)
+
     table = dataclasses.replace(
         table,
-        queue=queue,
-        automaton_states=table.automaton_states.at[seq_indices].set(
-            states, mode="drop"
+        queue=dataclasses.replace(
+            queue,
+            status=jnp.where(is_finished, scheduler.FINISHED, queue.status),
+            has_ended=queue.has_ended | ends,
+            num_tokens=queue.num_tokens + gains.astype(jnp.int32),
         ),
-        tokens=put(table.tokens, new.tokens),
-        logprobs=put(table.logprobs, new.logprobs),
-        finish_reasons=table.finish_reasons.at[at_end].set(reason, mode="drop"),
-        first_steps=table.first_steps.at[at_first].set(step, mode="drop"),
-        last_steps=table.last_steps.at[seq_indices].set(step, mode="drop"),
+        tokens=write(table.tokens, new.tokens),
+        logprobs=write(table.logprobs, new.logprobs),
+        finish_reasons=jnp.where(ends, take(reason, place), table.finish_reasons),
+        first_steps=jnp.where(is_first, step, table.first_steps),
+        last_steps=jnp.where(gains, step, table.last_steps),
     )
+    if table.automata is not None:
+        states = next_automaton_states(table, safe, new.tokens)
+        states = jnp.where(gains, take(states, place), table.automaton_states)
+        table = dataclasses.replace(table, automaton_states=states)
     if new.top_ids.shape[1]:
         table = dataclasses.replace(
             table,
-            ranks=put(table.ranks, new.ranks),
-            top_ids=put(table.top_ids, new.top_ids),
-            top_logprobs=put(table.top_logprobs, new.top_logprobs),
+            ranks=write(table.ranks, new.ranks),
+            top_ids=write(table.top_ids, new.top_ids),
+            top_logprobs=write(table.top_logprobs, new.top_logprobs),
         )
     if new.masks.shape[1]:
-        table = dataclasses.replace(table, masks=put(table.masks, new.masks))
+        table = dataclasses.replace(table, masks=write(table.masks, new.masks))
     if new.processor_states:
         table = put_processor_states(table, seq_indices, new.processor_states)
     return table, ended
@@ -310,11 +319,11 @@ def put_processor_states(
 ) -> RequestTable:
     """Write the states [S, ...] of processors at `seq_indices` i32[S]."""
 
-    def put(column: jax.Array, values: jax.Array) -> jax.Array:
-        return column.at[seq_indices].set(values, mode="drop")
+    def write(column: jax.Array, values: jax.Array) -> jax.Array:
+        return put(column, seq_indices, values)
 
     return dataclasses.replace(
-        table, processor_states=jax.tree.map(put, table.processor_states, states)
+        table, processor_states=jax.tree.map(write, table.processor_states, states)
     )
 
 
@@ -332,7 +341,7 @@ def inherit(
     def move(column: Any) -> Any:
         if column is None:
             return None
-        return column.at[seq_indices].set(take(column, parents), mode="drop")
+        return put(column, seq_indices, take(column, parents))
 
     queue = dataclasses.replace(
         table.queue,

@@ -37,6 +37,7 @@ from jpaged.decoding.sample import (
 from jpaged.engine import forward, processing, request_table
 from jpaged.engine.batch import Entries, StepBatch, bucket, pack, token_rows
 from jpaged.engine.request_table import RequestTable, SampledTokens
+from jpaged.indexing import put, take
 from jpaged.models import layer_kernels
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
@@ -50,9 +51,11 @@ def _automaton_states(
 ) -> jax.Array:
     """States i32[N] of the entries' automata before the positions they predict."""
     offsets = entries.offsets
+    if config.automata is None:
+        return jnp.zeros_like(offsets)
     seq_indices = jnp.minimum(entries.seq_indices, config.max_num_requests - 1)
-    states = table.automaton_states[seq_indices]
-    if config.automata is None or not config.num_drafts:
+    states = take(table.automaton_states, seq_indices)
+    if not config.num_drafts:
         return states
     known = table.queue.num_tokens[seq_indices]
 
@@ -202,17 +205,19 @@ def sample_tokens(
             jax.tree.map(functools.partial(cut, start_index=start), before),
         )
 
-        def put(column: jax.Array, value: jax.Array) -> jax.Array:
+        def write(column: jax.Array, value: jax.Array) -> jax.Array:
             return lax.dynamic_update_slice_in_dim(column, value, start, axis=0)
 
         found = {
-            name: jax.tree.map(put, getattr(new, name), value)
+            name: jax.tree.map(write, getattr(new, name), value)
             for name, value in found.items()
         }
         return dataclasses.replace(new, **found)
 
     if size is None:
         return lax.fori_loop(0, cdiv(entries.num_sampled, width), chunk, new)
+    if size <= width:
+        return chunk(jnp.int32(0), new)
     return lax.fori_loop(0, cdiv(size, width), chunk, new)
 
 
@@ -275,7 +280,7 @@ def _sample_by_offset(
             to = jnp.where(is_now[at], index[at], num_rows)
             found = {
                 name: jax.tree.map(
-                    lambda column, value: column.at[to].set(value, mode="drop"),
+                    lambda column, value: put(column, to, value),
                     getattr(new, name),
                     value,
                 )
@@ -300,8 +305,9 @@ def _sample_rows(
     """Columns of SampledTokens for a few rows; sequence index R is padding."""
     valid = seq_indices < config.max_num_requests
     seq_indices = jnp.where(valid, seq_indices, 0)
-    idle = SamplingRows.greedy(seq_indices.shape[0])
-    rows = _rows(table.params.sampling, idle, seq_indices, valid)
+    rows = SamplingRows.greedy(seq_indices.shape[0])
+    if config.sampling != "greedy" or config.processors:
+        rows = _rows(table.params.sampling, rows, seq_indices, valid)
     allowed = _apply_rules(table, seq_indices, positions, valid, logits, config)
     allowed = request_table.constrain(table, seq_indices, states, valid, allowed)
     processed = None
@@ -358,7 +364,7 @@ def _rows(columns: Any, idle: Any, seq_indices: jax.Array, valid: jax.Array) -> 
 
     def pick(column: jax.Array, none: jax.Array) -> jax.Array:
         mask = valid.reshape((-1,) + (1,) * (none.ndim - 1))
-        return jnp.where(mask, column[seq_indices], none)
+        return jnp.where(mask, take(column, seq_indices), none)
 
     return jax.tree.map(pick, columns, idle)
 
@@ -434,7 +440,7 @@ def write_prompt_logprobs(
             found = {"logprobs": token_logprobs(logits, tokens)[0]}
         found |= _ranked(logits, tokens, config)
         columns = {
-            name: getattr(table, name).at[seq_index, position].set(value, mode="drop")
+            name: put(getattr(table, name), (seq_index, position), value)
             for name, value in found.items()
         }
         return dataclasses.replace(table, **columns)

@@ -25,7 +25,7 @@ from jpaged.arithmetic import floor_div, remainder
 from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.engine.request_table import RequestTable
-from jpaged.indexing import take
+from jpaged.indexing import add, put, take
 from jpaged.kv import block_manager, cache_groups, prefix_cache
 from jpaged.kv.block_manager import NO_BLOCK, Append, BlockState
 from jpaged.kv.drops import computed_lens
@@ -85,11 +85,11 @@ def append_tokens(
     """
     if cache is None:
         return None, *block_manager.append(blocks, num_tokens)
-    needed = jnp.sum(block_manager.blocks_needed(blocks, num_tokens))
-    cache = prefix_cache.evict(cache, blocks.ref_counts, needed, eviction)
+    needed = block_manager.demand(blocks, num_tokens)
+    cache = prefix_cache.evict(cache, blocks.ref_counts, needed.total, eviction)
     cache = without_orphans(cache, blocks)
     before, kept = blocks, prefix_cache.is_cached(cache)
-    blocks, appended = block_manager.append(blocks, num_tokens, kept)
+    blocks, appended = block_manager.append(blocks, num_tokens, kept, needed)
     written = overwritten_nodes(before, num_tokens, appended, kept)
     cache = when(
         jnp.any(written != NO_BLOCK),
@@ -141,8 +141,8 @@ def without_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTable
     queue = table.queue
     queue = dataclasses.replace(
         queue,
-        sources=queue.sources.at[seq_indices].set(seq_indices, mode="drop"),
-        shared_lens=queue.shared_lens.at[seq_indices].set(0, mode="drop"),
+        sources=put(queue.sources, seq_indices, seq_indices),
+        shared_lens=put(queue.shared_lens, seq_indices, 0),
     )
     return dataclasses.replace(table, queue=queue)
 
@@ -196,12 +196,12 @@ def reassign_sources(table: RequestTable, seq_indices: jax.Array) -> RequestTabl
     # Without a common prefix, the old source is no longer valid either.
     alone = jnp.where(valid & ~is_first & (shared == 0), seq_indices, table_size)
     queue = table.queue
-    new_sources = queue.sources.at[found].set(sources, mode="drop")
-    new_lens = queue.shared_lens.at[found].set(shared, mode="drop")
+    new_sources = put(queue.sources, found, sources)
+    new_lens = put(queue.shared_lens, found, shared)
     queue = dataclasses.replace(
         queue,
         sources=new_sources,
-        shared_lens=new_lens.at[alone].set(0, mode="drop"),
+        shared_lens=put(new_lens, alone, 0),
     )
     return dataclasses.replace(table, queue=queue)
 
@@ -266,18 +266,20 @@ def join_running_rows(
     if mappable is not None:
         most = jnp.minimum(most, mappable)
     shared = _num_common(
-        take(table.tokens, seq_indices), table.tokens[take(seq_indices, source)], most
+        take(table.tokens, seq_indices),
+        take(table.tokens, take(seq_indices, source)),
+        most,
     )
     if cache_groups.has_windows(blocks.windows):
         joins &= cache_groups.has_windows_at(blocks, source, shared)
     at = jnp.where(joins, rows, queue.status.shape[0])
-    counts = scheduler.is_new_request(queue, seq_indices)
+    counts = take(scheduler.is_new_request(queue), seq_indices)
     gained = jnp.where(counts, shared - start, 0)
     queue = dataclasses.replace(
         queue,
-        sources=queue.sources.at[at].set(seq_indices[source], mode="drop"),
-        shared_lens=queue.shared_lens.at[at].set(shared, mode="drop"),
-        num_cached=queue.num_cached.at[at].add(gained, mode="drop"),
+        sources=put(queue.sources, at, take(seq_indices, source)),
+        shared_lens=put(queue.shared_lens, at, shared),
+        num_cached=add(queue.num_cached, at, gained),
     )
     table = dataclasses.replace(table, queue=queue)
     return table, block_manager.free(blocks, joins), joins
@@ -318,8 +320,6 @@ def _has_same_next_block(
     fits &= same_path | (start == 0)[:, None]
 
     column = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
-    mine = table.tokens.at[seq_indices[:, None], column].get(mode="clip")
-    others = table.tokens.at[seq_indices[None, :, None], column[:, None, :]].get(
-        mode="clip"
-    )
+    mine = take(table.tokens, seq_indices[:, None], column)
+    others = take(table.tokens, seq_indices[None, :, None], column[:, None, :])
     return fits & jnp.all(others == mine[:, None, :], axis=2)

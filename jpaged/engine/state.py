@@ -19,7 +19,7 @@ from jpaged.compat import DEVICE_MEMORY, HOST_MEMORY, when
 from jpaged.config import EngineConfig
 from jpaged.engine import algorithms, events, replicas, request_table
 from jpaged.engine.algorithms import States
-from jpaged.engine.events import Timeline
+from jpaged.engine.events import Occupancy, Timeline
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.speculation import DraftedModel
 from jpaged.kv import block_manager, cache_groups, prefix_cache
@@ -168,7 +168,7 @@ def _make_state(
         host=host,
         counters=_init_counters(config),
         timeline=events.init_timeline(config),
-        scheduler_params=config.scheduler_params,
+        scheduler_params=jax.tree.map(jnp.asarray, config.scheduler_params),
         clock=jnp.int32(0) if config.has_attributes else None,
         config=config,
         mesh=mesh,
@@ -316,9 +316,8 @@ def count_admitted(counters: Counters, before: Queue, after: Queue) -> Counters:
       before: the queue before the step.
       after: the queue after scheduling.
     """
-    seq_index = jnp.arange(before.status.shape[0], dtype=jnp.int32)
     is_first = (before.status == WAITING) & (after.status != WAITING)
-    is_first &= is_new_request(before, seq_index)
+    is_first &= is_new_request(before)
     is_first &= before.priorities != BEFORE_ALL
     num_prompt_tokens = jnp.sum(jnp.where(is_first, before.prompt_lens, 0))
     num_cached_tokens = jnp.sum(after.num_cached - before.num_cached)
@@ -332,6 +331,7 @@ def count_admitted(counters: Counters, before: Queue, after: Queue) -> Counters:
 def count(
     counters: Counters,
     blocks: BlockState,
+    found: Occupancy,
     *,
     is_live: jax.Array,
     is_stalled: jax.Array,
@@ -342,11 +342,12 @@ def count(
     Args:
       counters: the counters before the step.
       blocks: with the step's tokens appended.
+      found: their occupancy.
       is_live: bool[], False: there was no work, and nothing is counted.
       is_stalled: bool[], the step could do nothing.
       **gained: i32[], what the step adds to the counters `num_*`, by name.
     """
-    used, held, saved = events.occupancy(blocks)
+    used, held, saved = found
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
     slots = jnp.maximum(used * blocks.block_size, 1)
     saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))

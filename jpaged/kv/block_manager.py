@@ -18,13 +18,14 @@ Source: Kwon et al. 2023, Sections 4.2 to 4.4. https://arxiv.org/abs/2309.06180
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jpaged.arithmetic import cdiv, floor_div, remainder
-from jpaged.indexing import take
+from jpaged.indexing import add, get_or, least, put, take
 from jpaged.kv import cache_groups
 from jpaged.kv.block_state import NO_BLOCK as NO_BLOCK
 from jpaged.kv.block_state import BlockState as BlockState
@@ -50,8 +51,24 @@ class Append:
     copy_dst: jax.Array  # i32[S * G], block to copy to, NO_BLOCK where none
 
 
+class Demand(NamedTuple):
+    """What an append needs, i32[S * G] each: a row for each group of each row."""
+
+    last: jax.Array  # the last block, an arbitrary number for empty rows
+    copies: jax.Array  # 0 or 1, copies of the last block
+    added: jax.Array  # new blocks
+
+    @property
+    def total(self) -> jax.Array:
+        """Blocks of all rows together, i32[]."""
+        return jnp.sum(self.copies + self.added)
+
+
 def append(
-    state: BlockState, num_tokens: jax.Array, kept: jax.Array | None = None
+    state: BlockState,
+    num_tokens: jax.Array,
+    kept: jax.Array | None = None,
+    needed: Demand | None = None,
 ) -> tuple[BlockState, Append]:
     """Reserve slots for `num_tokens` more tokens in each row.
 
@@ -68,6 +85,7 @@ def append(
       num_tokens: i32[S], tokens to add; 0 leaves the row unchanged.
       kept: bool[N], blocks that must not be reused although no row uses them, because
         the prefix cache keeps their contents; None means none.
+      needed: `demand(state, num_tokens)`, if it is known.
 
     Returns:
       The new state, and the blocks to copy before tokens are written.
@@ -89,16 +107,17 @@ def append(
     num_tokens = row_array("num_tokens", num_tokens, state)
     if len(state.windows) > 1:
         split, num_tokens = _split(state, num_tokens)
-        split, appended = append(split, num_tokens, kept)
+        split, appended = append(split, num_tokens, kept, needed)
         return cache_groups.join_groups(split, state), appended
-    last, copies, added = _demand(state, num_tokens)
+    needed = demand(state, num_tokens) if needed is None else needed
+    last, copies, added = needed
     capacity = state.block_tables.shape[1] * state.block_size
     fits = (num_tokens >= 0) & (num_tokens <= capacity - state.context_lens)
     is_free = state.ref_counts == 0
     if kept is not None:
         is_free &= ~kept
     free_bits = pack_free_blocks(is_free)
-    ok = jnp.all(fits) & (jnp.sum(copies + added) <= free_bits.num_free[-1])
+    ok = jnp.all(fits) & (needed.total <= free_bits.num_free[-1])
     # All or nothing: a refused append requests nothing, so nothing changes below.
     num_tokens, copies, added = (
         jnp.where(ok, count, 0) for count in (num_tokens, copies, added)
@@ -161,10 +180,10 @@ def append_one(
     at = jnp.where(starts_block, column, width)
     return dataclasses.replace(
         state,
-        block_tables=state.block_tables.at[number, at].set(taken, mode="drop"),
-        ref_counts=state.ref_counts.at[
-            jnp.where(starts_block, taken, state.ref_counts.size)
-        ].set(1, mode="drop"),
+        block_tables=put(state.block_tables, (number, at), taken),
+        ref_counts=put(
+            state.ref_counts, jnp.where(starts_block, taken, state.ref_counts.size), 1
+        ),
         context_lens=state.context_lens + rows.astype(jnp.int32),
     ), ok
 
@@ -188,7 +207,7 @@ def blocks_needed(state: BlockState, num_tokens: jax.Array) -> jax.Array:
     if len(state.windows) > 1:
         needed = blocks_needed(*_split(state, num_tokens))
         return cache_groups.sum_groups(needed, state)
-    _, copies, added = _demand(state, num_tokens)
+    _, copies, added = demand(state, num_tokens)
     return copies + added
 
 
@@ -213,11 +232,10 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
     """
     parents = row_array("parents", parents, state)
     (max_seqs,) = state.context_lens.shape
-    rows = jnp.arange(max_seqs)
-    parents = jnp.where((parents >= 0) & (parents < max_seqs), parents, max_seqs)
-
-    num_children = jnp.zeros_like(rows).at[parents].add(1, mode="drop")
-    has_parent = parents < max_seqs
+    own = jnp.arange(max_seqs, dtype=jnp.int32)
+    is_child = parents[None, :] == own[:, None]
+    num_children = jnp.sum(is_child, axis=1, dtype=jnp.int32)
+    has_parent = (parents >= 0) & (parents < max_seqs)
     tables = take(state.block_tables, parents)
     return dataclasses.replace(
         state,
@@ -229,14 +247,14 @@ def fork(state: BlockState, parents: jax.Array) -> BlockState:
 
 
 def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockState:
-    """Let empty rows use full blocks that are already in the pool.
+    """Let empty rows use blocks that are already in the pool.
 
     Args:
       state: donate it under jit.
       block_tables: i32[S, M], the blocks; entries after a row's length are ignored.
         In front of a window they may be NO_BLOCK.
-      lens: i32[S], tokens in these blocks, a multiple of P; 0 leaves a row unchanged,
-        and a row that is not empty is always left unchanged.
+      lens: i32[S], tokens in these blocks; 0 leaves a row unchanged, and a row that is
+        not empty is always left unchanged.
 
     >>> state = init_state(num_blocks=4, block_size=2, max_seqs=2, max_blocks_per_seq=2)
     >>> state, _ = append(state, jnp.array([3, 0]))
@@ -252,14 +270,14 @@ def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockS
         return cache_groups.join_groups(adopt(split, tables, lens), state)
     _, max_blocks_per_seq = state.block_tables.shape
     adopts = (lens > 0) & (state.context_lens == 0)
-    column = jnp.arange(max_blocks_per_seq)[None, :]
-    is_adopted = adopts[:, None] & (column < floor_div(lens, state.block_size)[:, None])
+    column = jnp.arange(max_blocks_per_seq, dtype=jnp.int32)[None, :]
+    is_adopted = adopts[:, None] & (column < cdiv(lens, state.block_size)[:, None])
     state = dataclasses.replace(
         state,
         block_tables=jnp.where(is_adopted, block_tables, state.block_tables),
         context_lens=jnp.where(adopts, lens, state.context_lens),
     )
-    counts = _add_refs(state, jnp.where(is_adopted, 1, 0))
+    counts = _add_refs(state, is_adopted.astype(jnp.int32))
     return dataclasses.replace(state, ref_counts=counts)
 
 
@@ -269,8 +287,14 @@ def free(state: BlockState, rows: jax.Array) -> BlockState:
     A block becomes free when no row uses it any more.
     """
     rows = row_array("rows", rows, state, dtype=jnp.bool_)
-    (max_seqs,) = rows.shape
-    return fork(state, jnp.where(rows, NO_BLOCK, jnp.arange(max_seqs)))
+    own = jnp.arange(rows.size, dtype=jnp.int32)
+    return dataclasses.replace(
+        state,
+        ref_counts=_add_refs(state, -rows.astype(jnp.int32)[:, None]),
+        block_tables=jnp.where(rows[:, None], NO_BLOCK, state.block_tables),
+        context_lens=jnp.where(rows, 0, state.context_lens),
+        drops=fork_drops(state.drops, own, ~rows),
+    )
 
 
 def truncate(state: BlockState, context_lens: jax.Array) -> BlockState:
@@ -289,11 +313,11 @@ def truncate(state: BlockState, context_lens: jax.Array) -> BlockState:
     context_lens = jnp.where(is_shorter, context_lens, state.context_lens)
 
     shorter = dataclasses.replace(state, context_lens=context_lens)
-    column = jnp.arange(max_blocks_per_seq)[None, :]
+    column = jnp.arange(max_blocks_per_seq, dtype=jnp.int32)[None, :]
     is_released = column >= num_blocks_per_row(shorter)[:, None]
     return dataclasses.replace(
         shorter,
-        ref_counts=_add_refs(state, jnp.where(is_released, -1, 0)),
+        ref_counts=_add_refs(state, -is_released.astype(jnp.int32)),
         block_tables=jnp.where(is_released, NO_BLOCK, state.block_tables),
     )
 
@@ -323,16 +347,17 @@ def exclusive_blocks(state: BlockState, order: jax.Array) -> jax.Array:
     """
     order = row_array("order", order, state)
     (num_blocks,) = state.ref_counts.shape
-    (max_seqs,) = order.shape
-
-    sorted_rows = jnp.argsort(order, stable=True)
-    rank = jnp.zeros_like(order).at[sorted_rows].set(jnp.arange(max_seqs))
-    rank_SM = jnp.broadcast_to(rank[:, None], state.block_tables.shape)
-    first = jnp.full((num_blocks,), max_seqs, jnp.int32)
-    first = first.at[_droppable_tables(state)].min(rank_SM, mode="drop")
-    # NO_BLOCK reads max_seqs, which is no row's rank.
-    first_SM = first.at[_droppable_tables(state)].get(mode="fill", fill_value=max_seqs)
-    return jnp.sum(first_SM == rank_SM, axis=1, dtype=jnp.int32)
+    own = jnp.arange(order.size, dtype=jnp.int32)
+    is_before = order[None, :] < order[:, None]
+    is_before |= (order[None, :] == order[:, None]) & (own[None, :] < own[:, None])
+    rank = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    tables = state.block_tables
+    rank_SM = jnp.broadcast_to(rank[:, None], tables.shape)
+    first = jnp.full((num_blocks,), order.size, jnp.int32)
+    is_first = (take(least(first, tables, rank_SM), tables) == rank_SM) & (
+        tables != NO_BLOCK
+    )
+    return jnp.sum(is_first, axis=1, dtype=jnp.int32)
 
 
 def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array:
@@ -361,13 +386,11 @@ def slots(state: BlockState, rows: jax.Array, positions: jax.Array) -> jax.Array
         rows = jnp.where(is_row[None, :], rows[None, :] * number + group, -1)
         positions = jnp.broadcast_to(positions[None, :], (number, positions.size))
         return slots(cache_groups.split_groups(state), rows, positions)
-    max_seqs, max_blocks_per_seq = state.block_tables.shape
-    column, offset = positions // state.block_size, positions % state.block_size
-    block = state.block_tables.at[
-        jnp.where(rows < 0, max_seqs, rows),
-        jnp.where(positions < 0, max_blocks_per_seq, column),
-    ].get(mode="fill", fill_value=NO_BLOCK)
-    return jnp.where(block == NO_BLOCK, -1, block * state.block_size + offset)
+    size = state.block_size
+    column, offset = floor_div(positions, size), remainder(positions, size)
+    block = get_or(state.block_tables, (rows, column), NO_BLOCK)
+    has_block = (block != NO_BLOCK) & (positions >= 0)
+    return jnp.where(has_block, block * size + offset, -1)
 
 
 def _split(state: BlockState, values: jax.Array) -> tuple[BlockState, jax.Array]:
@@ -375,23 +398,20 @@ def _split(state: BlockState, values: jax.Array) -> tuple[BlockState, jax.Array]
     return cache_groups.split_groups(state), jnp.repeat(values, len(state.windows))
 
 
-def _demand(
-    state: BlockState, num_tokens: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return last block, copies (0 or 1) and new blocks of each row, i32[S] each.
-
-    An empty row has no last block; its entry is an arbitrary number that is not used.
-    """
+def demand(state: BlockState, num_tokens: jax.Array) -> Demand:
+    """Return what `append(state, num_tokens)` needs."""
+    if len(state.windows) > 1:
+        state, num_tokens = _split(state, num_tokens)
     num_used = num_blocks_per_row(state)
     last_column = jnp.maximum(num_used - 1, 0)
-    last = take(state.block_tables, jnp.arange(len(num_used)), last_column)
+    rows = jnp.arange(num_used.size, dtype=jnp.int32)
+    last = take(state.block_tables, rows, last_column)
 
     # Rows are served in order, so the n-th writer of a block finds n - 1 references
     # removed. It writes in place if only its own reference is left, and copies if not.
     is_writer = (num_tokens > 0) & (
         remainder(state.context_lens, state.block_size) != 0
     )
-    rows = jnp.arange(last.size)
     is_before_SS = is_writer[None, :] & (rows[None, :] <= rows[:, None])
     is_before_SS &= last[None, :] == last[:, None]
     nth = jnp.sum(is_before_SS, axis=1, dtype=jnp.int32)
@@ -400,7 +420,7 @@ def _demand(
 
     unused = num_used * state.block_size - state.context_lens
     overflow = jnp.maximum(num_tokens, 0) - unused
-    return last, copies, jnp.maximum(cdiv(overflow, state.block_size), 0)
+    return Demand(last, copies, jnp.maximum(cdiv(overflow, state.block_size), 0))
 
 
 def _take_free_blocks(
@@ -435,13 +455,9 @@ def _refs_after_append(
     `copied`, i32[S], are blocks that lose a reference, NO_BLOCK where none.
     """
     (num_blocks,) = state.ref_counts.shape
-    highest = jnp.where(num_taken > 0, taken.at[num_taken - 1].get(mode="clip"), -1)
-    is_taken = is_free & (jnp.arange(num_blocks) <= highest)
-    ref_counts = state.ref_counts + is_taken.astype(jnp.int32)
-    # In JAX the index -1 is not out of bounds: it is the last element. Entries without
-    # a block get an index past the end, which mode="drop" discards.
-    copied = jnp.where(copied == NO_BLOCK, num_blocks, copied)
-    return ref_counts.at[copied].add(-1, mode="drop")
+    highest = jnp.where(num_taken > 0, take(taken, num_taken - 1), -1)
+    is_taken = is_free & (jnp.arange(num_blocks, dtype=jnp.int32) <= highest)
+    return add(state.ref_counts + is_taken.astype(jnp.int32), copied, -1)
 
 
 def _tables_after_append(
@@ -458,18 +474,13 @@ def _tables_after_append(
     """
     _, max_blocks_per_seq = state.block_tables.shape
     first_column = num_blocks_per_row(state) - copies
-    offset_SM = jnp.arange(max_blocks_per_seq)[None, :] - first_column[:, None]
+    column = jnp.arange(max_blocks_per_seq, dtype=jnp.int32)
+    offset_SM = column[None, :] - first_column[:, None]
     return jnp.where(
         (offset_SM >= 0) & (offset_SM < (copies + added)[:, None]),
-        taken.at[starts[:, None] + offset_SM].get(mode="clip"),
+        take(taken, starts[:, None] + offset_SM),
         state.block_tables,
     )
-
-
-def _droppable_tables(state: BlockState) -> jax.Array:
-    """Return the block tables with N for NO_BLOCK, i32[S, M]; mode="drop" skips N."""
-    (num_blocks,) = state.ref_counts.shape
-    return jnp.where(state.block_tables == NO_BLOCK, num_blocks, state.block_tables)
 
 
 def _add_refs(state: BlockState, amount_SM: jax.Array) -> jax.Array:
@@ -478,4 +489,4 @@ def _add_refs(state: BlockState, amount_SM: jax.Array) -> jax.Array:
     `amount_SM` broadcasts to the block tables.
     """
     amount_SM = jnp.broadcast_to(amount_SM, state.block_tables.shape)
-    return state.ref_counts.at[_droppable_tables(state)].add(amount_SM, mode="drop")
+    return add(state.ref_counts, state.block_tables, amount_SM)

@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jpaged.indexing import take
+from jpaged.indexing import add, put, take
 from jpaged.kv.block_state import NO_BLOCK, BlockState, num_blocks_per_row
 from jpaged.kv.block_state import Drops as Drops
 
@@ -67,7 +67,7 @@ def drop_blocks(state: BlockState, keeps: jax.Array) -> BlockState:
         statistic = pack_columns(statistic, keeps, 0)
     return dataclasses.replace(
         state,
-        ref_counts=state.ref_counts.at[gone].add(-1, mode="drop"),
+        ref_counts=add(state.ref_counts, gone, -1),
         block_tables=pack_columns(tables, keeps, NO_BLOCK),
         context_lens=state.context_lens - lost,
         drops=dataclasses.replace(
@@ -81,7 +81,7 @@ def pack_columns(values: jax.Array, keeps: jax.Array, fill: int) -> jax.Array:
     num_rows, width = values.shape
     target = jnp.where(keeps, jnp.cumsum(keeps, axis=1) - 1, width)
     rows = jnp.arange(num_rows)[:, None]
-    return jnp.full_like(values, fill).at[rows, target].set(values, mode="drop")
+    return put(jnp.full_like(values, fill), (rows, target), values)
 
 
 def computed_lens(state: BlockState) -> jax.Array:
@@ -103,7 +103,7 @@ def references_of(state: BlockState, rows: jax.Array) -> jax.Array:
         state.block_tables,
         state.ref_counts.size,
     )
-    return jnp.zeros_like(state.ref_counts).at[entries].add(1, mode="drop")
+    return add(jnp.zeros_like(state.ref_counts), entries, 1)
 
 
 def fork_drops(

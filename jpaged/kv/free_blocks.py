@@ -12,11 +12,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jpaged.indexing import take
 
 _WORD_BITS = 32
+_MOST_COMPARED = 1 << 16
+# For each bit of a word, a mask of the bits up to it.
+_UP_TO = np.array([(2 << bit) - 1 for bit in range(_WORD_BITS)], np.uint32)
 
 
 class FreeBits(NamedTuple):
@@ -30,10 +34,10 @@ def pack_free_blocks(is_free: jax.Array) -> FreeBits:
     """Return the bit set of the free blocks; `is_free` is bool[N]."""
     (num_blocks,) = is_free.shape
     is_free = jnp.pad(is_free, (0, -num_blocks % _WORD_BITS))
-    bit = jnp.uint32(1) << jnp.arange(_WORD_BITS, dtype=jnp.uint32)
-    bits = jnp.where(is_free.reshape(-1, _WORD_BITS), bit[None, :], jnp.uint32(0))
+    bit = np.uint32(1) << np.arange(_WORD_BITS, dtype=np.uint32)
+    bits = jnp.where(is_free.reshape(-1, _WORD_BITS), bit[None, :], np.uint32(0))
     words = jnp.sum(bits, axis=1, dtype=jnp.uint32)
-    return FreeBits(words, jnp.cumsum(lax.population_count(words).astype(jnp.int32)))
+    return FreeBits(words, jnp.cumsum(_num_set(words)))
 
 
 def lowest_free_blocks(free: FreeBits, count: int) -> jax.Array:
@@ -41,21 +45,24 @@ def lowest_free_blocks(free: FreeBits, count: int) -> jax.Array:
 
     Entries after the last free block are arbitrary numbers.
 
-    A binary search finds the word of the n-th free block, and five halvings find its
-    bit in the word, for all n at once.
+    A search finds the word of the n-th free block, and the number of its bits below
+    which too few blocks are free is the bit's place, for all n at once. For few blocks,
+    comparing with all words is a smaller program than a binary search.
     """
     words, num_free = free
     nth = jnp.arange(count, dtype=jnp.int32)
-    index = jnp.searchsorted(num_free, nth, side="right", method="scan_unrolled")
+    if count * words.size <= _MOST_COMPARED:
+        index = jnp.sum(num_free[None, :] <= nth[:, None], axis=1, dtype=jnp.int32)
+    else:
+        index = jnp.searchsorted(num_free, nth, side="right", method="scan_unrolled")
     index = jnp.minimum(index, words.size - 1).astype(jnp.int32)
     word = take(words, index)
-    # From here on `nth` is the number of free blocks to skip inside the word.
-    nth = nth - take(num_free, index) + lax.population_count(word).astype(jnp.int32)
-    block = index * _WORD_BITS
-    for half in (16, 8, 4, 2, 1):
-        in_low = lax.population_count(word & jnp.uint32(2**half - 1)).astype(jnp.int32)
-        is_high = nth >= in_low
-        nth = jnp.where(is_high, nth - in_low, nth)
-        word = jnp.where(is_high, word >> half, word)
-        block = jnp.where(is_high, block + half, block)
-    return block
+    # The number of free blocks to skip inside the word.
+    skipped = nth - take(num_free, index) + _num_set(word)
+    num_below = _num_set(word[:, None] & _UP_TO[None, :])
+    bit = jnp.sum(num_below <= skipped[:, None], axis=1, dtype=jnp.int32)
+    return index * _WORD_BITS + bit
+
+
+def _num_set(words: jax.Array) -> jax.Array:
+    return lax.population_count(words).astype(jnp.int32)

@@ -30,6 +30,7 @@ from jax import lax
 
 from jpaged.arithmetic import cdiv, floor_div, midpoint
 from jpaged.compat import when
+from jpaged.indexing import get_or, put
 from jpaged.kv.block_state import NO_BLOCK, BlockState
 from jpaged.kv.cache_groups import has_windows
 from jpaged.kv.companions import drop_companions, limit_to_windows
@@ -94,27 +95,28 @@ def match(
     """
     num_blocks, block_size = cache.tokens.shape
     num_rows, length = max_lens.shape[0], tokens.shape[1]
-    num_full = floor_div(jnp.clip(max_lens.astype(jnp.int32), 0, length), block_size)
+    num_full = floor_div(jnp.minimum(max_lens.astype(jnp.int32), length), block_size)
     paths = jnp.full((num_rows, cdiv(length, block_size)), NO_BLOCK, jnp.int32)
     parents = jnp.full((num_rows,), num_blocks, jnp.int32)
 
     def is_unfinished(carry: tuple) -> jax.Array:
-        _, _, depths, ends = carry
-        return jnp.any(depths < ends)
+        column, _, parents, _ = carry
+        return jnp.any((parents != NO_BLOCK) & (column < num_full))
 
     def descend(carry: tuple) -> tuple:
-        paths, parents, depths, ends = carry
-        rows = jnp.arange(num_rows)
-        chunks = block_tokens(tokens, seq_indices, depths, block_size)
+        # All rows are at the same column; those that have ended have no parent.
+        column, paths, parents, depths = carry
+        columns = jnp.broadcast_to(column, parents.shape)
+        chunks = block_tokens(tokens, seq_indices, columns, block_size)
         found = find_nodes(cache, parents, chunks).blocks
-        is_found = (found != NO_BLOCK) & (depths < ends)
-        columns = jnp.where(is_found, depths, paths.shape[1])
-        paths = paths.at[rows, columns].set(found, mode="drop")
-        depths = depths + is_found.astype(jnp.int32)
-        return paths, found, depths, jnp.where(is_found, ends, depths)
+        is_live = (parents != NO_BLOCK) & (column < num_full)
+        found = jnp.where(is_live, found, NO_BLOCK)
+        paths = lax.dynamic_update_slice(paths, found[:, None], (0, column))
+        depths = depths + (found != NO_BLOCK).astype(jnp.int32)
+        return column + 1, paths, found, depths
 
-    carry = (paths, parents, jnp.zeros_like(parents), num_full)
-    paths, _, depths, _ = lax.while_loop(is_unfinished, descend, carry)
+    carry = (jnp.int32(0), paths, parents, jnp.zeros_like(parents))
+    _, paths, _, depths = lax.while_loop(is_unfinished, descend, carry)
     if has_windows(cache.windows):
         paths, depths = limit_to_windows(
             cache.companions, cache.windows, block_size, paths, depths
@@ -277,9 +279,7 @@ def forget(cache: PrefixCache, blocks: jax.Array) -> PrefixCache:
     ignored. The loop has one iteration per level below these nodes. Companions of nodes
     are removed alone.
     """
-    (num_blocks,) = cache.parents.shape
-    index = jnp.where(blocks == NO_BLOCK, num_blocks, blocks)
-    removed = jnp.zeros((num_blocks,), jnp.bool_).at[index].set(True, mode="drop")
+    removed = put(jnp.zeros(cache.parents.shape, jnp.bool_), blocks, True)
     removed = _with_descendants(cache, removed)
     companions = cache.companions
     if companions is not None:
@@ -296,7 +296,7 @@ def _with_descendants(cache: PrefixCache, removed: jax.Array) -> jax.Array:
 
     def add_children(carry: tuple) -> tuple:
         removed, _ = carry
-        is_child = removed.at[cache.parents].get(mode="fill", fill_value=False)
+        is_child = get_or(removed, cache.parents, False)
         more = removed | (is_child & nodes(cache))
         return more, jnp.any(more != removed)
 
@@ -339,19 +339,13 @@ def _smallest(
     Nothing is sorted: for each key, a binary search finds the smallest bound that
     includes enough candidates. The last key must be different for all candidates.
     """
-    chosen = jnp.zeros_like(candidates)
-    for keys in order:
+    all_keys = jnp.stack(order)
 
-        def is_unfinished(carry: tuple) -> jax.Array:
-            low, high = carry
-            return low < high
+    def narrow(number: jax.Array, carry: tuple) -> tuple:
+        chosen, candidates, count = carry
+        keys = lax.dynamic_index_in_dim(all_keys, number, keepdims=False)
 
-        def halve(
-            carry: tuple,
-            keys: jax.Array = keys,
-            candidates: jax.Array = candidates,
-            count: jax.Array = count,
-        ) -> tuple:
+        def halve(carry: tuple) -> tuple:
             low, high = carry
             middle = midpoint(low, high)
             is_enough = jnp.sum(candidates & (keys <= middle), dtype=jnp.int32) >= count
@@ -362,9 +356,11 @@ def _smallest(
 
         low = jnp.min(jnp.where(candidates, keys, jnp.iinfo(jnp.int32).max))
         high = jnp.max(jnp.where(candidates, keys, jnp.iinfo(jnp.int32).min))
-        bound, _ = lax.while_loop(is_unfinished, halve, (low, high))
+        bound, _ = lax.while_loop(lambda carry: carry[0] < carry[1], halve, (low, high))
         is_below = candidates & (keys < bound)
-        chosen |= is_below
         count = count - jnp.sum(is_below, dtype=jnp.int32)
-        candidates = candidates & (keys == bound)
+        return chosen | is_below, candidates & (keys == bound), count
+
+    carry = (jnp.zeros_like(candidates), candidates, count)
+    chosen, candidates, _ = lax.fori_loop(0, len(order), narrow, carry)
     return chosen | candidates

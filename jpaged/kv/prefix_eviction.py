@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.arithmetic import floor_div
+from jpaged.indexing import get_or
 from jpaged.kv.block_state import NO_BLOCK
 from jpaged.kv.prefix_table import BlockUses, PrefixCache, is_cached, nodes
 from jpaged.policies import CachedBlocks
@@ -108,7 +109,7 @@ def largest_below(cache: PrefixCache, values: jax.Array) -> jax.Array:
     def double(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         found, ancestors = carry
         found = found.at[ancestors].max(found, mode="drop")
-        ancestors = ancestors.at[ancestors].get(mode="fill", fill_value=num_blocks)
+        ancestors = get_or(ancestors, ancestors, num_blocks)
         return found, ancestors
 
     return lax.while_loop(has_ancestors, double, (values, ancestors))[0]

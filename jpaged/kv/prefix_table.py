@@ -13,12 +13,13 @@ Source: block hashes as in vLLM's automatic prefix caching; the tree as in Zheng
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jpaged.indexing import take
+from jpaged.indexing import add, put, take
 from jpaged.kv.block_state import NO_BLOCK, BlockState
 from jpaged.kv.companions import Companions, init_companions, insert_companions
 
@@ -141,7 +142,7 @@ def find_nodes(cache: PrefixCache, parents: jax.Array, chunks: jax.Array) -> Tab
     # The block in an empty way never gives a wrong hit: it is not a node (no parent is
     # NOT_CACHED), or a node with another key, or occurs twice in this bucket.
     is_hit_SW = _lookup(cache.parents, entries_SW, NOT_CACHED) == parents[:, None]
-    keys_SWP = cache.tokens.at[entries_SW].get(mode="clip")
+    keys_SWP = take(cache.tokens, entries_SW)
     is_hit_SW &= jnp.all(keys_SWP == chunks[:, None, :], axis=2)
     blocks = jnp.max(jnp.where(is_hit_SW, entries_SW, NO_BLOCK), axis=1)
     return TableHits(blocks, buckets, entries_SW)
@@ -186,7 +187,7 @@ def insert_next_blocks(
     # Only the lowest row with keys in a bucket inserts its block in this pass. In the
     # next pass the others find that node, or insert a different key.
     is_new = is_live & (found.blocks == NO_BLOCK)
-    rows = jnp.arange(columns.size)
+    rows = jnp.arange(columns.size, dtype=jnp.int32)
     is_rival_SS = is_new[None, :] & (found.buckets[None, :] == found.buckets[:, None])
     is_rival_SS &= rows[None, :] < rows[:, None]
     way, has_empty_way = _first_empty_way(cache, found)
@@ -195,11 +196,11 @@ def insert_next_blocks(
     bucket = jnp.where(inserts, found.buckets, num_buckets)
     cache = dataclasses.replace(
         cache,
-        parents=cache.parents.at[block].set(parents, mode="drop"),
-        tokens=cache.tokens.at[block].set(chunks, mode="drop"),
-        depths=cache.depths.at[block].set(columns, mode="drop"),
-        ways=cache.ways.at[block].set(found.buckets * num_ways + way, mode="drop"),
-        buckets=cache.buckets.at[bucket, way].set(own, mode="drop"),
+        parents=put(cache.parents, block, parents),
+        tokens=put(cache.tokens, block, chunks),
+        depths=put(cache.depths, block, columns),
+        ways=put(cache.ways, block, found.buckets * num_ways + way),
+        buckets=put(cache.buckets, (bucket, way), own),
     )
     if cache.companions is not None:
         found_nodes = jnp.where(is_known, found.blocks, own)
@@ -210,7 +211,7 @@ def insert_next_blocks(
         cache = dataclasses.replace(
             cache,
             companions=companions,
-            depths=cache.depths.at[taken].set(columns[:, None], mode="drop"),
+            depths=put(cache.depths, taken, columns[:, None]),
         )
     return (
         cache,
@@ -225,7 +226,8 @@ def _first_empty_way(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the first empty way of each row's bucket, and whether it exists, [S]."""
     _, num_ways = cache.buckets.shape
-    way_SW = found.buckets[:, None] * num_ways + jnp.arange(num_ways)[None, :]
+    ways = jnp.arange(num_ways, dtype=jnp.int32)
+    way_SW = found.buckets[:, None] * num_ways + ways[None, :]
     is_empty_SW = _lookup(cache.parents, found.entries, NOT_CACHED) == NOT_CACHED
     is_empty_SW |= _lookup(cache.ways, found.entries, NO_BLOCK) != way_SW
     way = jnp.argmax(is_empty_SW, axis=1).astype(jnp.int32)
@@ -240,15 +242,13 @@ def _replace_by_nodes(
     nodes: jax.Array,
 ) -> BlockState:
     """Let known rows use `nodes` in place of their `own` blocks at their columns."""
-    num_blocks, (max_seqs, width) = blocks.ref_counts.size, blocks.block_tables.shape
-    column = jnp.where(is_known, columns, width)
-    ref_counts = blocks.ref_counts
-    for block, amount in ((own, -1), (nodes, 1)):
-        block = jnp.where(is_known, block, num_blocks)
-        ref_counts = ref_counts.at[block].add(amount, mode="drop")
-    table = blocks.block_tables.at[jnp.arange(max_seqs), column]
+    column = jnp.arange(blocks.block_tables.shape[1], dtype=jnp.int32)
+    is_replaced = is_known[:, None] & (column[None, :] == columns[:, None])
+    own, nodes = (jnp.where(is_known, block, NO_BLOCK) for block in (own, nodes))
     return dataclasses.replace(
-        blocks, ref_counts=ref_counts, block_tables=table.set(nodes, mode="drop")
+        blocks,
+        ref_counts=add(add(blocks.ref_counts, own, -1), nodes, 1),
+        block_tables=jnp.where(is_replaced, nodes[:, None], blocks.block_tables),
     )
 
 
@@ -260,20 +260,18 @@ def block_tokens(
 ) -> jax.Array:
     """Return the tokens of each row's block at its column, i32[S, P].
 
-    Positions after the end of `tokens` repeat its last token.
+    Those after the end of `tokens` are arbitrary.
     """
     if seq_indices is None:
         seq_indices = jnp.arange(columns.size, dtype=jnp.int32)
     offsets = jnp.arange(block_size, dtype=jnp.int32)
     positions_SP = columns[:, None] * block_size + offsets[None, :]
-    chunks = tokens.at[seq_indices[:, None], positions_SP].get(mode="clip")
-    return chunks.astype(jnp.int32)
+    return take(tokens, seq_indices[:, None], positions_SP).astype(jnp.int32)
 
 
 def entry_at(table_SM: jax.Array, columns: jax.Array) -> jax.Array:
-    """Return each row's entry at its column, i32[S]; clips columns to the table."""
-    columns = jnp.clip(columns, 0, table_SM.shape[1] - 1)
-    return take(table_SM, jnp.arange(columns.size), columns)
+    """Return each row's entry at its column, i32[S]; arbitrary without the column."""
+    return take(table_SM, jnp.arange(columns.size, dtype=jnp.int32), columns)
 
 
 def buckets_of(cache: PrefixCache, parents: jax.Array, chunks: jax.Array) -> jax.Array:
@@ -287,24 +285,23 @@ def hash_keys(parents: jax.Array, chunks: jax.Array) -> jax.Array:
 
     Each token is mixed with its offset in the block, and the results are added.
     """
-    offsets = jnp.arange(chunks.shape[1], dtype=jnp.uint32) + jnp.uint32(1)
+    offsets = np.arange(1, chunks.shape[1] + 1, dtype=np.uint32)
     mixed_SP = _mix(chunks.astype(jnp.uint32) ^ _mix(offsets)[None, :])
     total = jnp.sum(mixed_SP, axis=1, dtype=jnp.uint32)
     return _mix(total ^ _mix(parents.astype(jnp.uint32)))
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Any) -> Any:
     """Apply a bijection of 32-bit words; each bit of `x` flips about half of all bits.
 
     Source: the constants of `lowbias32`, found by search by Chris Wellons.
     https://nullprogram.com/blog/2018/07/31/
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
 def _lookup(values: jax.Array, blocks: jax.Array, fill: int) -> jax.Array:
     """Return `values[blocks]`, and `fill` for NO_BLOCK."""
-    index = jnp.where(blocks == NO_BLOCK, values.size, blocks)
-    return values.at[index].get(mode="fill", fill_value=fill)
+    return jnp.where(blocks == NO_BLOCK, fill, take(values, blocks))

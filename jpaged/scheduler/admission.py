@@ -16,7 +16,7 @@ from jax import lax
 
 from jpaged import policies
 from jpaged.arithmetic import floor_div, remainder
-from jpaged.indexing import take
+from jpaged.indexing import least, take
 from jpaged.kv import block_manager, cache_groups
 from jpaged.kv.block_manager import NO_BLOCK, BlockState
 from jpaged.policies import Policy, SchedulerParams
@@ -31,9 +31,11 @@ from jpaged.scheduler.queue import (
     Queue,
     UntilDecision,
     first_empty_rows,
+    in_rows,
     is_new_request,
     mapped_tokens,
     num_open_rows,
+    own_indices,
     requests_view,
     row_values,
     spare_blocks,
@@ -78,27 +80,34 @@ def admit(
     Returns:
       The first five arguments after the admission.
     """
-    table_size = queue.status.shape[0]
-    hits = _drop_shorter_hits(queue, hits)
+    mapped = mapped_tokens(queue)
+    # A sequence maps the cached prefix, or what its source offers, whichever is longer.
+    hits = dataclasses.replace(hits, lens=jnp.where(hits.lens < mapped, 0, hits.lens))
+    mapped = jnp.where(hits.lens > 0, 0, mapped)
     scores = _scores(queue, hits, policy, scheduler_params.parameters, clock)
     candidates = _find_candidates(
-        queue, rows, blocks, num_tokens, hits, needed, scores, scheduler_params, until
+        queue,
+        rows,
+        blocks,
+        num_tokens,
+        hits,
+        mapped,
+        needed,
+        scores,
+        scheduler_params,
+        until,
     )
-    first = candidates.seq_indices
-    is_admitted = jnp.cumprod(candidates.fits.astype(jnp.int32)).astype(jnp.bool_)
+    first, num_fitting = candidates.seq_indices, candidates.num_fitting
 
-    is_filled, number = first_empty_rows(rows, jnp.sum(is_admitted))
-    target = jnp.where(is_admitted, first, table_size)
+    is_filled, number = first_empty_rows(rows, num_fitting)
+    is_admitted = in_rows(queue, first, candidates.number < num_fitting)
     # Only the first sequence of a new request counts as cached: what the sequences of
     # a request share among themselves is computed by the request itself.
-    is_new = is_new_request(queue, first)
-    cached = jnp.where(
-        is_new, take(hits.lens, first) + mapped_tokens(queue, first, hits), 0
-    )
+    cached = jnp.where(is_admitted & is_new_request(queue), hits.lens + mapped, 0)
     queue = dataclasses.replace(
         queue,
-        status=queue.status.at[target].set(RUNNING, mode="drop"),
-        num_cached=queue.num_cached.at[target].add(cached, mode="drop"),
+        status=jnp.where(is_admitted, RUNNING, queue.status),
+        num_cached=queue.num_cached + cached,
     )
     rows = jnp.where(is_filled, take(first, number), rows)
     blocks = block_manager.adopt(
@@ -111,15 +120,8 @@ def admit(
         rows,
         blocks,
         jnp.where(is_filled, take(candidates.num_tokens, number), num_tokens),
-        num_admitted + jnp.sum(is_admitted, dtype=jnp.int32),
+        num_admitted + num_fitting,
     )
-
-
-def _drop_shorter_hits(queue: Queue, hits: Hits) -> Hits:
-    """Return the hits without those that are shorter than what the source offers."""
-    seq_indices = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
-    is_shorter = hits.lens < mapped_tokens(queue, seq_indices)
-    return dataclasses.replace(hits, lens=jnp.where(is_shorter, 0, hits.lens))
 
 
 def _scores(
@@ -128,10 +130,10 @@ def _scores(
     policy: str | Policy,
     parameters: jax.Array,
     clock: jax.Array | None,
-) -> jax.Array:
-    """Return the policy's score of each sequence's request, [R]."""
+) -> jax.Array | None:
+    """Return the policy's score of each sequence's request, [R]; None: all equal."""
     if policy == policies.ADMISSION.default:
-        return jnp.zeros_like(queue.arrivals)
+        return None
     view = requests_view(queue, parameters, hits.lens, clock)
     scores = policies.find(policies.ADMISSION, policy)(view)
     return take(scores, queue.leaders)
@@ -141,7 +143,8 @@ class _Candidates(NamedTuple):
     """The first waiting sequences in the policy's order."""
 
     seq_indices: jax.Array  # i32[S]
-    fits: jax.Array  # bool[S], whether it fits together with those before it
+    number: jax.Array  # i32[S], from 0
+    num_fitting: jax.Array  # i32[], the first ones, which fit together
     num_tokens: jax.Array  # i32[S], tokens that it would compute in this step
 
 
@@ -151,53 +154,49 @@ def _find_candidates(
     blocks: BlockState,
     num_tokens: jax.Array,
     hits: Hits,
+    mapped: jax.Array,
     needed: jax.Array,
-    scores: jax.Array,
+    scores: jax.Array | None,
     scheduler_params: SchedulerParams,
     until: UntilDecision | None,
 ) -> _Candidates:
-    num_rows = rows.shape[0]
-    seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
     is_waiting = queue.status == WAITING
-    keys = (
-        jnp.where(is_waiting, 0, 1),
-        jnp.where(queue.priorities == BEFORE_ALL, 0, 1),
-        scores,
-        queue.arrivals,
-        seq_index,
-    )
-    first = lax.sort(keys, num_keys=5)[-1][:num_rows]
+    rank = jnp.where(queue.priorities == BEFORE_ALL, 0, 1)
+    keys = (jnp.where(is_waiting, rank, 2), queue.arrivals, own_indices(queue))
+    if scores is not None:
+        keys = (keys[0], scores, *keys[1:])
+    first = lax.sort(keys, num_keys=len(keys) - 1)[-1][: rows.size]
     is_valid = take(is_waiting, first)
 
     num_known = jnp.where(queue.has_ended, 0, queue.num_tokens)
-    mapped = mapped_tokens(queue, first, hits)
     demand = _block_demand(
         blocks,
         hits,
         first,
         take(num_known, first),
-        mapped,
+        take(mapped, first),
         scheduler_params.max_prompt_chunk,
     )
     demand = jnp.where(is_valid, jnp.maximum(demand, 0), 0)
     # A sequence that waits for its source computes nothing yet, and a lockstep sequence
     # does not compute its last token yet.
-    tokens = take(num_known, first) - take(queue.is_lockstep, first).astype(jnp.int32)
-    tokens = jnp.minimum(
-        tokens - take(hits.lens, first), scheduler_params.max_prompt_chunk
-    )
+    tokens = num_known - queue.is_lockstep.astype(jnp.int32)
     if until is not None:
-        left = take(until.waiting, first) - take(hits.lens, first)
-        tokens = jnp.minimum(tokens, left)
-    tokens = jnp.where(is_valid & (mapped == 0), jnp.maximum(tokens, 0), 0)
+        tokens = jnp.minimum(tokens, until.waiting)
+    tokens = jnp.minimum(tokens - hits.lens, scheduler_params.max_prompt_chunk)
+    tokens = take(jnp.where(is_waiting & (mapped == 0), tokens, 0), first)
+    tokens = jnp.maximum(tokens, 0)
     budget = scheduler_params.max_num_batched_tokens - jnp.sum(num_tokens)
     before = jnp.cumsum(tokens) - tokens
 
     free = spare_blocks(queue, rows, blocks, needed, scheduler_params)
-    has_row = jnp.arange(num_rows) < num_open_rows(queue, rows, scheduler_params)
+    number = jnp.arange(rows.size, dtype=jnp.int32)
+    has_row = number < num_open_rows(queue, rows, scheduler_params)
     fits = is_valid & (jnp.cumsum(demand) <= free) & has_row
     fits = _whole_requests(queue, rows, first, is_valid, fits, before < budget)
-    return _Candidates(first, fits, jnp.clip(budget - before, 0, tokens))
+    num_fitting = jnp.min(jnp.where(fits, rows.size, number))
+    tokens = jnp.clip(budget - before, 0, tokens)
+    return _Candidates(first, number, num_fitting, tokens)
 
 
 def _block_demand(
@@ -221,12 +220,9 @@ def _block_demand(
     is_hit = column[None, :] < floor_div(take(hits.lens, first), size)[:, None]
     if cache_groups.has_windows(blocks.windows):
         is_hit &= tables != NO_BLOCK
-    (num_blocks,) = blocks.ref_counts.shape
     number = jnp.arange(first.size, dtype=jnp.int32)[:, None]
-    first_user = jnp.full(num_blocks, first.size, jnp.int32)
-    first_user = first_user.at[jnp.where(is_hit, tables, num_blocks)].min(
-        jnp.broadcast_to(number, tables.shape), mode="drop"
-    )
+    first_user = jnp.full(blocks.ref_counts.shape, first.size, jnp.int32)
+    first_user = least(first_user, jnp.where(is_hit, tables, NO_BLOCK), number)
     is_used = take(blocks.ref_counts, tables) > 0
     is_used |= take(first_user, tables) < number
     num_used = jnp.sum(is_hit & is_used, axis=1, dtype=jnp.int32)
@@ -250,10 +246,9 @@ def _whole_requests(
     """
     leaders = jnp.where(is_valid, take(queue.leaders, first), NO_REQUEST)
     is_same = leaders[:, None] == leaders[None, :]
-    is_waiting = queue.status == WAITING
-    request_size = jnp.zeros_like(queue.leaders)
-    request_size = request_size.at[queue.leaders].add(is_waiting.astype(jnp.int32))
-    is_complete = jnp.sum(is_same, axis=1) == request_size[take(queue.leaders, first)]
+    waiting = jnp.where(queue.status == WAITING, queue.leaders, NO_REQUEST)
+    request_size = jnp.sum(waiting[None, :] == leaders[:, None], axis=1)
+    is_complete = jnp.sum(is_same, axis=1) == request_size
     fits &= has_budget[jnp.argmax(is_same, axis=1)]
     fits_whole = is_complete & jnp.all(fits[None, :] | ~is_same, axis=1)
     is_other = row_values(queue.leaders, rows, NO_REQUEST) != leaders[0]

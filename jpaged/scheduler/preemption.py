@@ -34,8 +34,11 @@ from jpaged.scheduler.queue import (
     WAITING,
     Queue,
     first_empty_rows,
+    has_lasting_source,
+    in_rows,
     mapped_tokens,
     num_open_rows,
+    own_indices,
     ranks,
     requests_view,
     row_values,
@@ -90,7 +93,7 @@ def preempt(
     """
     rank = ranks(queue, rows, scores)
     is_preempted = _select_preempted(queue, rows, blocks, needed, rank)
-    is_swapped = jnp.zeros_like(is_preempted)
+    is_swapped = None
     if host is not None and swaps is not None:
         is_same = same_request(queue, rows)
         is_swapped = swap.fits_on_host(blocks, host, is_preempted, rank, is_same)
@@ -160,7 +163,7 @@ def yield_rows(
     num_later = jnp.sum(is_later & yields[None, :], axis=1)
     yields &= num_later < jnp.sum(queue.status == WAITING)
     carry = (queue, rows, blocks, num_tokens, num_preempted)
-    return _release_rows(*carry, yields, jnp.zeros_like(yields))
+    return _release_rows(*carry, yields)
 
 
 def _release_rows(
@@ -170,26 +173,26 @@ def _release_rows(
     num_tokens: jax.Array,
     num_preempted: jax.Array,
     is_preempted: jax.Array,
-    is_swapped: jax.Array,
+    is_swapped: jax.Array | None = None,
 ) -> tuple[Queue, jax.Array, BlockState, jax.Array, jax.Array]:
     """Preempt rows, bool[S]; swapped ones keep their blocks for the copy."""
-    seq_index = jnp.where(is_preempted, rows, queue.status.shape[0])
+    is_mine = in_rows(queue, rows, is_preempted)
+    status = jnp.where(is_mine, WAITING, queue.status)
+    if is_swapped is not None:
+        status = jnp.where(in_rows(queue, rows, is_swapped), SWAPPED, status)
     # A source in another request is not available when the sequence is admitted again.
-    source = row_values(queue.sources, rows)
-    is_kept = take(queue.arrivals, source) == row_values(queue.arrivals, rows)
-    is_kept |= take(queue.priorities, source) == BEFORE_ALL
-    loses_source = jnp.where(is_preempted & ~is_kept, rows, queue.status.shape[0])
-    status = jnp.where(is_swapped, SWAPPED, WAITING)
+    loses_source = is_mine & ~has_lasting_source(queue)
     queue = dataclasses.replace(
         queue,
-        status=queue.status.at[seq_index].set(status, mode="drop"),
-        sources=queue.sources.at[loses_source].set(rows, mode="drop"),
-        num_preemptions=queue.num_preemptions.at[seq_index].add(1, mode="drop"),
+        status=status,
+        sources=jnp.where(loses_source, own_indices(queue), queue.sources),
+        num_preemptions=queue.num_preemptions + is_mine.astype(jnp.int32),
     )
+    is_freed = is_preempted if is_swapped is None else is_preempted & ~is_swapped
     return (
         queue,
         jnp.where(is_preempted, NO_REQUEST, rows),
-        block_manager.free(blocks, is_preempted & ~is_swapped),
+        block_manager.free(blocks, is_freed),
         jnp.where(is_preempted, 0, num_tokens),
         num_preempted + jnp.sum(is_preempted, dtype=jnp.int32),
     )
@@ -253,19 +256,17 @@ def swap_in_request(
     Returns:
       The first three arguments after the swap.
     """
-    num_rows, table_size = rows.shape[0], queue.status.shape[0]
     is_swapped = queue.status == SWAPPED
-    seq_index = jnp.arange(table_size, dtype=jnp.int32)
-    keys = (jnp.where(is_swapped, 0, 1), queue.priorities, queue.arrivals, seq_index)
-    first = lax.sort(keys, num_keys=4)[-1][:num_rows]
-    leader = queue.leaders[first[0]]
+    keys = (jnp.where(is_swapped, 0, 1), queue.priorities, queue.arrivals)
+    first = lax.sort((*keys, own_indices(queue)), num_keys=3)[-1][: rows.size]
+    leader = take(queue.leaders, first[0])
     is_mine = is_swapped & (queue.leaders == leader)
     is_valid = take(is_mine, first)
 
     demand = _swap_in_demand(
         queue, host, first, is_valid, scheduler_params.max_prompt_chunk
     )
-    number = jnp.arange(num_rows, dtype=jnp.int32)
+    number = jnp.arange(rows.size, dtype=jnp.int32)
     fits = is_valid & (number < num_open_rows(queue, rows, scheduler_params))
     fits &= jnp.cumsum(demand) <= spare_blocks(
         queue, rows, blocks, needed, scheduler_params
@@ -276,9 +277,9 @@ def swap_in_request(
     is_alone = ~jnp.any(is_running & is_other) & ~take(queue.is_lockstep, leader)
     is_whole = jnp.sum(fits) == jnp.sum(is_mine)
     count = jnp.where(is_whole | is_alone, jnp.sum(fits, dtype=jnp.int32), 0)
-    target = jnp.where(number < count, first, table_size)
+    is_first = in_rows(queue, first, number < count)
     queue = dataclasses.replace(
-        queue, status=queue.status.at[target].set(RUNNING, mode="drop")
+        queue, status=jnp.where(is_first, RUNNING, queue.status)
     )
     is_filled, number = first_empty_rows(rows, count)
     into = jnp.where(is_filled, take(first, number), NO_REQUEST)
@@ -295,7 +296,7 @@ def _swap_in_demand(
 ) -> jax.Array:
     """Return the blocks of the sequences `first` and of their next tokens, i32[S]."""
     size = host.block_size
-    to_map = floor_div(mapped_tokens(queue, first), size)
+    to_map = floor_div(take(mapped_tokens(queue), first), size)
     if host.windows == (None,):
         stored = cdiv(take(host.context_lens, first), size)
     else:

@@ -202,11 +202,20 @@ def known_user_tokens(queue: Queue, users: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(is_mine, attributes.user_tokens[None, :], 0), axis=1)
 
 
-def is_new_request(queue: Queue, seq_indices: jax.Array) -> jax.Array:
-    """Return whether each is the first sequence of a request never preempted so far."""
-    return (take(queue.leaders, seq_indices) == seq_indices) & (
-        take(queue.num_preemptions, seq_indices) == 0
-    )
+def own_indices(queue: Queue) -> jax.Array:
+    """Return the index of each sequence, i32[R]."""
+    return jnp.arange(queue.status.size, dtype=jnp.int32)
+
+
+def is_new_request(queue: Queue) -> jax.Array:
+    """Return the first sequences of requests never preempted so far, bool[R]."""
+    return (queue.leaders == own_indices(queue)) & (queue.num_preemptions == 0)
+
+
+def in_rows(queue: Queue, rows: jax.Array, is_marked: jax.Array) -> jax.Array:
+    """Return the sequences whose rows i32[S] are marked, bool[S]; bool[R]."""
+    is_own = rows[None, :] == own_indices(queue)[:, None]
+    return jnp.any(is_own & is_marked[None, :], axis=1)
 
 
 def row_values(values: jax.Array, rows: jax.Array, fill: int | bool = 0) -> jax.Array:
@@ -230,27 +239,23 @@ def same_request(queue: Queue, rows: jax.Array) -> jax.Array:
     return is_same & (leaders != NO_REQUEST)[:, None]
 
 
-def mapped_tokens(
-    queue: Queue, seq_indices: jax.Array, hits: Hits | None = None
-) -> jax.Array:
-    """Return the tokens that sequences will map from their sources, i32 per sequence.
+def has_lasting_source(queue: Queue) -> jax.Array:
+    """Return the sequences whose source is always admitted before them, bool[R].
 
-    0 for sequences with `hits`, because they map the cached prefix instead.
+    All sequences of a request are admitted together, and pinned prefixes before all.
     """
-    sources = take(queue.sources, seq_indices)
-    status = take(queue.status, sources)
-    # All sequences of a request are admitted together, and pinned prefixes before all.
-    is_admitted_before = take(queue.arrivals, sources) == take(
-        queue.arrivals, seq_indices
-    )
-    is_admitted_before |= take(queue.priorities, sources) == BEFORE_ALL
+    is_same = take(queue.arrivals, queue.sources) == queue.arrivals
+    return is_same | (take(queue.priorities, queue.sources) == BEFORE_ALL)
+
+
+def mapped_tokens(queue: Queue) -> jax.Array:
+    """Return the tokens that sequences will map from their sources, i32[R]."""
+    status = take(queue.status, queue.sources)
     is_away = (status == WAITING) | (status == SWAPPED)
     is_live = (status == RUNNING) | (status == RETAINED)
-    is_live |= is_away & is_admitted_before
-    maps = (sources != seq_indices) & is_live
-    if hits is not None:
-        maps &= take(hits.lens, seq_indices) == 0
-    return jnp.where(maps, take(queue.shared_lens, seq_indices), 0)
+    is_live |= is_away & has_lasting_source(queue)
+    maps = (queue.sources != own_indices(queue)) & is_live
+    return jnp.where(maps, queue.shared_lens, 0)
 
 
 def rows_before(
@@ -265,16 +270,15 @@ def rows_before(
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
     is_empty = rows == NO_REQUEST
     is_retained = row_values(queue.status, rows, EMPTY) == RETAINED
-    keys = (
+    keys = [
         jnp.where(is_empty, 2, jnp.where(is_retained, 0, 1)),
         row_values(queue.priorities, rows, _LAST),
         row_values(queue.arrivals, rows, _LAST),
-        jnp.where(is_empty, _LAST, rows),
-        index,
-    )
+    ]
     if scores is not None:
-        keys = (keys[0], scores, *keys[1:])
-    is_before = jnp.zeros((rows.shape[0],) * 2, jnp.bool_)
+        keys.insert(1, scores)
+    last = jnp.where(is_empty, index, rows)  # empty rows are compared with each other
+    is_before = last[None, :] < last[:, None]
     for key in reversed(keys):
         mine, other = key[:, None], key[None, :]
         is_before = (other < mine) | ((other == mine) & is_before)
@@ -314,7 +318,7 @@ def first_empty_rows(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.
       other rows.
     """
     is_empty = rows == NO_REQUEST
-    number = jnp.cumsum(is_empty) - 1
+    number = jnp.cumsum(is_empty, dtype=jnp.int32) - 1
     is_first = is_empty & (number < count)
     return is_first, jnp.where(is_first, number, 0)
 
@@ -347,8 +351,7 @@ def spare_blocks(
     that the rows need in this step.
     """
     size = blocks.block_size
-    seq_index = jnp.arange(queue.status.shape[0], dtype=jnp.int32)
-    to_map = floor_div(row_values(mapped_tokens(queue, seq_index), rows), size)
+    to_map = floor_div(row_values(mapped_tokens(queue), rows), size)
     known = row_values(queue.num_tokens, rows)
     if blocks.drops is not None:
         known = known - blocks.drops.dropped

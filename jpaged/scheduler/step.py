@@ -84,10 +84,9 @@ def schedule(
       plan's swaps, `block_manager.append(blocks, plan.num_tokens)` always succeeds.
       Rows that are swapped out are empty in `rows` and keep their blocks in `blocks`.
     """
-    limits = config.scheduler_params
-    settings = (
-        limits if scheduler_params is None else scheduler_params.limited_to(limits)
-    )
+    settings = limits = jax.tree.map(jnp.asarray, config.scheduler_params)
+    if scheduler_params is not None:
+        settings = scheduler_params.limited_to(limits)
     scores = memory_scores(
         queue, rows, config.preemption_policy, settings.preemption, clock
     )
@@ -194,18 +193,15 @@ def _map_sources(
         if cache_groups.has_windows(blocks.windows):
             # A source that has released what the row would see is of no use.
             has_source &= cache_groups.has_windows_at(blocks, source_row, shared)
-        own = jnp.arange(rows.shape[0], dtype=jnp.int32)
 
         def can_map(blocks: BlockState) -> jax.Array:
             is_ready = take(blocks.context_lens, source_row) >= shared
             return has_source & (blocks.context_lens == 0) & is_ready
 
         def map_blocks(blocks: BlockState) -> BlockState:
-            maps = can_map(blocks)
-            blocks = block_manager.fork(blocks, jnp.where(maps, source_row, own))
-            return block_manager.truncate(
-                blocks, jnp.where(maps, shared, blocks.context_lens)
-            )
+            tables = take(blocks.block_tables, source_row)
+            lens = jnp.where(can_map(blocks), shared, 0)
+            return block_manager.adopt(blocks, tables, lens)
 
         # Repeated for rows whose source has just mapped its own source's blocks: a
         # lockstep leader that maps all but its last token computes nothing before the

@@ -31,7 +31,8 @@ from jpaged.serving.compiled import Program
 GREEDY = Features()
 # One program for all requests, whatever else they use.
 PROMPT_LOGPROBS = Features(logprobs=True, prompt_logprobs=True)
-# Programs whose arrays are so small that little is gained by optimising them.
+# Programs whose arrays are so small that little is gained by optimising them. The same
+# holds for greedy decoding after a trunk; decode loops have it in their own programs.
 _SMALL = ("schedule", "settle")
 _KINDS = {"m": "model", "p": "pages", "s": "state", "w": "whole"}
 
@@ -66,6 +67,7 @@ class ProgramSpecs:
 
     def __init__(self, model: Decoder, mesh: Mesh | None):
         self._model, self._mesh = model, mesh
+        self._shapes: dict[Any, Any] = {}
 
     def program(self, key: Key, state: EngineState) -> Program:
         """Describe a program for states like this one.
@@ -79,7 +81,9 @@ class ProgramSpecs:
         model = jax.tree.leaves(self._model)
         pages = pages_of(state)
         fixed: dict[str, Any] = dict(size=key.size, config=config)
-        scheduled, logits = self._scheduled(state), self.logits(config)
+        scheduled = logits = None
+        if key.name not in _SMALL:
+            scheduled, logits = self._scheduled(state), self.logits(config)
         tokens, blocks = state.requests.tokens, state.blocks
         # What each argument and result is, see `replicas.per_device`.
         function, inputs, outputs, donated, args = {
@@ -89,7 +93,7 @@ class ProgramSpecs:
                 "ss",
                 "s",
                 (0,),
-                (view, self._unsettled(state, config)),
+                (view, self._like(Unsettled.none, config)),
             ),
             "trunk": lambda: (
                 functools.partial(programs.trunk, **fixed),
@@ -103,7 +107,7 @@ class ProgramSpecs:
                 "msss",
                 "s",
                 (1,),
-                (model, view, scheduled, self._hidden(state, key.size)),
+                (model, view, scheduled, self._hidden(key.size)),
             ),
             "decode": lambda: (
                 programs.decode,
@@ -127,30 +131,32 @@ class ProgramSpecs:
             [_KINDS[kind] for kind in inputs],
             [_KINDS[kind] for kind in outputs],
         )
+        is_quick = key.name in _SMALL or (key.name == "decode" and key.used == GREEDY)
         options = None
-        if key.name in _SMALL and jax.default_backend() == "cpu":
+        if is_quick and jax.default_backend() == "cpu":
             options = compat.quick_compilation()
         return Program(str(key), mapped, args, donated, options)
 
     def logits(self, config: EngineConfig) -> Any:
         """Return the shape of the working memory for logits, [N, V] per replica."""
-        return self._like(lambda: sampling.init_logits(config, self._model.config))
+        return self._like(sampling.init_logits, config, self._model.config)
 
-    def _hidden(self, state: EngineState, size: int) -> Any:
+    def _hidden(self, size: int) -> Any:
         shape = (size, self._model.config.hidden_size)
-        return self._like(lambda: jnp.zeros(shape, self._model.config.dtype))
-
-    def _unsettled(self, state: EngineState, config: EngineConfig) -> Any:
-        return self._like(lambda: Unsettled.none(config))
+        return self._like(jnp.zeros, shape, self._model.config.dtype)
 
     def _scheduled(self, state: EngineState) -> Any:
         """Return the shapes of a scheduled step."""
         config = features.program_config(state.config, GREEDY)
-        return self._like(lambda: bookkeeping.idle_step(config))
+        return self._like(bookkeeping.idle_step, config)
 
-    def _like(self, make: Any) -> Any:
+    def _like(self, make: Any, *args: Any) -> Any:
         """Return the shapes and placements of arrays that differ between replicas."""
-        return replicas.shapes_on_mesh(make, self._mesh)
+        key = (make, args)
+        if key not in self._shapes:
+            shapes = replicas.shapes_on_mesh(lambda: make(*args), self._mesh)
+            self._shapes[key] = shapes
+        return self._shapes[key]
 
 
 def pages_of(state: EngineState) -> programs.Pages:

@@ -2,8 +2,8 @@
 
 Pipeline: engine -> [readout] -> engine host. Host only.
 
-Each function is one device call and few transfers. The arrays that it returns are new,
-because the state's own arrays are donated to the next call. With several replicas, the
+Each function is one device call or none. The arrays that it returns are new, because
+the state's own arrays are donated to the next call. With several replicas, the
 state's arrays have the replicas as first axis. The arrays returned here always have
 that axis, even with one replica. The host concatenates the request tables of all
 replicas: sequence index `i` is in replica `i // R`.
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged import engine, parallel
+from jpaged.compat import quick_jit
 from jpaged.decoding.bit_masks import MASK_BITS
 from jpaged.engine import EngineState, events, replicas
 from jpaged.kv import block_manager, prefix_cache
@@ -67,17 +68,24 @@ def read_progress(
     state: EngineState,
 ) -> tuple[SequenceProgress, dict[str, np.ndarray]]:
     """Return the progress of all sequences, and the counters, each [D]."""
-    columns, integers, floats = (_per_replica(x, state) for x in _summary(state))
-    integers, floats = iter(integers.T), iter(floats.T)
+    table, queue = state.requests, state.requests.queue
+    columns = (
+        queue.status,
+        queue.num_tokens,
+        table.finish_reasons,
+        table.first_steps,
+        table.last_steps,
+        queue.num_preemptions,
+        queue.num_cached,
+        *jax.tree.leaves(table.num_dropped),
+    )
+    columns, counters = _copies((columns, state.counters), state)
     names = [field.name for field in dataclasses.fields(engine.Counters)]
-    present = {name: getattr(state.counters, name) for name in names}
-    counters = {
-        name: next(floats if _is_float(counter) else integers)
-        for name, counter in present.items()
-        if counter is not None
-    }
-    found = SequenceProgress(*(column.reshape(-1) for column in columns.swapaxes(0, 1)))
-    return found, counters
+    present = {name: getattr(counters, name) for name in names}
+    return (
+        SequenceProgress(*(column.reshape(-1) for column in columns)),
+        {name: value for name, value in present.items() if value is not None},
+    )
 
 
 def read_timelines(state: EngineState) -> Iterator[tuple[np.ndarray, ...]]:
@@ -87,7 +95,10 @@ def read_timelines(state: EngineState) -> Iterator[tuple[np.ndarray, ...]]:
       Per replica: the number of events so far; the last events, i32[E, 3]; the rows of
       the last steps, i32[K, N].
     """
-    return zip(*(_per_replica(x, state) for x in _timeline(state)), strict=True)
+    timelines, num_steps = _copies((state.timeline, state.counters.num_steps), state)
+    for replica, steps in enumerate(num_steps.tolist()):
+        mine = jax.tree.map(lambda array, at=replica: array[at], timelines)
+        yield mine.num_events, *events.in_order(mine, steps)
 
 
 def count_blocks(state: EngineState) -> tuple[np.ndarray, np.ndarray]:
@@ -196,47 +207,14 @@ def _per_replica(array: jax.Array, state: EngineState) -> np.ndarray:
     return found if parallel.num_replicas(state.mesh) > 1 else found[None]
 
 
-def _is_float(counter: jax.Array) -> bool:
-    return counter.dtype == jnp.float32
+def _copies(tree: Any, state: EngineState) -> Any:
+    """Return copies of arrays of the state, with replicas as the first axis."""
+    has_axis = parallel.num_replicas(state.mesh) > 1
+    found = jax.tree.map(np.array, jax.device_get(tree))
+    return found if has_axis else jax.tree.map(lambda array: array[None], found)
 
 
-@jax.jit
-def _summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the columns of the progress, and the counters: integers and floats."""
-
-    def summary(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        table, queue = state.requests, state.requests.queue
-        columns = (
-            queue.status,
-            queue.num_tokens,
-            table.finish_reasons,
-            table.first_steps,
-            table.last_steps,
-            queue.num_preemptions,
-            queue.num_cached,
-            *jax.tree.leaves(table.num_dropped),
-        )
-        counters = jax.tree.leaves(state.counters)
-        floats = [counter for counter in counters if _is_float(counter)]
-        others = [counter for counter in counters if not _is_float(counter)]
-        integers = [counter.astype(jnp.int32) for counter in others]
-        return jnp.stack(columns), jnp.stack(integers), jnp.stack(floats)
-
-    return replicas.read_each(summary, state)
-
-
-@jax.jit
-def _timeline(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the number of events, the events and the steps, oldest first."""
-
-    def timeline(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        ordered = events.in_order(state.timeline, state.counters.num_steps)
-        return state.timeline.num_events, *ordered
-
-    return replicas.read_each(timeline, state)
-
-
-@jax.jit
+@quick_jit
 def _count_blocks(state: EngineState) -> tuple[jax.Array, jax.Array]:
     """Return the number of free blocks i32[] and of cached blocks i32[]."""
 
@@ -249,7 +227,7 @@ def _count_blocks(state: EngineState) -> tuple[jax.Array, jax.Array]:
     return replicas.read_each(count, state)
 
 
-@jax.jit
+@quick_jit
 def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.Array:
     """Return i32[B]: cached tokens among the first `most` of each prompt [B, L]."""
 
@@ -262,7 +240,7 @@ def _cached_lens(state: EngineState, tokens: jax.Array, most: jax.Array) -> jax.
     )
 
 
-@jax.jit
+@quick_jit
 def _read_mask_window(
     state: EngineState, seq_index: jax.Array, start: jax.Array
 ) -> jax.Array:
@@ -276,7 +254,7 @@ def _read_mask_window(
     return replicas.read_each(read, state, seq_index, start)
 
 
-@jax.jit
+@quick_jit
 def _read_windows(
     state: EngineState, seq_indices: jax.Array, starts: jax.Array
 ) -> tuple[jax.Array, ...]:

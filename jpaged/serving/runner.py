@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jpaged import engine, parallel
+from jpaged.compat import quick_jit
 from jpaged.config import EngineConfig
 from jpaged.cpu import huge_pages
 from jpaged.engine import (
@@ -140,7 +141,7 @@ class EngineRunner:
             mesh=self.mesh,
         )
         # jit makes one program of it instead of one per array; a mesh does so already.
-        state = jax.jit(init)() if self.mesh is None else init()
+        state = quick_jit(init)() if self.mesh is None else init()
         if not self.counters:
             return state
         is_stalled = np.zeros((self.num_replicas,), np.bool_)

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -371,7 +370,7 @@ class Stepper:
         memory = self._logits.get(_memory_kind(key))
         if memory is None or any(x.is_deleted() for x in jax.tree.leaves(memory)):
             memory = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
+                lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
                 self._specs.logits(key.config),
             )
         return memory

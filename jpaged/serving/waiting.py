@@ -60,8 +60,10 @@ class WaitingQueue:
         self._config, self._host = config, host
         self._policy = policies.find(policies.ADMISSION, policy)
         self._score = None if callable(policy) else _SCORES.get(policy)
-        self._reads = policies.columns_read(policies.ADMISSION, policy, parameters)
-        self._parameters = jnp.asarray(np.asarray(parameters, np.float32))
+        self._reads: frozenset[str] = frozenset()
+        if self._score is None:
+            self._reads = policies.columns_read(policies.ADMISSION, policy, parameters)
+        self._parameters = np.asarray(parameters, np.float32)
         self._heap: list[tuple[_Key, RequestState]] = []
         self._added: list[RequestState] = []  # not in the heap yet
 
@@ -133,7 +135,7 @@ class WaitingQueue:
             leaders=jnp.arange(size, dtype=jnp.int32),
             is_waiting=is_real,
             is_running=jnp.zeros_like(is_real),
-            parameters=self._parameters,
+            parameters=jnp.asarray(self._parameters),
         )
         # As in the table, a score that is not a number comes last.
         found = np.asarray(self._policy(view), np.float64)[:number]

@@ -467,18 +467,18 @@ def free_blocks_with_one_wrong(free_bits, count):
 
 
 def demand_without_copies(state, num_tokens):
-    last, copies, added = ORIGINAL_DEMAND(state, num_tokens)
-    return last, jnp.zeros_like(copies), added
+    needed = ORIGINAL_DEMAND(state, num_tokens)
+    return needed._replace(copies=jnp.zeros_like(needed.copies))
 
 
-ORIGINAL_DEMAND = block_manager._demand
+ORIGINAL_DEMAND = block_manager.demand
 
 
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
         ("lowest_free_blocks", free_blocks_with_one_wrong),
-        ("_demand", demand_without_copies),
+        ("demand", demand_without_copies),
     ],
 )
 def test_a_fault_planted_inside_append_is_found(monkeypatch, name, fault):

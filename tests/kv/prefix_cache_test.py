@@ -328,7 +328,7 @@ def test_invalid_sizes_raise(sizes, message):
             ("& ~jnp.any(is_rival_SS, axis=1)", ""),
             id="two rows insert the same key",
         ),
-        pytest.param(("((own, -1), ", "((own, 0), "), id="duplicates are kept"),
+        pytest.param(("own, -1), nodes", "own, 0), nodes"), id="duplicates are kept"),
         pytest.param(
             ("jnp.where(is_more, middle + 1, low)", "jnp.where(is_more, high, low)"),
             id="blocks after a row's nodes are not inserted",

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import pathlib
+import threading
 import time
 
 import jax
@@ -103,31 +104,33 @@ def test_a_new_feature_stops_no_running_request_and_counts_in_no_latency(
     llm = LLM(decoder, **SIZES)
     llm.warm_up(GREEDY)
     compile_program, slow_s = CompiledPrograms._compile, 2.0
+    may_compile = threading.Event()
 
     def slowly(self, program):
+        may_compile.wait()
         time.sleep(slow_s)
         return compile_program(self, program)
 
     monkeypatch.setattr(CompiledPrograms, "_compile", slowly)
     first = llm.submit([5, 6], LONG)
     tokens = list(next(first).token_ids)
-    start = time.perf_counter()
     second = llm.submit([7], dataclasses.replace(GREEDY, logprobs=2))
-    for delta in first:
+    for delta in first:  # it ends although nothing can be compiled
         tokens += delta.token_ids
-    assert time.perf_counter() - start < slow_s  # it did not wait
     assert tokens == naive([5, 6], 40)
     assert not second.finished
+    may_compile.set()
     output = second.output()
     assert output.outputs[0].token_ids == naive([7], 12)
     assert len(output.outputs[0].logprobs) == 12
     # A request that finds the engine idle waits for the compiler, and its clock stands.
     start = time.perf_counter()
     (third,) = llm.generate([[8]], dataclasses.replace(GREEDY, min_tokens=3))
-    assert time.perf_counter() - start > slow_s
+    others_s = time.perf_counter() - start - slow_s
+    assert others_s > 0
     assert third.outputs[0].token_ids == naive([8], 12)
-    assert third.metrics["queue_s"] < slow_s
-    assert third.metrics["first_token_s"] < slow_s
+    assert third.metrics["queue_s"] < others_s
+    assert third.metrics["first_token_s"] < others_s
 
 
 def test_running_requests_go_on_when_the_state_grows(decoder, naive, monkeypatch):

@@ -317,11 +317,10 @@ def retained_not_first(ranks, queue, rows, scores=None):
     return ranks(seen, rows)
 
 
-def any_source(mapped, queue, seq_indices, hits=None):
+def any_source(mapped, queue):
     """Tokens are also mapped from sources that have ended."""
-    return jnp.where(
-        queue.sources[seq_indices] != seq_indices, queue.shared_lens[seq_indices], 0
-    )
+    own = jnp.arange(queue.sources.size)
+    return jnp.where(queue.sources != own, queue.shared_lens, 0)
 
 
 def separate_rows(same, queue, rows):

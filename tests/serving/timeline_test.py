@@ -114,7 +114,12 @@ def record(ring, step, before, after, blocks, count):
     )
     ring = timeline.record_scheduling(ring, step, was, scheduled)
     ring = timeline.record_step(
-        ring, step, scheduled, blocks, num_tokens=count, num_generated=count
+        ring,
+        step,
+        scheduled,
+        timeline.occupancy(blocks),
+        num_tokens=count,
+        num_generated=count,
     )
     has_first = (before.first_steps < 0) & (after.first_steps >= 0)
     return timeline.record_decoding(
@@ -129,7 +134,7 @@ WORKLOAD_LENS = [
 
 def recorded(rings, num_steps):
     """(step, name, sequence index) of the events, and the rows of the steps."""
-    events, rows = timeline.in_order(rings, jnp.int32(num_steps))
+    events, rows = timeline.in_order(rings, num_steps)
     events = [
         (step, timeline.EVENTS[kind], seq_index)
         for step, kind, seq_index in events.tolist()

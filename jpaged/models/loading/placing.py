@@ -137,9 +137,8 @@ class Shards:
         for device in self.devices[region]:
             if values.shape == shape:
                 # Always a copy: a JAX array on a CPU could otherwise share the memory.
-                array = jnp.array(values, self._dtype)
-                if device is not None:
-                    array = jax.device_put(array, device)
+                values = np.asarray(values, self._dtype)
+                array = jax.device_put(values, device, may_alias=False)
             else:
                 buffer = self._buffers.pop(device, None)
                 if buffer is None:

@@ -37,6 +37,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Muon with gradients clipped to norm 1 and a trapezoidal learning rate.
 
+    Adam updates what Muon does not: embeddings and norms.
+
     The rate rises linearly, stays constant, and falls linearly to zero. While it is
     constant, the number of steps may still change: longer runs start identically.
 
@@ -45,7 +47,7 @@ def make_optimizer(
       warmup: Steps in which the rate rises.
       decay: Last steps, in which it falls.
       rate: The constant learning rate.
-      weight_decay: For matrices only.
+      weight_decay: For matrices inside of layers, which Muon updates.
     """
     schedule = optax.join_schedules(
         [

@@ -19,8 +19,8 @@ from tests.support.paths import ROOT
 pytestmark = pytest.mark.long
 
 # As stated in docs/tiny_model.md, for the library of Python 3.11.7. Other versions
-# share most of the held-out text: the loss on that of 3.12.1 is 3.552.
-HELD_OUT_NATS, MARGIN = 3.545, 0.05
+# share most of the held-out text: the loss on that of 3.12.1 is 2.768.
+HELD_OUT_NATS, MARGIN = 2.760, 0.05
 
 # Not part of the library, and written later.
 UNSEEN = '''\
@@ -66,7 +66,7 @@ def main(argv=None):
 if __name__ == "__main__":
     sys.exit(main())
 '''
-UNSEEN_NATS = 3.05  # measured: 2.990
+UNSEEN_NATS = 2.45  # measured: 2.371
 
 TINY = train_tiny.Settings(
     steps=4,

@@ -55,7 +55,12 @@ HEADS = (
 
 # The fields of a model's config that `engine.init` reads.
 SHAPE = types.SimpleNamespace(
-    num_layers=1, num_kv_heads=1, head_dim=1, dtype="int8", latent=None
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=1,
+    dtype="int8",
+    latent=None,
+    windows=(None,),
 )
 
 

@@ -386,10 +386,10 @@ def test_loading_holds_no_second_copy_of_the_model_in_python_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(leaf.nbytes for leaf in leaves(model)) == sum(sizes)
-    # Python's memory, without JAX's arrays: the piece that is being read, the previous
-    # one that JAX has not yet released, and 400 KB of names and shapes.
+    # Python's memory, without JAX's arrays: the piece that is being read, its copy, the
+    # previous copy that JAX has not yet released, and 500 KB of names and shapes.
     assert max(sizes) < 4 * placing.PIECE
-    assert peak < 2 * max(sizes) + 400_000 < sum(sizes) / 2
+    assert peak < 3 * max(sizes) + 500_000 < sum(sizes) / 2
 
 
 # Invalid checkpoints.

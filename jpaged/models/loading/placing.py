@@ -136,9 +136,7 @@ class Shards:
             values = whole
         for device in self.devices[region]:
             if values.shape == shape:
-                # Always a copy: a JAX array on a CPU could otherwise share the memory.
-                values = np.asarray(values, self._dtype)
-                array = jax.device_put(values, device, may_alias=False)
+                array = jax.device_put(_unaligned(values, self._dtype), device)
             else:
                 buffer = self._buffers.pop(device, None)
                 if buffer is None:
@@ -175,6 +173,17 @@ class Shards:
         return jax.make_array_from_single_device_arrays(
             self._shape, self._sharding, buffers
         )
+
+
+def _unaligned(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy to memory that JAX cannot share, so that its array can be donated.
+
+    On a CPU it shares aligned memory of NumPy, even with `may_alias=False`. `jnp.array`
+    always copies, but compiles a program for each shape.
+    """
+    copied = np.empty(values.size + 1, dtype)[1:].reshape(values.shape)
+    copied[...] = values
+    return copied
 
 
 @functools.partial(jax.jit, donate_argnums=0)

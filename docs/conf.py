@@ -42,7 +42,8 @@ nitpick_ignore_regex = [
     ("py:class", r"jpaged\.decoding\.(contrib|processors)\..*"),
     (
         "py:class",
-        r".*\.(AnyMesh|Attributes|BlockUses|RuleParams|Drops|Companions|UntilDecision)",
+        r".*\.(AnyMesh|Attributes|BlockUses|Demand|RuleParams|Drops|Companions"
+        r"|Steps|Texts|UntilDecision)",
     ),
 ]
 default_role = "py:obj"

@@ -48,7 +48,7 @@ class SearchSizes(NamedTuple):
     max_tokens: int  # T
 
 
-class Requests(NamedTuple):
+class SearchRequests(NamedTuple):
     """The searches of a call, as data."""
 
     tokens: jax.Array  # i32[B, L - T], the prompts
@@ -105,7 +105,7 @@ class Found:
 def search(
     model: Decoder,
     cache: KVCache,
-    requests: Requests,
+    requests: SearchRequests,
     *,
     value: Value,
     sizes: SearchSizes,
@@ -156,7 +156,7 @@ class _Search(NamedTuple):
     """What stays the same during a search."""
 
     model: Decoder
-    requests: Requests
+    requests: SearchRequests
     value: Value
     sizes: SearchSizes
     config: EngineConfig

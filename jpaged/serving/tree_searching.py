@@ -25,7 +25,7 @@ from jpaged.engine import EngineState
 from jpaged.kv import prefix_cache
 from jpaged.names import rechecked
 from jpaged.outputs import CompletionOutput, SearchStep, TreeSearchOutput
-from jpaged.search import Requests, SearchSizes, TreeSearchParams, search
+from jpaged.search import SearchRequests, SearchSizes, TreeSearchParams, search
 from jpaged.search.tree import Exploration
 from jpaged.serving.engine_host import EngineHost
 from jpaged.text import prompts as text_prompts
@@ -254,7 +254,7 @@ def _run_group(
     cache, found = search(
         host.model,
         state.cache,
-        Requests(**values),
+        SearchRequests(**values),
         value=cast(Any, params.value),
         sizes=sizes,
         config=config,

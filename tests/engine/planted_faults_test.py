@@ -88,13 +88,13 @@ def lost_reference(fork, state, parents):
     return dataclasses.replace(forked, ref_counts=jnp.minimum(forked.ref_counts, 1))
 
 
-def kept_reference(fork, state, parents):
+def kept_reference(free, state, rows):
     """The first block of a row that ends keeps its count and is never freed."""
-    forked = fork(state, parents)
-    kept = jnp.where(parents < 0, state.block_tables[:, 0], -1)
+    freed = free(state, rows)
+    kept = jnp.where(rows, state.block_tables[:, 0], -1)
     kept = jnp.where(kept < 0, state.ref_counts.shape[0], kept)
-    counts = forked.ref_counts.at[kept].add(1, mode="drop")
-    return dataclasses.replace(forked, ref_counts=counts)
+    counts = freed.ref_counts.at[kept].add(1, mode="drop")
+    return dataclasses.replace(freed, ref_counts=counts)
 
 
 def shifted_slots(slots, state, rows, positions):
@@ -117,7 +117,7 @@ FAULTS = {
     "a lost reference count": (block_manager, "fork", lost_reference),
     "a reference count that is never decremented": (
         block_manager,
-        "fork",
+        "free",
         kept_reference,
     ),
     "slot_mapping shifted by one": (block_manager, "slots", shifted_slots),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jpaged.decoding.repeated import repeated_params
 from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
 from tests.engine.algorithms_test import race
 from tests.support.engine import full_llm as full
@@ -83,7 +84,8 @@ def test_an_extreme_value_is_refused_by_name_or_runs(full_llm, kind, name):
         if name in ("min_tokens", "length_penalty"):
             names += ("max_tokens: ",)
         assert refusal.startswith(names), refusal
-    valid = [p for p in valid if llm._batcher._grow(config, [p]) == config]
+    run = repeated_params if kind is AlgorithmParams else lambda params: params
+    valid = [p for p in valid if llm._batcher._grow(config, [run(p)]) == config]
     outputs = llm.generate([PROMPT] * len(valid), valid, on_error="return")
     for params, output in zip(valid, outputs, strict=True):
         assert output.error is None, (params, output.error)

@@ -262,6 +262,8 @@ def draw(path: str, rows: Sequence[dict[str, Any]]) -> None:
                 y_label=label,
                 title=model,
             )
+            if key == "found":
+                axes.set_ylim(-0.05, 1.05)
             if key == "perplexity":  # of `random` it is several times that of others
                 axes.set_yscale("log")
                 style.plain_y(axes)

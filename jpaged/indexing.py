@@ -1,7 +1,7 @@
 """Indexing: reads and writes of arrays at arrays of indices.
 
 They are smaller programs than `array[index]` and `array.at[index]`, which count
-negative indices from the end, and are traced in a third of the time. `index` is an
+negative indices from the end, and tracing them takes a third of the time. `index` is an
 array of int32, or a tuple of such arrays for the leading axes.
 """
 
@@ -31,7 +31,7 @@ def take(array: jax.Array, index: Any, *others: Any) -> jax.Array:
 
 
 def get_or(array: jax.Array, index: Any, fill: Any) -> jax.Array:
-    """Return `array[index]`, and `fill` for indices out of range, as negative ones."""
+    """Return `array[index]`; `fill` for indices out of range, including negative ones."""
     at = array.at[index]
     return at.get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
@@ -47,19 +47,19 @@ def add(array: jax.Array, index: Any, values: Any) -> jax.Array:
 
 
 def least(array: jax.Array, index: Any, values: Any) -> jax.Array:
-    """Return `array` with minima with `values` at `index`, as `put`."""
+    """Return `array` with the minima of its entries and `values` at `index`, as `put`."""
     return _scatter(lax.scatter_min, array, index, values)
 
 
-def places(index: jax.Array, size: int) -> jax.Array:
-    """Return the last place of each number from 0 in `index`, [S]; i32[size].
+def last_positions(index: jax.Array, size: int) -> jax.Array:
+    """Return the last position in `index` i32[S] of each number below `size`, i32[size].
 
-    -1 for numbers that do not occur.
+    The position is -1 for numbers that do not occur.
     """
     numbers = jnp.arange(size, dtype=jnp.int32)
-    place = jnp.arange(index.size, dtype=jnp.int32)
+    position = jnp.arange(index.size, dtype=jnp.int32)
     is_here = index[None, :] == numbers[:, None]
-    return jnp.max(jnp.where(is_here, place[None, :], -1), axis=1)
+    return jnp.max(jnp.where(is_here, position[None, :], -1), axis=1)
 
 
 def _scatter(scatter: Any, array: jax.Array, index: Any, values: Any) -> jax.Array:
@@ -76,7 +76,7 @@ def _scatter(scatter: Any, array: jax.Array, index: Any, values: Any) -> jax.Arr
 
 
 def _stacked(index: tuple[Any, ...]) -> tuple[jax.Array, int]:
-    """Return the indices side by side on a last axis, and how many they are."""
+    """Return the indices side by side on a last axis, and their number."""
     arrays = jnp.broadcast_arrays(*index) if len(index) > 1 else list(index)
     columns = [lax.expand_dims(array, (array.ndim,)) for array in arrays]
     return lax.concatenate(columns, columns[0].ndim - 1), len(index)

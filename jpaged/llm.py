@@ -641,7 +641,7 @@ class LLM(VllmMethods):
 
         All nodes of a tree are texts in the pool: they share the blocks of their common
         tokens, and each simulation computes one token of one new node per prompt. The
-        searches use blocks that are free; open requests wait meanwhile. See
+        searches use free blocks, and open requests wait until they end. See
         docs/decoding.md.
 
             params = TreeSearchParams(num_simulations=64, max_tokens=20)

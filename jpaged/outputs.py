@@ -135,7 +135,7 @@ class RequestOutput:
         total_s and normalized_latency_s, see `serving.metrics.latencies`. vLLM's names
         are attributes, see `RequestMetrics`.
       error: why there are no outputs, or why some end with the reason "error": a
-        user's algorithm or logits processor returned what is no token.
+        user's algorithm returned an invalid decision, or a logits processor NaN.
       events: what happened to the request and when, in order, see
         `serving.metrics.Event`.
     """
@@ -230,7 +230,7 @@ class BeamSearchOutput:
 
 
 class SearchStep(NamedTuple):
-    """What a tree search found out before it chose a token."""
+    """Statistics of a tree search at the time when it chose a token."""
 
     token_ids: np.ndarray  # i32[A], the actions: tokens that may follow
     visits: np.ndarray  # i32[A]
@@ -249,11 +249,11 @@ class TreeSearchOutput:
       best: the text with the largest value among all complete texts that the search
         has seen; None if it has seen none.
       steps: for each chosen token, the visits and values of the root's actions.
-      metrics: num_nodes, texts that were computed, the prompt included;
+      metrics: num_nodes, texts that were computed, including the prompt;
         num_cached_tokens of the prompt; num_steps of the decoder, of all searches of
         the batch; max_used_blocks, the most blocks that the search used at a time;
-        max_blocks_without_sharing, what its nodes would have used then with a copy of
-        their text each; num_block_copies, of all searches of the batch.
+        max_blocks_without_sharing, the blocks that its nodes would have used then if
+        each had a copy of its text; num_block_copies, of all searches of the batch.
       error: why there are no outputs.
     """
 

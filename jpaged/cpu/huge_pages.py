@@ -2,9 +2,10 @@
 
 Pipeline: models and engine state -> [huge_pages].
 
-A decode step reads all weights and many scattered blocks once. With pages of 4 KiB, the
-processor looks up an address for each of them. docs/decisions/cpu_kernels.md has the
-gain. Nothing is copied by JAX and no value changes: the kernel moves the memory.
+A decode step reads all weights and many scattered blocks once. The processor looks up
+an address for each memory page, and pages of 4 KiB are many. docs/decisions/cpu_kernels.md
+has the measurements. JAX copies nothing and no value changes: the kernel of the
+operating system moves the memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax
 from jax.core import Tracer
 
 _HUGE = 2**21  # bytes of a huge page
-_LEAST = 2 * _HUGE  # smaller arrays may hold no whole huge page
+_LEAST = 2 * _HUGE  # a smaller array may not contain a whole huge page
 _PIECE = 16 * _HUGE  # bytes moved by one call
 _HUGE_PAGES, _COLLAPSE = 14, 25  # MADV_HUGEPAGE and MADV_COLLAPSE of Linux
 _SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -39,13 +40,14 @@ def is_possible() -> bool:
 
 
 def move(tree: Any) -> int:
-    """Move the large arrays of a pytree to huge pages, where the system can.
+    """Move the large arrays of a pytree to huge pages, if the system has them.
 
     Args:
-      tree: arrays; those on other devices than a CPU, and deleted ones, stay.
+      tree: any pytree; small or deleted arrays, arrays on other devices than a CPU, and
+        leaves that are not arrays are ignored.
 
     Returns:
-      Bytes that were moved.
+      Number of bytes that were moved.
     """
     if not is_possible():
         return 0
@@ -55,8 +57,11 @@ def move(tree: Any) -> int:
 def move_in_background(tree: Any) -> threading.Thread | None:
     """Call `move` in a thread that keeps no array alive.
 
-    The arrays may be used, donated or freed meanwhile: an address that is no longer
-    theirs is refused by the system, or its memory is moved without any change.
+    The arrays can be used, donated or freed at the same time. The system rejects an
+    address that is no longer mapped, and moving other memory changes none of its values.
+
+    Args:
+      tree: as for `move`.
 
     Returns:
       The thread; None if there is nothing to move.
@@ -75,7 +80,7 @@ def move_in_background(tree: Any) -> threading.Thread | None:
 
 
 def _regions(tree: Any) -> list[tuple[int, int]]:
-    """The first and the last address of whole huge pages in each large array."""
+    """Start and end address of the whole huge pages in each large array."""
     found = []
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
@@ -92,6 +97,7 @@ def _regions(tree: Any) -> list[tuple[int, int]]:
 
 
 def _advise(start: int, stop: int) -> int:
+    """Move the memory between two addresses; return the number of bytes moved."""
     madvise = _madvise()
     moved = 0
     for first in range(start, stop, _PIECE):

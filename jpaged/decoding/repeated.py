@@ -25,6 +25,9 @@ def repeated_params(params: Any) -> Any:
 
     Args:
       params: an AlgorithmParams.
+
+    Returns:
+      The new parameters; `params` itself if its n is 1.
     """
     n = params.n
     if n == 1:

@@ -1,4 +1,4 @@
-"""Values of texts: what a search wants to be large.
+"""Values of texts: functions that a search maximises.
 
 Pipeline: decoder -> [values] -> search, contrib.value_beam.
 
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 
 class Leaf(NamedTuple):
-    """What a value function sees: a text, and what the model says of it."""
+    """The argument of a value function: a text, and the model's results for it."""
 
-    tokens: jax.Array  # i32[L], prompt and output; V after the last: writes to it drop
+    tokens: jax.Array  # i32[L], prompt and output, then V, which is out of range
     prompt_len: jax.Array  # i32[]
     num_tokens: jax.Array  # i32[], tokens of prompt and output
     logprob: jax.Array  # f32[], sum of the output's log-probabilities
@@ -37,7 +37,8 @@ Value = Callable[..., jax.Array]  # (leaf, **parameters) -> f32[]
 def mean_logprob(leaf: Leaf) -> jax.Array:
     """Return the mean log-probability of the output's tokens and of the next one.
 
-    That of the next token is its expectation. A text that has ended has none.
+    The next token counts with the expectation of its log-probability, unless the text
+    has ended.
     """
     probabilities = jnp.exp(leaf.logprobs)
     terms = jnp.where(probabilities > 0, probabilities * leaf.logprobs, 0.0)
@@ -47,7 +48,13 @@ def mean_logprob(leaf: Leaf) -> jax.Array:
 
 
 def evaluate(value: Value, leaves: Leaf, parameters: dict[str, Any]) -> jax.Array:
-    """Return the values f32[B] of B texts."""
+    """Return the values f32[B] of B texts.
+
+    Args:
+      value: the value function.
+      leaves: the texts; each array has a first axis B.
+      parameters: keyword arguments of the value function.
+    """
     found = jax.vmap(lambda leaf: value(leaf, **parameters))(leaves)
     return jnp.asarray(found, jnp.float32)
 
@@ -55,13 +62,16 @@ def evaluate(value: Value, leaves: Leaf, parameters: dict[str, Any]) -> jax.Arra
 def check_value(
     value: Value, parameters: dict[str, Any], sizes: tuple[int, int, int], dtype: str
 ) -> None:
-    """Raise ValueError unless the function returns one number for a text.
+    """Trace a value function on the shapes of one text.
 
     Args:
       value: the function.
       parameters: its keyword arguments.
       sizes: L, V and E.
       dtype: of the hidden state.
+
+    Raises:
+      ValueError: the function cannot be traced, or does not return one number.
     """
     length, vocab_size, hidden_size = sizes
 

@@ -97,13 +97,16 @@ def check_examples(
     vocab_size: int,
     parameters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run two steps on examples; raise ValueError for decisions that do not exist.
+    """Run two steps on examples, and check their decisions.
 
     Args:
       algorithm: an algorithm that `num_sequences` has checked.
       num_rows: W.
       vocab_size: V.
       parameters: the request's values of some of the algorithm's parameters.
+
+    Raises:
+      ValueError: a decision has a token or a parent that does not exist.
     """
     values = parameters_of(algorithm, parameters)
     key = tuple(values[name].tobytes() for name, *_ in getattr(algorithm, "specs", ()))
@@ -116,7 +119,7 @@ def check_examples(
 def _problem(
     algorithm: Any, num_rows: int, vocab_size: int, values: tuple[bytes, ...]
 ) -> str | None:
-    """What is wrong with the decisions on the examples."""
+    """What is wrong with the decisions on the examples; None if nothing is."""
     specs: Specs = getattr(algorithm, "specs", ())
     parameters = {
         name: np.frombuffer(value, dtype).reshape(shape)
@@ -128,7 +131,7 @@ def _problem(
         logits, decisions = jax.device_get(run(np.int32(number), parameters))
         had_ended = np.zeros((count,), np.bool_)
         for step, one in enumerate(decisions):
-            place = (
+            where = (
                 f"in step {step} of the example with {name} log-probabilities "
                 f"(logits[0, :4]={logits[step][0, :4].tolist()}, {num_rows} rows)"
             )
@@ -137,7 +140,7 @@ def _problem(
                 if wrong.any():
                     return (
                         f"expected parents from 0 to {count - 1}, the sequences of the "
-                        f"request, got {one.parents[wrong][0]} {place}"
+                        f"request, got {one.parents[wrong][0]} {where}"
                     )
                 had_ended = had_ended[one.parents]
             wrong = (one.tokens < NO_TOKEN) | (one.tokens >= vocab_size)
@@ -146,7 +149,7 @@ def _problem(
                 return (
                     f"expected tokens from 0 to {vocab_size - 1} (the model's "
                     f"vocabulary), or NO_TOKEN (-1) for a sequence that ends, got "
-                    f"{one.tokens[wrong][0]} {place}"
+                    f"{one.tokens[wrong][0]} {where}"
                 )
             had_ended = had_ended | one.finished | (one.tokens == NO_TOKEN)
             had_ended[num_rows:] = False  # retained sequences are not inputs
@@ -155,7 +158,7 @@ def _problem(
 
 @functools.lru_cache(maxsize=64)
 def _compiled(algorithm: Any, num_rows: int, vocab_size: int) -> Any:
-    """The logits and decisions of two steps."""
+    """A compiled function that returns the logits and decisions of two steps."""
 
     def run(number: jax.Array, values: dict[str, Any]) -> Any:
         root = jax.random.key(number, impl="threefry2x32")

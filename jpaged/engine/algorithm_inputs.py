@@ -1,4 +1,4 @@
-"""Algorithm inputs: what the steps of a group of requests get.
+"""Algorithm inputs: the arguments of the steps of a group of requests.
 
 Pipeline: logits, request table -> [algorithm_inputs] -> algorithms.
 
@@ -39,7 +39,7 @@ class Logits(NamedTuple):
 
 
 class GroupInputs(NamedTuple):
-    """What the step of G requests gets, and what their decisions need."""
+    """Inputs of the steps of G requests, and of what follows their decisions."""
 
     keys: jax.Array  # key[G, W]
     scores: jax.Array  # f32[G, W, V], log-probabilities after rules and processors
@@ -52,7 +52,7 @@ class GroupInputs(NamedTuple):
 def group_inputs(
     table: RequestTable, seq_indices: jax.Array, logits: Logits, config: EngineConfig
 ) -> GroupInputs:
-    """Keys and log-probabilities of the rows `seq_indices` i32[G, W].
+    """Return keys and log-probabilities of the rows `seq_indices` i32[G, W].
 
     A row without logits in this step gets those of another row. With processed
     log-probabilities, the probabilities of the tokens that are allowed sum to 1.
@@ -110,7 +110,7 @@ def group_context(
     logits: Logits,
     config: EngineConfig,
 ) -> Context:
-    """What the algorithm needs beside the logits, with the axes [G, W]."""
+    """Return what the algorithm needs beside the logits, with the axes [G, W]."""
     vocab_size, needs = logits.values.shape[1], algorithm.needs
     num_tokens = table.queue.num_tokens[inputs.known]
     tokens = hidden = layers = draft = None

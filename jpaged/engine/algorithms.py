@@ -214,10 +214,10 @@ def _is_faulty(
     decision: Decision,
     inputs: GroupInputs,
 ) -> jax.Array:
-    """bool[G]: a decision has a token or a parent that does not exist.
+    """bool[G]: requests that cannot continue.
 
-    Nor can a request go on if its logits processors have returned NaN. Tokens of
-    sequences that have ended do not count, because they get none.
+    Their decision has a token or a parent that does not exist, or their logits
+    processors have returned NaN. Tokens of sequences that have ended are not checked.
     """
     table_size, count = table.queue.status.shape[0], members.shape[1]
     vocab_size = inputs.raw.shape[-1]
@@ -239,7 +239,7 @@ def _is_faulty(
 
 
 def _valid(decision: Decision, is_faulty: jax.Array | None) -> Decision:
-    """Return decisions [G, Q] in which those that are faulty end all sequences."""
+    """Return decisions [G, Q] in which a faulty one ends all its sequences."""
     tokens, parents, finished = decision.tokens, decision.parents, decision.finished
     if is_faulty is not None:
         own = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -260,9 +260,9 @@ def _end_faulty(
     is_faulty: jax.Array,
     num_rows: int,
 ) -> RequestTable:
-    """Set the reason of the sequences that a faulty decision has ended.
+    """Set the finish reason of the sequences that a faulty decision has ended.
 
-    Rows that have ended before keep theirs.
+    Rows that had ended before keep their reason.
     """
     table_size = table.queue.status.shape[0]
     is_retained = jnp.arange(members.shape[1], dtype=jnp.int32)[None, :] >= num_rows

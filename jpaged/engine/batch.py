@@ -151,7 +151,7 @@ def pack(mask: jax.Array) -> jax.Array:
 
 
 def argsort(keys: jax.Array) -> jax.Array:
-    """Return the indices that sort `keys`, [S], equal ones in order; i32[S].
+    """Return the indices i32[S] that sort `keys`, [S]; the sort is stable.
 
     `jnp.argsort` is a larger program.
     """

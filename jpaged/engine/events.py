@@ -67,10 +67,10 @@ def init_timeline(config: EngineConfig) -> Timeline:
 
 
 class Occupancy(NamedTuple):
-    """Of all blocks, each i32[]."""
+    """Occupancy of the pool, each i32[]."""
 
-    used: jax.Array  # blocks
-    held: jax.Array  # tokens in them
+    used: jax.Array  # blocks with an owner
+    tokens: jax.Array  # tokens in these blocks
     saved: jax.Array  # blocks saved by sharing
 
 
@@ -169,7 +169,7 @@ def record_step(
     row = StepRow(
         step=step,
         num_used_blocks=found.used,
-        num_token_states=found.held,
+        num_token_states=found.tokens,
         num_saved_blocks=found.saved,
         num_waiting=jnp.sum(
             (status == scheduler.WAITING) | (status == scheduler.SWAPPED),

@@ -83,7 +83,7 @@ class Features(NamedTuple):
 
 def program_config(config: EngineConfig, features: Features) -> EngineConfig:
     """Return the config of a program that computes only these features."""
-    # Several are looked up per step, so a config keeps those that were.
+    # Each step looks up several of them, so the config caches them.
     known = vars(config).setdefault("_program_configs", {})
     if features not in known:
         known[features] = _program_config(config, features)

@@ -32,7 +32,7 @@ from jpaged.decoding.rule_arrays import LogitsRules
 from jpaged.decoding.sample import SamplingRows
 from jpaged.engine import processing
 from jpaged.engine.processing import ChainStates, Processing, ProcessorRows
-from jpaged.indexing import places, put, take
+from jpaged.indexing import last_positions, put, take
 from jpaged.scheduler import Queue
 
 # Why a sequence ended, and the names that results have for it.
@@ -167,14 +167,14 @@ def put_automaton(
 def insert_sequences(table: RequestTable, new: Submission) -> RequestTable:
     """Insert new sequences at their sequence indices."""
 
-    place = places(new.seq_indices, table.tokens.shape[0])
+    entry = last_positions(new.seq_indices, table.tokens.shape[0])
 
     def write(column: jax.Array, values: Any) -> jax.Array:
         if column.ndim > 1:
             return put(column, new.seq_indices, values)
         is_scalar = jnp.ndim(values) == 0
-        values = values if is_scalar else take(jnp.asarray(values), place)
-        return jnp.where(place >= 0, values, column).astype(column.dtype)
+        values = values if is_scalar else take(jnp.asarray(values), entry)
+        return jnp.where(entry >= 0, values, column).astype(column.dtype)
 
     defaults = {"has_ended": False, "num_preemptions": 0, "num_cached": 0}
     given = defaults | new.queue
@@ -272,10 +272,10 @@ def extend(
     seq_indices = ordered(jnp.where(valid, new.seq_indices, NO_INDEX), queue.sources)
 
     # Columns are selected instead of written: on CPUs, a write at indices is a loop.
-    place = places(new.seq_indices, table_size)
-    has_place = place >= 0
-    gains = has_place & take(valid, place)
-    ends = has_place & take(ended, place)
+    entry = last_positions(new.seq_indices, table_size)
+    has_entry = entry >= 0
+    gains = has_entry & take(valid, entry)
+    ends = has_entry & take(ended, entry)
     is_first = gains & (queue.num_tokens == queue.prompt_lens)
     is_finished = ends & (params.algorithms == NO_ALGORITHM)
 
@@ -292,13 +292,13 @@ def extend(
         ),
         tokens=write(table.tokens, new.tokens),
         logprobs=write(table.logprobs, new.logprobs),
-        finish_reasons=jnp.where(ends, take(reason, place), table.finish_reasons),
+        finish_reasons=jnp.where(ends, take(reason, entry), table.finish_reasons),
         first_steps=jnp.where(is_first, step, table.first_steps),
         last_steps=jnp.where(gains, step, table.last_steps),
     )
     if table.automata is not None:
         states = next_automaton_states(table, safe, new.tokens)
-        states = jnp.where(gains, take(states, place), table.automaton_states)
+        states = jnp.where(gains, take(states, entry), table.automaton_states)
         table = dataclasses.replace(table, automaton_states=states)
     if new.top_ids.shape[1]:
         table = dataclasses.replace(

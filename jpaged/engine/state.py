@@ -66,8 +66,8 @@ class Counters:
     # i32[], the most blocks of all groups that one table for all layers would have used
     # in a step with `max_used_blocks`; None if there is one table without a window
     single_table_blocks: jax.Array | None = None
-    # i32[], tokens that retention has dropped, again after a recomputation; None
-    # without a method
+    # i32[], tokens that retention has dropped, counted again after a recomputation;
+    # None without a method
     num_dropped_tokens: jax.Array | None = None
 
 
@@ -347,7 +347,7 @@ def count(
       is_stalled: bool[], the step could do nothing.
       **gained: i32[], what the step adds to the counters `num_*`, by name.
     """
-    used, held, saved = found
+    used, num_tokens, saved = found
     as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
     slots = jnp.maximum(used * blocks.block_size, 1)
     saved_share = as_float(saved) / as_float(jnp.maximum(used + saved, 1))
@@ -366,7 +366,7 @@ def count(
     after = dataclasses.replace(
         counters,
         num_steps=counters.num_steps + 1,
-        token_share=counters.token_share + as_float(held) / as_float(slots),
+        token_share=counters.token_share + as_float(num_tokens) / as_float(slots),
         saved_share=counters.saved_share + saved_share,
         max_used_blocks=jnp.maximum(counters.max_used_blocks, used),
         is_stalled=is_stalled,

@@ -52,7 +52,7 @@ class Append:
 
 
 class Demand(NamedTuple):
-    """What an append needs, i32[S * G] each: a row for each group of each row."""
+    """What an append needs, i32[S * G] each: one entry per row and cache group."""
 
     last: jax.Array  # the last block, an arbitrary number for empty rows
     copies: jax.Array  # 0 or 1, copies of the last block

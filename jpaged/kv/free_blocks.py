@@ -18,7 +18,7 @@ from jax import lax
 from jpaged.indexing import take
 
 _WORD_BITS = 32
-_MOST_COMPARED = 1 << 16
+_MOST_COMPARED = 1 << 16  # comparisons; above it, a binary search
 # For each bit of a word, a mask of the bits up to it.
 _UP_TO = np.array([(2 << bit) - 1 for bit in range(_WORD_BITS)], np.uint32)
 
@@ -45,9 +45,9 @@ def lowest_free_blocks(free: FreeBits, count: int) -> jax.Array:
 
     Entries after the last free block are arbitrary numbers.
 
-    A search finds the word of the n-th free block, and the number of its bits below
-    which too few blocks are free is the bit's place, for all n at once. For few blocks,
-    comparing with all words is a smaller program than a binary search.
+    All n are searched at once: first the word of the n-th free block, then its bit. The
+    position of the bit is the number of bits up to which too few blocks are free. For
+    few blocks, a comparison with all words is a smaller program than a binary search.
     """
     words, num_free = free
     nth = jnp.arange(count, dtype=jnp.int32)

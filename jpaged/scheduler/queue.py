@@ -208,12 +208,18 @@ def own_indices(queue: Queue) -> jax.Array:
 
 
 def is_new_request(queue: Queue) -> jax.Array:
-    """Return the first sequences of requests never preempted so far, bool[R]."""
+    """Return the leaders that have never been preempted, bool[R]."""
     return (queue.leaders == own_indices(queue)) & (queue.num_preemptions == 0)
 
 
 def in_rows(queue: Queue, rows: jax.Array, is_marked: jax.Array) -> jax.Array:
-    """Return the sequences whose rows i32[S] are marked, bool[S]; bool[R]."""
+    """Return which sequences have a marked row, bool[R].
+
+    Args:
+      queue: the queue.
+      rows: i32[S], sequence index of each row.
+      is_marked: bool[S].
+    """
     is_own = rows[None, :] == own_indices(queue)[:, None]
     return jnp.any(is_own & is_marked[None, :], axis=1)
 

@@ -2,11 +2,11 @@
 
 Pipeline: prompts -> [search] -> block manager, decoder -> values -> texts.
 
-`tree` has the arithmetic of Monte Carlo tree search, without a model. `pages` keeps
-each node's keys and values in the pool: a node is a row of block tables, made by one
+`tree` has the arithmetic of Monte Carlo tree search, without a model. `pages` stores
+each node's keys and values in the pool: a node is a row of block tables, created by one
 `fork` of its parent and one `append`. `loop` runs a search as one program. A decoding
-algorithm cannot do this: its rows go forward together, and a search returns to nodes of
-different lengths.
+algorithm cannot do this, because its rows decode in lockstep, and a search returns to
+nodes of different lengths.
 """
 
 from jpaged.decoding.values import Leaf as Leaf

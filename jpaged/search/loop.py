@@ -4,8 +4,8 @@ Pipeline: prompts -> [loop] -> tree, pages, values -> texts.
 
 A simulation descends each tree (`tree.select`), computes one new node of each
 (`pages.expand`), values it, and counts the visit (`tree.backup`). When the root has
-enough visits, the token with the most of them is chosen and its node becomes the root;
-the blocks of all nodes that are not below it are freed.
+enough visits, the token with the most visits is chosen and its node becomes the root.
+The blocks of all nodes that are not below it are freed.
 
 Shape symbols: B trees, N nodes of a tree, A actions of a node, T tokens of an output, L
 tokens of the longest text, V vocabulary, E hidden size.
@@ -52,10 +52,10 @@ class SearchRequests(NamedTuple):
     """The searches of a call, as data."""
 
     tokens: jax.Array  # i32[B, L - T], the prompts
-    prompt_lens: jax.Array  # i32[B]; 0: no tree, after those that are
+    prompt_lens: jax.Array  # i32[B]; 0: no tree; these are last
     paths: jax.Array  # i32[B, M], cached blocks of the prompts, `prefix_cache.match`
     path_lens: jax.Array  # i32[B], tokens in them
-    kept: jax.Array  # bool[num_blocks], blocks of others
+    kept: jax.Array  # bool[num_blocks], blocks that the search must not use
     stop_ids: jax.Array  # i32[C], tokens that end a text, padded with -1
     seeds: jax.Array  # u32[B]
     num_simulations: jax.Array  # i32[]
@@ -70,7 +70,7 @@ class SearchRequests(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What each search found out about the actions of its root."""
+    """The actions of each root at the time when a token was chosen."""
 
     tokens: jax.Array  # i32[B, T, A]
     visits: jax.Array  # i32[B, T, A]
@@ -84,14 +84,14 @@ class Found:
 
     tree: Tree  # after the last token
     texts: Texts  # of the nodes; that of the root is the output
-    best: Texts  # [B], the terminal texts with the largest values; -inf: there is none
+    best: Texts  # [B], terminal texts with the largest values; value -inf: none
     steps: Steps
     num_tokens: jax.Array  # i32[B], tokens that were chosen
     is_over: jax.Array  # bool[B]
-    num_nodes: jax.Array  # i32[B], nodes that were computed, the root's prompt included
+    num_nodes: jax.Array  # i32[B], nodes that were computed, including the root
     num_steps: jax.Array  # i32[], of the decoder, after the prompts
     used_blocks: jax.Array  # i32[B], the most at a time
-    copied_blocks: jax.Array  # i32[B], what they would have been without sharing
+    copied_blocks: jax.Array  # i32[B], blocks used at that time if none were shared
     num_copies: jax.Array  # i32[], blocks copied before a write
     is_finite: jax.Array  # bool[B], all values were numbers
     is_full: jax.Array  # bool[], the pool was too small
@@ -115,16 +115,15 @@ def search(
 
     Args:
       model: the decoder.
-      cache: the pool; it is donated, and updated in place. Blocks that `requests.kept`
-        names are not touched. Each tree needs the blocks of its longest text, and one
-        for each node.
+      cache: the pool; donated, and updated in place. Blocks in `requests.kept` do not
+        change. Each tree needs the blocks of its longest text, and one per node.
       requests: the searches.
       value: the value function.
       sizes: sizes of the trees.
       config: the engine's config.
 
     Returns:
-      The pool, and what was found.
+      The pool, and the result.
     """
     num_trees, prompt_len = requests.tokens.shape
     rows = num_trees * sizes.num_nodes
@@ -153,7 +152,7 @@ def search(
 
 
 class _Search(NamedTuple):
-    """What stays the same during a search."""
+    """The constants of a search, and its steps."""
 
     model: Decoder
     requests: SearchRequests
@@ -163,11 +162,15 @@ class _Search(NamedTuple):
 
     @property
     def number(self) -> jax.Array:
-        """i32[B], numbers of the trees."""
+        """i32[B], the index of each tree."""
         return jnp.arange(self.requests.tokens.shape[0], dtype=jnp.int32)
 
     def start(self, hidden: jax.Array) -> Found:
-        """Return trees that have their roots, which were visited once."""
+        """Return trees whose roots exist and have one visit.
+
+        Args:
+          hidden: [B, E], of the prompts' last tokens.
+        """
         count, sizes = self.number.size, self.sizes
         nodes = (count, sizes.num_nodes)
         texts = node_texts.no_texts(nodes, sizes.max_tokens)
@@ -248,7 +251,7 @@ class _Search(NamedTuple):
         found = dataclasses.replace(
             found, num_steps=found.num_steps + jnp.any(is_new).astype(jnp.int32)
         )
-        # A terminal node is visited again, and teaches the same value.
+        # A terminal node is visited again, with the same value.
         is_again = is_live & ~is_new
         values = found.tree.raw_values[index, children]
         tree = trees.backup(found.tree, children, values, is_again)
@@ -307,7 +310,7 @@ class _Search(NamedTuple):
         logprobs: jax.Array,
         is_terminal: jax.Array,
     ) -> Leaf:
-        """Return what the value function sees of B texts."""
+        """Return the value function's arguments for B texts."""
         requests, vocab_size = self.requests, logprobs.shape[1]
         size = requests.tokens.shape[1] + self.sizes.max_tokens
         column = jnp.arange(size, dtype=jnp.int32)[None, :]

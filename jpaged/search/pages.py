@@ -38,7 +38,7 @@ class NodePages:
 
     cache: KVCache
     blocks: BlockState
-    kept: jax.Array  # bool[num_blocks], blocks of others
+    kept: jax.Array  # bool[num_blocks], blocks that the search must not use
     num_copies: jax.Array  # i32[], blocks that were copied
     is_full: jax.Array  # bool[], an append was refused: a bug of the caller
 
@@ -74,9 +74,9 @@ def _append(
 ) -> NodePages:
     """Append tokens i32[S] to some of the rows `rows` i32[B]; copy shared blocks."""
     blocks, appended = block_manager.append(pages.blocks, num_tokens, pages.kept)
-    number = len(blocks.windows)
+    num_groups = len(blocks.windows)
     src, dst = (
-        x.reshape(-1, number)[rows].reshape(-1)
+        x.reshape(-1, num_groups)[rows].reshape(-1)
         for x in (appended.copy_src, appended.copy_dst)
     )
     return dataclasses.replace(
@@ -89,8 +89,11 @@ def _append(
 
 
 def _tables(blocks: BlockState, rows: jax.Array) -> jax.Array:
-    tables, number = blocks.block_tables[rows], len(blocks.windows)
-    return tables if number == 1 else cache_groups.tables_by_group(tables, number)
+    """Return the tables of some rows as the decoder reads them."""
+    tables, num_groups = blocks.block_tables[rows], len(blocks.windows)
+    if num_groups == 1:
+        return tables
+    return cache_groups.tables_by_group(tables, num_groups)
 
 
 def write_prompts(
@@ -100,7 +103,7 @@ def write_prompts(
     lens: jax.Array,
     config: EngineConfig,
 ) -> tuple[NodePages, jax.Array]:
-    """Compute the prompts into the rows of the roots, chunk after chunk.
+    """Compute the prompts in the rows of the roots, one chunk after another.
 
     Args:
       model: the decoder.
@@ -205,7 +208,7 @@ def expand(
 
 
 def move(pages: NodePages, order: jax.Array) -> NodePages:
-    """Let each node's row hold what another one held; free the rows of others.
+    """Move the blocks of nodes to other rows, and free all other rows.
 
     Args:
       pages: the pages.
@@ -218,9 +221,15 @@ def move(pages: NodePages, order: jax.Array) -> NodePages:
 
 
 def count_blocks(pages: NodePages, num_trees: int) -> tuple[jax.Array, jax.Array]:
-    """Return i32[B] twice: blocks that each tree uses, and would use with copies.
+    """Count the blocks of each tree. A block that several trees share counts for each.
 
-    Blocks that trees share count for each of them.
+    Args:
+      pages: the pages.
+      num_trees: B.
+
+    Returns:
+      i32[B], blocks that each tree uses; i32[B], blocks that it would use if each node
+      had a copy of its text.
     """
     blocks = pages.blocks
     tables = blocks.block_tables.reshape(num_trees, -1)

@@ -32,8 +32,8 @@ class TreeSearchParams:
             visits more actions.
         temperature: 0 chooses the token with the most visits; otherwise a token is
             sampled in proportion to its visits to the power of 1 / temperature.
-        reuse_tree: keep the subtree of the token that was chosen. False searches anew
-            for each token.
+        reuse_tree: keep the subtree of the token that was chosen. False starts a
+            new tree for each token.
         ignore_eos: continue after the model's own EOS.
         stop_token_ids: tokens that end a text as EOS does.
         seed: for `temperature`; None derives one from the LLM's.

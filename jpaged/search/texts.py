@@ -38,12 +38,18 @@ def no_texts(shape: tuple[int, ...], max_tokens: int) -> Texts:
 
 
 def first(texts: Texts) -> Texts:
-    """Return the texts [B] of the roots, of those [B, N] of all nodes."""
+    """Return the texts [B] of the roots; `texts` has those [B, N] of all nodes."""
     return jax.tree.map(lambda x: x[:, 0], texts)
 
 
 def appended(texts: Texts, tokens: jax.Array, logprobs: jax.Array) -> Texts:
-    """Return the texts [B] with one more token."""
+    """Return the texts [B] with one more token.
+
+    Args:
+      texts: the texts; a full one drops its token.
+      tokens: i32[B].
+      logprobs: f32[B], log-probabilities of the tokens.
+    """
     index = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     at = (index, texts.lens)
     return dataclasses.replace(

@@ -1,10 +1,10 @@
-"""Search trees as arrays: which node to expand, what its value changes, a new root.
+"""Search trees as arrays: select a node, back up its value, choose a new root.
 
 Pipeline: log-probabilities, values -> [tree] -> node and action to expand.
 
 A node is a text. Its actions are tokens that may follow; an action that was taken has a
 child. Nodes are numbered in the order of their creation, the root is 0. Every visit of
-a child is one of its parent too. Nothing here knows of a model or of blocks.
+a child is also a visit of its parent. This module does not depend on a model or on blocks.
 
 Shape symbols: B trees, N nodes of a tree, A actions of a node.
 
@@ -126,14 +126,14 @@ def add_nodes(
 def select(tree: Tree, exploration: Exploration) -> Selected:
     """Descend each tree from its root to an action without a child, or a terminal node.
 
-    At each node the action with the highest score is taken: its value, normalised to
-    0..1, plus a bonus for probable actions with few visits.
+    At each node it takes the action with the highest score: the action's value,
+    normalised to 0..1, plus a bonus for probable actions with few visits.
     """
     return jax.vmap(lambda one: _descend(one, exploration))(tree)
 
 
 def _descend(tree: Tree, exploration: Exploration) -> Selected:
-    def goes_on(at: Selected) -> jax.Array:
+    def continues(at: Selected) -> jax.Array:
         return (at.nodes != NO_NODE) & ~tree.is_terminal[jnp.maximum(at.nodes, 0)]
 
     def step(at: Selected) -> Selected:
@@ -142,11 +142,17 @@ def _descend(tree: Tree, exploration: Exploration) -> Selected:
         return Selected(node, action, tree.children[node, action])
 
     none, root = jnp.int32(NO_NODE), jnp.int32(0)
-    return lax.while_loop(goes_on, step, Selected(none, root, root))
+    return lax.while_loop(continues, step, Selected(none, root, root))
 
 
 def scores(tree: Tree, node: jax.Array, exploration: Exploration) -> jax.Array:
-    """Return the scores f32[A] of the actions of a node of one tree."""
+    """Return the scores f32[A] of the actions of one node.
+
+    Args:
+      tree: one tree, without the axis B.
+      node: i32[], the node.
+      exploration: the constants.
+    """
     child, priors = tree.children[node], tree.priors[node]
     is_taken = child != NO_NODE
     safe = jnp.maximum(child, 0)
@@ -199,16 +205,16 @@ def root_visits(tree: Tree) -> jax.Array:
 def reroot(
     tree: Tree, nodes: jax.Array, keeps_subtree: jax.Array
 ) -> tuple[Tree, jax.Array]:
-    """Make a node the root: only it and its descendants are left, renumbered.
+    """Make a node the root; keep only it and its descendants, with new numbers.
 
     Args:
       tree: the trees.
       nodes: i32[B], the new roots; 0 changes nothing.
-      keeps_subtree: bool[]; False: the descendants go too, and the root has one visit,
-        that of its own value.
+      keeps_subtree: bool[]; False: the descendants are removed too, and the root has
+        one visit, with its own value.
 
     Returns:
-      The trees, and i32[B, N]: which old node each new node was; NO_NODE: none.
+      The trees, and i32[B, N], the old number of each node; NO_NODE: none.
     """
     kept = jax.vmap(_descendants)(tree.parents, tree.visits > 0, nodes)
     number = jnp.arange(kept.shape[1], dtype=jnp.int32)[None, :]

@@ -110,8 +110,8 @@ def from_value_error(error: ValueError, known: Mapping[str, str] = {}) -> ApiErr
 
     Args:
       error: its message begins with the name of an argument.
-      known: fields of the body, or paths in them, by the names of arguments that are
-        other ones.
+      known: fields of the body, or paths in them, by names of arguments, if these
+        differ.
     """
     message = str(error)
     match = _PARAM.match(message)

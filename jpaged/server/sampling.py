@@ -33,7 +33,7 @@ _BEAMS = tuple(
     for field in dataclasses.fields(BeamSearchParams)
     if field.name not in ("beam_width", "max_tokens", "num_return", *_OWN)
 )
-# What errors about a constraint begin with.
+# Names with which errors about a constraint begin.
 _OF_CONSTRAINTS = ("structured_outputs", "automaton", "regex", "choice", "json")
 _ONLY_BEAMS = tuple(name for name in _BEAMS if name not in _SAMPLING)
 

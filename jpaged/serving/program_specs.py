@@ -31,8 +31,8 @@ from jpaged.serving.compiled import Program
 GREEDY = Features()
 # One program for all requests, whatever else they use.
 PROMPT_LOGPROBS = Features(logprobs=True, prompt_logprobs=True)
-# Programs whose arrays are so small that little is gained by optimising them. The same
-# holds for greedy decoding after a trunk; decode loops have it in their own programs.
+# Programs whose arrays are so small that optimising them gains little. The same is true
+# of greedy decoding after a trunk; decode loops contain their own decoding.
 _SMALL = ("schedule", "settle")
 _KINDS = {"m": "model", "p": "pages", "s": "state", "w": "whole"}
 

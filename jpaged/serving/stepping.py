@@ -206,14 +206,15 @@ class Stepper:
           used: features of the requests in its table, which `prepare` has had.
           least_steps: at least this number of steps.
           max_steps: at most this number of steps.
-          seconds: no step after `least_steps` starts later than half a step before.
+          seconds: after `least_steps`, no step starts if less than half of a step's
+            time is left of these seconds.
 
         Returns:
           The state, settled.
         """
         end = time.perf_counter() + seconds
         steps, margin_s = 0, 0.0
-        # Finding them takes longer than a call, so not before every step.
+        # Flattening the model takes longer than a call, so it is not done per step.
         self._parameters = jax.tree.leaves(self._model)
         while steps < max_steps and (
             steps < least_steps

@@ -3,8 +3,8 @@
 Pipeline: user -> [tree_searching] -> search -> [tree_searching] -> user. Host only.
 
 A search runs between two slices of the engine, in blocks of its pool that no sequence
-uses. Prompts map the blocks that the prefix cache has of them. When it ends, its blocks
-are free again; open requests have not noticed.
+uses. A prompt maps its blocks in the prefix cache. When a search ends, its blocks are
+free again, and the state of open requests is unchanged.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jpaged.kv import prefix_cache
 from jpaged.names import rechecked
 from jpaged.outputs import CompletionOutput, SearchStep, TreeSearchOutput
 from jpaged.search import SearchRequests, SearchSizes, TreeSearchParams, search
+from jpaged.search.texts import Texts
 from jpaged.search.tree import Exploration
 from jpaged.serving.engine_host import EngineHost
 from jpaged.text import prompts as text_prompts
@@ -42,7 +43,7 @@ class _Job(NamedTuple):
     host: EngineHost
     tokenizer: Tokenizer | None
     params: TreeSearchParams
-    config: EngineConfig  # what a search reads of the engine's
+    config: EngineConfig  # the engine's, without the features of requests
     stop_ids: tuple[int, ...]
     seed: int
 
@@ -62,6 +63,9 @@ def run_searches(
       prompts: one prompt or several.
       params: parameters of all searches; None: the defaults.
       seed: for parameters without one.
+
+    Returns:
+      One output per prompt, in order.
 
     Raises:
       ValueError: an argument is invalid, or the engine cannot run searches.
@@ -100,7 +104,7 @@ def _job(
     params: TreeSearchParams,
     seed: int,
 ) -> _Job:
-    """Check what does not depend on the prompts."""
+    """Return the searches of a call; check what does not depend on the prompts."""
     config, model = host.config, host.model.config
     if host.runner.mesh is not None:
         raise ValueError(
@@ -124,7 +128,7 @@ def _job(
                 token,
             )
     eos = () if params.ignore_eos else tuple(model.eos_token_ids)
-    # Features of requests would compile the search again.
+    # Without features of requests, so that these do not compile another search.
     own = EngineConfig(
         num_blocks=config.num_blocks,
         block_size=config.block_size,
@@ -161,13 +165,13 @@ def _power_of_two(number: int) -> int:
 
 
 def _padded_prompt(tokens: Sequence[Sequence[int]], config: EngineConfig) -> int:
-    """A length of prompts that is compiled; few occur."""
+    """The compiled length of prompts, rounded up so that few programs are needed."""
     longest = max(map(len, tokens))
     return max(_power_of_two(longest), min(config.max_model_len, _SHORT_PROMPT))
 
 
 def _sizes(job: _Job, tokens: Sequence[Sequence[int]]) -> SearchSizes:
-    """Sizes that are compiled, rounded up so that few programs are."""
+    """The compiled sizes, rounded up so that few programs are needed."""
     params, shortest = job.params, min(map(len, tokens))
     max_tokens = min(params.max_tokens, job.config.max_model_len - shortest)
     return SearchSizes(
@@ -187,7 +191,7 @@ def _blocks_needed(job: _Job, prompt_len: int) -> int:
 def _check_blocks(
     job: _Job, tokens: Sequence[Sequence[int]], sizes: SearchSizes
 ) -> int:
-    """Return how many searches run at a time; raise ValueError if it is none."""
+    """Return how many searches run at a time; raise ValueError if not even one can."""
     free = int(np.sum(np.asarray(job.host.runner.state.blocks.ref_counts) == 0))
     needed = max(_blocks_needed(job, len(one)) for one in tokens)
     if needed > free:
@@ -209,7 +213,7 @@ def _run_group(
     first: int,
     sizes: SearchSizes,
 ) -> list[TreeSearchOutput]:
-    """Run some searches at the same time."""
+    """Run some searches at the same time; `first` is the index of the first prompt."""
     host, count = job.host, _power_of_two(len(tokens))
     needed = sum(_blocks_needed(job, len(one)) for one in tokens)
     padded = np.zeros((count, _padded_prompt(tokens, job.config)), np.int32)
@@ -224,40 +228,17 @@ def _run_group(
         jnp.int32(needed),
         width,
     )
-    params, config = job.params, job.config
-    stop_ids = np.full((_power_of_two(max(len(job.stop_ids), 4)),), -1, np.int32)
-    stop_ids[: len(job.stop_ids)] = job.stop_ids
-    seed = job.seed if params.seed is None else params.seed
-    seeds = [
-        np.random.SeedSequence((seed, first + i)).generate_state(1)[0]
-        for i in range(count)
-    ]
-    values: dict[str, Any] = dict(
-        tokens=padded,
-        prompt_lens=lens,
-        paths=paths,
-        path_lens=path_lens,
-        kept=kept,
-        stop_ids=stop_ids,
-        seeds=np.asarray(seeds, np.uint32),
-        num_simulations=np.int32(params.num_simulations),
-        max_tokens=np.int32(min(params.max_tokens, LARGEST_INT32)),
-        max_len=np.int32(config.max_model_len),
-        exploration=Exploration(
-            jnp.float32(params.exploration), jnp.float32(params.exploration_base)
-        ),
-        temperature=np.float32(params.temperature),
-        reuses_tree=np.bool_(params.reuse_tree),
-        parameters=dict(params.parameters or {}),
+    columns = dict(
+        tokens=padded, prompt_lens=lens, paths=paths, path_lens=path_lens, kept=kept
     )
     assert state.cache is not None
     cache, found = search(
         host.model,
         state.cache,
-        SearchRequests(**values),
-        value=cast(Any, params.value),
+        _requests(job, first, columns),
+        value=cast(Any, job.params.value),
         sizes=sizes,
-        config=config,
+        config=job.config,
     )
     host.runner.state = dataclasses.replace(state, cache=cache)
     found = jax.device_get(found)
@@ -268,6 +249,38 @@ def _run_group(
         _output(job, prompt, one, found, row, int(cached[row]))
         for row, (prompt, one) in enumerate(zip(prompts, tokens, strict=True))
     ]
+
+
+def _requests(job: _Job, first: int, columns: dict[str, Any]) -> SearchRequests:
+    """Return the searches as arrays.
+
+    Args:
+      job: the searches of the call.
+      first: index of the first prompt among those of the call.
+      columns: the fields that depend on the prompts.
+    """
+    params = job.params
+    stop_ids = np.full((_power_of_two(max(len(job.stop_ids), 4)),), -1, np.int32)
+    stop_ids[: len(job.stop_ids)] = job.stop_ids
+    seed = job.seed if params.seed is None else params.seed
+    seeds = [
+        np.random.SeedSequence((seed, first + i)).generate_state(1)[0]
+        for i in range(len(columns["prompt_lens"]))
+    ]
+    values: dict[str, Any] = dict(
+        stop_ids=stop_ids,
+        seeds=np.asarray(seeds, np.uint32),
+        num_simulations=np.int32(params.num_simulations),
+        max_tokens=np.int32(min(params.max_tokens, LARGEST_INT32)),
+        max_len=np.int32(job.config.max_model_len),
+        exploration=Exploration(
+            jnp.float32(params.exploration), jnp.float32(params.exploration_base)
+        ),
+        temperature=np.float32(params.temperature),
+        reuses_tree=np.bool_(params.reuse_tree),
+        parameters=dict(params.parameters or {}),
+    )
+    return SearchRequests(**columns, **values)
 
 
 @functools.partial(jax.jit, static_argnames="width", donate_argnums=0)
@@ -302,7 +315,7 @@ def _prepare(
 def _output(
     job: _Job, prompt: Any, tokens: Sequence[int], found: Any, row: int, cached: int
 ) -> TreeSearchOutput:
-    """Return one search as users get it."""
+    """Return the output of one search for users."""
     error_message = None
     if not found.is_finite[row]:
         name = getattr(job.params.value, "__name__", "value")
@@ -310,25 +323,10 @@ def _output(
             f"value: expected finite numbers from {name}, got NaN or an infinite one "
             "for a text of this search"
         )
-    texts = found.texts
-    chosen = _completion(
-        job,
-        tokens,
-        texts.tokens[row, 0],
-        texts.logprobs[row, 0],
-        int(texts.lens[row, 0]),
-        float(texts.values[row, 0]),
-    )
+    chosen = _completion(job, tokens, found.texts, (row, 0))
     best = None
     if np.isfinite(found.best.values[row]):
-        best = _completion(
-            job,
-            tokens,
-            found.best.tokens[row],
-            found.best.logprobs[row],
-            int(found.best.lens[row]),
-            float(found.best.values[row]),
-        )
+        best = _completion(job, tokens, found.best, (row,))
     steps = found.steps
     return TreeSearchOutput(
         prompt=text_prompts.text_of(prompt),
@@ -352,14 +350,12 @@ def _output(
 
 
 def _completion(
-    job: _Job,
-    prompt: Sequence[int],
-    tokens: np.ndarray,
-    logprobs: np.ndarray,
-    length: int,
-    value: float,
+    job: _Job, prompt: Sequence[int], texts: Texts, at: tuple[int, ...]
 ) -> CompletionOutput:
-    ids = tokens[:length].tolist()
+    """Return the text of `texts` with index `at`, which is on the host."""
+    length = int(texts.lens[at])
+    ids = np.asarray(texts.tokens[at])[:length].tolist()
+    logprobs = np.asarray(texts.logprobs[at])[:length]
     is_stop = bool(ids) and ids[-1] in job.stop_ids
     text = OutputText(job.tokenizer, prompt, (), 0)
     for token in ids[: length - is_stop]:
@@ -371,9 +367,9 @@ def _completion(
         index=0,
         token_ids=ids,
         text=text.text,
-        cumulative_logprob=float(np.sum(logprobs[:length], dtype=np.float64)),
+        cumulative_logprob=float(np.sum(logprobs, dtype=np.float64)),
         finish_reason="stop" if is_stop else "length",
         stop_reason=ids[-1] if is_stop and not is_eos else None,
-        score=value,
-        token_logprobs=logprobs[:length].copy(),
+        score=float(texts.values[at]),
+        token_logprobs=logprobs.copy(),
     )

@@ -18,8 +18,8 @@ class Best(NamedTuple):
     output: Any
     score: float
     scores: list[float]  # of all outputs, in their order
-    answer: Hashable = None  # with `answer_of`
-    share: float = 1.0  # of all scores, those of outputs with this answer
+    answer: Hashable = None  # of the output; None without `answer_of`
+    share: float = 1.0  # scores of outputs with this answer, as a share of all answers'
 
 
 def best_of_n(
@@ -35,13 +35,16 @@ def best_of_n(
     Args:
       outputs: outputs of a request, at least one.
       score_of: the verifier: maps a text to a finite number, larger is better.
-      answer_of: maps a text to its answer, or None if it has none. The answer is then
-        chosen whose outputs have the largest sum of scores, which must not be negative;
-        the result is the best output with this answer.
+      answer_of: maps a text to its answer, or None if it has none. With it, the answer
+        whose outputs have the largest sum of scores is chosen, and the result is the
+        best output with this answer. Scores must then not be negative.
+
+    Returns:
+      The output, its score, and the scores of all outputs.
 
     Raises:
-      ValueError: there are no outputs, none has an answer, or a score is not a finite
-        number or, with `answer_of`, negative.
+      ValueError: there are no outputs, no output has an answer, a score is not a finite
+        number, or a score is negative with `answer_of`.
     """
     outputs = list(outputs)
     if not outputs:

@@ -1,9 +1,9 @@
-"""DExperts: an expert's tokens are favoured over those of an anti-expert.
+"""DExperts: tokens of an expert are preferred to those of an anti-expert.
 
 Three rows generate one text: one after the prompt, one after the expert's prompt and
 one after the anti-expert's, such as instructions to be polite and to be rude. All get
-the token of the combined log-probabilities. The paper has models as experts; with
-prompts of one model, they are its other selves, as in self-debiasing.
+the same token, by the combined log-probabilities. In the paper the experts are models.
+Here they are prompts of one model, as in self-debiasing.
 
 Source: Liu et al. 2021. https://arxiv.org/abs/2105.03023
 Prompts as experts: Schick et al. 2021. https://arxiv.org/abs/2103.00453
@@ -60,6 +60,9 @@ def experts(
       share: tokens with less than this share of the base's largest probability are
         dropped, from 0 to 1. Data.
       temperature: of the scores; 0 is greedy. Data.
+
+    Raises:
+      ValueError: a value is out of range.
     """
     parameters = {
         "alpha": number("alpha", alpha),

@@ -2,9 +2,9 @@
 
 As in `jpaged.decoding.smc`, the target is the model times a user's potential. Here each
 particle samples from the model times the potential of the next token, which is the best
-proposal that looks one token ahead, and a twist may estimate what the rest of the text
-will be worth. Neither changes the target: weights make up for both, and the estimate of
-the normaliser is unbiased.
+proposal that looks one token ahead. A twist can also estimate the potential of the rest
+of the text. Neither changes the target: the weights correct for both, and the estimate
+of the normaliser is unbiased.
 
 Source: Zhao et al. 2024. https://arxiv.org/abs/2404.17546
 """
@@ -21,7 +21,8 @@ from jpaged.decoding.base import Context, Decision, DecodingAlgorithm
 from jpaged.decoding.smc import Potential, SMCState, resample, smc, where_rows
 from jpaged.validation import number
 
-Twist = Callable[[Any], jax.Array]  # state of a particle -> log of its expected rest
+# The state of a particle -> log of the expected potential of the rest of its text.
+Twist = Callable[[Any], jax.Array]
 
 
 def twisted_smc(
@@ -39,8 +40,8 @@ def twisted_smc(
     Args:
       potential: see `smc`.
       initial: state of a particle before its first token; any pytree.
-      twist: maps a particle's state to an estimate of the log of what the rest of its
-        text will be worth, f32[]. None is 0.
+      twist: maps a particle's state to an estimate of the log of the expected potential
+        of the rest of its text, f32[]. None is 0.
       threshold: see `smc`. Data.
       stop_token_ids: see `smc`.
 
@@ -58,13 +59,13 @@ def twisted_smc(
     def init(num_rows: int) -> SMCState:
         state = plain.init(num_rows)
         first = jax.tree.map(jnp.asarray, initial)
-        # What the first tokens are weighted by must not count in the end.
+        # The first weights are divided by this estimate; the mean weight restores it.
         return dataclasses.replace(
             state, log_mean_weight=estimate(first, jnp.bool_(False))
         )
 
     def look_ahead(state: Any, logits: jax.Array, is_last: jax.Array) -> jax.Array:
-        """f32[V]: each token's log-potential, and the change of the twist."""
+        """f32[V]: each token's log-potential plus the change of the twist."""
         tokens = jnp.arange(logits.shape[0], dtype=jnp.int32)
         after, gains = jax.vmap(potential, in_axes=(None, 0))(state, tokens)
         is_over = is_last | jnp.isin(tokens, jnp.asarray(ends))

@@ -1,8 +1,8 @@
-"""Beam search for a value function: of all continuations, those with the best values.
+"""Beam search by a value function: the continuations with the best values are kept.
 
 The rows hold `width` beams with `candidates` next tokens each, so a step computes the
-hidden states of all of them at once. The next step values all rows; the best `width`
-that have not ended are continued. The output is the complete text with the best value.
+hidden states of all of them at once. The next step values all rows, and continues the
+best `width` that have not ended. The output is the complete text with the best value.
 
 Source: a value function in place of the probability, Yang and Klein 2021 (FUDGE),
 section 3; Snell et al. 2024 compare it with best of n. https://arxiv.org/abs/2104.05218
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.decoding.base import NO_TOKEN, Context, Decision, DecodingAlgorithm
-from jpaged.decoding.values import Leaf, Value
+from jpaged.decoding.values import Leaf, Value, evaluate
 from jpaged.validation import error, integer, token_ids
 
 _NUM_STOP_IDS = 8
@@ -29,8 +29,8 @@ class ValueBeamState(NamedTuple):
     """The state of a search with S rows."""
 
     totals: jax.Array  # f32[S], log-probability of the rows' texts
-    is_row: jax.Array  # bool[S], rows that hold a text of their own
-    best: jax.Array  # f32[], value of the output so far; -inf: none
+    is_row: jax.Array  # bool[S], rows that have a text of their own
+    best: jax.Array  # f32[], value of the best complete text so far; -inf: none
     num_steps: jax.Array  # i32[]
 
 
@@ -42,7 +42,7 @@ def _init(num_rows: int, *, width: int) -> ValueBeamState:
         )
     return ValueBeamState(
         totals=jnp.zeros(num_rows, jnp.float32),
-        is_row=jnp.arange(num_rows, dtype=jnp.int32) == 0,  # all hold the prompt
+        is_row=jnp.arange(num_rows, dtype=jnp.int32) == 0,  # all have the prompt
         best=jnp.float32(-jnp.inf),
         num_steps=jnp.int32(0),
     )
@@ -62,7 +62,7 @@ def _step(
     values = _values(value, logits, state, context, is_complete)
     at = jnp.argmax(jnp.where(is_complete, values, -jnp.inf)).astype(jnp.int32)
     is_better = is_complete[at] & (values[at] > state.best)
-    # Beams: the best rows that go on. Each is continued by its most probable tokens.
+    # Beams: the best rows that continue, each with its most probable tokens.
     is_open = state.is_row & ~is_complete
     scores = jnp.where(
         is_open, jnp.maximum(values, jnp.finfo(jnp.float32).min), -jnp.inf
@@ -70,41 +70,41 @@ def _step(
     scores, beams = jax.lax.top_k(scores, width)
     each = num_rows // width
     parents = jnp.repeat(beams.astype(jnp.int32), each)
-    goes_on = jnp.repeat(scores > -jnp.inf, each)
+    continues = jnp.repeat(scores > -jnp.inf, each)
     number = jnp.arange(num_rows, dtype=jnp.int32)
     is_first = state.num_steps == 0  # one beam, whose candidates fill all rows
     _, leading = jax.lax.top_k(logits, min(num_rows, logits.shape[1]))
     rank = jnp.where(is_first, number, number % each)
     parents = jnp.where(is_first, 0, parents)
-    goes_on = jnp.where(is_first, rank < leading.shape[1], goes_on)
-    goes_on &= ~is_last
+    continues = jnp.where(is_first, rank < leading.shape[1], continues)
+    continues &= ~is_last
     tokens = leading[parents, jnp.minimum(rank, leading.shape[1] - 1)].astype(jnp.int32)
     logprobs = logits[parents, tokens]
-    goes_on &= logprobs > -jnp.inf
+    continues &= logprobs > -jnp.inf
     state = ValueBeamState(
-        totals=state.totals[parents] + jnp.where(goes_on, logprobs, 0.0),
-        is_row=goes_on,
+        totals=state.totals[parents] + jnp.where(continues, logprobs, 0.0),
+        is_row=continues,
         best=jnp.where(is_better, values[at], state.best),
         num_steps=state.num_steps + 1,
     )
     decision = Decision(
-        tokens=jnp.append(jnp.where(goes_on, tokens, NO_TOKEN), NO_TOKEN),
+        tokens=jnp.append(jnp.where(continues, tokens, NO_TOKEN), NO_TOKEN),
         parents=jnp.append(parents, jnp.where(is_better, at, jnp.int32(num_rows))),
         logprobs=jnp.append(logprobs, 0.0),
-        finished=jnp.append(~goes_on, True),
+        finished=jnp.append(~continues, True),
     )
     return state, decision
 
 
 def _complete(state: ValueBeamState, context: Context) -> tuple[jax.Array, jax.Array]:
-    """Which rows hold complete texts, bool[S]; bool[]: no row can go on."""
+    """Which rows have complete texts, bool[S]; whether no row can continue, bool[]."""
     tokens, lens, limits = context.tokens, context.num_tokens, context.limits
     assert tokens is not None
     assert lens is not None
     assert limits is not None
     last = jnp.take_along_axis(tokens, lens[:, None] - 1, axis=1)[:, 0]
     is_stop = jnp.isin(last, context.parameters[_STOP_IDS]) & (state.num_steps > 0)
-    # The last token of a request would be chosen and not computed.
+    # The engine chooses the last token of a request, but does not compute it.
     is_last = jnp.any(state.is_row & (lens + 1 >= limits))
     return state.is_row & (is_stop | is_last), is_last
 
@@ -129,8 +129,7 @@ def _values(
         context.hidden,
         is_complete,
     )
-    found = jax.vmap(lambda leaf: value(leaf, **parameters))(leaves)
-    found = jnp.asarray(found, jnp.float32)
+    found = evaluate(value, leaves, parameters)
     return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
 

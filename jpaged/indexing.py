@@ -31,7 +31,7 @@ def take(array: jax.Array, index: Any, *others: Any) -> jax.Array:
 
 
 def get_or(array: jax.Array, index: Any, fill: Any) -> jax.Array:
-    """Return `array[index]`; `fill` for indices out of range, including negative ones."""
+    """Return `array[index]`; `fill` for indices that are negative or too large."""
     at = array.at[index]
     return at.get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
@@ -47,12 +47,12 @@ def add(array: jax.Array, index: Any, values: Any) -> jax.Array:
 
 
 def least(array: jax.Array, index: Any, values: Any) -> jax.Array:
-    """Return `array` with the minima of its entries and `values` at `index`, as `put`."""
+    """Return `array` with its minima with `values` at `index`, as `put`."""
     return _scatter(lax.scatter_min, array, index, values)
 
 
 def last_positions(index: jax.Array, size: int) -> jax.Array:
-    """Return the last position in `index` i32[S] of each number below `size`, i32[size].
+    """Return the last position in `index`, [S], of each number below `size`; i32[size].
 
     The position is -1 for numbers that do not occur.
     """

@@ -3,9 +3,9 @@
 Pipeline: models and engine state -> [huge_pages].
 
 A decode step reads all weights and many scattered blocks once. The processor looks up
-an address for each memory page, and pages of 4 KiB are many. docs/decisions/cpu_kernels.md
-has the measurements. JAX copies nothing and no value changes: the kernel of the
-operating system moves the memory.
+an address for each memory page, and pages of 4 KiB are many. The measurements are in
+docs/decisions/cpu_kernels.md. JAX copies nothing and no value changes: the operating
+system moves the memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def move_in_background(tree: Any) -> threading.Thread | None:
     """Call `move` in a thread that keeps no array alive.
 
     The arrays can be used, donated or freed at the same time. The system rejects an
-    address that is no longer mapped, and moving other memory changes none of its values.
+    address that is no longer mapped, and moving other memory does not change it.
 
     Args:
       tree: as for `move`.

@@ -4,7 +4,7 @@ Pipeline: log-probabilities, values -> [tree] -> node and action to expand.
 
 A node is a text. Its actions are tokens that may follow; an action that was taken has a
 child. Nodes are numbered in the order of their creation, the root is 0. Every visit of
-a child is also a visit of its parent. This module does not depend on a model or on blocks.
+a child is also a visit of its parent. The module depends on no model and no blocks.
 
 Shape symbols: B trees, N nodes of a tree, A actions of a node.
 

@@ -35,7 +35,7 @@ from jpaged.structured.json_values import Values
 MAX_ALTERNATIVES = 256
 _MAX_OF_NEGATION = 64
 MAX_DEPTH = 100  # nested schemas
-_MAX_TOGETHER = 4  # alternatives of which several can hold, for evaluated members
+_MAX_TOGETHER = 4  # alternatives of `anyOf` whose combinations are shapes too
 _REFERENCES = ("$ref", "$recursiveRef", "$dynamicRef")
 
 
@@ -245,7 +245,7 @@ class Alternatives(Values):
         parts = self._children(part, "anyOf")
         found = [shape for one in parts for shape in self.of(one)]
         if self._document.has_unevaluated and len(parts) <= _MAX_TOGETHER:
-            # Where several hold, more members are evaluated.
+            # If several hold, all of them evaluate members.
             for number in range(2, len(parts) + 1):
                 for some in itertools.combinations(parts, number):
                     found += self.of_all(some)

@@ -29,7 +29,7 @@ def array_before(
 
 
 class _Array:
-    """Items from the last to the first; a node per index and counts."""
+    """Writes items from the last to the first, with a node per index and counts."""
 
     def __init__(
         self, writer: Writer, shape: Arrays, close: int, free_depth: int
@@ -77,7 +77,7 @@ class _Array:
         """Return the nodes before any number of further items."""
         nodes: dict[Counts, int | None] = {}
         for counts in reversed(self._all_counts):
-            # Counts only grow, so that the other nodes are complete.
+            # Counts only grow, so the nodes of larger counts exist already.
             end = self._end(self._num_single, counts)
             loop = self._writer.nfa.node(*([] if end is None else [end]))
             nodes[counts] = loop
@@ -123,7 +123,7 @@ class _Array:
 
 
 def _bound(counted: Counted) -> int:
-    """Return the count from which on items need not be counted."""
+    """Return the largest count that matters."""
     return counted.least if counted.most is None else counted.most
 
 
@@ -134,7 +134,7 @@ def _choices(counted: Counted, index: int, count: int) -> list[tuple[Parts, int]
     found: list[tuple[Parts, int]] = []
     if count < _bound(counted):
         found.append(((counted.part,), count + 1))
-    # Without a largest count, an item that meets the condition may be left out.
+    # Without an upper bound, an item that meets the condition need not be counted.
     is_free = counted.most is None
     found.append((() if is_free else (counted.part.negated(),), count))
     return found

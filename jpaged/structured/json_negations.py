@@ -2,7 +2,7 @@
 
 Pipeline: JSON schema -> [structured.json_negations] -> json_alternatives. Host only.
 
-A negation can lack values, but has no wrong ones.
+A negation can lack some of these values, but contains no others.
 """
 
 import dataclasses

@@ -56,7 +56,7 @@ def _between(low: str, high: str) -> str:
     return _any_of(parts)
 
 
-Bound = tuple[Fraction, bool]  # and whether the bound itself is excluded
+Bound = tuple[Fraction, bool]  # a number, and whether it is excluded
 
 
 @functools.lru_cache(maxsize=48)
@@ -93,7 +93,7 @@ def numbers(
 
 
 def _moderate(bound: Bound | None, sign: int) -> Bound | None:
-    """Return a bound, or one nearer to 0 for one with very many digits."""
+    """Return the bound, or one nearer to 0 if it has too many digits."""
     most = 10**_MOST_DIGITS - 1
     if bound is None or sign * bound[0] <= most:
         return bound
@@ -136,9 +136,11 @@ def _decimals(low: Bound | None, high: Bound | None) -> ByteAutomaton:
 def _magnitudes(sign: str, low: Bound | None, high: Bound | None) -> ByteAutomaton:
     """Return the automaton of `sign` and decimals from `low` >= 0 to `high` >= 0."""
     bounds = [_expanded(bound) for bound in (low, high) if bound]
-    room = _PRECISION - max((len(str(whole)) for whole, _ in bounds), default=10)
-    room = max(1, room, *(len(digits) for _, digits in bounds))
-    some = rf"(?:\.[0-9]{{1,{room}}})?"
+    num_decimals = _PRECISION - max(
+        (len(str(whole)) for whole, _ in bounds), default=10
+    )
+    num_decimals = max(1, num_decimals, *(len(digits) for _, digits in bounds))
+    some = rf"(?:\.[0-9]{{1,{num_decimals}}})?"
     regexes = [f"(?:0|[1-9][0-9]*){some}"]
     if low:
         whole, digits = _expanded(low)
@@ -168,7 +170,7 @@ def _expanded(bound: Bound) -> tuple[int, str]:
 
 
 def _above(digits: str, is_open: bool) -> str:
-    """Return the regex of fractions of at least `digits`, or above them."""
+    """Return the regex of fractions >= `digits`, or > `digits` if `is_open`."""
     parts = [rf"\.{digits}[0-9]*[1-9][0-9]*"] if is_open else []
     if not is_open:
         parts += [rf"\.{digits}[0-9]*"] if digits else ["", r"\.[0-9]+"]
@@ -179,7 +181,7 @@ def _above(digits: str, is_open: bool) -> str:
 
 
 def _below(digits: str, is_open: bool) -> str:
-    """Return the regex of fractions of at most `digits`, or below them."""
+    """Return the regex of fractions <= `digits`, or < `digits` if `is_open`."""
     parts = [""]
     for i, digit in enumerate(digits):
         if i:
@@ -216,9 +218,9 @@ def _num_decimals(divisor: Fraction) -> int:
 
 
 def _non_multiples(divisor: Fraction) -> ByteAutomaton:
-    """Return the automaton of decimal texts of numbers that are no multiples.
+    """Return the automaton of decimal texts of numbers that are not multiples.
 
-    A text has as many decimals as the divisor, none, or more and a last one above 0.
+    A text has as many decimals as the divisor, none, or more with a last one above 0.
     """
     multiples = _multiples(divisor)
     num_decimals = _num_decimals(divisor)

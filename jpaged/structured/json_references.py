@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
-# Keywords whose value has subschemas; an `$id` elsewhere is no identifier.
+# Keywords whose value has subschemas; an `$id` elsewhere is not an identifier.
 _MAPS = frozenset(
     "properties patternProperties $defs definitions dependentSchemas "
     "dependencies".split()

@@ -21,7 +21,6 @@ from jpaged.structured.json_alternatives import MAX_DEPTH, Alternatives, stated
 from jpaged.structured.json_arrays import array_before
 from jpaged.structured.json_keywords import SchemaError
 from jpaged.structured.json_literals import constants_before
-from jpaged.structured.json_numbers import numbers
 from jpaged.structured.json_objects import object_before
 from jpaged.structured.json_references import Document
 from jpaged.structured.json_shapes import (
@@ -228,14 +227,7 @@ class _Writer:
             texts = strings(shape.least, most, shape.conditions, shape.excluded)
             return self.string_before(texts, reached)
         assert isinstance(shape, Numbers)
-        found = numbers(
-            shape.is_integer,
-            shape.low,
-            shape.high,
-            shape.divisors,
-            shape.non_divisors,
-            shape.excluded,
-        )
+        found = shape.texts()
         if found is None:
             return None
         return self.nfa.fragment_before(fragment(found), reached)

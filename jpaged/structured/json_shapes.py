@@ -12,7 +12,8 @@ from fractions import Fraction
 from typing import Any
 
 from jpaged.structured import json_texts
-from jpaged.structured.json_numbers import Bound
+from jpaged.structured.byte_automata import ByteAutomaton
+from jpaged.structured.json_numbers import Bound, numbers
 from jpaged.structured.json_references import Scope
 from jpaged.structured.json_texts import cache_key
 
@@ -118,6 +119,21 @@ class Numbers(Shape):
             excluded=self.excluded | other.excluded,
         )
         return None if merged.is_empty else merged
+
+    def texts(self) -> ByteAutomaton | None:
+        """Return the automaton of the numbers' texts, or None if there are none.
+
+        Raises:
+            ValueError: a divisor has too many digits.
+        """
+        return numbers(
+            self.is_integer,
+            self.low,
+            self.high,
+            self.divisors,
+            self.non_divisors,
+            self.excluded,
+        )
 
     @property
     def is_empty(self) -> bool:

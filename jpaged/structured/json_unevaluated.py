@@ -2,10 +2,10 @@
 
 Pipeline: shapes -> [structured.json_unevaluated] -> json_alternatives. Host only.
 
-A shape knows the keywords that hold for its values, so it knows which members and items
-they evaluate. A value of several alternatives is found in the shape of each. There it
-can have further evaluated members, which must meet the condition too: the shapes can
-lack values, but have no wrong ones.
+A shape has the keywords that hold for its values, and so the members and items that
+they evaluate. A value of several alternatives is in the shape of each. Members that only
+another alternative evaluates must meet the condition too, so the shapes can lack some
+values, but contain no wrong ones.
 
 Source: JSON Schema 2020-12, section 11. https://json-schema.org/draft/2020-12
 """
@@ -26,7 +26,7 @@ def with_unevaluated(
         shapes: of all other keywords of the schema.
         schema: the schema.
         child: returns the part of a subschema.
-        contains_evaluates: whether `contains` evaluates items, not so in 2019-09.
+        contains_evaluates: whether `contains` evaluates items; it does not in 2019-09.
     """
     found: list[Shape | None] = []
     for shape in shapes:

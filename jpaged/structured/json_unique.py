@@ -2,10 +2,10 @@
 
 Pipeline: json_shapes -> [structured.json_unique] -> json_arrays. Host only.
 
-A finite automaton cannot compare items. Of finitely many constants it can remember
-which were written: then all orders are possible, or the order of the schema if there
-are too many. Other strings and numbers are divided into classes by how they begin, and
-an array has at most one item of each class, in the order of the classes.
+A finite automaton cannot compare items. It can remember which of a few constants were
+written, and allows these in any order. It allows more constants only in the order of
+the schema. Other strings and numbers are divided into classes by their first
+character, and an array has at most one item of each class, in the order of the classes.
 """
 
 import functools
@@ -20,7 +20,6 @@ from jpaged.structured.byte_automata import ByteAutomaton, from_choices, minimis
 from jpaged.structured.json_alternatives import stated
 from jpaged.structured.json_keywords import SchemaError
 from jpaged.structured.json_literals import Writer, constant_before
-from jpaged.structured.json_numbers import numbers
 from jpaged.structured.json_shapes import Arrays, Constants, Numbers, Shape, Strings
 from jpaged.structured.json_texts import cache_key, strings, text_of
 from jpaged.structured.minimisation import DEAD
@@ -96,7 +95,7 @@ def _constants(shapes: list[Shape]) -> dict | None:
 
 
 class _Sets:
-    """Constants in any order; a node per set of those that were written."""
+    """Constants in any order, with a node per set of constants already written."""
 
     def __init__(
         self, writer: Writer, shape: Arrays, close: int, at: list[dict], most: int
@@ -105,7 +104,7 @@ class _Sets:
         self._at, self._most = at, most
         self._done: dict[Any, int | None] = {}
         if any(one.first for one in shape.contains):
-            raise _refused(shape, "a negated items", "others")
+            raise _refused(shape, "a negated 'items'", "items without it")
 
     def before(self, written: tuple) -> int | None:
         """Return the node after some keys, before the rest of the array."""
@@ -136,13 +135,14 @@ class _Sets:
 def _in_order(
     writer: Writer, shape: Arrays, close: int, items: list[Item]
 ) -> int | None:
-    """Write some of the items, in this order."""
+    """Write some of the items, in this order; None if there are too few items."""
     most = len(items) if shape.most is None else min(shape.most, len(items))
-    # Without a largest number, it is enough to count to the least.
+    # Without an upper bound, counting up to the lower bound is enough.
     last = max(shape.least, 1) if most == len(items) else most
     if shape.least > most:
         return None
-    # after[n] and first continue the text after n items, with and without a comma.
+    # after[n] is the node after n items, before a comma or the end; first is the node
+    # before the first item or the end.
     after = [close if n >= shape.least else None for n in range(last + 1)]
     first = after[0]
     for item in reversed(items):
@@ -162,39 +162,8 @@ def _in_order(
 
 
 def _classes(writer: Writer, shape: Arrays) -> list[Item]:
-    """Return the classes of items that are no constants, as writers of one item."""
-    parts = shape.parts_at(0)
-    texts: list[ByteAutomaton] = []
-    decimals: list[ByteAutomaton] = []
-    others: list[Any] = []
-    for one in stated(writer.alternatives.of_all(parts)):
-        if isinstance(one, Strings):
-            most = one.most
-            if most is not None:
-                most = max(min(most, _MAX_CHARACTERS), one.least)
-            texts.append(strings(one.least, most, one.conditions, one.excluded))
-        elif isinstance(one, Numbers):
-            found = numbers(
-                one.is_integer,
-                one.low,
-                one.high,
-                one.divisors,
-                one.non_divisors,
-                one.excluded,
-            )
-            decimals += [] if found is None else [found]
-        elif isinstance(one, Constants):
-            kinds = [type(value) for value in one.values]
-            if str in kinds:
-                texts.append(from_choices(map(str, one.values)))
-            elif bool in kinds or None in one.values:
-                others += one.values
-            elif dict in kinds or list in kinds:
-                raise _refused(shape, "an array or object", "strings and numbers")
-            else:
-                decimals.append(from_choices(map(text_of, one.values)))
-        elif parts:
-            raise _refused(shape, f"the type {one.type!r}", "constants and scalars")
+    """Return the classes of items that are not constants, as writers of one item."""
+    texts, decimals, others = _texts_of_items(writer, shape)
     items: list[Item] = [
         functools.partial(constant_before, writer, value) for value in others
     ]
@@ -215,6 +184,38 @@ def _classes(writer: Writer, shape: Arrays) -> list[Item]:
             if not (one := _beginning_with(every, initials)).is_empty
         ]
     return items
+
+
+def _texts_of_items(
+    writer: Writer, shape: Arrays
+) -> tuple[list[ByteAutomaton], list[ByteAutomaton], list[Any]]:
+    """Return automata of the items' strings and numbers, and the other constants."""
+    parts = shape.parts_at(0)
+    texts: list[ByteAutomaton] = []
+    decimals: list[ByteAutomaton] = []
+    others: list[Any] = []
+    for one in stated(writer.alternatives.of_all(parts)):
+        if isinstance(one, Strings):
+            most = one.most
+            if most is not None:
+                most = max(min(most, _MAX_CHARACTERS), one.least)
+            texts.append(strings(one.least, most, one.conditions, one.excluded))
+        elif isinstance(one, Numbers):
+            found = one.texts()
+            decimals += [] if found is None else [found]
+        elif isinstance(one, Constants):
+            kinds = [type(value) for value in one.values]
+            if str in kinds:
+                texts.append(from_choices(map(str, one.values)))
+            elif bool in kinds or None in one.values:
+                others += one.values
+            elif dict in kinds or list in kinds:
+                raise _refused(shape, "an array or object", "strings and numbers")
+            else:
+                decimals.append(from_choices(map(text_of, one.values)))
+        elif parts:
+            raise _refused(shape, f"the type {one.type!r}", "constants and scalars")
+    return texts, decimals, others
 
 
 def _number_before(writer: Writer, texts: ByteAutomaton, reached: int) -> int | None:

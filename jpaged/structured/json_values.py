@@ -24,7 +24,7 @@ class Values:
     """Decides which constants meet conditions, by the shapes of the conditions.
 
     Attributes:
-        is_upper: whether a constant counts as one that does where this is uncertain.
+        is_upper: whether a constant that may meet a condition counts as one that does.
     """
 
     is_upper = False

@@ -136,7 +136,7 @@ class _Parser:
 
     @contextlib.contextmanager
     def _complement(self, is_complement: bool) -> Iterator[None]:
-        """Read a part whose complement is used: too little there is too much here."""
+        """Read a part whose complement is used, which needs the opposite reading."""
         self._is_wide ^= is_complement
         yield
         self._is_wide ^= is_complement

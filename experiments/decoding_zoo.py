@@ -21,9 +21,9 @@ diversity is high and perplexity near that of human text, which no run knows.
 The last line on stdout is one JSON object. `--out` writes DIR/zoo.csv, and DIR/zoo.png
 if matplotlib is installed (extra `plot`).
 
-Each method has one output per prompt; best_of_n chooses the one of four samples that
-repeats itself least. value_beam and tree_search have the same measure as their value
-function, together with the mean log-probability.
+Each method has one output per prompt; best_of_n chooses the sample of four that repeats
+itself least. The value function of value_beam and tree_search adds the mean
+log-probability and the share of new tokens.
 
 Time: about four minutes on two CPU cores, mostly for compilation.
 """
@@ -121,7 +121,7 @@ def _instructions(llm: LLM | None = None) -> list[str]:
 
 
 def fresh_value(leaf: Leaf) -> jax.Array:
-    """The mean log-probability, and the share of the output's tokens that are new."""
+    """The mean log-probability plus three times the share of new output tokens."""
     index = jnp.arange(leaf.tokens.shape[0], dtype=jnp.int32)
     is_output = (index >= leaf.prompt_len) & (index < leaf.num_tokens)
     is_equal = leaf.tokens[:, None] == leaf.tokens[None, :]
@@ -234,7 +234,7 @@ def measure(llm: LLM, name: str, prompts: Sequence[str]) -> dict[str, float]:
 def _generate(
     llm: LLM, prompts: Sequence[str], params: Sequence[Any]
 ) -> tuple[list[Any], int, int]:
-    """One output of each prompt, steps of the decoder, and copies of blocks."""
+    """Return one output per prompt, decoder steps, and copied blocks."""
     before = llm.stats()
     outputs = llm.generate(prompts, params, progress=False)
     after = llm.stats()
@@ -249,7 +249,7 @@ def _generate(
 
 
 class _Repetitions:
-    """A verifier of texts: how few of their 4-grams occurred before."""
+    """A verifier of texts: minus the share of repeated 4-grams."""
 
     def __init__(self, outputs: Sequence[Any]):
         self._of_text = {one.text: repetition(one.token_ids, 4) for one in outputs}
@@ -261,7 +261,7 @@ class _Repetitions:
 def _search(
     llm: LLM, prompts: Sequence[str], params: Sequence[Any]
 ) -> tuple[list[Any], int, int]:
-    """The same, of a tree search, which has one seed for all prompts."""
+    """As `_generate`, for a tree search, which has one seed for all prompts."""
     outputs = llm.tree_search(list(prompts), params[0])
     metrics = outputs[0].metrics
     found = [output.outputs[0] for output in outputs]

@@ -6,13 +6,13 @@
 A chain of drafts is the continuation of the last earlier occurrence of the last tokens,
 as prompt lookup drafts it. A tree has the continuations of several earlier occurrences,
 which one step verifies together: each branch is a row that maps the blocks of the text
-(`block_manager.fork`), and the branch that agrees longest is kept. So a tree needs no
-mask, and its branches compute the tokens that they have in common more than once.
+(`block_manager.fork`), and the branch with the most accepted drafts is kept. So a tree
+needs no mask, but tokens common to several branches are computed once per branch.
 
-The model generates a greedy text after each prompt; what a drafter would have drafted
-at each position, and how much of it would have been accepted, follows from the text.
-The table has, by the number of branches: tokens per step of the model; tokens that a
-step verifies, as rows and as nodes of a tree with a mask.
+The model generates a greedy text after each prompt. The text determines the drafts at
+each position and how many of them are accepted. The table has, for each number of
+branches, tokens per step of the model, and drafts that a step verifies, as rows and as
+nodes of a tree with a mask.
 
 The last line on stdout is one JSON object. Time: half a minute on two CPU cores.
 """
@@ -35,7 +35,7 @@ MAX_NGRAM = 3
 
 
 class Steps(NamedTuple):
-    """What decoding a text would have taken."""
+    """Counts of decoding one text, or several."""
 
     num_tokens: int
     num_steps: int
@@ -53,9 +53,14 @@ def define_flags() -> None:
 
 
 def drafts(known: Sequence[int], branches: int, size: int) -> list[tuple[int, ...]]:
-    """Continuations of earlier occurrences of the last tokens, all different.
+    """Return different continuations of earlier occurrences of the last tokens.
 
-    Those of longer n-grams come first, and then the later ones.
+    Those of longer n-grams come first, and among these the latest occurrences.
+
+    Args:
+      known: the tokens so far.
+      branches: the largest number of continuations.
+      size: the largest length of a continuation.
 
     >>> drafts([5, 6, 7, 8, 5, 6, 9, 5, 6], 2, 2)
     [(9, 5), (7, 8)]
@@ -72,7 +77,7 @@ def drafts(known: Sequence[int], branches: int, size: int) -> list[tuple[int, ..
 
 
 def num_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -90,8 +90,12 @@ def quick_compilation() -> dict[str, Any]:
 def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Return `jax.jit(function, **options)`, compiled with `quick_compilation` on CPUs.
 
-    For functions that run once per call of the host and do little work. While JAX
-    traces another function, it is `function` itself.
+    For functions of the host that do little work, so that optimising them gains little.
+    While JAX traces another function, `function` itself is called.
+
+    Args:
+      function: the function.
+      **options: of `jax.jit`, except `compiler_options`.
     """
 
     @functools.cache

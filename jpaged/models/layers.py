@@ -112,7 +112,7 @@ class Output(nnx.Module):
     The parameter is `weight` [E, V], or with `config.vocab_first` instead `rows`
     [V, E]. A TPU stores an [E, V] array in transposed order if V is not a multiple of
     128, and then copies it for each product. A tied embedding is also looked up by row.
-    With `config.quantization`, the parameter is int8, and `scale` f32[V] its scales.
+    With `config.quantization`, the parameter is int8 and has scales, `scale` f32[V].
     """
 
     def __init__(

@@ -82,7 +82,7 @@ class CompletionLogprobs:
         self._top = top
         self._skips_special = skips_special
         self._offset = 0  # complete characters of the tokens so far
-        # Tokens that begin within a character have the offset of this character.
+        # A token that begins inside a character has the offset of this character.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def part(

@@ -3,9 +3,9 @@
 Pipeline: shapes -> [structured.json_unevaluated] -> json_alternatives. Host only.
 
 A shape has the keywords that hold for its values, and so the members and items that
-they evaluate. A value of several alternatives is in the shape of each. Members that only
-another alternative evaluates must meet the condition too, so the shapes can lack some
-values, but contain no wrong ones.
+they evaluate. A value of several alternatives is in the shape of each. Members that
+only another alternative evaluates must meet the condition too, so the shapes can lack
+some values, but contain no wrong ones.
 
 Source: JSON Schema 2020-12, section 11. https://json-schema.org/draft/2020-12
 """

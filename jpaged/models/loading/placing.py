@@ -176,10 +176,10 @@ class Shards:
 
 
 def _unaligned(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Copy to memory that JAX cannot share, so that its array can be donated.
+    """Copy to unaligned memory, which JAX copies again, so its array can be donated.
 
-    On a CPU it shares aligned memory of NumPy, even with `may_alias=False`. `jnp.array`
-    always copies, but compiles a program for each shape.
+    On a CPU, JAX shares aligned memory of NumPy, even with `may_alias=False`.
+    `jnp.array` always copies, but compiles a program for each shape.
     """
     copied = np.empty(values.size + 1, dtype)[1:].reshape(values.shape)
     copied[...] = values

@@ -227,7 +227,7 @@ def _index(piece: Region) -> tuple[slice, ...]:
 
 
 def _scale_index(piece: Region, axis: int) -> tuple[slice, ...]:
-    """Where the scales of a piece are; `axis` is the axis that a product sums."""
+    """Index of a piece's scales; `axis` is the axis that a product sums."""
     return _index((*piece[:-2], piece[-3 - axis]))
 
 

@@ -74,9 +74,9 @@ def make_engine_system(
         few shapes are compiled.
       max_num_requests: size of the request table. None: twice the batch rows, and
         space for one more request.
-      layer_windows: tokens that a query of each layer of the model sees, None: all.
-        They decide the cache groups; `num_slots` and `num_swap_blocks` count all
-        layers.
+      layer_windows: tokens that a query of each layer of the model sees; None: all.
+        They determine the cache groups. `num_slots` and `num_swap_blocks` are those of
+        one group of all layers.
       **config: further fields of `EngineConfig`.
 
     Raises:

@@ -41,7 +41,7 @@ def config_algorithms(
 
 
 def with_needs(config: EngineConfig) -> EngineConfig:
-    """Return the config with what its algorithms need of the decoder."""
+    """Return the config with the decoder outputs that its algorithms need."""
     needs = [one for one, _ in config.algorithms if hasattr(one, "needs")]
     hidden = any("hidden" in one.needs for one in needs)
     layers = sorted({layer for one in needs for layer in one.layers})
@@ -92,7 +92,7 @@ class Parametrised(NamedTuple):
 def initial_state(
     algorithm: Any, num_rows: int, parameters: Mapping[str, Any] | None = None
 ) -> Any:
-    """Return what the engine keeps of a new request's algorithm.
+    """Return the state of a new request's algorithm in the request table.
 
     Args:
       algorithm: the algorithm.

@@ -123,7 +123,13 @@ def drop_due(
 def count_dropped(
     counters: Counters, before: BlockState, after: BlockState
 ) -> Counters:
-    """Count the tokens that rows have dropped between two block states."""
+    """Count the tokens that rows have dropped between two block states.
+
+    Args:
+      counters: the engine's counters.
+      before: block state before the drops.
+      after: block state with the same rows after the drops.
+    """
     total = counters.num_dropped_tokens
     if total is None or after is before:
         return counters

@@ -85,8 +85,11 @@ def choose_groups(
 ) -> LayerGroups:
     """Return `layer_groups`, or one group of all layers without a window.
 
-    It is one group if the layers of a draft model, `draft_windows`, need tokens that no
-    group of the target's keeps.
+    Args:
+      windows, max_model_len: as for `layer_groups`.
+      is_grouped: False returns one group.
+      draft_windows: tokens that a query of each layer of a draft model sees. If no group
+        of the target keeps all tokens that such a layer sees, there is one group.
     """
     found = layer_groups(windows, max_model_len)
     fits = place_layers(draft_windows, found.windows, max_model_len) is not None

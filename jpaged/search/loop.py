@@ -161,7 +161,7 @@ class _Search(NamedTuple):
     config: EngineConfig
 
     @property
-    def number(self) -> jax.Array:
+    def tree_index(self) -> jax.Array:
         """i32[B], the index of each tree."""
         return jnp.arange(self.requests.tokens.shape[0], dtype=jnp.int32)
 
@@ -171,7 +171,7 @@ class _Search(NamedTuple):
         Args:
           hidden: [B, E], of the prompts' last tokens.
         """
-        count, sizes = self.number.size, self.sizes
+        count, sizes = self.tree_index.size, self.sizes
         nodes = (count, sizes.num_nodes)
         texts = node_texts.no_texts(nodes, sizes.max_tokens)
         is_live = self.requests.prompt_lens > 0
@@ -220,7 +220,7 @@ class _Search(NamedTuple):
     def _simulate(
         self, pages: NodePages, found: Found, is_live: jax.Array
     ) -> tuple[NodePages, Found]:
-        tree, index = found.tree, self.number
+        tree, index = found.tree, self.tree_index
         at = trees.select(tree, self.requests.exploration)
         is_new = is_live & (at.nodes == NO_NODE)
         parents = jnp.maximum(at.parents, 0)
@@ -294,7 +294,7 @@ class _Search(NamedTuple):
             found,
             tree=tree,
             texts=jax.tree.map(
-                lambda x, new: x.at[self.number, at].set(new, mode="drop"),
+                lambda x, new: x.at[self.tree_index, at].set(new, mode="drop"),
                 found.texts,
                 texts,
             ),
@@ -334,7 +334,7 @@ class _Search(NamedTuple):
 
     def _choose(self, pages: NodePages, found: Found) -> tuple[NodePages, Found]:
         """Choose a token of each root that has not ended; its node is the new root."""
-        tree, requests, index = found.tree, self.requests, self.number
+        tree, requests, index = found.tree, self.requests, self.tree_index
         is_live = ~found.is_over
         used, copied = node_pages.count_blocks(pages, index.size)
         is_most = used > found.used_blocks

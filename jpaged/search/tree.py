@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 NO_NODE = -1
-_LEAST_SPREAD = 1e-8  # of values, below which they count as equal
+_LEAST_SPREAD = 1e-8  # values with a smaller spread count as equal
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +66,13 @@ class Selected(NamedTuple):
 
 
 def init_tree(num_trees: int, num_nodes: int, num_actions: int) -> Tree:
-    """Return trees without nodes."""
+    """Return trees without nodes.
+
+    Args:
+      num_trees: B.
+      num_nodes: N.
+      num_actions: A.
+    """
     nodes, actions = (num_trees, num_nodes), (num_trees, num_nodes, num_actions)
     return Tree(
         parents=jnp.full(nodes, NO_NODE, jnp.int32),

@@ -226,7 +226,7 @@ class Stepper:
             if not gained:
                 break
             steps += gained
-            # A call for less than half a step costs more than the time that it uses.
+            # If less than half a step is left, a call costs more time than it uses.
             margin_s = (time.perf_counter() - start) / gained / 2
         self._parameters = []  # training code may replace them
         return state

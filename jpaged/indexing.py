@@ -1,8 +1,10 @@
-"""Indexing: reads and writes of arrays at arrays of indices.
+"""Indexing: reads and writes of arrays at arrays of indices, and selection of rows.
 
-They are smaller programs than `array[index]` and `array.at[index]`, which count
-negative indices from the end, and tracing them takes a third of the time. `index` is an
-array of int32, or a tuple of such arrays for the leading axes.
+Reads and writes are smaller programs than `array[index]` and `array.at[index]`, which
+count negative indices from the end, and tracing them takes a third of the time. `index`
+is an array of int32, or a tuple of such arrays for the leading axes.
+
+Shape symbols: S entries of an index, or rows.
 """
 
 from __future__ import annotations
@@ -60,6 +62,21 @@ def last_positions(index: jax.Array, size: int) -> jax.Array:
     position = jnp.arange(index.size, dtype=jnp.int32)
     is_here = index[None, :] == numbers[:, None]
     return jnp.max(jnp.where(is_here, position[None, :], -1), axis=1)
+
+
+def where_rows(is_new: jax.Array, new: Any, old: Any) -> Any:
+    """Return the rows of `new` where `is_new` is True, and those of `old` elsewhere.
+
+    Args:
+      is_new: bool[S].
+      new: a pytree of arrays [S, ...].
+      old: a pytree of the same structure and shapes.
+    """
+
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(is_new.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
 
 
 def _scatter(scatter: Any, array: jax.Array, index: Any, values: Any) -> jax.Array:

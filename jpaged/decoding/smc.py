@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.decoding.base import Decision, DecodingAlgorithm, own_rows
+from jpaged.indexing import where_rows
 
 # (state, token i32[]) -> (next state, log-potential f32[]), for one particle.
 Potential = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
@@ -178,15 +179,6 @@ def systematic(key: jax.Array, weights: jax.Array) -> jax.Array:
     last = jnp.nextafter(ends[-1], jnp.float32(0.0))
     points = jnp.minimum(points / num_rows * ends[-1], last)
     return jnp.searchsorted(ends, points, side="right").astype(jnp.int32)
-
-
-def where_rows(is_new: jax.Array, new: Any, old: Any) -> Any:
-    """Chooses the rows of `new` where `is_new` (bool[S]), and of `old` elsewhere."""
-
-    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(is_new.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)
 
 
 def _log_mean(log_weights: jax.Array) -> jax.Array:

@@ -88,8 +88,8 @@ def choose_groups(
     Args:
       windows, max_model_len: as for `layer_groups`.
       is_grouped: False returns one group.
-      draft_windows: tokens that a query of each layer of a draft model sees. If no group
-        of the target keeps all tokens that such a layer sees, there is one group.
+      draft_windows: tokens that a query of each layer of a draft model sees. There is
+        one group if no group of the target keeps all tokens that such a layer sees.
     """
     found = layer_groups(windows, max_model_len)
     fits = place_layers(draft_windows, found.windows, max_model_len) is not None

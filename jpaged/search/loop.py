@@ -29,6 +29,7 @@ from jpaged.compat import when
 from jpaged.config import EngineConfig
 from jpaged.decoding.sample import sample_rows, token_keys
 from jpaged.decoding.values import Leaf, Value, evaluate
+from jpaged.indexing import where_rows
 from jpaged.kv import block_manager
 from jpaged.models import layer_kernels
 from jpaged.models.decoder import Decoder
@@ -298,7 +299,7 @@ class _Search(NamedTuple):
                 found.texts,
                 texts,
             ),
-            best=node_texts.where(is_best, texts, found.best),
+            best=where_rows(is_best, texts, found.best),
             num_nodes=found.num_nodes + is_live.astype(jnp.int32),
             is_finite=found.is_finite & (is_finite | ~is_live),
         )

@@ -64,10 +64,3 @@ def last_tokens(texts: Texts) -> jax.Array:
     """Return the last token i32[B] of each text."""
     at = jnp.maximum(texts.lens - 1, 0)[:, None]
     return jnp.take_along_axis(texts.tokens, at, axis=1)[:, 0]
-
-
-def where(mask: jax.Array, new: Texts, old: Texts) -> Texts:
-    """Return the texts `new` where `mask` bool[B], else `old`."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
-    )

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm
-from jpaged.decoding.smc import Potential, SMCState, resample, smc, where_rows
+from jpaged.decoding.smc import Potential, SMCState, resample, smc
+from jpaged.indexing import where_rows
 from jpaged.validation import number
 
 # The state of a particle -> log of the expected potential of the rest of its text.

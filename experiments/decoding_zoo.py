@@ -286,6 +286,7 @@ def write_files(folder: str, found: dict[str, dict[str, float]]) -> None:
         point = (row["perplexity"], row["diversity"])
         axis.plot(*point, marker=marker, color=color, linestyle="", label=method)
     axis.set_xscale("log")
+    style.plain_x(axis)
     label = "perplexity under the model (log scale)"
     style.dress(axis, label, "diversity", grid="both")
     style.legend_beside(axis)

@@ -124,13 +124,21 @@ def outline(text: Any) -> None:
 
 def plain_y(ax: Any) -> None:
     """Write the ticks of a logarithmic y axis as plain numbers, few of them."""
+    _plain(ax.yaxis, ax.get_ylim())
+
+
+def plain_x(ax: Any) -> None:
+    """Write the ticks of a logarithmic x axis as plain numbers, few of them."""
+    _plain(ax.xaxis, ax.get_xlim())
+
+
+def _plain(axis: Any, limits: tuple[float, float]) -> None:
     from matplotlib import ticker  # pyright: ignore[reportMissingImports]
 
-    low, high = ax.get_ylim()
-    subs = (1.0,) if high / low > 50 else (1.0, 2.0, 5.0)
-    ax.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
-    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:,g}"))
-    ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    subs = (1.0,) if limits[1] / limits[0] > 50 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure: Any, path: str | pathlib.Path) -> None:

@@ -530,9 +530,9 @@ def fork_rows(
         inherits &= take(intact, source_row)
     if cache_groups.has_windows(blocks.windows):
         inherits &= cache_groups.has_windows_at(blocks, source_row, shared)
-    tables = take(blocks.block_tables, source_row)
     own = jnp.arange(rows.size, dtype=jnp.int32)
-    blocks = block_manager.adopt(blocks, tables, jnp.where(inherits, shared, 0))
+    lens = jnp.where(inherits, shared, 0)
+    blocks = block_manager.adopt_from(blocks, source_row, lens)
     return block_manager.fork(blocks, jnp.where(inherits, own, parents))
 
 

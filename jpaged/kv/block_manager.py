@@ -281,6 +281,25 @@ def adopt(state: BlockState, block_tables: jax.Array, lens: jax.Array) -> BlockS
     return dataclasses.replace(state, ref_counts=counts)
 
 
+def adopt_from(
+    state: BlockState, source_rows: jax.Array, lens: jax.Array
+) -> BlockState:
+    """Let empty rows use the first blocks of other rows, and what these have dropped.
+
+    Args:
+      state: donate it under jit.
+      source_rows: i32[S], the row whose blocks a row uses.
+      lens: i32[S], as for `adopt`.
+    """
+    adopts = (lens > 0) & (state.context_lens == 0)
+    own = jnp.arange(lens.size, dtype=jnp.int32)
+    drops = fork_drops(
+        state.drops, jnp.where(adopts, source_rows, own), jnp.ones_like(adopts)
+    )
+    state = adopt(state, take(state.block_tables, source_rows), lens)
+    return dataclasses.replace(state, drops=drops)
+
+
 def free(state: BlockState, rows: jax.Array) -> BlockState:
     """Empty the rows that are True in `rows`, bool[S].
 

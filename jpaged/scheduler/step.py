@@ -199,9 +199,8 @@ def _map_sources(
             return has_source & (blocks.context_lens == 0) & is_ready
 
         def map_blocks(blocks: BlockState) -> BlockState:
-            tables = take(blocks.block_tables, source_row)
             lens = jnp.where(can_map(blocks), shared, 0)
-            return block_manager.adopt(blocks, tables, lens)
+            return block_manager.adopt_from(blocks, source_row, lens)
 
         # Repeated for rows whose source has just mapped its own source's blocks: a
         # lockstep leader that maps all but its last token computes nothing before the

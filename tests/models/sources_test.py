@@ -287,8 +287,8 @@ peak = status("VmHWM") - before
 print(peak, sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
 """
 # Memory of XLA for one compiled program per shape, and memory that malloc keeps after
-# it was freed. At most 24 MiB were measured with jax 0.10, half of that with 0.12.
-PROGRAMS = 32 * 2**20
+# it was freed. Weights are placed without a program since 2026-11-30.
+PROGRAMS = 16 * 2**20
 
 
 def peak_and_size(folder, piece=0, dtype="auto", quantization="") -> tuple[int, int]:

@@ -190,9 +190,7 @@ def draw(path: str, found: dict[str, dict[int, dict[str, float]]]) -> None:
 def main(argv: list[str]) -> None:
     """Measures all models and context lengths and prints the table."""
     del argv
-    with runner.user_errors("groups", ImportError):
-        if FLAGS.plot is not None:
-            style.pyplot()
+    with runner.user_errors("groups"):
         contexts = runner.positive_integers("contexts")
         configs = {name: find_model(name) for name in FLAGS.models}
     rows, found = [], {}

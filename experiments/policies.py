@@ -329,9 +329,7 @@ def main(argv: list[str]) -> None:
     """Simulates and runs all policies and prints the results."""
     del argv
     count, seeds = FLAGS.num_requests, range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
-    with runner.user_errors("policies", ImportError):
-        if FLAGS.plot is not None:
-            style.pyplot()
+    with runner.user_errors("policies"):
         names = runner.some_of("policies", FLAGS.policies, list(SETTINGS))
         loads, engine_loads = checked_loads("loads"), checked_loads("engine_loads")
         plain = [

@@ -273,9 +273,7 @@ def draw(path: str, rows: Sequence[dict[str, Any]]) -> None:
 def main(argv: list[str]) -> None:
     """Measures all methods and prints the results."""
     del argv
-    with runner.user_errors("retention", ImportError):
-        if FLAGS.plot is not None:
-            style.pyplot()
+    with runner.user_errors("retention"):
         methods = runner.some_of("methods", FLAGS.methods, list(retention.METHODS))
     rows: list[dict[str, Any]] = []
     columns = dict(share=".3f", kept=".3f", perplexity=".3f", found=".2f", nats=".2f")

@@ -24,7 +24,7 @@ from jpaged.config import EngineConfig
 from jpaged.engine.batch import Reads, StepBatch
 from jpaged.engine.request_table import RequestTable
 from jpaged.engine.state import Counters, EngineState
-from jpaged.indexing import take
+from jpaged.indexing import put, take
 from jpaged.kv.block_manager import BlockState
 from jpaged.kv.drops import computed_lens, drop_blocks
 from jpaged.retention import Retention
@@ -152,9 +152,7 @@ def note_dropped(
     column, drops = table.num_dropped, blocks.drops
     if column is None or drops is None:
         return table
-    at = jnp.where(rows == scheduler.NO_REQUEST, column.size, rows)
-    column = column.at[at].set(drops.dropped, mode="drop")
-    return dataclasses.replace(table, num_dropped=column)
+    return dataclasses.replace(table, num_dropped=put(column, rows, drops.dropped))
 
 
 def observe(

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpaged.arithmetic import cdiv, floor_div, remainder
-from jpaged.indexing import add, get_or, least, put, take
+from jpaged.indexing import add, get_or, least, put, take, where_rows
 from jpaged.kv import cache_groups
 from jpaged.kv.block_state import NO_BLOCK as NO_BLOCK
 from jpaged.kv.block_state import BlockState as BlockState
@@ -292,10 +292,8 @@ def adopt_from(
       lens: i32[S], as for `adopt`.
     """
     adopts = (lens > 0) & (state.context_lens == 0)
-    own = jnp.arange(lens.size, dtype=jnp.int32)
-    drops = fork_drops(
-        state.drops, jnp.where(adopts, source_rows, own), jnp.ones_like(adopts)
-    )
+    sources_drops = jax.tree.map(lambda column: take(column, source_rows), state.drops)
+    drops = where_rows(adopts, sources_drops, state.drops)
     state = adopt(state, take(state.block_tables, source_rows), lens)
     return dataclasses.replace(state, drops=drops)
 
@@ -306,13 +304,12 @@ def free(state: BlockState, rows: jax.Array) -> BlockState:
     A block becomes free when no row uses it any more.
     """
     rows = row_array("rows", rows, state, dtype=jnp.bool_)
-    own = jnp.arange(rows.size, dtype=jnp.int32)
     return dataclasses.replace(
         state,
         ref_counts=_add_refs(state, -rows.astype(jnp.int32)[:, None]),
         block_tables=jnp.where(rows[:, None], NO_BLOCK, state.block_tables),
         context_lens=jnp.where(rows, 0, state.context_lens),
-        drops=fork_drops(state.drops, own, ~rows),
+        drops=where_rows(rows, jax.tree.map(jnp.zeros_like, state.drops), state.drops),
     )
 
 

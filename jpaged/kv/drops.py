@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jpaged.indexing import add, put, take
+from jpaged.indexing import add, put, take, where_rows
 from jpaged.kv.block_state import NO_BLOCK, BlockState, num_blocks_per_row
 from jpaged.kv.block_state import Drops as Drops
 
@@ -110,9 +110,5 @@ def fork_drops(
     drops: Drops | None, parents: jax.Array, has_parent: jax.Array
 ) -> Drops | None:
     """Return the drops of rows that continue `parents`; see `block_manager.fork`."""
-
-    def select(column: jax.Array) -> jax.Array:
-        is_kept = has_parent.reshape(-1, *[1] * (column.ndim - 1))
-        return jnp.where(is_kept, take(column, parents), 0)
-
-    return None if drops is None else jax.tree.map(select, drops)
+    parents_drops = jax.tree.map(lambda column: take(column, parents), drops)
+    return where_rows(has_parent, parents_drops, jax.tree.map(jnp.zeros_like, drops))

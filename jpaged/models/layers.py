@@ -9,6 +9,7 @@ Shape symbols: B batch, T tokens, H query heads, K kv heads, D head_dim, E hidde
 V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -49,6 +50,15 @@ def random_param(
     return nnx.Param((values * config.initializer_range).astype(config.dtype))
 
 
+def random_weight(
+    shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """A product's weights [..., in, out]; if the config quantises, with scales."""
+    if config.quantization is None:
+        return random_param(shape, config, rngs), None
+    return random_int8(shape, config, rngs)
+
+
 class Linear(nnx.Module):
     """x [..., in] -> [..., out], with an optional bias.
 
@@ -76,12 +86,10 @@ class Linear(nnx.Module):
         part: str | None = None,
     ) -> None:
         shape = (in_size, out_size)
-        scale = None
-        if config.quantization is None or not may_be_quantized:
-            self.weight = random_param(shape, config, rngs)
-        else:
-            self.weight, scale = random_int8(shape, config, rngs)
-        self.scale = scale
+        if not may_be_quantized:
+            config = dataclasses.replace(config, quantization=None)
+        weight, scale = random_weight(shape, config, rngs)
+        self.weight, self.scale = weight, scale
         self.bias = nnx.Param(jnp.zeros(out_size, config.dtype)) if use_bias else None
         self.part = part
 
@@ -118,11 +126,7 @@ class Output(nnx.Module):
     def __init__(
         self, in_size: int, vocab_size: int, config: ModelConfig, rngs: nnx.Rngs
     ) -> None:
-        shape, scale = (in_size, vocab_size), None
-        if config.quantization is None:
-            weight = random_param(shape, config, rngs)
-        else:
-            weight, scale = random_int8(shape, config, rngs)
+        weight, scale = random_weight((in_size, vocab_size), config, rngs)
         self.scale = scale
         self.weight = None if config.vocab_first else weight
         self.rows = nnx.Param(weight[...].T) if config.vocab_first else None

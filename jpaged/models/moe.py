@@ -24,8 +24,7 @@ from jpaged import parallel
 from jpaged.arithmetic import cdiv
 from jpaged.models import layer_kernels
 from jpaged.models.config import ModelConfig, Routing
-from jpaged.models.layers import Linear, Mlp, random_param
-from jpaged.models.quantize import random_int8
+from jpaged.models.layers import Linear, Mlp, random_weight
 
 
 class ExpertLinear(nnx.Module):
@@ -43,12 +42,7 @@ class ExpertLinear(nnx.Module):
         is_part: bool = False,
     ) -> None:
         shape = (config.num_experts, in_size, out_size)
-        scale = None
-        if config.quantization is None:
-            self.weight = random_param(shape, config, rngs)
-        else:
-            self.weight, scale = random_int8(shape, config, rngs)
-        self.scale = scale
+        self.weight, self.scale = random_weight(shape, config, rngs)
         self.bias = (
             nnx.Param(jnp.zeros((config.num_experts, out_size), config.dtype))
             if config.expert_bias

@@ -80,7 +80,7 @@ def load_model(
       dtype: "float32", "bfloat16", "float16", or "auto" for the dtype of the
         checkpoint, except float32 on a CPU.
       quantization: "int8" stores the weights of the products inside the layers, and of
-        the output with a tied embedding, in 8 bits; None does not quantise.
+        the output and an embedding tied to it, in 8 bits; None does not quantise.
       check_finite: raise if a weight is NaN or infinite.
       mesh: a mesh from `jpaged.make_mesh`; each device reads only its own part of each
         tensor, given by `jpaged.parallel.RULES`.

@@ -79,7 +79,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of lengths, prompts and arrivals.")
     flags.DEFINE_integer("streams", 32, "overhead: streams at a time.", lower_bound=1)
     flags.DEFINE_integer("tokens", 64, "overhead: tokens per stream.", lower_bound=2)
-    flags.DEFINE_float("slice_s", 0.05, "Seconds between updates.", lower_bound=0.0)
+    flags.DEFINE_float("slice_s", None, "Seconds between updates.", lower_bound=0.0)
     flags.DEFINE_integer("runs", 5, "overhead: repetitions.", lower_bound=1)
     flags.DEFINE_string("csv", None, "File for the table.")
     flags.DEFINE_string("plot", None, "File for the figure; needs the extra `plot`.")

@@ -538,7 +538,7 @@ class LLM(VllmMethods):
 
         Args:
           seconds: length of the slice if a request is streamed or live, one step at
-            least; None is 0.05.
+            least; None is 0.05, up to 0.2 where steps are slow.
 
         Returns:
           Whether requests are still open.
@@ -864,7 +864,7 @@ class LLM(VllmMethods):
         """Return the engine, without anything cached if weights have changed."""
         host = self._open_host()
         self._updater.check()
-        if self._weights.have_changed(host.model):
+        if self._weights.have_changed(host.model, host.arrays.leaves()):
             with host.lock:
                 self._updater.forget()
                 host.change_weights()

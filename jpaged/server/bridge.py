@@ -57,7 +57,7 @@ class EngineBridge:
         llm: LLM,
         max_open_sequences: int,
         on_finished: Callable[[LiveRequest], None] = lambda live: None,
-        slice_s: float = 0.05,
+        slice_s: float | None = None,
     ):
         self.llm = llm
         self.max_open_sequences = max_open_sequences

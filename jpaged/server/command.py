@@ -34,6 +34,9 @@ from jpaged.validation import integer
 
 LOGGER = logging.getLogger("jpaged.server")
 KEY_VARIABLE = "JPAGED_API_KEY"
+# After so long Python lets another thread run. By default, the engine's thread, which
+# keeps the device busy, waits up to 5 ms for threads that write responses.
+_SWITCH_S = 2e-4
 _LIMITS = (
     "max_open_sequences",
     "max_body_bytes",
@@ -190,6 +193,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._bridge = bridge
         self._drain_s = drain_s
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal to end."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(min(before, _SWITCH_S))
+        try:
+            await super().serve(sockets)
+        finally:
+            sys.setswitchinterval(before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no further requests, and wait for those that are open."""

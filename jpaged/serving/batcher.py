@@ -35,6 +35,8 @@ from jpaged.serving.waiting import WaitingQueue
 
 # Length of a slice in seconds, by what its callers need.
 STREAM_S = 0.05  # a caller reads text while it grows
+STREAM_STEPS = 4  # a stream's slice becomes longer for as many steps,
+LONG_STREAM = 4.0  # at most by this factor
 STOP_S = 0.1  # an output can end at a stop string
 PROGRESS_S = 0.3  # a caller shows progress, or requests wait for free entries
 QUIET_S = 5.0  # none of these; the process can still react to Ctrl-C
@@ -148,7 +150,8 @@ class Batcher:
         During a pause, wait for its end, but not for long: a request can be aborted.
 
         Args:
-          stream_s: seconds of a slice with streamed requests; None is STREAM_S.
+          stream_s: seconds of a slice with streamed requests; None is STREAM_S, or more
+            where steps are slow.
 
         Raises:
           RuntimeError: the engine stalled, which is a bug; or this thread has paused
@@ -411,11 +414,26 @@ class Batcher:
         """Return the seconds and the minimum number of steps of the next slice."""
         requests = self._submitted.values()
         if any(request.is_streamed for request in requests):
-            return STREAM_S if stream_s is None else stream_s, 1
+            return self._stream_s() if stream_s is None else stream_s, 1
         if any(request.is_watched for request in requests):
             return STOP_S, LEAST_STEPS
         is_awaited = self._waiting or any(request.is_awaited for request in requests)
         return PROGRESS_S if is_awaited else QUIET_S, LEAST_STEPS
+
+    def _stream_s(self) -> float:
+        """Return the seconds of a slice for streams.
+
+        Updates cost some milliseconds per slice, a tenth of a slow step. First tokens
+        do not wait longer for that.
+        """
+        if any(
+            request.is_watched and not output.token_ids
+            for request in self._submitted.values()
+            for output in request.outputs
+        ):
+            return STREAM_S
+        wanted = STREAM_STEPS * self.host.runner.seconds_per_step
+        return min(max(STREAM_S, wanted), LONG_STREAM * STREAM_S)
 
     def _read_outputs(
         self, outputs: Sequence[OutputState], progress: SequenceProgress

@@ -28,6 +28,7 @@ from jpaged.models.decoder import Decoder
 from jpaged.scheduler import RUNNING
 from jpaged.serving import readout
 from jpaged.serving.metrics import Event, StepRecord
+from jpaged.serving.model_arrays import ModelArrays
 from jpaged.serving.readout import SequenceProgress, SequenceTokens, TokenSpan
 from jpaged.serving.request_state import RequestState
 from jpaged.serving.runner import EngineRunner, needs_empty_table
@@ -54,6 +55,8 @@ class EngineHost:
       check_invariants: run single steps, and check the state after each.
 
     Attributes:
+      model: the model.
+      arrays: its arrays.
       runner: owns the state and what was measured of it.
       lock: held by callers that use the state.
       epoch: number of times that the state was lost.
@@ -73,6 +76,7 @@ class EngineHost:
         check_invariants: bool = False,
     ):
         self.model = model
+        self.arrays = ModelArrays(model)
         self.lock = threading.RLock()
         self.epoch = 0
         self.pinned: list[PinnedPrefix] = []
@@ -207,6 +211,7 @@ class EngineHost:
     def use_model(self, model: Decoder) -> None:
         """Use another model of the same config; `change_weights` must follow."""
         self.model = model
+        self.arrays = ModelArrays(model)
         self.runner.replace_model(model)
 
     def change_weights(self, requests: str = "recompute") -> None:
@@ -235,7 +240,7 @@ class EngineHost:
         """Release the pages, the tables and the model."""
         self.pinned.clear()
         self.runner.close()
-        del self.model
+        del self.model, self.arrays
 
     # Pinned prefixes.
 

@@ -75,6 +75,7 @@ class EngineRunner:
       counters: sums of the counters over replicas.
       log: events and steps.
       run_s: seconds of running steps.
+      seconds_per_step: of the last slice; 0: unknown.
       compile_s: seconds in which requests waited for a compiler.
     """
 
@@ -101,7 +102,7 @@ class EngineRunner:
         self._models = model if draft is None else DraftedModel(model, draft)
         self._kv_dtype = kv_dtype
         self._checks = check_invariants
-        self._seconds_per_step: float | None = None
+        self.seconds_per_step = 0.0
         self._max_num_tokens = config.max_num_batched_tokens  # of the state's params
         is_shared = distributed.is_shared(mesh)
         self._stepper: Stepper | WholeStepper
@@ -265,7 +266,7 @@ class EngineRunner:
         self.run_s += end - start
         last = self.replica_counters["num_steps"]
         if num_steps := int((last - first).max()):
-            self._seconds_per_step = (end - start) / num_steps
+            self.seconds_per_step = (end - start) / num_steps
             steps = zip(first.tolist(), last.tolist(), strict=True)
             slices = [Slice(*pair, start, end) for pair in steps]
             timelines = readout.read_timelines(self.state)
@@ -315,8 +316,8 @@ class EngineRunner:
         if self._calls is None and isinstance(self._stepper, Stepper):
             return most
         steps = _FIRST_STEPS
-        if self._seconds_per_step is not None:
-            steps = int(seconds / self._seconds_per_step)
+        if self.seconds_per_step:
+            steps = int(seconds / self.seconds_per_step)
         return min(max(steps, least_steps), most)
 
     def live_sequences(self) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ from jpaged.engine.features import Features
 from jpaged.engine.programs import Pages, StepSize
 from jpaged.models.decoder import Decoder
 from jpaged.serving.compiled import CompiledPrograms
+from jpaged.serving.model_arrays import ModelArrays
 from jpaged.serving.program_specs import (
     GREEDY,
     PROMPT_LOGPROBS,
@@ -58,7 +59,7 @@ class Stepper:
         self._is_shared, self._mesh = is_shared, mesh
         self.compiled: CompiledPrograms[Key] = CompiledPrograms()
         self._specs = ProgramSpecs(model, mesh)
-        self._model = model
+        self._arrays = ModelArrays(model)
         # By what it has for algorithms beside logits.
         self._logits: dict[Any, Any] = {}
         # Seconds that programs which are not compiled would have saved.
@@ -214,8 +215,7 @@ class Stepper:
         """
         end = time.perf_counter() + seconds
         steps, margin_s = 0, 0.0
-        # Flattening the model takes longer than a call, so it is not done per step.
-        self._parameters = jax.tree.leaves(self._model)
+        self._parameters = self._arrays.leaves()
         while steps < max_steps and (
             steps < least_steps
             or self._is_shared
@@ -378,7 +378,7 @@ class Stepper:
 
     def replace_model(self, model: Any) -> None:
         """Use another model of the same config from now on."""
-        self._model = model
+        self._arrays = ModelArrays(model)
         self._specs = ProgramSpecs(model, self._mesh)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ code replaces a model's arrays in place (`flax.nnx.update`), without a call of t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,14 +34,17 @@ class WeightsWatch:
         """Note the arrays of `model` as seen."""
         self._seen = [weakref.ref(leaf) for leaf in jax.tree.leaves(model)]
 
-    def have_changed(self, model: Decoder) -> bool:
+    def have_changed(self, model: Decoder, leaves: Sequence[Any]) -> bool:
         """Whether arrays of the model were replaced since the last call.
+
+        Args:
+          model: the model.
+          leaves: its present arrays.
 
         Raises:
           ValueError: an array has another shape or dtype than before.
           RuntimeError: an array was deleted, because a function donated it.
         """
-        leaves = jax.tree.leaves(model)
         if any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)):
             raise RuntimeError(
                 f"model: {_first_deleted(model)} was deleted; {_DONATED}"

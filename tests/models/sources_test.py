@@ -287,8 +287,8 @@ model = load_model(sys.argv[1], dtype=sys.argv[3], quantization=sys.argv[4] or N
 peak = status("VmHWM") - before
 print(peak, sum(leaf.nbytes for leaf in jax.tree.leaves(model)))
 """
-# Pieces that are read, cast and copied, and memory that malloc keeps after it was freed:
-# 6 to 13 MB with four such processes on two cores.
+# Pieces that are read, cast and copied, and memory that malloc keeps after it was
+# freed: 6 to 13 MB with four such processes on two cores.
 PIECES = 24 * 2**20
 
 

@@ -279,7 +279,7 @@ def measure_overhead(report: Report, llm: LLM, url: str) -> None:
         "server": statistics.median(through),
     }
     report.ratios = {"server/llm": statistics.median(ratios)}
-    report.details["ratios"] = ratios
+    report.details |= {"ratios": ratios, "llm": alone, "server": through}
     for name, value in report.tokens_per_s.items():
         report.row(f"{FLAGS.streams} streams, {name}", f"{value:.0f} tokens/s")
     report.row("server/llm", f"{report.ratios['server/llm']:.3f}")

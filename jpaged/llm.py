@@ -538,7 +538,7 @@ class LLM(VllmMethods):
 
         Args:
           seconds: length of the slice if a request is streamed or live, one step at
-            least; None is 0.05, up to 0.2 where steps are slow.
+            least; None is 0.05, up to 0.3 where steps are slow.
 
         Returns:
           Whether requests are still open.

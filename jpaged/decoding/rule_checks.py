@@ -66,17 +66,20 @@ def _check_a_token_is_left(
     stop_ids: set[int],
 ) -> None:
     allowed = params.allowed_token_ids
-    left = set(range(vocab_size) if allowed is None else allowed)
+    candidates = range(vocab_size) if allowed is None else allowed
     what = "the vocabulary" if allowed is None else "allowed_token_ids"
-    left -= {word[0] for word in bad_word_token_ids if len(word) == 1}
-    if not left:
+    forbidden = {word[0] for word in bad_word_token_ids if len(word) == 1}
+    # `all` ends at the first token that is left.
+    if all(token in forbidden for token in candidates):
         raise ValueError(
             f"bad_words: expected at least one token of {what} to be left, got bad "
             f"words that forbid all of them; allow more tokens, or forbid fewer"
         )
-    if params.min_tokens > 0 and left <= stop_ids:
+    ends = forbidden | stop_ids
+    if params.min_tokens > 0 and all(token in ends for token in candidates):
+        left = sorted(set(candidates) - forbidden)
         raise ValueError(
             f"min_tokens: expected 0, got {params.min_tokens}: all remaining tokens of "
-            f"{what} ({sorted(left)[:8]}) end the request, so none can come before "
+            f"{what} ({left[:8]}) end the request, so none can come before "
             f"min_tokens; allow another token, or set min_tokens to 0"
         )

@@ -34,6 +34,7 @@ _NUM_PREPARERS = 2  # threads for tokenization and automata
 _MOST_FAILURES = 3  # slices in a row, after which the engine counts as broken
 _IDLE_SLICE_S = 1e-3  # a slice that is shorter did nothing
 _PAUSE_S = 2e-3  # after such a slice
+_ENTRY_S = 0.02  # most that a slice waits for requests that are being submitted
 _RATE_S = 10.0  # over which the rate of finished sequences is measured
 
 
@@ -76,6 +77,7 @@ class EngineBridge:
         # Shared with the engine's thread.
         self._wake = threading.Condition()
         self._is_stopping = False
+        self._num_entering = 0  # calls of `submit` whose requests are not all submitted
         self._num_submitted = 0  # requests that the engine's thread must end
         self._aborts: collections.deque[LiveRequest] = collections.deque()
         self._calls: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = (
@@ -172,6 +174,8 @@ class EngineBridge:
         self.num_open_sequences += count
         requests: list[Request] = []
         assert self._loop is not None
+        with self._wake:
+            self._num_entering += 1
         work = self._loop.run_in_executor(
             self._submitter, self._submit_all, prompts, params, requests
         )
@@ -281,15 +285,20 @@ class EngineBridge:
         requests: list[Request],
     ) -> None:
         """Submit prompts one by one, and append what `LLM.submit` returns."""
-        for index, prompt in enumerate(prompts):
-            try:
-                requests.append(self.llm.submit(prompt, params))
-            except ValueError as error:
-                if len(prompts) == 1:
-                    raise
-                raise ValueError(f"prompts[{index}]: {error}") from None
+        try:
+            for index, prompt in enumerate(prompts):
+                try:
+                    requests.append(self.llm.submit(prompt, params))
+                except ValueError as error:
+                    if len(prompts) == 1:
+                        raise
+                    raise ValueError(f"prompts[{index}]: {error}") from None
+                with self._wake:
+                    self._num_submitted += 1
+                    self._wake.notify()
+        finally:
             with self._wake:
-                self._num_submitted += 1
+                self._num_entering -= 1
                 self._wake.notify()
 
     # In the engine's thread.
@@ -303,6 +312,9 @@ class EngineBridge:
                     self._wake.wait()
                 if self._is_stopping:
                     break
+                if not self.is_paused:
+                    # Requests that arrive together run together from the first step.
+                    self._wake.wait_for(self._has_entered, _ENTRY_S)
                 is_open |= self._num_submitted > 0
                 self._num_submitted = 0
             self._run_calls()
@@ -329,6 +341,9 @@ class EngineBridge:
         if self._is_stopping or self._calls or self._aborts:
             return True
         return not self.is_paused and (is_open or self._num_submitted > 0)
+
+    def _has_entered(self) -> bool:
+        return self._is_stopping or not self._num_entering
 
     def _run_calls(self) -> None:
         while self._calls:

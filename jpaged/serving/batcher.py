@@ -35,8 +35,10 @@ from jpaged.serving.waiting import WaitingQueue
 
 # Length of a slice in seconds, by what its callers need.
 STREAM_S = 0.05  # a caller reads text while it grows
-STREAM_STEPS = 4  # a stream's slice becomes longer for as many steps,
-LONG_STREAM = 4.0  # at most by this factor
+# It becomes longer for so many steps, at most by a factor: (steps, factor), while
+# requests arrive and otherwise. A new request waits for the end of a slice.
+BUSY_STREAM, CALM_STREAM = (4, 4.0), (8, 6.0)
+CALM_S = 0.5  # since the last request was added
 STOP_S = 0.1  # an output can end at a stop string
 PROGRESS_S = 0.3  # a caller shows progress, or requests wait for free entries
 QUIET_S = 5.0  # none of these; the process can still react to Ctrl-C
@@ -84,6 +86,7 @@ class Batcher:
         self._submitted: dict[int, RequestState] = {}  # in the request table
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._slice_task: asyncio.Task[None] | None = None
+        self._last_added_s = 0.0
 
     def find_open(self, arrival: int) -> RequestState | None:
         """Return the open request with this number, if there is one."""
@@ -106,6 +109,7 @@ class Batcher:
             request.sequence_events.append(Event("queued", now, step))
             self._open[request.arrival] = request
         self._added.extend(requests)
+        self._last_added_s = now
 
     def abort(self, requests: Sequence[RequestState]) -> None:
         """End requests with the tokens they have; ended ones do not change.
@@ -432,8 +436,10 @@ class Batcher:
             for output in request.outputs
         ):
             return STREAM_S
-        wanted = STREAM_STEPS * self.host.runner.seconds_per_step
-        return min(max(STREAM_S, wanted), LONG_STREAM * STREAM_S)
+        is_calm = self.host.time_s() - self._last_added_s > CALM_S
+        steps, factor = CALM_STREAM if is_calm else BUSY_STREAM
+        wanted = steps * self.host.runner.seconds_per_step
+        return min(max(STREAM_S, wanted), factor * STREAM_S)
 
     def _read_outputs(
         self, outputs: Sequence[OutputState], progress: SequenceProgress

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,53 +27,53 @@ class ModelArrays:
 
     def __init__(self, model: Decoder):
         self._model = model
-        # The variables when the leaves were last flattened, and the index of each
-        # leaf's variable. One tuple, because several threads read it.
-        self._known: tuple[list[nnx.Variable[Any]], list[int]] | None = None
+        self._known: _Structure | None = None
 
     def leaves(self) -> list[Any]:
         """Return the present arrays."""
-        variables = _variables(self._model)
-        known = self._known
-        if known is not None and variables is not None:
-            seen, order = known
-            if len(seen) == len(variables) and all(map(operator.is_, seen, variables)):
-                return [variables[index].get_raw_value() for index in order]
-        leaves = jax.tree.leaves(self._model)
-        self._known = None if variables is None else _ordered(variables, leaves)
-        return leaves
+        known = self._known  # one read, because several threads replace it
+        if known is None or not known.is_current():
+            leaves = jax.tree.leaves(self._model)
+            self._known = _structure(self._model, leaves)
+            return leaves
+        return [variable.get_raw_value() for variable in known.variables]
 
 
-def _ordered(
-    variables: list[nnx.Variable[Any]], leaves: list[Any]
-) -> tuple[list[nnx.Variable[Any]], list[int]] | None:
-    """Return the variables and the index of each leaf's; None if these are unclear."""
-    index_of = {
-        id(variable.get_raw_value()): index for index, variable in enumerate(variables)
-    }
-    is_clear = len(index_of) == len(variables) == len(leaves)
-    if not is_clear or any(id(leaf) not in index_of for leaf in leaves):
-        return None  # two variables share an array
-    return variables, [index_of[id(leaf)] for leaf in leaves]
+class _Structure(NamedTuple):
+    """What a model consisted of when it was last flattened."""
+
+    variables: list[nnx.Variable[Any]]  # in the order of the leaves
+    attributes: list[tuple[dict[str, Any], list[Any]]]  # of each module, and values
+
+    def is_current(self) -> bool:
+        """Whether no attribute of a module was added, removed or replaced."""
+        return all(
+            len(now) == len(seen) and all(map(operator.is_, now.values(), seen))
+            for now, seen in self.attributes
+        )
 
 
-def _variables(module: nnx.Module) -> list[nnx.Variable[Any]] | None:
-    """Return the variables of a module and of those in it, in a fixed order.
-
-    None: it has arrays that are no variables.
-    """
-    found: list[nnx.Variable[Any]] = []
-    modules: list[Any] = [module]
+def _structure(model: Decoder, leaves: list[Any]) -> _Structure | None:
+    """Return what a model consists of; None if its variables do not give its leaves."""
+    variables: list[nnx.Variable[Any]] = []
+    attributes = []
+    modules: list[Any] = [model]
     while modules:
-        for value in vars(modules.pop()).values():
+        now = vars(modules.pop())
+        attributes.append((now, list(now.values())))
+        for value in now.values():
             kind = _kind(type(value))
             if kind is nnx.Variable:
-                found.append(value)
+                variables.append(value)
             elif kind is nnx.Module:
                 modules.append(value)
             elif kind is not None:
-                return None
-    return found
+                return None  # an array that is no variable
+    of_leaf = {id(variable.get_raw_value()): variable for variable in variables}
+    is_clear = len(of_leaf) == len(variables) == len(leaves)
+    if not is_clear or any(id(leaf) not in of_leaf for leaf in leaves):
+        return None  # two variables share an array, or a container has arrays
+    return _Structure([of_leaf[id(leaf)] for leaf in leaves], attributes)
 
 
 @functools.cache  # `issubclass` takes microseconds here

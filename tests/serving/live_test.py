@@ -350,22 +350,24 @@ def test_a_synchronous_call_also_runs_the_requests_of_coroutines(llm, expected):
     assert asyncio.run(both()) == (summary(expected[0]), summary(expected[1]))
 
 
-def test_slices_of_streams_grow_with_slow_steps_once_all_have_a_token(plain_llm):
+@pytest.mark.parametrize(("calm_s", "longest"), [(1e9, 4e-3), (-1.0, 6e-3)])
+def test_slices_of_streams_grow_with_slow_steps_once_all_have_a_token(
+    plain_llm, monkeypatch, calm_s, longest
+):
     lengths = []
-    own = plain_llm._batcher
-    run = own.host.run
+    host = plain_llm._batcher.host
+    run = host.run
 
     def recorded(used, seconds, least_steps=1):
         lengths.append(seconds)
-        own.host.runner.seconds_per_step = 0.03  # as of a slow model
         return run(used, seconds, least_steps)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own.host, "run", recorded)
-        patch.setattr(batcher, "STREAM_S", 1e-3)  # so that many slices run
-        request = plain_llm.submit([5, 6], LONG)
-        while plain_llm.run_slice():
-            own.host.runner.seconds_per_step = 0.03
-            request.deltas()
+    monkeypatch.setattr(host, "run", recorded)
+    monkeypatch.setattr(batcher, "STREAM_S", 1e-3)  # so that many slices run
+    monkeypatch.setattr(batcher, "CALM_S", calm_s)
+    request = plain_llm.submit([5, 6], LONG)
+    while plain_llm.run_slice():
+        host.runner.seconds_per_step = 0.03  # as of a slow model
+        request.deltas()
     assert lengths[0] == 1e-3
-    assert set(lengths[1:]) == {4e-3}
+    assert set(lengths[1:]) == {longest}

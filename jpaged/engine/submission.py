@@ -383,8 +383,10 @@ def _initial_states(config: EngineConfig) -> tuple[Any, ...]:
 
 
 def _stack(entries: list[_Entry], config: EngineConfig) -> Submission:
-    """Stack the entries, padded to a power of two so that few shapes are compiled."""
-    size = 1 << (len(entries) - 1).bit_length()
+    """Stack the entries, padded to a power of four so that few shapes are compiled."""
+    size = 1
+    while size < len(entries):
+        size *= 4
     padding = entries[0]._replace(seq_index=np.int32(config.max_num_requests))
     entries = entries + [padding] * (size - len(entries))
     all_ = jax.tree.map(lambda *leaves: np.stack(leaves), *entries)

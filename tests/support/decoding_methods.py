@@ -1,4 +1,4 @@
-"""All decoding methods in one registry: their requests for a tiny LLM, and their limits.
+"""All decoding methods in one registry: requests for a tiny LLM, and their limits.
 
 `tests/decoding/contrib/laws_test.py` runs the same laws over all of them. What a method
 does not have is data of its entry (`refuses`, `law_of_n`), so that no law is skipped
@@ -29,7 +29,6 @@ from jpaged.params import (
     AlgorithmParams,
     BeamSearchParams,
     SamplingParams,
-    StructuredOutputsParams,
 )
 from tests.support.models import checkpoints
 from tests.support.tiny_llm import VOCAB_SIZE
@@ -42,7 +41,6 @@ OPTIONAL = {
     "seed": SEED,
     "stop": ("zz",),
     "logprobs": 2,
-    "structured_outputs": StructuredOutputsParams(choice=["yes", "oh"]),
 }
 BONUS = np.random.default_rng(3).normal(size=VOCAB_SIZE).astype(np.float32)
 
@@ -59,6 +57,7 @@ class Method:
         "equal": n equal copies. "different": runs with other keys. None: no n.
       refuses: parameters among OPTIONAL that an error names.
       needs_draft: whether it runs in an LLM with a draft model only.
+      lookahead: tokens of `max_tokens` that are not part of the output.
     """
 
     params: Any
@@ -67,6 +66,34 @@ class Method:
     law_of_n: str | None = None
     refuses: frozenset[str] = frozenset()
     needs_draft: bool = False
+    lookahead: int = 0
+
+    @property
+    def engine(self) -> str:
+        """The LLM that runs it; methods that see hidden states have other programs."""
+        needs = set(getattr(getattr(self.params, "algorithm", None), "needs", ()))
+        if self.needs_draft:
+            return "drafted"
+        return "seen" if needs & {"hidden", "layers"} else "plain"
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences of a request that run at the same time."""
+        names = ("num_rows", "beam_width")
+        return next(
+            (getattr(self.params, x) for x in names if hasattr(self.params, x)), 1
+        )
+
+    @property
+    def is_algorithm(self) -> bool:
+        """Whether the request's rows run in lockstep by an algorithm of its own."""
+        return isinstance(self.params, AlgorithmParams)
+
+    @property
+    def streams(self) -> bool:
+        """Whether tokens are final as soon as they are known."""
+        keeps = getattr(getattr(self.params, "algorithm", None), "keeps_rows", False)
+        return isinstance(self.params, SamplingParams) or keeps
 
     @property
     def is_tree(self) -> bool:
@@ -121,6 +148,7 @@ def _algorithm(
         is_stochastic=is_stochastic,
         law_of_n=law,
         needs_draft=needs_draft,
+        lookahead=lookahead,
     )
 
 
@@ -202,9 +230,7 @@ def _methods() -> dict[str, Method]:
             refuses=one_answer,
         ),
         "diverse_beam_search": _algorithm(
-            diverse_beam_search(
-                num_groups=2, diversity_penalty=0.5, max_tokens=LENGTH
-            ),
+            diverse_beam_search(num_groups=2, diversity_penalty=0.5, max_tokens=LENGTH),
             4,
             {},
         ),
@@ -235,9 +261,7 @@ def _methods() -> dict[str, Method]:
             contrib.entropy_branching(0.5), 3, {"threshold": 5.2}
         ),
         "value_beam": _algorithm(value_beam, 4, {"bonus": -BONUS}, lookahead=1),
-        "smc": _algorithm(
-            smc(_even, start, threshold=0.9), 3, {}, is_stochastic=True
-        ),
+        "smc": _algorithm(smc(_even, start, threshold=0.9), 3, {}, is_stochastic=True),
         "twisted_smc": _algorithm(
             contrib.twisted_smc(_even, start, threshold=0.9),
             3,
@@ -260,7 +284,7 @@ def _methods() -> dict[str, Method]:
             tree,
             {"num_simulations": 6, "exploration": 3.0},
             is_stochastic=True,
-            refuses=frozenset({"n", "stop", "logprobs", "structured_outputs"}),
+            refuses=frozenset({"n", "stop", "logprobs"}),
         ),
     }
 

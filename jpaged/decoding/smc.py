@@ -25,6 +25,7 @@ import numpy as np
 
 from jpaged.decoding.base import Decision, DecodingAlgorithm, own_rows
 from jpaged.indexing import where_rows
+from jpaged.validation import number
 
 # (state, token i32[]) -> (next state, log-potential f32[]), for one particle.
 Potential = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
@@ -83,8 +84,7 @@ def smc(
     Raises:
       ValueError: `threshold` is not from 0 to 1, or a stop token is negative.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: expected a share from 0 to 1, got {threshold!r}")
+    threshold = number("threshold", threshold, low=0, high=1)
     if any(token < 0 for token in stop_token_ids):
         raise ValueError(
             f"stop_token_ids: expected ids of at least 0, got {tuple(stop_token_ids)}"

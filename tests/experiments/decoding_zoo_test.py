@@ -44,6 +44,32 @@ def test_a_small_run_writes_a_table(tmp_path):
     assert float(rows[0]["diversity"]) == found["greedy"]["diversity"]
 
 
+@pytest.mark.long
+def test_particles_budgets_and_a_draft_model_that_is_the_model_itself():
+    methods = "greedy,contrastive_decoding,smc,twisted_smc,thinking_budget,watermark"
+    arguments = (f"--methods={methods}", "--max_tokens=6", "--prompt=def ")
+    status, out, err = call_experiment(
+        "decoding_zoo", *arguments, "--draft=tiny-python"
+    )
+    assert status == 0, err
+    found = last_json(out)["details"]["methods"]
+    assert list(found) == methods.split(",")
+    # A model that is contrasted with itself keeps its scores.
+    names = ("perplexity", "distinct_2", "diversity")
+    for name in names:
+        own, other = found["contrastive_decoding"][name], found["greedy"][name]
+        assert abs(own - other) < 1e-3
+    assert found["smc"]["perplexity"] != found["twisted_smc"]["perplexity"]
+    # A line break in the middle of a statement is improbable.
+    assert found["thinking_budget"]["perplexity"] > found["greedy"]["perplexity"]
+
+
+def test_the_draft_model_is_asked_for():
+    status, _, err = call_experiment("decoding_zoo", "--methods=contrastive_decoding")
+    assert status == 1
+    assert "--draft: expected a smaller model" in err
+
+
 def test_an_unknown_method_is_refused():
     status, _, err = call_experiment("decoding_zoo", "--methods=magic")
     assert status == 1

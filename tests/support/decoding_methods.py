@@ -172,7 +172,7 @@ def _even(count: Any, token: Any) -> Any:
 
 def _methods() -> dict[str, Method]:
     hidden = checkpoints.LLAMA["hidden_size"]
-    start = jnp.int32(0)
+    start = np.int32(0)
     mark = contrib.Watermark(VOCAB_SIZE, bias=4.0)
     other_mark = dataclasses.replace(mark, bias=2.0, secret=7)
     warped = chain(temperature(1.3), top_k(50))

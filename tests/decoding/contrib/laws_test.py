@@ -95,7 +95,7 @@ def llms(folder, tmp_path_factory, one_program):
         num_hidden_layers=1,
         seed=5,
     )
-    draft = dict(method="model", model=str(small), num_speculative_tokens=2)
+    draft = dict(model=str(small), num_speculative_tokens=2)
     return {
         "plain": start_llm(names_of("plain"), folder),
         "seen": start_llm(names_of("seen"), folder),

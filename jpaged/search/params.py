@@ -36,7 +36,9 @@ class TreeSearchParams:
             new tree for each token.
         ignore_eos: continue after the model's own EOS.
         stop_token_ids: tokens that end a text as EOS does.
-        seed: for `temperature`; None derives one from the LLM's.
+        seed: for `temperature`, the same for each prompt of a call, whose text
+            therefore does not depend on the other prompts. None derives different
+            ones from the LLM's.
 
     Raises:
         ValueError: a value is out of range.

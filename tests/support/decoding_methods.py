@@ -58,6 +58,7 @@ class Method:
       refuses: parameters among OPTIONAL that an error names.
       needs_draft: whether it runs in an LLM with a draft model only.
       lookahead: tokens of `max_tokens` that are not part of the output.
+      acts_rarely: whether the tiny model's texts give it nothing to do.
     """
 
     params: Any
@@ -67,6 +68,7 @@ class Method:
     refuses: frozenset[str] = frozenset()
     needs_draft: bool = False
     lookahead: int = 0
+    acts_rarely: bool = False
 
     @property
     def engine(self) -> str:
@@ -165,9 +167,10 @@ def _total(leaf: Any, *, bonus: Any) -> Any:
     return jnp.sum(jnp.where(is_output, each, 0.0)) + 0.3 * leaf.logprob
 
 
-def _even(count: Any, token: Any) -> Any:
-    """A potential: even tokens are more probable than odd ones."""
-    return count + 1, jnp.where(token % 2 == 0, 0.0, -1.5)
+def _even(last: Any, token: Any) -> Any:
+    """A potential: prefers even tokens, and some tokens before them."""
+    gain = jnp.where(token % 2 == 0, 0.0, -1.5) - (last % 5).astype(jnp.float32)
+    return token, gain
 
 
 def _methods() -> dict[str, Method]:
@@ -212,8 +215,12 @@ def _methods() -> dict[str, Method]:
         "eta": _processed(contrib.eta_sampling(0.002), contrib.eta_sampling(0.01)),
         "top_n_sigma": _processed(contrib.top_n_sigma(2.0), contrib.top_n_sigma(1.0)),
         "mirostat": _processed(contrib.mirostat(5.0, 0.3), contrib.mirostat(3.0, 0.9)),
-        "dry": _processed(
-            contrib.dry(2.0, 1.5, 1), contrib.dry(5.0, 2.0, 2), temperature=0.0
+        # The texts have no repetitions.
+        "dry": dataclasses.replace(
+            _processed(
+                contrib.dry(2.0, 1.5, 1), contrib.dry(5.0, 2.0, 2), temperature=0.0
+            ),
+            acts_rarely=True,
         ),
         "xtc": _processed(contrib.xtc(0.001, 0.7), contrib.xtc(0.01, 0.2)),
         "dynamic_temperature": _processed(
@@ -265,7 +272,7 @@ def _methods() -> dict[str, Method]:
         "twisted_smc": _algorithm(
             contrib.twisted_smc(_even, start, threshold=0.9),
             3,
-            {"threshold": 0.2},
+            {"threshold": 0.0},
             is_stochastic=True,
         ),
         # Beside a draft model.

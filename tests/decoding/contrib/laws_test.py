@@ -43,7 +43,7 @@ SIZES = dict(
     check_invariants=True,
 )
 RNG = np.random.default_rng(7)
-PROMPTS = [RNG.integers(2, VOCAB_SIZE, n).tolist() for n in (9, 6, 8, 7)]
+PROMPTS = [RNG.integers(2, VOCAB_SIZE, n).tolist() for n in (9, 6, 7)]
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
@@ -187,12 +187,12 @@ def check_stream(deltas, outputs):
 
 
 def check_numbers(llm, method, prompts):
-    """New values of numbers compile nothing, and change tokens."""
+    """New values of numbers compile nothing, and change tokens (dry: rarely)."""
     first = tokens_of(run(llm, prompts, method.params))
     before = llm.stats()["num_compilations"], search._cache_size()
     found = tokens_of(run(llm, prompts, method.request(**method.changed)))
     assert (llm.stats()["num_compilations"], search._cache_size()) == before
-    assert found != first
+    assert (found != first) != method.acts_rarely
 
 
 @contextlib.contextmanager
@@ -206,14 +206,25 @@ def small_pool(llm, num_free):
         yield
 
 
+def least_pool(method, prompts):
+    """Blocks that the largest of the requests needs, if its rows share a prompt."""
+
+    def blocks(length):
+        shared = (length - 1) // BLOCK_SIZE  # the last token is computed in each row
+        longest = -(-(length + method.params.max_tokens) // BLOCK_SIZE)
+        return shared + method.num_rows * (longest - shared)
+
+    return max(blocks(len(prompt)) for prompt in prompts)
+
+
 @EVERY
 def test_a_mixed_batch_has_the_tokens_of_each_request_alone(name, llms, alone, mixed):
     method, prompts = METHODS[name], prompts_of(name)
     if method.is_tree:  # beside an open request
-        llm = llms[method.engine]
+        llm, expected = llms[method.engine], alone(name)
         request = llm.submit([4, 4], METHODS["sampling"].params)
         llm.run_slice(0.0)
-        assert tokens_of(llm.tree_search(prompts[:1], method.params)) == alone(name)[:1]
+        assert tokens_of(llm.tree_search(prompts, method.params)) == expected
         assert len(request.output().outputs[0].token_ids) == LENGTH
         assert is_idle(llm)
     else:
@@ -233,11 +244,10 @@ def test_preemption_changes_nothing(name, llms, alone):
     method, prompts = METHODS[name], prompts_of(name)
     llm = llms[method.engine]
     if method.is_tree:  # it gets all of its blocks before it starts, or is refused
-        with small_pool(llm, 8), pytest.raises(ValueError, match=r"^num_simulations: "):
+        with small_pool(llm, 9), pytest.raises(ValueError, match=r"^num_simulations: "):
             llm.tree_search(prompts, method.params)
         return
-    # Enough for one request with all its rows, and not for two.
-    with small_pool(llm, 4 + 3 * method.num_rows):
+    with small_pool(llm, least_pool(method, prompts)):
         found = llm.generate(prompts, method.params, progress=False)
     assert sum(output.metrics["num_preemptions"] for output in found) > 0
     assert tokens_of(found) == alone(name)
@@ -249,8 +259,9 @@ def test_prompts_in_other_chunks_change_nothing(name, llms, alone, monkeypatch):
     method, prompts = METHODS[name], prompts_of(name)
     llm, counts = llms[method.engine], []
     expected = alone(name)
+    stepper = type(llm._host.runner._stepper)
     for budget in (16, 8):
-        monkeypatch.setattr(stepping.Stepper, "max_num_tokens", lambda *_, n=budget: n)
+        monkeypatch.setattr(stepper, "max_num_tokens", lambda *_, n=budget: n)
         llm.reset_prefix_cache()
         before = llm.stats()["num_steps"]
         check_mixed(llm, prompts, method.params, expected)
@@ -263,7 +274,7 @@ def test_a_stream_never_takes_back_text(name, llms):
     method, prompt = METHODS[name], prompts_of(name)[1]
     llm = llms[method.engine]
     if method.is_tree:
-        with pytest.raises(ValueError, match=r"^params: expected "):
+        with pytest.raises(ValueError, match="params: expected SamplingParams"):
             llm.stream([prompt], method.params)
         return
     (output,) = run(llm, [prompt], method.params)

@@ -359,7 +359,9 @@ def main(argv: list[str]) -> None:
         prompts = list(FLAGS.prompt or own)
         length = FLAGS.max_tokens + 1
         longest = max(len(prompt.encode()) for prompt in [*prompts, *_instructions()])
-        sizes = dict(max_num_seqs=32, max_model_len=longest + length + 8)
+        sizes: dict[str, Any] = dict(
+            max_num_seqs=32, max_model_len=longest + length + 8
+        )
         llm = LLM(FLAGS.model, **sizes)
         for name in names:
             progress(f"{name} ...")

@@ -72,12 +72,11 @@ def smc(
 
     Args:
       potential: Function from a particle's state and token (i32[]) to its next state
-      and
-        log-potential (f32[]); -inf forbids the token. It is mapped over particles. It
-        also gets stop tokens, so that it can score complete texts.
-      initial: The state of a particle before its first token; any pytree. threshold:
-      Resample if the effective sample size is below this share of the rows. 0
-        never resamples (importance sampling), 1 resamples whenever weights differ.
+        and log-potential (f32[]); -inf forbids the token. It is mapped over particles.
+        It also gets stop tokens, so that it can score complete texts.
+      initial: The state of a particle before its first token; any pytree.
+      threshold: Resample if the effective sample size is below this share of the rows.
+        0 never resamples (importance sampling), 1 resamples whenever weights differ.
       stop_token_ids: Tokens that end a particle. They must be the tokens that end the
         request's sequences, including EOS unless it is ignored.
 

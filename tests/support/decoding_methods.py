@@ -200,7 +200,7 @@ def _methods() -> dict[str, Method]:
             {"top_p": 0.5, "top_k": 9, "min_p": 0.1}, top_p=0.9, top_k=60, min_p=0.01
         ),
         "penalties": _sampled(
-            {"frequency_penalty": 1.0, "repetition_penalty": 1.1},
+            {"frequency_penalty": 1.0, "repetition_penalty": 1.1, "temperature": 0.7},
             frequency_penalty=0.5,
             repetition_penalty=1.5,
         ),

@@ -414,21 +414,18 @@ SEEDLESS = Method(
 )
 
 
-def _count(logits, row, seen, *, strength):
-    """A processor with a state: tokens that the row had before are less probable."""
-    return logits - strength * seen
+def _prefer(logits, row, seen, *, strength):
+    """A processor with a state: a number of the tokens so far chooses the next one."""
+    return logits.at[seen].add(strength)
 
 
 def _note(logits, row, seen, token, *, strength):
-    return seen.at[token].add(1.0)
+    return (7 * seen + token + 1) % VOCAB_SIZE
 
 
-def counting(strength):
+def chained():
     one = LogitsProcessor(
-        _count,
-        {"strength": strength},
-        init=lambda strength: jnp.zeros(VOCAB_SIZE),
-        update=_note,
+        _prefer, {"strength": 50.0}, init=lambda strength: jnp.int32(3), update=_note
     )
     return SamplingParams(
         temperature=0.0, max_tokens=LENGTH, ignore_eos=True, logits_processors=[one]
@@ -454,7 +451,7 @@ def test_a_state_that_leaks_between_rows_is_found(
 
     if is_faulty:
         monkeypatch.setattr(processors, "next_states", leaking)
-    llm, params = LLM(folder, **SIZES), counting(30.0)
+    llm, params = LLM(folder, **SIZES), chained()
     expected = [tokens_of(run(llm, [prompt], params))[0] for prompt in PROMPTS]
     with pytest.raises(AssertionError) if is_faulty else contextlib.nullcontext():
         check_mixed(llm, PROMPTS, params, expected)

@@ -245,8 +245,8 @@ def test_preemption_changes_nothing(name, llms, alone):
     llm = llms[method.engine]
     if method.is_tree:  # it gets all of its blocks before it starts, or is refused
         with small_pool(llm, 9):
-            run(llm, prompts[:1], METHODS["greedy"].params)  # computes the prefixes
-            with pytest.raises(ValueError, match=r"^num_simulations: .* 9 of 48 are"):
+            llm.generate(prompts[:1], METHODS["greedy"].params)  # and the prefixes
+            with pytest.raises(ValueError, match="num_simulations: .* 9 of 48 are"):
                 llm.tree_search(prompts, method.params)
         return
     with small_pool(llm, least_pool(method, prompts)):

@@ -4,6 +4,7 @@
     python -m experiments.decoding_zoo --model FOLDER --max_tokens 64 --out zoo
     python -m experiments.decoding_zoo --methods greedy,typical,dola --prompt "def "
     python -m experiments.decoding_zoo --model smollm2-135m-instruct --out zoo
+    python -m experiments.decoding_zoo --model LARGE --draft SMALL
 
 Each method generates `--max_tokens` tokens after each prompt, all prompts in one call,
 after a call that compiles. The table has, as means over outputs:
@@ -23,13 +24,18 @@ if matplotlib is installed (extra `plot`).
 
 Each method has one output per prompt; best_of_n chooses the sample of four that repeats
 itself least. The value function of value_beam and tree_search adds the mean
-log-probability and the share of new tokens.
+log-probability and the share of new tokens. smc and twisted_smc have four particles and
+a potential that penalises tokens among the last 16; the output is the first particle,
+without its weight. thinking_budget forces a line break after half of the tokens.
+contrastive_decoding needs a smaller model of the same vocabulary, which no bundled
+model has: it runs with `--draft` only.
 
 Time: about four minutes on two CPU cores, mostly for compilation.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import pathlib
@@ -44,7 +50,7 @@ from absl import flags
 
 from experiments.lib import runner
 from experiments.lib.runner import Report, progress
-from jpaged.decoding import contrib
+from jpaged.decoding import contrib, smc
 from jpaged.decoding.values import Leaf, mean_logprob
 from jpaged.llm import LLM
 from jpaged.params import AlgorithmParams, BeamSearchParams, SamplingParams
@@ -53,6 +59,7 @@ from jpaged.search import TreeSearchParams
 
 FLAGS = flags.FLAGS
 CODE_MODEL = "tiny-python"
+DRAFTED = "contrastive_decoding"
 PROMPTS = ("def ", "class ", "import ", "for i in ", "    return ", "if __name__")
 TEXT_PROMPTS = (
     "The history of the city begins with",
@@ -66,6 +73,7 @@ def define_flags() -> None:
     """Defines the runner's flags."""
     flags.DEFINE_string("model", CODE_MODEL, "Folder, or a bundled model's name.")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
+    flags.DEFINE_string("draft", None, "A smaller model, for contrastive_decoding.")
     flags.DEFINE_list("methods", None, f"Some of {', '.join(METHODS)}; default: all.")
     flags.DEFINE_integer("max_tokens", 48, "Tokens of each output.", lower_bound=4)
     flags.DEFINE_integer("seed", 0, "Seed of the first prompt.", lower_bound=0)
@@ -101,6 +109,32 @@ def _algorithm(
         )
 
     return params
+
+
+_RECENT = 16  # tokens that the potential of the particle methods penalises
+
+
+def fresh_potential(recent: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A log-potential: -2 for a token among the last `_RECENT` ones of the output."""
+    is_old = jnp.any(recent == token)
+    return jnp.roll(recent, 1).at[0].set(token), jnp.where(is_old, -2.0, 0.0)
+
+
+@functools.cache
+def _particles(make: Callable[..., Any]) -> Any:
+    """A particle method; one object, so that calls share programs."""
+    return make(fresh_potential, np.full((_RECENT,), -1, np.int32))
+
+
+def _budget(llm: LLM, length: int, seed: int) -> SamplingParams:
+    assert llm.tokenizer is not None
+    ends = llm.tokenizer.encode("\n", add_special_tokens=False)
+    return _processed(contrib.thinking_budget(length // 2, ends))(llm, length, seed)
+
+
+def _watermarked(llm: LLM, length: int, seed: int) -> SamplingParams:
+    mark = contrib.Watermark(llm.model.config.vocab_size)
+    return _processed(mark.processor)(llm, length, seed)
 
 
 def _unconditional(llm: LLM) -> list[list[int]]:
@@ -164,6 +198,8 @@ METHODS: dict[str, Callable[[LLM, int, int], Any]] = {
     "dry": _sampled(temperature=0.0, logits_processors=[contrib.dry()]),
     "xtc": _processed(contrib.xtc()),
     "dynamic_temperature": _processed(contrib.dynamic_temperature()),
+    "thinking_budget": _budget,
+    "watermark": _watermarked,
     "contrastive_search": _algorithm(_contrastive, 4, lookahead=1),
     "dola": _algorithm(lambda llm, length: contrib.dola(_early_layers(llm))),
     "guidance": _algorithm(
@@ -174,6 +210,9 @@ METHODS: dict[str, Callable[[LLM, int, int], Any]] = {
     "experts": _algorithm(
         lambda llm, length: contrib.experts(1.0, 0.1), 3, companions=_instructions
     ),
+    DRAFTED: _algorithm(lambda llm, length: contrib.contrastive_decoding()),
+    "smc": _algorithm(lambda llm, length: _particles(smc), 4),
+    "twisted_smc": _algorithm(lambda llm, length: _particles(contrib.twisted_smc), 4),
     "value_beam": _algorithm(
         lambda llm, length: contrib.value_beam(fresh_value, width=2), 6, lookahead=1
     ),
@@ -293,20 +332,45 @@ def write_files(folder: str, found: dict[str, dict[str, float]]) -> None:
     style.save(figure, path / "zoo.png")
 
 
+def chosen_methods() -> list[str]:
+    """The methods to run, which `--methods` and `--draft` choose.
+
+    Raises:
+      ValueError: A method does not exist, or needs `--draft`.
+    """
+    names = runner.some_of("methods", FLAGS.methods, list(METHODS))
+    if FLAGS.draft is None and DRAFTED in names:
+        if FLAGS.methods:
+            raise ValueError(
+                f"--draft: expected a smaller model of the same vocabulary with "
+                f"{DRAFTED}, got none"
+            )
+        names.remove(DRAFTED)
+    return names
+
+
 def main(argv: list[str]) -> None:
     """Runs all methods, and prints a table."""
     del argv
     report, found = Report(), {}
     with runner.user_errors("decoding_zoo"):
-        names = runner.some_of("methods", FLAGS.methods, list(METHODS))
+        names = chosen_methods()
         own = PROMPTS if FLAGS.model == CODE_MODEL else TEXT_PROMPTS
         prompts = list(FLAGS.prompt or own)
         length = FLAGS.max_tokens + 1
         longest = max(len(prompt.encode()) for prompt in [*prompts, *_instructions()])
-        llm = LLM(FLAGS.model, max_num_seqs=32, max_model_len=longest + length + 8)
+        sizes: dict[str, Any] = dict(
+            max_num_seqs=32, max_model_len=longest + length + 8
+        )
+        llm = LLM(FLAGS.model, **sizes)
         for name in names:
             progress(f"{name} ...")
-            found[name] = row = measure(llm, name, prompts)
+            if name == DRAFTED:  # hidden states and layers are not read beside a draft
+                draft = {"model": FLAGS.draft}
+                own = LLM(FLAGS.model, speculative_config=draft, **sizes)
+                found[name] = row = measure(own, name, prompts)
+            else:
+                found[name] = row = measure(llm, name, prompts)
             report.row(
                 name,
                 f"perplexity {row['perplexity']:.2f}",

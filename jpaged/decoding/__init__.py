@@ -21,6 +21,7 @@ from jpaged.decoding.beam import beam_search as beam_search
 from jpaged.decoding.beam import beam_state as beam_state
 from jpaged.decoding.diverse_beam import DiverseBeamState as DiverseBeamState
 from jpaged.decoding.diverse_beam import diverse_beam_search as diverse_beam_search
+from jpaged.decoding.parameters import Range as Range
 from jpaged.decoding.processors import LogitsProcessor as LogitsProcessor
 from jpaged.decoding.processors import Row as Row
 from jpaged.decoding.processors import processor as processor

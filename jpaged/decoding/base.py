@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged.decoding.parameters import Specs, as_parameters, specs_of
+from jpaged.decoding.parameters import ANY_NUMBER, Range, Specs, as_parameters, specs_of
+from jpaged.validation import error, number
 
 State = Any  # a pytree that only its own algorithm reads
 NO_TOKEN = -1  # as a token of a finished sequence: it ends without another one
@@ -133,6 +134,8 @@ class DecodingAlgorithm:
       parameters: Numbers or arrays by name that `step` reads in its `Context`. They are
         data of each request: `AlgorithmParams.parameters` replaces their values. int,
         float and bool become int32, float32 and bool.
+      ranges: Values that numbers of `parameters` may have, by name; these become
+        float32. A value out of range is refused, here and in `AlgorithmParams`.
       layers: With "layers": numbers of the layers, from 0, after which the output head
         computes logits, without the final norm.
       hidden_size: With "hidden": E of the model.
@@ -142,8 +145,8 @@ class DecodingAlgorithm:
         (`AlgorithmParams.companions`); None: any number.
 
     Raises:
-      ValueError: An unknown need, a need without its size, or a value that is no
-        number.
+      ValueError: An unknown need, a need without its size, a value that is no number,
+        or one out of range.
     """
 
     init: InitFn
@@ -156,6 +159,7 @@ class DecodingAlgorithm:
     hidden_size: int = 0
     keeps_rows: bool = False
     num_companions: int | None = None
+    ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict, compare=False)
     specs: Specs = dataclasses.field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -174,11 +178,23 @@ class DecodingAlgorithm:
                 "hidden_size: expected the model's hidden size together with the need "
                 f"'hidden', got {self.hidden_size} and needs={sorted(needs)}"
             )
-        parameters = as_parameters(self.parameters)
+        ranges = dict(self.ranges)
+        if unknown := sorted(set(ranges) - set(self.parameters)):
+            raise error("ranges", f"names of {sorted(self.parameters)}", unknown[0])
+        given = dict(self.parameters)
+        for name, one in ranges.items():
+            given[name] = _as_float(name, self.parameters[name])
+            one.check(name, self.parameters[name])
+        parameters = as_parameters(given)
         # Sorted, because processes that share a mesh compare what is printed.
         checked = dict(needs=tuple(sorted(needs)), layers=layers, parameters=parameters)
         for name, value in (checked | {"specs": specs_of(parameters)}).items():
             object.__setattr__(self, name, value)
+
+
+def _as_float(name: str, value: Any) -> Any:
+    """A Python int as float, because parameters with ranges are float32."""
+    return value if getattr(value, "shape", ()) else number(name, value)
 
 
 def has_context(algorithm: Any) -> bool:
@@ -192,9 +208,11 @@ def parameters_of(
     """Return the parameters of a request: the algorithm's, and those `given`.
 
     Raises:
-      ValueError: A name is unknown, or a value has another shape or dtype.
+      ValueError: A name is unknown, or a value has another shape or dtype, or is out
+        of range.
     """
     known = dict(getattr(algorithm, "parameters", {}))
+    ranges = getattr(algorithm, "ranges", {})
     specs = {name: spec for name, *spec in getattr(algorithm, "specs", ())}
     for name, value in (given or {}).items():
         if name not in known:
@@ -204,13 +222,15 @@ def parameters_of(
             )
         shape, dtype = specs[name]
         is_integer = isinstance(value, int) and not isinstance(value, bool)
-        value = float(value) if is_integer and dtype == "float32" else value
-        (array,) = as_parameters({name: value}).values()
+        converted = float(value) if is_integer and dtype == "float32" else value
+        (array,) = as_parameters({name: converted}).values()
         if (array.shape, array.dtype.name) != (shape, dtype):
             raise ValueError(
                 f"parameters[{name!r}]: expected {dtype} of shape {shape}, got "
                 f"{array.dtype.name} of shape {array.shape}"
             )
+        if name in ranges:
+            ranges[name].check(f"parameters[{name!r}]", value)
         known[name] = array
     return known
 
@@ -262,11 +282,21 @@ class NumberTransform:
       function: (logits f32[S, V], number f32[]) -> f32[S, V].
       name: Of the number, for messages.
       value: The number.
+      range: The values that it may have.
+
+    Raises:
+      ValueError: The number is out of range.
     """
 
     function: Any
     name: str
     value: float
+    range: Range = ANY_NUMBER
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        number(self.name, self.value)
+        self.range.check(self.name, self.value)
 
     def __call__(self, logits: jax.Array, /) -> jax.Array:
         """Applies the function with the value."""

@@ -3,12 +3,44 @@
 Pipeline: user -> [parameters] -> request table. Host only.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpaged.validation import error, number
+
 Specs = tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype of each
+
+
+class Range(NamedTuple):
+    """The values that a number may have, or each element of an array."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float | None = None  # a limit that is no value itself
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError, which names the number, if a value is out of range.
+
+        The float32 is checked that programs compute with: 1e-50 is not above 0.
+
+        Args:
+          name: of the number, for the message.
+          value: a number, or an array of them.
+        """
+        with np.errstate(over="ignore"):  # infinite numbers are refused below
+            found = np.asarray(value, np.float32)
+        for one in found.reshape(-1):
+            try:
+                number(name, float(one), self.low, self.high, above=self.above)
+            except ValueError as cause:
+                expected = str(cause).split(": expected ")[1].split(", got ")[0]
+                raise error(name, expected, value) from None
+
+
+ANY_NUMBER = Range()
 
 
 def as_parameters(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -91,6 +91,7 @@ def repeated(algorithm: Any, n: int) -> DecodingAlgorithm:
         step,
         needs=getattr(algorithm, "needs", ()),
         parameters=getattr(algorithm, "parameters", {}),
+        ranges=getattr(algorithm, "ranges", {}),
         layers=getattr(algorithm, "layers", ()),
         hidden_size=getattr(algorithm, "hidden_size", 0),
         keeps_rows=getattr(algorithm, "keeps_rows", False),

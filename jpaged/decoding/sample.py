@@ -385,7 +385,14 @@ def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
         for name, part in zip(names, parts, strict=True)
         if name is not None
     }
-    return DecodingAlgorithm(init, step, parameters=parameters, keeps_rows=True)
+    ranges = {
+        name: part.range
+        for name, part in zip(names, parts, strict=True)
+        if name is not None
+    }
+    return DecodingAlgorithm(
+        init, step, parameters=parameters, ranges=ranges, keeps_rows=True
+    )
 
 
 def _parts(transform: Any) -> list[Any]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from jpaged.decoding.base import Decision, DecodingAlgorithm, own_rows
 from jpaged.indexing import where_rows
+from jpaged.validation import number
 
 # (state, token i32[]) -> (next state, log-potential f32[]), for one particle.
 Potential = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
@@ -71,20 +72,18 @@ def smc(
 
     Args:
       potential: Function from a particle's state and token (i32[]) to its next state
-      and
-        log-potential (f32[]); -inf forbids the token. It is mapped over particles. It
-        also gets stop tokens, so that it can score complete texts.
-      initial: The state of a particle before its first token; any pytree. threshold:
-      Resample if the effective sample size is below this share of the rows. 0
-        never resamples (importance sampling), 1 resamples whenever weights differ.
+        and log-potential (f32[]); -inf forbids the token. It is mapped over particles.
+        It also gets stop tokens, so that it can score complete texts.
+      initial: The state of a particle before its first token; any pytree.
+      threshold: Resample if the effective sample size is below this share of the rows.
+        0 never resamples (importance sampling), 1 resamples whenever weights differ.
       stop_token_ids: Tokens that end a particle. They must be the tokens that end the
         request's sequences, including EOS unless it is ignored.
 
     Raises:
       ValueError: `threshold` is not from 0 to 1, or a stop token is negative.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: expected a share from 0 to 1, got {threshold!r}")
+    threshold = number("threshold", threshold, low=0, high=1)
     if any(token < 0 for token in stop_token_ids):
         raise ValueError(
             f"stop_token_ids: expected ids of at least 0, got {tuple(stop_token_ids)}"

@@ -18,6 +18,7 @@ from jax import lax
 
 from jpaged.arithmetic import cdiv, midpoint
 from jpaged.decoding.base import LogitsTransform, NumberTransform
+from jpaged.decoding.parameters import Range
 
 NUM_LEADING = 64  # sorted values per row, among which thresholds are cheap
 _SEARCH_ROWS = 8  # rows per chunk of the bisection
@@ -281,7 +282,7 @@ def _keep_top_p(logits: jax.Array, value: jax.Array) -> jax.Array:
 
 def temperature(value: float) -> LogitsTransform:
     """Builds the transform that divides logits by a temperature above 0."""
-    return NumberTransform(_divide, "temperature", value)
+    return NumberTransform(_divide, "temperature", value, Range(above=0))
 
 
 def min_p(value: float) -> LogitsTransform:
@@ -290,12 +291,12 @@ def min_p(value: float) -> LogitsTransform:
     Args:
       value: Share of the largest probability below which tokens are dropped; 0 is off.
     """
-    return NumberTransform(_keep_min_p, "min_p", value)
+    return NumberTransform(_keep_min_p, "min_p", value, Range(0, 1))
 
 
 def top_k(value: int) -> LogitsTransform:
     """Builds the transform that keeps the k largest logits and ties; 0 is off."""
-    return NumberTransform(_keep_top_k, "top_k", value)
+    return NumberTransform(_keep_top_k, "top_k", value, Range(low=0))
 
 
 def top_p(value: float) -> LogitsTransform:
@@ -304,4 +305,4 @@ def top_p(value: float) -> LogitsTransform:
     Args:
       value: The least mass to keep; 1 is off.
     """
-    return NumberTransform(_keep_top_p, "top_p", value)
+    return NumberTransform(_keep_top_p, "top_p", value, Range(high=1, above=0))

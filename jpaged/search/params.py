@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jpaged import param_checks
+from jpaged import foreign_params, param_checks
 from jpaged.decoding.parameters import as_parameters
 from jpaged.decoding.values import mean_logprob
 from jpaged.names import checked_fields
 from jpaged.validation import error, flag, integer, number
 
 
-@checked_fields()
+@checked_fields(foreign_params.TREE_SEARCH)
 @dataclasses.dataclass(frozen=True)
 class TreeSearchParams:
     """Monte Carlo tree search: for each token, a search from the text so far.
@@ -36,7 +36,9 @@ class TreeSearchParams:
             new tree for each token.
         ignore_eos: continue after the model's own EOS.
         stop_token_ids: tokens that end a text as EOS does.
-        seed: for `temperature`; None derives one from the LLM's.
+        seed: for `temperature`, the same for each prompt of a call, whose text
+            therefore does not depend on the other prompts. None derives different
+            ones from the LLM's.
 
     Raises:
         ValueError: a value is out of range.

@@ -262,9 +262,11 @@ def _requests(job: _Job, first: int, columns: dict[str, Any]) -> SearchRequests:
     params = job.params
     stop_ids = np.full((_power_of_two(max(len(job.stop_ids), 4)),), -1, np.int32)
     stop_ids[: len(job.stop_ids)] = job.stop_ids
-    seed = job.seed if params.seed is None else params.seed
+    # A given seed is the seed of each search: its text depends on no other prompt.
     seeds = [
-        np.random.SeedSequence((seed, first + i)).generate_state(1)[0]
+        np.random.SeedSequence(
+            (job.seed, first + i) if params.seed is None else params.seed
+        ).generate_state(1)[0]
         for i in range(len(columns["prompt_lens"]))
     ]
     values: dict[str, Any] = dict(

@@ -4,6 +4,8 @@ import csv
 import math
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import decoding_zoo
@@ -42,6 +44,39 @@ def test_a_small_run_writes_a_table(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == methods.split(",")
     assert float(rows[0]["diversity"]) == found["greedy"]["diversity"]
+
+
+def test_the_potential_penalises_recent_tokens():
+    state, gains = np.full((16,), -1, np.int32), []
+    for token in (5, 6, 5, *range(20, 36), 6):
+        state, gain = decoding_zoo.fresh_potential(jnp.asarray(state), jnp.int32(token))
+        gains.append(float(gain))
+    assert gains == [0, 0, -2, *[0] * 16, 0]
+
+
+@pytest.mark.long
+def test_particles_budgets_and_a_draft_model_that_is_the_model_itself():
+    methods = "greedy,contrastive_decoding,smc,twisted_smc,thinking_budget,watermark"
+    arguments = (f"--methods={methods}", "--max_tokens=6", "--prompt=def ")
+    status, out, err = call_experiment(
+        "decoding_zoo", *arguments, "--draft=tiny-python"
+    )
+    assert status == 0, err
+    found = last_json(out)["details"]["methods"]
+    assert list(found) == methods.split(",")
+    # A model that is contrasted with itself keeps its scores.
+    names = ("perplexity", "distinct_2", "diversity")
+    for name in names:
+        own, other = found["contrastive_decoding"][name], found["greedy"][name]
+        assert abs(own - other) < 1e-3
+    # A line break in the middle of a statement is improbable.
+    assert found["thinking_budget"]["perplexity"] > found["greedy"]["perplexity"]
+
+
+def test_the_draft_model_is_asked_for():
+    status, _, err = call_experiment("decoding_zoo", "--methods=contrastive_decoding")
+    assert status == 1
+    assert "--draft: expected a smaller model" in err
 
 
 def test_an_unknown_method_is_refused():

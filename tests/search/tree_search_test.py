@@ -235,6 +235,14 @@ INVALID = [
     (lambda: dict(stop_token_ids=[300]), "stop_token_ids: expected ids from 0 to 299"),
     (lambda: dict(num_simulations=150), "tree_search: num_sim.* 128 are free"),
     (lambda: dict(width=2), "unknown argument 'width'"),
+    (lambda: dict(stop=["x"]), r"stop.*tree search has no stop strings; set stop_tok"),
+    (
+        lambda: dict(structured_outputs={"regex": "a+"}),
+        "structured_outputs.*tree search has no structured output; Beam",
+    ),
+    (lambda: dict(logits_processors=[print]), "logits_processors.*no logits rules"),
+    (lambda: dict(logprobs=2), "logprobs.*have token_logprobs and steps"),
+    (lambda: dict(n=2), r"\bn\b.*chooses one text"),
 ]
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm, own_rows
 from jpaged.decoding.contrib.thresholds import entropy
+from jpaged.decoding.parameters import Range
 from jpaged.decoding.sample import sample_rows
-from jpaged.validation import number
 
 
 def _init(num_rows: int) -> jax.Array:
@@ -45,8 +45,8 @@ def entropy_branching(
       threshold: entropy in nats above which the text branches, once. Data.
       temperature: of the tokens before and after; 0 is greedy. Data.
     """
-    parameters = {
-        "threshold": number("threshold", threshold),
-        "temperature": number("temperature", temperature, low=0),
-    }
-    return DecodingAlgorithm(_init, _step, parameters=parameters, keeps_rows=True)
+    parameters = {"threshold": threshold, "temperature": temperature}
+    ranges = {"threshold": Range(), "temperature": Range(low=0)}
+    return DecodingAlgorithm(
+        _init, _step, parameters=parameters, ranges=ranges, keeps_rows=True
+    )

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm, own_rows
+from jpaged.decoding.parameters import Range
 from jpaged.decoding.sample import sample_rows
-from jpaged.validation import number
 
 
 def _init(num_rows: int) -> tuple[()]:
@@ -52,15 +52,17 @@ def contrastive_decoding(
       beta: strength of the contrast; 0 is the large model alone. Data.
       temperature: of the scores; 0 is greedy. Data.
     """
-    parameters = {
-        "alpha": number("alpha", alpha, above=0, high=1),
-        "beta": number("beta", beta, low=0),
-        "temperature": number("temperature", temperature, low=0),
+    parameters = {"alpha": alpha, "beta": beta, "temperature": temperature}
+    ranges = {
+        "alpha": Range(above=0, high=1),
+        "beta": Range(low=0),
+        "temperature": Range(low=0),
     }
     return DecodingAlgorithm(
         _init,
         _step,
         needs={"draft"},
         parameters=parameters,
+        ranges=ranges,
         keeps_rows=True,
     )

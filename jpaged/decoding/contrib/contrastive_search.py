@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.decoding.base import NO_TOKEN, Context, Decision, DecodingAlgorithm
-from jpaged.validation import error, integer, number, token_ids
+from jpaged.decoding.parameters import Range
+from jpaged.validation import error, integer, token_ids
 
 _NUM_STOP_IDS = 8
 
@@ -113,9 +114,10 @@ def contrastive_search(
         needs={"hidden"},
         hidden_size=hidden_size,
         parameters={
-            "alpha": number("alpha", alpha, low=0, high=1),
+            "alpha": alpha,
             "stop_ids": padded,
         },
+        ranges={"alpha": Range(0, 1)},
     )
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm, own_rows
+from jpaged.decoding.parameters import Range
 from jpaged.decoding.sample import sample_rows
-from jpaged.validation import number
 
 
 def _divergence(last: jax.Array, early: jax.Array) -> jax.Array:
@@ -57,15 +57,14 @@ def dola(
         above 0 and at most 1. Data.
       temperature: of the scores; 0 is greedy. Data.
     """
-    parameters = {
-        "alpha": number("alpha", alpha, above=0, high=1),
-        "temperature": number("temperature", temperature, low=0),
-    }
+    parameters = {"alpha": alpha, "temperature": temperature}
+    ranges = {"alpha": Range(above=0, high=1), "temperature": Range(low=0)}
     return DecodingAlgorithm(
         _init,
         _step,
         needs={"layers"},
         layers=tuple(layers),
         parameters=parameters,
+        ranges=ranges,
         keeps_rows=True,
     )

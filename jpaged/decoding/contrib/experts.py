@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm, own_rows
+from jpaged.decoding.parameters import Range
 from jpaged.decoding.sample import sample_rows
-from jpaged.validation import number
 
 _ROWS = 3
 
@@ -64,11 +64,17 @@ def experts(
     Raises:
       ValueError: a value is out of range.
     """
-    parameters = {
-        "alpha": number("alpha", alpha),
-        "share": number("share", share, low=0, high=1),
-        "temperature": number("temperature", temperature, low=0),
+    parameters = {"alpha": alpha, "share": share, "temperature": temperature}
+    ranges = {
+        "alpha": Range(),
+        "share": Range(low=0, high=1),
+        "temperature": Range(low=0),
     }
     return DecodingAlgorithm(
-        _init, _step, parameters=parameters, keeps_rows=True, num_companions=_ROWS - 1
+        _init,
+        _step,
+        parameters=parameters,
+        ranges=ranges,
+        keeps_rows=True,
+        num_companions=_ROWS - 1,
     )

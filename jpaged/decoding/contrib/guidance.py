@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm
+from jpaged.decoding.parameters import Range
 from jpaged.decoding.sample import sample_rows
-from jpaged.validation import number
 
 
 def _step(
@@ -42,12 +42,15 @@ def classifier_free_guidance(
         counts more. Data.
       temperature: 0 is greedy. Data.
     """
-    parameters = {
-        "scale": number("scale", scale),
-        "temperature": number("temperature", temperature, low=0),
-    }
+    parameters = {"scale": scale, "temperature": temperature}
+    ranges = {"scale": Range(), "temperature": Range(low=0)}
     return DecodingAlgorithm(
-        _init, _step, parameters=parameters, keeps_rows=True, num_companions=1
+        _init,
+        _step,
+        parameters=parameters,
+        ranges=ranges,
+        keeps_rows=True,
+        num_companions=1,
     )
 
 

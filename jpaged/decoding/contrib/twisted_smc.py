@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.decoding.base import Context, Decision, DecodingAlgorithm
+from jpaged.decoding.parameters import Range
 from jpaged.decoding.smc import Potential, SMCState, resample, smc
 from jpaged.indexing import where_rows
-from jpaged.validation import number
 
 # The state of a particle -> log of the expected potential of the rest of its text.
 Twist = Callable[[Any], jax.Array]
@@ -108,5 +108,9 @@ def twisted_smc(
         finished = state.is_finished | is_impossible
         return state, Decision(tokens, parents, logprobs, finished)
 
-    parameters = {"threshold": number("threshold", threshold, low=0, high=1)}
-    return DecodingAlgorithm(init, step, parameters=parameters)
+    return DecodingAlgorithm(
+        init,
+        step,
+        parameters={"threshold": threshold},
+        ranges={"threshold": Range(0, 1)},
+    )

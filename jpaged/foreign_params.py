@@ -75,29 +75,6 @@ BEAM_SEARCH = {
     "stop": _no(None, (), [], instead="set stop_token_ids"),
 }
 
-_ONE_TEXT = "a tree search chooses one text; `best` of its output is another"
-TREE_SEARCH = {
-    "stop": _no(
-        None,
-        (),
-        [],
-        instead="tree search has no stop strings; set stop_token_ids",
-    ),
-    "structured_outputs": _no(
-        None,
-        instead="tree search has no structured output; BeamSearchParams and "
-        "SamplingParams have it",
-    ),
-    "logits_processors": _no(
-        None, (), [], instead="tree search has no logits rules; use `value`"
-    ),
-    "logprobs": _no(
-        None, instead="outputs of a tree search have token_logprobs and steps"
-    ),
-    "n": _no(None, 1, instead=_ONE_TEXT),
-    "num_return": _no(None, 1, instead=_ONE_TEXT),
-}
-
 STRUCTURED = {
     "json_object": Foreign((None, False), "json", lambda value: {"type": "object"}),
     "grammar": _no(None, instead="write it as regex or as a JSON schema"),

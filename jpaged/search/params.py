@@ -6,14 +6,43 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jpaged import foreign_params, param_checks
+from jpaged import param_checks
 from jpaged.decoding.parameters import as_parameters
 from jpaged.decoding.values import mean_logprob
-from jpaged.names import checked_fields
+from jpaged.names import Foreign, checked_fields
 from jpaged.validation import error, flag, integer, number
 
 
-@checked_fields(foreign_params.TREE_SEARCH)
+def _absent(*equal: Any, instead: str) -> Foreign:
+    """A parameter of other requests that a search lacks, except for some values."""
+    return Foreign(equal, instead=instead)
+
+
+_ONE_TEXT = "a tree search chooses one text; `best` of its output is another"
+_FOREIGN = {
+    "stop": _absent(
+        None,
+        (),
+        [],
+        instead="tree search has no stop strings; set stop_token_ids",
+    ),
+    "structured_outputs": _absent(
+        None,
+        instead="tree search has no structured output; BeamSearchParams and "
+        "SamplingParams have it",
+    ),
+    "logits_processors": _absent(
+        None, (), [], instead="tree search has no logits rules; use `value`"
+    ),
+    "logprobs": _absent(
+        None, instead="outputs of a tree search have token_logprobs and steps"
+    ),
+    "n": _absent(None, 1, instead=_ONE_TEXT),
+    "num_return": _absent(None, 1, instead=_ONE_TEXT),
+}
+
+
+@checked_fields(_FOREIGN)
 @dataclasses.dataclass(frozen=True)
 class TreeSearchParams:
     """Monte Carlo tree search: for each token, a search from the text so far.

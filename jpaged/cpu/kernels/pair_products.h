@@ -301,34 +301,48 @@ class PairProduct {
     }
     const int64_t pairs = (count + 1) / 2;
     const auto load = [=](int64_t pair, IntVec* weights) {
-      const char* next = reinterpret_cast<const char*>(ahead + 2 * pair * columns);
-      const int64_t below = columns * sizeof(Weight);
-      for (int64_t i = 0; i < int64_t(kPanel * sizeof(Weight)); i += 64)
-        __builtin_prefetch(next + i), __builtin_prefetch(next + below + i);
       const Weight* first = w + 2 * pair * stride;
       JPAGED_UNROLL
       for (int v = 0; v < kVecs; v += 2)
         Pairs::LoadPairs(first + v * kWidth, first + stride + v * kWidth, weights + v);
     };
+    const auto prefetch = [=](int64_t pair) {
+      const char* next = reinterpret_cast<const char*>(ahead + 2 * pair * columns);
+      const int64_t below = columns * sizeof(Weight);
+      for (int64_t i = 0; i < int64_t(kPanel * sizeof(Weight)); i += 64)
+        __builtin_prefetch(next + i), __builtin_prefetch(next + below + i);
+    };
+    // Several tiles share weights that are interleaved once.
     const bool is_packed = rows_ > kMaxRows || (rows_ & (rows_ - 1)) != 0;
     IntVec* packed = nullptr;
     if (is_packed) {
       packed = reinterpret_cast<IntVec*>(Scratch<PanelTag>(kMaxStep / 2 * kPanel));
       for (int64_t pair = 0; pair < pairs; ++pair) load(pair, packed + pair * kVecs);
     }
+    const auto load_packed = [packed](int64_t pair, IntVec* weights) {
+      JPAGED_UNROLL
+      for (int v = 0; v < kVecs; ++v) weights[v] = packed[pair * kVecs + v];
+    };
     ForTiles(rows_, [&](int64_t row, auto rows) {
       constexpr int kRows = decltype(rows)::value;
       if constexpr (kVecs == 2 || kRows <= kFewRows) {
-        const int32_t* x = x_ + row * num_pairs_ + k / 2 * kRows;
-        float* to = totals + row * kPanel;
-        if (is_packed)
-          PairTile<Pairs, kRows, kVecs>(
-              x, pairs, to, [packed](int64_t pair, IntVec* weights) {
-                JPAGED_UNROLL
-                for (int v = 0; v < kVecs; ++v) weights[v] = packed[pair * kVecs + v];
-              });
+        const auto tile = [&](const auto& load) {
+          PairTile<Pairs, kRows, kVecs>(x_ + row * num_pairs_ + k / 2 * kRows, pairs,
+                                        totals + row * kPanel, load);
+        };
+        // Memory is read while the first tile is multiplied.
+        const auto with_prefetch = [&](const auto& load) {
+          tile([prefetch, load](int64_t pair, IntVec* weights) {
+            prefetch(pair);
+            load(pair, weights);
+          });
+        };
+        if (!is_packed)
+          with_prefetch(load);
+        else if (row == 0)
+          with_prefetch(load_packed);
         else
-          PairTile<Pairs, kRows, kVecs>(x, pairs, to, load);
+          tile(load_packed);
       }
     });
   }

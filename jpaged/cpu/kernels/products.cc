@@ -8,6 +8,10 @@
 //
 // Every result is summed over k in ascending order in float32, one rounding for each
 // product and sum, so a row's result depends on neither the other rows nor the threads.
+//
+// This file has the arithmetic of float32, for all types, and the calls from XLA. int8
+// weights, and bfloat16 weights and inputs, are multiplied in pairs where the processor
+// can (pair_products.h).
 #include "pair_products.h"
 #include "products.h"
 
@@ -116,8 +120,8 @@ class Product {
         });
       }
     }
-    WriteStrip(matrix, rows_, start, std::min(num_panels * kPanel, columns - start), kPanel,
-               sums);
+    WriteStrip(matrix, rows_, start, std::min(num_panels * kPanel, columns - start),
+               kPanel, sums);
   }
 
   const int64_t rows_, depth_;

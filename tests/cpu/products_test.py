@@ -190,8 +190,8 @@ def test_groups_of_rows_equal_the_loop_of_xla(counts, is_int8):
         loop = loop * scale[np.repeat(np.arange(5), [*counts, 9 - sum(counts)]) % 4]
     used = sum(counts)
     # int8: half a step of int16 for each of 40 inputs, 1e-5 on average.
-    close = {"rtol": 1e-4, "atol": 2e-3 if is_int8 else 1e-4}
-    np.testing.assert_allclose(out[:used], loop[:used], **close)
+    atol = 2e-3 if is_int8 else 1e-4
+    np.testing.assert_allclose(out[:used], loop[:used], rtol=1e-4, atol=atol)
     assert not out[used:].any()
 
 

@@ -36,10 +36,11 @@ def expected(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> np.nda
 
 def int16_steps(x: jax.Array, block: int = 256) -> np.ndarray:
     """Return the unit of each input if every `block` of a row is stored as int16."""
-    x = np.asarray(x, np.float64)
-    steps = np.empty_like(x)
+    magnitudes = abs(np.asarray(x, np.float64))
+    steps = np.empty_like(magnitudes)
     for k in range(0, x.shape[1], block):
-        steps[:, k : k + block] = abs(x[:, k : k + block]).max(axis=1, keepdims=True)
+        largest = magnitudes[:, k : k + block].max(axis=1, keepdims=True)
+        steps[:, k : k + block] = largest
     return steps / 32767
 
 
@@ -98,8 +99,8 @@ def test_int8_products_use_15_bits_of_the_inputs():
             # finite number of columns.
             assert error_in_steps(out, x, weight).max() < 3**0.5 + 0.2
             if depth > 2:  # 11 bits of the inputs break the bound in every row
-                half = np.asarray(x).astype(np.float16)
-                wrong = expected(half, weight, None)
+                half = x.astype(jnp.float16)
+                wrong = jnp.asarray(expected(half, weight, None))
                 assert error_in_steps(wrong, x, weight).min() > 3**0.5 + 0.2
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jpaged.cpu import calls
 from jpaged.pages.backend import LayerKernels
 
-# Most rows of x, by the weight's dtype. Measured on 2026-11-30 with the products of a
-# decode step of the 110M shape (docs/decisions/cpu_kernels.md).
-MAX_ROWS = {"float32": 128, "bfloat16": 256, "float16": 256, "int8": 256}
+# Most rows of x, by the weight's dtype, measured with the products of a decode step
+# (docs/decisions/cpu_kernels.md).
+MAX_ROWS = {"float32": 128, "bfloat16": 256, "float16": 256, "int8": 2048}
 
 
 def matmuls(

@@ -14,6 +14,7 @@ from jpaged import engine
 from jpaged.config import EngineConfig
 from jpaged.cpu import library
 from jpaged.llm import LLM
+from jpaged.models import load_model, save_model
 from jpaged.params import SamplingParams
 from tests.support.cpu_kernels import needs_compiler
 from tests.support.engine.configs import one_size
@@ -96,6 +97,20 @@ def test_greedy_tokens_equal_those_of_xla(model):
         np.testing.assert_allclose(logprobs, other_logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_greedy_tokens_of_int8_weights_equal_those_of_xla(model, tmp_path):
+    save_model(model, tmp_path)
+    narrow = load_model(tmp_path, quantization="int8")
+    prompts = prompts_of(4)
+    ours, _ = run(narrow, CONFIG, prompts)
+    theirs, _ = run(narrow, dataclasses.replace(CONFIG, attention="xla"), prompts)
+    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(
+        ours, theirs, strict=True
+    ):
+        assert tokens == other_tokens
+        # Inputs have 15 bits of the largest of their block here.
+        np.testing.assert_allclose(logprobs, other_logprobs, rtol=1e-3, atol=1e-3)
+
+
 def test_the_engines_program_calls_all_kernels(model):
     state = submitted(model, CONFIG, prompts_of(1))
     text = engine.run.lower(model, state, jnp.int32(1)).as_text()
@@ -121,7 +136,9 @@ import jax
 from jpaged.cpu import calls
 x = jax.random.normal(jax.random.key(0), (9, 300))
 weight = jax.random.normal(jax.random.key(1), (300, 4100))
-print(jax.jit(calls.matmul)(x, weight).__array__().tobytes().hex()[::997])
+for x_dtype, dtype in ("f4", "f4"), ("bfloat16", "bfloat16"), ("f4", "int8"):
+    out = jax.jit(calls.matmul)(x.astype(x_dtype), (weight * 30).astype(dtype))
+    print(out.__array__().tobytes().hex()[::97])
 """
 
 

@@ -8,18 +8,18 @@
 //
 // Every result is summed over k in ascending order in float32, one rounding for each
 // product and sum, so a row's result depends on neither the other rows nor the threads.
-#include "common.h"
+//
+// This file has the arithmetic of float32, for all types, and the calls from XLA. int8
+// weights, and bfloat16 weights and inputs, are multiplied in pairs where the processor
+// can (pair_products.h).
+#include "pair_products.h"
+#include "products.h"
 
 namespace jpaged {
 namespace products {
 
 constexpr int64_t kMaxDepth = 32;       // rows of the matrix of one step down
 constexpr int64_t kStripBytes = 65536;  // of a strip's sums, at most
-#if defined(__SSE__) && !defined(__AVX512F__)
-constexpr int kMaxRows = 6;  // of a tile: 16 registers
-#else
-constexpr int kMaxRows = 12;  // 32 registers
-#endif
 
 // Sums [kRows, kVecs * kWidth] += x w, with x [count, kRows] and w [count, stride].
 // `ahead` has the weights that are multiplied next, with the same stride.
@@ -52,52 +52,6 @@ void Tile(const float* x, int64_t count, const Weight* w, int64_t stride,
       Store(sums + (row * kVecs + v) * kWidth, total[row][v]);
 }
 
-// Calls call(start, rows) for tiles of rows, the number of rows as a constant.
-template <typename Call>
-void ForTiles(int64_t rows, const Call& call) {
-  int64_t row = 0;
-  const auto tiles = [&](auto count) {
-    constexpr int kRows = decltype(count)::value;
-    if constexpr (kRows <= kMaxRows)
-      for (; row + kRows <= rows; row += kRows) call(row, count);
-  };
-  // Tiles of 8 are the fastest for each row; those of 12 leave fewer rows behind.
-  if (rows % 8 != 0) tiles(std::integral_constant<int, 12>());
-  tiles(std::integral_constant<int, 8>());
-  tiles(std::integral_constant<int, 6>());
-  tiles(std::integral_constant<int, 4>());
-  tiles(std::integral_constant<int, 2>());
-  tiles(std::integral_constant<int, 1>());
-}
-
-struct Numbers {
-  ffi::DataType type;  // float32, bfloat16 or float16
-  void* data;
-};
-
-template <typename Call>
-void WithType(const Numbers& numbers, const Call& call) {
-  if (numbers.type == ffi::F32)
-    call(static_cast<float*>(numbers.data));
-  else if (numbers.type == ffi::BF16)
-    call(static_cast<BFloat16*>(numbers.data));
-  else
-    call(static_cast<Float16*>(numbers.data));
-}
-
-struct InputTag;
-struct SumsTag;
-struct EdgeTag;
-
-// A matrix w [K, N] with scales [N] or null, and its result y [M, N].
-template <typename Weight>
-struct Matrix {
-  const Weight* w;
-  const float* scales;
-  Numbers y;
-  int64_t columns;
-};
-
 // Products of the same rows x [M, K] with one or several matrices.
 template <typename Weight>
 class Product {
@@ -127,29 +81,11 @@ class Product {
   template <int kVecs>
   void RunPanels(ffi::ThreadPool& pool) {
     constexpr int64_t kPanel = kVecs * kWidth;
-    const auto panels = [](const auto& matrix) {
-      return (matrix.columns + kPanel - 1) / kPanel;
-    };
-    int64_t num_panels = 0;
-    for (const auto& matrix : matrices_) num_panels += panels(matrix);
-    if (num_panels == 0) return;
     const int64_t most = kStripBytes / (rows_ * kPanel * int64_t(sizeof(float)));
-    // Strips as wide as the sums allow, as many as the threads share out evenly: long
-    // runs are read faster. A strip may begin in one matrix and end in another.
-    const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-    const int64_t longest = std::max<int64_t>(most, 1);
-    const int64_t rounds = (num_panels + longest * threads - 1) / (longest * threads);
-    const int64_t width =
-        std::max<int64_t>((num_panels + rounds * threads - 1) / (rounds * threads), 1);
-    ParallelFor(pool, (num_panels + width - 1) / width, [&](int64_t index) {
-      int64_t first = index * width, end = first + width;
-      for (const auto& matrix : matrices_) {
-        const int64_t count = panels(matrix);
-        const int64_t start = std::max<int64_t>(first, 0), stop = std::min(count, end);
-        if (start < stop) Strip<kVecs>(matrix, start, stop - start);
-        first -= count, end -= count;
-      }
-    });
+    ForStrips(pool, matrices_, kPanel, std::max<int64_t>(most, 1),
+              [&](const auto& matrix, int64_t first_panel, int64_t num_panels) {
+                Strip<kVecs>(matrix, first_panel, num_panels);
+              });
   }
 
   template <int kVecs>
@@ -184,32 +120,25 @@ class Product {
         });
       }
     }
-    WriteStrip(matrix, start, std::min(num_panels * kPanel, columns - start), kPanel,
-               sums);
-  }
-
-  // Writes sums [panels, M, panel] to `count` columns of y from `start` on.
-  void WriteStrip(const Matrix<Weight>& matrix, int64_t start, int64_t count,
-                  int64_t panel, const float* sums) {
-    const float* scales = matrix.scales;
-    WithType(matrix.y, [&](auto* y) {
-      using Number = std::remove_reference_t<decltype(*y)>;
-      for (int64_t c = 0; c < count; c += panel) {
-        const int64_t end = std::min(panel, count - c);
-        for (int64_t row = 0; row < rows_; ++row) {
-          const float* from = sums + (c / panel * rows_ + row) * panel;
-          Number* to = y + row * matrix.columns + start + c;
-          for (int64_t i = 0; i < end; ++i)
-            to[i] = FromFloat<Number>(scales ? from[i] * scales[start + c + i] : from[i]);
-        }
-      }
-    });
+    WriteStrip(matrix, rows_, start, std::min(num_panels * kPanel, columns - start),
+               kPanel, sums);
   }
 
   const int64_t rows_, depth_;
   const float* x_;
   const std::vector<Matrix<Weight>> matrices_;
 };
+
+// Multiplies by pairs where there is such a kernel, and otherwise in float32.
+template <typename Weight>
+void Multiply(int64_t rows, int64_t depth, const Numbers& x,
+              std::vector<Matrix<Weight>> matrices, ffi::ThreadPool& pool) {
+  using Arithmetic = typename PairsOf<Weight>::type;
+  if constexpr (!std::is_void_v<Arithmetic>)
+    if (Arithmetic::Accepts(x.type))
+      return PairProduct<Arithmetic>(rows, depth, x, std::move(matrices)).Run(pool);
+  Product<Weight>(rows, depth, x, std::move(matrices)).Run(pool);
+}
 
 inline bool IsFloat(ffi::DataType type) {
   return type == ffi::F32 || type == ffi::BF16 || type == ffi::F16;
@@ -282,7 +211,7 @@ inline ffi::Error MatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingA
         matrices.push_back({static_cast<const Weight*>(ws[i].untyped_data()), scales[i],
                             Rows(ys[i], 0, columns), columns});
       }
-      Product<Weight>(rows, depth, Rows(x, 0, depth), std::move(matrices)).Run(pool);
+      Multiply(rows, depth, Rows(x, 0, depth), std::move(matrices), pool);
       return ffi::Error::Success();
     });
   });
@@ -313,11 +242,11 @@ inline ffi::Error GroupedMatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
             std::max<int64_t>(counts.typed_data()[group], 0), num_rows - start);
         if (count == 0) continue;
         using Weight = std::remove_const_t<std::remove_reference_t<decltype(*weights)>>;
-        const Matrix<Weight> matrix = {
+        std::vector<Matrix<Weight>> matrix = {{
             weights + group * depth * columns,
             scales.element_count() ? scales.typed_data() + group * columns : nullptr,
-            Rows(*y, start, columns), columns};
-        Product<Weight>(count, depth, Rows(x, start, depth), {matrix}).Run(pool);
+            Rows(*y, start, columns), columns}};
+        Multiply(count, depth, Rows(x, start, depth), std::move(matrix), pool);
         start += count;
       }
       const Numbers rest = Rows(*y, start, columns);

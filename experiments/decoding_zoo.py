@@ -336,7 +336,7 @@ def chosen_methods() -> list[str]:
     """The methods to run, which `--methods` and `--draft` choose.
 
     Raises:
-      ValueError: A method does not exist, or needs `--draft`.
+      ValueError: A method does not exist or needs `--draft`, or none needs it.
     """
     names = runner.some_of("methods", FLAGS.methods, list(METHODS))
     if FLAGS.draft is None and DRAFTED in names:
@@ -346,6 +346,10 @@ def chosen_methods() -> list[str]:
                 f"{DRAFTED}, got none"
             )
         names.remove(DRAFTED)
+    if FLAGS.draft is not None and DRAFTED not in names:
+        raise ValueError(
+            f"--draft: expected {DRAFTED} among --methods, which are {', '.join(names)}"
+        )
     return names
 
 
@@ -355,8 +359,8 @@ def main(argv: list[str]) -> None:
     report, found = Report(), {}
     with runner.user_errors("decoding_zoo"):
         names = chosen_methods()
-        own = PROMPTS if FLAGS.model == CODE_MODEL else TEXT_PROMPTS
-        prompts = list(FLAGS.prompt or own)
+        texts = PROMPTS if FLAGS.model == CODE_MODEL else TEXT_PROMPTS
+        prompts = list(FLAGS.prompt or texts)
         length = FLAGS.max_tokens + 1
         longest = max(len(prompt.encode()) for prompt in [*prompts, *_instructions()])
         sizes: dict[str, Any] = dict(
@@ -367,8 +371,8 @@ def main(argv: list[str]) -> None:
             progress(f"{name} ...")
             if name == DRAFTED:  # hidden states and layers are not read beside a draft
                 draft = {"model": FLAGS.draft}
-                own = LLM(FLAGS.model, speculative_config=draft, **sizes)
-                found[name] = row = measure(own, name, prompts)
+                with LLM(FLAGS.model, speculative_config=draft, **sizes) as drafted:
+                    found[name] = row = measure(drafted, name, prompts)
             else:
                 found[name] = row = measure(llm, name, prompts)
             report.row(

@@ -72,14 +72,7 @@ def number(
     above: float | None = None,
 ) -> float:
     """Return `value` as float if it is finite, in [low, high] and above `above`."""
-    limits = []
-    if above is not None:
-        limits.append(f"above {above:g}")
-    if low > -math.inf:
-        limits.append(f"of at least {low:g}")
-    if high < math.inf:
-        limits.append(f"at most {high:g}" if limits else f"of at most {high:g}")
-    expected = " ".join(["a finite number", " and ".join(limits)]).rstrip()
+    expected = finite_number(low, high, above)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number and not _is_scalar(value, "float bfloat int uint"):
         raise error(name, expected, value)
@@ -91,6 +84,18 @@ def number(
     if not math.isfinite(found) or not low <= found <= high or not is_above:
         raise error(name, expected, value)
     return found
+
+
+def finite_number(low: float, high: float, above: float | None) -> str:
+    """Return what is expected of a number, for a message."""
+    limits = []
+    if above is not None:
+        limits.append(f"above {above:g}")
+    if low > -math.inf:
+        limits.append(f"of at least {low:g}")
+    if high < math.inf:
+        limits.append(f"at most {high:g}" if limits else f"of at most {high:g}")
+    return " ".join(["a finite number", " and ".join(limits)]).rstrip()
 
 
 def flag(name: str, value: Any) -> bool:

@@ -183,18 +183,15 @@ class DecodingAlgorithm:
             raise error("ranges", f"names of {sorted(self.parameters)}", unknown[0])
         given = dict(self.parameters)
         for name, one in ranges.items():
-            given[name] = _as_float(name, self.parameters[name])
-            one.check(name, self.parameters[name])
+            if not isinstance(one, Range):
+                raise error(f"ranges[{name!r}]", "a Range", one)
+            one.check(name, given[name])
+            given[name] = np.asarray(given[name]).astype(np.float32)
         parameters = as_parameters(given)
         # Sorted, because processes that share a mesh compare what is printed.
         checked = dict(needs=tuple(sorted(needs)), layers=layers, parameters=parameters)
         for name, value in (checked | {"specs": specs_of(parameters)}).items():
             object.__setattr__(self, name, value)
-
-
-def _as_float(name: str, value: Any) -> Any:
-    """A Python int as float, because parameters with ranges are float32."""
-    return value if getattr(value, "shape", ()) else number(name, value)
 
 
 def has_context(algorithm: Any) -> bool:
@@ -294,9 +291,10 @@ class NumberTransform:
     range: Range = ANY_NUMBER
 
     def __post_init__(self) -> None:
-        """Check the number."""
-        number(self.name, self.value)
-        self.range.check(self.name, self.value)
+        """Check the number, unless it is traced."""
+        if not isinstance(self.value, jax.core.Tracer):
+            number(self.name, self.value)
+            self.range.check(self.name, self.value)
 
     def __call__(self, logits: jax.Array, /) -> jax.Array:
         """Applies the function with the value."""

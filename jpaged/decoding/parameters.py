@@ -9,35 +9,42 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpaged.validation import error, number
+from jpaged.validation import error, finite_number
 
 Specs = tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype of each
 
 
 class Range(NamedTuple):
-    """The values that a number may have, or each element of an array."""
+    """Allowed values of a number, or of each element of an array."""
 
     low: float = -math.inf
     high: float = math.inf
-    above: float | None = None  # a limit that is no value itself
+    above: float | None = None  # exclusive lower limit
 
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError, which names the number, if a value is out of range.
 
-        The float32 is checked that programs compute with: 1e-50 is not above 0.
+        Value and limits are compared as float32, as programs compute: 1e-50 becomes 0,
+        which is not above 0.
 
         Args:
           name: of the number, for the message.
           value: a number, or an array of them.
         """
-        with np.errstate(over="ignore"):  # infinite numbers are refused below
-            found = np.asarray(value, np.float32)
-        for one in found.reshape(-1):
-            try:
-                number(name, float(one), self.low, self.high, above=self.above)
-            except ValueError as cause:
-                expected = str(cause).split(": expected ")[1].split(", got ")[0]
-                raise error(name, expected, value) from None
+        try:
+            with np.errstate(over="ignore"):  # infinite numbers are refused below
+                found = np.asarray(value).astype(np.float32)
+                low, high = np.float32(self.low), np.float32(self.high)
+        except (TypeError, ValueError):
+            raise error(name, self._expected(), value) from None
+        is_allowed = np.isfinite(found) & (found >= low) & (found <= high)
+        if self.above is not None:
+            is_allowed &= found > np.float32(self.above)
+        if np.asarray(value).dtype.kind not in "iufV" or not is_allowed.all():
+            raise error(name, self._expected(), value)
+
+    def _expected(self) -> str:
+        return finite_number(self.low, self.high, self.above)
 
 
 ANY_NUMBER = Range()

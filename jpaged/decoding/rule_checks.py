@@ -69,7 +69,7 @@ def _check_a_token_is_left(
     candidates = range(vocab_size) if allowed is None else allowed
     what = "the vocabulary" if allowed is None else "allowed_token_ids"
     forbidden = {word[0] for word in bad_word_token_ids if len(word) == 1}
-    # `all` ends at the first token that is left.
+    # `all` stops at the first remaining token, not at the end of the vocabulary.
     if all(token in forbidden for token in candidates):
         raise ValueError(
             f"bad_words: expected at least one token of {what} to be left, got bad "

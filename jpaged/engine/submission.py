@@ -387,6 +387,7 @@ def _stack(entries: list[_Entry], config: EngineConfig) -> Submission:
     size = 1
     while size < len(entries):
         size *= 4
+    size = min(size, config.max_num_requests)
     padding = entries[0]._replace(seq_index=np.int32(config.max_num_requests))
     entries = entries + [padding] * (size - len(entries))
     all_ = jax.tree.map(lambda *leaves: np.stack(leaves), *entries)

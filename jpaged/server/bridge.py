@@ -34,7 +34,7 @@ _NUM_PREPARERS = 2  # threads for tokenization and automata
 _MOST_FAILURES = 3  # slices in a row, after which the engine counts as broken
 _IDLE_SLICE_S = 1e-3  # a slice that is shorter did nothing
 _PAUSE_S = 2e-3  # after such a slice
-_ENTRY_S = 0.02  # most that a slice waits for requests that are being submitted
+_ENTRY_S = 0.02  # most that an idle engine waits for requests that are being submitted
 _RATE_S = 10.0  # over which the rate of finished sequences is measured
 
 
@@ -77,7 +77,7 @@ class EngineBridge:
         # Shared with the engine's thread.
         self._wake = threading.Condition()
         self._is_stopping = False
-        self._num_entering = 0  # calls of `submit` whose requests are not all submitted
+        self._num_entering = 0  # calls of `submit` that are still submitting requests
         self._num_submitted = 0  # requests that the engine's thread must end
         self._aborts: collections.deque[LiveRequest] = collections.deque()
         self._calls: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = (
@@ -310,11 +310,11 @@ class EngineBridge:
             with self._wake:
                 while not self._has_work(is_open):
                     self._wake.wait()
-                if self._is_stopping:
-                    break
-                if not self.is_paused:
+                if not is_open and not self.is_paused:
                     # Requests that arrive together run together from the first step.
                     self._wake.wait_for(self._has_entered, _ENTRY_S)
+                if self._is_stopping:
+                    break
                 is_open |= self._num_submitted > 0
                 self._num_submitted = 0
             self._run_calls()

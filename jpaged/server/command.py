@@ -34,8 +34,8 @@ from jpaged.validation import integer
 
 LOGGER = logging.getLogger("jpaged.server")
 KEY_VARIABLE = "JPAGED_API_KEY"
-# After so long Python lets another thread run. By default, the engine's thread, which
-# keeps the device busy, waits up to 5 ms for threads that write responses.
+# Python's thread switch interval. With the default, the engine's thread can wait 5 ms
+# for a thread that writes responses.
 _SWITCH_S = 2e-4
 _LIMITS = (
     "max_open_sequences",

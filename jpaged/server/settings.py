@@ -27,8 +27,9 @@ class ServerSettings:
       max_open_sequences: sequences of all requests that may run or wait at the same
         time. More are refused with status 429.
       slice_s: seconds of steps between two updates of the clients, one step at least.
-        None: 0.05; up to 0.3 where steps are slow and no request waits for its first
-        token, because updates hold up the next step for some milliseconds.
+        None chooses the length: 0.05 s, or 4 to 8 steps but at most 0.3 s if steps
+        are slow and no request waits for its first token. Each update delays the next
+        step by a few milliseconds.
       max_body_bytes: size of a request's body.
       max_prompts: prompts of one completion request.
       max_n: outputs per prompt, and beams.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import math
 from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
@@ -35,8 +36,9 @@ from jpaged.serving.waiting import WaitingQueue
 
 # Length of a slice in seconds, by what its callers need.
 STREAM_S = 0.05  # a caller reads text while it grows
-# It becomes longer for so many steps, at most by a factor: (steps, factor), while
-# requests arrive and otherwise. A new request waits for the end of a slice.
+# If steps are slow, a slice of streams lasts `steps` steps, but at most
+# `factor * STREAM_S`. The first pair applies while requests arrive, the second
+# otherwise. A new request waits until the slice ends.
 BUSY_STREAM, CALM_STREAM = (4, 4.0), (8, 6.0)
 CALM_S = 0.5  # since the last request was added
 STOP_S = 0.1  # an output can end at a stop string
@@ -417,29 +419,36 @@ class Batcher:
     def _slice_length(self, stream_s: float | None) -> tuple[float, int]:
         """Return the seconds and the minimum number of steps of the next slice."""
         requests = self._submitted.values()
+        has_stop = any(request.stop and request.is_watched for request in requests)
         if any(request.is_streamed for request in requests):
-            return self._stream_s() if stream_s is None else stream_s, 1
-        if any(request.is_watched for request in requests):
+            if stream_s is None:
+                stream_s = self._stream_s(STOP_S if has_stop else math.inf)
+            return stream_s, 1
+        if has_stop:
             return STOP_S, LEAST_STEPS
         is_awaited = self._waiting or any(request.is_awaited for request in requests)
         return PROGRESS_S if is_awaited else QUIET_S, LEAST_STEPS
 
-    def _stream_s(self) -> float:
-        """Return the seconds of a slice for streams.
+    def _stream_s(self, most: float) -> float:
+        """Return the seconds of a slice for streams, at most `most` if steps are slow.
 
-        Updates cost some milliseconds per slice, a tenth of a slow step. First tokens
-        do not wait longer for that.
+        An update costs a few milliseconds per slice, so slices are longer if steps are
+        slow. They stay short while a request waits for its first token.
         """
-        if any(
-            request.is_watched and not output.token_ids
-            for request in self._submitted.values()
-            for output in request.outputs
-        ):
+        if self._waiting or self._added or self._awaits_first_token():
             return STREAM_S
         is_calm = self.host.time_s() - self._last_added_s > CALM_S
         steps, factor = CALM_STREAM if is_calm else BUSY_STREAM
         wanted = steps * self.host.runner.seconds_per_step
-        return min(max(STREAM_S, wanted), factor * STREAM_S)
+        return max(STREAM_S, min(wanted, factor * STREAM_S, most))
+
+    def _awaits_first_token(self) -> bool:
+        return any(
+            output.finish_reason is None and not output.token_ids
+            for request in self._submitted.values()
+            if request.is_watched
+            for output in request.outputs
+        )
 
     def _read_outputs(
         self, outputs: Sequence[OutputState], progress: SequenceProgress

@@ -6,7 +6,7 @@ clock, `time.perf_counter`.
 One device call runs a slice of several steps. The step of each event is exact. Its time
 is interpolated between the start and the end of the call, as if all steps of the slice
 took equally long. The error is therefore less than the length of the slice, which is
-about 0.05 s while a caller reads a stream.
+0.05 to 0.3 s while a caller reads a stream.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class EngineRunner:
       counters: sums of the counters over replicas.
       log: events and steps.
       run_s: seconds of running steps.
-      seconds_per_step: of the last slice; 0: unknown.
+      seconds_per_step: mean of the last slice; 0 before the first slice.
       compile_s: seconds in which requests waited for a compiler.
     """
 

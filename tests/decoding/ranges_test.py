@@ -3,6 +3,8 @@
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -119,6 +121,40 @@ def test_arrays_and_unknown_names():
         make(np.zeros(2), weight=share)
     # Ranges are no part of what is compiled.
     assert make(np.zeros(2), weights=share).specs == make(np.zeros(2)).specs
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.7, 1e-30])
+def test_limits_are_compared_as_float32(limit):
+    Range(high=limit).check("x", limit)
+    Range(low=limit).check("x", np.full(2, limit))
+    with pytest.raises(ValueError, match=r"^x: expected a finite number above"):
+        Range(above=limit).check("x", limit)
+
+
+def test_other_kinds_of_values():
+    def make(value, one=Range(0, 9)):  # noqa: B008
+        return DecodingAlgorithm(
+            lambda num_rows: (),
+            lambda *args: args,
+            parameters={"x": value},
+            ranges={"x": one},
+        )
+
+    for value in (np.array([1, 2]), [1, 2], 3, np.int32(4)):
+        assert make(value).parameters["x"].dtype == np.float32
+    for wrong in ("a", True, [1, "b"], None, {}):
+        with pytest.raises(ValueError, match=r"^x: expected a finite number of at"):
+            make(wrong)
+    with pytest.raises(ValueError, match=r"^ranges\['x'\]: expected a Range"):
+        make(1, (0, 1))
+
+
+def test_transforms_accept_traced_numbers():
+    logits = jnp.arange(4.0)[None]
+    values = jnp.array([0.5, 2.0])
+    found = jax.vmap(lambda value: temperature(value)(logits))(values)
+    expected = np.asarray(logits) / np.asarray(values)[:, None, None]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_particles_and_ordinary_requests_refuse_theirs():

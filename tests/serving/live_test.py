@@ -350,9 +350,18 @@ def test_a_synchronous_call_also_runs_the_requests_of_coroutines(llm, expected):
     assert asyncio.run(both()) == (summary(expected[0]), summary(expected[1]))
 
 
-@pytest.mark.parametrize(("calm_s", "longest"), [(1e9, 4e-3), (-1.0, 6e-3)])
+@pytest.mark.parametrize(
+    ("calm_s", "step_s", "stop", "longest"),
+    [
+        (1e9, 0.03, None, 4e-3),  # while requests arrive: at most 4 * STREAM_S
+        (1e9, 6e-4, None, 2.4e-3),  # 4 steps
+        (-1.0, 0.03, None, 6e-3),
+        (-1.0, 6e-4, None, 4.8e-3),  # 8 steps
+        (-1.0, 0.03, "~~", 2e-3),  # STOP_S
+    ],
+)
 def test_slices_of_streams_grow_with_slow_steps_once_all_have_a_token(
-    plain_llm, monkeypatch, calm_s, longest
+    plain_llm, monkeypatch, calm_s, step_s, stop, longest
 ):
     lengths = []
     host = plain_llm._batcher.host
@@ -364,10 +373,27 @@ def test_slices_of_streams_grow_with_slow_steps_once_all_have_a_token(
 
     monkeypatch.setattr(host, "run", recorded)
     monkeypatch.setattr(batcher, "STREAM_S", 1e-3)  # so that many slices run
+    monkeypatch.setattr(batcher, "STOP_S", 2e-3)
     monkeypatch.setattr(batcher, "CALM_S", calm_s)
-    request = plain_llm.submit([5, 6], LONG)
+    params = dataclasses.replace(LONG, stop=stop)
+    request = plain_llm.submit([5, 6], params)
     while plain_llm.run_slice():
-        host.runner.seconds_per_step = 0.03  # as of a slow model
+        host.runner.seconds_per_step = step_s  # as of a slow model
         request.deltas()
     assert lengths[0] == 1e-3
     assert set(lengths[1:]) == {longest}
+
+
+def test_slices_are_short_while_a_request_waits(plain_llm, monkeypatch):
+    own = plain_llm._batcher
+    monkeypatch.setattr(own.host.runner, "seconds_per_step", 0.03)
+    monkeypatch.setattr(batcher, "CALM_S", -1.0)
+    first = plain_llm.submit([5, 6], LONG)
+    while not first.deltas():
+        plain_llm.run_slice(0.0)
+    own.host.runner.seconds_per_step = 0.03
+    assert own._slice_length(None)[0] == pytest.approx(0.24)
+    second = plain_llm.submit([5, 7], LONG)
+    assert own._slice_length(None)[0] == batcher.STREAM_S
+    for request in (first, second):
+        request.abort()

@@ -1,6 +1,8 @@
 """The arrays of a model, compared with `jax.tree.leaves`."""
 
+import gc
 import operator
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ def test_leaves_are_those_of_the_tree_after_every_kind_of_replacement():
             found, expected = arrays.leaves(), jax.tree.leaves(model)
             assert len(found) == len(expected)
             assert all(map(operator.is_, found, expected))
+        assert arrays._known is not None  # not by flattening
 
     check()
     before = arrays.leaves()
@@ -34,6 +37,28 @@ def test_leaves_are_those_of_the_tree_after_every_kind_of_replacement():
     check()
     model.layers[1], model.layers[0] = model.layers[0], model.layers[1]
     check()
+    replaced = weakref.ref(model.layers[0])
+    model.layers[0] = model.layers[1]
+    gc.collect()
+    assert replaced() is None  # its arrays are not kept
+
+
+def test_arrays_in_containers_are_found():
+    class Boxed(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.ones(2))
+            self.box = nnx.data({})
+
+    model = Boxed()
+    arrays = ModelArrays(model)
+    assert len(arrays.leaves()) == 1
+    model.box["more"] = nnx.Param(jnp.zeros(3))
+    assert len(arrays.leaves()) == 2
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    arrays = ModelArrays(model)
+    assert len(arrays.leaves()) == 2
+    model.kernel.set_raw_value({"values": jnp.ones((2, 3)), "scale": jnp.ones(3)})
+    assert len(arrays.leaves()) == len(jax.tree.leaves(model)) == 3
 
 
 def test_shared_variables_and_bare_arrays_are_found():

@@ -13,12 +13,19 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jpaged.cpu import calls
+from jpaged.cpu import calls, library
 from jpaged.pages.backend import LayerKernels
 
-# Most rows of x, by the weight's dtype, measured with the products of a decode step
-# (docs/decisions/cpu_kernels.md).
-MAX_ROWS = {"float32": 128, "bfloat16": 256, "float16": 256, "int8": 2048}
+# Most rows of x, by the weight's dtype (docs/decisions/cpu_kernels.md).
+MAX_ROWS = {"float32": 128, "bfloat16": 256, "float16": 256, "int8": 256}
+MAX_ROWS_OF_PAIRS = 1024  # with int8 weights, where they are multiplied in pairs
+
+
+def max_rows(dtype: str) -> int:
+    """Return the most rows of x with weights of a dtype; 0 if there is no kernel."""
+    if dtype == "int8" and library.has_int8_pairs():
+        return MAX_ROWS_OF_PAIRS
+    return MAX_ROWS.get(dtype, 0)
 
 
 def matmuls(
@@ -49,7 +56,7 @@ def grouped_matmul(
 
 def _is_served(x: jax.Array, weight: jax.Array) -> bool:
     is_known = jnp.dtype(x.dtype).name in ("float32", "bfloat16", "float16")
-    return is_known and x.shape[0] <= MAX_ROWS.get(jnp.dtype(weight.dtype).name, 0)
+    return is_known and x.shape[0] <= max_rows(jnp.dtype(weight.dtype).name)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array | None:

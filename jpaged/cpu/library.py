@@ -99,6 +99,16 @@ def target(name: str) -> str:
     return _target(name)
 
 
+@functools.cache
+def has_int8_pairs() -> bool:
+    """Whether int8 weights are multiplied in pairs, with integer instructions.
+
+    Raises:
+      LibraryError: the library cannot be built or loaded.
+    """
+    return bool(_load().JpagedHasInt8Pairs())
+
+
 def _target(name: str) -> str:
     return f"jpaged_{name}_{_source_hash()[:12]}"
 
@@ -115,23 +125,25 @@ def _report(reason: str) -> None:
         )
 
 
-def _load() -> None:
+def _load() -> ctypes.CDLL:
     """Build, load and register the kernels, once in a process, from any thread."""
     with _LOCK:
-        _load_once()
+        return _load_once()
 
 
 @functools.cache
-def _load_once() -> None:
+def _load_once() -> ctypes.CDLL:
     try:
-        _register(build())
+        return _register(build())
     except LibraryError:
         if _shipped() is None:
             raise
-        _register(_build_here())  # jaxlib does not accept the library of the wheel
+        return _register(
+            _build_here()
+        )  # jaxlib does not accept the library of the wheel
 
 
-def _register(path: pathlib.Path) -> None:
+def _register(path: pathlib.Path) -> ctypes.CDLL:
     library = _open(path)
     try:
         for name, symbol in TARGETS.items():
@@ -139,6 +151,7 @@ def _register(path: pathlib.Path) -> None:
             jax.ffi.register_ffi_target(_target(name), capsule, platform="cpu")
     except Exception as error:  # jaxlib does not accept a library of another version
         raise LibraryError(f"cannot register {path}: {error}") from error
+    return library
 
 
 def _open(path: pathlib.Path) -> ctypes.CDLL:

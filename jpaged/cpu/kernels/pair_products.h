@@ -1,8 +1,9 @@
 // Products that multiply pairs of numbers of 16 bits: int8 and bfloat16 weights.
 //
-// Processors have instructions that multiply two neighbouring numbers of 16 bits and add
-// both products to a sum of 32 bits, twice the work of a float32 instruction. Rows k and
-// k + 1 of the plain matrix are interleaved in registers to get such pairs.
+// Many processors have instructions that multiply adjacent 16-bit numbers in pairs and
+// add both products to a 32-bit sum. Such an instruction does the work of two float32
+// instructions. Rows k and k + 1 of the plain matrix are interleaved in registers to get
+// such pairs.
 //
 // int8 weights: a row of x is converted to int16, with one scale for each kBlock k. The
 // sums of a block are exact integers, and are added to float32 sums in ascending order.
@@ -27,12 +28,12 @@ struct PairsOf {
   using type = void;
 };
 
-#if defined(__AVX512BW__) || defined(__AVX2__)
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 
-// Rows of a matrix of one step down. It divides kBlock.
+// Matrix rows per step. It divides kBlock.
 constexpr int64_t kMaxStep = 32;
 constexpr int64_t kBlock = 256;  // 256 * 32767 * 128 < 2^31
-constexpr int64_t kSumsBytes = 65536;  // of a strip, at most
+constexpr int64_t kSumsBytes = 65536;  // of a strip of several panels, at most
 constexpr float kLargest = 32767.0f;
 
 // Numbers a of 16 bits of row k and b of row k + 1 as pairs. In each 128 bits, the first
@@ -146,9 +147,9 @@ void PairTile(const int32_t* x, int64_t count, float* totals, const LoadWeights&
       Store(totals + (row * kVecs + v) * kWidth, (Vec)total[row][v]);
 }
 
-// Writes `numbers` as int16 to `out`, and returns the largest magnitude, which stands
-// for kLargest. `depth` is a multiple of kWidth. If a number is infinite or NaN, it
-// returns NaN, and 0 if all are zero.
+// Converts `numbers` to int16 in `out`, scaled so that the largest magnitude becomes
+// kLargest. Returns this magnitude; 0 if all numbers are zero; NaN if a number is
+// infinite or NaN. `depth` is a multiple of kWidth.
 inline float ToInt16(const float* numbers, int64_t depth, int16_t* out) {
   typedef int16_t Halves __attribute__((vector_size(2 * kWidth)));
   const Vec magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -167,7 +168,7 @@ inline float ToInt16(const float* numbers, int64_t depth, int16_t* out) {
     return problem;
   }
   for (int64_t k = 0; k < depth; k += kWidth) {
-    // The quotient is at most 1, also where 1 / largest is no float32.
+    // Divides first, because 1 / largest can overflow.
     const Vec rounded = Load(numbers + k) / largest * kLargest + magic;
     const Halves halves =
         __builtin_convertvector((IntVec)rounded - (IntVec)magic, Halves);
@@ -256,7 +257,7 @@ class PairProduct {
     constexpr int64_t kPanel = kVecs * kWidth;
     const int64_t start = first_panel * kPanel, columns = matrix.columns;
     const int64_t size = num_panels * rows_ * kPanel;
-    float* totals = Scratch<TotalsTag>(size);  // zeros of both types are equal
+    float* totals = Scratch<TotalsTag>(size);  // zero has the same bits in both types
     std::fill(totals, totals + size, 0.0f);
     float* sums = totals;
     if constexpr (Pairs::kIsInteger) {
@@ -291,7 +292,7 @@ class PairProduct {
              int64_t columns, int64_t width, float* totals) {
     constexpr int64_t kPanel = kVecs * kWidth;
     int64_t stride = columns;
-    if (width < kPanel || count % 2) {  // behind the last column and row are zeros
+    if (width < kPanel || count % 2) {  // pads columns and rows with zeros
       constexpr int64_t kSize = kMaxStep * kPanel;
       Weight* edge = reinterpret_cast<Weight*>(Scratch<EdgeTag>(kSize));
       std::memset(edge, 0, kSize * sizeof(Weight));

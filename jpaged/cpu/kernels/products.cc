@@ -12,6 +12,8 @@
 // This file has the arithmetic of float32, for all types, and the calls from XLA. int8
 // weights, and bfloat16 weights and inputs, are multiplied in pairs where the processor
 // can (pair_products.h).
+#include <type_traits>
+
 #include "pair_products.h"
 #include "products.h"
 
@@ -259,6 +261,12 @@ inline ffi::Error GroupedMatMul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Any
 
 }  // namespace products
 }  // namespace jpaged
+
+// Whether int8 weights are multiplied in pairs on this build's processors.
+extern "C" int JpagedHasInt8Pairs() {
+  using Pairs = jpaged::products::PairsOf<int8_t>::type;
+  return !std::is_void_v<Pairs>;
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JpagedMatMul, jpaged::products::MatMul,
                               xla::ffi::Ffi::Bind()

@@ -453,8 +453,8 @@ class AlgorithmParams:
             functions.
         num_rows: number of sequences that run, the S of the algorithm.
         n: how often the algorithm runs, with different keys; the outputs of all runs
-            are returned, interleaved: output i of run c has index i * n + c. All runs share the blocks of the prompt, and n * num_rows
-            sequences run in lockstep.
+            are returned, interleaved: output i of run c has index i * n + c. All runs
+            share the blocks of the prompt, and n * num_rows sequences run in lockstep.
         parameters: values of some of the algorithm's parameters; others keep those of
             the algorithm. New values compile nothing.
         companions: prompts of the last rows, which the algorithm reads beside the

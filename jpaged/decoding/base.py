@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jpaged.decoding.parameters import ANY_NUMBER, Range, Specs, as_parameters, specs_of
 from jpaged.validation import error, number
@@ -292,7 +293,7 @@ class NumberTransform:
 
     def __post_init__(self) -> None:
         """Check the number, unless it is traced."""
-        if not isinstance(self.value, jax.core.Tracer):
+        if not isinstance(self.value, Tracer):
             number(self.name, self.value)
             self.range.check(self.name, self.value)
 

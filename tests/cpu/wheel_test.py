@@ -17,13 +17,35 @@ pytestmark = [
     needs_compiler,
 ]
 
+# Prints where jpaged and its library are, products of int8 weights by each library, and
+# what an LLM generates.
 PROGRAM = """
-import pathlib, jpaged
+import ctypes, hashlib, pathlib
+import jax, numpy as np
+import jpaged
 from jpaged.cpu import library
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(5, 513)).astype(np.float32)
+weight = rng.integers(-127, 128, (513, 70), np.int8)
+scale = rng.uniform(1, 2, 70).astype(np.float32)
+
+def digest(target):
+    call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct((5, 70), np.float32)])
+    (product,) = call(x, weight, scale)
+    np.testing.assert_allclose(product, (x @ weight) * scale, rtol=1e-3, atol=1)
+    return hashlib.sha256(np.asarray(product).tobytes()).hexdigest()
+
+digests = [digest(library.target("matmul"))]
+for path in sorted(library.SHIPPED.glob("*")):
+    handler = jax.ffi.pycapsule(ctypes.CDLL(str(path)).JpagedMatMul)
+    jax.ffi.register_ffi_target(path.name, handler, platform="cpu")
+    digests.append(digest(path.name))
 llm = jpaged.LLM("tiny-python", max_num_seqs=1, max_model_len=64)
 params = jpaged.SamplingParams(temperature=0.0, max_tokens=8)
 print(pathlib.Path(jpaged.__file__).parent)
 print(library.build())
+print(*digests)
 print(llm.stats()["attention"], llm.generate("def ", params)[0].outputs[0].token_ids)
 """
 
@@ -63,14 +85,17 @@ def test_the_wheel_needs_no_compiler(tmp_path):
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     empty = tmp_path / "empty"
     empty.mkdir()
-    where, path, line = generate(
+    where, path, digests, line = generate(
         python, empty, PATH=str(empty), HOME=str(empty), XDG_CACHE_HOME=str(empty)
     )
     assert where == str(packages / "jpaged")
     assert path.startswith(where)
     assert line.startswith("cpu [")
     # A library that is compiled for this processor alone gives the same tokens.
-    *_, expected = generate(
+    *_, digest, expected = generate(
         sys.executable, ROOT, PATH=os.environ["PATH"], HOME=str(empty)
     )
     assert line == expected
+    # The sums of int8 products are exact integers, with every set of instructions.
+    assert len(digests.split()) > 1
+    assert set(digests.split()) == {digest}

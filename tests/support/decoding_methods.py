@@ -86,6 +86,10 @@ class Method:
             (getattr(self.params, x) for x in names if hasattr(self.params, x)), 1
         )
 
+    def accepts(self, option: str) -> bool:
+        """Whether the method has this parameter of OPTIONAL."""
+        return option not in self.refuses
+
     @property
     def is_algorithm(self) -> bool:
         """Whether the request's rows run in lockstep by an algorithm of its own."""

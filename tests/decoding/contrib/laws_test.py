@@ -327,11 +327,9 @@ def test_log_probabilities_are_finite_and_one_per_token(name, llms):
             assert abs(entry[token].logprob - logprob) < 1e-3
 
 
-@EVERY
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.accepts("stop")])
 def test_a_stop_string_ends_an_output(name, llms):
     method, prompt = METHODS[name], prompts_of(name)[0]
-    if "stop" in method.refuses:
-        return  # test_what_a_method_lacks_is_refused_by_name
     llm = llms[method.engine]
     (free,) = run(llm, [prompt], method.params)
     text = free.outputs[0].text
@@ -344,11 +342,16 @@ def test_a_stop_string_ends_an_output(name, llms):
         assert stop not in other.text
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, method in METHODS.items()
+        if isinstance(method.params, SamplingParams) and method.accepts("n")
+    ],
+)
 def test_n_samples_of_ordinary_requests(name, llms, alone):
     method, prompt = METHODS[name], prompts_of(name)[0]
-    if not isinstance(method.params, SamplingParams) or "n" in method.refuses:
-        return  # refused, or an algorithm, see the next test
     llm = llms[method.engine]
     (three,) = tokens_of(run(llm, [prompt], method.request(n=3)))
     assert three[:1] == alone(name)[0]
@@ -357,7 +360,7 @@ def test_n_samples_of_ordinary_requests(name, llms, alone):
 
 
 @pytest.fixture(scope="module")
-def doubled(folder, tmp_path_factory, llms):
+def doubled(llms):
     """The tokens of two runs of each algorithm without a draft model."""
     found = {}
     for engine in ("plain", "seen"):

@@ -5,15 +5,7 @@ Pipeline: user -> [foreign params] -> params. Host only.
 
 from __future__ import annotations
 
-from typing import Any
-
-from jpaged.names import Foreign
-
-
-def _no(*equal: Any, instead: str) -> Foreign:
-    """An argument without an equal here, except for some values."""
-    return Foreign(equal, instead=instead)
-
+from jpaged.names import Foreign, absent
 
 _BEAMS = (
     "pass BeamSearchParams(beam_width=..., max_tokens=...) in place of SamplingParams"
@@ -29,63 +21,65 @@ SAMPLING = {
         instead="set n, and choose by the outputs' cumulative_logprob",
         same_as="n",
     ),
-    "use_beam_search": _no(False, None, instead=_BEAMS),
-    "length_penalty": _no(1.0, None, instead=_BEAMS),
-    "early_stopping": _no(False, None, instead=_BEAMS),
+    "use_beam_search": absent(False, None, instead=_BEAMS),
+    "length_penalty": absent(1.0, None, instead=_BEAMS),
+    "early_stopping": absent(False, None, instead=_BEAMS),
     # current version of vLLM
     "skip_clone": Foreign((True, False)),  # parameters are never copied or changed
-    "extra_args": _no(None, {}, instead=_LEAVE_OUT),
-    "flat_logprobs": _no(False, instead="logprobs are always lists of dicts"),
-    "logprob_token_ids": _no(None, instead=_SCORES),
-    "prompt_logprob_token_ids": _no(None, instead="prompt_logprobs=-1 reports all"),
-    "prompt_logprob_start": _no(None, instead="read a slice of prompt_logprobs"),
-    "stream_interval": _no(None, 1, instead="LLM.stream yields as slices of steps end"),
-    "skip_reading_prefix_cache": _no(
+    "extra_args": absent(None, {}, instead=_LEAVE_OUT),
+    "flat_logprobs": absent(False, instead="logprobs are always lists of dicts"),
+    "logprob_token_ids": absent(None, instead=_SCORES),
+    "prompt_logprob_token_ids": absent(None, instead="prompt_logprobs=-1 reports all"),
+    "prompt_logprob_start": absent(None, instead="read a slice of prompt_logprobs"),
+    "stream_interval": absent(
+        None, 1, instead="LLM.stream yields as slices of steps end"
+    ),
+    "skip_reading_prefix_cache": absent(
         None, False, instead="LLM(enable_prefix_caching=False), or reset_prefix_cache()"
     ),
-    "thinking_token_budget": _no(None, -1, instead="set max_tokens"),
-    "repetition_detection": _no(
+    "thinking_token_budget": absent(None, -1, instead="set max_tokens"),
+    "repetition_detection": absent(
         None, instead="set repetition_penalty or frequency_penalty"
     ),
-    "routed_experts_prompt_start": _no(0, None, instead=_LEAVE_OUT),
-    "trace_decode_token_ids": _no(
+    "routed_experts_prompt_start": absent(0, None, instead=_LEAVE_OUT),
+    "trace_decode_token_ids": absent(
         None, instead="LLM.score returns the log-probabilities of given tokens"
     ),
     # transformers
     "max_new_tokens": Foreign(ours="max_tokens"),
     "min_new_tokens": Foreign((None,), "min_tokens"),
     "num_return_sequences": Foreign(ours="n"),
-    "do_sample": _no(
+    "do_sample": absent(
         True, instead="temperature=0 is greedy decoding, and values above 0 sample"
     ),
-    "num_beams": _no(1, None, instead=_BEAMS),
-    "eos_token_id": _no(None, instead="set stop_token_ids, and ignore_eos=True"),
+    "num_beams": absent(1, None, instead=_BEAMS),
+    "eos_token_id": absent(None, instead="set stop_token_ids, and ignore_eos=True"),
     "stop_strings": Foreign((None,), "stop"),
 }
 
 BEAM_SEARCH = {
-    "temperature": _no(0, 0.0, 1.0, None, instead="beam search does not sample"),
-    "include_stop_str_in_output": _no(
+    "temperature": absent(0, 0.0, 1.0, None, instead="beam search does not sample"),
+    "include_stop_str_in_output": absent(
         False, instead="token_ids include the token that ended a beam"
     ),
     "num_beams": Foreign(ours="beam_width"),
     "max_new_tokens": Foreign(ours="max_tokens"),
     "num_return_sequences": Foreign(ours="num_return"),
     "n": Foreign(ours="num_return"),
-    "stop": _no(None, (), [], instead="set stop_token_ids"),
+    "stop": absent(None, (), [], instead="set stop_token_ids"),
 }
 
 STRUCTURED = {
     "json_object": Foreign((None, False), "json", lambda value: {"type": "object"}),
-    "grammar": _no(None, instead="write it as regex or as a JSON schema"),
-    "structural_tag": _no(None, instead="write it as regex"),
-    "whitespace_pattern": _no(
+    "grammar": absent(None, instead="write it as regex or as a JSON schema"),
+    "structural_tag": absent(None, instead="write it as regex"),
+    "whitespace_pattern": absent(
         None, instead="JSON is generated in one form; write another one as regex"
     ),
-    "disable_any_whitespace": _no(False, instead=_LEAVE_OUT),
-    "disable_additional_properties": _no(
+    "disable_any_whitespace": absent(False, instead=_LEAVE_OUT),
+    "disable_additional_properties": absent(
         False, instead='add "additionalProperties": false to the schema'
     ),
-    "backend": _no(None, "auto", instead="there is only jpaged.structured"),
+    "backend": absent(None, "auto", instead="there is only jpaged.structured"),
     "disable_fallback": Foreign((True, False)),
 }

@@ -47,6 +47,11 @@ class Foreign(NamedTuple):
     same_as: str | None = None
 
 
+def absent(*equal: Any, instead: str) -> Foreign:
+    """Return an argument without an equal here, except for some values."""
+    return Foreign(equal, instead=instead)
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the nearest known name, or "".
 

@@ -138,9 +138,8 @@ def _load_once() -> ctypes.CDLL:
     except LibraryError:
         if _shipped() is None:
             raise
-        return _register(
-            _build_here()
-        )  # jaxlib does not accept the library of the wheel
+        # jaxlib does not accept the library of the wheel.
+        return _register(_build_here())
 
 
 def _register(path: pathlib.Path) -> ctypes.CDLL:

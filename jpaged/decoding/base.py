@@ -135,7 +135,7 @@ class DecodingAlgorithm:
       parameters: Numbers or arrays by name that `step` reads in its `Context`. They are
         data of each request: `AlgorithmParams.parameters` replaces their values. int,
         float and bool become int32, float32 and bool.
-      ranges: Values that numbers of `parameters` may have, by name; these become
+      ranges: Allowed values of `parameters`, by name. Parameters with a range become
         float32. A value out of range is refused, here and in `AlgorithmParams`.
       layers: With "layers": numbers of the layers, from 0, after which the output head
         computes logits, without the final norm.
@@ -146,8 +146,8 @@ class DecodingAlgorithm:
         (`AlgorithmParams.companions`); None: any number.
 
     Raises:
-      ValueError: An unknown need, a need without its size, a value that is no number,
-        or one out of range.
+      ValueError: A need is unknown or lacks its size, or a parameter is not a number
+        or is out of range.
     """
 
     init: InitFn
@@ -280,7 +280,7 @@ class NumberTransform:
       function: (logits f32[S, V], number f32[]) -> f32[S, V].
       name: Of the number, for messages.
       value: The number.
-      range: The values that it may have.
+      range: Allowed values.
 
     Raises:
       ValueError: The number is out of range.

@@ -380,18 +380,13 @@ def sampling(transform: LogitsTransform | None = None) -> DecodingAlgorithm:
     )
     functions = tuple(getattr(part, "function", part) for part in parts)
     init, step = _sampling(functions, names)
-    parameters = {
-        name: float(part.value)
-        for name, part in zip(names, parts, strict=True)
-        if name is not None
-    }
-    ranges = {
-        name: part.range
-        for name, part in zip(names, parts, strict=True)
-        if name is not None
-    }
+    named = [(n, part) for n, part in zip(names, parts, strict=True) if n is not None]
     return DecodingAlgorithm(
-        init, step, parameters=parameters, ranges=ranges, keeps_rows=True
+        init,
+        step,
+        parameters={name: float(part.value) for name, part in named},
+        ranges={name: part.range for name, part in named},
+        keeps_rows=True,
     )
 
 

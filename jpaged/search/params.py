@@ -9,36 +9,31 @@ from typing import Any
 from jpaged import param_checks
 from jpaged.decoding.parameters import as_parameters
 from jpaged.decoding.values import mean_logprob
-from jpaged.names import Foreign, checked_fields
+from jpaged.names import absent, checked_fields
 from jpaged.validation import error, flag, integer, number
 
-
-def _absent(*equal: Any, instead: str) -> Foreign:
-    """A parameter of other requests that a search lacks, except for some values."""
-    return Foreign(equal, instead=instead)
-
-
 _ONE_TEXT = "a tree search chooses one text; `best` of its output is another"
+# Parameters of other requests.
 _FOREIGN = {
-    "stop": _absent(
+    "stop": absent(
         None,
         (),
         [],
         instead="tree search has no stop strings; set stop_token_ids",
     ),
-    "structured_outputs": _absent(
+    "structured_outputs": absent(
         None,
         instead="tree search has no structured output; BeamSearchParams and "
         "SamplingParams have it",
     ),
-    "logits_processors": _absent(
+    "logits_processors": absent(
         None, (), [], instead="tree search has no logits rules; use `value`"
     ),
-    "logprobs": _absent(
+    "logprobs": absent(
         None, instead="outputs of a tree search have token_logprobs and steps"
     ),
-    "n": _absent(None, 1, instead=_ONE_TEXT),
-    "num_return": _absent(None, 1, instead=_ONE_TEXT),
+    "n": absent(None, 1, instead=_ONE_TEXT),
+    "num_return": absent(None, 1, instead=_ONE_TEXT),
 }
 
 

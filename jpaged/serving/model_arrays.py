@@ -27,15 +27,20 @@ class ModelArrays:
 
     def __init__(self, model: Decoder):
         self._model = model
-        self._known: _Structure | None = None
+        # When the model was last flattened: its modules, and of each leaf the index
+        # among their variables. One tuple, because several threads replace it.
+        self._known: tuple[list[_Module], list[int]] | None = None
 
     def leaves(self) -> list[Any]:
         """Return the present arrays."""
-        known = self._known  # one read, because several threads replace it
-        if known is not None and (leaves := known.leaves()) is not None:
-            return leaves
+        if self._known is not None:
+            modules, order = self._known
+            if (found := _arrays(modules)) is not None:
+                return [found[index] for index in order]
         leaves = jax.tree.leaves(self._model)
-        self._known = _structure(self._model, leaves)
+        modules = _modules(self._model)
+        order = None if modules is None else _order(modules, leaves)
+        self._known = None if modules is None or order is None else (modules, order)
         return leaves
 
 
@@ -64,27 +69,8 @@ class _Module(NamedTuple):
         return [now[name] for name in self.variables]
 
 
-class _Structure(NamedTuple):
-    """What a model consisted of when it was last flattened."""
-
-    modules: list[_Module]
-    order: list[int]  # of each leaf, the index among the variables of all modules
-
-    def leaves(self) -> list[Any] | None:
-        """Return the present arrays; None if the model has changed otherwise."""
-        found = []
-        for module in self.modules:
-            variables = module.variables_now()
-            if variables is None:
-                return None
-            found += [variable.get_raw_value() for variable in variables]
-        if not all(isinstance(each, _ARRAYS) for each in found):
-            return None
-        return [found[index] for index in self.order]
-
-
-def _structure(model: Decoder, leaves: list[Any]) -> _Structure | None:
-    """Return what a model consists of; None if its variables do not give its leaves."""
+def _modules(model: Decoder) -> list[_Module] | None:
+    """Return the modules of a model; None if arrays can be outside of variables."""
     modules: list[_Module] = []
     left: list[Any] = [model]
     while left:
@@ -100,16 +86,29 @@ def _structure(model: Decoder, leaves: list[Any]) -> _Structure | None:
         reference = weakref.ref(module)
         modules.append(_Module(reference, list(now), types, variables, references))
         left += [now[name] for name in parts]
-    unordered = _Structure(modules, list(range(len(leaves))))
-    found = unordered.leaves() if _count(modules) == len(leaves) else None
-    index_of = {id(array): index for index, array in enumerate(found or ())}
-    if len(index_of) != len(leaves) or any(id(leaf) not in index_of for leaf in leaves):
-        return None  # two variables share an array
-    return _Structure(modules, [index_of[id(leaf)] for leaf in leaves])
+    return modules
 
 
-def _count(modules: list[_Module]) -> int:
-    return sum(len(module.variables) for module in modules)
+def _arrays(modules: list[_Module]) -> list[Any] | None:
+    """Return the arrays of all variables; None if the model has changed otherwise."""
+    found = []
+    for module in modules:
+        variables = module.variables_now()
+        if variables is None:
+            return None
+        found += [variable.get_raw_value() for variable in variables]
+    return found if all(isinstance(each, _ARRAYS) for each in found) else None
+
+
+def _order(modules: list[_Module], leaves: list[Any]) -> list[int] | None:
+    """Return of each leaf the index among the arrays; None if it is unclear."""
+    found = _arrays(modules) or []
+    index_of = {id(array): index for index, array in enumerate(found)}
+    # Two variables may share an array.
+    is_clear = len(index_of) == len(found) == len(leaves)
+    if not is_clear or any(id(leaf) not in index_of for leaf in leaves):
+        return None
+    return [index_of[id(leaf)] for leaf in leaves]
 
 
 _ARRAYS = (jax.Array, np.ndarray)

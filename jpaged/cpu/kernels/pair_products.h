@@ -30,10 +30,8 @@ struct PairsOf {
 
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 
-// Matrix rows per step. It divides kBlock.
-constexpr int64_t kMaxStep = 32;
+// A multiple of kMaxDepth.
 constexpr int64_t kBlock = 256;  // 256 * 32767 * 128 < 2^31
-constexpr int64_t kSumsBytes = 65536;  // of a strip of several panels, at most
 constexpr float kLargest = 32767.0f;
 
 // Numbers a of 16 bits of row k and b of row k + 1 as pairs. In each 128 bits, the first
@@ -244,9 +242,7 @@ class PairProduct {
 
   template <int kVecs>
   void RunPanels(ffi::ThreadPool& pool) {
-    constexpr int64_t kPanel = kVecs * kWidth;
-    const int64_t most = kSumsBytes / (rows_ * kPanel * int64_t(sizeof(float)));
-    ForStrips(pool, matrices_, kPanel, std::max<int64_t>(most, 1),
+    ForStrips(pool, matrices_, rows_, kVecs * kWidth,
               [&](const auto& matrix, int64_t first_panel, int64_t num_panels) {
                 Strip<kVecs>(matrix, first_panel, num_panels);
               });
@@ -264,7 +260,7 @@ class PairProduct {
       sums = Scratch<SumsTag>(size);
       std::fill(sums, sums + size, 0.0f);
     }
-    const int64_t step = rows_ <= 8 ? 16 : kMaxStep;
+    const int64_t step = rows_ <= 8 ? 16 : kMaxDepth;
     for (int64_t k = 0; k < depth_; k += step) {
       const Weight* line = matrix.w + k * columns + start;
       const Weight* ahead = k + step < depth_ ? line + step * columns : line;
@@ -293,7 +289,7 @@ class PairProduct {
     constexpr int64_t kPanel = kVecs * kWidth;
     int64_t stride = columns;
     if (width < kPanel || count % 2) {  // pads columns and rows with zeros
-      constexpr int64_t kSize = kMaxStep * kPanel;
+      constexpr int64_t kSize = kMaxDepth * kPanel;
       Weight* edge = reinterpret_cast<Weight*>(Scratch<EdgeTag>(kSize));
       std::memset(edge, 0, kSize * sizeof(Weight));
       for (int64_t i = 0; i < count; ++i)
@@ -317,7 +313,7 @@ class PairProduct {
     const bool is_packed = rows_ > kMaxRows || (rows_ & (rows_ - 1)) != 0;
     IntVec* packed = nullptr;
     if (is_packed) {
-      packed = reinterpret_cast<IntVec*>(Scratch<PanelTag>(kMaxStep / 2 * kPanel));
+      packed = reinterpret_cast<IntVec*>(Scratch<PanelTag>(kMaxDepth / 2 * kPanel));
       for (int64_t pair = 0; pair < pairs; ++pair) load(pair, packed + pair * kVecs);
     }
     const auto load_packed = [packed](int64_t pair, IntVec* weights) {

@@ -20,9 +20,6 @@
 namespace jpaged {
 namespace products {
 
-constexpr int64_t kMaxDepth = 32;       // rows of the matrix of one step down
-constexpr int64_t kStripBytes = 65536;  // of a strip's sums, at most
-
 // Sums [kRows, kVecs * kWidth] += x w, with x [count, kRows] and w [count, stride].
 // `ahead` has the weights that are multiplied next, with the same stride.
 template <int kRows, int kVecs, typename Weight>
@@ -82,9 +79,7 @@ class Product {
  private:
   template <int kVecs>
   void RunPanels(ffi::ThreadPool& pool) {
-    constexpr int64_t kPanel = kVecs * kWidth;
-    const int64_t most = kStripBytes / (rows_ * kPanel * int64_t(sizeof(float)));
-    ForStrips(pool, matrices_, kPanel, std::max<int64_t>(most, 1),
+    ForStrips(pool, matrices_, rows_, kVecs * kWidth,
               [&](const auto& matrix, int64_t first_panel, int64_t num_panels) {
                 Strip<kVecs>(matrix, first_panel, num_panels);
               });

@@ -13,6 +13,9 @@ constexpr int kMaxRows = 6;  // of a tile: 16 registers
 constexpr int kMaxRows = 12;  // 32 registers
 #endif
 
+constexpr int64_t kMaxDepth = 32;       // matrix rows per step down a strip, at most
+constexpr int64_t kStripBytes = 65536;  // of the sums of a strip of several panels
+
 // Calls call(start, rows) for tiles of rows, the number of rows as a constant.
 template <typename Call>
 void ForTiles(int64_t rows, const Call& call) {
@@ -60,18 +63,20 @@ struct Matrix {
 };
 
 // Calls strip(matrix, first panel, number of panels) for strips of all matrices on all
-// threads. Strips are as wide as `longest` panels allow, and as many as the threads
-// share out evenly: long runs are read faster. A strip may begin in one matrix and end
-// in another.
+// threads, with `rows` rows of x. Strips are as wide as their sums allow, and as many as
+// the threads share out evenly: long runs are read faster. A strip may begin in one
+// matrix and end in another.
 template <typename Weight, typename Strip>
 void ForStrips(ffi::ThreadPool& pool, const std::vector<Matrix<Weight>>& matrices,
-               int64_t panel, int64_t longest, const Strip& strip) {
+               int64_t rows, int64_t panel, const Strip& strip) {
   const auto panels = [panel](const auto& matrix) {
     return (matrix.columns + panel - 1) / panel;
   };
   int64_t num_panels = 0;
   for (const auto& matrix : matrices) num_panels += panels(matrix);
   if (num_panels == 0) return;
+  const int64_t most = kStripBytes / (rows * panel * int64_t(sizeof(float)));
+  const int64_t longest = std::max<int64_t>(most, 1);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t rounds = (num_panels + longest * threads - 1) / (longest * threads);
   const int64_t width =
